@@ -1,0 +1,58 @@
+"""Fixtures that all tests share: tiny models, real models, real data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny import TINY, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _repeatable() -> None:
+    """Two threads, because tiny matrices are slower on more; and one seed for what has none."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel, PreTrainedTokenizerFast]:
+    """(name, model, tokenizer) of each architecture in turn. The model is new in every test."""
+    return request.param, tiny_model(request.param), tiny_tokenizer()
+
+
+def _real_model(name: str) -> Any:
+    # Imported here, so that the tests of the tiny models need nothing of trimtab.
+    import trimtab as tt
+
+    return tt.load(name, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """SmolLM2-135M-Instruct, loaded once. A test that changes it must change it back."""
+    return _real_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Any:
+    """Gemma 3 270M (base), loaded once. A test that changes it must change it back."""
+    return _real_model("gemma3-270m")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets that TRIMTAB_DATA names; skips the test where there is none."""
+    folder = os.environ.get("TRIMTAB_DATA")
+    if not folder:
+        pytest.skip("TRIMTAB_DATA is not set: this test reads real data sets")
+    path = Path(folder)
+    if not path.is_dir():
+        # Set but wrong is a mistake, not an absence: skipping would hide it.
+        pytest.fail(f"TRIMTAB_DATA={folder} is not a folder")
+    return path
