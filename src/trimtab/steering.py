@@ -1,0 +1,373 @@
+"""The artifact: a steering is interventions, one dial and where they came from.
+
+It is saved as one .safetensors file: the operators' tensors in it, and in its metadata one JSON
+document. Loading checks all of it before anything is used; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    ValidationError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy, parse_site
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.operators import OPERATORS, Operator, to_tensors
+
+FORMAT_VERSION = 1
+METADATA_KEY = "trimtab"
+
+#: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
+#: that a next token is read from, the prompt's last and the generated ones.
+Positions = Literal["all", "prompt", "generated", "last"]
+POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated", "last")
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The one number that a user turns."""
+
+    name: str
+    default: float
+    range: tuple[float, float]
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An operator at a site, at some positions."""
+
+    site: str
+    operator: Operator
+    positions: Positions = "all"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a steering was made for."""
+
+    name: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.architecture}, {self.layers} layers, {self.digest[:8]})"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("trimtab", "torch", "transformers")}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """What a method's `fit` returns: attach it, turn its dial, bake it, save it.
+
+    `tables` holds what the method knows beside the interventions, tensors by name (AUSteer: the
+    chosen units in rank order with their scores). `contrast` names the texts and their digest.
+    """
+
+    method: str
+    hyperparameters: dict[str, Any]
+    interventions: tuple[Intervention, ...]
+    dial: Dial
+    model: ModelIdentity
+    contrast: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    value: float | None = None
+    versions: dict[str, str] = field(default_factory=_versions)
+    date: str = field(default_factory=_now)
+
+    # -- the dial -----------------------------------------------------------------------------
+
+    @property
+    def setting(self) -> float:
+        """Where the dial stands."""
+        return self.dial.default if self.value is None else self.value
+
+    def at(self, value: float) -> Steering:
+        """The same steering with its dial turned to `value`."""
+        value = float(value)
+        if not math.isfinite(value):
+            raise TrimtabError(f"the dial {self.dial.name} cannot be {value}")
+        low, high = self.dial.range
+        if not low <= value <= high:
+            warnings.warn(
+                f"{self.dial.name} = {value:g} is outside the sensible range of this "
+                f"{self.method} steering, {low:g} to {high:g}",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+        return replace(self, value=value)
+
+    @property
+    def label(self) -> str:
+        """For people: method and dial."""
+        return f"{self.method} {self.dial.name}={self.setting:g}{self.dial.unit}"
+
+    # -- does it fit --------------------------------------------------------------------------
+
+    def check_fits(self, anatomy: Anatomy, identity: ModelIdentity, force: bool = False) -> None:
+        """Refuse a model that this steering was not made for; `force` allows another's weights."""
+        same = (self.model.architecture, self.model.layers, self.model.hidden_size)
+        if same != (identity.architecture, identity.layers, identity.hidden_size):
+            raise TrimtabError(
+                f"the sizes do not fit: this steering was made for {self.model} with hidden size "
+                f"{self.model.hidden_size}, the model is {identity} with {identity.hidden_size}"
+            )
+        for intervention in self.interventions:
+            width = anatomy.width(intervention.site)
+            if intervention.operator.width != width:
+                raise TrimtabError(
+                    f"the sizes do not fit: {intervention.site} has {width} units in "
+                    f"{identity.name}, the steering has {intervention.operator.width}"
+                )
+        if self.model.digest != identity.digest and not force:
+            raise TrimtabError(
+                f"this steering was made for {self.model}, the model is {identity}: fit one for "
+                "this model, or use force (--force) if you know that it carries over"
+            )
+
+    # -- the file -----------------------------------------------------------------------------
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write one .safetensors file, whole or not at all; it passes what `load` checks."""
+        tensors: dict[str, Tensor] = {}
+        described = []
+        for number, intervention in enumerate(self.interventions):
+            of_operator, other = to_tensors(intervention.operator)
+            for name, tensor in of_operator.items():
+                tensors[f"{number}.{name}"] = tensor
+            described.append(
+                {
+                    "site": intervention.site,
+                    "operator": type(intervention.operator).__name__,
+                    "positions": intervention.positions,
+                    "fields": other,
+                }
+            )
+        tensors |= {f"table.{name}": tensor for name, tensor in self.tables.items()}
+        low, high = self.dial.range
+        document = {
+            "format": FORMAT_VERSION,
+            "method": self.method,
+            "hyperparameters": self.hyperparameters,
+            # Floats, as they come back: a file that is loaded and saved again stays as it is.
+            "dial": {
+                "name": self.dial.name,
+                "default": float(self.dial.default),
+                "range": [float(low), float(high)],
+                "unit": self.dial.unit,
+            },
+            "value": None if self.value is None else float(self.value),
+            "interventions": described,
+            "model": vars(self.model),
+            "contrast": self.contrast,
+            "versions": self.versions,
+            "date": self.date,
+        }
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+        self._parse(text, dict(tensors), "this steering")
+        # Copies, because safetensors refuses tensors that share their memory.
+        own = {name: tensors[name].cpu().contiguous().clone() for name in sorted(tensors)}
+        return write_whole(Path(path), save(own, {METADATA_KEY: text}), overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """Read and check a file that `save` wrote."""
+        text, tensors = _read(Path(path))
+        return cls._parse(text, tensors, str(path))
+
+    @classmethod
+    def _parse(cls, text: str, tensors: dict[str, Tensor], source: str) -> Steering:
+        """A steering from its JSON document and its tensors, after every check."""
+        try:
+            document = _Document.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "its document"
+            raise TrimtabError(
+                f"{source} is not a trimtab steering of format {FORMAT_VERSION}: "
+                f"{where}: {first['msg']}"
+            ) from error
+        low, high = document.dial.range
+        if low > high:
+            raise TrimtabError(f"{source}: the dial's range is {low:g} to {high:g}")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (torch.float32, torch.int64):
+                raise TrimtabError(
+                    f"{source}: tensor {name!r} is {tensor.dtype}, not float32 or int64"
+                )
+            if not torch.isfinite(tensor).all():
+                raise TrimtabError(f"{source}: tensor {name!r} holds NaN or infinity")
+        interventions = []
+        for number, described in enumerate(document.interventions):
+            own = {
+                name.removeprefix(f"{number}."): tensors.pop(name)
+                for name in list(tensors)
+                if name.startswith(f"{number}.")
+            }
+            try:
+                interventions.append(_intervention(described, own, document.model.layers))
+            except TrimtabError as error:
+                raise TrimtabError(f"{source}, {described.site}: {error}") from error
+        tables = {
+            name.removeprefix("table."): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith("table.")
+        }
+        if tensors:
+            raise TrimtabError(f"{source}: unexpected tensor {sorted(tensors)[0]!r}")
+        return cls(
+            method=document.method,
+            hyperparameters=document.hyperparameters,
+            interventions=tuple(interventions),
+            dial=Dial(document.dial.name, document.dial.default, (low, high), document.dial.unit),
+            model=ModelIdentity(**document.model.model_dump()),
+            contrast=document.contrast,
+            tables=tables,
+            value=document.value,
+            versions=document.versions,
+            date=document.date,
+        )
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(value, allow_nan=False)  # a ValueError says where there is NaN or infinity
+    return value
+
+
+_Finite = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
+class _DialDocument(_Strict):
+    name: str
+    default: FiniteFloat
+    range: tuple[FiniteFloat, FiniteFloat]
+    unit: str
+
+
+class _InterventionDocument(_Strict):
+    site: str = Field(max_length=100)
+    operator: str
+    positions: Positions
+    fields: dict[str, Any]
+
+
+class _ModelDocument(_Strict):
+    name: str
+    architecture: str
+    layers: NonNegativeInt
+    hidden_size: NonNegativeInt
+    digest: str
+
+
+class _Document(_Strict):
+    """The JSON document in the file's metadata."""
+
+    format: Literal[1] = Field(description="FORMAT_VERSION")
+    method: str
+    hyperparameters: _Finite
+    dial: _DialDocument
+    value: FiniteFloat | None
+    interventions: list[_InterventionDocument]
+    model: _ModelDocument
+    contrast: _Finite
+    versions: dict[str, str]
+    date: str
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The JSON text and the tensors of a file."""
+    if not path.is_file():
+        raise TrimtabError(f"no such steering file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TrimtabError(
+            f"{path} is not a safetensors file, or it is truncated: {error}"
+        ) from error
+    if METADATA_KEY not in metadata:
+        raise TrimtabError(f"{path} is a safetensors file but not a trimtab steering")
+    return metadata[METADATA_KEY], tensors
+
+
+def _intervention(
+    described: _InterventionDocument, tensors: dict[str, Tensor], layers: int
+) -> Intervention:
+    layer, _ = parse_site(described.site)
+    if layer is not None and layer >= layers:
+        raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
+    operator_type = OPERATORS.get(described.operator)
+    if operator_type is None:
+        raise TrimtabError(f"unknown operator {described.operator!r}")
+    expected = {item.name: item.type for item in fields(operator_type)}
+    given = {**tensors, **described.fields}
+    if set(given) != set(expected):
+        raise TrimtabError(
+            f"{described.operator} needs {', '.join(expected)}; "
+            f"the file has {', '.join(given) or 'nothing'}"
+        )
+    # Types are annotations in text: "Tensor", "int", "bool".
+    kinds = {"Tensor": Tensor, "int": int, "bool": bool, "float": float, "str": str}
+    for name, value in given.items():
+        if type(value) is not kinds[str(expected[name])]:
+            raise TrimtabError(f"{name} of {described.operator} has the wrong type")
+    operator: Operator = operator_type(**given)
+    operator.check()
+    return Intervention(described.site, operator, described.positions)
+
+
+def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
+    """Write a file through a temporary one beside it, so that it is there whole or not at all."""
+    if path.exists() and not overwrite:
+        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+    return path
