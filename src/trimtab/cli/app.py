@@ -1,0 +1,92 @@
+"""Puts the commands together, and turns mistakes into one line with exit status 2."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import typer
+
+from trimtab.cli import bake, demo, fit, generate, inspect, models
+from trimtab.errors import TrimtabError, TrimtabWarning
+
+app = typer.Typer(
+    name="trimtab",
+    help="Steer open-weight language models at inference time. With `--debug` errors show where "
+    "they come from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+app.add_typer(models.app, name="models")
+app.add_typer(fit.app, name="fit")
+app.command()(generate.generate)
+app.command()(inspect.inspect)
+app.command()(bake.bake)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; the entry point of `trimtab`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    _quiet_libraries(debug)
+    try:
+        status = app(arguments, prog_name="trimtab", standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _fail(_one_line(error), 2)
+    else:
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"trimtab: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong and what to do, for a person."""
+    if isinstance(error, TrimtabError):
+        return str(error)
+    if hasattr(error, "format_message"):  # the command line itself was wrong
+        return f"{' '.join(error.format_message().split())} (see --help)"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: free some space and run the command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):
+        return "out of memory: try --dtype bfloat16 or a smaller --batch-size"
+    first = next(iter(str(error).splitlines()), "")
+    return f"internal error, {type(error).__name__}: {first} (run again with --debug)"
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Our own warnings as one line each; those of libraries only on request."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if debug or issubclass(category, TrimtabWarning):
+            print(f"trimtab: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", TrimtabWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils import logging as transformers_logging
+
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()

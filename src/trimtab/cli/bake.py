@@ -1,0 +1,64 @@
+"""`trimtab bake`: a plain checkpoint with the steerings in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.bake import bake as bake_into
+from trimtab.cli.common import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Overwrite,
+    console,
+    open_model,
+    print_json,
+    read_steerings,
+    refuse_existing,
+)
+from trimtab.errors import TrimtabError
+
+Steer = Annotated[
+    list[str], typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")]
+
+
+def bake(
+    model: Model,
+    steer: Steer,
+    output: Output,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fold steerings into the weights: a checkpoint that plain transformers loads.
+
+    Example: `trimtab bake --model smollm2-135m-instruct --steer joy.safetensors@12 -o joy-model/`
+    """
+    refuse_existing(output, overwrite)
+    if output.exists() and not (output / "config.json").is_file():
+        raise TrimtabError(f"{output} is not a model's directory: --overwrite replaces only those")
+    steerings = read_steerings(steer)
+    language_model = open_model(model, dtype, device)
+    baked = bake_into(language_model, *steerings, force=force)
+    baked.save_pretrained(output, overwrite)
+    if as_json:
+        print_json(
+            {
+                "output": str(output),
+                "model": dict(vars(language_model.identity)),
+                "architecture": baked.anatomy.name,
+                "steering": steer,
+            }
+        )
+        return
+    console.print(f"Saved {output}, a plain {type(baked.model).__name__} checkpoint. Load it with")
+    console.print(f'    AutoModelForCausalLM.from_pretrained("{output}")', markup=False)

@@ -1,0 +1,72 @@
+"""What commands share: options, reading steerings from `FILE@DIAL`, printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel, load
+from trimtab.steering import Steering
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="A pack, a directory, a .gguf file or a hub id."),
+]
+Steer = Annotated[
+    list[str] | None,
+    typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Allow a steering that was made for another model.")
+]
+
+#: For people; long lines wrap at the terminal's width, and are left whole in a pipe.
+console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Exactly one JSON object on standard output."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def read_steerings(arguments: Sequence[str] | None) -> list[Steering]:
+    """Steerings from `FILE` or `FILE@DIAL`."""
+    return [read_steering(argument) for argument in arguments or ()]
+
+
+def read_steering(argument: str) -> Steering:
+    """One steering; what follows the last @ is its dial, unless there is a file of that name."""
+    path, at, value = argument.rpartition("@")
+    if not at or Path(argument).exists():
+        return Steering.load(argument)
+    try:
+        dial = float(value)
+    except ValueError as error:
+        raise TrimtabError(
+            f"--steer {argument}: {value!r} is no number; write FILE@DIAL, as in joy.safetensors@12"
+        ) from error
+    return Steering.load(path).at(dial)
+
+
+def open_model(model: str, dtype: str, device: str) -> LanguageModel:
+    """Load a model as the options say."""
+    return load(model, dtype=dtype, device=device)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Before hours of work, not after: an output that exists, or that cannot be written."""
+    if path.exists() and not overwrite:
+        raise TrimtabError(f"{path} exists: choose another name, or pass --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")

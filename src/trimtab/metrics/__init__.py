@@ -1,0 +1,1 @@
+"""What a steering gains and what it costs. One file a metric."""

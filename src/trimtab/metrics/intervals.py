@@ -1,0 +1,33 @@
+"""Intervals for means, by bootstrap over the examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval over n examples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
+    """Mean and 95 % bootstrap interval (BCa). Give paired differences for a paired comparison."""
+    sample = values.double().cpu().numpy()
+    mean = float(sample.mean())
+    if len(sample) < 2 or np.ptp(sample) == 0:
+        return Estimate(mean, mean, mean, len(sample))
+    result = stats.bootstrap((sample,), np.mean, rng=np.random.default_rng(seed))
+    low, high = result.confidence_interval
+    return Estimate(mean, float(low), float(high), len(sample))

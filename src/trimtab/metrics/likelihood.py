@@ -1,0 +1,104 @@
+"""How probable a model finds texts: log-odds between the sides of a pair, cross-entropy of text.
+
+The LM head runs only where a token is scored, and the two sides of a pair share their prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel, SteeringArgument
+from trimtab.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
+from trimtab.progress import progress
+
+
+def log_odds(
+    language_model: LanguageModel,
+    contrast: Contrast,
+    steering: SteeringArgument = None,
+    *,
+    force: bool = False,
+) -> Tensor:
+    """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats."""
+    if not contrast.paired:
+        raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
+    rows = encode_contrast(language_model, contrast, None)
+    for row in rows:
+        if min(row.answers) < 1:
+            raise TrimtabError(f"{contrast.name}, row {row.index + 1}: the prompt is empty")
+    sums = _log_likelihoods(language_model, rows, steering, force)
+    return sums[:, 0] - sums[:, 1]
+
+
+def cross_entropy(
+    language_model: LanguageModel,
+    texts: Sequence[str],
+    steering: SteeringArgument = None,
+    *,
+    force: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Of raw texts: the mean negative log-likelihood per token in nats, and how many tokens.
+
+    Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt.
+    """
+    rows = []
+    for row in encode_texts(language_model, texts):
+        if row.common < 2:
+            raise TrimtabError(f"text {row.index + 1} has no token to score: it is too short")
+        if row.common > language_model.max_length:
+            raise TrimtabError(
+                f"text {row.index + 1} has {row.common} tokens, the model takes "
+                f"{language_model.max_length}: cut it into several"
+            )
+        rows.append(Packed(row.index, row.tokens, row.common, row.sides, (1,)))
+    scored = torch.tensor([row.common - 1 for row in rows])
+    sums = _log_likelihoods(language_model, rows, steering, force, all_prompt=True)
+    return -sums[:, 0] / scored, scored
+
+
+@torch.inference_mode()
+def _log_likelihoods(
+    language_model: LanguageModel,
+    rows: Sequence[Packed],
+    steering: SteeringArgument,
+    force: bool,
+    all_prompt: bool = False,
+) -> Tensor:
+    """Summed log-likelihood of each side's answer, [rows, sides] in float64."""
+    sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
+    with progress("scoring", len(rows)) as advance:
+        for batch in batches(rows):
+            inputs = model_inputs(batch, language_model)
+            with language_model.steered(steering, force=force) as sequences:
+                sequences.given_ends = (
+                    [inputs["input_ids"].shape[1]]
+                    if all_prompt
+                    else [min(row.answers) for row in batch.rows]
+                )
+                hidden = language_model.anatomy.body(**inputs).last_hidden_state
+            row, side, column, target = _scored_tokens(batch.rows, batch.place)
+            picked = hidden[row.to(hidden.device), column.to(hidden.device)]
+            logits: Any = language_model.unembed(picked)
+            log_p = logits.log_softmax(-1).cpu().gather(-1, target[:, None]).squeeze(-1).double()
+            index = torch.tensor([packed.index for packed in batch.rows])[row]
+            sums.index_put_((index, side), log_p, accumulate=True)
+            advance(len(batch.rows))
+    return sums
+
+
+def _scored_tokens(rows: Sequence[Packed], place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each answer token: its row, its side, the column it is predicted from, and its id."""
+    found: list[tuple[int, int, int, int]] = []
+    columns = place.tolist()
+    for i, row in enumerate(rows):
+        for side, text in enumerate(row.texts()):
+            for position in range(row.answers[side], len(text)):
+                found.append((i, side, columns[i][side][position - 1], text[position]))
+    row_of, side_of, column, target = torch.tensor(found).T
+    return row_of, side_of, column, target
