@@ -41,6 +41,7 @@ class Sequences:
     #: Where the caller says that prompts end: for texts whose answer is read along with them.
     given_ends: list[int] | None = None
     generating: bool = False
+    prompt_width: int = 0  # tokens that generate() was given, which may come in several passes
     #: The next pass begins new sequences, even where a cache is already filled.
     fresh: bool = True
     passes: int = 0
@@ -58,7 +59,9 @@ class Sequences:
         if self.given_ends is not None:
             self.prompt_end = self.given_ends
         elif self.fresh or (self.start == 0 and not self.generating):
-            self.prompt_end = _ends(mask, self.start + self.length)
+            width = self.start + self.length
+            whole = width >= self.prompt_width
+            self.prompt_end = _ends(mask, width) if whole else [self.prompt_width]
             self.fresh = False
 
     def mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
@@ -84,6 +87,13 @@ def _ends(mask: Any, width: int) -> list[int]:
     columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends: list[int] = (columns * (mask != 0)).amax(-1).tolist()
     return ends
+
+
+def _width_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many tokens of prompt generate() was given, 0 where it was given none."""
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    return max((x.shape[1] for x in given if isinstance(x, Tensor) and x.dim() > 1), default=0)
 
 
 @dataclass
@@ -224,10 +234,11 @@ def _generate_observed(model: Any, sequences: Sequences) -> Iterator[None]:
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
         sequences.fresh = sequences.generating = True
+        sequences.prompt_width = _width_given(args, kwargs)
         try:
             return original(*args, **kwargs)
         finally:
-            sequences.generating = False
+            sequences.generating, sequences.prompt_width = False, 0
 
     object.__setattr__(model, "generate", generate)
     try:

@@ -224,6 +224,9 @@ class Steering:
                 raise TrimtabError(
                     f"{source}: tensor {name!r} is {tensor.dtype}, not float32 or int64"
                 )
+            # torch fails on more than 64 dimensions, and on empty shapes with huge strides.
+            if tensor.dim() > 8 or (tensor.dim() > 1 and not tensor.numel()):
+                raise TrimtabError(f"{source}: tensor {name!r} has shape {list(tensor.shape)}")
             if not torch.isfinite(tensor).all():
                 raise TrimtabError(f"{source}: tensor {name!r} holds NaN or infinity")
         interventions = []
@@ -315,9 +318,11 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    # The last three are torch's, for shapes that pass safetensors' own checks.
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrimtabError(
-            f"{path} is not a safetensors file, or it is truncated: {error}"
+            f"{path} is not a safetensors file, or it is truncated: {reason}"
         ) from error
     if METADATA_KEY not in metadata:
         raise TrimtabError(f"{path} is a safetensors file but not a trimtab steering")
