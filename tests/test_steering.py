@@ -404,6 +404,22 @@ def test_bad_json(tmp_path: Path, text: str, says: str) -> None:
     _refused(path, says)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [[2**63, 0], [2**64 - 1, 0], [0, 2**40, 2**40], [2**62, 4, 0], [-1, 0], [0] * 65, [0] * 9, []],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["table.more", "1.vector", "0.units"])
+def test_impossible_shapes(tmp_path: Path, good: Path, shape: list[int], name: str) -> None:
+    header, data = _content(good)
+    dtype = "I64" if name == "0.units" else "F32"
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data)]}
+    raw = json.dumps(header).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    _refused(path, "not a safetensors file|has shape")
+
+
 def _as_file(content: bytes) -> Callable[[Path, Path], None]:
     return lambda path, good: path.write_bytes(content) and None
 

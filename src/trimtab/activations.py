@@ -146,7 +146,7 @@ def collect(
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
     with progress("reading activations", len(rows)) as advance:
-        for batch in batches(rows):
+        for batch in batches(rows, language_model.batch_tokens):
             _run(language_model, batch, wanted, labels)
             advance(len(batch.rows))
     return wanted

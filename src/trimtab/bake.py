@@ -6,6 +6,7 @@ An operator that is affine at a fixed dial, x -> A x + c, folds into the linear 
     attn_out, ffn_out                                 into the map that writes it: A W, A b + c
     embed                                             into the embedding tables
     resid                                             an added vector only, with the FFN's output
+    final_norm of GPT-2                               unit by unit into the norm, which has a bias
 
 `c` needs a bias. Where an architecture has none, its configuration may allow it (Llama's
 `attention_bias` and `mlp_bias`); Qwen2 and Mistral become Llama models, which compute the same
@@ -19,10 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
+from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.operators import Operator, fold_input, fold_output
 from trimtab.steering import Intervention, Steering
@@ -56,6 +58,11 @@ def bake(language_model: LanguageModel, *steerings: Steering, force: bool = Fals
             f"{language_model.name} is quantised: baking would round the change away; attach the "
             "steering instead, or bake the unquantised model"
         )
+    if is_hooked(language_model.model):
+        raise TrimtabError(
+            f"cannot bake {language_model.name} while it is steered: the copy would stay so; bake "
+            "after the block"
+        )
     folds: list[_Fold] = []
     for steering in steerings:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
@@ -69,7 +76,18 @@ def bake(language_model: LanguageModel, *steerings: Steering, force: bool = Fals
     if missing:
         model = _with_biases(model, missing)
     anatomy = Anatomy(model)
+    # W (A2 A1 x): what writes a site takes the operators in their order, what reads it the other
+    # way round. Where one map does both the two do not meet: it changes its rows and its columns.
+    reading = [fold for fold in folds if _maps(anatomy, fold)[0] == "input"]
+    if len({_maps(anatomy, fold)[0] for fold in folds if fold.site == "final_norm"}) > 1:
+        raise TrimtabError(
+            "cannot bake steerings at final_norm of which one mixes units and another does not: "
+            "they fold into different weights, and their order would be lost; attach them instead"
+        )
     for fold in folds:
+        if fold not in reading:
+            _apply(anatomy, fold)
+    for fold in reversed(reading):
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in steerings)])
     return LanguageModel(model.eval(), language_model.tokenizer, name)
@@ -128,7 +146,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
         return "output", [_writer(anatomy, branch)]
     if kind in ("attn_out", "ffn_out"):
         return "output", [_writer(anatomy, fold.site)]
-    if kind == "final_norm" and _only_adds(fold) and _norm_bias(anatomy) is not None:
+    if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
         return "norm", []
     return "input", anatomy.readers(fold.site)
 
@@ -139,9 +157,17 @@ def _writer(anatomy: Anatomy, site: str) -> LinearMap:
     return writer
 
 
+def _factors(fold: _Fold) -> Tensor | None:
+    """What each unit is multiplied by, None where units are mixed."""
+    probe = torch.arange(1, fold.operator.width + 1, dtype=torch.float64)
+    factors = fold.operator.linear_part(torch.ones_like(probe), fold.dial)
+    alone = torch.equal(fold.operator.linear_part(probe, fold.dial), probe * factors)
+    return factors if alone else None
+
+
 def _only_adds(fold: _Fold) -> bool:
-    probe = torch.randn(fold.operator.width, dtype=torch.float64)
-    return torch.equal(fold.operator.linear_part(probe, fold.dial), probe)
+    factors = _factors(fold)
+    return factors is not None and bool((factors == 1).all())
 
 
 def _norm_bias(anatomy: Anatomy) -> Any:
@@ -153,9 +179,12 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
     operator, dial = fold.operator, fold.dial
     how, maps = _maps(anatomy, fold)
     if how == "norm":
-        bias = _norm_bias(anatomy)
-        shifted = bias.detach().double() + operator.offset(dial).to(bias.device)
-        anatomy.point("final_norm").module.bias = nn.Parameter(shifted.to(bias.dtype))
+        norm: Any = anatomy.point("final_norm").module
+        factors = operator.linear_part(torch.ones_like(norm.bias, dtype=torch.float64), dial)
+        offset = operator.offset(dial).to(factors)
+        for name, shift in (("weight", torch.zeros_like(offset)), ("bias", offset)):
+            old = getattr(norm, name)
+            setattr(norm, name, nn.Parameter((old.detach() * factors + shift).to(old.dtype)))
         return
     if how == "tables":
         _untie(anatomy)
@@ -173,7 +202,8 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
         old = getattr(linear_map.owner, linear_map.bias) if linear_map.bias else None
         transform = fold_input if how == "input" else fold_output
         new, bias = transform(operator, dial, weight, None if old is None else old.detach())
-        linear_map.write(new)
+        if not torch.equal(new.to(weight.dtype), weight):
+            linear_map.write(new)
         if old is not None and linear_map.bias:
             setattr(linear_map.owner, linear_map.bias, nn.Parameter(bias.to(old.dtype)))
 
@@ -181,8 +211,8 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
 def _untie(anatomy: Anatomy) -> None:
     """From here on the embedding table and the LM head are two tensors."""
     model: Any = anatomy.model
-    if anatomy.config.tie_word_embeddings:
-        head = model.get_output_embeddings()
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         for config in {id(c): c for c in (model.config, anatomy.config)}.values():
             config.tie_word_embeddings = False

@@ -32,7 +32,7 @@ from trimtab.steering import Steering, write_whole
 CONTRAST = "formality"
 #: A setting is allowed when plain text gets no harder to predict than this, in nats per token.
 COST_LIMIT = 0.1
-VALIDATION_PAIRS = 24
+VALIDATION_PAIRS = 40
 VALIDATION_TEXTS = 6
 UNITS = (32, 96)
 ALPHAS = (1.0, 1.5, 2.0, 3.0)
@@ -249,10 +249,10 @@ def _measure(
 def _texts(
     language_model: LanguageModel, steerings: Sequence[Steering | None], say: Say
 ) -> list[dict[str, Any]]:
-    """What the model writes, unsteered and steered, one under the other."""
+    """What the model writes, unsteered and steered, one under the other: a glance, no measure."""
     prompts = list(PROMPTS)
     written = [
-        language_model.generate(prompts, chat=False, max_new_tokens=30, steering=steering)
+        language_model.generate(prompts, chat=False, max_new_tokens=22, steering=steering)
         for steering in steerings
     ]
     shown = []

@@ -29,6 +29,17 @@ def hooked(edits: Mapping[Point, Edit]) -> Iterator[None]:
             remove()
 
 
+def is_hooked(model: nn.Module) -> bool:
+    """Whether an edit is on the model at this moment."""
+    ours = (_on_output, _on_input, experts_forward)
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for function in (*hooks, vars(module).get("forward")):
+            if isinstance(function, partial) and function.func in ours:
+                return True
+    return False
+
+
 def _install(point: Point, edit: Edit) -> Callable[[], None]:
     if point.side == "output":
         return point.module.register_forward_hook(partial(_on_output, edit)).remove

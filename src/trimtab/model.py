@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trimtab import packs
@@ -20,6 +21,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.attach import RowSteerings, Sequences, attached
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError
+from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
 from trimtab.progress import progress
 from trimtab.steering import ModelIdentity, Steering
 
@@ -62,6 +64,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding table."""
         return torch.device(self.model.get_input_embeddings().weight.device)
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens to run at once when texts are only read."""
+        return BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS_GPU
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,14 +128,20 @@ class LanguageModel:
             raise TrimtabError(f"{target} exists: choose another name, or overwrite (--overwrite)")
         try:
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as room:
-                inside = Path(room) / "model"
+                inside, old = Path(room) / "model", Path(room) / "old"
                 self.model.save_pretrained(inside)
                 self.tokenizer.save_pretrained(inside)
                 if target.exists():
-                    target.rename(Path(room) / "old")  # goes with the temporary directory
-                inside.rename(target)
-        except OSError as error:
-            raise TrimtabError(f"cannot write {target}: {error.strerror or error}") from error
+                    target.rename(old)  # goes with the temporary directory
+                try:
+                    inside.rename(target)
+                except BaseException:
+                    if old.exists():
+                        old.rename(target)
+                    raise
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TrimtabError(f"cannot write {target}: {reason}") from error
         return target
 
     # -- tokens -------------------------------------------------------------------------------
@@ -189,6 +202,20 @@ class LanguageModel:
             return read
         return [(("user", prompt),) if isinstance(prompt, str) else prompt for prompt in read]
 
+    def _fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[list[int]]:
+        """Token ids of prompts, none of them empty or too long for `new` tokens more."""
+        encoded = self.encode(prompts)
+        for prompt, tokens in zip(prompts, encoded, strict=True):
+            if not tokens:
+                raise TrimtabError(f"the prompt {prompt!r} is empty")
+            if len(tokens) + new > self.max_length:
+                more = f" and {new} new ones exceed" if new else " exceeds"
+                raise TrimtabError(
+                    f"a prompt of {len(tokens)} tokens{more} the {self.max_length} tokens that "
+                    f"{self.name} takes: shorten it"
+                )
+        return encoded
+
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         longest = max(len(row) for row in tokens)
         # Any token will do where nothing attends to it.
@@ -247,16 +274,7 @@ class LanguageModel:
         if max_new_tokens < 1 or batch_size < 1:
             raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
         wanted = self._prompts(prompts, chat)
-        rows = self._rows_for(wanted, steering)
-        tokens = self.encode(wanted)
-        for prompt, row in zip(wanted, tokens, strict=True):
-            if not row:
-                raise TrimtabError(f"the prompt {prompt!r} is empty")
-            if len(row) + max_new_tokens > self.max_length:
-                raise TrimtabError(
-                    f"a prompt of {len(row)} tokens and {max_new_tokens} new ones exceed the "
-                    f"{self.max_length} tokens that {self.name} takes: shorten one of them"
-                )
+        rows, tokens = self._rows_for(wanted, steering), self._fitting(wanted, max_new_tokens)
         # Prompts of similar length share a batch, so that little is padded.
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}
@@ -310,7 +328,7 @@ class LanguageModel:
         `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
         """
         wanted = self._prompts(prompts, chat)
-        rows, tokens = self._rows_for(wanted, steering), self.encode(wanted)
+        rows, tokens = self._rows_for(wanted, steering), self._fitting(wanted)
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), batch_size):
@@ -395,21 +413,28 @@ def load(
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise TrimtabError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPES)}")
     precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    path = _locate(name)
+    path, place = _locate(name), _device(device)
     options: dict[str, Any] = {"dtype": precision}
     if device_map is not None:
         options["device_map"] = device_map
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        # What damaged files cause is not always an OSError, and then says little by itself.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if not (reason and isinstance(error, OSError | ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise TrimtabError(
             f"cannot load the model {name!r}: {reason} (packs: {', '.join(packs.PACKS)}; or a "
             "directory, a .gguf file, a hub id)"
         ) from error
     if device_map is None:
-        model = model.to(_device(device))
+        try:
+            model = model.to(place)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            reason = str(error).strip().splitlines()[0]
+            raise TrimtabError(f"cannot move {name!r} to {place}: {reason}") from error
     return LanguageModel(model.eval(), tokenizer, name)
 
 

@@ -22,8 +22,10 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 
-#: Padded tokens in one batch: enough to keep matrix products busy, small enough for the cache.
+#: Padded tokens in one batch on a CPU: enough to keep matrix products busy, little to pad.
 BATCH_TOKENS = 512
+#: On a card, where larger products pay.
+BATCH_TOKENS_GPU = 8192
 BATCH_ROWS = 64
 
 

@@ -21,6 +21,7 @@ activation over both sides, which is still a scaling and always toward the posit
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ import torch
 from torch import Tensor
 
 from trimtab.activations import Means, SignCounts, Statistics, Want
+from trimtab.anatomy import site_order
 from trimtab.contrasts import Contrast
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import check_choice, check_number, fit, new_steering
 from trimtab.operators import Scale
 from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
@@ -69,13 +71,19 @@ class AUSteer:
         check_number("austeer: alpha", self.alpha)
         if self.k < 0:
             raise TrimtabError(f"austeer: k must be 0 or more, not {self.k}")
+        if self.layers is not None and not self.layers:
+            raise TrimtabError("austeer: layers is empty: name some, or leave it out for all")
 
     def fit(self, language_model: Any, contrast: Contrast) -> Steering:
         """Find the units and make the steering. Raises TrimtabError if k exceeds the units."""
         return fit([self], language_model, contrast)[0]
 
+    def sites(self, anatomy: Any) -> list[str]:
+        """Where units are chosen from, each site once and from the lowest layer up."""
+        return sorted(set(anatomy.sites(self.site, self.layers)), key=site_order)
+
     def wants(self, anatomy: Any) -> list[Want]:
-        sites = anatomy.sites(self.site, self.layers)
+        sites = self.sites(anatomy)
         units = sum(anatomy.width(site) for site in sites)
         if self.k > units:
             raise TrimtabError(f"austeer: k is {self.k}, but {self.site} has {units} units here")
@@ -86,7 +94,7 @@ class AUSteer:
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         anatomy = language_model.anatomy
-        sites = anatomy.sites(self.site, self.layers)
+        sites = self.sites(anatomy)
         rates = [statistics.of(site, "last", SignCounts).rates() for site in sites]
         r_pos = torch.cat([positive for positive, _ in rates])
         r_neg = torch.cat([negative for _, negative in rates])
@@ -96,6 +104,14 @@ class AUSteer:
             gain = gain * torch.cat([(mean.positive + mean.negative).sign() for mean in means])
         score = torch.maximum(r_pos, r_neg)
         chosen = rank(score)[: self.k]  # flat over (layer, unit)
+        chosen = chosen[score[chosen] > 0]
+        if len(chosen) < self.k:
+            warnings.warn(
+                f"austeer: k is {self.k}, but only {len(chosen)} units differ between the two "
+                "sides: the others are left alone",
+                TrimtabWarning,
+                stacklevel=2,
+            )
         widths = [anatomy.width(site) for site in sites]
         site_of = torch.arange(len(sites)).repeat_interleave(torch.tensor(widths))[chosen]
         unit_of = torch.cat([torch.arange(width) for width in widths])[chosen]

@@ -73,7 +73,7 @@ def _log_likelihoods(
     """Summed log-likelihood of each side's answer, [rows, sides] in float64."""
     sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows):
+        for batch in batches(rows, language_model.batch_tokens):
             inputs = model_inputs(batch, language_model)
             with language_model.steered(steering, force=force) as sequences:
                 sequences.given_ends = (

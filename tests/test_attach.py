@@ -1,0 +1,701 @@
+"""Attaching: which rows and tokens are steered, in which order, and that nothing stays behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+import trimtab as tt
+from helpers import (
+    PROMPTS,
+    add,
+    by_hand,
+    language_model,
+    plain_logits,
+    relative,
+    scale,
+    steer,
+    steer_at,
+    token_ids,
+)
+from reference import reference
+from tiny import TINY
+from trimtab.anatomy import KINDS
+from trimtab.operators import Scale
+from trimtab.steering import POSITIONS, Positions
+
+IDS = token_ids(PROMPTS[0])
+
+Change = Callable[[Tensor], Tensor]
+
+
+# -- the oracle: hooks and loops without trimtab ----------------------------------------------
+
+
+def block(model: Any, layer: int) -> nn.Module:
+    """A block by its path in transformers."""
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    found: nn.Module = blocks[layer]
+    return found
+
+
+@contextmanager
+def hand_hooked(module: nn.Module, change: Change | None) -> Iterator[None]:
+    """Change a module's output with a plain hook."""
+    handle = module.register_forward_hook(
+        lambda module, args, output: None if change is None else change(output)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def greedy_by_hand(
+    model: Any,
+    prompt: list[int],
+    new: int,
+    change: Change,
+    positions: Positions = "all",
+    layer: int = 1,
+) -> list[int]:
+    """A plain greedy loop without a cache; `change` acts on a block's output at some positions."""
+    ids, end = list(prompt), len(prompt)
+    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
+    stop = end if positions == "prompt" else 10**6
+
+    def hook(module: Any, args: Any, x: Tensor) -> Tensor:
+        return torch.cat((x[:, :first], change(x[:, first:stop]), x[:, stop:]), dim=1)
+
+    handle = block(model, layer).register_forward_hook(hook)
+    for _ in range(new):
+        logits = model(torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    handle.remove()
+    return ids[end:]
+
+
+def left_padded(lm: tt.LanguageModel, prompts: list[str]) -> dict[str, Tensor]:
+    return dict(lm.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
+
+
+def raw_greedy(lm: tt.LanguageModel, prompts: list[str], new: int, **options: Any) -> list[Any]:
+    """transformers' own generate, nothing of trimtab's: the new tokens of each row."""
+    inputs = left_padded(lm, prompts)
+    settings = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0, **options}
+    output = lm.model.generate(**inputs, **settings)
+    tokens: list[Any] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+def logits_of(lm: tt.LanguageModel, prompts: list[str] = PROMPTS) -> Tensor:
+    """One plain pass over a left-padded batch, [rows, tokens, vocabulary]."""
+    with torch.no_grad():
+        return lm.model(**left_padded(lm, prompts), use_cache=False).logits
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything that hooks leave on a model's modules."""
+    return {
+        name: (
+            list(module._forward_hooks.values()),
+            list(module._forward_pre_hooks.values()),
+            dict(module._forward_hooks_with_kwargs),
+            dict(module._forward_pre_hooks_with_kwargs),
+            [key for key in ("forward", "generate") if key in vars(module)],
+        )
+        for name, module in model.named_modules()
+    }
+
+
+# -- what is done, at every site of every architecture ----------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TINY)
+def test_steered_logits_are_those_of_the_formulas(name: str, kind: str) -> None:
+    lm = language_model(name)
+    plain = plain_logits(lm.model, IDS)
+    site = lm.anatomy.sites(kind, (1,))[0]
+    for op in (scale(lm.anatomy.width(site)), add(lm.anatomy.width(site))):
+        with lm.steered(steer(lm, (site, op)).at(1.5)):
+            attached = plain_logits(lm.model, IDS)
+        _, expected = reference(name, lm.model, IDS, {site: by_hand(op, 1.5)})
+        assert relative(attached, expected) < 5e-5  # float32 against float64
+        assert relative(attached, plain) > 0.01
+
+
+def test_positions_in_a_single_pass() -> None:
+    """A text that is only read is all prompt; `last` is its last token."""
+    lm = language_model("llama")
+    op = add(48)
+    change = by_hand(op)
+
+    def at_the_end(x: Tensor) -> Tensor:
+        return torch.cat((x[:-1], change(x[-1:])))
+
+    for positions, edit in (("prompt", change), ("last", at_the_end)):
+        with lm.steered(steer(lm, ("layers.1.resid", op), positions=positions)):
+            attached = plain_logits(lm.model, IDS)
+        assert relative(
+            attached, reference("llama", lm.model, IDS, {"layers.1.resid": edit})[1]
+        ) < (1e-5)
+
+
+@pytest.mark.parametrize("op", ["Scale", "Add"])
+@pytest.mark.parametrize("name", TINY)
+def test_a_dial_of_zero_changes_no_bit(name: str, op: str) -> None:
+    lm = language_model(name)
+    before = logits_of(lm)
+    for kind in KINDS:
+        with lm.steered(steer_at(lm, kind, op).at(0)):
+            assert torch.equal(logits_of(lm), before), kind
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_no_units_change_no_bit(name: str) -> None:
+    lm = language_model(name)
+    pairs = [(f"The {word} cat", " sleeps", " runs") for word in ("red", "big", "old")]
+    none = tt.AUSteer(site="ffn_out", k=0, alpha=8).fit(lm, tt.Contrast.from_pairs(pairs))
+    units, width = torch.tensor([], dtype=torch.long), lm.anatomy.hidden_size
+    empty = steer(lm, ("layers.1.ffn_out", Scale(units, units.float(), width)))
+    before = logits_of(lm)
+    for steering in (none, empty):
+        with lm.steered(steering):
+            assert torch.equal(logits_of(lm), before)
+
+
+# -- rows of a batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_row_steers_no_other_row(name: str) -> None:
+    lm = language_model(name)
+    plain, real = logits_of(lm), left_padded(lm, PROMPTS)["attention_mask"][1].bool()
+    for kind in KINDS:
+        for op in ("Scale", "Add"):
+            steering = steer_at(lm, kind, op)
+            with lm.steered([None, steering, None]):
+                one = logits_of(lm)
+            with lm.steered(steering):
+                every = logits_of(lm)
+            if name == "qwen3_moe":
+                # Rows share the matrix products of an expert, whose sizes follow the routing.
+                assert relative(one[[0, 2]], plain[[0, 2]]) < 1e-6, (kind, op)
+            else:
+                assert torch.equal(one[[0, 2]], plain[[0, 2]]), (kind, op)
+            assert relative(one[1][real], every[1][real]) < 1e-5, (kind, op)
+            assert relative(one[1][real], plain[1][real]) > 1e-3, (kind, op)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_each_row_has_its_own_dial(name: str) -> None:
+    lm = language_model(name)
+    for kind, op in (("heads", "Scale"), ("resid", "Add"), ("ffn_in", "Scale")):
+        steering = steer_at(lm, kind, op)
+        dials = [2.0, -1.0, 0.5]
+        together = lm.logits(PROMPTS, steering=[steering.at(dial) for dial in dials])
+        for row, dial in enumerate(dials):
+            alone = lm.logits([PROMPTS[row]], steering=steering.at(dial))
+            assert relative(together[row], alone[0]) < 1e-5
+        assert relative(together[0], lm.logits(PROMPTS, steering=steering)[0]) > 1e-3
+
+
+def test_each_row_has_its_own_steerings_in_its_own_order() -> None:
+    lm = language_model("llama")
+    a, b = steer_at(lm, "resid", "Scale"), steer_at(lm, "resid", "Add", seed=3)
+    c = steer_at(lm, "heads", "Add", layer=2)
+    rows: list[Any] = [(a, b), (b, a), None, (c, a.at(2), b), c]
+    prompts = [PROMPTS[0]] * len(rows)
+    together = lm.logits(prompts, steering=rows)
+    seen = [lm.logits([PROMPTS[0]], steering=[row])[0] for row in rows]
+    for row, alone in enumerate(seen):
+        assert relative(together[row], alone) < 1e-5
+        for other in seen[:row]:
+            assert relative(alone, other) > 1e-3
+
+
+def test_the_same_steering_twice_on_a_row_acts_twice() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", "Add")
+    twice = lm.logits(PROMPTS[:1], steering=[(steering, steering)])
+    assert relative(twice, lm.logits(PROMPTS[:1], steering=steering.at(2))) < 1e-5
+
+
+def test_rows_that_do_not_divide_the_batch_are_refused() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid")
+    with (
+        pytest.raises(tt.TrimtabError, match="given for 2 rows, but the batch has 3"),
+        lm.steered([steering, None]),
+    ):
+        logits_of(lm)
+    with pytest.raises(tt.TrimtabError, match="2 steerings for 3 prompts"):
+        lm.generate(PROMPTS, steering=[steering, None])
+    with pytest.raises(tt.TrimtabError, match="2 steerings for 3 prompts"):
+        lm.logits(PROMPTS, steering=[steering, None])
+    assert not any(any(trace) for trace in traces(lm.model).values())
+
+
+def test_what_is_no_steering_is_refused() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid")
+    for wrong in (["joy.safetensors"], [[steering, 3.0]]):
+        with pytest.raises(tt.TrimtabError, match="is not a steering"), lm.steered(wrong):
+            pass
+    with (
+        pytest.raises(tt.TrimtabError, match="one list of rows"),
+        lm.steered([steering], steering),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("returned", [1, 2])
+def test_beams_repeat_a_rows_steering_in_place(returned: int) -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid")
+    rows = [steering.at(2), None, steering.at(-2)]
+    options = {"num_beams": 3, "num_return_sequences": returned, "length_penalty": 0.0}
+    with lm.steered(rows):
+        together = raw_greedy(lm, PROMPTS, 8, **options)
+    assert len(together) == 3 * returned
+    unsteered = raw_greedy(lm, PROMPTS, 8, **options)
+    for i, row in enumerate(rows):
+        with lm.steered(row):
+            alone = raw_greedy(lm, [PROMPTS[i]], 8, **options)
+        chosen = slice(i * returned, (i + 1) * returned)
+        assert together[chosen] == alone
+        assert (together[chosen] == unsteered[chosen]) == (row is None)
+
+
+def test_several_samples_of_a_prompt_share_its_steering() -> None:
+    lm = language_model("gpt2")
+    steering = steer_at(lm, "resid")
+    # top_k = 1 samples what greedy search finds, so that each sample has a known text.
+    options = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    with lm.steered([steering.at(2), None, steering.at(-2)]):
+        together = raw_greedy(lm, PROMPTS, 8, **options)
+    for i, dial in enumerate((2, 0, -2)):
+        alone = greedy_by_hand(
+            lm.model, token_ids(PROMPTS[i]), 8, by_hand(steering.interventions[0].operator, dial)
+        )
+        assert together[2 * i] == together[2 * i + 1] == alone
+
+
+# -- order ------------------------------------------------------------------------------------
+
+
+def test_steerings_at_one_site_act_in_the_order_given() -> None:
+    lm = language_model("llama")
+    first, second = scale(48, 1), add(48, 2, size=1.0)
+    a, b = (steer(lm, ("layers.1.resid", op)) for op in (first, second))
+    layer, change, move = block(lm.model, 1), by_hand(first), by_hand(second)
+    with lm.steered(a, b):
+        a_then_b = logits_of(lm)
+    with lm.steered(b, a):
+        b_then_a = logits_of(lm)
+    with hand_hooked(layer, lambda x: move(change(x))):
+        assert relative(a_then_b, logits_of(lm)) < 1e-5
+    with hand_hooked(layer, lambda x: change(move(x))):
+        assert relative(b_then_a, logits_of(lm)) < 1e-5
+    assert relative(a_then_b, b_then_a) > 0.01
+
+
+def test_interventions_of_one_steering_act_in_their_order() -> None:
+    lm = language_model("llama")
+    first, second = scale(48, 1), add(48, 2, size=1.0)
+    a, b = (steer(lm, ("layers.1.resid", op)) for op in (first, second))
+    joint = steer(lm, ("layers.1.resid", first), ("layers.1.resid", second))
+    with lm.steered(a, b):
+        expected = logits_of(lm)
+    with lm.steered(joint):
+        assert torch.equal(logits_of(lm), expected)
+
+
+def test_nested_blocks_act_from_the_outside_in() -> None:
+    lm = language_model("gemma3")
+    a, b = steer_at(lm, "resid", "Scale"), steer_at(lm, "resid", "Add", seed=1)
+    plain = logits_of(lm)
+    with lm.steered(a):
+        alone = logits_of(lm)
+        with lm.steered(b):
+            nested = logits_of(lm)
+        assert torch.equal(logits_of(lm), alone)
+    assert torch.equal(logits_of(lm), plain)
+    with lm.steered(a, b):
+        assert torch.equal(logits_of(lm), nested)
+    with lm.steered(b, a):
+        assert relative(logits_of(lm), nested) > 1e-3
+
+
+def test_nested_blocks_on_experts() -> None:
+    lm = language_model("qwen3_moe")
+    a, b = steer_at(lm, "ffn_in", "Scale"), steer_at(lm, "ffn_in", "Add", seed=1)
+    plain = logits_of(lm)
+    with lm.steered(a):
+        with lm.steered(b):
+            nested = logits_of(lm)
+        with lm.steered(a, b):
+            pass  # not run: a steering that meets no pass is no error
+        alone = logits_of(lm)
+    with lm.steered(a, b):
+        assert torch.equal(logits_of(lm), nested)
+    with lm.steered(a):
+        assert torch.equal(logits_of(lm), alone)
+    assert torch.equal(logits_of(lm), plain)
+    assert relative(nested, alone) > 1e-3
+
+
+# -- nothing stays behind ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+def test_hooks_are_gone_after_the_block_however_it_ends(name: str) -> None:
+    lm = language_model(name)
+    before = traces(lm.model)
+    steerings = [steer_at(lm, kind, op) for kind in KINDS for op in ("Scale", "Add")]
+    positioned = steer_at(lm, "resid", positions="last")
+    plain = logits_of(lm)
+    with lm.steered(*steerings, positioned):
+        assert traces(lm.model) != before
+        logits_of(lm)
+    assert traces(lm.model) == before
+    with pytest.raises(ZeroDivisionError), lm.steered(*steerings, positioned):
+        lm.model.generate(torch.tensor([IDS]), max_new_tokens=2)
+        1 / 0  # noqa: B018
+    assert traces(lm.model) == before
+
+    def broken(module: Any, args: Any, output: Any) -> None:
+        raise RuntimeError("a forward pass that fails")
+
+    handle = block(lm.model, 2).register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="fails"), lm.steered(*steerings):
+        logits_of(lm)
+    handle.remove()
+    assert traces(lm.model) == before
+    assert torch.equal(logits_of(lm), plain)
+
+
+def test_a_generate_that_somebody_else_put_there_comes_back() -> None:
+    lm = language_model("llama")
+    calls = []
+
+    def foreign(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return type(lm.model).generate(lm.model, *args, **kwargs)
+
+    lm.model.generate = foreign
+    with lm.steered(steer_at(lm, "resid")):
+        lm.model.generate(torch.tensor([IDS]), max_new_tokens=2)
+        with lm.steered(steer_at(lm, "heads")):
+            lm.model.generate(torch.tensor([IDS]), max_new_tokens=2)
+    assert vars(lm.model)["generate"] is foreign
+    assert len(calls) == 2
+
+
+def test_other_hooks_of_the_user_stay() -> None:
+    lm = language_model("llama")
+    seen: list[Tensor] = []
+    handle = block(lm.model, 1).register_forward_hook(lambda m, a, output: seen.append(output))
+    with lm.steered(steer_at(lm, "resid")):
+        logits_of(lm)
+    logits_of(lm)
+    assert len(seen) == 2
+    handle.remove()
+
+
+@pytest.mark.parametrize("op", ["Scale", "Add"])
+def test_activations_are_never_changed_in_place(op: str) -> None:
+    lm = language_model("llama")
+    for kind in KINDS:
+        steering = steer_at(lm, kind, op)
+        point = lm.anatomy.point(steering.interventions[0].site)
+        held: list[Tensor] = []
+        copies: list[Tensor] = []
+
+        def note(x: Tensor) -> None:
+            held.append(x)
+            copies.append(x.clone())
+
+        if point.side == "output":  # a hook of the user's, which runs before the steering's
+            handle = point.module.register_forward_hook(lambda m, a, output: note(output))
+        else:
+            handle = point.module.register_forward_pre_hook(lambda m, args: note(args[0]))
+        for rows in (steering, [steering, None, steering.at(2)]):
+            with lm.steered(rows):
+                logits_of(lm)
+        handle.remove()
+        assert len(held) == 2
+        for x, copy in zip(held, copies, strict=True):
+            assert torch.equal(x, copy), kind
+
+
+# -- prompt and generated tokens --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("name", TINY)
+def test_generate_equals_a_loop_by_hand_with_and_without_cache(
+    name: str, positions: Positions
+) -> None:
+    """Raw generate inside the block; left-padded rows of different lengths, each its own dial."""
+    lm = language_model(name)
+    steering = steer_at(lm, "resid", positions=positions, seed=2)
+    change = steering.interventions[0].operator
+    dials, new = [4.0, -4.0], 12
+    with lm.steered([steering.at(dial) for dial in dials]):
+        cached = raw_greedy(lm, PROMPTS[:2], new)
+        uncached = raw_greedy(lm, PROMPTS[:2], new, use_cache=False)
+    for row, dial in enumerate(dials):
+        prompt = token_ids(PROMPTS[row])
+        expected = greedy_by_hand(lm.model, prompt, new, by_hand(change, dial), positions)
+        assert cached[row] == expected
+        assert uncached[row] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_positions_differ_from_each_other(name: str) -> None:
+    """Else the test above could not tell them apart."""
+    lm = language_model(name)
+    written = []
+    for positions in POSITIONS:
+        steering = steer_at(lm, "resid", positions=positions, seed=2).at(4)
+        written.append(lm.generate(PROMPTS, max_new_tokens=20, chat=False, steering=steering))
+    texts = [tuple(one.tokens for one in completions) for completions in written]
+    assert len(set(texts)) == 4
+
+
+def test_a_scale_at_heads_equals_a_loop_by_hand() -> None:
+    """The plainest case written out: no helper of this file, no operator of trimtab's."""
+    lm = language_model("llama")
+    units, factors = torch.tensor([3, 17, 40]), torch.tensor([4.0, -2.0, 0.0])
+    op = Scale(units, factors - 1, 64)
+    with lm.steered(steer(lm, ("layers.1.heads", op))):
+        steered = lm.model.generate(torch.tensor([IDS]), max_new_tokens=12, do_sample=False)
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = args[0].clone()
+        x[..., units] *= factors
+        return (x,)
+
+    handle = lm.model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(hook)
+    ids = list(IDS)
+    for _ in range(12):
+        ids.append(int(plain_logits(lm.model, ids)[-1].argmax()))
+    handle.remove()
+    assert steered[0].tolist() == ids
+    assert lm.model.generate(torch.tensor([IDS]), max_new_tokens=12).tolist() != steered.tolist()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_left_padded_batch_equals_each_prompt_alone(name: str) -> None:
+    lm = language_model(name)
+    rows = [
+        steer_at(lm, "heads", "Scale").at(2),
+        None,
+        (steer_at(lm, "ffn_out", "Scale"), steer_at(lm, "resid", positions="last")),
+    ]
+    together = lm.logits(PROMPTS, steering=rows)
+    texts = lm.generate(PROMPTS, max_new_tokens=8, chat=False, steering=rows)
+    for row, (prompt, steering) in enumerate(zip(PROMPTS, rows, strict=True)):
+        assert relative(together[row], lm.logits([prompt], steering=[steering])[0]) < 1e-4
+        alone = lm.generate([prompt], max_new_tokens=8, chat=False, steering=[steering])
+        assert texts[row].tokens == alone[0].tokens
+
+
+def test_right_padded_rows_end_where_their_last_token_is() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", positions="last")
+    inputs = lm.tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad(), lm.steered(steering):
+        together = lm.model(**inputs, use_cache=False).logits
+        for row, prompt in enumerate(PROMPTS):
+            ids = token_ids(prompt)
+            alone = plain_logits(lm.model, ids)
+            assert relative(together[row, : len(ids)], alone) < 1e-5
+    plain = plain_logits(lm.model, token_ids(PROMPTS[1]))
+    last = len(plain) - 1
+    assert torch.allclose(together[1, :last], plain[:-1], atol=1e-5)
+    assert relative(together[1, last], plain[-1]) > 0.01
+
+
+def by_hand_of(steering: tt.Steering) -> Change:
+    change: Change = by_hand(steering.interventions[0].operator, steering.setting)
+    return change
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_users_own_loop_with_a_cache(positions: Positions) -> None:
+    lm = language_model("qwen2")
+    steering = steer_at(lm, "resid", positions=positions, seed=2).at(2)
+    expected = greedy_by_hand(lm.model, IDS, 10, by_hand_of(steering), positions)
+    with torch.no_grad(), lm.steered(steering):
+        for _ in range(2):  # the second text begins anew in the same block
+            ids, cache = list(IDS), None
+            for _ in range(10):
+                new = ids if cache is None else ids[-1:]
+                output = lm.model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                ids.append(int(output.logits[0, -1].argmax()))
+            assert ids[len(IDS) :] == expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("options", ["twice", "static", "chunks", "lookup", "embeds"])
+def test_other_ways_to_generate(positions: Positions, options: str) -> None:
+    """Positions mean the same however generate cuts a text into passes."""
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", positions=positions, seed=2).at(4)
+    expected = greedy_by_hand(lm.model, IDS, 20, by_hand_of(steering), positions)
+    settings: dict[str, Any] = {
+        "static": {"past_key_values": StaticCache(lm.model.config, max_cache_len=64)},
+        "chunks": {"prefill_chunk_size": 5},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "embeds": {"inputs_embeds": lm.model.model.embed_tokens(torch.tensor([IDS]))},
+    }.get(options, {})
+    inputs = {} if options == "embeds" else {"input_ids": torch.tensor([IDS])}
+    with lm.steered(steering):
+        for _ in range(2 if options == "twice" else 1):
+            output = lm.model.generate(**inputs, max_new_tokens=20, do_sample=False, **settings)
+            assert output[0, -20:].tolist() == expected
+
+
+def test_continuing_from_an_unsteered_cache_steers_the_rest() -> None:
+    """The user's own cache of a prefix: the block's first pass begins in the middle of a text."""
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", positions="prompt").at(2)
+    with torch.no_grad():
+        cache = lm.model(torch.tensor([IDS[:5]]), use_cache=True).past_key_values
+        with lm.steered(steering):
+            rest = lm.model(torch.tensor([IDS[5:]]), past_key_values=cache).logits[0]
+
+    def after_five(x: Tensor) -> Tensor:
+        return torch.cat((x[:5], by_hand_of(steering)(x[5:])))
+
+    _, expected = reference("llama", lm.model, IDS, {"layers.1.resid": after_five})
+    assert relative(rest, expected[5:]) < 1e-5
+
+
+def test_inference_mode() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", "Scale", positions="last").at(2)
+    expected = greedy_by_hand(lm.model, IDS, 6, by_hand_of(steering), "last")
+    with torch.inference_mode(), lm.steered(steering):
+        output = lm.model.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False)
+    assert output[0, len(IDS) :].tolist() == expected
+
+
+@pytest.mark.parametrize("op", ["Scale", "Add"])
+def test_gradients_flow_after_a_pass_in_inference_mode(op: str) -> None:
+    """What is computed once per block must not be an inference tensor in a later plain pass."""
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", op)
+    for rows in (steering, [steering, None, steering.at(2)]):
+        with lm.steered(rows):
+            lm.logits(PROMPTS)
+            lm.model(**left_padded(lm, PROMPTS)).logits.sum().backward()
+        gradient = lm.model.model.embed_tokens.weight.grad
+        assert gradient is not None
+        assert gradient.isfinite().all()
+        assert gradient.any()
+
+
+# -- loud when not applied --------------------------------------------------------------------
+
+
+def test_a_steering_that_touches_nothing_is_an_error() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid", positions="generated")
+    with pytest.raises(tt.TrimtabError, match=r"touched nothing at layers\.1\.resid") as caught:
+        lm.logits(PROMPTS, steering=steering)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(tt.TrimtabError, match="touched nothing"):
+        lm.generate(PROMPTS, max_new_tokens=1, chat=False, steering=steering)
+    lm.generate(PROMPTS, max_new_tokens=2, chat=False, steering=steering)
+
+
+def test_one_of_several_that_touches_nothing_is_an_error_too() -> None:
+    lm = language_model("llama")
+    idle, busy = steer_at(lm, "resid", positions="generated"), steer_at(lm, "resid")
+    with pytest.raises(tt.TrimtabError, match=r"touched nothing at layers\.1\.resid"):
+        lm.logits(PROMPTS, steering=[(busy, idle)] * 3)
+
+
+def test_a_module_that_the_model_goes_round_is_an_error() -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "ffn_out", layer=2)
+    # A block that computes without calling its FFN module, as fused kernels do.
+    lm.model.model.layers[2].forward = lambda hidden_states, **kwargs: hidden_states
+    with (
+        pytest.raises(tt.TrimtabError, match=r"touched nothing at layers\.2\.ffn_out"),
+        lm.steered(steering),
+    ):
+        logits_of(lm)
+
+
+def test_a_block_without_a_pass_is_no_error() -> None:
+    lm = language_model("llama")
+    with lm.steered(steer_at(lm, "resid", positions="generated")):
+        pass
+
+
+def test_a_text_that_ends_at_once_is_no_error() -> None:
+    """The first new token may be the end of the text: then there is nothing left to steer."""
+    lm = language_model("llama")
+    first = lm.generate(PROMPTS[:1], max_new_tokens=1, chat=False)[0].tokens[0]
+    lm.model.generation_config.eos_token_id = first
+    steering = steer_at(lm, "resid", positions="generated")
+    done = lm.generate(PROMPTS[:1], max_new_tokens=8, chat=False, steering=steering)
+    assert done[0].tokens == ()
+
+
+# -- precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["Scale", "Add"])
+def test_arithmetic_is_float32_and_cast_back(op: str, dtype: torch.dtype) -> None:
+    lm = language_model("llama", dtype=dtype)
+    made = scale(48) if op == "Scale" else add(48)
+    steering = steer(lm, ("layers.1.resid", made))
+    seen: list[Tensor] = []
+    layer = block(lm.model, 1)
+    dials = [3.7, 0.0, -1.3]
+    before = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+    for rows in (steering.at(3.7), [steering.at(dial) for dial in dials]):
+        seen.clear()
+        with lm.steered(rows):
+            after = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+            logits_of(lm)
+            after.remove()
+        x, y = seen
+        assert y.dtype is dtype
+        per_row = torch.tensor(dials if isinstance(rows, list) else [3.7] * 3)[:, None, None]
+        if op == "Add":
+            expected = x.float() + per_row * made.vector
+            coarse = x + (per_row * made.vector).to(dtype)
+        else:
+            factors = torch.ones(3, 1, 48)
+            factors[..., made.units] = 1 + per_row * made.gain
+            expected = x.float() * factors
+            coarse = x * factors.to(dtype)
+        assert torch.equal(y, expected.to(dtype))
+        assert not torch.equal(y, coarse)  # the test can tell the difference
+        assert x.isfinite().all()
+    before.remove()
+
+
+def test_rows_and_dials_in_bfloat16_leave_the_others_alone() -> None:
+    lm = language_model("gemma2", dtype=torch.bfloat16)
+    plain = logits_of(lm)
+    with lm.steered([None, steer_at(lm, "resid", "Add"), None]):
+        steered = logits_of(lm)
+    assert torch.equal(steered[[0, 2]], plain[[0, 2]])
+    assert not torch.equal(steered[1], plain[1])
