@@ -203,7 +203,9 @@ def test_bfloat16(name: str) -> None:
     wants = [
         Want(s, token, kind) for s in sites for token in TOKENS for kind in (SignCounts, Means)
     ]
-    statistics = collect(language_model, Contrast.from_pairs(PAIRS), wants)
+    # A method is handed float32 whatever the model's dtype is, and checks that it is so.
+    own = [Want(site, token, _Counting) for site in sites for token in TOKENS]
+    statistics = collect(language_model, Contrast.from_pairs(PAIRS), [*wants, *own])
     by_hand = [
         _one_by_one(wide, tiny_tokenizer(), [(pair[0], pair[side]) for pair in PAIRS], sites)
         for side in (1, 2)

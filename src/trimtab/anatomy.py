@@ -125,7 +125,7 @@ def parse_site(site: str) -> tuple[int | None, str]:
     """`layers.12.ffn_out` -> (12, "ffn_out"); `embed` -> (None, "embed")."""
     if site in ("embed", "final_norm"):
         return None, site
-    match = re.fullmatch(r"layers\.(\d+)\.(\w+)", site)
+    match = re.fullmatch(r"layers\.(\d{1,5})\.(\w+)", site)
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
             f"unknown site {site!r}: write layers.N.KIND with a kind of "
@@ -227,7 +227,7 @@ class Anatomy:
         return layer, kind
 
     def sites(self, kind: str, layers: tuple[int, ...] | None = None) -> list[str]:
-        """All sites of a kind, in layer order; `layers` keeps some (negative: from the end)."""
+        """All sites of a kind, or those of `layers` in their order (negative: from the end)."""
         if kind not in KINDS:
             raise TrimtabError(f"unknown site kind {kind!r}: known are {', '.join(KINDS)}")
         if kind in ("embed", "final_norm"):

@@ -8,7 +8,7 @@ checkpoint and the numbers in a directory.
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from trimtab.bake import bake
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import PARTS, Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
@@ -73,7 +73,7 @@ def run(
 ) -> dict[str, Any]:
     """The whole demonstration; returns its numbers and leaves its files in `output`."""
     started = time.perf_counter()
-    _prepare(output)
+    _check(contrast, output)
     plain = (files("trimtab") / "data" / "plain.txt").read_text(encoding="utf-8").splitlines()
     fitted = _fit(language_model, contrast, say)
     austeer, caa = _choose(language_model, contrast, fitted, plain[:VALIDATION_TEXTS], say)
@@ -86,6 +86,7 @@ def run(
     results = _measure(language_model, test, plain[VALIDATION_TEXTS:], compared, say)
     texts = _texts(language_model, [None, austeer.steering, caa.steering], say)
     anatomy, site = language_model.anatomy, austeer.steering.interventions[0].site
+    _claim(output)
     drawn = picture(
         output / "demo.png",
         austeer.steering,
@@ -96,7 +97,7 @@ def run(
         len(test),
     )
     saved = [
-        trial.steering.save(output / f"{trial.steering.method}.safetensors")
+        trial.steering.save(output / f"{trial.steering.method}.safetensors", overwrite=True)
         for trial in (austeer, caa)
     ]
     baked = _bake(language_model, austeer.steering, output / "model")
@@ -140,15 +141,25 @@ def run(
     return numbers
 
 
-def _prepare(output: Path) -> None:
-    """An empty directory; one that an earlier demonstration filled is emptied."""
-    if output.exists():
-        if any(output.iterdir()) and not (output / "demo.json").is_file():
-            raise TrimtabError(f"{output} holds other things than a demo: name another directory")
-        shutil.rmtree(output)
-    output.mkdir(parents=True)
-    # From here on the directory is the demo's, also when it is interrupted.
-    write_whole(output / "demo.json", b"{}")
+def _check(contrast: Contrast, output: Path) -> None:
+    """Before minutes of work: a contrast that lacks something, a directory of somebody else's."""
+    if not contrast.paired:
+        raise TrimtabError(f"{contrast.name} is unpaired: the demonstration compares pairs")
+    for part in PARTS:
+        contrast.part(part)
+    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise TrimtabError(f"cannot write {output}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK):
+        raise TrimtabError(f"cannot write {output}: no permission to write in {existing}")
+    if existing == output and any(output.iterdir()) and not (output / "demo.json").is_file():
+        raise TrimtabError(f"{output} holds other things than a demo: name another directory")
+
+
+def _claim(output: Path) -> None:
+    """From here on the directory is the demo's, and no old numbers stand beside new files."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "demo.json", b"{}", overwrite=True)
 
 
 def _fit(language_model: LanguageModel, contrast: Contrast, say: Say) -> list[Steering]:
@@ -270,7 +281,7 @@ def _bake(language_model: LanguageModel, steering: Steering, directory: Path) ->
     """Save a baked checkpoint, load it with plain transformers, and compare greedy tokens."""
     from transformers import AutoModelForCausalLM
 
-    bake(language_model, steering).save_pretrained(directory)
+    bake(language_model, steering).save_pretrained(directory, overwrite=True)
     plain: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=language_model.dtype)
     same = total = 0
     for prompt in PROMPTS[:2]:

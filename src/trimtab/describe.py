@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from trimtab.anatomy import parse_site
+from trimtab.errors import TrimtabError
 from trimtab.operators import Add
 from trimtab.steering import Steering
 
@@ -45,9 +46,14 @@ def describe(steering: Steering) -> dict[str, Any]:
 
 
 def _units(steering: Steering) -> list[dict[str, Any]]:
-    kind = steering.hyperparameters["site"]
-    columns = [steering.tables[name].tolist() for name in ("layer", "unit")]
-    scores = [steering.tables[name].tolist() for name in ("score", "r_pos", "r_neg", "gain")]
+    kind, tables = steering.hyperparameters.get("site"), steering.tables
+    names = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
+    shapes = {tuple(tables[name].shape) for name in names if name in tables}
+    if kind is None or not tables.keys() >= set(names) or {len(shape) for shape in shapes} != {1}:
+        raise TrimtabError(f"the {steering.method} steering does not say which units it has")
+    if len(shapes) > 1:
+        raise TrimtabError(f"the tables of the {steering.method} steering have several lengths")
+    columns = [tables[name].tolist() for name in names]
     return [
         {
             "site": f"layers.{layer}.{kind}",
@@ -58,7 +64,7 @@ def _units(steering: Steering) -> list[dict[str, Any]]:
             "r_neg": r_neg,
             "gamma": steering.setting * gain,
         }
-        for layer, unit, score, r_pos, r_neg, gain in zip(*columns, *scores, strict=True)
+        for layer, unit, score, r_pos, r_neg, gain in zip(*columns, strict=True)
     ]
 
 
@@ -82,7 +88,7 @@ def _explain_austeer(steering: Steering) -> list[str]:
     if not units:
         return ["AUSteer with k = 0: no unit is changed."]
     layers = Counter(unit["layer"] for unit in units)
-    promoted = sum(unit["gamma"] * steering.setting >= 0 for unit in units)
+    up, down = (sum(sign * unit["gamma"] > 0 for unit in units) for sign in (1, -1))
     scores = [unit["score"] for unit in units]
     where = ", ".join(f"{layer} ({count})" for layer, count in sorted(layers.items()))
     clamp = steering.hyperparameters.get("clamp_sign", False)
@@ -91,8 +97,8 @@ def _explain_austeer(steering: Steering) -> list[str]:
         f"AUSteer scales {len(units)} single units of {steering.hyperparameters['site']}, "
         f"in layers {where}: each activation x becomes (1 + gamma) x.",
         f"They were chosen because on {min(scores):.0%} to {max(scores):.0%} of the pairs the "
-        f"positive text's activation lies on the same side of the negative's. {promoted} are "
-        f"scaled up, {len(units) - promoted} down.",
+        f"positive text's activation lies on the same side of the negative's. {up} are "
+        f"scaled up, {down} down.",
     ]
     if flips:
         lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from trimtab.describe import describe
 from trimtab.metrics.intervals import Estimate
-from trimtab.steering import Steering
+from trimtab.steering import Steering, write_whole
 
 # Okabe and Ito's palette.
 UP, DOWN, NEUTRAL = "#0072B2", "#D55E00", "#666666"
@@ -69,7 +70,7 @@ def picture(
     costs: Mapping[str, Estimate],
     n: int,
 ) -> Path:
-    """Where the units are, what each steering gains and what it costs, in one file."""
+    """Where the units are, what each steering gains and what it costs, in one PNG file."""
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False}):
         figure = Figure(figsize=(12, 5), layout="constrained")
         halves: Any = figure.subfigures(1, 2, width_ratios=[1.15, 1])
@@ -79,5 +80,6 @@ def picture(
         upper.set_title(f"What it does: {n} held-out pairs, 95 % intervals")
         plot_effects(lower, costs, "change in cross-entropy on plain text, nats per token", False)
         lower.set_title("What it costs")
-        figure.savefig(path, dpi=150)
-    return path
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+    return write_whole(path, drawn.getvalue(), overwrite=True)

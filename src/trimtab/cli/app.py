@@ -25,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+#: The exit status of a program that Ctrl-C ended.
+_INTERRUPTED = 130
+
 app.command()(demo.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(fit.app, name="fit")
@@ -43,13 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = app(arguments, prog_name="trimtab", standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        status = _INTERRUPTED
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _fail(_one_line(error), 2)
-    else:
-        sys.exit(status if isinstance(status, int) else 0)
+        message = _one_line(error)
+        if not message:  # no arguments: the help has been shown
+            sys.exit(2)
+        _fail(message, 2)
+    if status == _INTERRUPTED:  # which is also what typer makes of Ctrl-C
+        _fail("interrupted", _INTERRUPTED)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _fail(message: str, status: int) -> None:
@@ -58,11 +65,12 @@ def _fail(message: str, status: int) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong and what to do, for a person."""
+    """What went wrong and what to do, for a person; empty where all is said already."""
     if isinstance(error, TrimtabError):
-        return str(error)
+        return " ".join(str(error).splitlines())
     if hasattr(error, "format_message"):  # the command line itself was wrong
-        return f"{' '.join(error.format_message().split())} (see --help)"
+        message = " ".join(error.format_message().split())
+        return message and f"{message} (see --help)"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: free some space and run the command again"
     if isinstance(error, OSError) and error.filename:

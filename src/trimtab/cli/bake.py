@@ -61,4 +61,4 @@ def bake(
         )
         return
     console.print(f"Saved {output}, a plain {type(baked.model).__name__} checkpoint. Load it with")
-    console.print(f'    AutoModelForCausalLM.from_pretrained("{output}")', markup=False)
+    console.print(f'    AutoModelForCausalLM.from_pretrained("{output}")')

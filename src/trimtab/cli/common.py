@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,9 @@ Force = Annotated[
     bool, typer.Option("--force", help="Allow a steering that was made for another model.")
 ]
 
-#: For people; long lines wrap at the terminal's width, and are left whole in a pipe.
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+#: For people; long lines wrap at the terminal's width, and are left whole in a pipe. Text stays as
+#: it is: in names and texts `:smile:` is no emoji and `[bold]` no style.
+console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, emoji=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -70,3 +72,5 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise TrimtabError(f"{path} exists: choose another name, or pass --overwrite")
     if not path.absolute().parent.is_dir():
         raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")

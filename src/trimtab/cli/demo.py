@@ -35,7 +35,7 @@ def demo(
 
     def say(line: str) -> None:
         if not as_json:
-            console.print(line, markup=False)
+            console.print(line)
 
     numbers = demonstration.run(language_model, texts, output, say)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields
@@ -56,6 +57,8 @@ def _run(
     as_json: bool,
 ) -> None:
     refuse_existing(output, overwrite)
+    if output.is_dir():
+        raise TrimtabError(f"{output} is a directory: name a file")
     if max_length is not None and max_length < 2:
         raise TrimtabError(f"--max-length must be 2 or more, not {max_length}")
     texts = Contrast.load(contrast)
@@ -122,20 +125,14 @@ def _plain(hint: Any) -> Any:
 def read_numbers(name: str, text: str) -> tuple[int, ...]:
     """`4,5,8-12` -> (4, 5, 8, 9, 10, 11, 12); a leading minus counts from the end."""
     numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = (
-                part.strip().partition("-")
-                if part.strip()[:1] != "-"
-                else (
-                    part,
-                    "",
-                    "",
-                )
-            )
-            numbers += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError as error:
-        raise TrimtabError(f"--{name} {text}: write numbers, as in 4,5,8-12") from error
+    for part in text.split(","):
+        # Five digits at most, so that no slip of the finger fills the memory.
+        match = re.fullmatch(r"\s*(-?\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2]) if match and match[2] else first
+        if match is None or last < first:
+            raise TrimtabError(f"--{name} {text}: write numbers, as in 4,5,8-12")
+        numbers += range(first, last + 1)
     return tuple(numbers)
 
 

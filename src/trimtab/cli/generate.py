@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,7 @@ from trimtab.cli.common import (
     print_json,
     read_steerings,
 )
-from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import Completion
 
 
 def generate(
@@ -48,7 +47,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely (0: all).")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample within this probability mass.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -80,67 +81,68 @@ def generate(
     if compare and steerings:
         runs.insert(0, ([], language_model.generate(texts, **options)))
     if as_json:
-        outputs = [_record(completion, labels) for labels, run in runs for completion in run]
+        outputs = [
+            {
+                "prompt": text,
+                "text": completion.text,
+                "tokens": list(completion.tokens),
+                "steering": labels,
+            }
+            for labels, run in runs
+            for text, completion in zip(texts, run, strict=True)
+        ]
         print_json({"outputs": outputs, "model": dict(vars(language_model.identity))})
         return
-    for i, text in enumerate(texts):
-        shown = text if isinstance(text, str) else text[-1][1]
-        console.print(f"[bold]{_escape(shown)}[/bold]")
+    for i in range(len(texts)):
+        prompt = runs[0][1][i].prompt
+        console.print(prompt if isinstance(prompt, str) else prompt[-1][1], style="bold")
         for labels, run in runs:
             if compare:
-                console.print(f"[dim]{_escape(', '.join(labels) or 'unsteered')}[/dim]")
-            console.print(_escape(run[i].text))
+                console.print(", ".join(labels) or "unsteered", style="dim")
+            print(run[i].text)  # exactly as the model wrote it
         console.print()
 
 
 def _prompts(given: list[str], file: Path | None) -> list[Any]:
-    """Prompts from the command line, from a file, from standard input."""
+    """Prompts from the command line, from standard input, from a file."""
     texts: list[Any] = []
     for text in given:
-        lines = sys.stdin.read().splitlines() if text == "-" else [text]
-        texts += [line for line in lines if line.strip()]
+        if text == "-":
+            texts += [line for _, line in _lines(sys.stdin, "standard input")]
+        elif text.strip():
+            texts.append(text)
+        else:
+            raise TrimtabError(f"prompt {len(texts) + 1} is empty")
     if file is not None:
         try:
-            with file.open(encoding="utf-8") as lines_of_file:
-                for number, line in enumerate(lines_of_file, 1):
-                    if line.strip():
-                        texts.append(_line(line.rstrip("\n"), file, number))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise TrimtabError(f"cannot read prompts from {file}: {reason}") from error
+            with file.open(encoding="utf-8-sig") as opened:
+                lines = _lines(opened, str(file))
+        except OSError as error:
+            raise TrimtabError(f"cannot read prompts from {file}: {error.strerror}") from error
+        texts += [_prompt(line, file, number) for number, line in lines]
     if not texts:
         raise TrimtabError("there is no prompt: give one on the command line, or --prompts FILE")
+    for number, text in enumerate(texts, 1):
+        try:
+            json.dumps(text, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # bytes of the command line, or escapes in JSON
+            raise TrimtabError(f"prompt {number} is not UTF-8 text") from error
     return texts
 
 
-def _line(line: str, file: Path, number: int) -> Any:
+def _lines(stream: Iterable[str], name: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    # Iterating, not str.splitlines(): a prompt may hold U+2028 and the like.
+    try:
+        return [(i, line.rstrip("\n")) for i, line in enumerate(stream, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
+
+
+def _prompt(line: str, file: Path, number: int) -> Any:
     if file.suffix != ".jsonl":
         return line
     try:
         return json.loads(line)["prompt"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error
-
-
-def _record(completion: Completion, steering: list[str]) -> dict[str, Any]:
-    return {
-        "prompt": _plain(completion.prompt),
-        "text": completion.text,
-        "tokens": list(completion.tokens),
-        "steering": steering,
-    }
-
-
-def _plain(prompt: Prompt) -> Any:
-    """A prompt as the user gave it: one user message is its text."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0][1]
-    return [{"role": role, "content": content} for role, content in prompt]
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

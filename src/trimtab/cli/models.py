@@ -50,8 +50,9 @@ def show(as_json: Json = False) -> None:
     for record in records:
         name, size = record["name"], record["download_bytes"] / 1e6
         where = record["location"] or f"not here; trimtab models pull {name} ({size:.0f} MB)"
-        console.print(f"[bold]{name}[/bold]  {record['description']}")
-        console.print(f"    licence {record['licence']}; {where}", markup=False)
+        console.print(name, style="bold", end="  ")
+        console.print(record["description"])
+        console.print(f"    licence {record['licence']}; {where}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,11 @@ def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
     mean = float(sample.mean())
     if len(sample) < 2 or np.ptp(sample) == 0:
         return Estimate(mean, mean, mean, len(sample))
-    result = stats.bootstrap((sample,), np.mean, rng=np.random.default_rng(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of degenerate data
+        result = stats.bootstrap((sample,), np.mean, rng=np.random.default_rng(seed))
     low, high = result.confidence_interval
+    if not (np.isfinite(low) and np.isfinite(high)):
+        # Values that differ by a rounding error leave BCa nothing to correct by.
+        low, high = np.percentile(result.bootstrap_distribution, (2.5, 97.5))
     return Estimate(mean, float(low), float(high), len(sample))

@@ -6,6 +6,7 @@ The LM head runs only where a token is scored, and the two sides of a pair share
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
 from trimtab.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
 from trimtab.progress import progress
+from trimtab.steering import Steering
 
 
 def log_odds(
@@ -25,13 +27,22 @@ def log_odds(
     *,
     force: bool = False,
 ) -> Tensor:
-    """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats."""
+    """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats.
+
+    `steering` is one for all pairs or a list with one per pair.
+    """
     if not contrast.paired:
         raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
-    rows = encode_contrast(language_model, contrast, None)
-    for row in rows:
-        if min(row.answers) < 1:
-            raise TrimtabError(f"{contrast.name}, row {row.index + 1}: the prompt is empty")
+    rows = []
+    for row in encode_contrast(language_model, contrast, None):
+        # A prompt's last token may merge with one answer and not with the other: both are scored
+        # from the same token on, or one would be charged for the prompt's end.
+        start = min(row.answers)
+        if start < 1:
+            raise TrimtabError(
+                f"{contrast.name}, row {row.index + 1}: no token of the prompt precedes the answers"
+            )
+        rows.append(replace(row, answers=(start, start)))
     sums = _log_likelihoods(language_model, rows, steering, force)
     return sums[:, 0] - sums[:, 1]
 
@@ -45,7 +56,8 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Of raw texts: the mean negative log-likelihood per token in nats, and how many tokens.
 
-    Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt.
+    Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt;
+    it is one for all texts or a list with one per text.
     """
     rows = []
     for row in encode_texts(language_model, texts):
@@ -71,15 +83,21 @@ def _log_likelihoods(
     all_prompt: bool = False,
 ) -> Tensor:
     """Summed log-likelihood of each side's answer, [rows, sides] in float64."""
+    if not rows:
+        raise TrimtabError("there is no text to score")
+    per_row = None if steering is None or isinstance(steering, Steering) else steering
+    if per_row is not None and len(per_row) != len(rows):
+        raise TrimtabError(f"{len(per_row)} steerings for {len(rows)} texts: give one for each")
     sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens):
             inputs = model_inputs(batch, language_model)
-            with language_model.steered(steering, force=force) as sequences:
+            here = steering if per_row is None else [per_row[row.index] for row in batch.rows]
+            with language_model.steered(here, force=force) as sequences:
                 sequences.given_ends = (
                     [inputs["input_ids"].shape[1]]
                     if all_prompt
-                    else [min(row.answers) for row in batch.rows]
+                    else [row.answers[0] for row in batch.rows]
                 )
                 hidden = language_model.anatomy.body(**inputs).last_hidden_state
             row, side, column, target = _scored_tokens(batch.rows, batch.place)
