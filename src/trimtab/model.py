@@ -459,7 +459,11 @@ def _device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    unknown = TrimtabError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, mps")
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
-        raise TrimtabError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, mps") from error
+        raise unknown from error
+    if chosen.type == "meta":  # a place without numbers, on which nothing runs
+        raise unknown
+    return chosen

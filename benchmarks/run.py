@@ -1,0 +1,135 @@
+"""Benchmarks of trimtab against the authors' code, other libraries and the bare model.
+
+    python benchmarks/run.py [extraction|means|generation|all] [--rounds 5] [--pairs N]
+                             [--data DIR] [--out FILE.json]
+
+extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
+            the authors' way, against a floor (the bare model over each distinct token once), and
+            the peak memory of a thousand pairs (extraction.py, memory.py)
+means       the mean difference at all layers against steering-vectors and repeng (means.py); each
+            is installed into an environment of its own in the user's cache, about 1.4 GB
+generation  what an attached and a baked steering cost while a model writes (generation.py)
+
+What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
+beside them. Contenders take turns within each round, in the opposite order every other round, and
+have run once before. Model loading is never counted. A ratio is that of the best rounds; beside it
+stands the median of the rounds' own ratios. On a machine with other work, believe the CPU seconds.
+
+The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl) are read
+from --data or TRIMTAB_DATA. The models are packs, which the package index carries. --pairs takes
+another number of pairs everywhere, for a quick look whose figures mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from clock import Report, machine, one_thread
+
+BENCHMARKS = ("extraction", "means", "generation")
+
+
+def main() -> int:
+    arguments = _arguments()
+    chosen = BENCHMARKS if arguments.benchmark == "all" else (arguments.benchmark,)
+    if "extraction" in chosen and arguments.data is None:
+        return _complain("extraction reads data sets: give --data DIR or set TRIMTAB_DATA")
+    if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
+        return _complain(f"cannot write {arguments.out}: there is no such directory")
+    one_thread()  # before torch is imported
+    import trimtab as tt
+
+    facts, reports = machine(), []
+    try:
+        for name in chosen:
+            reports += _run(name, arguments)
+    except tt.TrimtabError as error:
+        return _complain(str(error))
+    _show(facts, reports)
+    if arguments.out is not None:
+        content = {
+            "machine": facts,
+            "rounds": arguments.rounds,
+            "benchmarks": [report.as_json() for report in reports],
+        }
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", nargs="?", default="all", choices=(*BENCHMARKS, "all"))
+    parser.add_argument("--rounds", type=_positive, default=5, help="how often each runs")
+    parser.add_argument("--pairs", type=_positive, help="another number of pairs")
+    data = os.environ.get("TRIMTAB_DATA")
+    parser.add_argument("--data", type=Path, default=Path(data) if data else None)
+    parser.add_argument("--out", type=Path, help="write all figures there, as JSON")
+    return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _complain(message: str) -> int:
+    print(f"benchmarks: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(name: str, arguments: argparse.Namespace) -> list[Report]:
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if name == "extraction":
+        import extraction
+
+        return extraction.run(arguments.data, arguments.rounds, arguments.pairs, say)
+    if name == "means":
+        import means
+
+        return means.run(arguments.rounds, arguments.pairs, say)
+    import generation
+
+    return generation.run(arguments.rounds, arguments.pairs, say)
+
+
+def _show(facts: dict[str, Any], reports: list[Report]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    seconds = Table("benchmark", "contender", "n", "CPU s", "wall s", title="Best round")
+    for column in seconds.columns[2:]:
+        column.justify = "right"
+    ratios = Table("benchmark", "CPU seconds, ratio", "best", "median", "target", "met")
+    for column in ratios.columns[2:5]:
+        column.justify = "right"
+    for report in reports:
+        for name, taken in report.times.items():
+            n = f"{report.n} {report.facts['unit']}"
+            best = f"{min(taken.cpu):.3f}", f"{min(taken.wall):.3f}"
+            seconds.add_row(report.name, name, n, *best)
+        for ratio in report.ratios:
+            figures = f"{ratio.best:.3f}", f"{ratio.median:.3f}"
+            met = "yes" if ratio.met else "no"
+            ratios.add_row(report.name, ratio.what, *figures, ratio.target, met)
+        seconds.add_section()
+        ratios.add_section()
+    console = Console()
+    console.print(seconds)
+    console.print(ratios)
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
