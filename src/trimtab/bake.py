@@ -180,7 +180,9 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
     how, maps = _maps(anatomy, fold)
     if how == "norm":
         norm: Any = anatomy.point("final_norm").module
-        factors = operator.linear_part(torch.ones_like(norm.bias, dtype=torch.float64), dial)
+        factors = _factors(fold)
+        assert factors is not None  # or _maps would not have said "norm"
+        factors = factors.to(norm.bias.device)
         offset = operator.offset(dial).to(factors)
         for name, shift in (("weight", torch.zeros_like(offset)), ("bias", offset)):
             old = getattr(norm, name)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Prompt
+from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 #: Padded tokens in one batch on a CPU: enough to keep matrix products busy, little to pad.
@@ -67,42 +67,19 @@ def encode_contrast(
     language_model: Any, contrast: Contrast, max_length: int | None
 ) -> list[Packed]:
     """Tokenise a contrast and pack each pair; a text without a partner is a row of its own."""
-    encode = language_model.encode
     limit = language_model.max_length if max_length is None else max_length
     if limit < 1:
         raise TrimtabError(f"the maximum length must be 1 token or more, not {limit}")
     limit = min(limit, language_model.max_length)
-    packed: list[Packed] = []
-    cut = 0
     if contrast.paired:
-        pairs = contrast.pairs
-        prompts = [pair.prompt for pair in pairs]
-        starts = encode(prompts)
-        positives = encode(prompts, [pair.positive for pair in pairs])
-        negatives = encode(prompts, [pair.negative for pair in pairs])
-        for index, sides in enumerate(zip(starts, positives, negatives, strict=True)):
-            start, *texts = sides
-            common = _common_length(*texts)
-            answers = tuple(_common_length(start, text) for text in texts)
-            row = Packed(
-                index,
-                tuple(texts[0] + texts[1][common:]),
-                common,
-                tuple(len(text) - common for text in texts),
-                answers,
-            )
-            shortened = _cut_left(
-                row, limit, language_model.bos, f"{contrast.name}, row {index + 1}"
-            )
-            cut += shortened is not row
-            packed.append(shortened)
+        rows = _pack_pairs(language_model, contrast.pairs)
     else:
-        for index, tokens in enumerate(encode([row.text for row in contrast.texts])):
-            row = Packed(index, tuple(tokens), len(tokens), (0,), (len(tokens),))
-            where = f"{contrast.name}, row {index + 1}"
-            shortened = _cut_left(row, limit, language_model.bos, where)
-            cut += shortened is not row
-            packed.append(shortened)
+        rows = encode_texts(language_model, [row.text for row in contrast.texts])
+    packed = [
+        _cut_left(row, limit, language_model.bos, f"{contrast.name}, row {row.index + 1}")
+        for row in rows
+    ]
+    cut = sum(shortened is not row for shortened, row in zip(packed, rows, strict=True))
     if cut:
         warnings.warn(
             f"{contrast.name}: {cut} of {len(packed)} rows are longer than {limit} tokens; "
@@ -111,6 +88,28 @@ def encode_contrast(
             stacklevel=2,
         )
     return packed
+
+
+def _pack_pairs(language_model: Any, pairs: Sequence[Pair]) -> list[Packed]:
+    """Each pair as one row: what its sides share, then the rest of each."""
+    encode = language_model.encode
+    prompts = [pair.prompt for pair in pairs]
+    starts = encode(prompts)
+    positives = encode(prompts, [pair.positive for pair in pairs])
+    negatives = encode(prompts, [pair.negative for pair in pairs])
+    rows = []
+    for index, (start, *texts) in enumerate(zip(starts, positives, negatives, strict=True)):
+        common = _common_length(*texts)
+        rows.append(
+            Packed(
+                index,
+                tuple(texts[0] + texts[1][common:]),
+                common,
+                tuple(len(text) - common for text in texts),
+                tuple(_common_length(start, text) for text in texts),
+            )
+        )
+    return rows
 
 
 def encode_texts(language_model: Any, texts: Sequence[Prompt]) -> list[Packed]:
