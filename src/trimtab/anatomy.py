@@ -61,15 +61,13 @@ class Architecture:
     ffn: str = "mlp"
     ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_proj: str = "mlp.down_proj"
-    #: Norms between a branch's output and the residual stream: an added vector does not pass them.
-    attn_post_norm: str | None = None
+    #: A norm between the FFN's output and the residual stream: an added vector does not pass it.
     ffn_post_norm: str | None = None
 
 
 _GEMMA = Architecture(
     ffn_norm="pre_feedforward_layernorm",
-    # In Gemma `post_attention_layernorm` is the norm on the attention branch, not the FFN's.
-    attn_post_norm="post_attention_layernorm",
+    # Gemma's `post_attention_layernorm` is the norm on the attention branch, not the FFN's.
     ffn_post_norm="post_feedforward_layernorm",
 )
 
@@ -102,7 +100,6 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(
         attn_norm=None,
         ffn_norm=None,
-        attn_post_norm="post_attention_layernorm",
         ffn_post_norm="post_feedforward_layernorm",
     ),
 }
