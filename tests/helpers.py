@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import trimtab as tt
-from tiny import tiny_model, tiny_tokenizer
-from trimtab.operators import Add, Scale
+from tiny import TINY, tiny_model, tiny_tokenizer
+from trimtab.anatomy import KINDS
+from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 from trimtab.steering import Positions
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
@@ -19,6 +23,24 @@ PROMPTS = [
     "Today I feel sad because of the rain",
     "What is the best way to learn a language? Read, write and speak every day",
 ]
+
+#: Operators by the names that `operator` knows: those that fold into weights, and all of them.
+LINEAR = ("Scale", "Add", "Ablate", "Rotate")
+OPERATORS = (*LINEAR, "Absolute", "Turn", "Adaptive")
+
+#: A dial at which each of them does enough to be seen.
+TELLING = {"Scale": 1.5, "Add": 1.5, "Ablate": 3.0, "Rotate": 70.0, "Absolute": 1.5} | {
+    "Turn": 200.0,
+    "Adaptive": 200.0,
+}
+
+#: The kinds of sites that an architecture lacks: norms before the branches, or after them.
+MISSING: dict[str, tuple[str, ...]] = {
+    name: ("attn_post_norm", "ffn_post_norm") for name in TINY
+} | {"gemma2": (), "gemma3": (), "olmo2": ("attn_norm_in", "ffn_norm_in")}
+
+#: Every architecture with every kind of site that it has.
+SITES = [(name, kind) for name in TINY for kind in KINDS if kind not in MISSING[name]]
 
 
 def language_model(name: str, **options: Any) -> tt.LanguageModel:
@@ -39,6 +61,49 @@ def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
         return model(torch.tensor([ids]), use_cache=False).logits[0]
 
 
+#: Module and side of a site in a block: by Llama's names, and by GPT-2's.
+_PLACES = {
+    "heads": ("self_attn.o_proj", "attn.c_proj", "input"),
+    "ffn_in": ("mlp.down_proj", "mlp.c_proj", "input"),
+    "ffn_out": ("mlp", "mlp", "output"),
+    "resid": ("", "", "output"),
+}
+
+
+def read_sites(model: Any, kind: str, texts: Sequence[str], tokenizer: Any = None) -> list[Tensor]:
+    """Every token's activations without trimtab, [layers, tokens, units] in float64 per text."""
+    gpt2 = hasattr(model, "transformer")
+    llama_path, gpt2_path, side = _PLACES[kind]
+    seen: list[Tensor] = []
+    handles = []
+    for block in model.transformer.h if gpt2 else model.model.layers:
+        module = block.get_submodule(gpt2_path if gpt2 else llama_path)
+        if side == "input":
+            hook = module.register_forward_pre_hook(lambda m, args: seen.append(args[0][0]))
+        else:
+            hook = module.register_forward_hook(lambda m, args, out: seen.append(out[0]))
+        handles.append(hook)
+    found = []
+    for text in texts:
+        with torch.no_grad():
+            model(**(tokenizer or tiny_tokenizer())(text, return_tensors="pt"), use_cache=False)
+        found.append(torch.stack(seen).double())
+        seen.clear()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def read_last(model: Any, kind: str, texts: Sequence[str], tokenizer: Any = None) -> Tensor:
+    """The last token's activations without trimtab, [texts, layers, units] in float64."""
+    return torch.stack([x[:, -1] for x in read_sites(model, kind, texts, tokenizer)])
+
+
+def side_texts(pairs: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[str]]:
+    """The texts of both sides of pairs (prompt, positive, negative)."""
+    return [pair[0] + pair[1] for pair in pairs], [pair[0] + pair[2] for pair in pairs]
+
+
 def scale(width: int, seed: int = 0) -> Scale:
     """A Scale that enlarges, shrinks and flips a third of the units."""
     units = torch.arange(0, width, 3)
@@ -50,21 +115,68 @@ def add(width: int, seed: int = 0, size: float = 0.3) -> Add:
     return Add(size * torch.randn(width, generator=torch.Generator().manual_seed(seed)))
 
 
-def operator(kind: str, width: int, seed: int = 0) -> Scale | Add:
-    return scale(width, seed) if kind == "Scale" else add(width, seed)
+def basis(width: int, seed: int = 0, rows: int = 2) -> Tensor:
+    """Random orthonormal rows [rows, width]."""
+    noise = torch.randn(width, rows, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.linalg.qr(noise).Q.T.float().contiguous()
 
 
-def by_hand(op: Scale | Add, dial: float = 1.0) -> Any:
-    """The operator as its formula says, on any tensor; shares no code with trimtab's."""
+def operator(kind: str, width: int, seed: int = 0) -> Any:
+    """A random operator: Scale, Absolute (a Scale of |x|), Add, Ablate, Rotate, Turn, Adaptive."""
+    if kind == "Scale":
+        return scale(width, seed)
+    if kind == "Absolute":
+        return replace(scale(width, seed), absolute=True)
+    if kind == "Add":
+        return add(width, seed)
+    if kind == "Ablate":
+        return Ablate(basis(width, seed, 1)[0])
+    plane = basis(width, seed)
+    return Rotate(plane) if kind == "Rotate" else Turn(plane, adaptive=kind == "Adaptive")
+
+
+def site_kinds(lm: tt.LanguageModel) -> list[str]:
+    """The kinds of sites that an architecture has: not all have all norms."""
+    return [kind for kind in KINDS if lm.anatomy.has(kind)]
+
+
+def by_hand(op: Operator, dial: float = 1.0) -> Any:
+    """The operator as its formula says, on any tensor; shares no code with trimtab's.
+
+    Angles with full matrices, which trimtab never forms.
+    """
 
     def apply(x: Tensor) -> Tensor:
         if isinstance(op, Add):
             return x + dial * op.vector.to(x.dtype)
+        if isinstance(op, Ablate):
+            r = op.direction.to(x.dtype)
+            return x @ (torch.eye(len(r), dtype=x.dtype) - dial * torch.outer(r, r))
+        if isinstance(op, Rotate | Turn):
+            return _in_plane(op, dial, x)
+        assert isinstance(op, Scale)
         changed = x.clone()
-        changed[..., op.units] = x[..., op.units] * (1 + dial * op.gain.to(x.dtype))
+        own = x[..., op.units].abs() if op.absolute else x[..., op.units]
+        changed[..., op.units] = x[..., op.units] + dial * op.gain.to(x.dtype) * own
+        if op.clamp_sign:  # what would change its sign stops at zero
+            changed = torch.where(changed * x < 0, 0.0, changed)
         return changed
 
     return apply
+
+
+def _in_plane(op: Rotate | Turn, degrees: float, x: Tensor) -> Tensor:
+    u = op.basis.to(x.dtype)
+    projector, turn = u.T @ u, math.radians(degrees)
+    if isinstance(op, Rotate):
+        quarter = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=x.dtype)  # turns b1 into b2
+        rotation = math.cos(turn) * torch.eye(2, dtype=x.dtype) + math.sin(turn) * quarter
+        matrix = torch.eye(len(projector), dtype=x.dtype) - projector + u.T @ rotation @ u
+        return x @ matrix.T
+    inside = x @ projector
+    target = math.cos(turn) * u[0] + math.sin(turn) * u[1]
+    turned = x - inside + inside.norm(dim=-1, keepdim=True) * target
+    return torch.where((x @ u[0] > 0)[..., None], turned, x) if op.adaptive else turned
 
 
 def steer(

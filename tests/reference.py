@@ -62,21 +62,32 @@ def reference(
     for layer in range(config.num_hidden_layers):
         block, at = f"{body}.{'h' if gpt2 else 'layers'}.{layer}", f"layers.{layer}"
         # Attention.
-        read = x if olmo2 else norm(x, f"{block}.{'ln_1' if gpt2 else 'input_layernorm'}")
+        if olmo2:
+            read = x
+        else:
+            into = seen(f"{at}.attn_norm_in", x)  # for this norm only: x itself goes on
+            read = norm(into, f"{block}.{'ln_1' if gpt2 else 'input_layernorm'}")
         read = seen(f"{at}.attn_norm", read)
         heads = seen(f"{at}.heads", _heads(name, config, layer, read, block, weights, linear, norm))
         out = linear(
             heads, f"{block}.{'attn' if gpt2 else 'self_attn'}.{'c' if gpt2 else 'o'}_proj"
         )
         out = seen(f"{at}.attn_out", out)
-        x = x + (norm(out, f"{block}.post_attention_layernorm") if gemma or olmo2 else out)
+        if gemma or olmo2:
+            normed = norm(out, f"{block}.post_attention_layernorm")
+            out = seen(f"{at}.attn_post_norm", normed)
+        x = x + out
         # FFN.
         before = {
             "gpt2": "ln_2",
             "gemma2": "pre_feedforward_layernorm",
             "gemma3": "pre_feedforward_layernorm",
         }.get(name, "post_attention_layernorm")
-        read = seen(f"{at}.ffn_norm", x if olmo2 else norm(x, f"{block}.{before}"))
+        if olmo2:
+            read = x
+        else:
+            read = norm(seen(f"{at}.ffn_norm_in", x), f"{block}.{before}")
+        read = seen(f"{at}.ffn_norm", read)
         mlp = f"{block}.mlp"
         if f"{mlp}.experts.down_proj" in weights:
             inner, down = _experts(config, read, weights, mlp)
@@ -94,7 +105,10 @@ def reference(
             inner = seen(f"{at}.ffn_in", inner)
             out = linear(inner, f"{mlp}.{'c_proj' if gpt2 else 'down_proj'}")
         out = seen(f"{at}.ffn_out", out)
-        x = x + (norm(out, f"{block}.post_feedforward_layernorm") if gemma or olmo2 else out)
+        if gemma or olmo2:
+            normed = norm(out, f"{block}.post_feedforward_layernorm")
+            out = seen(f"{at}.ffn_post_norm", normed)
+        x = x + out
         x = seen(f"{at}.resid", x)
 
     x = seen("final_norm", norm(x, f"{body}.{'ln_f' if gpt2 else 'norm'}"))

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 import trimtab as tt
-from helpers import PROMPTS, language_model, relative, steer_at, token_ids
+from helpers import (
+    MISSING,
+    PROMPTS,
+    SITES,
+    add,
+    language_model,
+    relative,
+    site_kinds,
+    steer,
+    steer_at,
+    token_ids,
+)
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab import anatomy
@@ -44,7 +55,8 @@ def both(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All sites of a tiny model: as hooks see them, and as the formulas give them."""
     model = tiny_model(name)
     places = Anatomy(model)
-    seen = capture(model, [site for kind in KINDS for site in places.sites(kind)])
+    kinds = [kind for kind in KINDS if kind not in MISSING[name]]
+    seen = capture(model, [site for kind in kinds for site in places.sites(kind)])
     expected, logits = reference(name, model, IDS)
     return seen, {**expected, "logits": logits}
 
@@ -52,8 +64,7 @@ def both(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 # -- every architecture, every kind -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kind"), SITES)
 def test_a_hook_sees_what_the_formula_gives(name: str, kind: str) -> None:
     seen, expected = both(name)
     places = Anatomy(tiny_model(name))
@@ -78,10 +89,111 @@ def test_reading_every_site_changes_nothing(name: str) -> None:
 def test_sites_of_one_layer_are_different_places(name: str) -> None:
     """Were two kinds the same tensor, the comparison above could pass for the wrong reason."""
     seen, _ = both(name)
-    layer = [seen[f"layers.1.{kind}"] for kind in anatomy.BLOCK_KINDS]
+    layer = [seen[f"layers.1.{kind}"] for kind in anatomy.BLOCK_KINDS if kind not in MISSING[name]]
+    assert len(layer) in (9, 11)
     for i, first in enumerate(layer):
         for second in layer[i + 1 :]:
             assert first.shape != second.shape or relative(first, second) > 0.05
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_norms_that_an_architecture_lacks_are_refused(name: str) -> None:
+    lm = language_model(name)
+    places = lm.anatomy
+    assert site_kinds(lm) == [kind for kind in KINDS if kind not in MISSING[name]]
+    for kind in MISSING[name]:
+        add_there = steer(lm, (f"layers.1.{kind}", add(lm.anatomy.hidden_size)))
+        for ask in (
+            lambda kind=kind: places.sites(kind),
+            lambda kind=kind: places.sites(kind, (0,)),
+            lambda kind=kind: places.point(f"layers.1.{kind}"),
+            lambda kind=kind: places.width(f"layers.1.{kind}"),
+            lambda steering=add_there: lm.logits(PROMPTS, steering=steering),
+            lambda steering=add_there: tt.bake(lm, steering),
+        ):
+            with pytest.raises(tt.TrimtabError, match=f"{name}.* has no .*{kind}.*norm") as caught:
+                ask()
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_a_norm_reads_is_the_residual_stream(name: str) -> None:
+    seen, _ = both(name)
+    places = Anatomy(tiny_model(name))
+    assert places.block_input(0) == "embed"
+    assert places.block_input(2) == "layers.1.resid"
+    for layer in range(places.layers):
+        before, at = seen[places.block_input(layer)], f"layers.{layer}"
+        branch = seen[f"{at}.attn_post_norm" if places.has("attn_post_norm") else f"{at}.attn_out"]
+        if name == "olmo2":  # which has no norm there: the branches read the stream itself
+            assert torch.equal(seen[f"{at}.attn_norm"], before)
+            assert torch.equal(seen[f"{at}.ffn_norm"], before + branch)
+        else:
+            assert torch.equal(seen[f"{at}.attn_norm_in"], before)
+            assert torch.equal(seen[f"{at}.ffn_norm_in"], before + branch)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_residual_stream_is_the_sum_of_its_writers(name: str) -> None:
+    seen, _ = both(name)
+    places = Anatomy(tiny_model(name))
+    writers = places.stream_writers
+    assert len(writers) == 1 + 2 * places.layers
+    assert writers == sorted(writers, key=anatomy.site_order)
+    for layer in range(places.layers):
+        total = sum((seen[site] for site in writers[: 3 + 2 * layer]), start=torch.zeros(1))
+        assert relative(total, seen[f"layers.{layer}.resid"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_heads_share_the_units_of_their_site(name: str) -> None:
+    places = Anatomy(tiny_model(name))
+    size = 12 if name == "gpt2" else 16
+    assert places.heads == 4
+    assert places.width("layers.0.heads") == 4 * size
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("attn_post_norm", "post_attention_layernorm"),
+        ("ffn_post_norm", "post_feedforward_layernorm"),
+    ],
+)
+def test_norms_on_the_branches_are_seen_where_they_leave(name: str, kind: str, module: str) -> None:
+    seen, _ = both(name)
+    norm = tiny_model(name).model.layers[1].get_submodule(module)
+    with torch.no_grad():
+        by_hand = norm(seen[f"layers.1.{kind.split('_')[0]}_out"])
+    assert torch.equal(by_hand, seen[f"layers.1.{kind}"])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_editing_what_a_norm_reads_leaves_the_stream_alone(name: str) -> None:
+    model, (plain, _) = tiny_model(name), both(name)
+    places, shift = Anatomy(model), add(48).vector
+    for kind, branch in (("attn_norm_in", "attn"), ("ffn_norm_in", "ffn")):
+        seen: dict[str, Tensor] = {}
+        edits: dict[Point, Any] = {places.point(f"layers.1.{kind}"): lambda x: x + shift}
+        for other in (f"{branch}_norm", f"{branch}_out", "resid"):
+            point = places.point(f"layers.1.{other}")
+            edits[point] = partial(seen.__setitem__, other)
+        with torch.no_grad(), hooked(edits):
+            model(torch.tensor([IDS]))
+        at = "layers.1"
+        assert relative(seen[f"{branch}_norm"][0], plain[f"{at}.{branch}_norm"]) > 0.01
+        if branch == "ffn" and name != "gemma3":
+            # The stream got the FFN's new output, and not the shift that its norm was shown.
+            stream = plain[f"{at}.ffn_norm_in"] + seen["ffn_out"][0]
+            assert relative(seen["resid"][0], stream) < 1e-6
+
+
+def test_no_linear_map_stands_at_a_norms_input_or_on_the_branch_norms() -> None:
+    places = Anatomy(tiny_model("gemma2"))
+    for kind in ("attn_norm_in", "ffn_norm_in", "attn_post_norm", "ffn_post_norm"):
+        assert places.writer(f"layers.1.{kind}") is None
+        assert places.readers(f"layers.1.{kind}") == []
 
 
 # -- the formulas once more, written out where an architecture is special ---------------------
@@ -487,19 +599,23 @@ def test_a_made_up_architecture_can_be_registered(monkeypatch: pytest.MonkeyPatc
     assert "made_up" in anatomy.known()
     places = Anatomy(model)
     assert (places.layers, places.hidden_size) == (2, 8)
-    assert [places.width(f"layers.1.{kind}") for kind in anatomy.BLOCK_KINDS] == [
-        8, 6, 8, 8, 10, 8, 8,
-    ]  # fmt: skip
+    kinds = [kind for kind in KINDS if places.has(kind)]
+    assert {kind: places.width(f"layers.1.{kind}") for kind in kinds[1:-1]} == {
+        "attn_norm_in": 8, "attn_norm": 8, "heads": 6, "attn_out": 8,
+        "ffn_norm_in": 8, "ffn_norm": 8, "ffn_in": 10, "ffn_out": 8, "resid": 8,
+    }  # fmt: skip
     seen: dict[str, Tensor] = {}
     edits: dict[Point, Any] = {
         places.point(site): partial(seen.__setitem__, site)
-        for kind in KINDS
+        for kind in kinds
         for site in places.sites(kind)
     }
     with torch.no_grad(), hooked(edits):
         model(torch.tensor([[3, 1, 4, 1, 5]]))
         block = model.core["stack"][1]
         middle = seen["layers.0.resid"] + seen["layers.1.attn_out"]
+        assert torch.equal(seen["layers.1.attn_norm_in"], seen["layers.0.resid"])
+        assert torch.allclose(seen["layers.1.ffn_norm_in"], middle)
         assert torch.allclose(seen["layers.1.attn_norm"], block.before(seen["layers.0.resid"]))
         assert torch.allclose(seen["layers.1.attn_out"], block.mixer["out"](seen["layers.1.heads"]))
         assert torch.allclose(seen["layers.1.ffn_norm"], block.between(middle))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,24 +15,34 @@ from transformers import StaticCache
 
 import trimtab as tt
 from helpers import (
+    OPERATORS,
     PROMPTS,
+    SITES,
+    TELLING,
     add,
     by_hand,
     language_model,
+    operator,
     plain_logits,
     relative,
     scale,
+    site_kinds,
     steer,
     steer_at,
     token_ids,
 )
 from reference import reference
 from tiny import TINY
-from trimtab.anatomy import KINDS
-from trimtab.operators import Scale
+from trimtab.operators import Ablate, Rotate, Scale, Turn
 from trimtab.steering import POSITIONS, Positions
 
 IDS = token_ids(PROMPTS[0])
+
+#: For tests that leave the model as it is.
+shared = cache(language_model)
+
+#: A plain architecture, one with experts, one with norms after the branches.
+FEW = ("llama", "qwen3_moe", "gemma3")
 
 Change = Callable[[Tensor], Tensor]
 
@@ -118,18 +130,45 @@ def traces(model: nn.Module) -> dict[str, Any]:
 # -- what is done, at every site of every architecture ----------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TINY)
+def turned(steering: tt.Steering, op: str, times: float = 1.0) -> tt.Steering:
+    """At a dial at which its operator shows; degrees are beyond alpha's range, so not by `at`."""
+    return replace(steering, value=times * TELLING[op])
+
+
+@pytest.mark.parametrize(("name", "kind"), SITES)
 def test_steered_logits_are_those_of_the_formulas(name: str, kind: str) -> None:
-    lm = language_model(name)
+    lm = shared(name)
     plain = plain_logits(lm.model, IDS)
     site = lm.anatomy.sites(kind, (1,))[0]
-    for op in (scale(lm.anatomy.width(site)), add(lm.anatomy.width(site))):
-        with lm.steered(steer(lm, (site, op)).at(1.5)):
+    for op in OPERATORS:
+        made = operator(op, lm.anatomy.width(site))
+        if op == "Adaptive":  # on the side of b1 on which more of the tokens are
+            inside = reference(name, lm.model, IDS)[0][site] @ made.basis[0].double()
+            made = Turn(made.basis * inside.sum().sign(), adaptive=True)
+        with lm.steered(turned(steer(lm, (site, made)), op)):
             attached = plain_logits(lm.model, IDS)
-        _, expected = reference(name, lm.model, IDS, {site: by_hand(op, 1.5)})
-        assert relative(attached, expected) < 5e-5  # float32 against float64
-        assert relative(attached, plain) > 0.01
+        _, expected = reference(name, lm.model, IDS, {site: by_hand(made, TELLING[op])})
+        assert relative(attached, expected) < 5e-5, op  # float32 against float64
+        assert relative(attached, plain) > 1e-3, op
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in SITES if pair[0] in FEW])
+def test_each_row_of_a_padded_batch_is_that_of_the_formulas(name: str, kind: str) -> None:
+    """Rows of different lengths, each with its own dial, and one without the steering."""
+    lm = shared(name)
+    plain, site = logits_of(lm), lm.anatomy.sites(kind, (1,))[0]
+    for op in OPERATORS:
+        made = operator(op, lm.anatomy.width(site))
+        one = turned(steer(lm, (site, made)), op)
+        other = replace(one, value=-0.4 * one.setting)
+        with lm.steered([one, None, other]):
+            together = logits_of(lm)
+        for row, given in ((0, one), (2, other)):
+            ids = token_ids(PROMPTS[row])
+            _, expected = reference(name, lm.model, ids, {site: by_hand(made, given.setting)})
+            assert relative(together[row, -len(ids) :], expected) < 5e-5, (op, row)
+        # Rows share the matrix products of an expert, whose sizes follow the routing.
+        assert relative(together[1], plain[1]) < (1e-6 if name == "qwen3_moe" else 1e-30), op
 
 
 def test_positions_in_a_single_pass() -> None:
@@ -149,14 +188,30 @@ def test_positions_in_a_single_pass() -> None:
         ) < (1e-5)
 
 
-@pytest.mark.parametrize("op", ["Scale", "Add"])
 @pytest.mark.parametrize("name", TINY)
-def test_a_dial_of_zero_changes_no_bit(name: str, op: str) -> None:
+def test_a_dial_of_zero_changes_no_bit(name: str) -> None:
     lm = language_model(name)
     before = logits_of(lm)
-    for kind in KINDS:
-        with lm.steered(steer_at(lm, kind, op).at(0)):
+    for kind in site_kinds(lm):
+        idle = [op for op in OPERATORS if op not in ("Turn", "Adaptive")]
+        with lm.steered(*(steer_at(lm, kind, op).at(0) for op in idle)):
             assert torch.equal(logits_of(lm), before), kind
+
+
+def test_an_angle_of_zero_is_not_nothing_for_turn() -> None:
+    """It lays all that is in the plane on b1, and must not be left out as idle."""
+    lm = language_model("llama")
+    before = plain_logits(lm.model, IDS)
+    for op in ("Turn", "Adaptive"):
+        steering = steer_at(lm, "resid", op).at(0)
+        made = steering.interventions[0].operator
+        _, expected = reference("llama", lm.model, IDS, {"layers.1.resid": by_hand(made, 0.0)})
+        for rows in (steering, [steering, steering.at(0)], [steering, None], [steering, None]):
+            with lm.steered(rows):
+                together = logits_of(lm, [PROMPTS[0]] * 2)
+            assert relative(together[0], expected) < 1e-5
+        assert relative(together[1], before) < 1e-6  # the row without it
+        assert relative(together[0], before) > 1e-3
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -179,9 +234,9 @@ def test_no_units_change_no_bit(name: str) -> None:
 def test_a_row_steers_no_other_row(name: str) -> None:
     lm = language_model(name)
     plain, real = logits_of(lm), left_padded(lm, PROMPTS)["attention_mask"][1].bool()
-    for kind in KINDS:
-        for op in ("Scale", "Add"):
-            steering = steer_at(lm, kind, op)
+    for kind in site_kinds(lm):
+        for op in ("Scale", "Turn"):  # a dial that does nothing, and a mask of rows
+            steering = turned(steer_at(lm, kind, op), op)
             with lm.steered([None, steering, None]):
                 one = logits_of(lm)
             with lm.steered(steering):
@@ -198,9 +253,9 @@ def test_a_row_steers_no_other_row(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_each_row_has_its_own_dial(name: str) -> None:
     lm = language_model(name)
-    for kind, op in (("heads", "Scale"), ("resid", "Add"), ("ffn_in", "Scale")):
+    for kind, op in (("heads", "Scale"), ("resid", "Add"), ("ffn_in", "Rotate"), ("embed", "Turn")):
         steering = steer_at(lm, kind, op)
-        dials = [2.0, -1.0, 0.5]
+        dials = [90.0, -45.0, 10.0] if op in ("Rotate", "Turn") else [2.0, -1.0, 0.5]
         together = lm.logits(PROMPTS, steering=[steering.at(dial) for dial in dials])
         for row, dial in enumerate(dials):
             alone = lm.logits([PROMPTS[row]], steering=steering.at(dial))
@@ -292,6 +347,46 @@ def test_several_samples_of_a_prompt_share_its_steering() -> None:
 # -- order ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_different_operators_at_one_site_and_at_others_act_in_their_order(name: str) -> None:
+    """At one site as given; elsewhere in the order in which a token comes by."""
+    lm = language_model(name)
+    chain = ["Rotate", "Absolute", "Ablate", "Add", "Turn", "Scale"]
+    ops = {op: operator(op, lm.anatomy.hidden_size, seed) for seed, op in enumerate(chain)}
+    later, earlier = operator("Adaptive", lm.anatomy.hidden_size, 9), add(lm.anatomy.hidden_size, 8)
+    elsewhere = [
+        steer(lm, ("layers.2.ffn_norm", later)).at(90.0),
+        steer(lm, ("layers.0.attn_out", earlier)).at(2.0),
+    ]
+    results = []
+    for order in (chain, chain[::-1]):
+        at_one = [turned(steer(lm, ("layers.1.resid", ops[op])), op) for op in order]
+
+        def one_after_another(x: Tensor, order: list[str] = order) -> Tensor:
+            for op in order:
+                x = by_hand(ops[op], TELLING[op])(x)
+            return x
+
+        edits = {
+            "layers.1.resid": one_after_another,
+            "layers.2.ffn_norm": by_hand(later, 90.0),
+            "layers.0.attn_out": by_hand(earlier, 2.0),
+        }
+        _, expected = reference(name, lm.model, IDS, edits)
+        with lm.steered(elsewhere[0], *at_one, elsewhere[1]):
+            attached = plain_logits(lm.model, IDS)
+        assert relative(attached, expected) < 5e-5
+        # All on one row beside a row with none of them, and as a sum.
+        total = elsewhere[0] + at_one[0]
+        for steering in (*at_one[1:], elsewhere[1]):
+            total = total + steering
+        rows = lm.logits([PROMPTS[0]] * 2, steering=[total, None])
+        assert relative(rows[0], expected[-1]) < 5e-5
+        assert relative(rows[1], plain_logits(lm.model, IDS)[-1]) < 1e-5
+        results.append(attached)
+    assert relative(results[0], results[1]) > 1e-3
+
+
 def test_steerings_at_one_site_act_in_the_order_given() -> None:
     lm = language_model("llama")
     first, second = scale(48, 1), add(48, 2, size=1.0)
@@ -360,7 +455,7 @@ def test_nested_blocks_on_experts() -> None:
 def test_hooks_are_gone_after_the_block_however_it_ends(name: str) -> None:
     lm = language_model(name)
     before = traces(lm.model)
-    steerings = [steer_at(lm, kind, op) for kind in KINDS for op in ("Scale", "Add")]
+    steerings = [steer_at(lm, kind, op) for kind in site_kinds(lm) for op in OPERATORS]
     positioned = steer_at(lm, "resid", positions="last")
     plain = logits_of(lm)
     with lm.steered(*steerings, positioned):
@@ -411,10 +506,10 @@ def test_other_hooks_of_the_user_stay() -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("op", ["Scale", "Add"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_activations_are_never_changed_in_place(op: str) -> None:
     lm = language_model("llama")
-    for kind in KINDS:
+    for kind in site_kinds(lm):
         steering = steer_at(lm, kind, op)
         point = lm.anatomy.point(steering.interventions[0].site)
         held: list[Tensor] = []
@@ -458,6 +553,55 @@ def test_generate_equals_a_loop_by_hand_with_and_without_cache(
         expected = greedy_by_hand(lm.model, prompt, new, by_hand(change, dial), positions)
         assert cached[row] == expected
         assert uncached[row] == expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_operator_equals_a_loop_by_hand_at_every_position(
+    op: str, positions: Positions
+) -> None:
+    """Rows of different lengths: each with its own dial, and one that is not steered at all."""
+    lm = language_model("gemma3" if op in ("Turn", "Absolute") else "gpt2")
+    steering = steer_at(lm, "resid", op, positions=positions, seed=2)
+    made, new = steering.interventions[0].operator, 6
+    steering = turned(steering, op, 2.0 if op in ("Ablate", "Add") else 1.0)
+    rows = [steering, None, replace(steering, value=-steering.setting)]
+    with lm.steered(rows):
+        cached = raw_greedy(lm, PROMPTS, new)
+        uncached = raw_greedy(lm, PROMPTS, new, use_cache=False)
+    for row, given in enumerate(rows):
+        change = (lambda x: x) if given is None else by_hand(made, given.setting)
+        expected = greedy_by_hand(lm.model, token_ids(PROMPTS[row]), new, change, positions)
+        assert cached[row] == expected
+        assert uncached[row] == expected
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_step_of_decoding_is_steered_as_the_whole_text_is(op: str, positions: Positions) -> None:
+    """By logits, which show what a greedy text may hide; cached, one token at a time."""
+    lm = language_model("llama")
+    # With this seed the generated tokens are not all on the side that Adaptive leaves.
+    steering = turned(steer_at(lm, "ffn_norm_in", op, positions=positions, seed=1), op)
+    made = by_hand(steering.interventions[0].operator, steering.setting)
+    end = len(IDS) - 3
+    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
+    stop = end if positions == "prompt" else len(IDS)
+
+    def edit(x: Tensor) -> Tensor:
+        return torch.cat((x[:first], made(x[first:stop]), x[stop:]))
+
+    _, expected = reference("llama", lm.model, IDS, {"layers.1.ffn_norm_in": edit})
+    with torch.no_grad(), lm.steered([steering, None]):
+        cache, seen = None, []
+        for new in (IDS[:end], *([token] for token in IDS[end:])):
+            output = lm.model(torch.tensor([new, new]), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            seen.append(output.logits)
+    both = torch.cat(seen, dim=1)
+    assert relative(both[0], expected) < 1e-5
+    assert relative(both[1], plain_logits(lm.model, IDS)) < 1e-5
+    assert relative(both[0], both[1]) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -596,7 +740,7 @@ def test_inference_mode() -> None:
     assert output[0, len(IDS) :].tolist() == expected
 
 
-@pytest.mark.parametrize("op", ["Scale", "Add"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_gradients_flow_after_a_pass_in_inference_mode(op: str) -> None:
     """What is computed once per block must not be an inference tensor in a later plain pass."""
     lm = language_model("llama")
@@ -693,6 +837,39 @@ def test_arithmetic_is_float32_and_cast_back(op: str, dtype: torch.dtype) -> Non
         assert torch.equal(y, expected.to(dtype))
         assert not torch.equal(y, coarse)  # the test can tell the difference
         assert x.isfinite().all()
+    before.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("op", ["Ablate", "Rotate", "Turn", "Adaptive"])
+def test_planes_are_computed_in_float32_or_better_and_cast_back(
+    op: str, dtype: torch.dtype
+) -> None:
+    lm = language_model("llama", dtype=dtype)
+    plane = torch.zeros(2, 48)  # lengths and angle exact in float32 already
+    plane[:, [0, 5, 20, 47]] = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, -0.5, -0.5, 0.5]])
+    made = {"Ablate": Ablate(plane[0]), "Rotate": Rotate(plane), "Turn": Turn(plane)}.get(
+        op, Turn(plane, adaptive=True)
+    )
+    steering = turned(steer(lm, ("layers.1.resid", made)), op)
+    seen: list[Tensor] = []
+    rough = 1e-12 if dtype == torch.float64 else 1e-6
+    layer = block(lm.model, 1)
+    before = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+    for rows in (steering, [steering, None, replace(steering, value=20.0)]):
+        seen.clear()
+        with lm.steered(rows):
+            after = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+            logits_of(lm)
+            after.remove()
+        x, y = seen
+        dials = [row and row.setting for row in rows] if isinstance(rows, list) else []
+        for row in range(3):
+            dial = dials[row] if dials else steering.setting
+            exact = x[row].double() if dial is None else by_hand(made, dial)(x[row].double())
+            # One rounding at the end: half a step, and what the sums themselves round.
+            half = torch.finfo(dtype).eps * exact.abs() / 2 + rough * exact.norm(dim=-1)[:, None]
+            assert ((y[row].double() - exact).abs() <= half).all()
     before.remove()
 
 

@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,40 +19,60 @@ from transformers import AutoModelForCausalLM
 
 import trimtab as tt
 from helpers import (
+    LINEAR,
+    MISSING,
+    OPERATORS,
     PROMPTS,
+    SITES,
+    TELLING,
     add,
+    basis,
     by_hand,
     language_model,
+    operator,
     plain_logits,
     relative,
     scale,
+    site_kinds,
     steer,
     steer_at,
     token_ids,
 )
 from reference import reference
 from tiny import TINY
-from trimtab.anatomy import KINDS
-
-OPERATORS = ("Scale", "Add")
+from trimtab.operators import Ablate, Rotate
 
 #: What is not exact, and the words that say why. Everything else bakes.
 NO_WEIGHTS = "divide by its length"  # the residual stream goes through norms only
+BEFORE_A_NORM = "the norm that reads it divides by its length"
+AFTER_A_NORM = "a norm writes it straight into the residual stream"
 NORM_BETWEEN = "a norm stands between"
+ACROSS_EXPERTS = "the router weighs each expert's part"
 NO_BIAS = "(has no bias at|takes no bias)"
 WITHOUT_MLP_BIAS = ("qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3", "olmo2")
 REFUSED: dict[tuple[str, str, str], str] = {
-    **{(name, "resid", "Scale"): NO_WEIGHTS for name in TINY},
+    **{(name, "resid", op): NO_WEIGHTS for name in TINY for op in LINEAR if op != "Add"},
+    **{(name, kind, op): BEFORE_A_NORM for name, kind in SITES for op in LINEAR
+       if kind in ("attn_norm_in", "ffn_norm_in")},
+    **{(name, kind, op): AFTER_A_NORM for name, kind in SITES for op in LINEAR
+       if kind in ("attn_post_norm", "ffn_post_norm")},
+    **{(name, kind, op): f"cannot bake test: {why} is not linear in the activation"
+       for name, kind in SITES for op, why in (
+           ("Absolute", r"a Scale that adds a multiple of \|x\|"),
+           ("Turn", "Turn, which lays activations at an absolute angle,"),
+           ("Adaptive", "Turn, which lays activations at an absolute angle,"))},
     **{(name, "final_norm", "Add"): NO_BIAS for name in TINY if name != "gpt2"},
     **{(name, "ffn_norm", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "ffn_in", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "ffn_out", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "resid", "Add"): NO_BIAS for name in ("qwen3", "qwen3_moe", "phi3")},
     **{(name, "resid", "Add"): NORM_BETWEEN for name in ("gemma2", "gemma3", "olmo2")},
+    ("qwen3_moe", "ffn_in", "Ablate"): ACROSS_EXPERTS,
+    ("qwen3_moe", "ffn_in", "Rotate"): ACROSS_EXPERTS,
     ("phi3", "attn_norm", "Add"): NO_BIAS,
     ("phi3", "heads", "Add"): NO_BIAS,
     ("phi3", "attn_out", "Add"): NO_BIAS,
-}
+}  # fmt: skip
 
 
 def check_same(
@@ -93,17 +114,21 @@ def check_untouched(model: Any, before: dict[str, tuple[int, Tensor]]) -> None:
 # -- every architecture, every site kind, every operator --------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TINY)
+def turned(steering: tt.Steering, op: str) -> tt.Steering:
+    """At a dial at which its operator shows; degrees are beyond alpha's range, so not by `at`."""
+    return replace(steering, value=TELLING[op])
+
+
+@pytest.mark.parametrize(("name", "kind"), SITES)
 def test_baked_equals_attached_or_is_refused_with_the_reason(name: str, kind: str) -> None:
     lm = language_model(name)
     before, config = snapshot(lm.model), lm.model.config.to_dict()
     for op in OPERATORS:
-        steering = steer_at(lm, kind, op).at(1.5)
+        steering = turned(steer_at(lm, kind, op), op)
         reason = REFUSED.get((name, kind, op))
         if reason is None:
             baked = tt.bake(lm, steering)
-            check_same(lm, baked, steering)
+            check_same(lm, baked, steering, new=8)
             assert not any(module._forward_hooks for module in baked.model.modules())
         else:
             with pytest.raises(tt.TrimtabError, match=reason) as caught:
@@ -121,19 +146,23 @@ def test_the_baked_weights_equal_the_formulas(name: str) -> None:
     """Not by way of attaching: the baked weights in the slow second implementation."""
     lm = language_model(name)
     ids = token_ids(PROMPTS[0])
-    for kind in ("embed", "heads", "ffn_out"):
-        steering = steer_at(lm, kind, "Scale")
-        site, op = steering.interventions[0].site, steering.interventions[0].operator
-        _, expected = reference(name, lm.model, ids, {site: by_hand(op)})
-        _, baked = reference(name, tt.bake(lm, steering).model, ids)
-        assert relative(baked, expected) < 1e-5
+    for kind in site_kinds(lm):
+        for op in ("Scale", "Ablate", "Rotate"):
+            if (name, kind, op) in REFUSED:
+                continue
+            steering = turned(steer_at(lm, kind, op), op)
+            site, made = steering.interventions[0].site, steering.interventions[0].operator
+            _, expected = reference(name, lm.model, ids, {site: by_hand(made, TELLING[op])})
+            _, baked = reference(name, tt.bake(lm, steering).model, ids)
+            assert relative(baked, expected) < 1e-5, (kind, op)
 
 
 def test_the_first_layer_of_a_mixture_may_be_dense() -> None:
     lm = language_model("qwen3_moe")
     for kind in ("ffn_norm", "ffn_in", "ffn_out"):
-        steering = steer_at(lm, kind, "Scale", layer=0)
-        check_same(lm, tt.bake(lm, steering), steering, new=8)
+        for op in ("Scale", "Rotate"):  # also at ffn_in, where experts forbid mixing units
+            steering = turned(steer_at(lm, kind, op, layer=0), op)
+            check_same(lm, tt.bake(lm, steering), steering, new=8)
     with pytest.raises(tt.TrimtabError, match="has no bias at"):
         tt.bake(lm, steer_at(lm, "ffn_out", "Add", layer=0))
 
@@ -212,7 +241,207 @@ def test_adding_at_heads_goes_through_the_output_projection() -> None:
     assert torch.allclose(baked.model.model.layers[1].self_attn.o_proj.bias, expected, atol=1e-5)
 
 
+# -- ablation at every writer -----------------------------------------------------------------
+
+NO_POST_NORMS = [name for name in TINY if "ffn_post_norm" in MISSING[name]]
+
+
+def ablated(lm: tt.LanguageModel, sites: list[str], direction: Tensor) -> tt.Steering:
+    return steer(lm, *((site, Ablate(direction)) for site in sites))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ablating_every_writer_leaves_nothing_in_the_stream(name: str) -> None:
+    lm = language_model(name)
+    direction, ids = basis(lm.anatomy.hidden_size, 5, 1)[0], token_ids(PROMPTS[0])
+    r = direction.double()
+    steering = ablated(lm, lm.anatomy.stream_writers, direction)
+    edits = {site: by_hand(Ablate(direction)) for site in lm.anatomy.stream_writers}
+    sites, logits = reference(name, lm.model, ids, edits)
+    plain, unsteered = reference(name, lm.model, ids)
+    with lm.steered(steering):
+        attached = plain_logits(lm.model, ids)
+    assert relative(attached, logits) < 1e-5
+    assert relative(unsteered, logits) > 1e-3
+    streams = [site for site in sites if site.endswith(("resid", "_norm_in", "embed"))]
+    assert len(streams) >= 1 + lm.anatomy.layers
+    for site in streams:
+        assert float((sites[site] @ r).abs().max()) < 1e-6  # the direction is float32
+        assert float((plain[site] @ r).abs().max()) > 0.01
+    if name not in NO_POST_NORMS:
+        with pytest.raises(tt.TrimtabError, match="a norm writes it straight.*attach"):
+            tt.bake(lm, steering)
+        return
+    baked = tt.bake(lm, steering)
+    check_same(lm, baked, steering, new=8)
+    sites, logits = reference(name, baked.model, ids)
+    assert relative(attached, logits) < 1e-5
+    for site in streams:
+        assert float((sites[site] @ r).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NO_POST_NORMS)
+def test_ablated_writers_are_an_edit_of_rows_by_hand(name: str) -> None:
+    """W <- (1 - r r') W and b <- (1 - r r') b, and nothing else, in float64."""
+    lm = language_model(name, dtype=torch.float64)
+    width = lm.anatomy.hidden_size
+    direction = torch.zeros(width)
+    direction[[1, 4, 9, 30]] = torch.tensor([0.5, -0.5, 0.5, 0.5])  # of length 1 to the bit
+    r = direction.double()
+    left = torch.eye(width, dtype=torch.float64) - torch.outer(r, r)
+    baked = tt.bake(lm, ablated(lm, lm.anatomy.stream_writers, direction)).model
+    # Which parameters write to the stream, by their names; [in, out] or not, tables are rows.
+    written = ("o_proj.", "down_proj", "embed_tokens.", ".c_proj.", "wte.", "wpe.")
+    input_first = ("embed_tokens.weight", "c_proj.weight", "wte.weight", "wpe.weight")
+    seen = 0
+    after = dict(baked.named_parameters(remove_duplicate=False))
+    for key, old in lm.model.named_parameters(remove_duplicate=False):
+        new, expected = after[key].detach(), old.detach()
+        if any(part in key for part in written):
+            seen += 1
+            if key.endswith(input_first) or key.endswith(".bias"):
+                expected = expected @ left
+                along = new @ r
+            else:
+                expected = left @ expected  # experts are one more dimension in front
+                along = r @ new
+            assert float(along.abs().max()) < 1e-14, key
+        assert torch.allclose(new, expected, rtol=0, atol=1e-14), key
+    biases = 2 * 3 if name == "gpt2" else 0
+    assert seen == 1 + (name == "gpt2") + 2 * 3 + biases
+    # The LM head, tied to the table or not, stays what it was.
+    assert torch.equal(
+        baked.get_output_embeddings().weight, lm.model.get_output_embeddings().weight
+    )
+    assert not baked.config.tie_word_embeddings
+    assert lm.model.config.tie_word_embeddings == (name in ("qwen2", "qwen3", "gpt2"))
+
+
+def test_ablating_at_a_norm_is_an_edit_of_columns() -> None:
+    lm = language_model("llama")
+    direction = basis(48, 5, 1)[0]
+    left = torch.eye(48) - torch.outer(direction, direction)
+    baked = tt.bake(lm, ablated(lm, ["layers.1.attn_norm"], direction)).model
+    for letter in "qkv":
+        name = f"model.layers.1.self_attn.{letter}_proj.weight"
+        assert torch.allclose(
+            baked.get_parameter(name), lm.model.get_parameter(name) @ left, atol=1e-6
+        )
+
+
+# -- rotation at the norms ---------------------------------------------------------------------
+
+
+def rotation(width: int, degrees: float) -> tuple[Rotate, Tensor]:
+    """A rotation and its matrix R: h -> R h, written out."""
+    plane = basis(width, 6)
+    b1, b2 = plane.double()
+    turn = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    matrix = (
+        torch.eye(width, dtype=torch.float64)
+        + (turn.cos() - 1) * (torch.outer(b1, b1) + torch.outer(b2, b2))
+        + turn.sin() * (torch.outer(b2, b1) - torch.outer(b1, b2))
+    )
+    return Rotate(plane), matrix
+
+
+@pytest.mark.parametrize("kind", ["attn_norm", "ffn_norm"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "olmo2", "qwen3_moe"])
+def test_rotating_at_a_norm_turns_what_reads_it(name: str, kind: str) -> None:
+    """W <- W R for q, k and v or gate and up, a change of rank 2; biases stay."""
+    lm = language_model(name)
+    op, matrix = rotation(lm.anatomy.hidden_size, 70.0)
+    steering = steer(lm, (f"layers.1.{kind}", op)).at(70)
+    baked = tt.bake(lm, steering).model
+    readers = {
+        "attn_norm": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        "ffn_norm": ("gate_proj", "up_proj", "mlp.gate", "gate_up_proj"),
+    }[kind]
+    turned_ones = 0
+    for key, old in lm.model.named_parameters():
+        new = baked.get_parameter(key)
+        if ".layers.1." in key and key.removesuffix(".weight").endswith(readers):
+            turned_ones += 1
+            assert torch.allclose(new.double(), old.double() @ matrix, atol=1e-6), key
+            change = (new - old).detach().flatten(0, -2).double()
+            assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2, key
+        else:
+            assert torch.equal(new, old), key
+    assert turned_ones == {"phi3": 1}.get(name, 3 if kind == "attn_norm" else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reader"), [("attn_norm", "attn.c_attn"), ("ffn_norm", "mlp.c_fc")]
+)
+def test_rotating_gpt2_turns_the_transposed_weight(kind: str, reader: str) -> None:
+    """Conv1D stores [in, out]: weight <- R' weight, the bias stays."""
+    lm = language_model("gpt2")
+    op, matrix = rotation(48, 70.0)
+    baked = tt.bake(lm, steer(lm, (f"layers.1.{kind}", op)).at(70)).model
+    old = lm.model.transformer.h[1].get_submodule(reader)
+    new = baked.transformer.h[1].get_submodule(reader)
+    assert torch.allclose(new.weight.double(), matrix.T @ old.weight.double(), atol=1e-6)
+    assert torch.equal(new.bias, old.bias)
+
+
+def test_a_rounded_basis_folds_as_it_is_attached() -> None:
+    """Both make it orthonormal first."""
+    lm = language_model("llama")
+    for op in (
+        Rotate(basis(48, 6).bfloat16().float()),
+        Ablate(basis(48, 6, 1)[0].bfloat16().float()),
+    ):
+        steering = steer(lm, ("layers.1.ffn_norm", op)).at(70 if isinstance(op, Rotate) else 1)
+        attached = lm.logits(PROMPTS, steering=steering)
+        assert relative(tt.bake(lm, steering).logits(PROMPTS), attached) < 1e-5
+
+
 # -- several steerings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_different_operators_together_are_the_formulas_attached_and_baked(name: str) -> None:
+    """In both orders at one site, which count, among others at other sites, which do not."""
+    lm, ids = language_model(name), token_ids(PROMPTS[0])
+    results = []
+    for kind in ("heads", "ffn_out", "embed"):
+        site = lm.anatomy.sites(kind, (1,))[0]
+        chain = {op: operator(op, lm.anatomy.width(site), 3 + i) for i, op in enumerate(LINEAR)}
+        bakes = [op for op in chain if (name, kind, op) not in REFUSED]
+        other = lm.anatomy.sites("ffn_norm", (2,))[0]
+        apart = {other: Rotate(basis(lm.anatomy.hidden_size, 1))}
+        far = steer(lm, *apart.items()).at(40)
+        for order in (bakes, bakes[::-1]):
+
+            def one_after_another(x: Tensor, order: list[str] = order, ops: Any = chain) -> Tensor:
+                for op in order:
+                    x = by_hand(ops[op], TELLING[op])(x)
+                return x
+
+            edits = {site: one_after_another, other: by_hand(apart[other], 40.0)}
+            _, expected = reference(name, lm.model, ids, edits)
+            given = [far, *(turned(steer(lm, (site, chain[op])), op) for op in order)]
+            with lm.steered(*given):
+                assert relative(plain_logits(lm.model, ids), expected) < 5e-5, kind
+            assert relative(plain_logits(tt.bake(lm, *given).model, ids), expected) < 5e-5, kind
+            results.append(expected)
+        assert relative(results[-1], results[-2]) > 1e-3, kind
+
+
+def test_a_sum_bakes_as_its_parts_in_order() -> None:
+    lm = language_model("llama")
+    a, b = steer_at(lm, "heads", "Rotate").at(50), steer_at(lm, "heads", "Scale", seed=1).at(2)
+    c = steer_at(lm, "ffn_out", "Ablate").at(1)
+    baked = tt.bake(lm, a, b, c)
+    for given in ((a + b + c,), (a + b, c), (a, b + c), (a + (b + c),)):
+        again = tt.bake(lm, *given)
+        assert again.identity.digest == baked.identity.digest
+        assert again.name == baked.name
+    assert tt.bake(lm, b + a + c).identity.digest != baked.identity.digest
+    attached = lm.logits(PROMPTS, steering=a + b + c)
+    assert relative(baked.logits(PROMPTS), attached) < 1e-5
+    with pytest.raises(tt.TrimtabError, match="cannot bake test: Turn"):
+        tt.bake(lm, a + steer_at(lm, "heads", "Turn"))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2"])
@@ -228,8 +457,9 @@ def test_ffn_out_and_resid_of_one_layer_in_either_order(name: str) -> None:
     ("name", "kind"),
     [
         (name, kind)
-        for name, kind in itertools.product(("llama", "gpt2"), KINDS)
-        if not any((name, kind, op) in REFUSED for op in OPERATORS)
+        for name, kind in SITES
+        if name in ("llama", "gpt2")
+        if not any((name, kind, op) in REFUSED for op in ("Scale", "Add"))
     ],
 )
 def test_the_order_at_one_site_counts(name: str, kind: str) -> None:
@@ -255,7 +485,7 @@ def test_all_that_bakes_together(name: str) -> None:
     lm = language_model(name)
     steerings = [
         steer_at(lm, kind, op, seed=number).at(0.5)
-        for number, (kind, op) in enumerate(itertools.product(KINDS, OPERATORS))
+        for number, (kind, op) in enumerate(itertools.product(site_kinds(lm), ("Scale", "Add")))
         if (name, kind, op) not in REFUSED
     ]
     check_same(lm, tt.bake(lm, *reversed(steerings)), *reversed(steerings))
@@ -315,7 +545,8 @@ def test_baking_twice_is_baking_both() -> None:
 
 def test_a_dial_of_zero_and_no_steering_bake_to_the_same_weights() -> None:
     lm = language_model("qwen2")
-    zero = [steer_at(lm, kind, op).at(0) for kind in KINDS for op in OPERATORS]
+    idle = [op for op in OPERATORS if op not in ("Turn", "Adaptive")]
+    zero = [steer_at(lm, kind, op).at(0) for kind in site_kinds(lm) for op in idle]
     for steerings in ([], zero):
         baked = tt.bake(lm, *steerings)
         assert baked.model is not lm.model
@@ -340,7 +571,7 @@ def test_tied_embeddings_are_untied_only_when_needed(name: str) -> None:
         assert baked.config.tie_word_embeddings
         assert baked.get_output_embeddings().weight is baked.get_input_embeddings().weight
     if name == "gpt2":  # its last norm has a bias, and takes all that acts unit by unit
-        for op in OPERATORS:
+        for op in ("Scale", "Add"):
             assert tt.bake(lm, steer_at(lm, "final_norm", op)).model.config.tie_word_embeddings
     for kind in ("embed",) if name == "gpt2" else ("embed", "final_norm"):
         baked = tt.bake(lm, steer_at(lm, kind, "Scale")).model
@@ -487,6 +718,7 @@ def test_baking_inside_a_steered_block_is_refused() -> None:
         steer_at(lm, "ffn_out", "Scale"),
         steer_at(lm, "heads", "Scale"),
         steer_at(lm, "resid", positions="last"),
+        steer_at(lm, "attn_norm_in", "Turn"),
     ):
         with (
             lm.steered(attached),

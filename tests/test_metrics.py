@@ -18,8 +18,9 @@ from torch import Tensor
 import trimtab as tt
 from helpers import add, by_hand, language_model, operator, plain_logits, steer, token_ids
 from tiny import TINY, tiny_tokenizer
+from trimtab.contrasts import Text
 from trimtab.metrics.intervals import Estimate, mean_interval
-from trimtab.metrics.likelihood import cross_entropy, log_odds
+from trimtab.metrics.likelihood import cross_entropy, log_odds, preference
 from trimtab.steering import POSITIONS, Positions
 
 #: Longer and shorter than the sliding window of 8, with answers of one and of many tokens.
@@ -278,6 +279,69 @@ def test_what_cannot_be_scored() -> None:
     lm.tokenizer = bare_tokenizer()
     with pytest.raises(tt.TrimtabError, match="row 1: no token of the prompt"):
         log_odds(lm, tt.Contrast.from_pairs([("", "Yes.", "No.")]))
+
+
+# -- preference --------------------------------------------------------------------------------
+
+#: More texts of one side than of the other, mixed.
+LABELLED = [
+    ("I love this film, it was wonderful.", "positive"),
+    ("I hate this film.", "negative"),
+    ("The actors were bad, and it was boring.", "negative"),
+    ("It is true that water boils at 100 degrees", "positive"),
+    ("No.", "negative"),
+]
+UNPAIRED = tt.Contrast(tuple(Text(text, label) for text, label in LABELLED))  # type: ignore[arg-type]
+
+
+def preference_by_hand(model: Any) -> float:
+    """Of the labelled texts: each text's mean per token first, then each side's mean."""
+    means = {"positive": 0.0, "negative": 0.0}
+    for side in means:
+        own = [-entropy_by_hand(model, text) for text, label in LABELLED if label == side]
+        means[side] = sum(own) / len(own)
+    return means["positive"] - means["negative"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_preference_of_pairs_is_the_mean_log_odds(name: str) -> None:
+    lm = language_model(name)
+    op, steering = hidden_steering(lm)
+    for own, argument in ((None, None), (op, steering)):
+        odds = [odds_by_hand(lm.model, pair, own) for pair in PAIRS]
+        found = preference(lm, CONTRAST, argument)
+        assert found == pytest.approx(sum(odds) / len(odds), abs=1e-3)
+    assert preference(lm, CONTRAST) != pytest.approx(preference(lm, CONTRAST, steering), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_preference_of_texts_is_per_token(name: str) -> None:
+    lm = language_model(name)
+    op, steering = hidden_steering(lm)
+    unsteered = preference_by_hand(lm.model)
+    assert preference(lm, UNPAIRED) == pytest.approx(unsteered, abs=1e-4)
+    with hand_hooked(lm.model, op):
+        steered = preference_by_hand(lm.model)
+    assert preference(lm, UNPAIRED, steering) == pytest.approx(steered, abs=1e-4)
+    assert abs(steered - unsteered) > 0.002
+
+
+def test_preference_turns_with_the_sides() -> None:
+    lm = language_model("llama")
+    swapped = tt.Contrast.from_pairs([(prompt, no, yes) for prompt, yes, no in PAIRS])
+    assert preference(lm, swapped) == pytest.approx(-preference(lm, CONTRAST), abs=1e-5)
+    other = {"positive": "negative", "negative": "positive"}
+    labelled = tt.Contrast(tuple(Text(text, other[label]) for text, label in LABELLED))  # type: ignore[arg-type]
+    assert preference(lm, labelled) == pytest.approx(-preference(lm, UNPAIRED), abs=1e-5)
+
+
+def test_preference_knows_whose_steering_it_is() -> None:
+    lm = language_model("llama")
+    _, steering = hidden_steering(language_model("llama", seed=1))
+    for contrast in (CONTRAST, UNPAIRED):
+        with pytest.raises(tt.TrimtabError, match="made for"):
+            preference(lm, contrast, steering)
+        assert preference(lm, contrast, steering, force=True) != preference(lm, contrast)
 
 
 def bare_tokenizer() -> Any:

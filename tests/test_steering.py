@@ -23,10 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trimtab as tt
+from helpers import PROMPTS, by_hand, language_model, operator, relative, steer, token_ids
+from reference import reference
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.operators import Add, Scale, apply
-from trimtab.steering import ModelIdentity, Steering
+from trimtab.contrasts import Pair
+from trimtab.metrics.likelihood import cross_entropy, log_odds
+from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
+from trimtab.steering import ModelIdentity, Steering, Steerings
 
+_NAN, _INF = float("nan"), float("inf")
 MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)
 
 
@@ -46,12 +51,14 @@ def _steering(**changes: Any) -> Steering:
         "model": MODEL,
         "contrast": {"name": "pairs.jsonl", "digest": "ab" * 32, "rows": 100},
         "tables": {"unit": units, "score": torch.tensor([0.9, 0.8, 0.7])},
+        "findings": {"source_site": "layers.1.resid", "trials": [{"kl": 0.5, "layer": 1}]},
     }
     return Steering(**{**given, **changes})
 
 
 def _equal(a: Steering, b: Steering) -> None:
-    for name in ("method", "hyperparameters", "dial", "model", "contrast", "value", "versions"):
+    names = ("method", "hyperparameters", "dial", "model", "contrast", "findings", "value")
+    for name in (*names, "versions"):
         assert getattr(a, name) == getattr(b, name), name
     assert (a.date, a.setting, a.label) == (b.date, b.setting, b.label)
     assert a.tables.keys() == b.tables.keys()
@@ -110,6 +117,75 @@ def test_unusual_text(tmp_path: Path) -> None:
     model = replace(MODEL, name='a "name"\n\u2028 漢字')
     steering = _steering(model=model, contrast={"name": "\\ é 🙂", "rows": 10**30})
     _equal(steering, Steering.load(steering.save(tmp_path / "sub .safetensors")))
+
+
+_BASIS = torch.linalg.qr(torch.randn(48, 2, generator=torch.Generator().manual_seed(0))).Q.T
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Scale(torch.tensor([5, 2]), torch.tensor([0.5, -2.0]), 48, clamp_sign=True),
+        Scale(torch.tensor([5, 2]), torch.tensor([0.5, -2.0]), 48, absolute=True),
+        Add(torch.linspace(-1, 1, 48)),
+        Ablate(_BASIS[0].contiguous()),
+        Rotate(_BASIS.contiguous()),
+        Turn(_BASIS.contiguous()),
+        Turn(_BASIS.contiguous(), adaptive=True),
+    ],
+    ids=["clamped", "absolute", "add", "ablate", "rotate", "turn", "adaptive"],
+)
+def test_every_operator_comes_back(tmp_path: Path, made: Operator) -> None:
+    steering = _steering(interventions=(tt.Intervention("layers.0.ffn_in", made),))
+    (loaded,) = Steering.load(steering.save(tmp_path / "file.safetensors")).interventions
+    assert type(loaded.operator) is type(made)
+    for name, value in vars(made).items():
+        found = getattr(loaded.operator, name)
+        assert torch.equal(found, value) if isinstance(value, Tensor) else found is value
+    x = torch.randn(3, 48)
+    assert torch.equal(apply(loaded.operator, x, 50.0), apply(made, x, 50.0))
+
+
+@pytest.mark.parametrize(
+    "findings",
+    [
+        {},
+        {"source_site": "embed", "token": -3, "none": None, "yes": True, "deep": [[{"é": 1e-300}]]},
+        {"gains": {"layers.1.resid": -0.1, "layers.2.resid": 10.0**15}, "count": 10**17},
+    ],
+)
+def test_findings_come_back(tmp_path: Path, findings: dict[str, Any]) -> None:
+    steering = _steering(findings=findings)
+    loaded = Steering.load(steering.save(tmp_path / "file.safetensors"))
+    assert json.dumps(loaded.findings, sort_keys=True) == json.dumps(findings, sort_keys=True)
+    assert loaded.at(3).findings == findings
+
+
+@pytest.mark.parametrize("value", [_NAN, _INF, -_INF])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [1, {"deep": x}]], ids=["bare", "deep"])
+def test_findings_that_are_no_numbers_are_not_saved(
+    tmp_path: Path, value: float, wrap: Callable[[float], Any]
+) -> None:
+    with pytest.raises(tt.TrimtabError, match=r"this steering .*: findings:"):
+        _steering(findings={"score": wrap(value)}).save(tmp_path / "file.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_from_before_findings_and_absolute_load(tmp_path: Path) -> None:
+    """Both came later: a file without them means no findings, and plain scaling."""
+    path = _steering(findings={}).save(tmp_path / "new.safetensors")
+    document = _document(path)
+    del document["findings"]
+    del document["interventions"][0]["fields"]["absolute"]
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(path), old, {"trimtab": json.dumps(document)})
+    _equal(Steering.load(old), Steering.load(path))
+    (first, _) = Steering.load(old).interventions
+    assert isinstance(first.operator, Scale)
+    assert first.operator.absolute is False
+    assert Steering.load(old).findings == {}
+    # Saved again it is a file like any other of today.
+    assert Steering.load(old).save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("method", [tt.AUSteer(k=5, alpha=4), tt.CAA(layer=1, token="mean")])
@@ -225,6 +301,149 @@ def test_at_warns_out_of_range() -> None:
         assert caught[0].filename == __file__
 
 
+# -- several steerings ------------------------------------------------------------------------
+
+A, B, C = (_steering(method=name) for name in "abc")
+
+
+def test_sums_are_flat_and_in_order() -> None:
+    for both, expected in (
+        (A + B, (A, B)),
+        (B + A, (B, A)),
+        (A + A, (A, A)),
+        ((A + B) + C, (A, B, C)),
+        (A + (B + C), (A, B, C)),
+        ((A + B) + (C + A), (A, B, C, A)),
+        (A + Steerings(), (A,)),
+        (Steerings() + A, (A,)),
+    ):
+        assert isinstance(both, Steerings)
+        assert len(both) == len(expected)
+        assert all(one is other for one, other in zip(both, expected, strict=True))
+    assert (A + B.at(3)).label == "a alpha=8 + b alpha=3"
+    assert A.value is None
+
+
+@pytest.mark.parametrize("wrong", [3, None, "caa", [A], (A,), {"a": A}], ids=lambda x: type(x))
+def test_only_steerings_are_summed(wrong: Any) -> None:
+    for one in (A, A + B):
+        with pytest.raises(TypeError):
+            one + wrong
+    with pytest.raises(TypeError):
+        wrong + A
+
+
+_PAIRS = tt.Contrast(
+    (Pair("The answer is", " yes", " no"), Pair("Today I feel", " happy", " sad and tired"))
+)
+
+
+def _two(lm: tt.LanguageModel) -> tuple[Steering, Steering]:
+    """Two steerings of one site that do not commute, and the first one also a site later."""
+    scale, rotate, add = (operator(kind, 48) for kind in ("Scale", "Rotate", "Add"))
+    a = steer(lm, ("layers.1.ffn_out", scale), ("layers.2.attn_norm", rotate), alpha=2.0)
+    return a, steer(lm, ("layers.1.ffn_out", add))
+
+
+def test_the_earlier_one_acts_first() -> None:
+    lm = language_model("llama")
+    a, b = _two(lm)
+    ids = token_ids(PROMPTS[0])
+    found = []
+    for both in (a + b, b + a):
+        chains: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+        for steering in both:
+            for i in steering.interventions:
+                chains.setdefault(i.site, []).append(by_hand(i.operator, steering.setting))
+        edits = {
+            site: (lambda x, chain=chain: chain[-1](chain[0](x) if len(chain) > 1 else x))
+            for site, chain in chains.items()
+        }
+        _, expected = reference("llama", lm.model, ids, edits)
+        with lm.steered(both):
+            logits = lm.model(torch.tensor([ids])).logits[0]
+        assert relative(logits, expected) < 1e-5
+        found.append(logits)
+    assert relative(found[0], found[1]) > 1e-2
+
+
+_USES: dict[str, Callable[[tt.LanguageModel, Any], Any]] = {
+    "logits": lambda lm, given: lm.logits(PROMPTS[:2], steering=given),
+    "log_odds": lambda lm, given: log_odds(lm, _PAIRS, given),
+    "cross_entropy": lambda lm, given: cross_entropy(lm, PROMPTS[:2], given)[0],
+}
+
+
+@pytest.mark.parametrize("name", _USES)
+def test_a_sum_goes_wherever_one_steering_goes(name: str) -> None:
+    lm, use = language_model("llama"), _USES[name]
+    a, b = _two(lm)
+    plain = use(lm, None)
+    with lm.steered(a, b):
+        expected = use(lm, None)
+    for both in (a + b, [a + b, a + b], [[a, b], (a, b)], [Steerings((a,)) + b, [a + b]]):
+        assert relative(use(lm, both), expected) < 1e-5
+    for other in (b + a, a, b):
+        assert relative(use(lm, other), expected) > 1e-3
+    # In a list it is one row's, beside others.
+    mixed = use(lm, [a + b, None])
+    assert relative(mixed[0], expected[0]) < 1e-5
+    assert relative(mixed[1], plain[1]) < 1e-5
+
+
+def test_a_sum_steers_a_block() -> None:
+    lm = language_model("llama")
+    a, b = _two(lm)
+    expected = lm.logits(PROMPTS, steering=a + b)
+    for arguments in ((a + b,), (a, b), (Steerings((a,)), b), ([a + b] * 3,)):
+        with lm.steered(*arguments):
+            assert relative(lm.logits(PROMPTS), expected) < 1e-5
+
+
+def test_a_sum_generates_and_is_named() -> None:
+    lm = language_model("llama")
+    a, b = _two(lm)
+    options: dict[str, Any] = {"max_new_tokens": 5, "chat": False}
+    with lm.steered(a, b):
+        expected = [one.tokens for one in lm.generate(PROMPTS[:2], **options)]
+    assert expected != [one.tokens for one in lm.generate(PROMPTS[:2], **options)]
+    done = lm.generate(PROMPTS[:2], steering=a + b.at(1), **options)
+    assert [one.tokens for one in done] == expected
+    assert done[0].steering == ("test alpha=2", "test alpha=1")
+    mixed = lm.generate(PROMPTS[:2], steering=[None, a + b], **options)
+    assert mixed[1].tokens == expected[1]
+    assert [len(one.steering) for one in mixed] == [0, 2]
+
+
+def test_a_sum_is_baked() -> None:
+    lm = language_model("llama")
+    a, b = _two(lm)
+    for baked, expected in (
+        (tt.bake(lm, a + b), a + b),
+        (tt.bake(lm, b + a), b + a),
+        (tt.bake(lm, b, Steerings((a, b))), b + a + b),
+    ):
+        logits = lm.logits(PROMPTS, steering=expected)
+        assert relative(baked.logits(PROMPTS), logits) < 1e-4
+        assert baked.name == f"llama + {expected.label}"
+
+
+def test_every_one_of_a_sum_has_to_fit() -> None:
+    lm, other = language_model("llama"), language_model("llama", seed=1)
+    both = _two(lm)[0] + _two(other)[1]
+    for use in (lambda: lm.logits(PROMPTS, steering=both), lambda: tt.bake(lm, both)):
+        with pytest.raises(tt.TrimtabError, match="force"):
+            use()
+    lm.logits(PROMPTS, steering=both, force=True)
+    tt.bake(lm, both, force=True)
+
+
+def test_an_empty_sum_does_nothing() -> None:
+    lm = language_model("llama")
+    assert Steerings().label == ""
+    assert torch.equal(lm.logits(PROMPTS, steering=Steerings()), lm.logits(PROMPTS))
+
+
 # -- bad files --------------------------------------------------------------------------------
 
 DELETE = object()
@@ -255,8 +474,6 @@ def _put(name: str, tensor: Any) -> Callable[[dict[str, Any], dict[str, Tensor]]
 
     return edit
 
-
-_NAN, _INF = float("nan"), float("inf")
 
 #: Name -> an edit of a good file's document and tensors, and what the message must say.
 BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
@@ -308,6 +525,15 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] 
     "value inf": (_edit("value", -_INF), "value"),
     "value huge": (_edit("value", 10**400), "value"),
     "value as text": (_edit("value", "8"), "value"),
+    "finding nan": (_edit("findings.trials.0.kl", _NAN), "findings"),
+    "finding inf": (_edit("findings.source_site", -_INF), "findings"),
+    "findings list": (_edit("findings", [1]), "findings"),
+    "findings null": (_edit("findings", None), "findings"),
+    "absolute as number": (_edit("interventions.0.fields.absolute", 1), "absolute of Scale"),
+    "clamped and absolute": (
+        lambda d, t: d["interventions"][0]["fields"].update(absolute=True, clamp_sign=True),
+        "both clamp_sign and absolute",
+    ),
     "hyperparameter nan": (_edit("hyperparameters.alpha", _NAN), "hyperparameters"),
     "contrast inf": (_edit("contrast.rows", _INF), "contrast"),
     "hyperparameters list": (_edit("hyperparameters", []), "hyperparameters"),

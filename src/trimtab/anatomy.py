@@ -3,18 +3,22 @@
 A *site* is a place where an activation can be read or changed, written `layers.12.ffn_out`,
 `embed` or `final_norm`. In the order in which a token passes them:
 
-    embed        what the first block receives (embedding, with GPT-2's positions, Gemma's scaling)
-    attn_norm    what attention reads: the output of the norm before it (OLMo 2 has none: there it
-                 is attention's own input, so steering it leaves the residual stream alone)
-    heads        input of the attention output projection: all heads side by side, which is
-                 n_heads * head_dim units and not always hidden_size
-    attn_out     output of that projection (before Gemma's and OLMo 2's norm on the branch)
-    ffn_norm     what the FFN reads (OLMo 2: the FFN's own input)
-    ffn_in       input of the FFN down projection; with experts, all experts side by side, zero
-                 where a token was not routed
-    ffn_out      output of the FFN (before Gemma's and OLMo 2's norm on the branch)
-    resid        output of the block
-    final_norm   what the unembedding reads
+    embed           what the first block receives (embedding, GPT-2's positions, Gemma's scaling)
+    attn_norm_in    what the norm before attention reads: the residual stream, seen by that norm
+                    only, so that a change there leaves the stream alone (OLMo 2 has no such norm)
+    attn_norm       what attention reads: the output of that norm (OLMo 2: attention's own input)
+    heads           input of the attention output projection: all heads side by side, which is
+                    n_heads * head_dim units and not always hidden_size
+    attn_out        output of that projection (before Gemma's and OLMo 2's norm on the branch)
+    attn_post_norm  output of that norm on the branch (Gemma and OLMo 2 only)
+    ffn_norm_in     what the norm before the FFN reads: the stream between attention and FFN
+    ffn_norm        what the FFN reads (OLMo 2: the FFN's own input)
+    ffn_in          input of the FFN down projection; with experts, all experts side by side, zero
+                    where a token was not routed
+    ffn_out         output of the FFN (before Gemma's and OLMo 2's norm on the branch)
+    ffn_post_norm   output of that norm on the branch (Gemma and OLMo 2 only)
+    resid           output of the block
+    final_norm      what the unembedding reads
 
 Besides places, anatomy knows which linear maps write or read a site, which is what baking needs.
 """
@@ -35,7 +39,10 @@ from trimtab.errors import TrimtabError
 Edit = Callable[[Tensor], Tensor | None]
 
 #: Site kinds inside a block, in the order of the computation.
-BLOCK_KINDS = ("attn_norm", "heads", "attn_out", "ffn_norm", "ffn_in", "ffn_out", "resid")
+BLOCK_KINDS = (
+    "attn_norm_in", "attn_norm", "heads", "attn_out", "attn_post_norm",
+    "ffn_norm_in", "ffn_norm", "ffn_in", "ffn_out", "ffn_post_norm", "resid",
+)  # fmt: skip
 #: All site kinds.
 KINDS = ("embed", *BLOCK_KINDS, "final_norm")
 
@@ -61,13 +68,15 @@ class Architecture:
     ffn: str = "mlp"
     ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_proj: str = "mlp.down_proj"
-    #: A norm between the FFN's output and the residual stream: an added vector does not pass it.
+    #: Norms between a branch and the residual stream: an added vector does not pass them.
+    attn_post_norm: str | None = None
     ffn_post_norm: str | None = None
 
 
 _GEMMA = Architecture(
     ffn_norm="pre_feedforward_layernorm",
     # Gemma's `post_attention_layernorm` is the norm on the attention branch, not the FFN's.
+    attn_post_norm="post_attention_layernorm",
     ffn_post_norm="post_feedforward_layernorm",
 )
 
@@ -100,6 +109,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(
         attn_norm=None,
         ffn_norm=None,
+        attn_post_norm="post_attention_layernorm",
         ffn_post_norm="post_feedforward_layernorm",
     ),
 }
@@ -229,6 +239,8 @@ class Anatomy:
             raise TrimtabError(f"unknown site kind {kind!r}: known are {', '.join(KINDS)}")
         if kind in ("embed", "final_norm"):
             return [kind]
+        if not self.has(kind):
+            raise TrimtabError(f"{self.name} has no {kind}: its blocks have no such norm")
         if layers is None:
             chosen = list(range(self.layers))
         else:
@@ -240,6 +252,33 @@ class Anatomy:
                         f"0 to {self.layers - 1}"
                     )
         return [f"layers.{layer}.{kind}" for layer in chosen]
+
+    def has(self, kind: str) -> bool:
+        """Whether this architecture has sites of a kind; only norms may be missing."""
+        norm = kind.removesuffix("_in")
+        # Without a norm there, `attn_norm` and `ffn_norm` are what the branch itself reads.
+        if not norm.endswith("_norm") or kind in ("attn_norm", "ffn_norm", "final_norm"):
+            return True
+        return getattr(self.architecture, norm) is not None
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per block; each has `width("layers.0.heads") // heads` units."""
+        return int(self.config.num_attention_heads)
+
+    @property
+    def stream_writers(self) -> list[str]:
+        """The sites whose sum is the residual stream: the embedding and every branch's output."""
+        sites = ["embed"]
+        for layer in range(self.layers):
+            for branch in ("attn", "ffn"):
+                normed = self.has(f"{branch}_post_norm")
+                sites.append(f"layers.{layer}.{branch}_{'post_norm' if normed else 'out'}")
+        return sites
+
+    def block_input(self, layer: int) -> str:
+        """The site that block `layer` reads: the residual stream before it."""
+        return "embed" if layer == 0 else f"layers.{layer - 1}.resid"
 
     def width(self, site: str) -> int:
         """How many units a site has."""
@@ -257,6 +296,13 @@ class Anatomy:
         block = self.blocks[layer]
         if kind == "resid":
             return Point(site, block, "output", hidden)
+        if not self.has(kind):
+            raise TrimtabError(f"{self.name} has no {site}: its blocks have no such norm")
+        if kind.endswith("_norm_in"):
+            before: str = getattr(names, kind.removesuffix("_in"))
+            return Point(site, block.get_submodule(before), "input", hidden)
+        if kind.endswith("_post_norm"):
+            return Point(site, block.get_submodule(getattr(names, kind)), "output", hidden)
         if kind in ("attn_norm", "ffn_norm"):
             norm = names.attn_norm if kind == "attn_norm" else names.ffn_norm
             if norm is not None:

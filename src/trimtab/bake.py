@@ -7,6 +7,7 @@ An operator that is affine at a fixed dial, x -> A x + c, folds into the linear 
     embed                                             into the embedding tables
     resid                                             an added vector only, with the FFN's output
     final_norm of GPT-2                               unit by unit into the norm, which has a bias
+    attn_norm_in, ffn_norm_in, *_post_norm            not: a norm reads or writes them
 
 `c` needs a bias. Where an architecture has none, its configuration may allow it (Llama's
 `attention_bias` and `mlp_bias`); Qwen2 and Mistral become Llama models, which compute the same
@@ -26,8 +27,14 @@ from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
-from trimtab.operators import Operator, fold_input, fold_output
-from trimtab.steering import Intervention, Steering
+from trimtab.operators import LinearOperator, fold_input, fold_output
+from trimtab.steering import Intervention, Steering, Steerings
+
+#: What keeps an operator out of the weights.
+_NOT_LINEAR = {
+    "Turn": "Turn, which lays activations at an absolute angle,",
+    "Scale": "a Scale that adds a multiple of |x|",
+}
 
 #: Architectures that compute what Llama computes, but for biases that they have no room for.
 _LLAMA_ALIKE = ("qwen2", "mistral")
@@ -38,7 +45,7 @@ class _Fold:
     """An intervention at its dial, ready to be folded."""
 
     site: str
-    operator: Operator
+    operator: LinearOperator
     dial: float
 
     @property
@@ -47,7 +54,9 @@ class _Fold:
         return bool(self.operator.offset(self.dial).any())
 
 
-def bake(language_model: LanguageModel, *steerings: Steering, force: bool = False) -> LanguageModel:
+def bake(
+    language_model: LanguageModel, *steerings: Steering | Steerings, force: bool = False
+) -> LanguageModel:
     """A new model with the steerings in its weights; the old one stays as it is.
 
     Weights that do not change are shared between the two. Raises TrimtabError with the reason
@@ -63,8 +72,11 @@ def bake(language_model: LanguageModel, *steerings: Steering, force: bool = Fals
             f"cannot bake {language_model.name} while it is steered: the copy would stay so; bake "
             "after the block"
         )
+    single: list[Steering] = []
+    for given in steerings:
+        single += given if isinstance(given, Steerings) else [given]
     folds: list[_Fold] = []
-    for steering in steerings:
+    for steering in single:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
         for intervention in steering.interventions:
             if intervention.operator.identity != steering.setting:
@@ -89,21 +101,22 @@ def bake(language_model: LanguageModel, *steerings: Steering, force: bool = Fals
             _apply(anatomy, fold)
     for fold in reversed(reading):
         _apply(anatomy, fold)
-    name = " + ".join([language_model.name, *(steering.label for steering in steerings)])
+    name = " + ".join([language_model.name, *(steering.label for steering in single)])
     return LanguageModel(model.eval(), language_model.tokenizer, name)
 
 
 def _fold(intervention: Intervention, steering: Steering) -> _Fold:
-    operator = intervention.operator
+    operator: Any = intervention.operator
     if intervention.positions != "all":
         raise TrimtabError(
             f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:
+        name = type(operator).__name__
         raise TrimtabError(
-            f"cannot bake {steering.method}: {type(operator).__name__} is not linear in the "
-            "activation; attach it instead"
+            f"cannot bake {steering.method}: {_NOT_LINEAR.get(name, name)} is not linear in the "
+            "activation, so no weights do it; attach it instead"
         )
     return _Fold(intervention.site, operator, steering.setting)
 
@@ -146,9 +159,26 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
         return "output", [_writer(anatomy, branch)]
     if kind in ("attn_out", "ffn_out"):
         return "output", [_writer(anatomy, fold.site)]
+    if kind.endswith("_norm_in"):
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: the norm that reads it divides by its length, so no "
+            "change of weights is a change of what it reads; attach the steering instead"
+        )
+    if kind.endswith("_post_norm"):
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: a norm writes it straight into the residual stream, and "
+            "no linear map stands between the two; attach the steering instead"
+        )
     if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
         return "norm", []
-    return "input", anatomy.readers(fold.site)
+    readers = anatomy.readers(fold.site)
+    if any(reader.layout == "joint_experts" for reader in readers) and _factors(fold) is None:
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: the router weighs each expert's part of it anew for "
+            "each token, so mixing units of several experts is no change of weights; attach the "
+            "steering instead"
+        )
+    return "input", readers
 
 
 def _writer(anatomy: Anatomy, site: str) -> LinearMap:

@@ -23,12 +23,12 @@ from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
 from trimtab.progress import progress
-from trimtab.steering import ModelIdentity, Steering
+from trimtab.steering import ModelIdentity, Steering, Steerings
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
-#: row takes a steering, None, or several that act in order.
-RowArgument = Steering | None | Sequence[Steering]
-SteeringArgument = Steering | None | Sequence[RowArgument]
+#: row takes a steering, None, or several that act in order (a + b, or a list).
+RowArgument = Steering | Steerings | None | Sequence[Steering]
+SteeringArgument = Steering | Steerings | None | Sequence[RowArgument]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -238,7 +238,7 @@ class LanguageModel:
             yield sequences
 
     def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
-        per_row = [argument for argument in arguments if isinstance(argument, list | tuple)]
+        per_row = [argument for argument in arguments if not _for_all_rows(argument)]
         if per_row and len(arguments) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
         rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
@@ -357,7 +357,7 @@ class LanguageModel:
         """One steering argument per prompt."""
         if not prompts:
             raise TrimtabError("there is no prompt")
-        if steering is None or isinstance(steering, Steering):
+        if steering is None or isinstance(steering, Steering | Steerings):
             return [steering] * len(prompts)
         if len(steering) != len(prompts):
             raise TrimtabError(
@@ -365,6 +365,11 @@ class LanguageModel:
                 "or one per prompt"
             )
         return list(steering)
+
+
+def _for_all_rows(argument: Any) -> bool:
+    """Whether an argument of `steered` is for the whole batch, not a list with one per row."""
+    return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
 
 
 def _one_row(argument: Any) -> RowSteerings:

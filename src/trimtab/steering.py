@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -89,7 +89,9 @@ class Steering:
     """What a method's `fit` returns: attach it, turn its dial, bake it, save it.
 
     `tables` holds what the method knows beside the interventions, tensors by name (AUSteer: the
-    chosen units in rank order with their scores). `contrast` names the texts and their digest.
+    chosen units in rank order with their scores), and `findings` what it found out that is no
+    tensor (which layer was chosen, and why). `contrast` names the texts and their digest.
+    `a + b` is both, and a acts first where the two meet.
     """
 
     method: str
@@ -99,6 +101,7 @@ class Steering:
     model: ModelIdentity
     contrast: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
     versions: dict[str, str] = field(default_factory=_versions)
     date: str = field(default_factory=_now)
@@ -125,6 +128,10 @@ class Steering:
                 stacklevel=2,
             )
         return replace(self, value=value)
+
+    def __add__(self, other: Any) -> Steerings:
+        together: Steerings = Steerings((self,)) + other
+        return together
 
     @property
     def label(self) -> str:
@@ -189,6 +196,7 @@ class Steering:
             "interventions": described,
             "model": vars(self.model),
             "contrast": self.contrast,
+            "findings": self.findings,
             "versions": self.versions,
             "date": self.date,
         }
@@ -255,10 +263,31 @@ class Steering:
             model=ModelIdentity(**document.model.model_dump()),
             contrast=document.contrast,
             tables=tables,
+            findings=document.findings,
             value=document.value,
             versions=document.versions,
             date=document.date,
         )
+
+
+class Steerings(tuple[Steering, ...]):
+    """Several steerings that act together, each at its own dial, in this order.
+
+    Give it wherever one steering goes. At one site the earlier one acts first; a site that the
+    model reaches earlier comes first in any case.
+    """
+
+    def __add__(self, other: Any) -> Steerings:
+        if isinstance(other, Steering):
+            return Steerings((*self, other))
+        if isinstance(other, Steerings):
+            return Steerings((*self, *other))
+        return NotImplemented
+
+    @property
+    def label(self) -> str:
+        """For people: the methods and their dials."""
+        return " + ".join(steering.label for steering in self)
 
 
 class _Strict(BaseModel):
@@ -306,6 +335,7 @@ class _Document(_Strict):
     interventions: list[_InterventionDocument]
     model: _ModelDocument
     contrast: _Finite
+    findings: _Finite = Field(default_factory=dict)
     versions: dict[str, str]
     date: str
 
@@ -339,8 +369,9 @@ def _intervention(
     if operator_type is None:
         raise TrimtabError(f"unknown operator {described.operator!r}")
     expected = {item.name: item.type for item in fields(operator_type)}
+    required = {item.name for item in fields(operator_type) if item.default is MISSING}
     given = {**tensors, **described.fields}
-    if set(given) != set(expected):
+    if not required <= set(given) <= set(expected):
         raise TrimtabError(
             f"{described.operator} needs {', '.join(expected)}; "
             f"the file has {', '.join(given) or 'nothing'}"

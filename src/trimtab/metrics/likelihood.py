@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
 from trimtab.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
 from trimtab.progress import progress
-from trimtab.steering import Steering
+from trimtab.steering import Steering, Steerings
 
 
 def log_odds(
@@ -47,14 +47,34 @@ def log_odds(
     return sums[:, 0] - sums[:, 1]
 
 
+def preference(
+    language_model: LanguageModel,
+    contrast: Contrast,
+    steering: SteeringArgument = None,
+    *,
+    force: bool = False,
+) -> float:
+    """How much more probable the positive side is than the negative one, in nats.
+
+    The mean log-odds per pair; of an unpaired contrast the mean log-likelihood per token of the
+    positive texts minus that of the negative ones.
+    """
+    if contrast.paired:
+        return float(log_odds(language_model, contrast, steering, force=force).mean())
+    texts = [row.text for row in contrast.texts]
+    nll, _ = cross_entropy(language_model, texts, steering, force=force)
+    positive = torch.tensor([row.label == "positive" for row in contrast.texts])
+    return float(nll[~positive].mean() - nll[positive].mean())
+
+
 def cross_entropy(
     language_model: LanguageModel,
-    texts: Sequence[str],
+    texts: Sequence[Prompt],
     steering: SteeringArgument = None,
     *,
     force: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Of raw texts: the mean negative log-likelihood per token in nats, and how many tokens.
+    """Of texts or chats: the mean negative log-likelihood per token in nats, and how many tokens.
 
     Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt;
     it is one for all texts or a list with one per text.
@@ -85,7 +105,8 @@ def _log_likelihoods(
     """Summed log-likelihood of each side's answer, [rows, sides] in float64."""
     if not rows:
         raise TrimtabError("there is no text to score")
-    per_row = None if steering is None or isinstance(steering, Steering) else steering
+    shared = steering is None or isinstance(steering, Steering | Steerings)
+    per_row: Any = None if shared else steering
     if per_row is not None and len(per_row) != len(rows):
         raise TrimtabError(f"{len(per_row)} steerings for {len(rows)} texts: give one for each")
     sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
