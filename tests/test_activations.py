@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,13 +13,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 import trimtab as tt
+from helpers import relative
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.activations import Means, SignCounts, Statistics, Want, collect
-from trimtab.contrasts import Contrast, Pair
+from trimtab.activations import Statistics, UnitLength, Want, collect
+from trimtab.contrasts import Contrast
+from trimtab.operators import to_tensors
 from trimtab.packing import batches
+from trimtab.statistics import Active, Means, Samples, Sides, SignCounts
 
 TALK = [{"role": "user", "content": "What is the best way to learn a language?"}]
 PAIRS: list[tuple[Any, str, str]] = [
@@ -363,11 +368,11 @@ class _Counting:
     updates: int = 0
     texts: int = 0
 
-    def update(self, positive: Tensor, negative: Tensor) -> None:
-        assert positive.shape == negative.shape
-        assert positive.dtype is torch.float32
+    def update(self, sides: Sides) -> None:
+        assert sides.positive.shape == sides.negative.shape
+        assert sides.positive.dtype is torch.float32
         self.updates += 1
-        self.texts += len(positive)
+        self.texts += len(sides.positive)
         if self.updates == self.fail_at:
             raise self.error("in the middle")
 
@@ -395,6 +400,304 @@ def test_nothing_wanted_nothing_run() -> None:
     with _counted({"body": language_model.model.model}) as counts:
         assert collect(language_model, Contrast.from_pairs(PAIRS), []) == {}
     assert not counts
+
+
+# -- many methods, one pass -------------------------------------------------------------------
+
+MANY = (
+    tt.ActAdd(layer=1),
+    tt.CAA(layer=(0, 2)),
+    tt.CAA(layer=1, variant="pca"),
+    tt.ITI(k=3),
+    tt.SADI(k=3),
+    tt.SAS(),
+    tt.AAS(candidates="output"),
+    tt.SS(whole_blocks=False),
+    tt.Ablation(layer=1, tokens=(-2,)),
+    tt.AUSteer(k=5),
+)
+NEED_PAIRS = (2, 9)
+
+
+def _tensors(steering: tt.Steering) -> dict[str, Tensor]:
+    """All that a steering consists of, by name."""
+    found = {f"table {name}": table for name, table in steering.tables.items()}
+    for intervention in steering.interventions:
+        for name, tensor in to_tensors(intervention.operator)[0].items():
+            found[f"{intervention.site} {name}"] = tensor
+    return found
+
+
+def _check_same(one: tt.Steering, two: tt.Steering, tolerance: float = 0.0) -> None:
+    assert one.method == two.method
+    assert one.dial == two.dial
+    assert one.findings == two.findings
+    tensors, others = _tensors(one), _tensors(two)
+    assert list(tensors) == list(others)
+    assert tensors
+    for name, tensor in tensors.items():
+        assert tensor.shape == others[name].shape
+        assert (tensor - others[name]).abs().max() <= tolerance * tensor.abs().max(), name
+
+
+@contextmanager
+def _rows_run(language_model: Any) -> Iterator[list[tuple[int, ...]]]:
+    """The tokens of each row that passes the model's body."""
+    rows: list[tuple[int, ...]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        rows.extend(map(tuple, kwargs["input_ids"].tolist()))
+
+    body = language_model.anatomy.body
+    handle = body.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_many_methods_in_one_pass(name: str, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Probes of a few steps are enough to see whether they are the same.
+    short = lambda **_: LogisticRegression(tol=0.1)  # noqa: E731
+    monkeypatch.setattr("trimtab.methods.iti.LogisticRegression", short)
+    language_model = _language_model(name)
+    contrast = Contrast.from_pairs(PAIRS)
+    methods = list(MANY)
+    if not paired:
+        contrast = Contrast.from_texts(
+            [prompt + " " + text for prompt, text, _ in PAIRS if isinstance(prompt, str)],
+            [prompt + " " + text for prompt, _, text in PAIRS[:9] if isinstance(prompt, str)],
+        )
+        methods = [method for i, method in enumerate(MANY) if i not in NEED_PAIRS]
+    with _batch_tokens(monkeypatch, 200):
+        with _rows_run(language_model) as rows:
+            together = tt.fit(methods, language_model, contrast)
+        assert len(rows) == len(contrast)
+        for method, steering in zip(methods, together, strict=True):
+            with _rows_run(language_model) as rows:
+                alone = method.fit(language_model, contrast)
+            # ActAdd alone runs its own rows only, whose padding is then another.
+            first = isinstance(method, tt.ActAdd)
+            assert len(rows) == ((1 if paired else 2) if first else len(contrast))
+            _check_same(steering, alone, 1e-5 if first else 0.0)
+    # No method's result is another's.
+    assert len({steering.label for steering in together}) >= 7
+
+
+def test_many_methods_of_nothing() -> None:
+    language_model = _language_model("llama")
+    with _rows_run(language_model) as rows:
+        assert tt.fit([], language_model, Contrast.from_pairs(PAIRS)) == []
+    assert not rows
+
+
+def test_one_method_twice() -> None:
+    language_model = _language_model("llama")
+    contrast = Contrast.from_pairs(PAIRS)
+    weak, strong = tt.fit([tt.CAA(alpha=1), tt.CAA(alpha=2)], language_model, contrast)
+    assert (weak.setting, strong.setting) == (1, 2)
+    assert all(torch.equal(x, _tensors(strong)[name]) for name, x in _tensors(weak).items())
+
+
+def test_a_cut_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = _language_model("llama")
+    contrast = Contrast.from_pairs([(prompt, "yes", "no") for prompt, *_ in PAIRS])
+    with (
+        _batch_tokens(monkeypatch, 60),
+        _rows_run(language_model) as rows,
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        tt.fit(MANY[:3], language_model, contrast, max_length=12)
+    assert max(map(len, rows)) <= 12 + 3  # the rest of the other side is in the same row
+    (warning,) = caught
+    assert warning.category is tt.TrimtabWarning
+    assert "rows are longer than 12 tokens" in str(warning.message)
+
+
+# -- which token, which form, which rows ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("paired", [True, False])
+def test_tokens_from_the_end(name: str, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model = _language_model(name)
+    # Sides that share all but their ends, so that -2 may lie in what they share.
+    pairs = [("She looked at the map", " now.", "."), ("It", " is right, I think", " is"), *PAIRS]
+    pairs = [pair for pair in pairs if isinstance(pair[0], str)]
+    texts = [[prompt + side[i] for prompt, *side in pairs] for i in (0, 1)]
+    contrast = Contrast.from_pairs(pairs) if paired else Contrast.from_texts(*texts)
+    sites = ["layers.0.resid", "layers.2.heads"]
+    wants = [Want(site, token, Samples) for site in sites for token in (-1, -2, -3)]
+    with _batch_tokens(monkeypatch, 150):
+        statistics = collect(language_model, contrast, wants)
+    read = UnitLength()
+    small = collect(language_model, contrast, [Want(sites[0], -2, Means, read=read)])
+    by_hand = [_every_token(language_model.model, side, sites) for side in texts]
+    for want in wants:
+        found, labels, _ = statistics[want].texts()
+        for side, positive in ((0, True), (1, False)):
+            expected = torch.stack([x[want.token] for x in by_hand[side][want.site]])
+            own = found[labels == positive]
+            assert ((own - expected).abs().amax(-1) < 2e-3 * expected.abs().amax(-1)).all()
+    unit = small.of(sites[0], -2, Means, read=read)
+    for mean, side in ((unit.positive, by_hand[0]), (unit.negative, by_hand[1])):
+        rows = [x[-2] / x[-2].norm() for x in side[sites[0]]]
+        assert (mean - torch.stack(rows).mean(0)).abs().max() < 1e-6
+
+
+def _every_token(model: Any, texts: Sequence[str], sites: Iterable[str]) -> dict[str, list[Tensor]]:
+    """Each text's activations, [tokens, units] in float64, by a plain loop."""
+    found: dict[str, list[Tensor]] = {}
+    gpt2 = model.config.model_type == "gpt2"
+    blocks = model.transformer.h if gpt2 else model.model.layers
+    handles = []
+    for site in sites:
+        _, layer, kind = site.split(".")
+        block = blocks[int(layer)]
+        if kind == "resid":
+            hook = lambda m, args, out, site=site: found.setdefault(site, []).append(  # noqa: E731
+                out[0].double()
+            )
+            handles.append(block.register_forward_hook(hook))
+        else:
+            projection = block.attn.c_proj if gpt2 else block.self_attn.o_proj
+            before = lambda m, args, site=site: found.setdefault(site, []).append(  # noqa: E731
+                args[0][0].double()
+            )
+            handles.append(projection.register_forward_pre_hook(before))
+    with torch.no_grad():
+        for text in texts:
+            model(torch.tensor([tiny_tokenizer()(text).input_ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_last_is_the_first_from_the_end() -> None:
+    language_model = _language_model("llama")
+    contrast = Contrast.from_pairs(PAIRS)
+    read = _Wide()
+    last, first = (Want("layers.1.resid", token, Means, read=read) for token in ("last", -1))
+    statistics = collect(language_model, contrast, [last, first])
+    assert last.pick == first.pick
+    assert statistics[last] is not statistics[first]
+    assert torch.equal(statistics[last].difference, statistics[first].difference)
+    assert read.calls == len(_batches(language_model, contrast, language_model.batch_tokens))
+
+
+def test_a_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many statistics and tokens want it; and it may be wider than the site."""
+    language_model = _language_model("llama")
+    contrast = Contrast.from_pairs(PAIRS)
+    read = _Wide()
+    site = "layers.1.resid"
+    wants = [Want(site, token, kind, read=read) for token in TOKENS for kind in (Means, Active)]
+    plain = [Want(site, token, Means) for token in TOKENS]
+    with _batch_tokens(monkeypatch, 200), _rows_run(language_model) as rows:
+        statistics = collect(language_model, contrast, [*wants, *plain])
+        batch_count = read.calls
+    assert len(rows) == len(contrast)
+    assert 1 < batch_count == len(_batches(language_model, contrast, 200))
+    by_hand = [
+        _one_by_one(
+            language_model.model, tiny_tokenizer(), [(p[0], p[side]) for p in PAIRS], [site]
+        )
+        for side in (1, 2)
+    ]
+    for token in TOKENS:
+        found = statistics.of(site, token, Means, read=read)
+        assert found.positive.shape == (96,)
+        # A linear map may be done before or after averaging tokens; this one is not linear.
+        if token == "last":
+            expected = [_Wide()(side[site, token]).mean(0) for side in by_hand]
+            assert (found.positive - expected[0]).abs().max() < 1e-5
+            assert (found.negative - expected[1]).abs().max() < 1e-5
+            above = [(_Wide()(side[site, token]) > 0).sum(0) for side in by_hand]
+            active = statistics.of(site, token, Active, read=read)
+            assert (active.difference - (above[0] - above[1])).abs().sum() <= 2
+        else:
+            assert (found.positive >= 0).all()
+            halves = found.positive[:48] - found.positive[48:]
+            assert (halves - statistics.of(site, token, Means).positive).abs().max() < 1e-5
+
+
+def _batches(language_model: Any, contrast: Contrast, size: int) -> list[Any]:
+    return list(batches(tt.packing.encode_contrast(language_model, contrast, None), size))
+
+
+class _Wide:
+    """A form twice as wide as its site: what is above zero, then what is below."""
+
+    name = "wide"
+    width = 96
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cat([activation.relu(), (-activation).relu()], dim=-1)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_some_rows_only(paired: bool) -> None:
+    language_model = _language_model("llama")
+    pairs = [pair for pair in PAIRS if isinstance(pair[0], str)]
+    texts = [[prompt + side[i] for prompt, *side in pairs] for i in (0, 1)]
+    contrast = Contrast.from_pairs(pairs) if paired else Contrast.from_texts(*texts)
+    chosen = frozenset({1, 4, 2, len(contrast) - 1})
+    other = frozenset({1, 0, len(contrast) - 2})
+    smaller = Contrast(tuple(contrast.rows[i] for i in sorted(chosen)))
+    site = "layers.1.resid"
+    expected = collect(language_model, smaller, [Want(site, "last", Means)])
+    some = Want(site, "last", Means, rows=chosen)
+    others = Want(site, "last", Samples, rows=other)
+    whole = Want(site, "last", Means)
+    with _rows_run(language_model) as rows:
+        found = collect(language_model, contrast, [some, others])
+    assert len(rows) == len(chosen | other)
+    with _rows_run(language_model) as rows:
+        also = collect(language_model, contrast, [some, whole])
+    assert len(rows) == len(contrast)
+    for statistics in (found, also):
+        mean, right = statistics[some], expected.of(site, "last", Means)
+        assert mean.counts == right.counts
+        assert relative(mean.difference, right.difference) < 1e-5
+    assert set(found[others].texts()[2].tolist()) == other
+    assert also[whole].counts == ([len(contrast)] * 2 if paired else [len(pairs)] * 2)
+    assert not torch.equal(also[whole].difference, also[some].difference)
+
+
+def test_a_text_too_short_for_its_token() -> None:
+    language_model = _language_model("llama")
+    # One side of the second pair is long enough.
+    contrast = Contrast.from_pairs(
+        [
+            ("She looked at the map and", " where they were.", " asked."),
+            ("A", " map and so on", "c"),
+        ],
+        name="mine",
+    )
+    want = Want("layers.0.resid", -4, Means)
+    with (
+        _rows_run(language_model) as rows,
+        pytest.raises(
+            tt.TrimtabError, match="^mine, row 2: .* 3 tokens.* none at -4 from the end$"
+        ),
+    ):
+        collect(language_model, contrast, [want])
+    assert not rows  # the shortest rows come last, and nobody should wait for that
+    # Where the row is not wanted it does not matter, even if it is run for something else.
+    first = Want("layers.0.resid", -4, Means, rows=frozenset({0}))
+    alone = collect(language_model, contrast, [first])
+    both = collect(language_model, contrast, [first, Want("layers.0.resid", "last", Means)])
+    assert alone[first].counts == [1, 1]
+    assert relative(alone[first].difference, both[first].difference) < 1e-5
+    # The one place that still is there.
+    collect(language_model, contrast, [Want("layers.0.resid", -3, Means)])
 
 
 # -- left as it was ---------------------------------------------------------------------------
@@ -456,7 +759,7 @@ class _Scales:
     needs_pairs: ClassVar[bool] = True
     peaks: ClassVar[list[int]] = []
 
-    def update(self, positive: Tensor, negative: Tensor) -> None:
+    def update(self, sides: Sides) -> None:
         alive = {id(x): x for x in gc.get_objects() if type(x) is Tensor}
         self.peaks.append(sum(x.numel() * x.element_size() for x in alive.values()))
 
@@ -490,45 +793,6 @@ def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -
     language_model = _language_model("llama")
     collect(language_model, Contrast.from_pairs(PAIRS), [Want("layers.0.resid", "last", Means)])
     assert capsys.readouterr() == ("", "")
-
-
-# -- the statistics themselves ----------------------------------------------------------------
-
-
-def test_equal_activations_count_for_neither() -> None:
-    language_model = _language_model("llama")
-    # Reading a file would refuse equal sides.
-    contrast = Contrast((Pair("The answer is", " yes", " yes"), Pair("It is", " right", " wrong")))
-    found = collect(language_model, contrast, [Want("layers.1.ffn_out", "last", SignCounts)])
-    counts = found.of("layers.1.ffn_out", "last", SignCounts)
-    assert counts.pairs == 2
-    assert ((counts.larger + counts.smaller) == 1).all()
-    r_pos, r_neg = counts.rates()
-    assert r_pos.dtype is r_neg.dtype is torch.float64
-    assert set(r_pos.tolist()) == set(r_neg.tolist()) == {0.0, 0.5}
-
-
-def test_counts_and_means_by_hand() -> None:
-    positive = torch.tensor([[1.0, 2.0, 0.0, -1.0], [1.0, -2.0, 0.0, -3.0], [1.0, 2.0, 0.0, 0.0]])
-    negative = torch.tensor([[0.0, 3.0, 0.0, -2.0], [2.0, -3.0, 0.0, -4.0], [0.0, 2.0, -0.0, -9.0]])
-    counts, means = SignCounts(), Means()
-    for statistic in (counts, means):
-        statistic.update(positive[:2], negative[:2])
-        statistic.update(positive[2:], negative[2:])
-    r_pos, r_neg = counts.rates()
-    assert (3 * r_pos).tolist() == pytest.approx([2, 1, 0, 3])
-    assert (3 * r_neg).tolist() == pytest.approx([1, 1, 0, 0])
-    assert means.difference.tolist() == pytest.approx([1 / 3, 0, 0, 11 / 3])
-
-
-def test_means_do_not_lose_small_parts() -> None:
-    # Added up in float32, ones beside 2^25 would vanish.
-    means = Means()
-    means.update(torch.tensor([[2.0**25]]), torch.tensor([[0.0]]))
-    for _ in range(7):
-        means.update(torch.tensor([[1.0]]), torch.tensor([[1.0]]))
-    assert means.positive.item() == (2**25 + 7) / 8
-    assert means.negative.item() == 7 / 8
 
 
 # -- bad wants --------------------------------------------------------------------------------

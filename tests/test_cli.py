@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ import trimtab as tt
 from tiny import tiny_model, tiny_tokenizer
 from trimtab import packs
 from trimtab.cli import main
-from trimtab.cli.fit import read_numbers
+from trimtab.cli.fit import read_method, read_numbers
+from trimtab.methods import METHODS
 from trimtab.packs import Pack
 
 PAIRS = [
@@ -36,6 +37,20 @@ PAIRS = [
     {"prompt": "She said that the day was", "positive": " good", "negative": " bad"},
 ]
 PROMPTS = ["Today I feel", "She looked at the map and"]
+
+
+#: Every method but STA, which takes an autoencoder, with options that suit the tiny model.
+EVERY: dict[str, Any] = {
+    "actadd": tt.ActAdd(layer=1, pairs=2),
+    "caa": tt.CAA(layer=(0, 2)),
+    "iti": tt.ITI(k=3, alpha=2),
+    "sadi": tt.SADI("neuron", k=4),
+    "ablation": tt.Ablation(layer=1),
+    "sas": tt.SAS(theta=30),
+    "aas": tt.AAS(theta=30),
+    "ss": tt.SS(theta=30, whole_blocks=False),
+    "austeer": tt.AUSteer(k=4),
+}
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     methods = [tt.AUSteer(k=5, alpha=2.0), tt.CAA(layer=1), tt.CAA(layer=1, positions="generated")]
     for name, steering in zip(("au", "caa", "late"), tt.fit(methods, lm, contrast), strict=True):
         steering.save(home / f"{name}.safetensors")
+    (home / "every").mkdir()
+    for name, steering in zip(EVERY, tt.fit(list(EVERY.values()), lm, contrast), strict=True):
+        steering.save(home / "every" / f"{name}.safetensors")
     return home
 
 
@@ -186,8 +204,13 @@ def test_fit_austeer(trimtab: Command, work: Path) -> None:
         "k": 7,
         "alpha": 3.0,
         "direction": "signed",
+        "locate": "momentum",
+        "choose": "most",
+        "change": "scale",
+        "strength": "adaptive",
         "clamp_sign": True,
         "layers": [0, 2],
+        "seed": 0,
         "positions": "last",
     }
     assert found["dial"] == {
@@ -212,7 +235,7 @@ def test_fit_austeer(trimtab: Command, work: Path) -> None:
     assert found["contrast"]["rows"] == 4
 
     # The same as in Python, and what was written is what was said.
-    method = tt.AUSteer("heads", 7, 3.0, "signed", True, (0, 2), "last")
+    method = tt.AUSteer("heads", 7, 3.0, "signed", clamp_sign=True, layers=(0, 2), positions="last")
     expected = method.fit(lm, tt.Contrast.from_jsonl("pairs.jsonl"))
     saved = tt.Steering.load("new.safetensors")
     for name, table in expected.tables.items():
@@ -234,6 +257,307 @@ def test_fit_caa(trimtab: Command) -> None:
     assert torch.equal(saved.vector, expected.interventions[0].operator.vector)
 
 
+#: Of every method every option: how it is written, and the value that the method gets.
+OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
+    "actadd": {
+        "layer": [("2", 2), ("-1", -1)],
+        "alpha": [("-2.5", -2.5)],
+        "pairs": [("3", 3)],
+        "token": [("last", "last"), ("-2", -2)],
+        "positions": [("prompt", "prompt")],
+    },
+    "caa": {
+        "layer": [("12", 12), ("-1", -1), ("10-14", (10, 11, 12, 13, 14)), ("3,-2", (3, -2)),
+                  ("validation", "validation")],
+        "alpha": [("2", 2.0)],
+        "token": [("mean", "mean"), ("answer", "answer"), ("-2", -2)],
+        "variant": [("pca", "pca")],
+        "unit_norm": [("yes", True), ("no", False)],
+        "positions": [("last", "last")],
+    },
+    "iti": {
+        "k": [("7", 7)],
+        "alpha": [("3", 3.0)],
+        "direction": [("probe", "probe")],
+        "scale": [("no", False), ("yes", True)],
+        "held_out": [("0.4", 0.4)],
+        "seed": [("5", 5)],
+        "positions": [("generated", "generated")],
+    },
+    "sadi": {
+        "variant": [("neuron", "neuron"), ("resid", "resid")],
+        "k": [("3", 3)],
+        "delta": [("0.5", 0.5)],
+        "positions": [("last", "last")],
+    },
+    "sta": {
+        "sae": [("other:sae/1", "other:sae/1")],
+        "p": [("0.1", 0.1)],
+        "alpha": [("2", 2.0)],
+        "token": [("mean", "mean"), ("-3", -3)],
+        "positions": [("last", "last")],
+    },
+    "ablation": {
+        "layer": [("2", 2), ("-1", -1)],
+        "tokens": [("-1,-2", (-1, -2)), ("-3", (-3,))],
+        "where": [("norms", "norms")],
+        "targets": [("I,Sorry", ("I", "Sorry")), (" yes", (" yes",))],
+        "kl": [("0.5", 0.5)],
+        "depth": [("1", 1.0)],
+        "typical": [("yes", True)],
+        "amount": [("-1", -1.0)],
+        "positions": [("prompt", "prompt")],
+    },
+    "sas": {
+        "theta": [("-90", -90.0)],
+        "candidates": [("output", "output")],
+        "selection": [("norm", "norm")],
+        "ss_compat": [("yes", True)],
+        "positions": [("prompt", "prompt")],
+    },
+    "ss": {
+        "theta": [("45", 45.0)],
+        "candidates": [("input", "input")],
+        "selection": [("norm", "norm")],
+        "whole_blocks": [("no", False)],
+        "ss_compat": [("yes", True)],
+        "positions": [("prompt", "prompt")],
+    },
+    "austeer": {
+        "site": [("ffn_in", "ffn_in")],
+        "k": [("all", "all"), ("4", 4)],
+        "alpha": [("0.5", 0.5)],
+        "direction": [("signed", "signed")],
+        "locate": [("difference", "difference")],
+        "choose": [("least", "least")],
+        "change": [("absolute", "absolute")],
+        "strength": [("fixed", "fixed")],
+        "clamp_sign": [("yes", True)],
+        "layers": [("1,3-5,-1", (1, 3, 4, 5, -1)), ("2", (2,))],
+        "seed": [("9", 9)],
+        "positions": [("last", "last")],
+    },
+}  # fmt: skip
+OPTIONS["aas"] = OPTIONS["sas"]
+#: What an option needs beside it.
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {("austeer", "choose"): {"alpha": 0.25}}
+
+
+def test_every_option_is_listed() -> None:
+    for name, method in METHODS.items():
+        assert set(OPTIONS[name]) == {item.name for item in fields(method)}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_reaches_the_method(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("trimtab.cli.fit._one", lambda made, **rest: given.append(made))
+    for option, values in OPTIONS[method].items():
+        for text, value in values:
+            wanted: dict[str, Any] = {**NEEDED.get((method, option), {}), option: value}
+            if method == "sta" and option != "sae":
+                wanted["sae"] = "mine"
+            expected = METHODS[method](**wanted)
+            flag = f"--{option.replace('_', '-')}"
+            if isinstance(value, bool):
+                words = [flag if value else flag.replace("--", "--no-")]
+            else:
+                words = [flag, text]  # a value that begins with a minus is still a value
+            more = [f"--{key}={wanted[key]}" for key in wanted if key != option]
+            ran = trimtab("fit", method, *shlex.split(FIT), *words, *more, "-o", "new.st")
+            assert ran.status == 0, ran.err
+            assert given.pop() == expected
+            if text.startswith("-"):
+                joined = f"{flag}={text}"
+                ran = trimtab("fit", method, *shlex.split(FIT), joined, *more, "-o", "new.st")
+                assert ran.status == 0, ran.err
+                assert given.pop() == expected
+            # And as `fit many` reads it.
+            rest = "".join(f" {key}={wanted[key]}" for key in wanted if key != option)
+            assert read_method(f"{method} {option}='{text}'{rest}") == expected
+    if method != "sta":
+        assert trimtab("fit", method, *shlex.split(FIT), "-o", "new.st").text == ""
+        assert given.pop() == METHODS[method]()
+
+
+@pytest.mark.parametrize(
+    ("words", "sites"),
+    [
+        ("--layer 1", ["layers.1.resid"]),
+        ("--layer -1", ["layers.2.resid"]),
+        ("--layer 0-1", ["layers.0.resid", "layers.1.resid"]),
+        ("--layer 2,0", ["layers.2.resid", "layers.0.resid"]),
+    ],
+)
+def test_fit_caa_at_layers(trimtab: Command, words: str, sites: list[str]) -> None:
+    found = trimtab(f"fit caa {FIT} {words} -o new.st --json").json
+    assert [intervention["site"] for intervention in found["interventions"]] == sites
+
+
+def test_fit_chooses_on_validation_rows(trimtab: Command) -> None:
+    parts = ["train", "train", "validation", "validation"]
+    rows = [{**pair, "part": part} for pair, part in zip(PAIRS, parts, strict=True)]
+    write_rows("parts.jsonl", rows)
+    found = trimtab("fit caa -m model -c parts.jsonl --layer validation -o a.st --json").json
+    gains = found["findings"]["validation_gain"]
+    assert set(gains) == {f"layers.{layer}.resid" for layer in range(3)}
+    assert found["interventions"][0]["site"] == max(gains, key=lambda site: gains[site])
+    assert found["contrast"]["rows"] == 2
+    options = "--kl 100 --depth 1 --tokens=-1,-2"
+    found = trimtab(f"fit ablation -m model -c parts.jsonl {options} -o b.st --json").json
+    chosen = found["findings"]["chosen"]
+    assert chosen["token"] in (-1, -2)
+    assert found["findings"]["candidates"] == 6
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_fit_of_every_method(trimtab: Command, home: Path, method: str) -> None:
+    """With its options on the command line the same as in Python."""
+    options = {
+        "actadd": "--layer 1 --pairs 2",
+        "caa": "--layer 0,2",
+        "iti": "--k 3 --alpha 2",
+        "sadi": "--variant neuron --k 4",
+        "ablation": "--layer 1",
+        "sas": "--theta 30",
+        "aas": "--theta 30",
+        "ss": "--theta 30 --no-whole-blocks",
+        "austeer": "--k 4",
+    }[method]
+    found = trimtab(f"fit {method} {FIT} {options} -o new.st --json").json
+    expected = trimtab(f"inspect every/{method}.safetensors --json").json
+    for key in expected.keys() - {"contrast", "model", "date"}:  # these have other names here
+        assert found[key] == expected[key], key
+    assert found["model"]["digest"] == expected["model"]["digest"]
+    assert found["contrast"]["digest"] == expected["contrast"]["digest"]
+    saved, made = tt.Steering.load("new.st"), tt.Steering.load(f"every/{method}.safetensors")
+    for one, other in zip(saved.interventions, made.interventions, strict=True):
+        for name, value in vars(one.operator).items():
+            same = getattr(other.operator, name)
+            if torch.is_tensor(value):  # alone it reads fewer rows, in other batches
+                torch.testing.assert_close(value, same)
+            else:
+                assert value == same
+
+
+# -- fit many ----------------------------------------------------------------------------------
+
+
+def test_fit_many(trimtab: Command) -> None:
+    methods = ["caa layer=2", "austeer k=5 site=heads", "caa layer=0 --alpha=3", "sadi k=2"]
+    names = ["caa", "austeer", "caa-2", "sadi"]
+    arguments = ["fit", "many", *methods, *shlex.split(FIT), "-o", "all"]
+    found = trimtab(*arguments, "--json").json
+    assert set(found) == {"steerings"}
+    paths = [f"all/{name}.safetensors" for name in names]
+    assert [steering["output"] for steering in found["steerings"]] == paths
+    assert sorted(str(path) for path in Path("all").iterdir()) == sorted(paths)
+    for path, steering in zip(paths, found["steerings"], strict=True):
+        shown = trimtab(f"inspect {path} --json").json
+        assert {**shown, "output": path} == steering
+    alone = trimtab(f"fit caa {FIT} --layer 0 --alpha 3 -o alone.st --json").json
+    third = found["steerings"][2]
+    assert {**alone, "date": 0, "output": 0} == {**third, "date": 0, "output": 0}
+    vectors = [tt.Steering.load(path).interventions[0].operator for path in (paths[2], "alone.st")]
+    assert torch.equal(vectors[0].vector, vectors[1].vector)  # type: ignore[attr-defined]
+    # What is there stays, unless one says so; other files in the directory do not matter.
+    before = listing(Path("all"))
+    refused(trimtab(*arguments), "all/caa.safetensors exists", "--overwrite")
+    assert listing(Path("all")) == before
+    text = trimtab(*arguments, "--overwrite").text
+    for words in (*paths, "CAA adds one vector", "AUSteer changes 5 single units of heads"):
+        assert words in text
+    assert trimtab("fit", "many", "iti k=1", *shlex.split(FIT), "-o", "all", "--json").json
+    assert set(listing(Path("all"))) == {*before, "iti.safetensors"}
+
+
+def test_fit_many_reads_the_texts_once(trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    from trimtab import activations
+
+    run = activations._run
+    monkeypatch.setattr(
+        activations, "_run", lambda lm, batch, picks: batches.append(1) or run(lm, batch, picks)
+    )
+    assert trimtab(f"fit caa {FIT} -o one.st").text
+    once = len(batches)
+    methods = ["caa", "caa token=mean", "austeer k=3", "sadi k=1"]
+    assert trimtab("fit", "many", *methods, *shlex.split(FIT), "-o", "all").text
+    assert len(batches) == 2 * once
+
+
+def test_what_exists_is_refused_before_any_work(
+    trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "all").mkdir()
+    (work / "all" / "sadi.safetensors").write_text("mine")
+    monkeypatch.setattr("trimtab.cli.fit.open_model", failing(AssertionError("work")))
+    refused(
+        trimtab("fit", "many", "caa", "sadi", *shlex.split(FIT), "-o", "all"),
+        "all/sadi.safetensors exists",
+    )
+    assert listing(work / "all").keys() == {"sadi.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        (["magic"], ["'magic'", "austeer"]),
+        (["caa layer"], ["caa", "'layer'", "OPTION=VALUE"]),
+        (["caa depth=3"], ["caa", "'depth=3'", "unit_norm"]),
+        (["caa", "austeer alpha=big"], ["austeer: alpha", "'big'", "number"]),
+        (["caa unit_norm=perhaps"], ["caa: unit_norm", "yes or no", "'perhaps'"]),
+        (["caa layer=x"], ["caa: layer", "x", "4,5,8-12", "validation"]),
+        (["caa token=first"], ["caa: token", "'first'", "answer"]),
+        (["actadd pairs=x"], ["actadd: pairs", "'x'", "whole number"]),
+        (["iti k=1.5"], ["iti: k", "'1.5'", "whole number"]),
+        (["austeer k=some"], ["austeer: k", "some"]),
+        (["austeer layers="], ["austeer: layers"]),
+        (["sta"], ["sta needs sae", "sae=..."]),
+        (["sta sae="], ["sta", "autoencoder"]),
+        (["ablation tokens=0"], ["ablation: tokens", "0"]),
+        (["ss theta=inf"], ["ss: theta", "inf"]),
+        (["caa 'layer=1"], ["METHOD OPTION=VALUE"]),
+        ([""], ["METHOD OPTION=VALUE"]),
+        ([], ["methods"]),
+    ],
+)
+def test_bad_methods(trimtab: Command, work: Path, methods: list[str], words: list[str]) -> None:
+    before = listing(work)
+    refused(trimtab("fit", "many", *methods, *shlex.split(FIT), "-o", "all"), *words)
+    assert listing(work) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("pairs.jsonl", ["pairs.jsonl is a file", "directory"]), ("no/all", ["no directory no"])],
+)
+def test_bad_folders_for_many(trimtab: Command, work: Path, output: str, words: list[str]) -> None:
+    before = listing(work)
+    refused(trimtab("fit", "many", "caa", *shlex.split(FIT), "-o", output), *words)
+    assert listing(work) == before
+
+
+def test_a_cache_saves_the_second_run(trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trimtab(f"fit caa {FIT} --cache kept -o one.st").text
+    assert trimtab("fit", "many", "sadi k=2", *shlex.split(FIT), "--cache", "kept", "-o", "a").text
+    monkeypatch.setattr("trimtab.activations._run", failing(AssertionError("it ran again")))
+    assert trimtab(f"fit caa {FIT} --cache kept -o two.st").text
+    assert trimtab("fit", "many", "sadi k=1", "caa", *shlex.split(FIT), "--cache", "kept", "-o",
+                   "b").text  # fmt: skip
+    paths = ("one.st", "two.st", "b/caa.safetensors")
+    vectors = [tt.Steering.load(path).interventions[0].operator for path in paths]
+    for vector in vectors[1:]:
+        assert torch.equal(vector.vector, vectors[0].vector)  # type: ignore[attr-defined]
+    assert "it ran again" in trimtab(f"fit caa {FIT} --token mean --cache kept -o three.st").err
+
+
+def test_a_cache_that_is_a_file(trimtab: Command) -> None:
+    refused(trimtab(f"fit caa {FIT} --cache pairs.jsonl -o one.st"), "cache", "pairs.jsonl")
+
+
 def test_fit_of_unpaired_and_builtin_contrasts(trimtab: Command) -> None:
     write_rows("texts.jsonl", [{"text": t, "label": t} for t in ("positive", "negative")])
     assert trimtab("fit caa --model model --contrast texts.jsonl -o a.st --json").json
@@ -253,7 +577,7 @@ def test_fit_of_csv(trimtab: Command) -> None:
 
 def test_fit_in_words(trimtab: Command) -> None:
     text = trimtab(f"fit austeer {FIT} --k 5 -o new.st").text
-    for words in ("AUSteer scales 5 single units of ffn_out", "Dial alpha: 8 now", "new.st"):
+    for words in ("AUSteer changes 5 single units of ffn_out", "Dial alpha: 8 now", "new.st"):
         assert words in text
     text = trimtab(f"fit caa {FIT} -o new.st --overwrite").text
     assert "CAA adds one vector" in text
@@ -319,11 +643,11 @@ def test_inspect_at_the_dial_as_fitted(trimtab: Command) -> None:
 
 def test_inspect_in_words(trimtab: Command) -> None:
     text = trimtab("inspect au.safetensors --top 2").text
-    assert "AUSteer scales 5 single units of ffn_out" in text
+    assert "AUSteer changes 5 single units of ffn_out" in text
     assert "r_pos" in text
     assert "... and 3 more (--top)" in text
     assert "r_pos" not in trimtab("inspect au.safetensors --top 0").text
-    assert "at generated positions" in trimtab("inspect late.safetensors").text
+    assert "acts on generated tokens only" in trimtab("inspect late.safetensors").text
 
 
 @pytest.mark.parametrize(("dial", "words"), [(4, "{up} are scaled up, {down} down"),
@@ -335,6 +659,71 @@ def test_inspect_counts_what_the_dial_does(
     gain = tt.Steering.load(home / "au.safetensors").tables["gain"]
     up, down = int((gain > 0).sum()), int((gain < 0).sum())
     assert words.format(up=up, down=down) in trimtab(f"inspect au.safetensors@{dial}").out
+
+
+#: What each method's `inspect --json` has beside what all have, and words of its text.
+INSPECTED: dict[str, tuple[set[str], str]] = {
+    "actadd": (set(), "ActAdd adds one vector"),
+    "caa": (set(), "CAA adds a vector"),
+    "iti": ({"heads"}, "3 attention heads"),
+    "sadi": ({"units"}, "SADI multiplies 4 single units of ffn_in"),
+    "ablation": (set(), "(7 sites)"),
+    "sas": ({"plane", "layers"}, "Standard Angular Steering"),
+    "aas": ({"plane", "layers"}, "Adaptive Angular Steering"),
+    "ss": ({"plane", "layers"}, "Selective Steering"),
+    "austeer": ({"units"}, "AUSteer changes 4 single units"),
+}
+COMMON = {
+    "method", "hyperparameters", "dial", "interventions", "model", "contrast", "findings",
+    "versions", "date",
+}  # fmt: skip
+
+
+def test_every_method_is_inspected() -> None:
+    assert set(INSPECTED) == set(EVERY) == set(METHODS) - {"sta"}
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_inspect_of_every_method(trimtab: Command, home: Path, method: str) -> None:
+    more, words = INSPECTED[method]
+    found = trimtab(f"inspect every/{method}.safetensors --json").json
+    steering = tt.Steering.load(home / "every" / f"{method}.safetensors")
+    assert set(found) == COMMON | more
+    assert found["method"] == method
+    assert found["model"] == vars(steering.model)
+    dial = steering.dial
+    assert found["dial"] == {
+        "name": dial.name, "unit": dial.unit, "default": dial.default, "range": list(dial.range),
+        "value": dial.default,
+    }  # fmt: skip
+    assert [i["site"] for i in found["interventions"]] == [i.site for i in steering.interventions]
+    assert all(set(i) == {"site", "operator", "size", "positions"} for i in found["interventions"])
+    assert all(i["size"] > 0 for i in found["interventions"])
+    text = trimtab(f"inspect every/{method}.safetensors").text
+    assert words in text
+    assert f"Dial {dial.name}: {dial.default:g}{dial.unit} now" in text
+    assert ("rank" in text) is bool(more & {"units", "heads", "features"})
+
+
+def test_inspect_of_planes_and_choices(trimtab: Command) -> None:
+    rotated = trimtab("inspect every/ss.safetensors@20 --json").json
+    assert rotated["plane"]["source_site"] == rotated["findings"]["source_site"]
+    assert rotated["plane"]["basis_norms"] == pytest.approx([1, 1], abs=1e-6)
+    assert rotated["plane"]["basis_dot"] == pytest.approx(0, abs=1e-6)
+    sites = {i["site"].split(".")[1] for i in rotated["interventions"]}
+    assert rotated["layers"] == sorted(map(int, sites))
+    assert rotated["dial"] == {
+        "name": "theta", "unit": "°", "default": 30, "range": [-360, 360], "value": 20,
+    }  # fmt: skip
+    heads = trimtab("inspect every/iti.safetensors --json").json["heads"]
+    assert len(heads) == 3
+    assert all(set(head) == {"site", "layer", "head", "accuracy", "sigma"} for head in heads)
+    units = trimtab("inspect every/sadi.safetensors@5 --json").json["units"]
+    assert all(set(unit) == {"site", "layer", "unit", "score", "gamma"} for unit in units)
+    assert {unit["gamma"] for unit in units} == {5}
+    assert trimtab("inspect every/ablation.safetensors --json").json["findings"] == {
+        "source_site": "layers.0.resid", "token": -1,
+    }  # fmt: skip
 
 
 def test_a_file_whose_name_ends_like_a_dial(trimtab: Command, work: Path, home: Path) -> None:
@@ -547,8 +936,8 @@ def test_unknown_hub_id_without_a_network(
 
 @pytest.mark.parametrize(
     "words",
-    ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit austeer",
-     "fit caa", "generate", "inspect", "bake"],
+    ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit many",
+     *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake"],
 )  # fmt: skip
 def test_help(trimtab: Command, words: str) -> None:
     text = trimtab(*words.split(), "--help").text
@@ -572,9 +961,13 @@ def test_no_command_shows_help(
 # -- bad input ---------------------------------------------------------------------------------
 
 
-def tampered(name: str, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+def tampered(
+    name: str,
+    change: Callable[[dict[str, Any], dict[str, Any]], Any],
+    source: str = "caa.safetensors",
+) -> None:
     """A steering file with something changed in its document or its tensors."""
-    with safe_open("caa.safetensors", framework="pt") as file:
+    with safe_open(source, framework="pt") as file:
         document = json.loads(file.metadata()["trimtab"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     change(document, tensors)
@@ -639,8 +1032,11 @@ def bad(work: Path, home: Path) -> Path:
     tampered("operator.st", lambda d, _: d["interventions"][0].update(operator="Explode"))
     tampered("width.st", lambda _, tensors: tensors.update({"0.vector": torch.ones(40)}))
     tampered("extra.st", lambda _, tensors: tensors.update(more=torch.ones(3)))
-    tampered("units.st", lambda _, tensors: tensors.update({"table.gain": torch.ones(3)}))
+    tampered("units.st", lambda _, tensors: tensors.pop("table.gain"), "au.safetensors")
     tampered("words.st", lambda document, _: document.update(method="austeer"))
+    tampered("findings.st", lambda d, _: d["findings"].update(score=float("nan")))
+    tampered("short.st", lambda _, t: t.update({"table.gain": torch.ones(3)}), "au.safetensors")
+    tampered("askew.st", lambda _, t: t["0.basis"][1].add_(t["0.basis"][0]), "every/ss.safetensors")
     return work
 
 
@@ -691,6 +1087,28 @@ BAD = {
     "unknown positions": (f"fit caa {FIT} -o o --positions some", "'some'", "generated"),
     "unknown positions of units": (f"fit austeer {FIT} -o o --positions some", "'some'"),
     "layer out of range": (f"fit caa {FIT} -o o --layer 3", "layer 3", "0 to 2"),
+    "layer neither number nor word": (
+        f"fit caa {FIT} -o o --layer validate",
+        "--layer validate",
+        "4,5,8-12",
+        "validation",
+    ),
+    "layers of one block": (f"fit ablation {FIT} -o o --layer 1-2", "--layer", "integer"),
+    "no validation rows": (f"fit caa {FIT} -o o --layer validation", "validation rows", "split"),
+    "token before the text": (f"fit caa {FIT} -o o --token -200", "none at -200"),
+    "token zero": (f"fit caa {FIT} -o o --token 0", "token", "0", "answer"),
+    "tokens no numbers": (f"fit ablation {FIT} -o o --tokens=x", "--tokens x", "4,5,8-12"),
+    "tokens from the start": (f"fit ablation {FIT} -o o --tokens 1,2", "tokens", "1"),
+    "targets empty": (f"fit ablation {FIT} -o o --targets=", "targets"),
+    "unpaired without targets": (
+        "fit ablation --model model -c unpaired.jsonl -o o",
+        "validation",
+    ),
+    "share out of range": (f"fit iti {FIT} -o o --held-out 1", "held_out", "1"),
+    "heads too many": (f"fit iti {FIT} -o o --k 13", "13", "12 heads"),
+    "angle NaN": (f"fit sas {FIT} -o o --theta nan", "theta", "nan"),
+    "no autoencoder": (f"fit sta {FIT} -o o", "--sae"),
+    "options at odds": (f"fit austeer {FIT} -o o --choose least", "alpha must be 0 to 1"),
     "layer too negative": (f"fit caa {FIT} -o o --layer -4", "layer -4", "0 to 2"),
     "layers out of range": (f"fit austeer {FIT} -o o --layers 0,7", "layer 7", "0 to 2"),
     "layers no numbers": (f"fit austeer {FIT} -o o --layers a,b", "--layers a,b", "4,5,8-12"),
@@ -698,7 +1116,7 @@ BAD = {
     "layers without end": (f"fit austeer {FIT} -o o --layers 0-99999999999", "write numbers"),
     "k too large": (f"fit austeer {FIT} -o o --k 145", "145", "144 units"),
     "k negative": (f"fit austeer {FIT} -o o --k -1", "k must be", "-1"),
-    "k no number": (f"fit austeer {FIT} -o o --k many", "--k"),
+    "k no number": (f"fit austeer {FIT} -o o --k many", "k must be", "all", "many"),
     "alpha NaN": (f"fit austeer {FIT} -o o --alpha nan", "alpha", "nan"),
     "alpha infinite": (f"fit caa {FIT} -o o --alpha inf", "alpha", "inf"),
     "max length": (f"fit caa {FIT} -o o --max-length 0", "max-length", "0"),
@@ -721,8 +1139,11 @@ BAD = {
     "steering at an unknown layer": ("inspect layer.st", "layer 9"),
     "unknown operator": ("inspect operator.st", "'Explode'"),
     "unexpected tensor": ("inspect extra.st", "'more'"),
-    "units without their tables": ("inspect units.st --json", "does not say which units"),
-    "no units to put in words": ("inspect words.st", "does not say which units"),
+    "tables of several lengths": ("inspect short.st --json", "several lengths"),
+    "findings NaN": ("inspect findings.st", "findings.st", "findings"),
+    "plane askew": ("inspect askew.st", "askew.st", "right angle"),
+    "units without their tables": ("inspect units.st --json", "does not say what it chose"),
+    "no units to put in words": ("inspect words.st", "does not say what it chose"),
     "width does not fit": (f"{GENERATE} Hello --steer width.st --force", "sizes do not fit", "40"),
     "dial no number": (f"{GENERATE} Hello -s au.safetensors@x", "au.safetensors@x", "'x'"),
     "dial empty": ("inspect au.safetensors@", "au.safetensors@"),

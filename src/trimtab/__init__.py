@@ -4,19 +4,28 @@ from trimtab.bake import bake
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import fit
-from trimtab.methods import CAA, AUSteer
+from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from trimtab.model import Completion, LanguageModel, load, wrap
-from trimtab.steering import Dial, Intervention, Steering
+from trimtab.steering import Dial, Intervention, Steering, Steerings
 
 __all__ = [
+    "AAS",
     "CAA",
+    "ITI",
+    "SADI",
+    "SAS",
+    "SS",
+    "STA",
     "AUSteer",
+    "Ablation",
+    "ActAdd",
     "Completion",
     "Contrast",
     "Dial",
     "Intervention",
     "LanguageModel",
     "Steering",
+    "Steerings",
     "TrimtabError",
     "TrimtabWarning",
     "bake",

@@ -2,21 +2,21 @@
 
 Each method says what it wants: a site, which token's activation stands for a text, and which
 statistic of the two sides. `collect` runs the model once for all of them. It keeps no activations:
-a hook picks the wanted tokens out of a batch, the statistic takes them in, and they are gone, so
+a hook picks the wanted tokens out of a batch, the statistics take them in, and they are gone, so
 memory grows with sites and units, not with texts. Neither the LM head nor any block above the
 highest wanted site is run.
 
-A new statistic is a class with `update(positive, negative)`, which is handed the activations of
-some texts of each side, [texts, units] in float32 and row by row the same pairs where the contrast
-is paired.
+With a cache directory what is picked is also written there, batch by batch (see stored.py): a pass
+that was killed goes on where it stopped, and a later one runs the model only for what is new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,94 +24,79 @@ from torch import Tensor
 from trimtab.anatomy import Edit, Point, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.hooks import hooked
-from trimtab.packing import Batch, batches, encode_contrast, model_inputs
+from trimtab.hooks import hooked, is_hooked
+from trimtab.packing import Batch, Packed, batches, encode_contrast, model_inputs
 from trimtab.progress import progress
+from trimtab.statistics import Sides
+from trimtab.stored import StoredPass
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
-#: over the tokens of its answer (what follows the prompt; paired contrasts only).
-Token = Literal["last", "mean", "answer"]
+#: over the tokens of its answer (what follows the prompt; paired contrasts only). A negative
+#: number is a token counted from the end: -1 is the last, -2 the one before it.
+Token = Literal["last", "mean", "answer"] | int
+TOKENS = ("last", "mean", "answer")
 
 
-class Statistic(Protocol):
-    """What `collect` keeps of one site."""
+@dataclass(frozen=True)
+class Pick:
+    """What is read of a text: a site, whose tokens stand for the text, and in which form.
 
-    needs_pairs: bool
+    `read` maps activations [..., units] to what is wanted of them, before tokens are averaged; it
+    has a `name` that no other map has. None takes them as they are.
+    """
 
-    def update(self, positive: Tensor, negative: Tensor) -> None: ...
-
-
-@dataclass
-class SignCounts:
-    """How often a unit is larger on the positive side, and how often on the negative."""
-
-    needs_pairs = True
-    pairs: int = 0
-    larger: Tensor | int = 0  # [units], pairs with x_pos > x_neg
-    smaller: Tensor | int = 0
-
-    def update(self, positive: Tensor, negative: Tensor) -> None:
-        momentum = positive - negative
-        self.pairs += len(momentum)
-        self.larger = self.larger + (momentum > 0).sum(0)
-        self.smaller = self.smaller + (momentum < 0).sum(0)
-
-    def rates(self) -> tuple[Tensor, Tensor]:
-        """r_pos and r_neg, [units] in float64; a pair with equal activations counts for neither."""
-        larger, smaller = torch.as_tensor(self.larger), torch.as_tensor(self.smaller)
-        return larger.double().cpu() / self.pairs, smaller.double().cpu() / self.pairs
-
-
-@dataclass
-class Means:
-    """The mean activation of each side."""
-
-    needs_pairs = False
-    counts: list[int] = field(default_factory=lambda: [0, 0])
-    sums: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # [units] each
-
-    def update(self, positive: Tensor, negative: Tensor) -> None:
-        for side, activations in enumerate((positive, negative)):
-            self.counts[side] += len(activations)
-            # MPS has no float64; the few thousand additions of float32 there are exact enough.
-            wide = activations if activations.device.type == "mps" else activations.double()
-            self.sums[side] = self.sums[side] + wide.sum(0)
+    site: str
+    token: Token
+    read: Any = None
 
     @property
-    def positive(self) -> Tensor:
-        return self._mean(0)
+    def name(self) -> str:
+        """For file names."""
+        form = f".{self.read.name}" if self.read else ""
+        return f"{self.site}.{self.token}{form}"
 
-    @property
-    def negative(self) -> Tensor:
-        return self._mean(1)
-
-    @property
-    def difference(self) -> Tensor:
-        """mean over positives - mean over negatives, [units] in float64."""
-        return self.positive - self.negative
-
-    def _mean(self, side: int) -> Tensor:
-        return torch.as_tensor(self.sums[side]).double().cpu() / self.counts[side]
+    def order(self) -> tuple[Any, str]:
+        """Sort key: in the order in which a token passes the sites."""
+        return site_order(self.site), self.name
 
 
 @dataclass(frozen=True)
 class Want:
-    """One statistic of one site; equal wants are served once."""
+    """One statistic of what is picked; equal wants are served once.
+
+    `rows` limits it to some rows of the contrast.
+    """
 
     site: str
     token: Token
     statistic: type[Any]
+    read: Any = None
+    rows: frozenset[int] | None = None
+
+    @property
+    def pick(self) -> Pick:
+        return Pick(self.site, -1 if self.token == "last" else self.token, self.read)
 
 
-S = TypeVar("S")
+@dataclass(frozen=True)
+class UnitLength:
+    """Reads an activation as its direction: divided by its length."""
+
+    name = "unit"
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(activation.float(), dim=-1)
 
 
 class Statistics(dict[Want, Any]):
     """What a pass has gathered."""
 
-    def of(self, site: str, token: Token, statistic: type[S]) -> S:
-        found: S = self[Want(site, token, statistic)]
+    def of(self, site: str, token: Token, statistic: type[S], **more: Any) -> S:
+        found: S = self[Want(site, token, statistic, **more)]
         return found
+
+
+S = TypeVar("S")
 
 
 class _Enough(Exception):  # noqa: N818, it is a signal and no error
@@ -125,11 +110,12 @@ def collect(
     wants: Iterable[Want],
     *,
     max_length: int | None = None,
+    cache: str | Path | None = None,
 ) -> Statistics:
     """Run the model once over the contrast and return every wanted statistic.
 
     `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
-    ones are cut on the left, with a warning.
+    ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
     """
     wanted = Statistics({want: want.statistic() for want in wants})
     if not wanted:
@@ -141,42 +127,95 @@ def collect(
                     f"{contrast.name} is unpaired, and this method compares the two sides of a "
                     "pair: give it rows with prompt, positive and negative"
                 )
-    rows = encode_contrast(language_model, contrast, max_length)
+    every = encode_contrast(language_model, contrast, max_length)
+    for want in wanted:
+        _check_lengths(contrast.name, every, want)
+    picks = sorted({want.pick for want in wanted}, key=Pick.order)
+    widths = {pick: _width(language_model, pick) for pick in picks}
+    rows = every
+    if all(want.rows is not None for want in wanted):
+        needed = frozenset().union(*(want.rows or () for want in wanted))
+        rows = [row for row in every if row.index in needed]
+    stored = None
+    if cache:
+        if is_hooked(language_model.model):
+            raise TrimtabError(
+                f"{language_model.name} is steered, and a cache keeps what it does unsteered: "
+                "leave the cache out, or fit after the block"
+            )
+        stored = StoredPass(Path(cache), language_model, every, widths, len(rows))
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
     with progress("reading activations", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens):
-            _run(language_model, batch, wanted, labels)
+            indices = torch.tensor([row.index for row in batch.rows])
+            found = stored.read(indices, language_model.device) if stored else {}
+            missing = [pick for pick in picks if pick not in found]
+            if missing:
+                fresh = _run(language_model, batch, missing)
+                if stored:
+                    stored.write(indices, fresh)
+                    # On one device, whether it was read just now or earlier.
+                    fresh = {pick: x.to(language_model.device) for pick, x in fresh.items()}
+                found |= fresh
+            for want, statistic in wanted.items():
+                statistic.update(_sides(found[want.pick], indices, labels, want.rows))
             advance(len(batch.rows))
     return wanted
 
 
-def _run(language_model: Any, batch: Batch, wanted: Statistics, labels: Tensor | None) -> None:
-    """One batch: hooks hand the wanted tokens of each site to its statistics."""
+def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
+    """Refuse a text that has no token at the wanted place, before the model has run for an hour."""
+    token = want.pick.token
+    if not isinstance(token, int):
+        return
+    for row in rows:
+        length = row.common + min(row.sides)
+        if length < -token and (want.rows is None or row.index in want.rows):
+            raise TrimtabError(
+                f"{name}, row {row.index + 1}: a text has {length} tokens, so there is none at "
+                f"{token} from the end"
+            )
+
+
+def _width(language_model: Any, pick: Pick) -> int:
+    """How many numbers a pick has per text."""
+    width: int = language_model.anatomy.width(pick.site)
+    return int(getattr(pick.read, "width", width))
+
+
+def _sides(
+    picked: Tensor, indices: Tensor, labels: Tensor | None, rows: frozenset[int] | None
+) -> Sides:
+    """What was picked, [rows, sides, units], as the two sides of the contrast."""
+    if rows is not None:
+        kept = torch.tensor([index in rows for index in indices.tolist()])
+        picked, indices = picked[kept.to(picked.device)], indices[kept]
+    if labels is None:
+        return Sides(picked[:, 0], picked[:, 1], indices, indices)
+    positive = labels[indices]
+    mask = positive.to(picked.device)
+    return Sides(picked[mask, 0], picked[~mask, 0], indices[positive], indices[~positive])
+
+
+def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Tensor]:
+    """One batch: hooks pick the wanted tokens of each site, [rows, sides, units] in float32."""
     anatomy, device = language_model.anatomy, language_model.device
-    by_site: dict[str, dict[Token, list[Statistic]]] = {}
-    for want, statistic in wanted.items():
-        by_site.setdefault(want.site, {}).setdefault(want.token, []).append(statistic)
-    pickers = {
-        token: _Picker(batch, token, device) for token in sorted({want.token for want in wanted})
-    }
-    positive = None
-    if labels is not None:
-        positive = labels[[row.index for row in batch.rows]].to(device)
+    by_site: dict[str, list[Pick]] = {}
+    for pick in picks:
+        by_site.setdefault(pick.site, []).append(pick)
+    pickers = {token: _picker(batch, token, device) for token in {pick.token for pick in picks}}
     last = max(by_site, key=site_order)
+    found: dict[Pick, Tensor] = {}
 
     def reader(site: str) -> Edit:
         def read(activation: Tensor) -> None:
-            for token, statistics in by_site[site].items():
-                picked = pickers[token].pick(activation)  # [rows, sides, units]
-                if positive is None:
-                    sides = (picked[:, 0], picked[:, 1])
-                else:
-                    mask = positive.to(picked.device)
-                    sides = (picked[mask, 0], picked[~mask, 0])
-                for statistic in statistics:
-                    statistic.update(*sides)
+            forms: dict[Any, Tensor] = {None: activation}
+            for pick in by_site[site]:
+                if pick.read not in forms:
+                    forms[pick.read] = pick.read(activation)
+                found[pick] = pickers[pick.token](forms[pick.read])
             if site == last:
                 raise _Enough
 
@@ -185,31 +224,31 @@ def _run(language_model: Any, batch: Batch, wanted: Statistics, labels: Tensor |
     edits: dict[Point, Edit] = {anatomy.point(site): reader(site) for site in by_site}
     with hooked(edits), suppress(_Enough):
         anatomy.body(**model_inputs(batch, language_model))
+    return found
 
 
-class _Picker:
+def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Takes from [rows, tokens, units] what stands for each side: [rows, sides, units]."""
+    place = batch.place  # [rows, sides, longest side]
+    lengths = (place >= 0).sum(-1)
+    if isinstance(token, int):
+        # Too short are only rows that this pick is not wanted of: any token will do.
+        steps = (lengths + token).clamp(min=0)
+        columns = place.gather(-1, steps.unsqueeze(-1)).squeeze(-1).to(device)
 
-    def __init__(self, batch: Batch, token: Token, device: torch.device) -> None:
-        place = batch.place  # [rows, sides, longest side]
-        lengths = (place >= 0).sum(-1)
-        self.columns: Tensor | None = None
-        if token == "last":
-            self.columns = place.gather(-1, (lengths - 1).unsqueeze(-1)).squeeze(-1).to(device)
-            return
-        start = torch.zeros_like(lengths)
-        if token == "answer":
-            start = torch.tensor([row.answers for row in batch.rows])
-            start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
-        steps = torch.arange(place.shape[-1])
-        taken = (steps >= start[..., None]) & (steps < lengths[..., None])
-        weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
-        weights.scatter_add_(-1, place.clamp(min=0), taken.float())
-        self.weights = (weights / taken.sum(-1, keepdim=True)).to(device)
+        def one(activation: Tensor) -> Tensor:
+            here = columns.to(activation.device)
+            rows = torch.arange(len(here), device=here.device)[:, None]
+            return activation[rows, here].float()
 
-    def pick(self, activation: Tensor) -> Tensor:
-        if self.columns is None:
-            return torch.bmm(self.weights.to(activation.device), activation.float())
-        columns = self.columns.to(activation.device)
-        rows = torch.arange(len(columns), device=activation.device)[:, None]
-        return activation[rows, columns].float()
+        return one
+    start = torch.zeros_like(lengths)
+    if token == "answer":
+        start = torch.tensor([row.answers for row in batch.rows])
+        start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
+    steps = torch.arange(place.shape[-1])
+    taken = (steps >= start[..., None]) & (steps < lengths[..., None])
+    weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
+    weights.scatter_add_(-1, place.clamp(min=0), taken.float())
+    weights = (weights / taken.sum(-1, keepdim=True)).to(device)
+    return lambda activation: torch.bmm(weights.to(activation.device), activation.float())

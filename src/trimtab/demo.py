@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from trimtab.contrasts import PARTS, Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
+from trimtab.metrics.effect import Effect, Trial, plain_texts
 from trimtab.metrics.intervals import Estimate, mean_interval
-from trimtab.metrics.likelihood import cross_entropy, log_odds
 from trimtab.model import LanguageModel
 from trimtab.plots import picture
 from trimtab.steering import Steering, write_whole
@@ -50,15 +49,6 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One steering at one dial on the validation part."""
-
-    steering: Steering
-    gain: float
-    cost: float
-
-
-@dataclass(frozen=True)
 class Result:
     """One steering on the test part."""
 
@@ -74,7 +64,7 @@ def run(
     """The whole demonstration; returns its numbers and leaves its files in `output`."""
     started = time.perf_counter()
     _check(contrast, output)
-    plain = (files("trimtab") / "data" / "plain.txt").read_text(encoding="utf-8").splitlines()
+    plain = plain_texts()
     fitted = _fit(language_model, contrast, say)
     austeer, caa = _choose(language_model, contrast, fitted, plain[:VALIDATION_TEXTS], say)
     compared = {
@@ -187,29 +177,24 @@ def _choose(
         f"Choosing k, layer and alpha on {len(validation)} validation pairs; allowed are at most "
         f"{COST_LIMIT} nats of cost on plain text:"
     )
-    base = log_odds(language_model, validation)
-    base_nll, counts = cross_entropy(language_model, plain)
-    trials = []
+    effect = Effect(language_model, validation, plain)
+    trials: list[tuple[float, Trial]] = []
     for steering in fitted:
         if steering.hyperparameters.get("direction") == "paper":
             continue
-        for alpha in ALPHAS:
-            turned = steering.at(alpha)
-            nll, _ = cross_entropy(language_model, plain, turned)
-            cost = float(((nll - base_nll) * counts).sum() / counts.sum())
-            line = f"  {_setting(turned):28} cost {cost:+.3f}"
-            if cost > COST_LIMIT:
+        for trial in effect.trials(steering, ALPHAS, COST_LIMIT):
+            line = f"  {_setting(trial.steering):28} cost {trial.cost:+.3f}"
+            if trial.gain is None:
                 say(f"{line}, too much")
                 break  # a larger alpha costs more
-            gain = float((log_odds(language_model, validation, turned) - base).mean())
-            say(f"{line}, gain {gain:+.2f}")
-            trials.append(Trial(turned, gain, cost))
+            say(f"{line}, gain {trial.gain:+.2f}")
+            trials.append((trial.gain, trial))
     best = []
     for method in ("austeer", "caa"):
-        allowed = [trial for trial in trials if trial.steering.method == method]
+        allowed = [(gain, trial) for gain, trial in trials if trial.steering.method == method]
         if not allowed:
             raise TrimtabError(f"no setting of {method} keeps its cost within {COST_LIMIT} nats")
-        best.append(max(allowed, key=lambda trial: trial.gain))
+        best.append(max(allowed, key=lambda pair: pair[0])[1])
         say(f"  chosen: {_setting(best[-1].steering)}")
     return best[0], best[1]
 
@@ -237,19 +222,17 @@ def _measure(
     say(f"\nOn {len(test)} held-out pairs and {len(plain)} plain texts (95 % intervals):")
     say(f"  {'':18}{'gain in log-odds, nats':>28}{'prefers positive':>18}{'cost, nats/token':>26}")
     results = []
-    base_odds = log_odds(language_model, test)
-    base_nll, _ = cross_entropy(language_model, plain)
+    effect = Effect(language_model, test, plain)
     for name, steering in {"unsteered": None, **steerings}.items():
         if steering is None:
-            odds, nll = base_odds, base_nll
+            gains, costs = torch.zeros(len(test)), torch.zeros(len(plain))
         else:
-            odds = log_odds(language_model, test, steering)
-            nll, _ = cross_entropy(language_model, plain, steering)
+            gains, costs = effect.gains(steering), effect.costs(steering)
         result = Result(
             name,
-            mean_interval(odds - base_odds),
-            float((odds > 0).double().mean()),
-            mean_interval(nll - base_nll),
+            mean_interval(gains),
+            float((effect.base_odds + gains > 0).double().mean()),
+            mean_interval(costs),
         )
         results.append(result)
         cost = f"{result.cost.value:+.3f} [{result.cost.low:+.3f}, {result.cost.high:+.3f}]"

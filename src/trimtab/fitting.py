@@ -5,51 +5,88 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.activations import collect
+from trimtab.activations import TOKENS, Statistics, Token, Want, collect
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.steering import Dial, Intervention, Steering
+from trimtab.steering import POSITIONS, Dial, Intervention, Steering
+
+#: For the field that every method has.
+POSITIONS_HELP = f"Tokens to steer: {', '.join(POSITIONS)}."
+
+
+class Method:
+    """What every method has beside its hyperparameters; `name` is what the command line calls it.
+
+    A method says what it `wants` of a pass over the contrast, and `build`s a steering from that.
+    """
+
+    name: ClassVar[str]
+
+    def fit(
+        self,
+        language_model: Any,
+        contrast: Contrast,
+        *,
+        max_length: int | None = None,
+        cache: str | Path | None = None,
+    ) -> Steering:
+        """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
+        return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        """The statistics that it needs of the contrast's train part."""
+        raise NotImplementedError
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        """The steering, from what the pass gathered."""
+        raise NotImplementedError
 
 
 def fit(
-    methods: Sequence[Any],
+    methods: Sequence[Method],
     language_model: Any,
     contrast: Contrast,
     *,
     max_length: int | None = None,
+    cache: str | Path | None = None,
 ) -> list[Steering]:
-    """Fit several methods on one contrast; the model runs over it once.
+    """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
-    Uses the rows of part "train", or all rows where none names a part. `max_length` is the
-    longest text in tokens (default: what the model takes).
+    Uses the rows of part "train", or all rows where none names a part; a method that chooses
+    something itself does so on the rows of part "validation". `max_length` is the longest text in
+    tokens (default: what the model takes). `cache` names a directory that keeps what the model
+    was run for: a pass that was interrupted goes on there, and a later one need not run again.
     """
-    train = contrast.train
-    wants = [want for method in methods for want in method.wants(language_model.anatomy)]
-    statistics = collect(language_model, train, wants, max_length=max_length)
-    return [method.build(language_model, train, statistics) for method in methods]
+    wants = [want for method in methods for want in method.wants(language_model, contrast)]
+    statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
+    return [method.build(language_model, contrast, statistics) for method in methods]
 
 
 def new_steering(
-    method: Any,
+    method: Method,
     language_model: Any,
     contrast: Contrast,
     interventions: Sequence[Intervention],
     dial: Dial,
     tables: dict[str, Tensor] | None = None,
+    findings: dict[str, Any] | None = None,
 ) -> Steering:
     """A method's result, with where it came from."""
+    train = contrast.train
     return Steering(
         method=method.name,
-        hyperparameters=_plain(asdict(method)),
+        hyperparameters=_plain(asdict(method)),  # type: ignore[call-overload]
         interventions=tuple(interventions),
         dial=dial,
         model=language_model.identity,
-        contrast={"name": contrast.name, "digest": contrast.digest, "rows": len(contrast)},
+        contrast={"name": train.name, "digest": train.digest, "rows": len(train)},
         tables=tables or {},
+        findings=findings or {},
     )
 
 
@@ -63,6 +100,24 @@ def check_number(what: str, value: float) -> None:
     """Refuse NaN and infinity."""
     if not math.isfinite(value):
         raise TrimtabError(f"{what} must be a finite number, not {value}")
+
+
+def check_token(what: str, token: Token) -> None:
+    """Refuse what is neither a rule's name nor a place counted from the end."""
+    if not (token in TOKENS or (type(token) is int and token < 0)):
+        raise TrimtabError(
+            f"{what} is {token!r}: known are {', '.join(TOKENS)}, and -1, -2 ... from the end"
+        )
+
+
+def validation_part(method: str, contrast: Contrast) -> Contrast:
+    """The rows that a method chooses on, which are not those that it is fitted on."""
+    if not any(row.part == "validation" for row in contrast.rows):
+        raise TrimtabError(
+            f"{method} chooses on validation rows, and {contrast.name} has none: name parts in its "
+            "rows, or call contrast.split()"
+        )
+    return contrast.part("validation")
 
 
 def _plain(hyperparameters: dict[str, Any]) -> dict[str, Any]:

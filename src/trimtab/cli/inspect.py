@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,10 +13,10 @@ from trimtab.describe import describe, explain
 
 def inspect(
     file: Annotated[str, typer.Argument(help="A steering: FILE or FILE@DIAL.")],
-    top: Annotated[int, typer.Option(help="How many units to list.")] = 10,
+    top: Annotated[int, typer.Option(help="How many units, heads or features to list.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Say what a steering does, in words, and list its units.
+    """Say what a steering does, in words, and list the units, heads or features it chose.
 
     Example: `trimtab inspect joy.safetensors`
     """
@@ -27,17 +27,28 @@ def inspect(
         return
     for line in explain(steering):
         console.print(line)
-    units = described.get("units", [])[: max(0, top)]
-    if units:
-        table = Table("rank", "layer", "unit", "score", "r_pos", "r_neg", "gamma", box=None)
-        for rank, unit in enumerate(units, 1):
-            table.add_row(
-                str(rank),
-                str(unit["layer"]),
-                str(unit["unit"]),
-                *(f"{unit[name]:.3f}" for name in ("score", "r_pos", "r_neg")),
-                f"{unit['gamma']:+.2f}",
-            )
-        console.print(table)
-        if len(described["units"]) > len(units):
-            console.print(f"... and {len(described['units']) - len(units)} more (--top)")
+    for kind in ("units", "heads", "features"):
+        _list(described.get(kind, []), max(0, top))
+
+
+def _list(records: list[dict[str, Any]], top: int) -> None:
+    """The first records of what was chosen, as a table in rank order."""
+    if not records[:top]:
+        return
+    columns = [name for name in records[0] if name != "site"]
+    table = Table("rank", *columns, box=None)
+    for rank, record in enumerate(records[:top], 1):
+        cells = [record[name] for name in columns]
+        table.add_row(
+            str(rank),
+            *(_cell(name, cell) for name, cell in zip(columns, cells, strict=True)),
+        )
+    console.print(table)
+    if len(records) > top:
+        console.print(f"... and {len(records) - top} more (--top)")
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:+.2f}" if name == "gamma" else f"{value:.3f}"

@@ -10,13 +10,25 @@ The k units with the largest s_i over all layers are steered at every token:
 
 Scores are multiples of 1/N, so ties are the rule: the lower layer, then the lower unit goes first.
 
+The paper's comparisons are one option each:
+
+    locate="difference"    s_i = |mean m_i|, as SADI does                                (table 3)
+    locate="random"        units drawn at random                                         (table 3)
+    change="vector"        x_i <- x_i + alpha mean m_i, as ITI does                      (table 3)
+    strength="fixed"       gamma_i = +alpha or -alpha, whatever r_i is                   (table 3)
+    k="all"                as many units as there are                                    (table 12)
+    choose="least"         suppress the k units of the smallest s_i: x_i <- (1 - alpha) x_i, with
+                           alpha from 0 to 1                                             (table 13)
+
 The paper says that scaling preserves an activation's sign. That holds for promoted units only: for
 a suppressed one gamma < -1 as soon as alpha r^neg > 1, which is so at every strength that the
 paper uses, and the activation is flipped and amplified. `clamp_sign` stops at zero instead.
 
-`direction="signed"` is ours: a promoted unit whose activation is mostly negative moves away from
-the positive side when it is scaled up. Signed multiplies gamma by the sign of the unit's mean
-activation over both sides, which is still a scaling and always toward the positive side.
+Two options are ours. A promoted unit whose activation is mostly negative moves away from the
+positive side when it is scaled up. `direction="signed"` multiplies gamma by the sign of the unit's
+mean activation over both sides, which is still a scaling and always toward the positive side.
+`change="absolute"` adds gamma |x| instead of gamma x, which goes the same way at every token and is
+not linear, so it cannot be baked.
 """
 
 from __future__ import annotations
@@ -28,29 +40,52 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.activations import Means, SignCounts, Statistics, Want
+from trimtab.activations import Statistics, Want
 from trimtab.anatomy import site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.fitting import check_choice, check_number, fit, new_steering
-from trimtab.operators import Scale
+from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.operators import Add, Operator, Scale
+from trimtab.statistics import Means, SignCounts
 from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
 
 SITE_KINDS = ("heads", "ffn_out", "ffn_in", "resid")
 DIRECTIONS = ("paper", "signed")
+LOCATE = ("momentum", "difference", "random")
+CHANGES = ("scale", "absolute", "vector")
+STRENGTHS = ("adaptive", "fixed")
+CHOOSE = ("most", "least")
 
 
 @dataclass(frozen=True)
-class AUSteer:
-    """AUSteer's hyperparameters; `fit` needs a paired contrast."""
+class AUSteer(Method):
+    """AUSteer: scale the few units that tell the two sides apart most reliably.
+
+    It needs a paired contrast.
+    """
 
     site: str = field(
         default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
-    k: int = field(default=16, metadata={"help": "How many units to steer."})
+    k: int | Literal["all"] = field(
+        default=16, metadata={"help": "How many units to steer, or all."}
+    )
     alpha: float = field(default=8.0, metadata={"help": "Strength; the dial's default."})
     direction: Literal["paper", "signed"] = field(
         default="paper", metadata={"help": "Sign of gamma: paper, or signed by the unit's mean."}
+    )
+    locate: Literal["momentum", "difference", "random"] = field(
+        default="momentum", metadata={"help": "Score of a unit: momentum, difference or random."}
+    )
+    choose: Literal["most", "least"] = field(
+        default="most", metadata={"help": "Steer the most important units, or suppress the least."}
+    )
+    change: Literal["scale", "absolute", "vector"] = field(
+        default="scale",
+        metadata={"help": "Add gamma x (scale), gamma |x| (absolute), or a fixed vector."},
+    )
+    strength: Literal["adaptive", "fixed"] = field(
+        default="adaptive", metadata={"help": "gamma from each unit's rate, or the same for all."}
     )
     clamp_sign: bool = field(
         default=False, metadata={"help": "Stop a suppressed unit at zero instead of flipping it."}
@@ -58,61 +93,81 @@ class AUSteer:
     layers: tuple[int, ...] | None = field(
         default=None, metadata={"help": "Layers to choose units from (default: all)."}
     )
-    positions: Positions = field(
-        default="all", metadata={"help": "Tokens to steer: all, prompt, generated or last."}
-    )
+    seed: int = field(default=0, metadata={"help": "For locate random."})
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "austeer"
 
     def __post_init__(self) -> None:
         check_choice("austeer: site", self.site, SITE_KINDS)
         check_choice("austeer: direction", self.direction, DIRECTIONS)
+        check_choice("austeer: locate", self.locate, LOCATE)
+        check_choice("austeer: choose", self.choose, CHOOSE)
+        check_choice("austeer: change", self.change, CHANGES)
+        check_choice("austeer: strength", self.strength, STRENGTHS)
         check_choice("austeer: positions", self.positions, POSITIONS)
         check_number("austeer: alpha", self.alpha)
-        if self.k < 0:
-            raise TrimtabError(f"austeer: k must be 0 or more, not {self.k}")
+        if self.k != "all" and (not isinstance(self.k, int) or self.k < 0):
+            raise TrimtabError(f"austeer: k must be 0 or more, or all, not {self.k}")
         if self.layers is not None and not self.layers:
             raise TrimtabError("austeer: layers is empty: name some, or leave it out for all")
-
-    def fit(self, language_model: Any, contrast: Contrast) -> Steering:
-        """Find the units and make the steering. Raises TrimtabError if k exceeds the units."""
-        return fit([self], language_model, contrast)[0]
+        if self.choose == "least":
+            defaults = {"change": "scale", "strength": "adaptive", "direction": "paper"}
+            for option, default in defaults.items():
+                if getattr(self, option) != default:
+                    raise TrimtabError(
+                        "austeer: choose least shrinks units by one factor, 1 - alpha: leave "
+                        f"{option} out"
+                    )
+            if not 0 <= self.alpha <= 1:
+                raise TrimtabError(
+                    "austeer: choose least multiplies by 1 - alpha: alpha must be 0 to 1, not "
+                    f"{self.alpha:g}"
+                )
+        if self.direction == "signed" and self.change != "scale":
+            raise TrimtabError(
+                f"austeer: direction signed is for scaling; change {self.change} goes toward the "
+                "positive side as it is"
+            )
+        if self.clamp_sign and self.change != "scale":
+            raise TrimtabError(f"austeer: clamp_sign is for scaling, not for change {self.change}")
+        if self.strength == "fixed" and self.change == "vector":
+            raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
 
     def sites(self, anatomy: Any) -> list[str]:
         """Where units are chosen from, each site once and from the lowest layer up."""
         return sorted(set(anatomy.sites(self.site, self.layers)), key=site_order)
 
-    def wants(self, anatomy: Any) -> list[Want]:
-        sites = self.sites(anatomy)
-        units = sum(anatomy.width(site) for site in sites)
-        if self.k > units:
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        sites = self.sites(language_model.anatomy)
+        units = sum(language_model.anatomy.width(site) for site in sites)
+        if self.k != "all" and self.k > units:
             raise TrimtabError(f"austeer: k is {self.k}, but {self.site} has {units} units here")
         wants = [Want(site, "last", SignCounts) for site in sites]
-        if self.direction == "signed":
+        if self._needs_means:
             wants += [Want(site, "last", Means) for site in sites]
         return wants
+
+    @property
+    def _needs_means(self) -> bool:
+        return self.direction == "signed" or self.locate == "difference" or self.change == "vector"
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         anatomy = language_model.anatomy
         sites = self.sites(anatomy)
+        widths = [anatomy.width(site) for site in sites]
         rates = [statistics.of(site, "last", SignCounts).rates() for site in sites]
         r_pos = torch.cat([positive for positive, _ in rates])
         r_neg = torch.cat([negative for _, negative in rates])
-        gain = torch.where(r_pos > r_neg, r_pos, -r_neg)
-        if self.direction == "signed":
+        difference, sign = torch.zeros_like(r_pos), torch.ones_like(r_pos)
+        if self._needs_means:
             means = [statistics.of(site, "last", Means) for site in sites]
-            gain = gain * torch.cat([(mean.positive + mean.negative).sign() for mean in means])
-        score = torch.maximum(r_pos, r_neg)
-        chosen = rank(score)[: self.k]  # flat over (layer, unit)
-        chosen = chosen[score[chosen] > 0]
-        if len(chosen) < self.k:
-            warnings.warn(
-                f"austeer: k is {self.k}, but only {len(chosen)} units differ between the two "
-                "sides: the others are left alone",
-                TrimtabWarning,
-                stacklevel=2,
-            )
-        widths = [anatomy.width(site) for site in sites]
+            difference = torch.cat([mean.difference for mean in means])
+            if self.direction == "signed":
+                sign = torch.cat([(mean.positive + mean.negative).sign() for mean in means])
+        score = self._score(r_pos, r_neg, difference)
+        chosen = self._chosen(score)  # flat over (layer, unit)
+        gain = self._gain(r_pos, r_neg, difference) * sign
         site_of = torch.arange(len(sites)).repeat_interleave(torch.tensor(widths))[chosen]
         unit_of = torch.cat([torch.arange(width) for width in widths])[chosen]
         interventions = []
@@ -121,8 +176,8 @@ class AUSteer:
             if here.any():
                 units, order = unit_of[here].sort()
                 gains = gain[chosen][here][order].float()
-                scale = Scale(units, gains, widths[number], self.clamp_sign)
-                interventions.append(Intervention(site, scale, self.positions))
+                operator = self._operator(units, gains, widths[number])
+                interventions.append(Intervention(site, operator, self.positions))
         layers = torch.tensor([anatomy.check(site)[0] for site in sites])
         tables = {
             "layer": layers[site_of],
@@ -132,8 +187,48 @@ class AUSteer:
             "r_neg": r_neg[chosen].float(),
             "gain": gain[chosen].float(),
         }
-        dial = Dial("alpha", self.alpha, (0.0, 100.0))
+        high = 1.0 if self.choose == "least" else 100.0
+        dial = Dial("alpha", self.alpha, (0.0, high))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
+
+    def _score(self, r_pos: Tensor, r_neg: Tensor, difference: Tensor) -> Tensor:
+        """How important each unit is, [units of all sites]."""
+        if self.locate == "momentum":
+            return torch.maximum(r_pos, r_neg)
+        if self.locate == "difference":
+            return difference.abs()
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(len(r_pos), generator=generator, dtype=torch.float64)
+
+    def _chosen(self, score: Tensor) -> Tensor:
+        """Indices of the units to steer, in rank order."""
+        k = len(score) if self.k == "all" else self.k
+        if self.choose == "least":
+            return rank(-score)[:k]
+        chosen = rank(score)[:k]
+        chosen = chosen[score[chosen] > 0]
+        if len(chosen) < k and self.k != "all":
+            warnings.warn(
+                f"austeer: k is {k}, but only {len(chosen)} units differ between the two "
+                "sides: the others are left alone",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+        return chosen
+
+    def _gain(self, r_pos: Tensor, r_neg: Tensor, difference: Tensor) -> Tensor:
+        """gamma of every unit at alpha 1."""
+        if self.choose == "least":
+            return -torch.ones_like(r_pos)
+        if self.change == "vector":
+            return difference
+        gain = torch.where(r_pos > r_neg, r_pos, -r_neg)
+        return gain.sign() if self.strength == "fixed" else gain
+
+    def _operator(self, units: Tensor, gains: Tensor, width: int) -> Operator:
+        if self.change == "vector":
+            return Add(torch.zeros(width).index_copy(0, units, gains))
+        return Scale(units, gains, width, self.clamp_sign, absolute=self.change == "absolute")
 
 
 def rank(score: Tensor) -> Tensor:

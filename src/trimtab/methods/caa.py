@@ -5,62 +5,151 @@
     v_l = mean(h_l^pos) - mean(h_l^neg)  at block l's output,      h_l <- h_l + alpha v_l
 
 `token` says whose activation stands for a text: its last token's (as in the comparisons of
-AUSteer's paper), the mean over all its tokens, or over its answer's. The vector is not normalised.
+AUSteer's paper), the mean over all its tokens or over its answer's, or a token counted from the
+end (-2 is the answer's letter in the authors' prompts).
+
+`variant="pca"` keeps the length of v and takes as its direction the first principal component of
+the pairs' differences. They are not centred, because their mean is what is looked for; the sign is
+the one that agrees with v.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from trimtab.activations import Means, Statistics, Token, Want
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from trimtab.activations import Statistics, Token, Want
 from trimtab.contrasts import Contrast
-from trimtab.fitting import check_choice, check_number, fit, new_steering
+from trimtab.errors import TrimtabError
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Method,
+    check_choice,
+    check_number,
+    check_token,
+    new_steering,
+    validation_part,
+)
+from trimtab.metrics.likelihood import preference
 from trimtab.operators import Add
+from trimtab.statistics import Means, SecondMoment
 from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
 
-TOKENS = ("last", "mean", "answer")
+VARIANTS = ("mean", "pca")
 
 
 @dataclass(frozen=True)
-class CAA:
-    """CAA's hyperparameters."""
+class CAA(Method):
+    """CAA: add the mean difference of the two sides to the residual stream."""
 
-    layer: int | None = field(
+    layer: int | tuple[int, ...] | Literal["validation"] | None = field(
         default=None,
-        metadata={"help": "Block whose output is steered; negative from the end (default: 40%)."},
+        metadata={
+            "help": "Blocks whose output is steered, as in 12 or 10-14, negative from the end; or "
+            "validation: the one that does most on validation rows at alpha (default: 40%)."
+        },
     )
     alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
-        default="last", metadata={"help": "What stands for a text: last, mean or answer."}
+        default="last",
+        metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
     )
-    positions: Positions = field(
-        default="all", metadata={"help": "Tokens to steer: all, prompt, generated or last."}
+    variant: Literal["mean", "pca"] = field(
+        default="mean", metadata={"help": "Direction: mean difference, or pca of the differences."}
     )
+    unit_norm: bool = field(
+        default=False, metadata={"help": "Make the vector's length 1 instead of the difference's."}
+    )
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "caa"
 
     def __post_init__(self) -> None:
-        check_choice("caa: token", self.token, TOKENS)
+        check_token("caa: token", self.token)
+        check_choice("caa: variant", self.variant, VARIANTS)
         check_choice("caa: positions", self.positions, POSITIONS)
         check_number("caa: alpha", self.alpha)
+        if self.layer == ():
+            raise TrimtabError("caa: layer is empty: name some, or leave it out")
+        if isinstance(self.layer, str):
+            check_choice("caa: layer", self.layer, ("validation",))
+            if self.alpha == 0:
+                raise TrimtabError(
+                    "caa: alpha is 0, at which layer validation has no effect to see"
+                )
 
-    def fit(self, language_model: Any, contrast: Contrast) -> Steering:
-        """Take the mean difference and make the steering."""
-        return fit([self], language_model, contrast)[0]
+    def sites(self, anatomy: Any) -> list[str]:
+        """The sites to steer, or those to choose from."""
+        if self.layer == "validation":
+            every: list[str] = anatomy.sites("resid")
+            return every
+        return residual_sites(anatomy, self.layer)
 
-    def site(self, anatomy: Any) -> str:
-        # The paper's best layers lie around 13 of 32.
-        layer = int(0.4 * anatomy.layers) if self.layer is None else self.layer
-        site: str = anatomy.sites("resid", (layer,))[0]
-        return site
-
-    def wants(self, anatomy: Any) -> list[Want]:
-        return [Want(self.site(anatomy), self.token, Means)]
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        if self.layer == "validation":
+            validation_part(self.name, contrast)
+            if not contrast.paired and self.positions in ("generated", "last"):
+                raise TrimtabError(
+                    f"caa: layer validation reads unpaired texts as they are, and positions "
+                    f"{self.positions} changes nothing there: use all, or a paired contrast"
+                )
+        sites = self.sites(language_model.anatomy)
+        wants = [Want(site, self.token, Means) for site in sites]
+        if self.variant == "pca":
+            wants += [Want(site, self.token, SecondMoment) for site in sites]
+        return wants
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
-        site = self.site(language_model.anatomy)
-        difference = statistics.of(site, self.token, Means).difference.float()
-        interventions = [Intervention(site, Add(difference), self.positions)]
         dial = Dial("alpha", self.alpha, (-20.0, 20.0))
-        return new_steering(self, language_model, contrast, interventions, dial)
+        interventions = [
+            Intervention(site, Add(self._vector(statistics, site)), self.positions)
+            for site in self.sites(language_model.anatomy)
+        ]
+        if self.layer != "validation":
+            return new_steering(self, language_model, contrast, interventions, dial)
+        validation = validation_part(self.name, contrast)
+        base = preference(language_model, validation)
+        gains = {}
+        for intervention in interventions:
+            steering = new_steering(self, language_model, contrast, [intervention], dial)
+            gain = preference(language_model, validation, steering) - base
+            gains[intervention.site] = gain
+        # A negative alpha is meant to lower the preference; of equal layers the lower one.
+        best = max(interventions, key=lambda each: math.copysign(1, self.alpha) * gains[each.site])
+        findings = {"site": best.site, "validation_gain": gains}
+        return new_steering(self, language_model, contrast, [best], dial, findings=findings)
+
+    def _vector(self, statistics: Statistics, site: str) -> Tensor:
+        vector = statistics.of(site, self.token, Means).difference
+        length = vector.norm()
+        if self.variant == "pca":
+            moment = statistics.of(site, self.token, SecondMoment).sum
+            vector = length * _first_component(moment, vector)
+        return (vector / length if self.unit_norm and length > 0 else vector).float()
+
+
+def residual_sites(anatomy: Any, layer: Any) -> list[str]:
+    """Outputs of one block or of several; without a number, of the one at 40 % of the depth."""
+    if layer is None:
+        layer = int(0.4 * anatomy.layers)  # CAA's best layers lie around 13 of 32
+    layers = (layer,) if isinstance(layer, int) else layer
+    sites: list[str] = list(dict.fromkeys(anatomy.sites("resid", layers)))
+    return sites
+
+
+def _first_component(moment: Tensor, toward: Tensor) -> Tensor:
+    """The eigenvector of the largest eigenvalue, [units], pointing the way `toward` does."""
+    if not moment.any():
+        raise TrimtabError("caa: the two sides of every pair have equal activations")
+    start = toward.numpy() if toward.any() else None  # the same start, the same result
+    _, vectors = eigsh(moment.double().cpu().numpy(), k=1, v0=start)
+    vector = torch.from_numpy(vectors[:, 0].copy())
+    agreement = vector @ toward
+    if agreement.abs() <= 1e-9 * toward.norm():  # neither way: the largest entry is positive
+        agreement = vector[vector.abs().argmax()]
+    return -vector if agreement < 0 else vector

@@ -1,0 +1,91 @@
+"""ActAdd: add the difference of one pair of texts to the residual stream.
+
+"Steering Language Models With Activation Engineering" (Turner et al., arXiv 2308.10248), in the
+form in which later papers compare with it:
+
+    v_l = h_l(positive) - h_l(negative)  at block l's output,      h_l <- h_l + alpha v_l
+
+with the mean over a text's tokens as h. (The original adds the two prompts' activations token by
+token to the first tokens of the text; here the vector acts wherever `positions` says.) With
+`pairs` above 1 it is the mean over the first pairs, and with all of them it is CAA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.activations import Statistics, Token, Want
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Method,
+    check_choice,
+    check_number,
+    check_token,
+    new_steering,
+)
+from trimtab.methods.caa import residual_sites
+from trimtab.operators import Add
+from trimtab.statistics import Means
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+
+
+@dataclass(frozen=True)
+class ActAdd(Method):
+    """ActAdd: add the difference of one pair of texts to the residual stream.
+
+    Of an unpaired contrast the first text of each side is used.
+    """
+
+    layer: int | None = field(
+        default=None,
+        metadata={"help": "Block whose output is steered; negative from the end (default: 40%)."},
+    )
+    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    pairs: int = field(default=1, metadata={"help": "How many pairs, from the first on."})
+    token: Token = field(
+        default="mean",
+        metadata={"help": "What stands for a text: mean, last, answer, or -2 and so on."},
+    )
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "actadd"
+
+    def __post_init__(self) -> None:
+        check_token("actadd: token", self.token)
+        check_choice("actadd: positions", self.positions, POSITIONS)
+        check_number("actadd: alpha", self.alpha)
+        if self.pairs < 1:
+            raise TrimtabError(f"actadd: pairs must be 1 or more, not {self.pairs}")
+
+    def _want(self, anatomy: Any, contrast: Contrast) -> Want:
+        train = contrast.train
+        if train.paired:
+            sides = [list(range(len(train)))]
+        else:
+            labels = [text.label for text in train.texts]
+            sides = [
+                [index for index, label in enumerate(labels) if label == side]
+                for side in ("positive", "negative")
+            ]
+        there = min(map(len, sides))
+        if self.pairs > there:
+            what = "pairs" if train.paired else "texts of each side"
+            raise TrimtabError(
+                f"actadd: pairs is {self.pairs}, but {train.name} has {there} {what}"
+            )
+        rows = frozenset(index for side in sides for index in side[: self.pairs])
+        (site,) = residual_sites(anatomy, self.layer)
+        return Want(site, self.token, Means, rows=rows)
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        return [self._want(language_model.anatomy, contrast)]
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        want = self._want(language_model.anatomy, contrast)
+        vector = statistics[want].difference.float()
+        interventions = [Intervention(want.site, Add(vector), self.positions)]
+        dial = Dial("alpha", self.alpha, (-20.0, 20.0))
+        return new_steering(self, language_model, contrast, interventions, dial)

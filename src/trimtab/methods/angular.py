@@ -1,0 +1,262 @@
+"""Angular steering: SAS, AAS and Selective Steering turn activations in one plane.
+
+SAS and AAS: "Angular Steering: Behavior Control via Rotation in Activation Space"
+(arXiv 2510.26243). SS: "Selective Steering" (arXiv 2601.19375).
+
+At the norms before attention and FFN, at the last token, each site k has a candidate direction d_k,
+from the negative side to the positive one. One plane serves all of them:
+
+    b1 = d_k with the largest mean cosine to all candidates (or the longest, `selection="norm"`)
+    b2 = first principal component of all unit candidates, centred, made orthogonal to b1; its sign
+         is free, so its largest entry is made positive
+
+    SAS    h <- h - Ph + |Ph| (cos t b1 + sin t b2)      everywhere; t is the angle that results
+    AAS    the same where <h, b1> > 0
+    SS     h <- h - Ph + U R_t U'h                       t is added to the angle; only at
+           discriminative sites, where the mean of <h / |h|, b1> has opposite signs on the two
+           sides (with `whole_blocks` only where all norms of the block are)
+
+So at 0 degrees SS does nothing, while SAS and AAS lay the plane's part on the positive side, b1.
+All three keep the length of h. The authors say that SAS does not; that is rounding, of a basis kept
+in bfloat16. Here it is kept in float32 and made orthonormal whenever it is used.
+
+`candidates="output"` is SS's way: means of the norms' outputs. "input" is Angular Steering's: means
+of the norms' inputs, each text's divided by its length. `ss_compat` steers all norms of a block, as
+SS's code does: also those on the branches (Gemma), or those alone where there are no others, while
+otherwise what attention and FFN read is steered (OLMo 2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from trimtab.activations import Statistics, UnitLength, Want
+from trimtab.anatomy import parse_site
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.operators import Operator, Rotate, Turn, orthonormal
+from trimtab.statistics import Means
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+
+CANDIDATES = ("output", "input")
+SELECTIONS = ("cosine", "norm")
+#: Two sides that differ by less than this share of their length differ by rounding: where all texts
+#: end with the same token, the first norm reads the same on both.
+_ROUNDING = 1e-5
+
+_SELECTION_HELP = "b1: the candidate with the largest mean cosine, or the longest (norm)."
+_CANDIDATES_HELP = "Directions from norms' outputs, or from their inputs at unit length."
+_COMPAT_HELP = "Steer all norms of a block, also those on the branches."
+
+
+@dataclass(frozen=True)
+class SAS(Method):
+    """Standard Angular Steering: lay activations at an angle in one plane, at every norm."""
+
+    theta: float = field(
+        default=0.0, metadata={"help": "Angle in degrees, the dial's default; 0 is positive."}
+    )
+    candidates: Literal["output", "input"] = field(
+        default="input", metadata={"help": _CANDIDATES_HELP}
+    )
+    selection: Literal["cosine", "norm"] = field(
+        default="cosine", metadata={"help": _SELECTION_HELP}
+    )
+    ss_compat: bool = field(default=False, metadata={"help": _COMPAT_HELP})
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "sas"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        return list(_candidate_wants(self, language_model.anatomy).values())
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        plane = _plane(self, language_model.anatomy, statistics)
+        turn = Turn(plane.basis.float(), adaptive=self.name == "aas")
+        return _steering(
+            self, language_model, contrast, plane, _sites(self, language_model.anatomy), turn
+        )
+
+
+@dataclass(frozen=True)
+class AAS(SAS):
+    """Adaptive Angular Steering: the same, where an activation points to the positive side."""
+
+    name = "aas"
+
+
+@dataclass(frozen=True)
+class SS(Method):
+    """Selective Steering: turn activations by an angle, where the two sides are opposite."""
+
+    theta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Angle in degrees, the dial's default (default: what takes the negative side's "
+            "mean to the positive side's)."
+        },
+    )
+    candidates: Literal["output", "input"] = field(
+        default="output", metadata={"help": _CANDIDATES_HELP}
+    )
+    selection: Literal["cosine", "norm"] = field(
+        default="cosine", metadata={"help": _SELECTION_HELP}
+    )
+    whole_blocks: bool = field(
+        default=True, metadata={"help": "Steer a block only if all of its norms discriminate."}
+    )
+    ss_compat: bool = field(default=False, metadata={"help": _COMPAT_HELP})
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "ss"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        wants = list(_candidate_wants(self, language_model.anatomy).values())
+        return wants + [_unit_means(site) for site in _sites(self, language_model.anatomy)]
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        plane = _plane(self, language_model.anatomy, statistics)
+        sides = {
+            site: (statistics[_unit_means(site)].positive, statistics[_unit_means(site)].negative)
+            for site in _sites(self, language_model.anatomy)
+        }
+        sites = self._discriminative(plane.basis[0], sides)
+        theta = self.theta
+        if theta is None:
+            theta = _angle_between(plane.basis, [sides[site] for site in sites])
+        rotate = Rotate(plane.basis.float())
+        return _steering(self, language_model, contrast, plane, sites, rotate, theta)
+
+    def _discriminative(self, b1: Tensor, sides: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
+        """The sites at which the two sides lie on opposite sides of b1's origin."""
+        found = {
+            site for site, (pos, neg) in sides.items() if float(pos @ b1) * float(neg @ b1) < 0
+        }
+        if self.whole_blocks:
+            failing = {parse_site(site)[0] for site in sides if site not in found}
+            found = {site for site in found if parse_site(site)[0] not in failing}
+        if not found:
+            flag = "; try it without whole_blocks (--no-whole-blocks)" if self.whole_blocks else ""
+            raise TrimtabError(
+                "ss: no site tells the two sides apart by the sign of their projection, so there "
+                f"is none to steer{flag}"
+            )
+        return [site for site in sides if site in found]
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """The plane of rotation, [2, units] in float64, and where b1 comes from."""
+
+    basis: Tensor
+    source: str
+    mean_cosine: float
+
+
+def _check(method: Any) -> None:
+    check_choice(f"{method.name}: candidates", method.candidates, CANDIDATES)
+    check_choice(f"{method.name}: selection", method.selection, SELECTIONS)
+    check_choice(f"{method.name}: positions", method.positions, POSITIONS)
+    if method.theta is not None:
+        check_number(f"{method.name}: theta", method.theta)
+
+
+def _sites(method: Any, anatomy: Any) -> list[str]:
+    """The norms to steer, in the order of the computation."""
+    kinds = ["attn_norm", "ffn_norm"]
+    if method.ss_compat:
+        # Of OLMo 2 not `attn_norm` and `ffn_norm`: what attention and FFN read is no norm's output.
+        norms = ("attn_norm_in", "attn_post_norm", "ffn_norm_in", "ffn_post_norm")
+        kinds = [norm.removesuffix("_in") for norm in norms if anatomy.has(norm)]
+    return [f"layers.{layer}.{kind}" for layer in range(anatomy.layers) for kind in kinds]
+
+
+def _unit_means(site: str) -> Want:
+    return Want(site, "last", Means, read=UnitLength())
+
+
+def _candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
+    """What each site's candidate is computed from, by the site's name."""
+    wants = {}
+    for site in _sites(method, anatomy):
+        if method.candidates == "output":
+            wants[site] = Want(site, "last", Means)
+        elif site.endswith("_post_norm"):
+            # What a norm on a branch reads is the branch's output.
+            wants[site] = _unit_means(site.replace("_post_norm", "_out"))
+        else:
+            # Where OLMo 2 has no norm, what the branch reads is the stream itself.
+            has_norm = anatomy.has(f"{parse_site(site)[1]}_in")
+            wants[site] = _unit_means(f"{site}_in" if has_norm else site)
+    return wants
+
+
+def _plane(method: Any, anatomy: Any, statistics: Statistics) -> _Plane:
+    """b1 and b2 from the candidates of all sites."""
+    wants = _candidate_wants(method, anatomy)
+    sites = list(wants)
+    differences = []
+    for site in sites:
+        positive, negative = statistics[wants[site]].positive, statistics[wants[site]].negative
+        if method.candidates == "input":
+            positive, negative = positive / positive.norm(), negative / negative.norm()
+        difference = positive - negative
+        same = difference.norm() <= _ROUNDING * (positive.norm() + negative.norm())
+        differences.append(torch.zeros_like(difference) if same else difference)
+    raw = torch.stack(differences)  # [sites, units]
+    lengths = raw.norm(dim=-1)
+    if not lengths.any():
+        raise TrimtabError(f"{method.name}: the two sides do not differ at any norm's last token")
+    # A site at which the sides do not differ has no direction: it stays zero and is never chosen.
+    unit = raw / lengths.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    cosines = (unit @ unit.T).mean(-1).masked_fill(lengths == 0, -torch.inf)
+    best = int((cosines if method.selection == "cosine" else lengths).argmax())
+    # "full", because sklearn's choice for wide models is a randomised one: another b2 every time.
+    pca = PCA(n_components=1, svd_solver="full").fit(unit.numpy())
+    component = torch.from_numpy(pca.components_[0])
+    basis = torch.stack((unit[best], component.double()))
+    if (component - (component @ unit[best]) * unit[best]).norm() < 1e-6:
+        raise TrimtabError(f"{method.name}: all candidates lie on one line, which is no plane")
+    basis = orthonormal(basis)
+    if basis[1][basis[1].abs().argmax()] < 0:
+        basis[1] = -basis[1]
+    return _Plane(basis, sites[best], float(cosines[best]))
+
+
+def _angle_between(basis: Tensor, sides: list[tuple[Tensor, Tensor]]) -> float:
+    """The mean angle, in degrees within the plane, from the negatives' mean to the positives'."""
+    sine = cosine = 0.0
+    for positive, negative in sides:
+        (a, b), (c, d) = (basis @ positive).tolist(), (basis @ negative).tolist()
+        turn = math.atan2(b, a) - math.atan2(d, c)
+        sine, cosine = sine + math.sin(turn), cosine + math.cos(turn)
+    return round(math.degrees(math.atan2(sine, cosine)), 1)
+
+
+def _steering(
+    method: Any,
+    language_model: Any,
+    contrast: Contrast,
+    plane: _Plane,
+    sites: list[str],
+    operator: Operator,
+    theta: float | None = None,
+) -> Steering:
+    interventions = [Intervention(site, operator, method.positions) for site in sites]
+    default = method.theta if theta is None else theta
+    dial = Dial("theta", default, (-360.0, 360.0), "°")
+    findings = {"source_site": plane.source, "mean_cosine": plane.mean_cosine}
+    return new_steering(method, language_model, contrast, interventions, dial, findings=findings)

@@ -1,0 +1,147 @@
+"""ITI: move the attention heads that know which side a text is on.
+
+"Inference-Time Intervention: Eliciting Truthful Answers from a Language Model" (Li et al.,
+NeurIPS 2023).
+
+For each head, at the last token: a logistic regression tells the two sides apart; heads are ranked
+by its accuracy on held-out texts, and the K best are steered:
+
+    x_h <- x_h + alpha sigma_h theta_h
+
+    theta_h   unit(mean x_h^pos - mean x_h^neg), or with `direction="probe"` the probe's own
+    sigma_h   standard deviation of <x_h, theta_h> over all texts; 1 with `scale=False`
+
+Held-out texts are a random fifth of the rows, both sides of a pair together. The authors steer the
+last position of every pass, which is `positions="last"`, and publish checkpoints in which every
+position is steered, which is `"all"`, the default, and can be baked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from trimtab.activations import Statistics, Want
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.operators import Add
+from trimtab.progress import progress
+from trimtab.statistics import Samples
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+
+DIRECTIONS = ("mean", "probe")
+
+
+@dataclass(frozen=True)
+class ITI(Method):
+    """ITI: move the attention heads that know which side a text is on."""
+
+    k: int = field(default=48, metadata={"help": "How many heads to steer (K)."})
+    alpha: float = field(default=15.0, metadata={"help": "Strength; the dial's default."})
+    direction: Literal["mean", "probe"] = field(
+        default="mean", metadata={"help": "theta: the mean difference, or the probe's weights."}
+    )
+    scale: bool = field(default=True, metadata={"help": "Multiply by sigma, the heads' spread."})
+    held_out: float = field(default=0.2, metadata={"help": "Share of rows that rank the heads."})
+    seed: int = field(default=0, metadata={"help": "Which rows are held out."})
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "iti"
+
+    def __post_init__(self) -> None:
+        check_choice("iti: direction", self.direction, DIRECTIONS)
+        check_choice("iti: positions", self.positions, POSITIONS)
+        check_number("iti: alpha", self.alpha)
+        if not isinstance(self.k, int) or self.k < 0:
+            raise TrimtabError(f"iti: k must be 0 or more, not {self.k}")
+        if not 0 < self.held_out < 1:
+            raise TrimtabError(f"iti: held_out must lie between 0 and 1, not {self.held_out}")
+        if self.seed < 0:
+            raise TrimtabError(f"iti: seed must be 0 or more, not {self.seed}")
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        anatomy = language_model.anatomy
+        heads = anatomy.layers * anatomy.heads
+        if self.k > heads:
+            raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
+        return [Want(site, "last", Samples) for site in anatomy.sites("heads")]
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        anatomy = language_model.anatomy
+        sites = anatomy.sites("heads")
+        accuracies: list[float] = []
+        shifts: list[Tensor] = []
+        deviations: list[Tensor] = []
+        # A probe is small: threads in its matrix products would cost ten times what they save.
+        with progress("training probes", len(sites)) as advance, threadpool_limits(1, "blas"):
+            for site in sites:
+                texts, positive, rows = statistics.of(site, "last", Samples).texts()
+                heads = texts.unflatten(-1, (anatomy.heads, -1))  # [texts, heads, units]
+                held = self._held_out(rows, positive, contrast.paired)
+                for head in heads.double().unbind(1):
+                    accuracy, weights = _probe(head, positive, held)
+                    mean = head[positive].mean(0) - head[~positive].mean(0)
+                    theta = _unit(mean if self.direction == "mean" else weights)
+                    deviation = (head @ theta).std(correction=0)
+                    accuracies.append(accuracy)
+                    shifts.append(deviation * theta if self.scale else theta)
+                    deviations.append(deviation)
+                advance(1)
+        scores = torch.tensor(accuracies)
+        # Of equal accuracies the lower layer, then the lower head goes first.
+        chosen = scores.sort(descending=True, stable=True).indices[: self.k]
+        layer, head = chosen // anatomy.heads, chosen % anatomy.heads
+        interventions = []
+        for number, site in enumerate(sites):
+            here = chosen[layer == number]
+            if len(here):
+                vector = torch.zeros(anatomy.heads, len(shifts[0]), dtype=torch.float64)
+                for index in here.tolist():
+                    vector[index % anatomy.heads] = shifts[index]
+                add = Add(vector.flatten().float())
+                interventions.append(Intervention(site, add, self.positions))
+        tables = {
+            "layer": layer,
+            "head": head,
+            "accuracy": scores[chosen].float(),
+            "sigma": torch.stack(deviations)[chosen].float(),
+        }
+        dial = Dial("alpha", self.alpha, (-50.0, 50.0))
+        return new_steering(self, language_model, contrast, interventions, dial, tables)
+
+    def _held_out(self, rows: Tensor, positive: Tensor, paired: bool) -> Tensor:
+        """Which texts are held out, [texts]: a share of the pairs, or of each side's texts."""
+        generator = np.random.default_rng(self.seed)
+        held = torch.zeros(len(rows), dtype=torch.bool)
+        for side in [torch.ones_like(positive)] if paired else [positive, ~positive]:
+            own = rows[side].unique()
+            # At least one row is held out, and one stays to train on.
+            count = min(max(1, round(self.held_out * len(own))), len(own) - 1)
+            if count < 1:
+                raise TrimtabError(
+                    f"iti: {len(own)} rows are too few to train probes and hold some out: "
+                    "give it 2 or more pairs, or 2 or more texts of each side"
+                )
+            drawn = torch.from_numpy(generator.permutation(len(own))[:count])
+            held |= torch.isin(rows, own[drawn])
+        return held
+
+
+def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
+    """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
+    probe = LogisticRegression(max_iter=1000)
+    probe.fit(head[~held].numpy(), positive[~held].numpy())
+    accuracy = float(probe.score(head[held].numpy(), positive[held].numpy()))
+    return accuracy, torch.from_numpy(probe.coef_[0])
+
+
+def _unit(vector: Tensor) -> Tensor:
+    length = vector.norm()
+    return vector / length if length > 0 else vector

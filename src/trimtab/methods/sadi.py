@@ -1,0 +1,104 @@
+"""SADI: scale the heads, neurons or hidden units that differ most between the two sides.
+
+"Semantics-Adaptive Activation Intervention for LLMs via Dynamic Steering Vectors" (Wang et al.,
+ICLR 2025).
+
+    D = mean(A^pos - A^neg) at the last token;  M = the K largest of D (with their sign: the
+    elements that are larger on the positive side);  A <- A + delta (A * M)
+
+Each text's own activation is scaled, so the change follows what the text says. Variants:
+
+    head     whole attention heads, by the mean of D over a head's units      (site heads)
+    neuron   single units between the FFN's two maps                          (site ffn_in)
+    hidden   single units of the FFN's output, which is what the authors' code
+             calls hidden states                                              (site ffn_out)
+    resid    single units of the block's output, which is what the name says  (site resid)
+
+The authors' code scales the last token of the prompt only and keeps all other heads at what they
+were without steering; here the model runs on from what was changed, at all `positions`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from trimtab.activations import Statistics, Want
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.operators import Scale
+from trimtab.statistics import Means
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+
+#: Site kind of each variant.
+VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
+
+
+@dataclass(frozen=True)
+class SADI(Method):
+    """SADI: scale the heads, neurons or hidden units that differ most between the two sides."""
+
+    variant: Literal["head", "neuron", "hidden", "resid"] = field(
+        default="head", metadata={"help": "What to scale: head, neuron, hidden or resid."}
+    )
+    k: int = field(default=8, metadata={"help": "How many heads or units (K)."})
+    delta: float = field(
+        default=1.0, metadata={"help": "Strength, the dial's default: activations times 1 + delta."}
+    )
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "sadi"
+
+    def __post_init__(self) -> None:
+        check_choice("sadi: variant", self.variant, tuple(VARIANTS))
+        check_choice("sadi: positions", self.positions, POSITIONS)
+        check_number("sadi: delta", self.delta)
+        if not isinstance(self.k, int) or self.k < 0:
+            raise TrimtabError(f"sadi: k must be 0 or more, not {self.k}")
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        anatomy = language_model.anatomy
+        sites = anatomy.sites(VARIANTS[self.variant])
+        heads = self.variant == "head"
+        count = sum(anatomy.heads if heads else anatomy.width(site) for site in sites)
+        if self.k > count:
+            what = "heads" if heads else f"units of {VARIANTS[self.variant]}"
+            raise TrimtabError(f"sadi: k is {self.k}, but {anatomy.name} has {count} {what} here")
+        return [Want(site, "last", Means) for site in sites]
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        anatomy = language_model.anatomy
+        sites = anatomy.sites(VARIANTS[self.variant])
+        heads = self.variant == "head"
+        differences = []
+        for site in sites:
+            difference = statistics.of(site, "last", Means).difference
+            differences.append(
+                difference.unflatten(-1, (anatomy.heads, -1)).mean(-1) if heads else difference
+            )
+        counts = torch.tensor([len(difference) for difference in differences])
+        score = torch.cat(differences)
+        # Of equal differences the lower layer, then the lower unit goes first.
+        chosen = score.sort(descending=True, stable=True).indices[: self.k]
+        layer = torch.arange(len(sites)).repeat_interleave(counts)[chosen]
+        element = torch.cat([torch.arange(int(count)) for count in counts])[chosen]
+        interventions = []
+        for number, site in enumerate(sites):
+            units = element[layer == number].sort().values
+            if len(units):
+                width = anatomy.width(site)
+                if heads:
+                    size = width // anatomy.heads
+                    units = (units[:, None] * size + torch.arange(size)).flatten()
+                scale = Scale(units, torch.ones(len(units)), width)
+                interventions.append(Intervention(site, scale, self.positions))
+        tables = {
+            "layer": layer,
+            "head" if heads else "unit": element,
+            "score": score[chosen].float(),
+        }
+        dial = Dial("delta", self.delta, (-1.0, 90.0))
+        return new_steering(self, language_model, contrast, interventions, dial, tables)

@@ -1,0 +1,127 @@
+"""STA: add up the features of a sparse autoencoder that set the two sides apart.
+
+"Beyond Prompt Engineering: Robust Behavior Control in LLMs via Steering Target Atoms"
+(Wang et al., ACL 2025).
+
+Of each feature, its activation is averaged over a text's answer tokens; then
+
+    amplitude  a = mean over positives - mean over negatives
+    frequency  f = #positives with it above 0 - #negatives with it above 0
+
+Kept are the features whose a and f agree in sign and are both among the share `p` that is largest
+in size (the value at rank p n is the cut-off, and what equals it is kept). Their sum
+
+    v = sum a_i W_dec,i,    made as long as CAA's vector at the same place
+
+is added to the residual stream that the autoencoder reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.activations import Statistics, Token, Want
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Method,
+    check_choice,
+    check_number,
+    check_token,
+    new_steering,
+)
+from trimtab.operators import Add
+from trimtab.saes import Features, load_features
+from trimtab.statistics import Active, Means
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+
+
+@dataclass(frozen=True)
+class STA(Method):
+    """STA: add up the features of a sparse autoencoder that set the two sides apart."""
+
+    sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
+    p: float = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
+    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    token: Token = field(
+        default="answer",
+        metadata={"help": "What stands for a text: answer, mean, last, or -2 and so on."},
+    )
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "sta"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sae", str(self.sae))  # a Path is as good, but no JSON
+        check_token("sta: token", self.token)
+        check_choice("sta: positions", self.positions, POSITIONS)
+        check_number("sta: alpha", self.alpha)
+        if not 0 < self.p <= 1:
+            raise TrimtabError(f"sta: p must be above 0 and at most 1, not {self.p}")
+
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        features = load_features(self.sae)
+        width = language_model.anatomy.width(features.site)  # refuses a layer out of range
+        if features.decoder.shape[1] != width:
+            raise TrimtabError(
+                f"sta: the autoencoder reads {features.decoder.shape[1]} units, {features.site} of "
+                f"{language_model.name} has {width}: it was made for another model"
+            )
+        return [
+            Want(features.site, self.token, Means, read=features),
+            Want(features.site, self.token, Active, read=features),
+            Want(features.site, self.token, Means),
+        ]
+
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        features = load_features(self.sae)
+        means, active, stream = (statistics[want] for want in self.wants(language_model, contrast))
+        amplitude, frequency = means.difference, active.difference
+        kept = self._kept(amplitude, frequency)
+        if not kept.any():
+            raise TrimtabError("sta: no feature sets the two sides apart: raise p")
+        vector = amplitude[kept] @ features.decoder[kept].double()
+        if not vector.any():
+            raise TrimtabError("sta: the features that were kept add up to nothing: raise p")
+        vector = vector * (stream.difference.norm() / vector.norm())
+        interventions = [Intervention(features.site, Add(vector.float()), self.positions)]
+        return new_steering(
+            self,
+            language_model,
+            contrast,
+            interventions,
+            Dial("alpha", self.alpha, (-20.0, 20.0)),
+            _table(features, amplitude, frequency, kept),
+            {"autoencoder": features.name, "features": features.width, "kept": int(kept.sum())},
+        )
+
+    def _kept(self, amplitude: Tensor, frequency: Tensor) -> Tensor:
+        """Which features are target atoms, [features]."""
+        agree = amplitude.sign() == frequency.sign()
+        large = [_largest(size.abs().double(), self.p) for size in (amplitude, frequency)]
+        return agree & large[0] & large[1] & (amplitude != 0)
+
+
+def _largest(sizes: Tensor, p: float) -> Tensor:
+    """Those at least as large as the one at rank int(p n)."""
+    place = min(int(p * len(sizes)), len(sizes) - 1)
+    return sizes >= sizes.sort(descending=True).values[place]
+
+
+def _table(
+    features: Features, amplitude: Tensor, frequency: Tensor, kept: Tensor
+) -> dict[str, Tensor]:
+    """The kept features, the one that moves the stream most first."""
+    index = kept.nonzero().flatten()
+    size = (amplitude.abs() * features.decoder.norm(dim=-1))[index]
+    index = index[size.sort(descending=True, stable=True).indices]
+    return {
+        "feature": index,
+        "amplitude": amplitude[index].float(),
+        "frequency": frequency[index].to(torch.int64),
+    }

@@ -1,0 +1,169 @@
+"""What a pass over a contrast may keep of a site.
+
+A statistic is a class with `update(sides)`, which is handed the activations of some texts at a
+time, and `needs_pairs`. It runs over the texts and forgets them; only `Samples` keeps every text's
+activation, for classifiers that have to see them all, and keeps them in a file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Half precision reaches 65,504: each text is scaled by a power of two so that its largest number
+#: lies just below this.
+_HALF_RANGE = 32768.0
+
+
+class Sides(NamedTuple):
+    """Some texts of both sides; of a paired contrast, row by row the sides of the same pairs."""
+
+    positive: Tensor  # [texts, units] float32
+    negative: Tensor
+    positive_rows: Tensor  # [texts], which row of the contrast each one is
+    negative_rows: Tensor
+
+
+class Statistic(Protocol):
+    """What `collect` keeps of one site."""
+
+    needs_pairs: bool
+
+    def update(self, sides: Sides) -> None: ...
+
+
+@dataclass
+class SignCounts:
+    """How often a unit is larger on the positive side, and how often on the negative."""
+
+    needs_pairs = True
+    pairs: int = 0
+    larger: Tensor | int = 0  # [units], pairs with x_pos > x_neg
+    smaller: Tensor | int = 0
+
+    def update(self, sides: Sides) -> None:
+        momentum = sides.positive - sides.negative
+        self.pairs += len(momentum)
+        self.larger = self.larger + (momentum > 0).sum(0)
+        self.smaller = self.smaller + (momentum < 0).sum(0)
+
+    def rates(self) -> tuple[Tensor, Tensor]:
+        """r_pos and r_neg, [units] in float64; a pair with equal activations counts for neither."""
+        larger, smaller = torch.as_tensor(self.larger), torch.as_tensor(self.smaller)
+        return larger.double().cpu() / self.pairs, smaller.double().cpu() / self.pairs
+
+
+@dataclass
+class Means:
+    """The mean activation of each side."""
+
+    needs_pairs = False
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    sums: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # [units] each
+
+    def update(self, sides: Sides) -> None:
+        for side, activations in enumerate((sides.positive, sides.negative)):
+            self.counts[side] += len(activations)
+            self.sums[side] = self.sums[side] + _wide(activations).sum(0)
+
+    @property
+    def positive(self) -> Tensor:
+        return self._mean(0)
+
+    @property
+    def negative(self) -> Tensor:
+        return self._mean(1)
+
+    @property
+    def difference(self) -> Tensor:
+        """mean over positives - mean over negatives, [units] in float64."""
+        return self.positive - self.negative
+
+    def _mean(self, side: int) -> Tensor:
+        return torch.as_tensor(self.sums[side]).double().cpu() / self.counts[side]
+
+
+@dataclass
+class Active:
+    """In how many texts of each side a unit is above zero."""
+
+    needs_pairs = False
+    counts: list[Any] = field(default_factory=lambda: [0, 0])  # [units] each
+
+    def update(self, sides: Sides) -> None:
+        for side, activations in enumerate((sides.positive, sides.negative)):
+            self.counts[side] = self.counts[side] + (activations > 0).sum(0)
+
+    @property
+    def difference(self) -> Tensor:
+        """#positives above zero - #negatives above zero, [units]."""
+        positive, negative = (torch.as_tensor(count).cpu() for count in self.counts)
+        return positive - negative
+
+
+@dataclass
+class SecondMoment:
+    """Of the differences m between the sides of a pair: the sum of m m', [units, units]."""
+
+    needs_pairs = True
+    sum: Any = 0.0
+
+    def update(self, sides: Sides) -> None:
+        momentum = _wide(sides.positive - sides.negative)
+        self.sum = self.sum + momentum.T @ momentum
+
+
+class Samples:
+    """Every text's activation, in half precision in a memory-mapped file that nobody else sees."""
+
+    needs_pairs = False
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        self._units = 0
+        #: Of each stored activation: its side, its row of the contrast, and what undoes its scale.
+        self._stored: list[tuple[int, int, float]] = []
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def update(self, sides: Sides) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as this object
+            self._units = sides.positive.shape[-1]
+        pairs = ((sides.positive, sides.positive_rows), (sides.negative, sides.negative_rows))
+        for side, (activations, rows) in enumerate(pairs):
+            own = activations.cpu()
+            largest = own.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            # A power of two, so that scaling itself rounds nothing.
+            scale = torch.exp2(torch.floor(torch.log2(_HALF_RANGE / largest)).clamp(-126, 126))
+            self._file.write((own * scale[:, None]).half().numpy().tobytes())
+            factors = (1 / scale).tolist()
+            self._stored += zip([side] * len(rows), rows.tolist(), factors, strict=True)
+
+    def texts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All activations [texts, units] in float32, their labels (true: positive) and their rows.
+
+        In the order of the contrast's rows, of a pair the positive side first.
+        """
+        self._file.flush()
+        shape = (len(self._stored), self._units)
+        stored = np.memmap(self._file, dtype=np.float16, mode="r", shape=shape)
+        order = sorted(
+            range(len(self._stored)), key=lambda i: (self._stored[i][1], self._stored[i][0])
+        )
+        side, row, factor = zip(*(self._stored[i] for i in order), strict=True)
+        activations = torch.from_numpy(stored[order].astype(np.float32))
+        activations = activations * torch.tensor(factor, dtype=torch.float32)[:, None]
+        return activations, torch.tensor(side) == 0, torch.tensor(row)
+
+
+def _wide(activations: Tensor) -> Tensor:
+    # MPS has no float64; the few thousand additions of float32 there are exact enough.
+    return activations if activations.device.type == "mps" else activations.double()
