@@ -58,7 +58,8 @@ PAIRS = _parted(
 
 #: The last ones, as many as the tiny chat template has after a text.
 TOKENS = (-1, -2, -3, -4)
-#: For pairs, places among which every rule of the choice makes a difference.
+#: Places among which every rule of the choice makes a difference; None for all of the template.
+CHAT_TOKENS = {"llama": None, "gemma2": (-1, -3)}
 PAIR_TOKENS = {"llama": (-3, -4), "gemma2": (-1, -3)}
 
 
@@ -238,7 +239,7 @@ def _target_ids(targets: Sequence[str]) -> list[int]:
 
 @functools.cache
 def _chat_oracle(name: str) -> _Oracle:
-    return _Oracle(name, CHAT, TOKENS, _target_ids(_targets(name)))
+    return _Oracle(name, CHAT, CHAT_TOKENS[name] or TOKENS, _target_ids(_targets(name)))
 
 
 @functools.cache
@@ -415,11 +416,11 @@ def _check_choice(
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_the_choice_from_unpaired_chats(name: str) -> None:
-    oracle, count = _chat_oracle(name), 16 if name == "gemma2" else 12
+    oracle, count = _chat_oracle(name), 8 if name == "gemma2" else 12
     free, passed = oracle.best()
     # Without the rule that adding must cause the behaviour, it is another: the rule bites.
     assert oracle.best(induced=-math.inf)[0] != free
-    method = tt.Ablation(targets=_targets(name), kl=1e9, depth=1)
+    method = tt.Ablation(targets=_targets(name), kl=1e9, depth=1, tokens=CHAT_TOKENS[name])
     _check_choice(method.fit(_lm(name), CHAT), oracle, free, passed, count)
     # Just below its KL: the next one.
     bound = oracle.table[free][1] * 0.999
@@ -463,7 +464,8 @@ def test_the_depth_limits_the_choice(contrast: str) -> None:
     (deep, _), _ = oracle.best()
     assert deep > 1
     place, passed = oracle.best(layers=deep)
-    tokens = TOKENS if contrast == "chats" else PAIR_TOKENS[name]
+    tokens = CHAT_TOKENS[name] if contrast == "chats" else PAIR_TOKENS[name]
+    assert tokens
     method = tt.Ablation(targets=_targets(name), kl=1e9, depth=deep / 4, tokens=tokens)
     steering = method.fit(_lm(name), CHAT if contrast == "chats" else PAIRS)
     _check_choice(steering, oracle, place, passed, len(tokens) * deep)
@@ -508,16 +510,14 @@ def test_a_score_that_is_no_number_does_not_pass(monkeypatch: pytest.MonkeyPatch
 
 
 def test_targets_count_by_their_first_token_and_each_once() -> None:
-    method = tt.Ablation(targets=_targets("llama"), kl=1e9, depth=1)
-    longer = tuple(f"{target}zzz" for target in _targets("llama"))
-    same = [
-        t for t, text in zip(_targets("llama"), longer, strict=True)
-        if _target_ids([t]) == _target_ids([text])
-    ]  # fmt: skip
-    assert same
-    doubled = (*_targets("llama"), *(f"{target}zzz" for target in same))
-    one, other = (m.fit(_lm(), CHAT) for m in (method, replace(method, targets=doubled)))
-    assert one.findings == other.findings
+    from trimtab.methods.ablation import _scores
+
+    longer = [" ships and maps", " map!", " mazes"]  # of many tokens each
+    prompts = [CHAT.texts[0].text, CHAT.texts[-1].text]
+    ids = sorted({*_target_ids(longer)})
+    assert len(ids) == 2
+    expected = [_score("llama", _ids(prompt), ids) for prompt in prompts]
+    assert _scores(_lm(), prompts, longer).tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_targets_that_are_all_there_is_have_a_finite_score() -> None:

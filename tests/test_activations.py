@@ -798,13 +798,19 @@ def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -
 # -- bad wants --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("token", "kind"), [("last", SignCounts), ("answer", Means)])
-def test_pairs_are_needed(token: Any, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("token", "kind", "way_out"),
+    [
+        ("last", SignCounts, "positive and negative"),
+        ("answer", Means, "mean or last\\), or give it pairs"),
+    ],
+)
+def test_pairs_are_needed(token: Any, kind: Any, way_out: str) -> None:
     language_model = _language_model("llama")
     contrast = Contrast.from_texts(["a"], ["b"], name="mine")
     with (
         _counted({"body": language_model.model.model}) as counts,
-        pytest.raises(tt.TrimtabError, match="^mine is unpaired.*positive and negative$"),
+        pytest.raises(tt.TrimtabError, match=f"^mine is unpaired.*{way_out}$"),
     ):
         collect(language_model, contrast, [Want("layers.0.resid", token, kind)])
     assert not counts

@@ -122,7 +122,12 @@ def collect(
         return wanted
     if not contrast.paired:
         for want, statistic in wanted.items():
-            if statistic.needs_pairs or want.token == "answer":
+            if want.token == "answer":
+                raise TrimtabError(
+                    f"{contrast.name} is unpaired, so its texts have no answers: take another "
+                    "token rule (token mean or last), or give it pairs"
+                )
+            if statistic.needs_pairs:
                 raise TrimtabError(
                     f"{contrast.name} is unpaired, and this method compares the two sides of a "
                     "pair: give it rows with prompt, positive and negative"

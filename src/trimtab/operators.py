@@ -108,7 +108,7 @@ class Scale:
         if self.absolute:
             gammas = factors - 1
             return lambda x: (x + x.abs() * gammas).to(x.dtype)
-        return lambda x: (x * factors).to(x.dtype)
+        return lambda x: _like(x * factors, x)
 
     def linear_part(self, x: Tensor, dial: float) -> Tensor:
         return x * self.factors(dial, x.dtype).to(x.device)
@@ -159,7 +159,7 @@ class Add:
     def bind(self, dial: Dial, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
         dials = torch.as_tensor(dial, dtype=torch.float32, device=device)
         shift = dials.unsqueeze(-1) * self.vector.to(device)
-        return lambda x: (x + shift).to(x.dtype)
+        return lambda x: _like(x + shift, x)
 
     def linear_part(self, x: Tensor, dial: float) -> Tensor:
         return x
@@ -400,6 +400,11 @@ def _wides(numbers: Tensor, device: torch.device | str) -> dict[torch.dtype, Ten
     if torch.device(device).type != "mps":  # which has no float64
         wides[torch.float64] = numbers.to(device=device, dtype=torch.float64)
     return wides
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """x in another's dtype; asked first, because `to` takes as long as a small addition."""
+    return x if x.dtype == other.dtype else x.to(other.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
