@@ -25,8 +25,9 @@ from clock import Ratio, Report, interleaved, ratio, timed
 from torch import Tensor
 
 import trimtab as tt
-from trimtab.activations import SignCounts, collect
+from trimtab.activations import collect
 from trimtab.packing import encode_contrast
+from trimtab.statistics import SignCounts
 
 METHODS = (tt.AUSteer(site="heads"), tt.AUSteer(site="ffn_out"))
 FLOOR_BATCH_TOKENS = (256, 512, 1024, 2048)
@@ -170,7 +171,7 @@ def _floor(body: Any, batches: list[tuple[Tensor, Tensor | None]]) -> None:
 def _check(lm: tt.LanguageModel, contrast: tt.Contrast) -> dict[str, int]:
     """Counts must be equal, but for as many pairs of a unit as are near ties."""
     theirs = authors_way(lm.model, lm.tokenizer, contrast)
-    wants = [want for method in METHODS for want in method.wants(lm.anatomy)]
+    wants = [want for method in METHODS for want in method.wants(lm, contrast)]
     ours = collect(lm, contrast, wants)
     compared = differing = 0
     for method in METHODS:

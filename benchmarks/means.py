@@ -18,17 +18,13 @@ from pathlib import Path
 
 import numpy as np
 from clock import Report, interleaved, ratio
-from peers import Peer, Process, running
+from peers import PEERS, Process, running
 
 import trimtab as tt
 from trimtab import packs
 
 MODEL = "smollm2-135m-instruct"
 PAIRS = 50
-PEERS = (
-    Peer("steering-vectors", "0.12.2", transformers="4.57.6", batch_size=16),
-    Peer("repeng", "0.4.0", transformers="5.23.0", batch_size=32),
-)
 TOLERANCE = 1e-3  # of a layer's largest unit
 
 Say = Callable[[str], None]
@@ -50,7 +46,7 @@ def _run(lm: tt.LanguageModel, name: str, rounds: int, pairs: int, say: Say) -> 
     def fit() -> None:
         tt.fit(methods, lm, contrast)
 
-    with running(PEERS, packs.ensure(MODEL), texts, say) as processes:
+    with running(PEERS, packs.ensure(MODEL), {"pairs": texts}, say) as processes:
         say("means: checking that all find the same vectors")
         steerings = tt.fit(methods, lm, contrast)
         ours = np.stack([s.interventions[0].operator.vector.numpy() for s in steerings])

@@ -33,6 +33,12 @@ class Peer:
         return [f"{self.name}=={self.version}", f"transformers=={self.transformers}"]
 
 
+PEERS = (
+    Peer("steering-vectors", "0.12.2", transformers="4.57.6", batch_size=16),
+    Peer("repeng", "0.4.0", transformers="5.23.0", batch_size=32),
+)
+
+
 def environment(peer: Peer, say: Callable[[str], None]) -> Path:
     """The Python of the peer's environment in the user's cache, made on first use."""
     home = cache_dir() / "benchmarks" / f"{peer.name}-{peer.version}"
@@ -108,10 +114,10 @@ class Process:
 def running(
     peers: tuple[Peer, ...],
     model: Path,
-    pairs: list[tuple[str, str]],
+    job: dict[str, Any],
     say: Callable[[str], None],
 ) -> Iterator[list[Process]]:
-    """Every peer, with the model loaded."""
+    """Every peer, with the model loaded and something to do (see peer.py)."""
     with tempfile.TemporaryDirectory() as name:
         room = Path(name)
         older = _for_transformers_4(model, room / "model")
@@ -119,13 +125,12 @@ def running(
         try:
             for peer in peers:
                 python = environment(peer, say)
-                job = {
+                own = {
                     "peer": peer.name,
                     "model": str(older if peer.transformers.startswith("4.") else model),
-                    "pairs": pairs,
                     "batch_size": peer.batch_size,
                 }
-                processes.append(Process(peer, python, job, room))
+                processes.append(Process(peer, python, {**job, **own}, room))
             yield processes
         finally:
             for process in processes:

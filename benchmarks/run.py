@@ -1,19 +1,25 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
-    python benchmarks/run.py [extraction|means|generation|all] [--rounds 5] [--pairs N]
-                             [--data DIR] [--out FILE.json]
+    python benchmarks/run.py [extraction|onepass|means|generation|overhead|all]
+                             [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
             the authors' way, against a floor (the bare model over each distinct token once), and
             the peak memory of a thousand pairs (extraction.py, memory.py)
+onepass     nine methods in one pass against the dearest of them, and against nine passes
+            (onepass.py)
 means       the mean difference at all layers against steering-vectors and repeng (means.py); each
             is installed into an environment of its own in the user's cache, about 1.4 GB
 generation  what an attached and a baked steering cost while a model writes (generation.py)
+overhead    the same to a thousandth, of every attached kind and of the peers' additive ones
+            (overhead.py, lockstep.py)
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and
-have run once before. Model loading is never counted. A ratio is that of the best rounds; beside it
-stands the median of the rounds' own ratios. On a machine with other work, believe the CPU seconds.
+have run once before. Model loading is never counted. A ratio is shown of the best rounds, and as
+the median of the rounds' own ratios with its 95 % interval by bootstrap; the target is for the
+former, in onepass and overhead for the latter. On a machine with other work, believe the CPU
+seconds.
 
 The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl) are read
 from --data or TRIMTAB_DATA. The models are packs, which the package index carries. --pairs takes
@@ -26,12 +32,13 @@ import argparse
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from clock import Report, machine, one_thread
 
-BENCHMARKS = ("extraction", "means", "generation")
+BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead")
 
 
 def main() -> int:
@@ -95,13 +102,7 @@ def _run(name: str, arguments: argparse.Namespace) -> list[Report]:
         import extraction
 
         return extraction.run(arguments.data, arguments.rounds, arguments.pairs, say)
-    if name == "means":
-        import means
-
-        return means.run(arguments.rounds, arguments.pairs, say)
-    import generation
-
-    return generation.run(arguments.rounds, arguments.pairs, say)
+    return import_module(name).run(arguments.rounds, arguments.pairs, say)
 
 
 def _show(facts: dict[str, Any], reports: list[Report]) -> None:
@@ -111,8 +112,8 @@ def _show(facts: dict[str, Any], reports: list[Report]) -> None:
     seconds = Table("benchmark", "contender", "n", "CPU s", "wall s", title="Best round")
     for column in seconds.columns[2:]:
         column.justify = "right"
-    ratios = Table("benchmark", "CPU seconds, ratio", "best", "median", "target", "met")
-    for column in ratios.columns[2:5]:
+    ratios = Table("benchmark", "CPU seconds, ratio", "best", "median", "95 %", "target", "met")
+    for column in ratios.columns[2:6]:
         column.justify = "right"
     for report in reports:
         for name, taken in report.times.items():
@@ -121,11 +122,13 @@ def _show(facts: dict[str, Any], reports: list[Report]) -> None:
             seconds.add_row(report.name, name, n, *best)
         for ratio in report.ratios:
             figures = f"{ratio.best:.3f}", f"{ratio.median:.3f}"
-            met = "yes" if ratio.met else "no"
-            ratios.add_row(report.name, ratio.what, *figures, ratio.target, met)
+            interval = "" if ratio.interval is None else "{:.3f} to {:.3f}".format(*ratio.interval)
+            met = {None: "", True: "yes", False: "no"}[ratio.met]
+            ratios.add_row(report.name, ratio.what, *figures, interval, ratio.target, met)
         seconds.add_section()
         ratios.add_section()
-    console = Console()
+    # Rich takes 80 columns where there is no terminal.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(seconds)
     console.print(ratios)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)

@@ -218,9 +218,14 @@ def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Ten
         def read(activation: Tensor) -> None:
             forms: dict[Any, Tensor] = {None: activation}
             for pick in by_site[site]:
+                picker = pickers[pick.token]
+                if isinstance(pick.token, int):  # one token: there is no need to read the others
+                    picked = picker(activation)
+                    found[pick] = pick.read(picked) if pick.read else picked
+                    continue
                 if pick.read not in forms:
                     forms[pick.read] = pick.read(activation)
-                found[pick] = pickers[pick.token](forms[pick.read])
+                found[pick] = picker(forms[pick.read])
             if site == last:
                 raise _Enough
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,8 +77,13 @@ class ModelIdentity:
         return f"{self.name} ({self.architecture}, {self.layers} layers, {self.digest[:8]})"
 
 
+@cache
+def _version(name: str) -> str:
+    return version(name)  # searches the disk
+
+
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("trimtab", "torch", "transformers")}
+    return {name: _version(name) for name in ("trimtab", "torch", "transformers")}
 
 
 def _now() -> str:

@@ -136,7 +136,9 @@ class ITI(Method):
 
 def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
     """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
-    probe = LogisticRegression(max_iter=1000)
+    # The default solver stops early on activations as they come, whose sizes differ widely: its
+    # accuracies would rank heads by where it stopped.
+    probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
     probe.fit(head[~held].numpy(), positive[~held].numpy())
     accuracy = float(probe.score(head[held].numpy(), positive[held].numpy()))
     return accuracy, torch.from_numpy(probe.coef_[0])
