@@ -386,7 +386,7 @@ def test_ablations_choice() -> None:
     [
         (tt.SAS(), Turn(PLANE), "Standard Angular Steering", "wherever it pointed before"),
         (tt.AAS(), Turn(PLANE, adaptive=True), "Adaptive Angular Steering", "but only where"),
-        (tt.SS(), Rotate(PLANE), "Selective Steering", "on by the dial's angle"),
+        (tt.SS(), Rotate(PLANE), "Selective Steering", "lies in the plane by the dial's angle"),
     ],
 )
 def test_angular(method: Any, operator: Operator, name: str, words: str) -> None:
@@ -398,13 +398,13 @@ def test_angular(method: Any, operator: Operator, name: str, words: str) -> None
     assert words in said
     read = "at" if method.candidates == "output" else "in what enters"
     assert f"as read {read} layers.4.ffn_norm;" in said
-    assert ("opposite sides of zero" in said) is (method.name == "ss")
+    assert ("on one side of zero" in said) is (method.name == "ss")
 
 
 def test_ss_says_whether_whole_blocks_had_to_qualify() -> None:
     operators: dict[str, Operator] = {"layers.3.attn_norm": Rotate(PLANE)}
     found = {"source_site": "layers.4.ffn_norm"}
-    for whole, words in ((True, "blocks of which every norm"), (False, "norms that each")):
+    for whole, words in ((True, "blocks all of whose norms see"), (False, "norms that see")):
         assert words in text(made(tt.SS(whole_blocks=whole), operators, findings=found))
 
 

@@ -12,6 +12,8 @@ from trimtab.steering import Steering
 
 #: The tables that a steering may have: what each row is, by the column that numbers it.
 _KINDS = {"unit": "units", "head": "heads", "feature": "features"}
+#: Columns that say where a row is and how it ranks, in the order in which they are shown.
+_FIRST = ("layer", "head", "unit", "feature", "score")
 #: Columns that are always there together with the numbering one.
 _COLUMNS = {
     "austeer": ("layer", "unit", "score", "r_pos", "r_neg", "gain"),
@@ -83,7 +85,9 @@ def _chosen(steering: Steering) -> dict[str, list[dict[str, Any]]]:
         raise TrimtabError(f"the {steering.method} steering does not say what it chose")
     if len(lengths) > 1:
         raise TrimtabError(f"the tables of the {steering.method} steering have several lengths")
-    columns = {name: column.tolist() for name, column in tables.items() if name != "gain"}
+    # A file has its tensors in the order of their names; people want the place first.
+    names = sorted(tables, key=lambda name: (_FIRST.index(name) if name in _FIRST else 9, name))
+    columns = {name: tables[name].tolist() for name in names if name != "gain"}
     if numbered == ["unit"]:
         # Where a method has no gain of its own (SADI), the dial itself is gamma.
         gains = tables["gain"].tolist() if "gain" in tables else [1.0] * len(columns["unit"])
@@ -278,12 +282,12 @@ def _explain_angular(steering: Steering) -> list[str]:
     options, found = steering.hyperparameters, steering.findings
     sites, blocks = len(steering.interventions), _ranges(_layers(steering))
     does = {
-        "sas": "turns what every activation has in the plane to the dial's angle, wherever it "
-        "pointed before: 0 is the positive side, 180 the opposite",
-        "aas": "turns what an activation has in the plane to the dial's angle, but only where it "
-        "points to the positive side: that is 0, the opposite 180",
-        "ss": "turns what every activation has in the plane on by the dial's angle, so that at 0 "
-        "nothing happens",
+        "sas": "turns the part of every activation that lies in the plane to the dial's angle, "
+        "wherever it pointed before: 0 is the positive side, 180 the opposite",
+        "aas": "turns the part of an activation that lies in the plane to the dial's angle, but "
+        "only where it points to the positive side, which is 0; the opposite is 180",
+        "ss": "turns the part of every activation that lies in the plane by the dial's angle, so "
+        "that at 0 nothing happens",
     }[steering.method]
     read = "in what enters" if options["candidates"] == "input" else "at"
     lines = [
@@ -293,10 +297,10 @@ def _explain_angular(steering: Steering) -> list[str]:
         f"{read} {found['source_site']}; the second is where such directions vary most.",
     ]
     if steering.method == "ss":
-        which = "blocks of which every norm" if options["whole_blocks"] else "norms that each"
+        which = "blocks all of whose norms see" if options["whole_blocks"] else "norms that see"
         lines.append(
-            f"Steered are only the {which} has the two sides' means on opposite sides of zero "
-            "along the first axis."
+            f"It steers only {which} the positive texts on one side of zero along the first axis, "
+            "on average, and the negative ones on the other."
         )
     return lines
 
