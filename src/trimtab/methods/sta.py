@@ -58,6 +58,8 @@ class STA(Method):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sae", str(self.sae))  # a Path is as good, but no JSON
+        if not self.sae:
+            raise TrimtabError("sta: name an autoencoder (sae): a directory, or RELEASE:ID")
         check_token("sta: token", self.token)
         check_choice("sta: positions", self.positions, POSITIONS)
         check_number("sta: alpha", self.alpha)
