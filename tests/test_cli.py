@@ -1089,9 +1089,7 @@ BAD = {
     "layer out of range": (f"fit caa {FIT} -o o --layer 3", "layer 3", "0 to 2"),
     "layer neither number nor word": (
         f"fit caa {FIT} -o o --layer validate",
-        "--layer validate",
-        "4,5,8-12",
-        "validation",
+        "--layer validate: write numbers, as in 4,5,8-12, or validation",
     ),
     "layers of one block": (f"fit ablation {FIT} -o o --layer 1-2", "--layer", "integer"),
     "no validation rows": (f"fit caa {FIT} -o o --layer validation", "validation rows", "split"),

@@ -238,7 +238,8 @@ def read_method(text: str) -> Method:
 def read_value(what: str, text: str, hint: Any) -> Any:
     """A field's value from text: a word, a number, yes or no, or a list, as the hint allows."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    words = [w for kind in kinds for w in typing.get_args(kind) if kind is not tuple]
+    literals = [kind for kind in kinds if typing.get_origin(kind) is typing.Literal]
+    words = [word for literal in literals for word in typing.get_args(literal)]
     if text in words:
         return text
     lists = [kind for kind in kinds if typing.get_origin(kind) is tuple]
@@ -254,7 +255,7 @@ def read_value(what: str, text: str, hint: Any) -> Any:
         if text.lower() not in _SWITCHES:
             raise TrimtabError(f"{what}: write yes or no, not {text!r}")
         return _SWITCHES[text.lower()]
-    if int in kinds and not any(typing.get_origin(kind) is typing.Literal for kind in kinds):
+    if int in kinds and not literals:
         raise TrimtabError(f"{what}: {text!r} is no whole number")
     return text  # the method says which words it knows
 
