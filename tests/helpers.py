@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -213,3 +214,10 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, as a share of the largest expected value."""
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def refused_in_one_line(action: Callable[[], Any], says: str) -> None:
+    """A mistake ends in one line that says what is wrong."""
+    with pytest.raises(tt.TrimtabError, match=says) as caught:
+        action()
+    assert "\n" not in str(caught.value)

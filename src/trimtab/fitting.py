@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from trimtab.steering import POSITIONS, Dial, Intervention, Steering
 POSITIONS_HELP = f"Tokens to steer: {', '.join(POSITIONS)}."
 
 
-class Method:
+class Method(ABC):
     """What every method has beside its hyperparameters; `name` is what the command line calls it.
 
     A method says what it `wants` of a pass over the contrast, and `build`s a steering from that.
@@ -38,13 +39,13 @@ class Method:
         """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
         return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
 
+    @abstractmethod
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
         """The statistics that it needs of the contrast's train part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         """The steering, from what the pass gathered."""
-        raise NotImplementedError
 
 
 def fit(

@@ -31,6 +31,7 @@ from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.methods.austeer import rank
 from trimtab.operators import Add
 from trimtab.progress import progress
 from trimtab.statistics import Samples
@@ -95,8 +96,7 @@ class ITI(Method):
                     deviations.append(deviation)
                 advance(1)
         scores = torch.tensor(accuracies)
-        # Of equal accuracies the lower layer, then the lower head goes first.
-        chosen = scores.sort(descending=True, stable=True).indices[: self.k]
+        chosen = rank(scores)[: self.k]
         layer, head = chosen // anatomy.heads, chosen % anatomy.heads
         interventions = []
         for number, site in enumerate(sites):

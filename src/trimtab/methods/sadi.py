@@ -29,6 +29,7 @@ from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.methods.austeer import rank
 from trimtab.operators import Scale
 from trimtab.statistics import Means
 from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
@@ -81,8 +82,7 @@ class SADI(Method):
             )
         counts = torch.tensor([len(difference) for difference in differences])
         score = torch.cat(differences)
-        # Of equal differences the lower layer, then the lower unit goes first.
-        chosen = score.sort(descending=True, stable=True).indices[: self.k]
+        chosen = rank(score)[: self.k]
         layer = torch.arange(len(sites)).repeat_interleave(counts)[chosen]
         element = torch.cat([torch.arange(int(count)) for count in counts])[chosen]
         interventions = []

@@ -35,6 +35,7 @@ from trimtab.fitting import (
     check_token,
     new_steering,
 )
+from trimtab.methods.austeer import rank
 from trimtab.operators import Add
 from trimtab.saes import Features, load_features
 from trimtab.statistics import Active, Means
@@ -121,7 +122,7 @@ def _table(
     """The kept features, the one that moves the stream most first."""
     index = kept.nonzero().flatten()
     size = (amplitude.abs() * features.decoder.norm(dim=-1))[index]
-    index = index[size.sort(descending=True, stable=True).indices]
+    index = index[rank(size)]
     return {
         "feature": index,
         "amplitude": amplitude[index].float(),
