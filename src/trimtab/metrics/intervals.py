@@ -9,6 +9,9 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+#: Resampled values at once: what bounds the bootstrap's memory.
+_AT_ONCE = 10_000_000
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -23,6 +26,13 @@ class Estimate:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
+def rate_interval(values: Tensor) -> Estimate:
+    """The share of ones among zeros and ones, with its 95 % interval (Wilson)."""
+    n, ones = len(values), int(values.sum())
+    interval = stats.binomtest(ones, n).proportion_ci(method="wilson")
+    return Estimate(ones / n, float(interval.low), float(interval.high), n)
+
+
 def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
     """Mean and 95 % bootstrap interval (BCa). Give paired differences for a paired comparison."""
     sample = values.double().cpu().numpy()
@@ -31,7 +41,12 @@ def mean_interval(values: Tensor, seed: int = 0) -> Estimate:
         return Estimate(mean, mean, mean, len(sample))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of degenerate data
-        result = stats.bootstrap((sample,), np.mean, rng=np.random.default_rng(seed))
+        result = stats.bootstrap(
+            (sample,),
+            np.mean,
+            batch=max(1, _AT_ONCE // len(sample)),
+            rng=np.random.default_rng(seed),
+        )
     low, high = result.confidence_interval
     if not (np.isfinite(low) and np.isfinite(high)):
         # Values that differ by a rounding error leave BCa nothing to correct by.

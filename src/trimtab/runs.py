@@ -1,0 +1,164 @@
+"""The directory of a run: what was asked, the records as they come, where it ran, the results.
+
+`config.json` says what was asked for; `records.jsonl` has one line for each example, written as
+they are finished, a batch at a time; `environment.json` says on what; `results.json` is the end. A
+run that was interrupted, at any point, is opened again with the same configuration and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import write_whole
+
+_PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
+#: What a run leaves; nothing else in its directory is ever touched.
+_FILES = ("config.json", "environment.json", "records.jsonl", "results.json", "report.html")
+
+
+class Run:
+    """An open run directory; without one, records are only kept in memory."""
+
+    def __init__(
+        self, path: str | Path | None, config: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.config = json.loads(json.dumps(config))  # as it comes back from the file
+        self.path = None if path is None else Path(path)
+        self.records: list[dict[str, Any]] = []
+        self._lock: FileLock | None = None
+        if self.path is not None:
+            self._open(self.path, overwrite)
+
+    def _open(self, path: Path, overwrite: bool) -> None:
+        if path.exists() and not path.is_dir():
+            raise TrimtabError(f"{path} is a file: name a directory for the run")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise TrimtabError(f"{path} is in use by another process") from error
+        except OSError as error:
+            raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+        try:
+            if overwrite:
+                for name in _FILES:
+                    (path / name).unlink(missing_ok=True)
+            known = self._read_config(path)
+            if known is None:
+                self._write("config.json", self.config)
+            elif known != self.config:
+                differing = sorted(
+                    key
+                    for key in known.keys() | self.config.keys()
+                    if known.get(key) != self.config.get(key)
+                )
+                raise TrimtabError(
+                    f"{path} holds a run with another configuration ({', '.join(differing)} "
+                    "differ): choose another directory, or pass --overwrite"
+                )
+            self._write("environment.json", environment())
+            self.records = self._read_records(path / "records.jsonl")
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_config(self, path: Path) -> dict[str, Any] | None:
+        file = path / "config.json"
+        if not file.exists():
+            if any((path / name).exists() for name in _FILES):
+                raise TrimtabError(f"{path} has records but no config.json: choose another one")
+            return None
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrimtabError(f"{file} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise TrimtabError(f"{file} is not a JSON object")
+        return config
+
+    def _read_records(self, file: Path) -> list[dict[str, Any]]:
+        """The records so far; a last line that was cut off in the middle is dropped."""
+        if not file.exists():
+            return []
+        whole, records = 0, []
+        content = file.read_bytes()
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise TrimtabError(f"{file}, line {number} is damaged: {error}") from error
+            records.append(record)
+            whole += len(line) + 1
+        if whole < len(content):
+            with file.open("r+b") as opened:
+                opened.truncate(whole)
+        return records
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keep the records of a batch."""
+        self.records += records
+        if self.path is None:
+            return
+        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+        try:
+            with (self.path / "records.jsonl").open("ab") as file:
+                file.write("".join(line + "\n" for line in lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrimtabError(
+                f"cannot write {self.path / 'records.jsonl'}: {error.strerror or error}"
+            ) from error
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the results."""
+        if self.path is not None:
+            self._write("results.json", results)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        assert self.path is not None
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+        write_whole(self.path / name, text.encode(), overwrite=True)
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: versions, machine, threads."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": packages,
+    }

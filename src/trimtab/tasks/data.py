@@ -1,0 +1,128 @@
+"""Reads the rows of data sets: from a directory of JSONL files that the user has, else the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.tasks.task import Row, Source
+
+#: The environment variable that names the directory, where no argument does.
+VARIABLE = "TRIMTAB_DATA"
+
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def data_directory(data: str | None) -> Path | None:
+    """The user's directory of data sets, if there is one."""
+    name = data or os.environ.get(VARIABLE)
+    if not name:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise TrimtabError(f"{name} is not a directory of data sets (--data, or {VARIABLE})")
+    return path
+
+
+def source_file(source: Source, data: str | None) -> Path | None:
+    """The local file of a source, or of what stands in for it."""
+    directory = data_directory(data)
+    if directory is None:
+        return None
+    for name in filter(None, (source.file, source.fallback)):
+        if (directory / name).is_file():
+            return directory / name
+    return None
+
+
+def read_rows(name: str, source: Source, columns: Mapping[str, Any], data: str | None) -> list[Row]:
+    """The rows of a source, each checked for the columns that its task needs."""
+    path = source_file(source, data)
+    if path is not None:
+        rows: Sequence[Row] = read_jsonl(path)
+        where = str(path)
+    else:
+        where = f"the data set {source.hub} of the hub"
+        rows = _from_hub(name, source, data)
+    if not rows:
+        raise TrimtabError(f"{where} has no rows")
+    for number, row in enumerate(rows, 1):
+        check_row(row, columns, f"{where}, line {number}")
+    return list(rows)
+
+
+def check_row(row: Row, columns: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that lacks a column, or has the wrong kind of value there."""
+    for column, kind in columns.items():
+        if column not in row:
+            raise TrimtabError(f"{where}: {column!r} is missing (it needs {', '.join(columns)})")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        value = row[column]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
+            raise TrimtabError(f"{where}: {column!r} must be {wanted}, not {value!r:.60}")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One JSON object a line."""
+    rows = []
+    try:
+        # Iterating over the file, not str.splitlines(): texts may hold U+2028 and the like.
+        with path.open(encoding="utf-8-sig", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_object(line, f"{path}, line {number}"))
+    except OSError as error:
+        raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
+    return rows
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, for records."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+        # JSON can escape half a surrogate pair, which is no text.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TrimtabError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TrimtabError(f"{where} is not a JSON object")
+    return value
+
+
+def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:
+    """The same rows from the hub, where it can be reached."""
+    wanted = f"{name} needs {source.file}: name its directory with --data or {VARIABLE}"
+    directory = data_directory(data)
+    if directory is not None:
+        wanted = f"{name} needs {source.file}, which is not in {directory}"
+    if source.hub is None:
+        raise TrimtabError(wanted)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise TrimtabError(
+            f"{wanted}; or install trimtab[eval], which reads {source.hub} from the hub"
+        ) from error
+    try:
+        rows = load_dataset(source.hub, source.hub_config, split=source.hub_split)
+        return [
+            {"id": f"{name}-{source.hub_split}-{number}", **source.rename(row)}
+            for number, row in enumerate(rows)
+        ]
+    # Whatever goes wrong on the way to the hub, the advice is the same.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(f"{wanted}; the hub's {source.hub} failed: {reason}") from error
