@@ -3,6 +3,7 @@
 from trimtab.bake import bake
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.evaluation import Comparison, Evaluation, Result, evaluate
 from trimtab.fitting import fit
 from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from trimtab.model import Completion, LanguageModel, load, wrap
@@ -19,16 +20,20 @@ __all__ = [
     "AUSteer",
     "Ablation",
     "ActAdd",
+    "Comparison",
     "Completion",
     "Contrast",
     "Dial",
+    "Evaluation",
     "Intervention",
     "LanguageModel",
+    "Result",
     "Steering",
     "Steerings",
     "TrimtabError",
     "TrimtabWarning",
     "bake",
+    "evaluate",
     "fit",
     "load",
     "wrap",

@@ -16,7 +16,7 @@ from typing import Any
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import Completion, LanguageModel, SteeringArgument
-from trimtab.next_tokens import after, next_logits, plan
+from trimtab.next_tokens import after, next_tokens, plan
 from trimtab.progress import progress
 from trimtab.tasks.task import Example, Generation, Protocol, Task
 
@@ -58,7 +58,8 @@ def answer(
     owners: dict[Prompt, list[tuple[Entry, int]]] = {}
     for entry in entries:
         for index, example in enumerate(entry.examples):
-            owners.setdefault(example.prompt, []).append((entry, index))
+            prompt = _for_model(language_model, example.prompt)
+            owners.setdefault(prompt, []).append((entry, index))
     prompts = list(owners)
 
     def missing(batch: Sequence[int]) -> bool:
@@ -85,6 +86,13 @@ def answer(
             yield [r for r in records if (r["protocol"], r["index"]) not in done]
             advance(len(batch))
             started = time.perf_counter()
+
+
+def _for_model(language_model: LanguageModel, prompt: Prompt) -> Prompt:
+    """A conversation as plain text where the model has no chat template."""
+    if isinstance(prompt, str) or language_model.chats:
+        return prompt
+    return "\n\n".join(content for _, content in prompt) + "\n"
 
 
 def _add_measures(
@@ -149,10 +157,10 @@ def _write_one_token(
         batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
     ]
     decode = language_model.tokenizer.decode
-    for batch, logits in next_logits(
+    for batch, found in next_tokens(
         language_model, readings, batches, steering, force=settings.force
     ):
-        tokens = [int(row[0].argmax()) for row in logits]
+        tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]
         yield (
             batch.rows,

@@ -125,8 +125,18 @@ class Contrast:
         return cls._from_rows(rows, f"builtin:{name}")
 
     @classmethod
-    def load(cls, source: str) -> Contrast:
-        """`builtin:NAME`, or a .jsonl or .csv file."""
+    def load(
+        cls, source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
+    ) -> Contrast:
+        """`builtin:NAME`, a .jsonl or .csv file, `task:NAME` (right against wrong answers of a
+        task, by `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and
+        answer; the wrong one is another row's, at random by `seed`, or, as `answers-similar:FILE`,
+        the most similar one)."""
+        if source.startswith(("task:", "answers:", "answers-similar:")):
+            # Tasks are built on contrasts; only here does a contrast come from a task.
+            from trimtab.tasks import contrast_of
+
+            return contrast_of(source, data, protocol, seed)
         if source.startswith("builtin:"):
             return cls.builtin(source.removeprefix("builtin:"))
         return cls.from_csv(source) if source.endswith(".csv") else cls.from_jsonl(source)

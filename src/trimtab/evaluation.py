@@ -7,22 +7,28 @@ interrupted and continued gives the table of one that was not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.answering import Entry, Measure, Settings, answer
+from trimtab.answering import Settings
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import Estimate, mean_interval, rate_interval
+from trimtab.jobs import Judging, TaskJob, Wanted, find_job
+from trimtab.metrics.coherence import VIOLATION
+from trimtab.metrics.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.metrics.judges import Chat, Judge
+from trimtab.metrics.pairwise import verdicts
+from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.runs import Run
 from trimtab.steering import Steering, Steerings
-from trimtab.tasks import Protocol, Task, check_protocol, find_task
-from trimtab.tasks.data import file_digest, source_file
+from trimtab.tasks import Protocol, check_protocol
 
 #: What is evaluated: one steering (or several that act together), some alternatives, or
 #: alternatives by name.
@@ -92,12 +98,16 @@ class Evaluation:
                 return result
         raise TrimtabError(f"there is no result with {wanted}")
 
-    def flips(self, metric: str = "accuracy") -> list[tuple[Record, Record]]:
-        """(unsteered, steered) records of each example whose rating changed."""
+    def flips(self, metric: str | None = None) -> list[tuple[Record, Record]]:
+        """(unsteered, steered) records of each example whose rating changed.
+
+        `metric` is by default the first that a task has.
+        """
         found = []
         for before, after in _paired(self.records):
-            old, new = before["values"].get(metric), after["values"].get(metric)
-            if old is not None and new is not None and old != new:
+            name = metric or next(iter(after["values"]), "")
+            old, new = before["values"].get(name), after["values"].get(name)
+            if None not in (old, new) and old != new and _rates((old, new)):
                 found.append((before, after))
         return found
 
@@ -125,93 +135,124 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    few_shot: int | None = None,
+    task_files: Sequence[str | Path] = (),
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    preference: Chat | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     force: bool = False,
 ) -> Evaluation:
     """Evaluate a model on tasks, unsteered (unless `unsteered` is false) and steered.
 
-    `steering` is one steering or `a + b`; a list or a mapping by name holds alternatives, each
-    evaluated by itself. `data` names the directory of data sets (default: TRIMTAB_DATA, else the
-    hub). `limit` takes the first examples of each task. `output` names a run directory, in which a
-    run that was interrupted goes on. Tasks: see `trimtab.tasks`.
+    `tasks` are names of `trimtab.tasks.TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE or
+    lm-eval:NAME. `steering` is one steering or `a + b`; a list or a mapping by name holds
+    alternatives, each evaluated by itself. `data` names the directory of data sets (default:
+    TRIMTAB_DATA, else the hub). `limit` takes the first examples of each task. `few_shot` and
+    `task_files` (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox:
+    offline, detoxify or a URL; `judges` say whether a response complies (trimtab.metrics.judges);
+    `preference` is the chat model that compares answers (bpo). `output` names a run directory, in
+    which a run that was interrupted goes on.
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
-    protocols: list[Protocol] = [protocol] if isinstance(protocol, str) else list(protocol)
+    names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
     for one in protocols:
         check_protocol(one)
     if not names:
         raise TrimtabError("there is no task")
     if limit is not None and limit < 1:
         raise TrimtabError(f"the limit must be 1 or more, not {limit}")
+    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise TrimtabError("the batch size and the number of new tokens must be 1 or more")
     subjects = _subjects(steering, unsteered)
+    for attached in subjects.values():
+        with language_model.steered(attached, force=force):
+            pass  # says at once what does not fit, not after hours
+    wanted = Wanted(
+        protocols,
+        part,
+        limit,
+        None if data is None else str(data),
+        few_shot,
+        tuple(str(directory) for directory in task_files),
+        None if output is None else Path(output),
+    )
+    judging = Judging(toxicity, tuple(judges), preference)
+    jobs = [find_job(name, wanted, judging) for name in names]
     settings = Settings(seed, batch_size, max_new_tokens, force)
-    place = None if data is None else str(data)
-    planned = [
-        _Planned(find_task(name), protocols, part, limit, place) for name in dict.fromkeys(names)
-    ]
     config = {
-        "tasks": [one.describe() for one in planned],
-        "protocols": protocols,
+        "tasks": [job.describe() for job in jobs],
+        "protocols": list(protocols),
         "part": part,
         "limit": limit,
-        "settings": {k: v for k, v in asdict(settings).items() if k != "force"},
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "preference": None if preference is None else preference.name,
         "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
-        "steerings": {str(name): _described(one) for name, one in subjects.items()},
+        "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
+    notes = [note for job in jobs for note in job.notes()]
     with Run(output, config, overwrite) as run:
-        for name, one in subjects.items():
-            for plan in planned:
-                done = {
-                    (record["protocol"], record["index"])
-                    for record in run.records
-                    if (record["task"], record["steering"]) == (plan.task.name, name)
-                }
-                for records in plan.run(language_model, one, done, settings):
+        for name, attached in subjects.items():
+            for job in jobs:
+                done = _done(run.records, job.name, name)
+                for records in job.run(language_model, attached, done, settings):
                     run.append([{"steering": name, **record} for record in records])
-        evaluation = summarise(run.records, dict(vars(language_model.identity)))
+        for job in jobs:
+            if isinstance(job, TaskJob) and job.task.pairwise:
+                if preference is None:
+                    notes.append(f"{job.name}: no judge was named, so no answers were compared")
+                else:
+                    for records in _preferences(run.records, job.name, preference, batch_size):
+                        run.append(records)
+        evaluation = summarise(run.records, dict(vars(language_model.identity)), notes)
         run.finish(evaluation.as_json())
     return evaluation
 
 
-class _Planned:
-    """A task with its examples under each protocol."""
+def _done(records: Sequence[Record], task: str, steering: str | None) -> set[tuple[str, int]]:
+    """(protocol, index) of what is there already."""
+    return {
+        (record["protocol"], record["index"])
+        for record in records
+        if (record["task"], record["steering"]) == (task, steering)
+    }
 
-    def __init__(
-        self,
-        task: Task,
-        protocols: Sequence[Protocol],
-        part: Part,
-        limit: int | None,
-        data: str | None,
-    ) -> None:
-        self.task, self.part, self.data = task, part, data
-        self.entries = []
-        for protocol in protocols:
-            rows = task.rows(part, protocol, data)[:limit]
-            examples = [task.example(row, i, protocol) for i, row in enumerate(rows)]
-            self.entries.append(Entry(protocol, tuple(examples)))
 
-    def describe(self) -> dict[str, Any]:
-        """Name, rows and the digest of the file they come from."""
-        source = self.task.test if self.part == "test" else self.task.train
-        path = None if source is None else source_file(source, self.data)
-        return {
-            "name": self.task.name,
-            "rows": len(self.entries[0].examples),
-            "file": None if path is None else path.name,
-            "sha256": None if path is None else file_digest(path),
-        }
+#: What is added to a task's name where its answers are compared.
+_COMPARED = ", compared"
 
-    def run(
-        self,
-        language_model: LanguageModel,
-        steering: Steering | Steerings | None,
-        done: set[tuple[str, int]],
-        settings: Settings,
-        measure: Measure | None = None,
-    ) -> Any:
-        return answer(language_model, self.task, self.entries, steering, done, settings, measure)
+
+def _preferences(
+    records: Sequence[Record], task: str, chat: Chat, batch_size: int
+) -> Iterator[list[Record]]:
+    """Records of the judge's verdicts on steered against unsteered answers."""
+    pairs = [
+        (before, after)
+        for before, after in _paired(records)
+        if after["task"] == task
+        and (after["protocol"], after["index"])
+        not in _done(records, task + _COMPARED, after["steering"])
+    ]
+    for start in range(0, len(pairs), batch_size):
+        some = pairs[start : start + batch_size]
+        started = time.perf_counter()
+        found = verdicts(
+            chat, [(_text(after["prompt"]), after["output"], b["output"]) for b, after in some]
+        )
+        seconds = (time.perf_counter() - started) / len(some)
+        yield [
+            {key: after[key] for key in ("steering", "protocol", "index", "id")}
+            | {"task": task + _COMPARED, "values": values, "seconds": round(seconds, 4)}
+            for (_, after), values in zip(some, found, strict=True)
+        ]
+
+
+def _text(prompt: Any) -> str:
+    """A prompt of a record as text; of a conversation its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1][1])
 
 
 def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
@@ -250,15 +291,19 @@ def _described(steering: Steering | Steerings | None) -> list[dict[str, Any]]:
 # -- figures from records -------------------------------------------------------------------------
 
 
-def summarise(records: Sequence[Record], model: dict[str, Any]) -> Evaluation:
+def summarise(
+    records: Sequence[Record], model: dict[str, Any], notes: Sequence[str] = ()
+) -> Evaluation:
     """All figures of a run."""
     ordered = _in_order(records)
+    results = _results(ordered)
     return Evaluation(
-        tuple(_results(ordered)),
+        tuple(results),
         tuple(_comparisons(ordered)),
         tuple(ordered),
         round(sum(record["seconds"] for record in records), 2),
         model,
+        (*notes, *_over_settings(results)),
     )
 
 
@@ -270,17 +315,8 @@ def _in_order(records: Sequence[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (rank[_key(record)], record["index"]))
 
 
-def _key(record: Record) -> tuple[Any, ...]:
+def _key(record: Record) -> tuple[str, str, str | None]:
     return (record["task"], record["protocol"], record["steering"])
-
-
-def _groups(
-    records: Sequence[Record], key: Callable[[Record], tuple[Any, ...]]
-) -> dict[tuple[Any, ...], list[Record]]:
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return groups
 
 
 def _metrics(records: Sequence[Record]) -> list[str]:
@@ -288,31 +324,54 @@ def _metrics(records: Sequence[Record]) -> list[str]:
 
 
 def _results(records: Sequence[Record]) -> list[Result]:
+    groups: dict[tuple[str, str, str | None], list[Record]] = {}
+    for record in records:
+        groups.setdefault(_key(record), []).append(record)
     found = []
-    for (task, protocol, steering), group in _groups(records, _key).items():
+    for (task, protocol, steering), group in groups.items():
         for metric in _metrics(group):
-            given = [r["values"][metric] for r in group if metric in r["values"]]
-            values = [value for value in given if value is not None]
-            if not values:
+            given = [record for record in group if metric in record["values"]]
+            clear = [record for record in given if record["values"][metric] is not None]
+            if not clear:
                 continue
-            estimate = _estimate(values)
+            estimate = _estimate([record["values"][metric] for record in clear], _weights(clear))
+            figure = partial(Result, task, protocol, steering=steering, n=estimate.n)
             interval = (estimate.low, estimate.high)
-            unclear = len(given) - len(values)
+            unclear = len(given) - len(clear)
             found.append(
-                Result(
-                    task, protocol, metric, estimate.value, estimate.n, interval, steering, unclear
-                )
+                figure(metric=metric, value=estimate.value, ci95=interval, unclear=unclear)
             )
+            if metric == "cross_entropy":
+                low, value, high = map(_exp, (estimate.low, estimate.value, estimate.high))
+                found.append(figure(metric="perplexity", value=value, ci95=(low, high)))
+        for record in group:
+            found += [
+                Result(task, protocol, metric, value, record["n"], None, steering)
+                for metric, value in record.get("figures", {}).items()
+            ]
     return found
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _weights(records: Sequence[Record]) -> list[float] | None:
+    """What each record weighs (tokens, anchors), or None where all weigh the same."""
+    if not any("weight" in record for record in records):
+        return None
+    return [record.get("weight", 1.0) for record in records]
 
 
 def _rates(values: Sequence[float]) -> bool:
     return all(value in (0, 1) for value in values)
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def _estimate(values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
     """Wilson's interval for a rate, bootstrap for any other mean."""
     tensor = torch.tensor(values, dtype=torch.float64)
+    if weights is not None:
+        return weighted_interval(tensor, torch.tensor(weights, dtype=torch.float64))
     return rate_interval(tensor) if _rates(values) else mean_interval(tensor)
 
 
@@ -330,22 +389,30 @@ def _paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
 
 
 def _comparisons(records: Sequence[Record]) -> list[Comparison]:
-    found = []
-    groups: dict[tuple[Any, ...], list[tuple[Record, Record]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
     for before, after in _paired(records):
-        groups.setdefault(_key(after), []).append((before, after))
+        key = (after["task"], after["protocol"], after["steering"])
+        groups.setdefault(key, []).append((before, after))
+    found = []
     for (task, protocol, steering), pairs in groups.items():
         for metric in _metrics([after for _, after in pairs]):
             both = [
-                (before["values"].get(metric), after["values"].get(metric))
+                (before["values"][metric], after["values"][metric], after)
                 for before, after in pairs
+                if before["values"].get(metric) is not None
+                and after["values"].get(metric) is not None
             ]
-            values = [(b, a) for b, a in both if b is not None and a is not None]
-            if not values:
+            if not both:
                 continue
-            differences = [a - b for b, a in values]
-            estimate = mean_interval(torch.tensor(differences, dtype=torch.float64))
-            rates = _rates([value for pair in values for value in pair])
+            differences = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
+            weights = _weights([after for _, _, after in both])
+            if weights is None:
+                estimate = mean_interval(differences)
+            else:
+                estimate = weighted_interval(
+                    differences, torch.tensor(weights, dtype=torch.float64)
+                )
+            rates = _rates([value for old, new, _ in both for value in (old, new)])
             found.append(
                 Comparison(
                     task,
@@ -355,13 +422,33 @@ def _comparisons(records: Sequence[Record]) -> list[Comparison]:
                     (estimate.low, estimate.high),
                     estimate.n,
                     steering,
-                    sum(d > 0 for d in differences) if rates else None,
-                    sum(d < 0 for d in differences) if rates else None,
+                    int((differences > 0).sum()) if rates else None,
+                    int((differences < 0).sum()) if rates else None,
                 )
             )
     return found
 
 
-def perplexity_of(nats: float) -> float:
-    """exp of a cross-entropy, infinity where that is beyond a float."""
-    return math.exp(nats) if nats < 700 else math.inf
+def _over_settings(results: Sequence[Result]) -> list[str]:
+    """What a sweep over several dials says as a whole: violations, and the spread of coherence."""
+    notes = []
+    groups = dict.fromkeys((r.task, r.protocol) for r in results if r.metric == "self_perplexity")
+    for task, protocol in groups:
+        steered = [
+            r
+            for r in results
+            if (r.task, r.protocol) == (task, protocol) and r.steering is not None
+        ]
+        own = [r.value for r in steered if r.metric == "self_perplexity"]
+        if len(own) < 2:
+            continue
+        violations = sum(value > VIOLATION for value in own)
+        spread = []
+        for metric in ("language_consistency", "compression_ratio", "repetition_4gram"):
+            values = torch.tensor([r.value for r in steered if r.metric == metric])
+            spread.append(f"{metric} {values.mean():.3f} ± {values.std():.3f}")
+        notes.append(
+            f"{task}: self-perplexity above {VIOLATION:g} at {violations} of {len(own)} settings; "
+            f"over them {', '.join(spread)}"
+        )
+    return notes

@@ -27,16 +27,33 @@ _WORTH_A_PASS = 64
 _FAR = 1 << 40
 
 
+#: Logits in float32 that are held at once.
+_LOGITS = 1 << 26
+
+
 @dataclass(frozen=True)
 class Reading:
-    """One text, and the positions whose next token is asked for.
+    """One text, the positions (in order) whose next token is asked for, and which tokens those
+    might be.
 
-    `prompt` is how many of its tokens are prompt, for steerings that tell prompt from answer.
+    `targets` are the tokens whose probability is asked, one for each position; the same position
+    may be asked about several. `prompt` is how many of the tokens are prompt, for steerings that
+    tell prompt from answer.
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     prompt: int
+    targets: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Next:
+    """At each position that was asked for: the most probable token, and the log-probability of the
+    target in nats (float64; nothing where there were no targets)."""
+
+    best: Tensor
+    log_p: Tensor
 
 
 def after(tokens: Sequence[int]) -> Reading:
@@ -66,18 +83,15 @@ def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
 
 
 @torch.inference_mode()
-def next_logits(
+def next_tokens(
     language_model: LanguageModel,
     readings: Sequence[Reading],
     batches: Sequence[Batch],
     steering: SteeringArgument = None,
     *,
     force: bool = False,
-) -> Iterator[tuple[Batch, list[Tensor]]]:
-    """Run planned batches in order; for each reading its logits [positions, vocabulary], float32.
-
-    `steering` is one for all texts.
-    """
+) -> Iterator[tuple[Batch, list[Next]]]:
+    """Run planned batches in order. `steering` is one for all texts."""
     body = language_model.anatomy.body
     beginning: tuple[int, ...] = ()
     cache: Any = None
@@ -94,7 +108,7 @@ def next_logits(
                     body(input_ids=ids, past_key_values=cache, use_cache=True)
             sequences.given_ends = [row.prompt for row in rows]
             hidden = body(**_inputs(rows, batch.shared, cache, language_model)).last_hidden_state
-            yield batch, _logits_at(rows, hidden, batch.shared, language_model)
+            yield batch, _read(rows, hidden, batch.shared, language_model)
 
 
 def _inputs(
@@ -122,14 +136,30 @@ def _inputs(
     return inputs
 
 
-def _logits_at(
+def _read(
     rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
-) -> list[Tensor]:
-    """Unembeds only the positions that are asked for."""
+) -> list[Next]:
+    """Unembeds only the positions that are asked for, as many at once as fit."""
     places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
-    row_of, column = torch.tensor(places, device=hidden.device).T
-    logits = language_model.unembed(hidden[row_of, column])
-    return list(logits.split([len(row.positions) for row in rows]))
+    asked = torch.tensor(places, device=hidden.device)
+    scored = any(row.targets for row in rows)
+    targets = [target for row in rows for target in row.targets or [0] * len(row.positions)]
+    wanted = torch.tensor(targets, device=hidden.device)
+    vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
+    best, log_p = [], []
+    for some in torch.arange(len(places), device=hidden.device).split(
+        max(1, _LOGITS // vocabulary)
+    ):
+        row_of, column = asked[some].T
+        logits = language_model.unembed(hidden[row_of, column])
+        best.append(logits.argmax(-1).cpu())
+        if scored:
+            every = logits.log_softmax(-1)
+            log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())
+    counts = [len(row.positions) for row in rows]
+    bests = torch.cat(best).split(counts)
+    log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
+    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)]
 
 
 # -- which texts share their beginning ------------------------------------------------------------

@@ -233,6 +233,21 @@ class Steering:
         return cls._parse(text, tensors, str(path))
 
     @classmethod
+    def read(cls, argument: str) -> Steering:
+        """From `FILE` or `FILE@DIAL`: what follows the last @ is the dial, unless there is a file
+        of that name."""
+        path, at, value = argument.rpartition("@")
+        if not at or Path(argument).exists():
+            return cls.load(argument)
+        try:
+            dial = float(value)
+        except ValueError as error:
+            raise TrimtabError(
+                f"{argument}: {value!r} is no number; write FILE@DIAL, as in joy.safetensors@12"
+            ) from error
+        return cls.load(path).at(dial)
+
+    @classmethod
     def _parse(cls, text: str, tensors: dict[str, Tensor], source: str) -> Steering:
         """A steering from its JSON document and its tensors, after every check."""
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import bake, demo, fit, generate, inspect, models
+from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.add_typer(fit.app, name="fit")
 app.command()(generate.generate)
 app.command()(inspect.inspect)
 app.command()(bake.bake)
+app.command("evaluate")(evaluate.evaluate_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,6 +24,10 @@ Steer = Annotated[
     list[str] | None,
     typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order."),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Directory of data sets (default: the environment's TRIMTAB_DATA)."),
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -44,21 +48,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 def read_steerings(arguments: Sequence[str] | None) -> list[Steering]:
     """Steerings from `FILE` or `FILE@DIAL`."""
-    return [read_steering(argument) for argument in arguments or ()]
-
-
-def read_steering(argument: str) -> Steering:
-    """One steering; what follows the last @ is its dial, unless there is a file of that name."""
-    path, at, value = argument.rpartition("@")
-    if not at or Path(argument).exists():
-        return Steering.load(argument)
-    try:
-        dial = float(value)
-    except ValueError as error:
-        raise TrimtabError(
-            f"--steer {argument}: {value!r} is no number; write FILE@DIAL, as in joy.safetensors@12"
-        ) from error
-    return Steering.load(path).at(dial)
+    return [Steering.read(argument) for argument in arguments or ()]
 
 
 def open_model(model: str, dtype: str, device: str) -> LanguageModel:

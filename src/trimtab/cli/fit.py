@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.cli.common import (
+    Data,
     Device,
     Dtype,
     Json,
@@ -42,11 +43,16 @@ app = typer.Typer(
 
 ContrastSource = Annotated[
     str,
-    typer.Option("--contrast", "-c", help="A .jsonl or .csv file, or builtin:NAME."),
+    typer.Option(
+        "--contrast", "-c", help="A .jsonl or .csv file, builtin:NAME, task:NAME or answers:FILE."
+    ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.")]
 MaxLength = Annotated[
     int | None, typer.Option(help="Longest text in tokens; prompts are cut on the left.")
+]
+TaskProtocol = Annotated[
+    str, typer.Option("--protocol", help="Of task:NAME: trimtab, or paper as the authors have it.")
 ]
 Cache = Annotated[
     Path | None,
@@ -69,6 +75,8 @@ def many(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="A directory: one file per method.")
     ],
+    data: Data = None,
+    protocol: TaskProtocol = "trimtab",
     max_length: MaxLength = None,
     cache: Cache = None,
     dtype: Dtype = "float32",
@@ -90,7 +98,7 @@ def many(
             refuse_existing(path, overwrite)
     if not output.is_dir():
         refuse_existing(output, overwrite)
-    steerings = _fit(parsed, model, contrast, max_length, cache, dtype, device)
+    steerings = _fit(parsed, model, contrast, data, protocol, max_length, cache, dtype, device)
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
         steering.save(path, overwrite)
@@ -112,6 +120,8 @@ def _one(
     model: str,
     contrast: str,
     output: Path,
+    data: str | None,
+    protocol: str,
     max_length: int | None,
     cache: Path | None,
     dtype: str,
@@ -122,7 +132,7 @@ def _one(
     refuse_existing(output, overwrite)
     if output.is_dir():
         raise TrimtabError(f"{output} is a directory: name a file")
-    (steering,) = _fit([method], model, contrast, max_length, cache, dtype, device)
+    (steering,) = _fit([method], model, contrast, data, protocol, max_length, cache, dtype, device)
     steering.save(output, overwrite)
     if as_json:
         print_json({**describe(steering), "output": str(output)})
@@ -136,6 +146,8 @@ def _fit(
     methods: Sequence[Method],
     model: str,
     contrast: str,
+    data: str | None,
+    protocol: str,
     max_length: int | None,
     cache: Path | None,
     dtype: str,
@@ -143,7 +155,7 @@ def _fit(
 ) -> list[Steering]:
     if max_length is not None and max_length < 2:
         raise TrimtabError(f"--max-length must be 2 or more, not {max_length}")
-    texts = Contrast.load(contrast)
+    texts = Contrast.load(contrast, data=data, protocol=protocol)
     language_model = open_model(model, dtype, device)
     return fit(methods, language_model, texts, max_length=max_length, cache=cache)
 
@@ -176,6 +188,8 @@ def _command(method_type: type[Method]) -> Callable[..., None]:
         ("model", Model, inspect.Parameter.empty),
         ("contrast", ContrastSource, inspect.Parameter.empty),
         ("output", Output, inspect.Parameter.empty),
+        ("data", Data, None),
+        ("protocol", TaskProtocol, "trimtab"),
         ("max_length", MaxLength, None),
         ("cache", Cache, None),
         ("dtype", Dtype, "float32"),

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import Json, console, print_json, read_steering
+from trimtab.cli.common import Json, console, print_json
 from trimtab.describe import describe, explain
+from trimtab.steering import Steering
 
 
 def inspect(
@@ -20,7 +21,7 @@ def inspect(
 
     Example: `trimtab inspect joy.safetensors`
     """
-    steering = read_steering(file)
+    steering = Steering.read(file)
     described = describe(steering)
     if as_json:
         print_json(described)

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 
@@ -31,6 +32,26 @@ def rate_interval(values: Tensor) -> Estimate:
     n, ones = len(values), int(values.sum())
     interval = stats.binomtest(ones, n).proportion_ci(method="wilson")
     return Estimate(ones / n, float(interval.low), float(interval.high), n)
+
+
+def weighted_interval(values: Tensor, weights: Tensor, seed: int = 0) -> Estimate:
+    """Weighted mean and its 95 % bootstrap interval; a value is resampled with its weight."""
+    pairs = torch.stack([values, weights]).double().cpu().numpy()
+    mean = float(np.average(pairs[0], weights=pairs[1]))
+    n = len(values)
+    if n < 2 or np.ptp(pairs[0]) == 0:
+        return Estimate(mean, mean, mean, n)
+    result = stats.bootstrap(
+        tuple(pairs),
+        lambda v, w, axis: (v * w).sum(axis) / w.sum(axis),
+        paired=True,
+        vectorized=True,
+        batch=max(1, _AT_ONCE // n),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Estimate(mean, float(low), float(high), n)
 
 
 def mean_interval(values: Tensor, seed: int = 0) -> Estimate:

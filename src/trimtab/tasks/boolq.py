@@ -41,6 +41,7 @@ TASK = Task(
     options=("yes", "no"),
     right=same_choice,
     group=lambda row: row["passage"],
-    differences="the authors cut long passages on the right, at 512 tokens, and so lose the answer "
-    "of a pair; here the beginning of a passage goes, and only where the model has no room",
+    differences="the authors cut the texts of a pair on the right, at 512 tokens, so that long "
+    "passages lose the answer and say nothing; here, under both protocols, a text that is too long "
+    "loses its beginning",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def data_directory(data: str | None) -> Path | None:
 
 def source_file(source: Source, data: str | None) -> Path | None:
     """The local file of a source, or of what stands in for it."""
+    if Path(source.file).is_absolute():
+        return Path(source.file)
     directory = data_directory(data)
     if directory is None:
         return None
@@ -40,7 +42,13 @@ def source_file(source: Source, data: str | None) -> Path | None:
     return None
 
 
-def read_rows(name: str, source: Source, columns: Mapping[str, Any], data: str | None) -> list[Row]:
+def read_rows(
+    name: str,
+    source: Source,
+    columns: Mapping[str, Any],
+    data: str | None,
+    read: Callable[[Path], Sequence[Row]] | None = None,
+) -> list[Row]:
     """The rows of a source, each checked for the columns that its task needs."""
     path = source_file(source, data)
     if path is not None:
@@ -52,7 +60,7 @@ def read_rows(name: str, source: Source, columns: Mapping[str, Any], data: str |
     if not rows:
         raise TrimtabError(f"{where} has no rows")
     for number, row in enumerate(rows, 1):
-        check_row(row, columns, f"{where}, line {number}")
+        check_row(row, columns, f"{where}, row {number}")
     return list(rows)
 
 
@@ -118,10 +126,8 @@ def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:
         ) from error
     try:
         rows = load_dataset(source.hub, source.hub_config, split=source.hub_split)
-        return [
-            {"id": f"{name}-{source.hub_split}-{number}", **source.rename(row)}
-            for number, row in enumerate(rows)
-        ]
+        renamed = ({"id": f"{name}-{i}", **source.rename(row)} for i, row in enumerate(rows))
+        return [row for row in renamed if source.keep(row)]
     # Whatever goes wrong on the way to the hub, the advice is the same.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.contrasts import Contrast, Pair, Part, Prompt
@@ -51,6 +52,7 @@ class Source:
     hub_config: str | None = None
     hub_split: str = "test"
     rename: Callable[[Row], Row] = dict
+    keep: Callable[[Row], bool] = lambda row: True  # which rows of the hub belong to it
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Task:
     `example` makes the prompt of a row; `read` finds the prediction in an output, None where there
     is none; `pairs` makes the contrast of train rows. `group` says which rows belong together, so
     that no prompt is held out whose twin was trained on. `options` are the answers of a choice. A
-    task without `read` is free text, and `measures` says what its outputs are scored on.
+    task without `read` is free text: `measures` says what its outputs are scored on, `pairwise`
+    that a judge compares steered with unsteered ones. `chat` prompts are conversations, which a
+    model without a chat template is given as plain text. `read_file` reads other files than JSONL.
     """
 
     name: str
@@ -90,7 +94,9 @@ class Task:
     group: Callable[[Row], Any] = lambda row: row["id"]
     train_limit: int = 1000
     measures: tuple[str, ...] = ()
+    pairwise: bool = False
     chat: bool = False
+    read_file: Callable[[Path], Sequence[Row]] | None = None
     differences: str = ""
 
     def rows(self, part: Part, protocol: Protocol, data: str | None) -> list[Row]:
@@ -98,7 +104,7 @@ class Task:
         from trimtab.tasks.data import read_rows
 
         if part == "test":
-            return read_rows(self.name, self.test, self.columns, data)
+            return read_rows(self.name, self.test, self.columns, data, self.read_file)
         if self.train is None:
             raise TrimtabError(f"{self.name} has no train part, only a test part")
         columns = self.train_columns or self.columns

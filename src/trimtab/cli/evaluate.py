@@ -1,0 +1,397 @@
+"""`trimtab evaluate`: tasks, unsteered and steered, with intervals and what flipped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.cli.common import (
+    Data,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Overwrite,
+    Steer,
+    console,
+    open_model,
+    print_json,
+    read_steerings,
+)
+from trimtab.endpoint import ChatEndpoint
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import Comparison, Evaluation, Result, evaluate
+from trimtab.metrics.judges import (
+    HARMBENCH_TEMPLATE,
+    Chat,
+    ChatJudge,
+    HarmBenchJudge,
+    Judge,
+    LocalChat,
+    PhraseJudge,
+    PolyGuardJudge,
+)
+from trimtab.model import load
+from trimtab.steering import Steering, Steerings
+from trimtab.tasks import PROTOCOLS, TASKS
+
+#: More dials than this are a mistake in a range.
+_MOST_DIALS = 1000
+
+
+def evaluate_command(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A pack, directory, .gguf file or hub id.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            help="A task (--list shows them), refusal:FILE, coherence:FILE, perplexity:FILE, or "
+            "lm-eval:NAME; repeat for several.",
+        ),
+    ] = None,
+    list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
+    steer: Steer = None,
+    dial: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Evaluate the steering at this dial, or at each of START:STOP:STEP; repeat."
+        ),
+    ] = None,
+    unsteered: Annotated[
+        bool, typer.Option("--unsteered/--no-unsteered", help="Evaluate the unsteered model too.")
+    ] = True,
+    data: Data = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="trimtab (default) or paper, which follows the authors; repeat."),
+    ] = None,
+    part: Annotated[
+        str, typer.Option(help="test, or validation or train rows of the train set.")
+    ] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only the first examples of a task.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, where a task writes texts.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts that are written together.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="For tasks that sample.")] = 0,
+    few_shot: Annotated[int | None, typer.Option(help="Examples in lm-eval's prompts.")] = None,
+    lm_eval_tasks: Annotated[
+        list[str] | None, typer.Option(help="Directory of lm-eval task files; repeat.")
+    ] = None,
+    toxicity: Annotated[
+        str, typer.Option(help="Toxicity scorer: offline, detoxify, or a URL.")
+    ] = "offline",
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat "
+            "model) or chat:NAME at --judge-url; repeat. The first local: or chat: compares "
+            "answers in bpo."
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="Base URL of an OpenAI-compatible API.")
+    ] = None,
+    judge_key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the API's key.")
+    ] = "OPENAI_API_KEY",
+    judge_concurrency: Annotated[int, typer.Option(help="Calls under way at once.")] = 8,
+    judge_timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
+    judge_prices: Annotated[
+        str | None,
+        typer.Option(help="Prices per million tokens, read and written: 0.15,0.60."),
+    ] = None,
+    judge_template: Annotated[
+        Path | None,
+        typer.Option(help="HarmBench's prompt, with {behavior} and {generation}."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Run directory; a run that was interrupted goes on there."
+        ),
+    ] = None,
+    show: Annotated[
+        str | None, typer.Option(help="flips: print the examples whose rating changed.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on tasks, unsteered and steered, with 95 % intervals.
+
+    Example: `trimtab evaluate --model smollm2-135m-instruct --steer formal.safetensors --task copa
+    --limit 100 --data DIR -o runs/copa --show flips`
+    """
+    if list_tasks:
+        _list_tasks(as_json)
+        return
+    if model is None or not task:
+        raise TrimtabError("name a --model and a --task (--list shows the tasks)")
+    if show not in (None, "flips"):
+        raise TrimtabError(f"--show {show}: it can show flips")
+    if part not in ("test", "validation", "train"):
+        raise TrimtabError(f"--part {part}: known are test, validation, train")
+    steerings = _alternatives(steer or [], dial or [])
+    if judge_url is not None and not any(spec.startswith("chat:") for spec in judge or []):
+        raise TrimtabError("--judge-url needs the name of the model there: --judge chat:NAME")
+    options = _JudgeOptions(
+        judge_url,
+        judge_key_env,
+        judge_concurrency,
+        judge_timeout,
+        judge_prices,
+        judge_template,
+        dtype,
+        device,
+    )
+    judges, preference = options.judges(judge or [])
+    language_model = open_model(model, dtype, device)
+    evaluation = evaluate(
+        language_model,
+        task,
+        steering=steerings or None,
+        unsteered=unsteered,
+        data=data,
+        protocol=protocol or "trimtab",  # type: ignore[arg-type]
+        part=part,  # type: ignore[arg-type]
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        few_shot=few_shot,
+        task_files=lm_eval_tasks or [],
+        toxicity=toxicity,
+        judges=judges,
+        preference=preference,
+        output=output,
+        overwrite=overwrite,
+        force=force,
+    )
+    costs = {chat.name: str(chat.usage) for chat in options.endpoints}
+    if as_json:
+        shown = {"flips": _flips_as_json(evaluation)} if show else {}
+        print_json(evaluation.as_json() | {"judges": costs} | shown)
+        return
+    console.print(_table(evaluation))
+    for note in evaluation.notes:
+        console.print(note, style="dim")
+    for name, cost in costs.items():
+        console.print(f"judge {name}: {cost}", style="dim")
+    where = f"; records in {output}" if output else ""
+    console.print(f"{evaluation.seconds:g} s of evaluation{where}", style="dim")
+    if show:
+        _print_flips(evaluation)
+
+
+def _list_tasks(as_json: bool) -> None:
+    if as_json:
+        print_json({"tasks": [{"name": one.name, "about": one.about} for one in TASKS.values()]})
+        return
+    table = Table("task", "what it measures", "where trimtab's protocol leaves the paper's")
+    for one in TASKS.values():
+        table.add_row(one.name, one.about, one.differences)
+    table.add_row("refusal:FILE", "your prompts: refusal, attack success by --judge")
+    table.add_row("coherence:FILE", "your prompts: perplexity, repetition, language of answers")
+    table.add_row("perplexity:FILE", "cross-entropy and perplexity of a .txt or .jsonl file")
+    table.add_row("lm-eval:NAME", "any task of lm-evaluation-harness, on local rows where known")
+    console.print(table)
+    console.print(f"protocols: {', '.join(PROTOCOLS)}")
+
+
+# -- what is evaluated, and who judges ------------------------------------------------------------
+
+
+def _alternatives(steer: list[str], dials: list[str]) -> dict[str, Steering | Steerings]:
+    """By name: all --steer together, or the one steering at each dial."""
+    steerings = read_steerings(steer)
+    if not dials:
+        together = steerings[0] if len(steerings) == 1 else Steerings(steerings)
+        return {" + ".join(steer): together} if steerings else {}
+    if len(steerings) != 1:
+        raise TrimtabError("--dial turns one steering: give exactly one --steer")
+    values = dict.fromkeys(value for text in dials for value in _dials(text))
+    if len(values) > _MOST_DIALS:
+        raise TrimtabError(f"--dial names {len(values)} dials; {_MOST_DIALS} are the most")
+    (argument,), (steering,) = steer, steerings
+    path = argument if Path(argument).exists() else argument.rpartition("@")[0] or argument
+    return {f"{path}@{value:g}": steering.at(value) for value in values}
+
+
+def _dials(text: str) -> list[float]:
+    """A number, or START:STOP:STEP with both ends."""
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError as error:
+        raise TrimtabError(f"--dial {text}: write a number, or START:STOP:STEP") from error
+    if not all(map(math.isfinite, numbers)):
+        raise TrimtabError(f"--dial {text}: a dial is a finite number")
+    if len(numbers) == 1:
+        return numbers
+    if len(numbers) != 3 or numbers[2] == 0 or (numbers[1] - numbers[0]) / numbers[2] < 0:
+        raise TrimtabError(f"--dial {text}: write a number, or START:STOP:STEP")
+    start, stop, step = numbers
+    count = math.floor((stop - start) / step + 1e-9) + 1
+    if count > _MOST_DIALS:
+        raise TrimtabError(f"--dial {text} names {count} dials; {_MOST_DIALS} are the most")
+    return [start + i * step for i in range(count)]
+
+
+class _JudgeOptions:
+    """The options of judges, and the judges that come of them."""
+
+    def __init__(
+        self,
+        url: str | None,
+        key_variable: str,
+        concurrency: int,
+        timeout: float,
+        prices: str | None,
+        template: Path | None,
+        dtype: str,
+        device: str,
+    ) -> None:
+        self.url, self.key_variable, self.concurrency = url, key_variable, concurrency
+        self.timeout, self.prices = timeout, _prices(prices)
+        self.template = _template(template)
+        self.dtype, self.device = dtype, device
+        self.endpoints: list[ChatEndpoint] = []
+
+    def judges(self, specs: list[str]) -> tuple[list[Judge], Chat | None]:
+        """The judges, and the chat model that compares answers."""
+        found: list[Judge] = []
+        preference: Chat | None = None
+        for spec in dict.fromkeys(specs):
+            kind, _, name = spec.partition(":")
+            if spec == "phrases":
+                found.append(PhraseJudge())
+            elif name and kind == "harmbench":
+                found.append(HarmBenchJudge(self._model(name), self.template))
+            elif name and kind == "polyguard":
+                found.append(PolyGuardJudge(self._model(name)))
+            elif name and kind in ("local", "chat"):
+                chat = LocalChat(self._model(name)) if kind == "local" else self._endpoint(name)
+                preference = preference or chat
+                found.append(ChatJudge(chat))
+            else:
+                raise TrimtabError(
+                    f"--judge {spec}: known are phrases, harmbench:MODEL, polyguard:MODEL, "
+                    "local:MODEL, chat:NAME"
+                )
+        return found, preference
+
+    def _model(self, name: str) -> Any:
+        return load(name, dtype=self.dtype, device=self.device)
+
+    def _endpoint(self, name: str) -> ChatEndpoint:
+        if self.url is None:
+            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
+        endpoint = ChatEndpoint(
+            self.url,
+            name,
+            self.key_variable,
+            self.concurrency,
+            self.timeout,
+            prices=self.prices,
+        )
+        self.endpoints.append(endpoint)
+        return endpoint
+
+
+def _prices(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        read, written = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise TrimtabError(f"--judge-prices {text}: write READ,WRITTEN, as in 0.15,0.6") from error
+    if not (0 <= read < math.inf and 0 <= written < math.inf):
+        raise TrimtabError(f"--judge-prices {text}: prices are 0 or more")
+    return read, written
+
+
+def _template(path: Path | None) -> str:
+    if path is None:
+        return HARMBENCH_TEMPLATE
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrimtabError(f"cannot read the template {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"{path} is not UTF-8 text") from error
+
+
+# -- for people -----------------------------------------------------------------------------------
+
+
+def _table(evaluation: Evaluation) -> Table:
+    """A row for each figure; steered ones with their difference to the unsteered model."""
+    compared = {(c.task, c.protocol, c.metric, c.steering): c for c in evaluation.comparisons}
+    table = Table("task", "protocol", "metric", "steering", "value [95 %]", "n")
+    if compared:
+        table.add_column("difference [95 %]")
+        table.add_column("flipped")
+    if any(result.unclear for result in evaluation.results):
+        table.add_column("unclear")
+    for result in evaluation.results:
+        name = "unsteered" if result.steering is None else result.steering
+        cells = [result.task, result.protocol, result.metric, name, _value(result), str(result.n)]
+        if compared:
+            key = (result.task, result.protocol, result.metric, str(result.steering))
+            cells += _difference(compared.get(key), result.metric)
+        if any(each.unclear for each in evaluation.results):
+            cells.append(str(result.unclear or ""))
+        table.add_row(*cells)
+    return table
+
+
+def _value(result: Result) -> str:
+    if result.ci95 is None:
+        return f"{result.value:.3f}"
+    return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"
+
+
+def _difference(comparison: Comparison | None, metric: str) -> list[str]:
+    if comparison is None:
+        return ["", ""]
+    low, high = comparison.ci95
+    flipped = ""
+    if comparison.gained is not None:
+        flipped = f"+{comparison.gained} -{comparison.lost}"
+    return [f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]", flipped]
+
+
+def _print_flips(evaluation: Evaluation) -> None:
+    flips = evaluation.flips()
+    console.print(f"{len(flips)} flipped", style="bold")
+    for before, after in flips:
+        metric = next(iter(after["values"]))
+        old, new = before["values"][metric], after["values"][metric]
+        console.print(
+            f"{after['task']} {after['id']} with {after['steering']}: {metric} {old:g} -> {new:g}",
+            style="bold",
+        )
+        print(_shortened(after.get("prompt", "")))
+        if after.get("target") is not None:
+            print(f"  target    {after['target']}")
+        print(f"  unsteered {before.get('output')!r}")
+        print(f"  steered   {after.get('output')!r}")
+
+
+def _shortened(prompt: Any) -> str:
+    """The end of a prompt, which is what an answer answers."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1][1])
+    return text if len(text) <= 400 else "..." + text[-400:]
+
+
+def _flips_as_json(evaluation: Evaluation) -> list[dict[str, Any]]:
+    return [{"unsteered": before, "steered": after} for before, after in evaluation.flips()]

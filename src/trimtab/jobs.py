@@ -1,0 +1,393 @@
+"""The work of an evaluation, one job for each task: what its records are and how they are made.
+
+Every job has a `name`, says what it is for the record (`describe`), and `run`s: records of one
+model, steered or not, a batch at a time, without those that are there already.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from trimtab.answering import Entry, Settings, answer
+from trimtab.contrasts import Part
+from trimtab.errors import TrimtabError
+from trimtab.metrics.coherence import coherence
+from trimtab.metrics.judges import Chat, Judge, attack_success
+from trimtab.metrics.refusal import refuses, validate_phrases
+from trimtab.metrics.toxicity import TOXIC, Scorer, find_scorer
+from trimtab.model import Completion, LanguageModel
+from trimtab.next_tokens import Reading, next_tokens, plan
+from trimtab.progress import progress
+from trimtab.steering import Steering, Steerings
+from trimtab.tasks import Example, Task, find_task
+from trimtab.tasks import Protocol as TaskProtocol
+from trimtab.tasks.data import file_digest, read_jsonl, source_file
+
+Record = dict[str, Any]
+Attached = Steering | Steerings | None
+#: What of a job is there already: (protocol, index).
+Done = set[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges texts: toxicity by name or scorer, compliance by judges, pairs by a chat model."""
+
+    toxicity: str | Scorer = "offline"
+    judges: tuple[Judge, ...] = ()
+    preference: Chat | None = None
+
+
+class Job(Protocol):
+    """What every job has."""
+
+    @property
+    def name(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the configuration of a run: the rows and where they come from."""
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Iterator[list[Record]]:
+        """Records, a batch at a time."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of each task is evaluated."""
+
+    protocols: tuple[TaskProtocol, ...] = ("trimtab",)
+    part: Part = "test"
+    limit: int | None = None
+    data: str | None = None
+    few_shot: int | None = None
+    task_files: tuple[str, ...] = ()
+    answers: Path | None = None  # a directory for what lm-eval has asked already
+
+
+def find_job(name: str, wanted: Wanted, judging: Judging) -> Job:
+    """The job of a task by its name."""
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "lm-eval":
+        return HarnessJob(name, rest, wanted)
+    if colon and kind == "perplexity":
+        return PerplexityJob(name, rest, wanted)
+    return TaskJob.of(find_task(name, wanted.data), wanted, judging)
+
+
+# -- tasks of our own -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TaskJob:
+    """Prompts that the model answers, under each protocol."""
+
+    task: Task
+    wanted: Wanted
+    judging: Judging
+    entries: tuple[Entry, ...]
+    scorer: Scorer | None = None
+
+    @classmethod
+    def of(cls, task: Task, wanted: Wanted, judging: Judging) -> TaskJob:
+        entries = []
+        for protocol in wanted.protocols:
+            rows = task.rows(wanted.part, protocol, wanted.data)[: wanted.limit]
+            examples = (task.example(row, i, protocol) for i, row in enumerate(rows))
+            entries.append(Entry(protocol, tuple(examples)))
+        scorer = None
+        if "toxicity" in task.measures:
+            named = judging.toxicity
+            scorer = find_scorer(named, wanted.data) if isinstance(named, str) else named
+        return cls(task, wanted, judging, tuple(entries), scorer)
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    def describe(self) -> dict[str, Any]:
+        source = self.task.test if self.wanted.part == "test" else self.task.train
+        path = None if source is None else source_file(source, self.wanted.data)
+        return {
+            "task": self.name,
+            "rows": len(self.entries[0].examples),
+            "file": None if path is None else path.name,
+            "sha256": None if path is None else file_digest(path),
+            "scorer": None if self.scorer is None else self.scorer.name,
+            "judges": [judge.name for judge in self.judging.judges]
+            if "refusal" in self.task.measures
+            else [],
+        }
+
+    def notes(self) -> list[str]:
+        notes = []
+        if self.task.differences and "trimtab" in self.wanted.protocols:
+            notes.append(f"{self.name}, against the paper's protocol: {self.task.differences}")
+        if self.scorer is not None:
+            notes.append(f"{self.name}: toxicity by {self.scorer.name}; a proxy, not Perspective")
+        if "refusal" in self.task.measures:
+            notes += [
+                f"refusal phrases agree with people on XSTest's completions: {found}"
+                for found in validate_phrases(self.wanted.data)
+            ]
+        return notes
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Iterator[list[Record]]:
+        def measure(
+            examples: Sequence[Example], completions: Sequence[Completion]
+        ) -> list[dict[str, float | None]]:
+            values: list[dict[str, float | None]] = [{} for _ in examples]
+            for name in self.task.measures:
+                found = self._measures()[name](
+                    language_model, steering, settings, examples, completions
+                )
+                for own, more in zip(values, found, strict=True):
+                    own |= more
+            return values
+
+        measured = measure if self.task.measures else None
+        yield from answer(
+            language_model, self.task, self.entries, steering, done, settings, measured
+        )
+
+    def _measures(self) -> dict[str, Callable[..., list[dict[str, float | None]]]]:
+        return {
+            "coherence": _coherence,
+            "refusal": self._refusal,
+            "toxicity": self._toxicity,
+        }
+
+    def _toxicity(
+        self,
+        language_model: LanguageModel,
+        steering: Attached,
+        settings: Settings,
+        examples: Sequence[Example],
+        completions: Sequence[Completion],
+    ) -> list[dict[str, float | None]]:
+        assert self.scorer is not None
+        scores = self.scorer.scores([completion.text for completion in completions])
+        return [{"not_toxic": float(score <= TOXIC), "toxicity": score} for score in scores]
+
+    def _refusal(
+        self,
+        language_model: LanguageModel,
+        steering: Attached,
+        settings: Settings,
+        examples: Sequence[Example],
+        completions: Sequence[Completion],
+    ) -> list[dict[str, float | None]]:
+        texts = [completion.text for completion in completions]
+        labels = [example.fields.get("label") for example in examples]
+        metrics = {"safe": "over_refusal", "unsafe": "refusal_of_unsafe"}
+        values: list[dict[str, float | None]] = [
+            {metrics.get(str(label), "refusal"): float(refuses(text))}
+            for label, text in zip(labels, texts, strict=True)
+        ]
+        requests = [_request(example) for example in examples]
+        harmful = [i for i, label in enumerate(labels) if label != "safe"]
+        judged = attack_success(
+            self.judging.judges, [requests[i] for i in harmful], [texts[i] for i in harmful]
+        )
+        for i, found in zip(harmful, judged, strict=True):
+            values[i] |= found
+        return values
+
+
+def _coherence(
+    language_model: LanguageModel,
+    steering: Attached,
+    settings: Settings,
+    examples: Sequence[Example],
+    completions: Sequence[Completion],
+) -> list[dict[str, float | None]]:
+    return coherence(
+        language_model,
+        [completion.prompt for completion in completions],
+        [completion.text for completion in completions],
+        [completion.tokens for completion in completions],
+        steering,
+        force=settings.force,
+    )
+
+
+def _request(example: Example) -> str:
+    """What the user asked."""
+    prompt = example.prompt
+    return prompt if isinstance(prompt, str) else prompt[-1][1]
+
+
+# -- perplexity of any text -----------------------------------------------------------------------
+
+#: Tokens of text that are scored together; the first of them is only read.
+_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class PerplexityJob:
+    """Cross-entropy of a text file (.txt), or of the column `text` of a JSONL file.
+
+    Long texts are scored in windows that do not overlap; each window is a record that weighs as
+    many tokens as it scores.
+    """
+
+    name: str
+    file: str
+    wanted: Wanted
+    texts: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        path = Path(self.file).expanduser()
+        if not path.is_file():
+            raise TrimtabError(f"no such file of text: {self.file}")
+        if path.suffix == ".jsonl":
+            texts = []
+            for number, row in enumerate(read_jsonl(path), 1):
+                if not isinstance(row.get("text"), str):
+                    raise TrimtabError(f"{path}, row {number}: 'text' is missing")
+                texts.append(row["text"])
+        else:
+            try:
+                texts = [path.read_text(encoding="utf-8-sig")]
+            except UnicodeDecodeError as error:
+                raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
+        texts = [text for text in texts if text.strip()][: self.wanted.limit]
+        if not texts:
+            raise TrimtabError(f"{path} has no text")
+        object.__setattr__(self, "texts", texts)
+
+    def describe(self) -> dict[str, Any]:
+        path = Path(self.file).expanduser()
+        return {"task": self.name, "rows": len(self.texts), "sha256": file_digest(path)}
+
+    def notes(self) -> list[str]:
+        return []
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Iterator[list[Record]]:
+        windows = self._windows(language_model)
+        readings = [reading for _, reading in windows]
+        batches = [
+            batch
+            for batch in plan(readings, language_model.batch_tokens)
+            if any(("", i) not in done for i in batch.rows)
+        ]
+        with progress(self.name, len(windows)) as advance:
+            started = time.perf_counter()
+            for batch, found in next_tokens(
+                language_model, readings, batches, steering, force=settings.force
+            ):
+                seconds = (time.perf_counter() - started) / len(batch.rows)
+                yield [
+                    {
+                        "task": self.name,
+                        "protocol": "",
+                        "index": i,
+                        "id": windows[i][0],
+                        "weight": len(each.log_p),
+                        "values": {"cross_entropy": -float(each.log_p.mean())},
+                        "seconds": round(seconds, 4),
+                    }
+                    for i, each in zip(batch.rows, found, strict=True)
+                    if ("", i) not in done
+                ]
+                advance(len(batch.rows))
+                started = time.perf_counter()
+
+    def _windows(self, language_model: LanguageModel) -> list[tuple[str, Reading]]:
+        length = min(_WINDOW, language_model.max_length)
+        windows = []
+        for number, tokens in enumerate(language_model.encode(self.texts)):
+            for start in range(0, len(tokens) - 1, length):
+                piece = tuple(tokens[start : start + length + 1])
+                if len(piece) > 1:
+                    reading = Reading(
+                        piece[:-1], tuple(range(len(piece) - 1)), len(piece), piece[1:]
+                    )
+                    windows.append((f"text {number + 1}, token {start + 1}", reading))
+        if not windows:
+            raise TrimtabError(f"{self.file}: the texts are too short to score")
+        return windows
+
+
+# -- tasks of lm-eval -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HarnessJob:
+    """A task of lm-evaluation-harness, on local rows where the data directory has them."""
+
+    name: str
+    task: str
+    wanted: Wanted
+
+    def __post_init__(self) -> None:
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise TrimtabError(f"{self.name} needs lm-eval: pip install 'trimtab[eval]'") from error
+        if self.wanted.part != "test":
+            raise TrimtabError(f"{self.name} has no part but the one that lm-eval tests on")
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": self.name,
+            "few_shot": self.wanted.few_shot,
+            "task_files": list(self.wanted.task_files),
+        }
+
+    def notes(self) -> list[str]:
+        return []
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Iterator[list[Record]]:
+        from trimtab.lm_eval import TrimtabLM, run_task
+        from trimtab.tasks.capability import local_task_files
+
+        started = time.perf_counter()
+        model = TrimtabLM(
+            language_model,
+            steering,
+            batch_size=settings.batch_size,
+            answers=self._answers(steering),
+            force=settings.force,
+        )
+        with tempfile.TemporaryDirectory() as room:
+            local = local_task_files(self.task, self.wanted.data, Path(room))
+            records = run_task(
+                self.task,
+                model,
+                limit=self.wanted.limit,
+                few_shot=self.wanted.few_shot,
+                # Later ones override earlier ones: the user's own come last.
+                task_files=[*([room] if local else []), *self.wanted.task_files],
+                seed=settings.seed,
+            )
+        seconds = (time.perf_counter() - started) / max(1, len(records))
+        for record in records:
+            record |= {"task": self.name, "protocol": "", "seconds": round(seconds, 4)}
+        yield [record for record in records if ("", record["index"]) not in done]
+
+    def _answers(self, steering: Attached) -> Path | None:
+        """Where the answers for this task and steering are kept, so that they are not lost."""
+        if self.wanted.answers is None:
+            return None
+        together = (
+            () if steering is None else [steering] if isinstance(steering, Steering) else steering
+        )
+        who = "-".join(f"{one.digest[:12]}@{one.setting:g}" for one in together) or "unsteered"
+        task = "".join(c if c.isalnum() else "_" for c in self.task)
+        return self.wanted.answers / f"lm-eval-{task}-{who}.jsonl"
