@@ -41,6 +41,21 @@ Alternatives = (
 )
 Record = dict[str, Any]
 
+#: Metrics that are means also where every value happens to be 0 or 1.
+_MEANS = frozenset(
+    (
+        "perplexity",
+        "self_perplexity",
+        "language_consistency",
+        "compression_ratio",
+        "repetition_4gram",
+        "toxicity",
+        "cross_entropy",
+        "delta_wr",
+        "first_shown",
+    )
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -107,7 +122,7 @@ class Evaluation:
         for before, after in _paired(self.records):
             name = metric or next(iter(after["values"]), "")
             old, new = before["values"].get(name), after["values"].get(name)
-            if None not in (old, new) and old != new and _rates((old, new)):
+            if None not in (old, new) and old != new and _rates(name, (old, new)):
                 found.append((before, after))
         return found
 
@@ -334,7 +349,9 @@ def _results(records: Sequence[Record]) -> list[Result]:
             clear = [record for record in given if record["values"][metric] is not None]
             if not clear:
                 continue
-            estimate = _estimate([record["values"][metric] for record in clear], _weights(clear))
+            estimate = _estimate(
+                metric, [record["values"][metric] for record in clear], _weights(clear)
+            )
             figure = partial(Result, task, protocol, steering=steering, n=estimate.n)
             interval = (estimate.low, estimate.high)
             unclear = len(given) - len(clear)
@@ -363,16 +380,17 @@ def _weights(records: Sequence[Record]) -> list[float] | None:
     return [record.get("weight", 1.0) for record in records]
 
 
-def _rates(values: Sequence[float]) -> bool:
-    return all(value in (0, 1) for value in values)
+def _rates(metric: str, values: Sequence[float]) -> bool:
+    """Whether these are shares of examples for which something holds."""
+    return metric not in _MEANS and all(value in (0, 1) for value in values)
 
 
-def _estimate(values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
+def _estimate(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
     """Wilson's interval for a rate, bootstrap for any other mean."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if weights is not None:
         return weighted_interval(tensor, torch.tensor(weights, dtype=torch.float64))
-    return rate_interval(tensor) if _rates(values) else mean_interval(tensor)
+    return rate_interval(tensor) if _rates(metric, values) else mean_interval(tensor)
 
 
 def _paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -412,7 +430,7 @@ def _comparisons(records: Sequence[Record]) -> list[Comparison]:
                 estimate = weighted_interval(
                     differences, torch.tensor(weights, dtype=torch.float64)
                 )
-            rates = _rates([value for old, new, _ in both for value in (old, new)])
+            rates = _rates(metric, [value for old, new, _ in both for value in (old, new)])
             found.append(
                 Comparison(
                     task,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from trimtab.cli.common import (
@@ -39,6 +41,8 @@ from trimtab.model import load
 from trimtab.steering import Steering, Steerings
 from trimtab.tasks import PROTOCOLS, TASKS
 
+#: Tables keep their columns in a pipe, which has no width of its own.
+_wide = console if console.is_terminal else Console(width=120, highlight=False, emoji=False)
 #: More dials than this are a mistake in a range.
 _MOST_DIALS = 1000
 
@@ -182,7 +186,7 @@ def evaluate_command(
         shown = {"flips": _flips_as_json(evaluation)} if show else {}
         print_json(evaluation.as_json() | {"judges": costs} | shown)
         return
-    console.print(_table(evaluation))
+    _print_results(evaluation)
     for note in evaluation.notes:
         console.print(note, style="dim")
     for name, cost in costs.items():
@@ -333,25 +337,41 @@ def _template(path: Path | None) -> str:
 # -- for people -----------------------------------------------------------------------------------
 
 
-def _table(evaluation: Evaluation) -> Table:
-    """A row for each figure; steered ones with their difference to the unsteered model."""
+def _print_results(evaluation: Evaluation) -> None:
+    """A table for each task; steered figures stand under the unsteered one, with the difference."""
     compared = {(c.task, c.protocol, c.metric, c.steering): c for c in evaluation.comparisons}
-    table = Table("task", "protocol", "metric", "steering", "value [95 %]", "n")
-    if compared:
-        table.add_column("difference [95 %]")
-        table.add_column("flipped")
-    if any(result.unclear for result in evaluation.results):
-        table.add_column("unclear")
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in evaluation.results:
-        name = "unsteered" if result.steering is None else result.steering
-        cells = [result.task, result.protocol, result.metric, name, _value(result), str(result.n)]
+        groups.setdefault((result.task, result.protocol), []).append(result)
+    for (task, protocol), results in groups.items():
+        title = f"{task}, {protocol}'s protocol" if protocol else task
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("metric")
+        table.add_column("steering", overflow="fold")
+        table.add_column("value [95 %]", no_wrap=True)
+        table.add_column("n", no_wrap=True, justify="right")
         if compared:
-            key = (result.task, result.protocol, result.metric, str(result.steering))
-            cells += _difference(compared.get(key), result.metric)
-        if any(each.unclear for each in evaluation.results):
-            cells.append(str(result.unclear or ""))
-        table.add_row(*cells)
-    return table
+            table.add_column("difference [95 %]", no_wrap=True)
+            table.add_column("flipped", no_wrap=True)
+        unclear = any(result.unclear for result in results)
+        if unclear:
+            table.add_column("unclear", no_wrap=True)
+        rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
+        for result in sorted(results, key=lambda r: rank[r.metric]):
+            name = "unsteered" if result.steering is None else _short(result.steering)
+            cells = [result.metric, name, _value(result), str(result.n)]
+            if compared:
+                key = (task, protocol, result.metric, str(result.steering))
+                cells += _difference(compared.get(key))
+            if unclear:
+                cells.append(str(result.unclear or ""))
+            table.add_row(*cells)
+        _wide.print(table)
+
+
+def _short(steering: str) -> str:
+    """Names of files without their directories."""
+    return " + ".join(part.rpartition("/")[2] for part in steering.split(" + "))
 
 
 def _value(result: Result) -> str:
@@ -360,7 +380,7 @@ def _value(result: Result) -> str:
     return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"
 
 
-def _difference(comparison: Comparison | None, metric: str) -> list[str]:
+def _difference(comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return ["", ""]
     low, high = comparison.ci95
