@@ -1,6 +1,7 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
-    python benchmarks/run.py [extraction|onepass|means|generation|overhead|all]
+    python benchmarks/run.py [extraction|onepass|means|generation|overhead|
+                              evaluation|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
@@ -13,6 +14,8 @@ means       the mean difference at all layers against steering-vectors and repen
 generation  what an attached and a baked steering cost while a model writes (generation.py)
 overhead    the same to a thousandth, of every attached kind and of the peers' additive ones
             (overhead.py, lockstep.py)
+evaluation  tasks against the authors' way, and a task of lm-eval against its own model
+            (evaluation.py)
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and
@@ -21,9 +24,10 @@ the median of the rounds' own ratios with its 95 % interval by bootstrap; the ta
 former, in onepass and overhead for the latter. On a machine with other work, believe the CPU
 seconds.
 
-The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl) are read
-from --data or TRIMTAB_DATA. The models are packs, which the package index carries. --pairs takes
-another number of pairs everywhere, for a quick look whose figures mean little.
+The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl) and of
+`evaluation` (the test files of copa, winogrande and boolq) are read from --data or TRIMTAB_DATA.
+The models are packs, which the package index carries. --pairs takes another number of pairs (or
+examples) everywhere, for a quick look whose figures mean little.
 """
 
 from __future__ import annotations
@@ -38,14 +42,17 @@ from typing import Any
 
 from clock import Report, machine, one_thread
 
-BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead")
+BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead", "evaluation")
+#: Those that read data sets.
+ON_DATA = ("extraction", "evaluation")
 
 
 def main() -> int:
     arguments = _arguments()
     chosen = BENCHMARKS if arguments.benchmark == "all" else (arguments.benchmark,)
-    if "extraction" in chosen and arguments.data is None:
-        return _complain("extraction reads data sets: give --data DIR or set TRIMTAB_DATA")
+    for name in ON_DATA:
+        if name in chosen and arguments.data is None:
+            return _complain(f"{name} reads data sets: give --data DIR or set TRIMTAB_DATA")
     if arguments.out is not None and not arguments.out.absolute().parent.is_dir():
         return _complain(f"cannot write {arguments.out}: there is no such directory")
     one_thread()  # before torch is imported
@@ -98,11 +105,10 @@ def _run(name: str, arguments: argparse.Namespace) -> list[Report]:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    if name == "extraction":
-        import extraction
-
-        return extraction.run(arguments.data, arguments.rounds, arguments.pairs, say)
-    return import_module(name).run(arguments.rounds, arguments.pairs, say)
+    module = import_module(name)
+    if name in ON_DATA:
+        return module.run(arguments.data, arguments.rounds, arguments.pairs, say)
+    return module.run(arguments.rounds, arguments.pairs, say)
 
 
 def _show(facts: dict[str, Any], reports: list[Report]) -> None:

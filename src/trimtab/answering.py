@@ -183,6 +183,13 @@ def _write(
     generation: Generation = task.generation
     new = settings.max_new_tokens or generation.tokens_for(language_model.anatomy.name)
     lengths = [len(tokens) for tokens in language_model.encode(prompts)]
+    longest = max(lengths, default=0)
+    if longest + new > language_model.max_length:  # said before the first batch, not at the last
+        raise TrimtabError(
+            f"{task.name}: a prompt of {longest} tokens and {new} new ones exceed the "
+            f"{language_model.max_length} tokens that {language_model.name} takes: ask for fewer "
+            "new tokens (--max-new-tokens)"
+        )
     order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
     for start in range(0, len(order), settings.batch_size):
         batch = order[start : start + settings.batch_size]

@@ -11,12 +11,12 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from trimtab.errors import TrimtabError
 from trimtab.packs import cache_dir
@@ -24,12 +24,51 @@ from trimtab.steering import write_whole
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]
+Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 #: An answer larger than this is no answer.
 _LARGEST = 1 << 20
 #: The longest wait between two tries, in seconds, whatever the service asks for.
 _LONGEST_WAIT = 60.0
+#: A longer time to wait for an answer than anyone means, in seconds.
+_LONGEST_TIMEOUT = 86400.0
+#: What a service says when it may do better the next time, besides 500 and above.
+_PASSING = (408, 429)
+
+
+def read_key(variable: str) -> str:
+    """The key in an environment variable; empty where there is none."""
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise TrimtabError(f"the key in {variable} has a character that no key has")
+    return key
+
+
+def together(
+    function: Callable[[Item], Answer], items: Iterable[Item], at_once: int
+) -> list[Answer]:
+    """`function` of each item, in order, several at once; after a failure no other is begun."""
+    stopped = threading.Event()
+
+    def one(item: Item) -> Any:
+        if stopped.is_set():
+            return None
+        try:
+            return function(item)
+        except BaseException:
+            stopped.set()  # here, because the next item would begin before the caller hears of it
+            raise
+
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        futures = [pool.submit(one, item) for item in items]
+        for future in as_completed(futures):
+            future.result()  # raises what went wrong, at once
+        return [future.result() for future in futures]
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _TryAgainError(Exception):
@@ -51,15 +90,28 @@ class Address:
     pause: float = 1.0  # seconds before the second try; doubled before each further one
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.url)
+            named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # brackets, or a port that is no port
+            named = False
+        if not named:
             raise TrimtabError(f"{self.url!r} is not the URL of a service: http://HOST:PORT/...")
+        if "@" in parts.netloc or "key" in parse_qs(parts.query):
+            # The URL is shown and recorded, so it is not even repeated here.
+            raise TrimtabError("a URL must not hold a key: put it in the environment variable")
 
     def post(self, content: Any, read: Callable[[Any], Answer]) -> Answer:
         """What `read` makes of the answer; where it raises, the answer was nonsense."""
-        import tenacity
+        try:
+            import requests  # noqa: F401 - for `_post_once`
+            import tenacity
+        except ImportError as error:
+            raise TrimtabError("asking a service needs trimtab[eval]: pip install it") from error
 
-        growing = tenacity.wait_exponential_jitter(self.pause, _LONGEST_WAIT, jitter=self.pause / 2)
+        growing = tenacity.wait_exponential(self.pause, _LONGEST_WAIT) + tenacity.wait_random(
+            0, self.pause / 2
+        )
 
         def wait(state: tenacity.RetryCallState) -> float:
             error = state.outcome.exception() if state.outcome else None
@@ -82,40 +134,56 @@ class Address:
 
     def _post_once(self, content: Any, read: Callable[[Any], Answer]) -> Answer:
         import requests
+        import urllib3
 
         try:
             with requests.post(
                 self.url,
                 json=content,
                 headers=dict(self.headers),
+                auth=lambda request: request,  # else a .netrc would replace the key
                 timeout=self.timeout,
                 stream=True,
                 allow_redirects=False,  # a key does not go to another host
             ) as response:
                 status, headers = response.status_code, response.headers
                 body = response.raw.read(_LARGEST + 1, decode_content=True)
-        except (requests.RequestException, OSError) as error:
+        except ValueError as error:  # no try would go out
+            raise TrimtabError(f"{self.url} cannot be asked: {type(error).__name__}") from error
+        # Reading a body raises urllib3's own errors.
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise _TryAgainError(_reason(error)) from error
-        if status == 429 or status >= 500:
+        if status in _PASSING or status >= 500:
             raise _TryAgainError(f"status {status}", _seconds(headers.get("Retry-After")))
         if status != 200:
-            said = body[:200].decode("utf-8", "replace").strip()
-            raise TrimtabError(f"{self.url} answered with status {status}: {said}")
+            raise TrimtabError(f"{self.url} answered with status {status}{self._said(body)}")
         if len(body) > _LARGEST:
             raise _TryAgainError("an answer that is too long")
         try:
             return read(json.loads(body))
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+        except _NONSENSE as error:
             raise _TryAgainError("an answer that makes no sense") from error
+
+    def _said(self, body: bytes) -> str:
+        """The beginning of an answer, in one line, without a key that it repeats."""
+        said = " ".join(body.decode("utf-8", "replace").split())
+        for value in self.headers.values():
+            said = said.replace(value.split()[-1], "[key]")
+        return f": {said[:200]}" if said else ""
+
+
+#: What reading an answer raises that is not what it should be.
+_NONSENSE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 def _reason(error: Exception) -> str:
     """In a few words; the libraries' own are long."""
     import requests
+    import urllib3
 
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
         return "no answer in time"
-    if isinstance(error, requests.ConnectionError):
+    if isinstance(error, requests.ConnectionError | urllib3.exceptions.ProtocolError):
         return "no connection"
     return type(error).__name__
 
@@ -170,9 +238,13 @@ class ChatEndpoint:
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.tries < 1 or self.max_tokens < 1:
             raise TrimtabError("a judge's concurrency, tries and max_tokens must be 1 or more")
-        if not self.timeout > 0:
-            raise TrimtabError(f"a judge's timeout must be above 0 seconds, not {self.timeout}")
-        self._address()  # says at once what is wrong with the URL
+        if not 0 < self.timeout <= _LONGEST_TIMEOUT:
+            raise TrimtabError(
+                f"a judge's timeout must be above 0 seconds and at most a day, not {self.timeout}"
+            )
+        if "?" in self.url or "#" in self.url:
+            raise TrimtabError(f"{self.url!r} is not a base URL, as in http://localhost:8000/v1")
+        self._address()  # says at once what is wrong with the URL and the key
 
     @property
     def name(self) -> str:
@@ -181,43 +253,49 @@ class ChatEndpoint:
     def ask(self, conversations: Sequence[Messages]) -> list[str]:
         """The answer to each conversation, in order; several are under way at once."""
         address = self._address()
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            return list(pool.map(lambda messages: self._answer(address, messages), conversations))
-        finally:
-            # After a failure the calls that wait are not made.
-            pool.shutdown(wait=True, cancel_futures=True)
+        questions = [self._question(messages) for messages in conversations]
+        files = [self._kept(address.url, asked) for asked in questions]
+        distinct = dict(zip(files, questions, strict=True))
+        answers = together(
+            lambda item: self._answer(address, *item), distinct.items(), self.concurrency
+        )
+        known = dict(zip(distinct, answers, strict=True))
+        return [known[file] for file in files]
 
     def _address(self) -> Address:
-        key = os.environ.get(self.key_variable, "")
+        key = read_key(self.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url = self.url.rstrip("/") + "/chat/completions"
         return Address(url, headers, self.timeout, self.tries, self.pause)
 
-    def _answer(self, address: Address, messages: Messages) -> str:
-        asked = {
+    def _question(self, messages: Messages) -> dict[str, Any]:
+        return {
             "model": self.model,
             "messages": [dict(message) for message in messages],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        kept = self._kept(address.url, asked)
+
+    def _answer(self, address: Address, kept: Path, asked: dict[str, Any]) -> str:
         known = _read_kept(kept)
         if known is not None:
             with self._lock:
                 self.usage.cached += 1
             return known
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)  # before the answer is paid for
+        except OSError as error:
+            raise TrimtabError(f"cannot write {kept.parent}: {error.strerror}") from error
         text, read, written = address.post(asked, _completion)
-        with self._lock:
+        content = json.dumps({"asked": asked, "answer": text})
+        with self._lock:  # also for the file: while it is made, the process has no umask
             self._count(read, written)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"asked": asked, "answer": text}, ensure_ascii=False)
-        write_whole(kept, content.encode(), overwrite=True)
+            write_whole(kept, content.encode(), overwrite=True)
         return text
 
     def _kept(self, url: str, asked: dict[str, Any]) -> Path:
         """The file of an answer, named by everything that was asked."""
-        canonical = json.dumps([url, asked], sort_keys=True, ensure_ascii=False)
+        canonical = json.dumps([url, asked], sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()
         folder = Path(self.cache) if self.cache else cache_dir() / "answers"
         return folder / digest[:2] / f"{digest}.json"
@@ -237,6 +315,7 @@ def _completion(answer: Any) -> tuple[str, int, int]:
     text = answer["choices"][0]["message"]["content"]
     if not isinstance(text, str):
         raise ValueError("no text")
+    text.encode()  # half a surrogate pair is no text either
     used = answer.get("usage") or {}
     return text, int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
 
@@ -245,6 +324,6 @@ def _read_kept(path: Path) -> str | None:
     """A kept answer; one that cannot be read is asked for again."""
     try:
         answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *_NONSENSE):
         return None
     return answer if isinstance(answer, str) else None

@@ -26,6 +26,7 @@ from trimtab.metrics.judges import Chat, Judge
 from trimtab.metrics.pairwise import verdicts
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
+from trimtab.report import page
 from trimtab.runs import Run
 from trimtab.steering import Steering, Steerings
 from trimtab.tasks import Protocol, check_protocol
@@ -61,13 +62,14 @@ _MEANS = frozenset(
 class Result:
     """One figure: `value` over `n` examples with its 95 % interval.
 
-    `steering` is None for the unsteered model. `unclear` examples got no value and are not in n.
+    `steering` is None for the unsteered model. `unclear` examples got no value and are not in n;
+    where all of them are unclear, the value is None.
     """
 
     task: str
     protocol: str
     metric: str
-    value: float
+    value: float | None
     n: int
     ci95: tuple[float, float] | None
     steering: str | None
@@ -171,11 +173,11 @@ def evaluate(
     which a run that was interrupted goes on.
     """
     names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
+    protocols = (protocol,) if isinstance(protocol, str) else tuple(dict.fromkeys(protocol))
     for one in protocols:
         check_protocol(one)
-    if not names:
-        raise TrimtabError("there is no task")
+    if not names or not protocols:
+        raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
     if limit is not None and limit < 1:
         raise TrimtabError(f"the limit must be 1 or more, not {limit}")
     if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
@@ -195,6 +197,9 @@ def evaluate(
     )
     judging = Judging(toxicity, tuple(judges), preference)
     jobs = [find_job(name, wanted, judging) for name in names]
+    for job in jobs:
+        for attached in subjects.values():
+            job.check(attached)
     settings = Settings(seed, batch_size, max_new_tokens, force)
     config = {
         "tasks": [job.describe() for job in jobs],
@@ -208,7 +213,7 @@ def evaluate(
         "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
-    notes = [note for job in jobs for note in job.notes()]
+    notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
     with Run(output, config, overwrite) as run:
         for name, attached in subjects.items():
             for job in jobs:
@@ -219,11 +224,18 @@ def evaluate(
             if isinstance(job, TaskJob) and job.task.pairwise:
                 if preference is None:
                     notes.append(f"{job.name}: no judge was named, so no answers were compared")
+                elif None not in subjects or len(subjects) == 1:
+                    notes.append(
+                        f"{job.name}: no answers were compared; that takes a steering, and the "
+                        "unsteered model beside it"
+                    )
                 else:
                     for records in _preferences(run.records, job.name, preference, batch_size):
                         run.append(records)
         evaluation = summarise(run.records, dict(vars(language_model.identity)), notes)
-        run.finish(evaluation.as_json())
+        run.finish(
+            evaluation.as_json(), lambda environment: page(evaluation, run.config, environment)
+        )
     return evaluation
 
 
@@ -272,24 +284,22 @@ def _text(prompt: Any) -> str:
 
 def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
     """What is evaluated, by name; None is the unsteered model."""
-    subjects: dict[str | None, Any] = {None: None} if unsteered or steering is None else {}
-    if steering is None:
-        return subjects
+    subjects: dict[str | None, Any] = {None: None} if unsteered else {}
     if isinstance(steering, Mapping):
-        named = dict(steering)
+        alternatives: list[Any] = list(steering.items())
+    elif steering is None or isinstance(steering, Steering | Steerings):
+        alternatives = [] if steering is None else [(steering.label, steering)]
     else:
-        single = isinstance(steering, Steering | Steerings)
-        alternatives: Any = [steering] if single else steering
-        named = {}
-        for one in alternatives:
-            if not isinstance(one, Steering | Steerings):
-                raise TrimtabError(f"{one!r} is not a steering: load one with Steering.load(FILE)")
-            if one.label in named:
-                raise TrimtabError(
-                    f"two steerings are called {one.label!r}: name them, {{name: steering}}"
-                )
-            named[one.label] = one
-    return subjects | named
+        alternatives = [(getattr(one, "label", ""), one) for one in steering]
+    for name, one in alternatives:
+        if not (isinstance(one, Steering | Steerings) and one):
+            raise TrimtabError(f"{one!r} is not a steering: load one with Steering.load(FILE)")
+        if name in subjects:
+            raise TrimtabError(f"two steerings are called {name!r}: name them, {{name: steering}}")
+        subjects[name] = one
+    if not subjects:
+        raise TrimtabError("there is nothing to evaluate: name a steering, or the unsteered model")
+    return subjects
 
 
 def _described(steering: Steering | Steerings | None) -> list[dict[str, Any]]:
@@ -348,6 +358,9 @@ def _results(records: Sequence[Record]) -> list[Result]:
             given = [record for record in group if metric in record["values"]]
             clear = [record for record in given if record["values"][metric] is not None]
             if not clear:
+                found.append(
+                    Result(task, protocol, metric, None, 0, None, steering, unclear=len(given))
+                )
                 continue
             estimate = _estimate(
                 metric, [record["values"][metric] for record in clear], _weights(clear)
@@ -457,13 +470,14 @@ def _over_settings(results: Sequence[Result]) -> list[str]:
             for r in results
             if (r.task, r.protocol) == (task, protocol) and r.steering is not None
         ]
-        own = [r.value for r in steered if r.metric == "self_perplexity"]
+        own = [r.value for r in steered if r.metric == "self_perplexity" and r.value is not None]
         if len(own) < 2:
             continue
         violations = sum(value > VIOLATION for value in own)
         spread = []
         for metric in ("language_consistency", "compression_ratio", "repetition_4gram"):
-            values = torch.tensor([r.value for r in steered if r.metric == metric])
+            known = [r.value for r in steered if r.metric == metric and r.value is not None]
+            values = torch.tensor(known)
             spread.append(f"{metric} {values.mean():.3f} ± {values.std():.3f}")
         notes.append(
             f"{task}: self-perplexity above {VIOLATION:g} at {violations} of {len(own)} settings; "

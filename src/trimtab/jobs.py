@@ -6,6 +6,7 @@ model, steered or not, a batch at a time, without those that are there already.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,9 @@ class Job(Protocol):
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
+
+    def check(self, steering: Attached) -> None:
+        """Refuse a steering that could do nothing here."""
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
@@ -141,6 +145,16 @@ class TaskJob:
             ]
         return notes
 
+    def check(self, steering: Attached) -> None:
+        if self.task.generation.new_tokens != 1:
+            return
+        for one in _together(steering):
+            if any(each.positions == "generated" for each in one.interventions):
+                raise TrimtabError(
+                    f"{self.name} reads the first token of the answer, which a steering of "
+                    f"generated tokens ({one.label}) never reaches: fit it for other positions"
+                )
+
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Iterator[list[Record]]:
@@ -205,6 +219,13 @@ class TaskJob:
         return values
 
 
+def _together(steering: Attached) -> Sequence[Steering]:
+    """The steerings that act together."""
+    if steering is None:
+        return ()
+    return (steering,) if isinstance(steering, Steering) else steering
+
+
 def _coherence(
     language_model: LanguageModel,
     steering: Attached,
@@ -238,8 +259,9 @@ _WINDOW = 1024
 class PerplexityJob:
     """Cross-entropy of a text file (.txt), or of the column `text` of a JSONL file.
 
-    Long texts are scored in windows that do not overlap; each window is a record that weighs as
-    many tokens as it scores.
+    Long texts are scored in windows that do not overlap, each of which begins with the BOS that
+    the text begins with; a window is a record that weighs as many tokens as it scores. To a
+    steering that tells prompt from answer a text is answer, from the second token on.
     """
 
     name: str
@@ -274,6 +296,9 @@ class PerplexityJob:
     def notes(self) -> list[str]:
         return []
 
+    def check(self, steering: Attached) -> None:
+        pass
+
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Iterator[list[Record]]:
@@ -307,16 +332,17 @@ class PerplexityJob:
                 started = time.perf_counter()
 
     def _windows(self, language_model: LanguageModel) -> list[tuple[str, Reading]]:
-        length = min(_WINDOW, language_model.max_length)
+        length = min(_WINDOW, language_model.max_length - 1)  # and a BOS
         windows = []
         for number, tokens in enumerate(language_model.encode(self.texts)):
             for start in range(0, len(tokens) - 1, length):
-                piece = tuple(tokens[start : start + length + 1])
-                if len(piece) > 1:
-                    reading = Reading(
-                        piece[:-1], tuple(range(len(piece) - 1)), len(piece), piece[1:]
-                    )
-                    windows.append((f"text {number + 1}, token {start + 1}", reading))
+                # The first token is only read, and in later windows what it follows is gone.
+                bos = tokens[:1] if start and tokens[0] == language_model.bos else []
+                piece = (*bos, *tokens[start : start + length + 1])
+                first = len(bos)
+                asked = tuple(range(first, len(piece) - 1))
+                reading = Reading(piece[:-1], asked, first + 1, piece[first + 1 :])
+                windows.append((f"text {number + 1}, token {start + 1}", reading))
         if not windows:
             raise TrimtabError(f"{self.file}: the texts are too short to score")
         return windows
@@ -351,6 +377,9 @@ class HarnessJob:
     def notes(self) -> list[str]:
         return []
 
+    def check(self, steering: Attached) -> None:
+        pass
+
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Iterator[list[Record]]:
@@ -362,7 +391,7 @@ class HarnessJob:
             language_model,
             steering,
             batch_size=settings.batch_size,
-            answers=self._answers(steering),
+            answers=self._answers(language_model, steering),
             force=settings.force,
         )
         with tempfile.TemporaryDirectory() as room:
@@ -381,13 +410,12 @@ class HarnessJob:
             record |= {"task": self.name, "protocol": "", "seconds": round(seconds, 4)}
         yield [record for record in records if ("", record["index"]) not in done]
 
-    def _answers(self, steering: Attached) -> Path | None:
-        """Where the answers for this task and steering are kept, so that they are not lost."""
+    def _answers(self, language_model: LanguageModel, steering: Attached) -> Path | None:
+        """Where the answers of this model and steering are kept, so that they are not lost."""
         if self.wanted.answers is None:
             return None
-        together = (
-            () if steering is None else [steering] if isinstance(steering, Steering) else steering
-        )
-        who = "-".join(f"{one.digest[:12]}@{one.setting:g}" for one in together) or "unsteered"
+        who = [language_model.identity.digest, str(language_model.dtype)]
+        who += [f"{one.digest}@{one.setting!r}" for one in _together(steering)]
+        digest = hashlib.sha256(" ".join(who).encode()).hexdigest()[:16]
         task = "".join(c if c.isalnum() else "_" for c in self.task)
-        return self.wanted.answers / f"lm-eval-{task}-{who}.jsonl"
+        return self.wanted.answers / f"lm-eval-{task}-{digest}.jsonl"

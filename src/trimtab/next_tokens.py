@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
 from trimtab.packing import BATCH_ROWS
+from trimtab.steering import Steering
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
 _WORTH_A_PASS = 64
@@ -92,6 +94,7 @@ def next_tokens(
     force: bool = False,
 ) -> Iterator[tuple[Batch, list[Next]]]:
     """Run planned batches in order. `steering` is one for all texts."""
+    _refuse_idle(readings, steering)
     body = language_model.anatomy.body
     beginning: tuple[int, ...] = ()
     cache: Any = None
@@ -109,6 +112,22 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             hidden = body(**_inputs(rows, batch.shared, cache, language_model)).last_hidden_state
             yield batch, _read(rows, hidden, batch.shared, language_model)
+
+
+def _refuse_idle(readings: Sequence[Reading], steering: SteeringArgument) -> None:
+    """Refuse a steering of generated tokens for texts that are all prompt, which it leaves as they
+    are. Hooks do not notice: to them the padding after a prompt is generated."""
+    if not readings or any(reading.prompt < len(reading.tokens) for reading in readings):
+        return
+    together = (steering,) if isinstance(steering, Steering) else steering or ()
+    for one in (one for one in together if isinstance(one, Steering)):
+        for intervention in one.interventions:
+            acts = intervention.operator.identity != one.setting
+            if acts and intervention.positions == "generated":
+                raise TrimtabError(
+                    f"the steering touched nothing at {intervention.site}: it acts on generated "
+                    "tokens, and these texts are only read"
+                )
 
 
 def _inputs(
@@ -194,9 +213,11 @@ def _groups(readings: Sequence[Reading]) -> list[tuple[int, list[int]]]:
 
 
 def _shared(readings: Sequence[Reading], group: Sequence[int]) -> int:
-    """How many tokens all of a group begin with; a position that is read is not among them."""
+    """How many tokens all of a group begin with; a position that is read is not among them, nor
+    the last token of a prompt."""
     first, last = (choose(readings[i].tokens for i in group) for choose in (min, max))
-    return min(_common(first, last), *(readings[i].positions[0] for i in group))
+    ends = (min(readings[i].positions[0], readings[i].prompt - 1) for i in group)
+    return max(0, min(_common(first, last), *ends))
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

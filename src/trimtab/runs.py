@@ -2,7 +2,8 @@
 
 `config.json` says what was asked for; `records.jsonl` has one line for each example, written as
 they are finished, a batch at a time; `environment.json` says on what; `results.json` is the end. A
-run that was interrupted, at any point, is opened again with the same configuration and goes on.
+run that was interrupted, at any point, is opened again with the same configuration and goes on. One
+that fails before its first record leaves nothing, and loses nothing that it was to overwrite.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +26,8 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import write_whole
 
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
-#: What a run leaves; nothing else in its directory is ever touched.
-_FILES = ("config.json", "environment.json", "records.jsonl", "results.json", "report.html")
+#: What every record has; a line without them is not ours.
+_KEYS = {"task", "protocol", "steering", "index", "values", "seconds"}
 
 
 class Run:
@@ -38,13 +40,15 @@ class Run:
         self.path = None if path is None else Path(path)
         self.records: list[dict[str, Any]] = []
         self._lock: FileLock | None = None
+        self._overwrite, self._begun, self._made = overwrite, False, False
         if self.path is not None:
-            self._open(self.path, overwrite)
+            self._open(self.path)
 
-    def _open(self, path: Path, overwrite: bool) -> None:
+    def _open(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
             raise TrimtabError(f"{path} is a file: name a directory for the run")
         try:
+            self._made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
@@ -53,32 +57,32 @@ class Run:
         except OSError as error:
             raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
         try:
-            if overwrite:
-                for name in _FILES:
-                    (path / name).unlink(missing_ok=True)
-            known = self._read_config(path)
-            if known is None:
-                self._write("config.json", self.config)
-            elif known != self.config:
-                differing = sorted(
-                    key
-                    for key in known.keys() | self.config.keys()
-                    if known.get(key) != self.config.get(key)
-                )
-                raise TrimtabError(
-                    f"{path} holds a run with another configuration ({', '.join(differing)} "
-                    "differ): choose another directory, or pass --overwrite"
-                )
-            self._write("environment.json", environment())
-            self.records = self._read_records(path / "records.jsonl")
+            if not self._overwrite:
+                self._check_config(path)
+                self.records = self._read_records(path / "records.jsonl")
         except BaseException:
             self.close()
             raise
 
+    def _check_config(self, path: Path) -> None:
+        """Refuse to go on with a run of another configuration."""
+        known = self._read_config(path)
+        if known is None or known == self.config:
+            return
+        differing = sorted(
+            key
+            for key in known.keys() | self.config.keys()
+            if known.get(key) != self.config.get(key)
+        )
+        raise TrimtabError(
+            f"{path} holds a run with another configuration, which differs in "
+            f"{', '.join(differing)}: choose another directory, or pass --overwrite"
+        )
+
     def _read_config(self, path: Path) -> dict[str, Any] | None:
         file = path / "config.json"
         if not file.exists():
-            if any((path / name).exists() for name in _FILES):
+            if (path / "records.jsonl").exists():
                 raise TrimtabError(f"{path} has records but no config.json: choose another one")
             return None
         try:
@@ -100,6 +104,8 @@ class Run:
                 record = json.loads(line)
             except ValueError as error:
                 raise TrimtabError(f"{file}, line {number} is damaged: {error}") from error
+            if not (isinstance(record, dict) and record.keys() >= _KEYS):
+                raise TrimtabError(f"{file}, line {number} is damaged: it is not a record")
             records.append(record)
             whole += len(line) + 1
         if whole < len(content):
@@ -109,10 +115,14 @@ class Run:
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep the records of a batch."""
-        self.records += records
-        if self.path is None:
-            return
-        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
+        lines = [_line(record) for record in records]
+        if self.path is not None:
+            self._write_lines(lines)
+        self.records += map(json.loads, lines)  # as they come back from the file
+
+    def _write_lines(self, lines: Sequence[str]) -> None:
+        assert self.path is not None
+        self._begin()
         try:
             with (self.path / "records.jsonl").open("ab") as file:
                 file.write("".join(line + "\n" for line in lines).encode())
@@ -123,10 +133,29 @@ class Run:
                 f"cannot write {self.path / 'records.jsonl'}: {error.strerror or error}"
             ) from error
 
-    def finish(self, results: dict[str, Any]) -> None:
-        """Write the results."""
+    def finish(
+        self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
+        """Write the results, and the page that `report` makes, given the environment."""
         if self.path is not None:
+            if not self.records:
+                self._begin()
             self._write("results.json", results)
+            if report is not None:
+                content = report(environment()).encode()
+                write_whole(self.path / "report.html", content, overwrite=True)
+
+    def _begin(self) -> None:
+        """Before the first record is written: what was asked, and on what it runs."""
+        if self._begun:
+            return
+        assert self.path is not None
+        self._write("environment.json", environment())  # fails on a full disk, with nothing lost
+        if self._overwrite:
+            for name in ("report.html", "results.json", "records.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+        self._write("config.json", self.config)
+        self._begun = True
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         assert self.path is not None
@@ -134,15 +163,32 @@ class Run:
         write_whole(self.path / name, text.encode(), overwrite=True)
 
     def close(self) -> None:
-        """Let another process have the directory."""
-        if self._lock is not None:
-            self._lock.release()
+        """Let another process have the directory; one that was made for nothing goes."""
+        if self._lock is None or self.path is None:
+            return
+        if self._made and not self._begun:
+            with suppress(OSError):  # what lm-eval has answered stays
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
+        self._lock.release()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as one line of JSON, which has no NaN and no infinity."""
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise TrimtabError(
+            f"{record['task']}, example {record['id']}, with {record['steering'] or 'no steering'}:"
+            " a figure is NaN or infinite; the model's numbers overflow, so try --dtype float32, "
+            "or a smaller dial"
+        ) from error
 
 
 def environment() -> dict[str, Any]:

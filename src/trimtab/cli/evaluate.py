@@ -228,7 +228,7 @@ def _alternatives(steer: list[str], dials: list[str]) -> dict[str, Steering | St
         raise TrimtabError(f"--dial names {len(values)} dials; {_MOST_DIALS} are the most")
     (argument,), (steering,) = steer, steerings
     path = argument if Path(argument).exists() else argument.rpartition("@")[0] or argument
-    return {f"{path}@{value:g}": steering.at(value) for value in values}
+    return {f"{path}@{value:.12g}": steering.at(value) for value in values}
 
 
 def _dials(text: str) -> list[float]:
@@ -375,6 +375,8 @@ def _short(steering: str) -> str:
 
 
 def _value(result: Result) -> str:
+    if result.value is None:
+        return "none is clear"
     if result.ci95 is None:
         return f"{result.value:.3f}"
     return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from trimtab.contrasts import Prompt
+from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
 from trimtab.next_tokens import Reading, next_tokens, plan
 
@@ -62,17 +63,23 @@ def perplexities(
 ) -> list[float | None]:
     """exp of the mean -ln p over the generated tokens of each text; None where there are none.
 
-    `completions` are the ids of the new tokens. `steering` is one for all texts, or None for the
-    unsteered model.
+    `completions` are the ids of the new tokens of each prompt. `steering` is one for all texts, or
+    None for the unsteered model.
     """
+    if len(prompts) != len(completions):
+        raise TrimtabError(f"{len(completions)} completions for {len(prompts)} prompts")
     written = [i for i, tokens in enumerate(completions) if tokens]
     readings = []
     for i, prompt in zip(
         written, language_model.encode([prompts[i] for i in written]), strict=True
     ):
+        if not prompt:
+            raise TrimtabError(f"the prompt {prompts[i]!r} is empty")
         start, new = len(prompt), tuple(completions[i])
+        # The last token is read too, though nothing is asked of it: a steering of the generated
+        # tokens alone must find one, also where every text has but one.
         readings.append(
-            Reading((*prompt, *new[:-1]), tuple(range(start - 1, start - 1 + len(new))), start, new)
+            Reading((*prompt, *new), tuple(range(start - 1, start - 1 + len(new))), start, new)
         )
     found: list[float | None] = [None] * len(prompts)
     batches = plan(readings, language_model.batch_tokens)

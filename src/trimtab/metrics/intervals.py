@@ -29,7 +29,7 @@ class Estimate:
 
 def rate_interval(values: Tensor) -> Estimate:
     """The share of ones among zeros and ones, with its 95 % interval (Wilson)."""
-    n, ones = len(values), int(values.sum())
+    n, ones = len(values), int(values.double().sum())
     interval = stats.binomtest(ones, n).proportion_ci(method="wilson")
     return Estimate(ones / n, float(interval.low), float(interval.high), n)
 

@@ -39,12 +39,20 @@ def choices(chat: Chat, items: Sequence[tuple[str, str, str]]) -> list[Choice]:
     return [_choice(answer) for answer in chat.ask(conversations)]
 
 
+#: A letter that stands alone or is followed by a reason, and not by another choice: "A tie" and
+#: "A and B are equal" begin with one too.
+_ANSWER = re.compile(
+    r"\W*(?:(a|b)\b(?=\s*$|\s*\n|\s*[^\w\s]|\s+is\s+(?:the\s+)?(?:better|more)\b)"
+    r"(?!\W+(?:(?:or|and)\W+)?(?!\1\b)(?:a|b|tie|equal)\b)|(?:tie|equal)\b)"
+)
+
+
 def _choice(answer: str) -> Choice:
-    found = re.match(r"\W*(a|b|tie|equal)\b", answer.strip().lower())
+    found = _ANSWER.match(answer.lower())
     if found is None:
         return None
-    word = found.group(1)
-    return "first" if word == "a" else "second" if word == "b" else "equal"
+    letter = found.group(1)
+    return "equal" if letter is None else "first" if letter == "a" else "second"
 
 
 def verdicts(chat: Chat, items: Sequence[tuple[str, str, str]]) -> list[dict[str, float | None]]:

@@ -3,6 +3,7 @@ people."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from sklearn.metrics import cohen_kappa_score
 
+from trimtab.errors import TrimtabError
 from trimtab.metrics.intervals import Estimate, rate_interval
 from trimtab.tasks.data import check_row, data_directory, read_jsonl
 
@@ -66,13 +68,15 @@ class Agreement:
 def agreement(judged: Sequence[bool], human: Sequence[bool], counted: str) -> Agreement:
     """How a judge's verdicts agree with people's."""
     pairs = list(zip(judged, human, strict=True))
+    # Of verdicts that are all the same kappa says nothing, and scikit-learn warns.
+    alike = len({*judged, *human}) == 1
     both = sum(j and h for j, h in pairs)
     equal = torch.tensor([j == h for j, h in pairs], dtype=torch.float64)
     return Agreement(
         rate_interval(equal),
         both / max(1, sum(judged)),
         both / max(1, sum(human)),
-        float(cohen_kappa_score(list(human), list(judged), labels=[False, True])),
+        math.nan if alike else float(cohen_kappa_score(list(human), list(judged))),
         counted,
     )
 
@@ -87,6 +91,8 @@ def validate_phrases(data: str | None = None) -> list[Agreement]:
     rows = read_jsonl(path)
     for number, row in enumerate(rows, 1):
         check_row(row, _COLUMNS, f"{path}, line {number}")
+    if not rows:
+        raise TrimtabError(f"{path} has no rows")
     judged = [refuses(row["completion"]) for row in rows]
     kinds: dict[str, tuple[str, ...]] = {
         "full refusals": ("2_full_refusal",),

@@ -8,9 +8,7 @@ regression on TF-IDF, fitted in seconds on texts whose Perspective scores the us
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from trimtab.endpoint import Address, read_key, together
 from trimtab.errors import TrimtabError
 from trimtab.tasks.data import VARIABLE, check_row, data_directory, read_jsonl
 
@@ -93,10 +92,15 @@ def fit_offline(texts: Sequence[str], toxicity: Sequence[float]) -> OfflineScore
     from sklearn.pipeline import make_pipeline, make_union
 
     scores = np.asarray(toxicity, dtype=float)
-    held_out = np.array([_bucket(text) == 0 for text in texts])
+    held_out = np.array([_bucket(text) == 0 for text in texts], dtype=bool)
+    if not ((scores >= 0) & (scores <= 1)).all():
+        raise TrimtabError("a toxicity score is not from 0 to 1: no scorer can be fitted on it")
     toxic = scores[held_out] > TOXIC
+    too_few = TrimtabError(
+        "the scored texts are too few, or all alike, to fit a toxicity scorer on them"
+    )
     if not (toxic.any() and not toxic.all() and (~held_out).any()):
-        raise TrimtabError("the scored texts are too few, or all alike, to fit a toxicity scorer")
+        raise too_few
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=3),
@@ -104,7 +108,10 @@ def fit_offline(texts: Sequence[str], toxicity: Sequence[float]) -> OfflineScore
     model = make_pipeline(features, Ridge(alpha=1.0, solver="sparse_cg", tol=1e-3))
     kept = [text for text, out in zip(texts, held_out, strict=True) if not out]
     clipped = np.clip(scores[~held_out], _EDGE, 1 - _EDGE)
-    model.fit(kept, np.log(clipped / (1 - clipped)))
+    try:
+        model.fit(kept, np.log(clipped / (1 - clipped)))
+    except ValueError as error:  # no word is in two texts
+        raise too_few from error
     out = [text for text, is_out in zip(texts, held_out, strict=True) if is_out]
     auc = float(roc_auc_score(toxic, model.predict(out)))
     return OfflineScorer(model, auc, len(kept), len(out))
@@ -126,7 +133,12 @@ class DetoxifyScorer:
             raise TrimtabError(
                 "Detoxify is not installed: pip install detoxify, or choose another scorer"
             ) from error
-        self._model = Detoxify("original")
+        try:
+            self._model = Detoxify("original")
+        # It loads its weights from the net, which fails in many ways.
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TrimtabError(f"Detoxify cannot be loaded: {reason}") from error
 
     def scores(self, texts: Sequence[str]) -> list[float]:
         if not texts:
@@ -136,23 +148,31 @@ class DetoxifyScorer:
 
 @dataclass(frozen=True)
 class RemoteScorer:
-    """A service that speaks Perspective's protocol; its key comes from the environment."""
+    """A service that speaks Perspective's protocol; its key comes from the environment.
+
+    It is not asked about text of nothing but spaces, which Perspective refuses: that scores 0.
+    """
 
     url: str
     key_variable: str = "PERSPECTIVE_API_KEY"
     concurrency: int = 4
+    timeout: float = 60.0
+    tries: int = 5
+    pause: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._address()  # says at once what is wrong with the URL and the key
 
     @property
     def name(self) -> str:
         return f"remote ({self.url})"
 
     def scores(self, texts: Sequence[str]) -> list[float]:
-        from trimtab.endpoint import Address
-
-        key = os.environ.get(self.key_variable, "")
-        address = Address(self.url, {"x-goog-api-key": key} if key else {})
+        address = self._address()
 
         def score(text: str) -> float:
+            if not text.strip():
+                return 0.0
             asked = {
                 "comment": {"text": text},
                 "languages": ["en"],
@@ -161,8 +181,12 @@ class RemoteScorer:
             }
             return address.post(asked, _toxicity_in)
 
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(score, texts))
+        return together(score, texts, self.concurrency)
+
+    def _address(self) -> Address:
+        key = read_key(self.key_variable)
+        headers = {"x-goog-api-key": key} if key else {}
+        return Address(self.url, headers, self.timeout, self.tries, self.pause)
 
 
 def _toxicity_in(answer: Any) -> float:

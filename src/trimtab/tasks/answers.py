@@ -36,11 +36,13 @@ def from_answers(
     """
     if wrong not in ("random", "similar"):
         raise TrimtabError(f"wrong is {wrong!r}: known are random, similar")
+    if not rows:
+        raise TrimtabError(f"{name}: there are no answers")
     right = [answer for _, answer in rows]
     others = list(dict.fromkeys(right if pool is None else pool))
-    for number, answer in enumerate(right, 1):
+    for answer in dict.fromkeys(right):
         if not set(others) - {answer}:
-            raise TrimtabError(f"{name}, row {number}: the pool has no answer but {answer!r}")
+            raise TrimtabError(f"{name}: the pool has no answer but {answer!r}")
     if wrong == "random":
         generator = random.Random(seed)
         chosen = [generator.choice([o for o in others if o != answer]) for answer in right]
@@ -58,7 +60,7 @@ def read_answers(path: str | Path, *, wrong: Wrong = "random", seed: int = 0) ->
     open_rows: list[tuple[Prompt, str]] = []
     generator = random.Random(seed)
     for number, row in enumerate(rows, 1):
-        where = f"{path}, line {number}"
+        where = f"{path}, row {number}"
         prompt, answer, choices = _answer_row(row, where)
         if choices is None:
             open_rows.append((prompt, answer))
@@ -93,6 +95,8 @@ def nearest(answers: Sequence[str], pool: Sequence[str]) -> list[str]:
     from trimtab.tasks.encoder import encode
 
     texts = list(dict.fromkeys(pool))
+    if len(texts) == 1 and texts[0] in answers:
+        raise TrimtabError(f"there is no wrong answer to choose: all answers are {texts[0]!r}")
     similarity = encode(answers) @ encode(texts).T
     place = {text: i for i, text in enumerate(texts)}
     for row, answer in enumerate(answers):

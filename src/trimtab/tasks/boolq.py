@@ -41,7 +41,4 @@ TASK = Task(
     options=("yes", "no"),
     right=same_choice,
     group=lambda row: row["passage"],
-    differences="the authors cut the texts of a pair on the right, at 512 tokens, so that long "
-    "passages lose the answer and say nothing; here, under both protocols, a text that is too long "
-    "loses its beginning",
 )

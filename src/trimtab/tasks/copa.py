@@ -30,14 +30,19 @@ TASK = Task(
     about="cause or effect, one of two sentences; accuracy",
     test=Source("copa/test.jsonl", hub="pkavumba/balanced-copa", hub_split="test"),
     train=Source("copa/balanced_train.jsonl", hub="pkavumba/balanced-copa", hub_split="train"),
-    columns={"premise": str, "question": str, "choice1": str, "choice2": str, "label": int},
+    columns={
+        "premise": str,
+        "question": frozenset({"cause", "effect"}),
+        "choice1": str,
+        "choice2": str,
+        "label": frozenset({0, 1}),
+    },
     example=_example,
     generation=Generation(1),
     pairs=_pairs,
     read=read_choice,
     options=("A", "B"),
     right=same_choice,
-    # Balanced COPA has each question twice, with the choices of the first: their numbers differ
-    # by a thousand.
-    group=lambda row: row["id"] % 1000 if isinstance(row["id"], int) else row["id"],
+    # Balanced COPA has the choices of each question a second time, after a mirrored premise.
+    group=lambda row: frozenset((row["choice1"], row["choice2"])),
 )

@@ -52,25 +52,37 @@ def read_rows(
     """The rows of a source, each checked for the columns that its task needs."""
     path = source_file(source, data)
     if path is not None:
-        rows: Sequence[Row] = read_jsonl(path)
+        found = (read or read_jsonl)(path)
         where = str(path)
     else:
         where = f"the data set {source.hub} of the hub"
-        rows = _from_hub(name, source, data)
-    if not rows:
+        found = _from_hub(name, source, data)
+    if not found:
         raise TrimtabError(f"{where} has no rows")
+    # Not every data set numbers its rows.
+    rows: list[Row] = [{"id": index, **row} for index, row in enumerate(found)]
     for number, row in enumerate(rows, 1):
         check_row(row, columns, f"{where}, row {number}")
-    return list(rows)
+    return rows
 
 
 def check_row(row: Row, columns: Mapping[str, Any], where: str) -> None:
-    """Refuse a row that lacks a column, or has the wrong kind of value there."""
+    """Refuse a row that lacks a column, or has the wrong kind of value there.
+
+    A column has a type, several types, or a set of the values that there are.
+    """
     for column, kind in columns.items():
         if column not in row:
             raise TrimtabError(f"{where}: {column!r} is missing (it needs {', '.join(columns)})")
-        kinds = kind if isinstance(kind, tuple) else (kind,)
         value = row[column]
+        if isinstance(kind, frozenset):
+            if not any(type(value) is type(known) and value == known for known in kind):
+                wanted = ", ".join(sorted(map(repr, kind)))
+                raise TrimtabError(
+                    f"{where}: {column!r} must be one of {wanted}, not {value!r:.60}"
+                )
+            continue
+        kinds = kind if isinstance(kind, tuple) else (kind,)
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
             raise TrimtabError(f"{where}: {column!r} must be {wanted}, not {value!r:.60}")
@@ -101,8 +113,8 @@ def file_digest(path: Path) -> str:
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-        # JSON can escape half a surrogate pair, which is no text.
-        json.dumps(value, ensure_ascii=False).encode()
+        # JSON can escape half a surrogate pair, which is no text; Python reads NaN, which is none.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -126,8 +138,7 @@ def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:
         ) from error
     try:
         rows = load_dataset(source.hub, source.hub_config, split=source.hub_split)
-        renamed = ({"id": f"{name}-{i}", **source.rename(row)} for i, row in enumerate(rows))
-        return [row for row in renamed if source.keep(row)]
+        return [row for row in map(source.rename, rows) if source.keep(row)]
     # Whatever goes wrong on the way to the hub, the advice is the same.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ def encode(texts: Sequence[str]) -> Any:
     """Unit vectors of texts, numpy [texts, 384]: the mean over tokens of the last layer."""
     model, tokenizer = _load()
     # Texts that occur often (numbers do) are encoded once, and short ones are not padded to long.
-    distinct = sorted(set(texts), key=len)
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
     vectors: dict[str, Any] = {}
     with torch.inference_mode():
         for start in range(0, len(distinct), _BATCH):

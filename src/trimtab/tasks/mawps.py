@@ -76,7 +76,7 @@ TASK = Task(
     generation=Generation(_new_tokens, stop=r"####\S*\s+\S+\s"),
     pairs=_pairs,
     read=_read,
-    differences="a number keeps its thousands separators (the authors read 1,234 as 234); the "
-    "wrong side of a pair is the nearest answer that differs (theirs is spaces where the nearest "
-    "row has the same answer)",
+    differences="a number keeps its thousands separators (the authors read 1,234 as 234, and "
+    "as 1 after ####); the wrong side of a pair is the nearest answer that differs (theirs is "
+    "spaces where the nearest row has the same answer)",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from trimtab.tasks.task import Protocol
@@ -31,8 +32,10 @@ def read_number(text: str, protocol: Protocol) -> float | None:
     return _value(numbers[-1]) if numbers else None
 
 
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
+def _value(number: str) -> float | None:
+    """None for a row of digits that no float can hold, which broken text has."""
+    value = float(number.replace(",", ""))
+    return value if math.isfinite(value) else None
 
 
 def write_number(value: float) -> str:

@@ -20,6 +20,8 @@ PROTOCOLS: tuple[Protocol, ...] = ("paper", "trimtab")
 
 #: One line of a data file.
 Row = Mapping[str, Any]
+#: What a row must have: the type of each column, several types, or the values that there are.
+Columns = Mapping[str, type | tuple[type, ...] | frozenset[Any]]
 
 #: Under `trimtab`, one in this many groups of train rows is held out for validation.
 _HELD_OUT = 5
@@ -83,11 +85,11 @@ class Task:
     about: str
     test: Source
     train: Source | None
-    columns: Mapping[str, type | tuple[type, ...]]
+    columns: Columns
     example: Callable[[Row, int, Protocol], Example]
     generation: Generation
     pairs: Callable[[Sequence[Row], Protocol, int], list[Pair]] | None = None
-    train_columns: Mapping[str, type | tuple[type, ...]] | None = None
+    train_columns: Columns | None = None
     read: Callable[[str, Protocol], str | float | None] | None = None
     options: tuple[str, ...] = ()
     right: Callable[[str | float | None, str | float | None], bool] = lambda a, b: a == b

@@ -19,7 +19,7 @@ def _prompt(row: Row) -> str:
 
 def _first(row: Row) -> bool:
     """Whether the first option is right; the answer is 1 or 2, a number or its text."""
-    return str(row["answer"]).strip() == "1"
+    return str(row["answer"]) == "1"
 
 
 def _example(row: Row, index: int, protocol: Protocol) -> Example:
@@ -45,13 +45,18 @@ TASK = Task(
         hub_config="winogrande_m",
         hub_split="train",
     ),
-    columns={"sentence": str, "option1": str, "option2": str, "answer": (int, str)},
+    columns={
+        "sentence": str,
+        "option1": str,
+        "option2": str,
+        "answer": frozenset({1, 2, "1", "2"}),  # "" where it is kept secret
+    },
     example=_example,
     generation=Generation(1),
     pairs=_pairs,
     read=read_choice,
     options=("A", "B"),
     right=same_choice,
-    # Twin sentences share the first part of their id.
-    group=lambda row: str(row["id"]).rpartition("-")[0] or row["id"],
+    # Twin sentences have the same options; only some copies of the data say which twins are.
+    group=lambda row: frozenset((row["option1"], row["option2"])),
 )
