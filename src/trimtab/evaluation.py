@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 
 from trimtab.answering import Settings
 from trimtab.contrasts import Part
@@ -80,7 +82,9 @@ class Result:
 class Comparison:
     """Steered minus unsteered on the same examples, with a paired bootstrap interval (95 %).
 
-    For what is right or wrong, `gained` and `lost` count the examples that flipped each way.
+    For what is right or wrong, `gained` and `lost` count the examples that flipped each way, and
+    `p` is McNemar's exact test of whether they flip both ways alike: with few flips it is to be
+    believed over the interval, which cannot draw a flip that did not occur.
     """
 
     task: str
@@ -92,6 +96,7 @@ class Comparison:
     steering: str
     gained: int | None = None
     lost: int | None = None
+    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -218,8 +223,10 @@ def evaluate(
         for name, attached in subjects.items():
             for job in jobs:
                 done = _done(run.records, job.name, name)
-                for records in job.run(language_model, attached, done, settings):
-                    run.append([{"steering": name, **record} for record in records])
+                # Closed at once if writing fails, or the model would stay steered for a while.
+                with closing(job.run(language_model, attached, done, settings)) as batches:
+                    for records in batches:
+                        run.append([{"steering": name, **record} for record in records])
         for job in jobs:
             if isinstance(job, TaskJob) and job.task.pairwise:
                 if preference is None:
@@ -287,13 +294,16 @@ def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
     subjects: dict[str | None, Any] = {None: None} if unsteered else {}
     if isinstance(steering, Mapping):
         alternatives: list[Any] = list(steering.items())
-    elif steering is None or isinstance(steering, Steering | Steerings):
-        alternatives = [] if steering is None else [(steering.label, steering)]
+    elif steering is None:
+        alternatives = []
     else:
-        alternatives = [(getattr(one, "label", ""), one) for one in steering]
+        single = isinstance(steering, Steering | Steerings | str)
+        several: Any = [steering] if single else steering
+        alternatives = [(getattr(one, "label", ""), one) for one in several]
     for name, one in alternatives:
         if not (isinstance(one, Steering | Steerings) and one):
-            raise TrimtabError(f"{one!r} is not a steering: load one with Steering.load(FILE)")
+            shown = f"{str(one)!r:.60}"
+            raise TrimtabError(f"{shown} is not a steering: load one with Steering.load(FILE)")
         if name in subjects:
             raise TrimtabError(f"two steerings are called {name!r}: name them, {{name: steering}}")
         subjects[name] = one
@@ -453,11 +463,17 @@ def _comparisons(records: Sequence[Record]) -> list[Comparison]:
                     (estimate.low, estimate.high),
                     estimate.n,
                     steering,
-                    int((differences > 0).sum()) if rates else None,
-                    int((differences < 0).sum()) if rates else None,
+                    *(_flipped(differences) if rates else ()),
                 )
             )
     return found
+
+
+def _flipped(differences: torch.Tensor) -> tuple[int, int, float]:
+    """How many were gained and lost, and McNemar's exact p."""
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return gained, lost, float(p)
 
 
 def _over_settings(results: Sequence[Result]) -> list[str]:

@@ -6,10 +6,9 @@ model, steered or not, a batch at a time, without those that are there already.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +60,7 @@ class Job(Protocol):
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record]]:
         """Records, a batch at a time."""
 
 
@@ -106,6 +105,8 @@ class TaskJob:
         entries = []
         for protocol in wanted.protocols:
             rows = task.rows(wanted.part, protocol, wanted.data)[: wanted.limit]
+            if not rows:
+                raise TrimtabError(f"{task.name} has no {wanted.part} rows")
             examples = (task.example(row, i, protocol) for i, row in enumerate(rows))
             entries.append(Entry(protocol, tuple(examples)))
         scorer = None
@@ -157,7 +158,7 @@ class TaskJob:
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record]]:
         def measure(
             examples: Sequence[Example], completions: Sequence[Completion]
         ) -> list[dict[str, float | None]]:
@@ -301,7 +302,7 @@ class PerplexityJob:
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record]]:
         windows = self._windows(language_model)
         readings = [reading for _, reading in windows]
         batches = [
@@ -382,7 +383,7 @@ class HarnessJob:
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
-    ) -> Iterator[list[Record]]:
+    ) -> Generator[list[Record]]:
         from trimtab.lm_eval import TrimtabLM, run_task
         from trimtab.tasks.capability import local_task_files
 
@@ -391,7 +392,7 @@ class HarnessJob:
             language_model,
             steering,
             batch_size=settings.batch_size,
-            answers=self._answers(language_model, steering),
+            answers=self._answers(),
             force=settings.force,
         )
         with tempfile.TemporaryDirectory() as room:
@@ -410,12 +411,9 @@ class HarnessJob:
             record |= {"task": self.name, "protocol": "", "seconds": round(seconds, 4)}
         yield [record for record in records if ("", record["index"]) not in done]
 
-    def _answers(self, language_model: LanguageModel, steering: Attached) -> Path | None:
-        """Where the answers of this model and steering are kept, so that they are not lost."""
+    def _answers(self) -> Path | None:
+        """Where answers are kept, by who was asked what, so that they are not lost."""
         if self.wanted.answers is None:
             return None
-        who = [language_model.identity.digest, str(language_model.dtype)]
-        who += [f"{one.digest}@{one.setting!r}" for one in _together(steering)]
-        digest = hashlib.sha256(" ".join(who).encode()).hexdigest()[:16]
         task = "".join(c if c.isalnum() else "_" for c in self.task)
-        return self.wanted.answers / f"lm-eval-{task}-{digest}.jsonl"
+        return self.wanted.answers / f"lm-eval-{task}.jsonl"

@@ -50,7 +50,9 @@ def _tables(evaluation: Any) -> list[dict[str, Any]]:
             difference = flipped = ""
             if found is not None:
                 difference = f"{found.difference:+.4g} {_interval(found.ci95)}"
-                flipped = "" if found.gained is None else f"+{found.gained} -{found.lost}"
+                flipped = (
+                    "" if found.p is None else f"+{found.gained} -{found.lost} (p {found.p:.2g})"
+                )
             rows.append([*row, difference, flipped])
         heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
         # Columns that this task has nothing for are left out.

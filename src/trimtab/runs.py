@@ -102,7 +102,7 @@ class Run:
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TrimtabError(f"{file}, line {number} is damaged: {error}") from error
             if not (isinstance(record, dict) and record.keys() >= _KEYS):
                 raise TrimtabError(f"{file}, line {number} is damaged: it is not a record")

@@ -421,6 +421,11 @@ def _intervention(
     return Intervention(described.site, operator, described.positions)
 
 
+# It can only be read by setting it, which threads must not do at the same time.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     """Write a file through a temporary one beside it, so that it is there whole or not at all."""
     if path.exists() and not overwrite:
@@ -432,9 +437,7 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)

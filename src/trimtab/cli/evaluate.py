@@ -387,8 +387,8 @@ def _difference(comparison: Comparison | None) -> list[str]:
         return ["", ""]
     low, high = comparison.ci95
     flipped = ""
-    if comparison.gained is not None:
-        flipped = f"+{comparison.gained} -{comparison.lost}"
+    if comparison.p is not None:
+        flipped = f"+{comparison.gained} -{comparison.lost} (p {comparison.p:.2g})"
     return [f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]", flipped]
 
 

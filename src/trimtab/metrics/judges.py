@@ -132,7 +132,7 @@ class PolyGuardJudge:
 
     @property
     def name(self) -> str:
-        return f"PolyGuard {self.language_model.name}"
+        return f"PolyGuard {self.language_model.name} (own wording)"
 
     def verdicts(self, requests: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
         conversations = [
