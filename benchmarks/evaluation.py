@@ -69,7 +69,8 @@ def _choices(lm: tt.LanguageModel, rounds: int, n: int, say: Say) -> Report:
     """A task of lm-eval on questions about sums, with five examples in the prompt."""
     from lm_eval.models.huggingface import HFLM
 
-    from trimtab.lm_eval import TrimtabLM, run_task
+    from trimtab.lm_eval import TrimtabLM
+    from trimtab.lm_eval_tasks import run_task
 
     with tempfile.TemporaryDirectory() as room:
         _write_task(Path(room), n)

@@ -22,7 +22,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 import trimtab as tt
-import trimtab.lm_eval
+import trimtab.lm_eval_tasks
 from helpers import language_model, operator, plain_logits, refused_in_one_line, steer, token_ids
 from trimtab.tasks.capability import local_task_files
 
@@ -511,7 +511,7 @@ def test_without_rows_and_network_it_is_one_line(
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(and a long story)")
 
     own = TaskManager(include_path=[str(HARNESS / "arc")], include_defaults=False)
-    monkeypatch.setattr(trimtab.lm_eval, "_own_manager", lambda: own)  # all of them take long
+    monkeypatch.setattr(trimtab.lm_eval_tasks, "_own_manager", lambda: own)  # all of them take long
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     output = tmp_path / "run"
     refused_in_one_line(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import trimtab as tt
 import trimtab.lm_eval
+import trimtab.lm_eval_tasks
 from helpers import (
     by_hand,
     language_model,
@@ -37,7 +38,8 @@ from helpers import (
     token_ids,
 )
 from tiny import tiny_tokenizer
-from trimtab.lm_eval import TrimtabLM, run_task
+from trimtab.lm_eval import TrimtabLM
+from trimtab.lm_eval_tasks import run_task
 from trimtab.steering import POSITIONS, Positions
 
 
@@ -700,13 +702,13 @@ def test_the_command_works_as_typed(
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harness without task files of its own, which take long to read."""
     monkeypatch.setattr(
-        trimtab.lm_eval,
+        trimtab.lm_eval_tasks,
         "TaskManager",
         lambda include_path=None, include_defaults=True: TaskManager(
             include_path=include_path, include_defaults=False
         ),
     )
-    trimtab.lm_eval._own_manager.cache_clear()
+    trimtab.lm_eval_tasks._own_manager.cache_clear()
 
 
 def test_every_example_leaves_a_record(lm: tt.LanguageModel, tmp_path: Path) -> None:
@@ -863,7 +865,7 @@ def test_the_harnesss_own_files_are_read_only_where_they_are_needed(
         return TaskManager(include_path=include_path, include_defaults=False)
 
     wanted: list[bool] = []
-    monkeypatch.setattr(trimtab.lm_eval, "TaskManager", manager)
+    monkeypatch.setattr(trimtab.lm_eval_tasks, "TaskManager", manager)
     write_task(tmp_path, "toy", choice_rows(2), **CHOICE)
     write_task(tmp_path, "more", choice_rows(1), **CHOICE)
     for name, parts in {"both": ["toy", "more"], "mixed": ["toy", "arc_easy"]}.items():

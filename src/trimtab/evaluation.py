@@ -158,6 +158,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     few_shot: int | None = None,
+    chat: bool = False,
     task_files: Sequence[str | Path] = (),
     toxicity: str | Scorer = "offline",
     judges: Sequence[Judge] = (),
@@ -171,9 +172,10 @@ def evaluate(
     `tasks` are names of `trimtab.tasks.TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE or
     lm-eval:NAME. `steering` is one steering or `a + b`; a list or a mapping by name holds
     alternatives, each evaluated by itself. `data` names the directory of data sets (default:
-    TRIMTAB_DATA, else the hub). `limit` takes the first examples of each task. `few_shot` and
-    `task_files` (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox:
-    offline, detoxify or a URL; `judges` say whether a response complies (trimtab.metrics.judges);
+    TRIMTAB_DATA, else the hub). `limit` takes the first examples of each task. `few_shot`, `chat`
+    (through the chat template) and `task_files` (directories) are for tasks of lm-eval. `toxicity`
+    names the scorer of detox: offline, detoxify or a URL; `judges` say whether a response complies
+    (trimtab.metrics.judges);
     `preference` is the chat model that compares answers (bpo). `output` names a run directory, in
     which a run that was interrupted goes on.
     """
@@ -197,6 +199,7 @@ def evaluate(
         limit,
         None if data is None else str(data),
         few_shot,
+        chat,
         tuple(str(directory) for directory in task_files),
         None if output is None else Path(output),
     )

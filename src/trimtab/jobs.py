@@ -6,10 +6,12 @@ model, steered or not, a batch at a time, without those that are there already.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +75,7 @@ class Wanted:
     limit: int | None = None
     data: str | None = None
     few_shot: int | None = None
+    chat: bool = False  # lm-eval's prompts through the chat template
     task_files: tuple[str, ...] = ()
     answers: Path | None = None  # a directory for what lm-eval has asked already
 
@@ -352,6 +355,16 @@ class PerplexityJob:
 # -- tasks of lm-eval -----------------------------------------------------------------------------
 
 
+def _digest_of(directories: Sequence[Path], pattern: str) -> str:
+    """SHA-256 over the names and contents of files in directories, for the configuration."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.rglob(pattern)):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(f"{path.relative_to(directory)} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class HarnessJob:
     """A task of lm-evaluation-harness, on local rows where the data directory has them."""
@@ -369,10 +382,18 @@ class HarnessJob:
             raise TrimtabError(f"{self.name} has no part but the one that lm-eval tests on")
 
     def describe(self) -> dict[str, Any]:
+        from trimtab.tasks.capability import local_task_files
+
+        with tempfile.TemporaryDirectory() as room:
+            local = local_task_files(self.task, self.wanted.data, Path(room))
+            rows = _digest_of([Path(room)], "*.jsonl") if local else None
         return {
             "task": self.name,
+            "lm_eval": version("lm-eval"),
             "few_shot": self.wanted.few_shot,
-            "task_files": list(self.wanted.task_files),
+            "chat": self.wanted.chat,
+            "rows": rows,
+            "task_files": _digest_of([Path(one) for one in self.wanted.task_files], "*"),
         }
 
     def notes(self) -> list[str]:
@@ -384,7 +405,8 @@ class HarnessJob:
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
-        from trimtab.lm_eval import TrimtabLM, run_task
+        from trimtab.lm_eval import TrimtabLM
+        from trimtab.lm_eval_tasks import run_task
         from trimtab.tasks.capability import local_task_files
 
         started = time.perf_counter()
@@ -404,6 +426,7 @@ class HarnessJob:
                 few_shot=self.wanted.few_shot,
                 # Later ones override earlier ones: the user's own come last.
                 task_files=[*([room] if local else []), *self.wanted.task_files],
+                chat=self.wanted.chat,
                 seed=settings.seed,
             )
         seconds = (time.perf_counter() - started) / max(1, len(records))

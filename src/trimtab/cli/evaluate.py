@@ -86,6 +86,9 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(help="Texts that are written together.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="For tasks that sample.")] = 0,
     few_shot: Annotated[int | None, typer.Option(help="Examples in lm-eval's prompts.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="lm-eval's prompts through the chat template.")
+    ] = False,
     lm_eval_tasks: Annotated[
         list[str] | None, typer.Option(help="Directory of lm-eval task files; repeat.")
     ] = None,
@@ -173,6 +176,7 @@ def evaluate_command(
         batch_size=batch_size,
         seed=seed,
         few_shot=few_shot,
+        chat=chat,
         task_files=lm_eval_tasks or [],
         toxicity=toxicity,
         judges=judges,
