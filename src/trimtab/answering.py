@@ -15,9 +15,10 @@ from typing import Any
 
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import Completion, LanguageModel, SteeringArgument
+from trimtab.model import Completion, LanguageModel
 from trimtab.next_tokens import after, next_tokens, plan
 from trimtab.progress import progress
+from trimtab.steering import Steering, Steerings
 from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
@@ -46,7 +47,7 @@ def answer(
     language_model: LanguageModel,
     task: Task,
     entries: Sequence[Entry],
-    steering: SteeringArgument,
+    steering: Steering | Steerings | None,
     done: set[tuple[str, int]],
     settings: Settings,
     measure: Measure | None = None,
@@ -147,7 +148,7 @@ def _write_one_token(
     language_model: LanguageModel,
     task: Task,
     prompts: Sequence[Prompt],
-    steering: SteeringArgument,
+    steering: Steering | Steerings | None,
     missing: Callable[[Sequence[int]], bool],
     settings: Settings,
 ) -> _Written:
@@ -175,7 +176,7 @@ def _write(
     language_model: LanguageModel,
     task: Task,
     prompts: Sequence[Prompt],
-    steering: SteeringArgument,
+    steering: Steering | Steerings | None,
     missing: Callable[[Sequence[int]], bool],
     settings: Settings,
 ) -> _Written:

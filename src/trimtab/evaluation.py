@@ -30,7 +30,7 @@ from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.report import page
 from trimtab.runs import Run
-from trimtab.steering import Steering, Steerings
+from trimtab.steering import Steering, Steerings, together
 from trimtab.tasks import Protocol, check_protocol
 
 #: What is evaluated: one steering (or several that act together), some alternatives, or
@@ -175,9 +175,8 @@ def evaluate(
     TRIMTAB_DATA, else the hub). `limit` takes the first examples of each task. `few_shot`, `chat`
     (through the chat template) and `task_files` (directories) are for tasks of lm-eval. `toxicity`
     names the scorer of detox: offline, detoxify or a URL; `judges` say whether a response complies
-    (trimtab.metrics.judges);
-    `preference` is the chat model that compares answers (bpo). `output` names a run directory, in
-    which a run that was interrupted goes on.
+    (trimtab.metrics.judges); `preference` is the chat model that compares answers (bpo). `output`
+    names a run directory, in which a run that was interrupted goes on.
     """
     names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
     protocols = (protocol,) if isinstance(protocol, str) else tuple(dict.fromkeys(protocol))
@@ -206,8 +205,9 @@ def evaluate(
     judging = Judging(toxicity, tuple(judges), preference)
     jobs = [find_job(name, wanted, judging) for name in names]
     for job in jobs:
-        for attached in subjects.values():
-            job.check(attached)
+        if isinstance(job, TaskJob):
+            for attached in subjects.values():
+                job.check(attached)
     settings = Settings(seed, batch_size, max_new_tokens, force)
     config = {
         "tasks": [job.describe() for job in jobs],
@@ -232,14 +232,10 @@ def evaluate(
                         run.append([{"steering": name, **record} for record in records])
         for job in jobs:
             if isinstance(job, TaskJob) and job.task.pairwise:
-                if preference is None:
-                    notes.append(f"{job.name}: no judge was named, so no answers were compared")
-                elif None not in subjects or len(subjects) == 1:
-                    notes.append(
-                        f"{job.name}: no answers were compared; that takes a steering, and the "
-                        "unsteered model beside it"
-                    )
-                else:
+                reason = _incomparable(preference, subjects)
+                if reason:
+                    notes.append(f"{job.name}: no answers were compared; {reason}")
+                elif preference is not None:
                     for records in _preferences(run.records, job.name, preference, batch_size):
                         run.append(records)
         evaluation = summarise(run.records, dict(vars(language_model.identity)), notes)
@@ -258,6 +254,15 @@ def _done(records: Sequence[Record], task: str, steering: str | None) -> set[tup
     }
 
 
+def _incomparable(preference: Chat | None, subjects: Mapping[str | None, Any]) -> str:
+    """Why no pairs of answers can be judged, if so."""
+    if preference is None:
+        return "no judge was named"
+    if None not in subjects or len(subjects) == 1:
+        return "that takes a steering, and the unsteered model beside it"
+    return ""
+
+
 #: What is added to a task's name where its answers are compared.
 _COMPARED = ", compared"
 
@@ -266,12 +271,16 @@ def _preferences(
     records: Sequence[Record], task: str, chat: Chat, batch_size: int
 ) -> Iterator[list[Record]]:
     """Records of the judge's verdicts on steered against unsteered answers."""
+    judged = {
+        (record["protocol"], record["steering"], record["index"])
+        for record in records
+        if record["task"] == task + _COMPARED
+    }
     pairs = [
         (before, after)
         for before, after in _paired(records)
         if after["task"] == task
-        and (after["protocol"], after["index"])
-        not in _done(records, task + _COMPARED, after["steering"])
+        and (after["protocol"], after["steering"], after["index"]) not in judged
     ]
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]
@@ -316,14 +325,10 @@ def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
 
 
 def _described(steering: Steering | Steerings | None) -> list[dict[str, Any]]:
-    together = (
-        ()
-        if steering is None
-        else Steerings((steering,))
-        if isinstance(steering, Steering)
-        else steering
-    )
-    return [{"label": one.label, "dial": one.setting, "sha256": one.digest} for one in together]
+    return [
+        {"label": one.label, "dial": one.setting, "sha256": one.digest}
+        for one in together(steering)
+    ]
 
 
 # -- figures from records -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from trimtab.metrics.toxicity import TOXIC, Scorer, find_scorer
 from trimtab.model import Completion, LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.progress import progress
-from trimtab.steering import Steering, Steerings
+from trimtab.steering import Steering, Steerings, together
 from trimtab.tasks import Example, Task, find_task
 from trimtab.tasks import Protocol as TaskProtocol
 from trimtab.tasks.data import file_digest, read_jsonl, source_file
@@ -56,9 +56,6 @@ class Job(Protocol):
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
-
-    def check(self, steering: Attached) -> None:
-        """Refuse a steering that could do nothing here."""
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
@@ -150,9 +147,10 @@ class TaskJob:
         return notes
 
     def check(self, steering: Attached) -> None:
+        """Refuse a steering that could do nothing here."""
         if self.task.generation.new_tokens != 1:
             return
-        for one in _together(steering):
+        for one in together(steering):
             if any(each.positions == "generated" for each in one.interventions):
                 raise TrimtabError(
                     f"{self.name} reads the first token of the answer, which a steering of "
@@ -221,13 +219,6 @@ class TaskJob:
         for i, found in zip(harmful, judged, strict=True):
             values[i] |= found
         return values
-
-
-def _together(steering: Attached) -> Sequence[Steering]:
-    """The steerings that act together."""
-    if steering is None:
-        return ()
-    return (steering,) if isinstance(steering, Steering) else steering
 
 
 def _coherence(
@@ -299,9 +290,6 @@ class PerplexityJob:
 
     def notes(self) -> list[str]:
         return []
-
-    def check(self, steering: Attached) -> None:
-        pass
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
@@ -398,9 +386,6 @@ class HarnessJob:
 
     def notes(self) -> list[str]:
         return []
-
-    def check(self, steering: Attached) -> None:
-        pass
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings

@@ -32,7 +32,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import LanguageModel, load
 from trimtab.next_tokens import Next, Reading, next_tokens, plan
 from trimtab.progress import progress
-from trimtab.steering import Steering, Steerings
+from trimtab.steering import Steering, Steerings, together
 
 
 @register_model("trimtab")
@@ -75,7 +75,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         self._who = [
             self.language_model.identity.digest,
             str(self.language_model.dtype),
-            [[one.digest, one.setting] for one in _each(self.steering)],
+            [[one.digest, one.setting] for one in together(self.steering)],
         ]
         # Says at once what does not fit, not after hours.
         with self.language_model.steered(self.steering, force=self.force):
@@ -331,12 +331,6 @@ def _steering(given: Any) -> Steering | Steerings | None:
         return given
     parts = [part.strip() for part in str(given).split(";") if part.strip()]
     return Steerings(Steering.read(part) for part in parts) if parts else None
-
-
-def _each(steering: Steering | Steerings | None) -> Sequence[Steering]:
-    if steering is None:
-        return ()
-    return (steering,) if isinstance(steering, Steering) else steering
 
 
 def _merge(readings: Sequence[Reading]) -> Reading:

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, SteeringArgument
+from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
-from trimtab.steering import Steering
+from trimtab.steering import Steering, Steerings, together
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
 _WORTH_A_PASS = 64
@@ -89,7 +89,7 @@ def next_tokens(
     language_model: LanguageModel,
     readings: Sequence[Reading],
     batches: Sequence[Batch],
-    steering: SteeringArgument = None,
+    steering: Steering | Steerings | None = None,
     *,
     force: bool = False,
 ) -> Iterator[tuple[Batch, list[Next]]]:
@@ -114,13 +114,12 @@ def next_tokens(
             yield batch, _read(rows, hidden, batch.shared, language_model)
 
 
-def _refuse_idle(readings: Sequence[Reading], steering: SteeringArgument) -> None:
+def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
     """Refuse a steering of generated tokens for texts that are all prompt, which it leaves as they
     are. Hooks do not notice: to them the padding after a prompt is generated."""
     if not readings or any(reading.prompt < len(reading.tokens) for reading in readings):
         return
-    together = (steering,) if isinstance(steering, Steering) else steering or ()
-    for one in (one for one in together if isinstance(one, Steering)):
+    for one in together(steering):
         for intervention in one.interventions:
             acts = intervention.operator.identity != one.setting
             if acts and intervention.positions == "generated":

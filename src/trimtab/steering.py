@@ -325,6 +325,13 @@ class Steerings(tuple[Steering, ...]):
         return " + ".join(steering.label for steering in self)
 
 
+def together(steering: Steering | Steerings | None) -> tuple[Steering, ...]:
+    """The steerings that act together, in order: none, one, or several."""
+    if steering is None:
+        return ()
+    return (steering,) if isinstance(steering, Steering) else tuple(steering)
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 

@@ -16,8 +16,9 @@ import torch
 
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, SteeringArgument
+from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
+from trimtab.steering import Steering, Steerings
 
 #: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
 VIOLATION = 2.0
@@ -57,7 +58,7 @@ def perplexities(
     language_model: LanguageModel,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[int]],
-    steering: SteeringArgument = None,
+    steering: Steering | Steerings | None = None,
     *,
     force: bool = False,
 ) -> list[float | None]:
@@ -95,7 +96,7 @@ def coherence(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     completions: Sequence[Sequence[int]],
-    steering: SteeringArgument = None,
+    steering: Steering | Steerings | None = None,
     *,
     force: bool = False,
 ) -> list[dict[str, float | None]]:
