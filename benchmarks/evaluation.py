@@ -79,16 +79,18 @@ def _choices(lm: tt.LanguageModel, rounds: int, n: int, say: Say) -> Report:
             records = run_task("sums", model, task_files=[room])
             return [float(pair[0]) for record in records for pair in record["output"]]
 
-        ours = TrimtabLM(lm)
+        def ours() -> list[float]:
+            return scored(TrimtabLM(lm))  # a new one each time: it keeps its answers
+
         theirs = {size: HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=size) for size in (1, 16)}
         say("evaluation: checking a task of lm-eval")
-        expected = scored(ours)
+        expected = ours()
         for model in theirs.values():
             apart = max(abs(a - b) for a, b in zip(expected, scored(model), strict=True))
             if apart > TOLERANCE:
                 raise tt.TrimtabError(f"evaluation: lm-eval's hf model is {apart} nats apart")
         say(f"evaluation: lm-eval, {rounds} rounds")
-        contenders = {"trimtab": lambda: _ran(lambda: scored(ours))}
+        contenders = {"trimtab": lambda: _ran(ours)}
         for size, model in theirs.items():
             contenders[f"hf, batch {size}"] = lambda model=model: _ran(lambda: scored(model))
         times = interleaved(contenders, rounds)
