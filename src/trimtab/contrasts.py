@@ -89,7 +89,7 @@ class Contrast:
             try:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        rows.append(_json_object(line, f"{path}, line {number}"))
+                        rows.append(json_object(line, f"{path}, line {number}"))
             except UnicodeDecodeError as error:
                 raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
         return cls._from_rows(rows, str(path))
@@ -241,6 +241,11 @@ def _builtin_file(name: str) -> Any:
     return files("trimtab") / "data" / "contrasts" / f"{name}.jsonl"
 
 
+def last_message(prompt: Any) -> str:
+    """A prompt as text: of a conversation, also as it comes back from JSON, its last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1][1])
+
+
 def read_prompt(value: Any, where: str) -> Prompt:
     """Text as it is; a list of {"role", "content"} messages as a conversation."""
     if isinstance(value, str):
@@ -302,14 +307,15 @@ def _open_text(path: Path) -> Any:
 def _json(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
-        # JSON can escape half a surrogate pair, which is no text.
-        json.dumps(value, ensure_ascii=False).encode()
+        # JSON can escape half a surrogate pair, which is no text; Python reads NaN, which is none.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{where} is not JSON: {error}") from error
     return value
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
+def json_object(line: str, where: str) -> dict[str, Any]:
+    """A line of JSONL."""
     value = _json(line, where)
     if not isinstance(value, dict):
         raise TrimtabError(f"{where} is not a JSON object")

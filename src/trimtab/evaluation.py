@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 from trimtab.answering import Settings
-from trimtab.contrasts import Part
+from trimtab.contrasts import Part, last_message
 from trimtab.errors import TrimtabError
 from trimtab.jobs import Judging, TaskJob, Wanted, find_job
 from trimtab.metrics.coherence import VIOLATION
@@ -132,6 +132,26 @@ class Evaluation:
             if None not in (old, new) and old != new and _rates(name, (old, new)):
                 found.append((before, after))
         return found
+
+    def tables(self) -> list[tuple[str, list[tuple[Result, Comparison | None]]]]:
+        """For people: a title for each task and protocol, and its results with their comparisons.
+
+        Of each metric the unsteered figure comes first.
+        """
+        compared = {(c.task, c.protocol, c.metric, c.steering): c for c in self.comparisons}
+        groups: dict[tuple[str, str], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.task, result.protocol), []).append(result)
+        tables = []
+        for (task, protocol), results in groups.items():
+            title = f"{task}, {protocol}'s protocol" if protocol else task
+            rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
+            rows = [
+                (r, compared.get((task, protocol, r.metric, str(r.steering))))
+                for r in sorted(results, key=lambda r: rank[r.metric])
+            ]
+            tables.append((title, rows))
+        return tables
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab evaluate --json` prints."""
@@ -286,7 +306,8 @@ def _preferences(
         some = pairs[start : start + batch_size]
         started = time.perf_counter()
         found = verdicts(
-            chat, [(_text(after["prompt"]), after["output"], b["output"]) for b, after in some]
+            chat,
+            [(last_message(after["prompt"]), after["output"], b["output"]) for b, after in some],
         )
         seconds = (time.perf_counter() - started) / len(some)
         yield [
@@ -294,11 +315,6 @@ def _preferences(
             | {"task": task + _COMPARED, "values": values, "seconds": round(seconds, 4)}
             for (_, after), values in zip(some, found, strict=True)
         ]
-
-
-def _text(prompt: Any) -> str:
-    """A prompt of a record as text; of a conversation its last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1][1])
 
 
 def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
@@ -419,9 +435,16 @@ def _rates(metric: str, values: Sequence[float]) -> bool:
 def _estimate(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
     """Wilson's interval for a rate, bootstrap for any other mean."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    if weights is not None:
-        return weighted_interval(tensor, torch.tensor(weights, dtype=torch.float64))
-    return rate_interval(tensor) if _rates(metric, values) else mean_interval(tensor)
+    if weights is None and _rates(metric, values):
+        return rate_interval(tensor)
+    return _mean(tensor, weights)
+
+
+def _mean(values: torch.Tensor, weights: Sequence[float] | None) -> Estimate:
+    """The mean with its bootstrap interval, weighted where there are weights."""
+    if weights is None:
+        return mean_interval(values)
+    return weighted_interval(values, torch.tensor(weights, dtype=torch.float64))
 
 
 def _paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -454,13 +477,7 @@ def _comparisons(records: Sequence[Record]) -> list[Comparison]:
             if not both:
                 continue
             differences = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
-            weights = _weights([after for _, _, after in both])
-            if weights is None:
-                estimate = mean_interval(differences)
-            else:
-                estimate = weighted_interval(
-                    differences, torch.tensor(weights, dtype=torch.float64)
-                )
+            estimate = _mean(differences, _weights([after for _, _, after in both]))
             rates = _rates(metric, [value for old, new, _ in both for value in (old, new)])
             found.append(
                 Comparison(

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.answering import Entry, Settings, answer
-from trimtab.contrasts import Part
+from trimtab.answering import Entry, Measure, Settings, answer
+from trimtab.contrasts import Part, last_message
 from trimtab.errors import TrimtabError
 from trimtab.metrics.coherence import coherence
 from trimtab.metrics.judges import Chat, Judge, attack_success
@@ -160,15 +161,18 @@ class TaskJob:
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
+        every: dict[str, Measure] = {
+            "coherence": partial(_coherence, language_model, steering, settings.force),
+            "refusal": self._refusal,
+            "toxicity": self._toxicity,
+        }
+
         def measure(
             examples: Sequence[Example], completions: Sequence[Completion]
         ) -> list[dict[str, float | None]]:
             values: list[dict[str, float | None]] = [{} for _ in examples]
             for name in self.task.measures:
-                found = self._measures()[name](
-                    language_model, steering, settings, examples, completions
-                )
-                for own, more in zip(values, found, strict=True):
+                for own, more in zip(values, every[name](examples, completions), strict=True):
                     own |= more
             return values
 
@@ -177,32 +181,15 @@ class TaskJob:
             language_model, self.task, self.entries, steering, done, settings, measured
         )
 
-    def _measures(self) -> dict[str, Callable[..., list[dict[str, float | None]]]]:
-        return {
-            "coherence": _coherence,
-            "refusal": self._refusal,
-            "toxicity": self._toxicity,
-        }
-
     def _toxicity(
-        self,
-        language_model: LanguageModel,
-        steering: Attached,
-        settings: Settings,
-        examples: Sequence[Example],
-        completions: Sequence[Completion],
+        self, examples: Sequence[Example], completions: Sequence[Completion]
     ) -> list[dict[str, float | None]]:
         assert self.scorer is not None
         scores = self.scorer.scores([completion.text for completion in completions])
         return [{"not_toxic": float(score <= TOXIC), "toxicity": score} for score in scores]
 
     def _refusal(
-        self,
-        language_model: LanguageModel,
-        steering: Attached,
-        settings: Settings,
-        examples: Sequence[Example],
-        completions: Sequence[Completion],
+        self, examples: Sequence[Example], completions: Sequence[Completion]
     ) -> list[dict[str, float | None]]:
         texts = [completion.text for completion in completions]
         labels = [example.fields.get("label") for example in examples]
@@ -211,7 +198,7 @@ class TaskJob:
             {metrics.get(str(label), "refusal"): float(refuses(text))}
             for label, text in zip(labels, texts, strict=True)
         ]
-        requests = [_request(example) for example in examples]
+        requests = [last_message(example.prompt) for example in examples]
         harmful = [i for i, label in enumerate(labels) if label != "safe"]
         judged = attack_success(
             self.judging.judges, [requests[i] for i in harmful], [texts[i] for i in harmful]
@@ -224,7 +211,7 @@ class TaskJob:
 def _coherence(
     language_model: LanguageModel,
     steering: Attached,
-    settings: Settings,
+    force: bool,
     examples: Sequence[Example],
     completions: Sequence[Completion],
 ) -> list[dict[str, float | None]]:
@@ -234,14 +221,8 @@ def _coherence(
         [completion.text for completion in completions],
         [completion.tokens for completion in completions],
         steering,
-        force=settings.force,
+        force=force,
     )
-
-
-def _request(example: Example) -> str:
-    """What the user asked."""
-    prompt = example.prompt
-    return prompt if isinstance(prompt, str) else prompt[-1][1]
 
 
 # -- perplexity of any text -----------------------------------------------------------------------

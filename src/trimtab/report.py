@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from trimtab.contrasts import last_message
+
 #: Flips that are shown in full; all of them are in the records.
 _MOST_FLIPS = 100
 
@@ -34,19 +36,13 @@ def page(evaluation: Any, config: dict[str, Any], environment: dict[str, Any]) -
 
 
 def _tables(evaluation: Any) -> list[dict[str, Any]]:
-    """A table for each task and protocol; of each metric the unsteered figure comes first."""
-    compared = {(c.task, c.protocol, c.metric, c.steering): c for c in evaluation.comparisons}
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for result in evaluation.results:
-        groups.setdefault((result.task, result.protocol), []).append(result)
+    """The tables as rows of cells."""
     tables = []
-    for (task, protocol), results in groups.items():
-        rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
+    for title, results in evaluation.tables():
         rows = []
-        for r in sorted(results, key=lambda result: rank[result.metric]):
+        for r, found in results:
             value = "none is clear" if r.value is None else f"{r.value:.4g} {_interval(r.ci95)}"
             row = [r.metric, r.steering or "unsteered", value, r.n, r.unclear or ""]
-            found = compared.get((task, protocol, r.metric, r.steering))
             difference = flipped = ""
             if found is not None:
                 difference = f"{found.difference:+.4g} {_interval(found.ci95)}"
@@ -57,7 +53,6 @@ def _tables(evaluation: Any) -> list[dict[str, Any]]:
         heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
         # Columns that this task has nothing for are left out.
         kept = [i for i in range(len(heads)) if i < 4 or any(row[i] != "" for row in rows)]
-        title = f"{task}, {protocol}'s protocol" if protocol else task
         tables.append(
             {
                 "title": title,
@@ -74,11 +69,10 @@ def _interval(ci95: tuple[float, float] | None) -> str:
 
 def _flip(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     metric = next(iter(after["values"]))
-    prompt = after.get("prompt", "")
     change = f"{before['values'][metric]:g} to {after['values'][metric]:g}"
     return {
         "title": f"{after['task']} {after['id']}, {after['steering']}: {metric} {change}",
-        "prompt": prompt if isinstance(prompt, str) else prompt[-1][1],
+        "prompt": last_message(after.get("prompt", "")),
         "target": after.get("target"),
         "before": before.get("output"),
         "after": after.get("output"),

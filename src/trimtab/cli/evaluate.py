@@ -24,6 +24,7 @@ from trimtab.cli.common import (
     print_json,
     read_steerings,
 )
+from trimtab.contrasts import last_message
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Comparison, Evaluation, Result, evaluate
@@ -343,12 +344,8 @@ def _template(path: Path | None) -> str:
 
 def _print_results(evaluation: Evaluation) -> None:
     """A table for each task; steered figures stand under the unsteered one, with the difference."""
-    compared = {(c.task, c.protocol, c.metric, c.steering): c for c in evaluation.comparisons}
-    groups: dict[tuple[str, str], list[Result]] = {}
-    for result in evaluation.results:
-        groups.setdefault((result.task, result.protocol), []).append(result)
-    for (task, protocol), results in groups.items():
-        title = f"{task}, {protocol}'s protocol" if protocol else task
+    compared = bool(evaluation.comparisons)
+    for title, rows in evaluation.tables():
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
         table.add_column("metric")
         table.add_column("steering", overflow="fold")
@@ -357,16 +354,14 @@ def _print_results(evaluation: Evaluation) -> None:
         if compared:
             table.add_column("difference [95 %]", no_wrap=True)
             table.add_column("flipped", no_wrap=True)
-        unclear = any(result.unclear for result in results)
+        unclear = any(result.unclear for result, _ in rows)
         if unclear:
             table.add_column("unclear", no_wrap=True)
-        rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
-        for result in sorted(results, key=lambda r: rank[r.metric]):
+        for result, comparison in rows:
             name = "unsteered" if result.steering is None else _short(result.steering)
             cells = [result.metric, name, _value(result), str(result.n)]
             if compared:
-                key = (task, protocol, result.metric, str(result.steering))
-                cells += _difference(compared.get(key))
+                cells += _difference(comparison)
             if unclear:
                 cells.append(str(result.unclear or ""))
             table.add_row(*cells)
@@ -415,7 +410,7 @@ def _print_flips(evaluation: Evaluation) -> None:
 
 def _shortened(prompt: Any) -> str:
     """The end of a prompt, which is what an answer answers."""
-    text = prompt if isinstance(prompt, str) else str(prompt[-1][1])
+    text = last_message(prompt)
     return text if len(text) <= 400 else "..." + text[-400:]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.contrasts import json_object
 from trimtab.errors import TrimtabError
 from trimtab.tasks.task import Row, Source
 
@@ -96,7 +96,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(_object(line, f"{path}, line {number}"))
+                    rows.append(json_object(line, f"{path}, line {number}"))
     except OSError as error:
         raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -108,18 +108,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, for records."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-        # JSON can escape half a surrogate pair, which is no text; Python reads NaN, which is none.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TrimtabError(f"{where} is not a JSON object")
-    return value
 
 
 def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:

@@ -40,6 +40,14 @@ def _new_tokens(architecture: str) -> int:
     return 5 if architecture.startswith("gemma") else 100 if "qwen" in architecture else 50
 
 
+def _of_hub(row: Row) -> Row:
+    return {
+        "body": row["Body"],
+        "question": row["Question"],
+        "answer": float(row["Answer"]),
+    }
+
+
 TASK = Task(
     name="svamp",
     about="elementary word problems, a number as the answer; accuracy",
@@ -47,21 +55,13 @@ TASK = Task(
         "svamp/test.jsonl",
         hub="ChilleD/SVAMP",
         hub_split="test",
-        rename=lambda row: {
-            "body": row["Body"],
-            "question": row["Question"],
-            "answer": float(row["Answer"]),
-        },
+        rename=_of_hub,
     ),
     train=Source(
         "svamp/train.jsonl",
         hub="ChilleD/SVAMP",
         hub_split="train",
-        rename=lambda row: {
-            "body": row["Body"],
-            "question": row["Question"],
-            "answer": float(row["Answer"]),
-        },
+        rename=_of_hub,
     ),
     columns={"body": str, "question": str, "answer": (int, float)},
     example=_example,
