@@ -8,6 +8,9 @@ the prompt, `generated` those after it, `last` the prompt's last token and all a
 the tokens that a next token is read from. A text that is only read, not continued, is all prompt.
 With a KV cache a pass holds only the new tokens, without one it holds all of them again; both give
 the same result, because positions count from the start of the sequence.
+
+`attached` is for dials that are known, `attached_by` for dials that depend on what the model is
+about to read, and `turned` for one steering at a tensor of dials, through which derivatives go.
 """
 
 from __future__ import annotations
@@ -47,9 +50,12 @@ class Sequences:
     passes: int = 0
     #: The caller says that every text ended with its first token: none was left to steer.
     ended_at_once: bool = False
+    #: Passes run as if nothing were attached.
+    paused: bool = False
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what a pass of the transformer body is about to read."""
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Note what a pass of the transformer body is about to read; whether new sequences begin
+        with it."""
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
@@ -58,11 +64,13 @@ class Sequences:
         self.length = tokens.shape[1]
         if self.given_ends is not None:
             self.prompt_end = self.given_ends
-        elif self.fresh or (self.start == 0 and not self.generating):
+        begins = self.fresh or (self.start == 0 and not self.generating)
+        if begins and self.given_ends is None:
             width = self.start + self.length
             whole = width >= self.prompt_width
             self.prompt_end = _ends(mask, width) if whole else [self.prompt_width]
-            self.fresh = False
+        self.fresh = False
+        return begins
 
     def mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
         """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
@@ -102,9 +110,10 @@ class _Step:
 
     operator: Operator
     positions: Positions
-    dials: list[float]  # one per row of the batch, or one for all rows
+    dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
     rows: list[bool]
     touched: int = 0  # passes in which it changed something
+    #: The operator and the rows that it changes, for each device and number of rows.
     bound: dict[tuple[torch.device, int], tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(
         default_factory=dict
     )
@@ -125,17 +134,27 @@ class _Step:
             changed = torch.where(mask[..., None], changed, x)
         return changed if steered is None else torch.where(steered, changed, x)
 
+    @property
+    def same_for_all(self) -> bool:
+        """Whether one dial, which stays, is for all rows."""
+        return not isinstance(self.dials, Tensor) and len(self.dials) == 1
+
+    def turn(self, dials: Tensor) -> None:
+        """From now on other dials, one per row."""
+        self.dials = dials
+        self.bound.clear()
+
     def _bind(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
         dials, rows = self.dials, self.rows
-        if len(dials) == 1:
-            return self.operator.bind(dials[0], x.device), None
+        if self.same_for_all:
+            return self.operator.bind(float(dials[0]), x.device), None
         # Beams and several samples per prompt repeat each row in place.
         repeats, rest = divmod(x.shape[0], len(dials))
         if rest:
             raise TrimtabError(
                 f"steerings were given for {len(dials)} rows, but the batch has {x.shape[0]}"
             )
-        per_row = torch.tensor(dials).repeat_interleave(repeats)
+        per_row = torch.as_tensor(dials).repeat_interleave(repeats)
         function = self.operator.bind(per_row[:, None], x.device)
         if all(rows) or self.operator.identity is not None:
             return function, None  # rows without this steering have the dial that does nothing
@@ -156,7 +175,7 @@ def _same_for_all(step: _Step) -> Edit:
             step.touched = 1
             # A plain pass with gradients may follow one in inference mode in the same block.
             with torch.inference_mode(False):
-                function = step.operator.bind(step.dials[0], x.device)
+                function = step.operator.bind(float(step.dials[0]), x.device)
         return function(x)
 
     return edit
@@ -196,16 +215,58 @@ def attached(model: Any, anatomy: Anatomy, rows: Sequence[RowSteerings]) -> Iter
     Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
     `given_ends`. A steering that touched nothing although the model ran is an error.
     """
-    steps, sequences = _steps(rows), Sequences()
+    with _on_model(model, anatomy, _steps(rows)) as sequences:
+        yield sequences
+
+
+@contextmanager
+def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> Iterator[Sequences]:
+    """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
+    derivative, which goes on through the model."""
+    with _on_model(model, anatomy, _turned_steps(steering, dials)) as sequences:
+        yield sequences
+
+
+#: Says from the arguments of the transformer body at which dial each row of the batch is steered.
+Choose = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+@contextmanager
+def attached_by(
+    model: Any, anatomy: Anatomy, steering: Steering, choose: Choose
+) -> Iterator[Sequences]:
+    """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
+    While it looks, it may run the model, which is not steered then."""
+    steps = _turned_steps(steering, torch.zeros(2))
+    with _on_model(model, anatomy, steps, choose) as sequences:
+        yield sequences
+
+
+def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
+    steps: dict[str, list[_Step]] = {}
+    for intervention in steering.interventions:
+        step = _Step(intervention.operator, intervention.positions, dials, [True])
+        steps.setdefault(intervention.site, []).append(step)
+    return steps
+
+
+@contextmanager
+def _on_model(
+    model: Any, anatomy: Anatomy, steps: dict[str, list[_Step]], choose: Choose | None = None
+) -> Iterator[Sequences]:
+    """Take the steps at every pass of the model."""
+    sequences = Sequences()
 
     def editor(site: str) -> Edit:
         chain = steps[site]
         first = chain[0]
-        if len(chain) == 1 and first.positions == "all" and len(first.dials) == 1:
+        if len(chain) == 1 and first.positions == "all" and first.same_for_all:
             return _same_for_all(first)
 
         def edit(x: Tensor) -> Tensor | None:
             result = None
+            if sequences.paused:
+                return None
             for step in chain:
                 changed = step(x if result is None else result, sequences)
                 result = result if changed is None else changed
@@ -218,9 +279,21 @@ def attached(model: Any, anatomy: Anatomy, rows: Sequence[RowSteerings]) -> Iter
     positioned = any(step.positions != "all" for chain in steps.values() for step in chain)
 
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if sequences.paused:
+            return
         sequences.passes += 1
-        if positioned:
-            sequences.observe(args, kwargs)
+        if not (positioned or choose):
+            return
+        begins = sequences.observe(args, kwargs)
+        if begins and choose:
+            sequences.paused = True
+            try:
+                dials = choose(args, kwargs)
+            finally:
+                sequences.paused = False
+            for chain in steps.values():
+                for step in chain:
+                    step.turn(dials)
 
     if not steps:
         yield sequences

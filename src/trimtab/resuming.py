@@ -1,0 +1,124 @@
+"""Runs a model from any block on: what the blocks below compute is computed once and kept.
+
+A steering changes nothing below its lowest site. Whoever runs the same texts at many dials, or
+under many steerings, runs the blocks below once (`begin`) and those above each time (`resume`).
+The transformer body itself runs in both cases, with the other blocks handing on what they are
+given, so that masks and positions are the architecture's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from trimtab.anatomy import Anatomy, parse_site
+from trimtab.model import LanguageModel
+from trimtab.packing import BATCH_ROWS
+from trimtab.steering import Steering
+
+
+def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
+    """How many blocks run before any of the steerings changes anything."""
+    below = anatomy.layers
+    for steering in steerings:
+        for intervention in steering.interventions:
+            layer, kind = parse_site(intervention.site)
+            if layer is not None:  # a block's own output is changed after the block
+                below = min(below, layer + 1 if kind == "resid" else layer)
+            elif kind == "embed":
+                below = 0
+    return below
+
+
+def grouped(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of texts that run together, longest first: `batch_tokens` padded tokens at most."""
+    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while waiting:
+        count = max(1, min(BATCH_ROWS, batch_tokens // lengths[waiting[0]]))
+        yield waiting[:count]
+        waiting = waiting[count:]
+
+
+@torch.no_grad()
+def begin(
+    language_model: LanguageModel, texts: Sequence[Sequence[int]], blocks: int
+) -> list[Tensor]:
+    """The residual stream after the first `blocks` blocks, [tokens, units] of each text.
+
+    With 0 blocks there is nothing to keep, and the tensors are empty.
+    """
+    if blocks == 0:
+        return [torch.empty(0) for _ in texts]
+    anatomy, found = language_model.anatomy, [torch.empty(0)] * len(texts)
+    for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
+        with _instead(anatomy.blocks[blocks:], None), _watched(anatomy.blocks[blocks - 1]) as seen:
+            anatomy.body(**_inputs([texts[i] for i in rows], language_model))
+        for i, stream in zip(rows, seen[0], strict=True):
+            found[i] = stream[: len(texts[i])].clone()
+    return found
+
+
+def resume(
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[Tensor],
+    blocks: int,
+) -> Tensor:
+    """What the final norm puts out for texts whose first `blocks` blocks have run already,
+    [texts, longest, units]; padding on the right."""
+    anatomy = language_model.anatomy
+    given = pad_sequence(list(streams), batch_first=True) if blocks else None
+    with _instead(anatomy.blocks[:blocks], given):
+        hidden: Tensor = anatomy.body(**_inputs(texts, language_model)).last_hidden_state
+    return hidden
+
+
+def _inputs(texts: Sequence[Sequence[int]], language_model: LanguageModel) -> dict[str, Any]:
+    """Arguments of the body; padded on the right, where a causal model does not see it."""
+    device, longest = language_model.device, max(len(text) for text in texts)
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    mask = pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], True)
+    positions = torch.arange(longest).expand(len(texts), -1)
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": positions.to(device),
+        "use_cache": False,
+    }
+
+
+@contextmanager
+def _instead(blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None]:
+    """These blocks hand on `given`, or what they are given, and compute nothing."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        return x if given is None else given.to(x.device)
+
+    before = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            object.__setattr__(block, "forward", forward)
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is not None:
+                object.__setattr__(block, "forward", own)
+            elif "forward" in vars(block):
+                object.__delattr__(block, "forward")
+
+
+@contextmanager
+def _watched(block: nn.Module) -> Iterator[list[Tensor]]:
+    """What a block puts out, each time that it runs."""
+    seen: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
