@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 
 from trimtab import packs
 from trimtab.anatomy import Anatomy
-from trimtab.attach import RowSteerings, Sequences, attached
+from trimtab.attach import RowSteerings, Sequences, attached, attached_by
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
@@ -194,8 +194,9 @@ class LanguageModel:
                     encoded[i] = tokens
         return encoded
 
-    def _prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
-        """Prompts as text or conversations; text becomes a user's message in a chat."""
+    def prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
+        """Prompts as text or conversations; text becomes a user's message in a chat (default:
+        where the model has a chat template)."""
         if isinstance(prompts, str):
             raise TrimtabError("prompts must be a list: write [prompt]")
         chat = self.chats if chat is None else chat
@@ -204,7 +205,7 @@ class LanguageModel:
             return read
         return [(("user", prompt),) if isinstance(prompt, str) else prompt for prompt in read]
 
-    def _fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[list[int]]:
+    def fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[list[int]]:
         """Token ids of prompts, none of them empty or too long for `new` tokens more."""
         encoded = self.encode(prompts)
         for prompt, tokens in zip(prompts, encoded, strict=True):
@@ -229,15 +230,36 @@ class LanguageModel:
     # -- steering -----------------------------------------------------------------------------
 
     @contextmanager
-    def steered(self, *steerings: SteeringArgument, force: bool = False) -> Iterator[Sequences]:
+    def steered(
+        self, *steerings: SteeringArgument, kl: float | None = None, force: bool = False
+    ) -> Iterator[Sequences]:
         """Steer every pass of the model inside the block, also a raw `lm.model.generate(...)`.
 
         `steered(a, b)` puts both on all rows, in that order; `steered([a, None, b.at(3)])` gives
         each row of the batch its own. `force` allows a steering made for other weights of the
         same sizes. The hooks are gone when the block ends, however it ends.
+
+        `steered(a, kl=0.1)` chooses the dial: whenever the model begins to read new texts, the one
+        at which each row's next token is 0.1 nats (KL) from the unsteered model's, on the side of
+        the dial on which the steering stands.
         """
+        if kl is not None:
+            from trimtab.strength.live import chooser  # strength is built on models
+
+            steering = self._alone(steerings)
+            choose = chooser(self, steering, kl, force)
+            with attached_by(self.model, self.anatomy, steering, choose) as sequences:
+                yield sequences
+            return
         with attached(self.model, self.anatomy, self._row_steerings(steerings, force)) as sequences:
             yield sequences
+
+    def _alone(self, arguments: Sequence[Any]) -> Steering:
+        """The one steering that a budget is for."""
+        given = [steering for argument in arguments for steering in _one_row(argument)]
+        if len(given) != 1:
+            raise TrimtabError(f"a budget (kl) turns one dial: give one steering, not {len(given)}")
+        return given[0]
 
     def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
         per_row = [argument for argument in arguments if not _for_all_rows(argument)]
@@ -258,11 +280,13 @@ class LanguageModel:
         max_new_tokens: int = 64,
         chat: bool | None = None,
         steering: SteeringArgument = None,
+        kl: float | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | None = None,
+        min_new_tokens: int = 0,
         batch_size: int = 16,
         force: bool = False,
     ) -> list[Completion]:
@@ -271,14 +295,29 @@ class LanguageModel:
         `chat` puts text through the chat template as a user's message (default: where the model
         has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
         `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
-        that completes a match of it. `steering` is one for all prompts or a list with one per
-        prompt. Returns one `Completion` per prompt, in order.
+        that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
+        for all prompts or a list with one per prompt. `kl` turns the dial of one steering for each
+        prompt, to where the next token is so many nats from the unsteered model's. Returns one
+        `Completion` per prompt, in order.
         """
         options = _sampling(temperature, top_k, top_p)
         if max_new_tokens < 1 or batch_size < 1:
             raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
-        wanted = self._prompts(prompts, chat)
-        rows, tokens = self._rows_for(wanted, steering), self._fitting(wanted, max_new_tokens)
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise TrimtabError(
+                f"min_new_tokens must be 0 to {max_new_tokens}, not {min_new_tokens}"
+            )
+        if min_new_tokens:
+            options["min_new_tokens"] = min_new_tokens
+        if kl is not None:
+            from trimtab.strength.budget import dials_for  # strength is built on models
+
+            one = self._alone([steering])
+            wanted = self.prompts(prompts, chat)
+            dials = dials_for(self, one, self.fitting(wanted, max_new_tokens), kl, force)
+            steering = [replace(one, value=dial) for dial in dials]
+        wanted = self.prompts(prompts, chat)
+        rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted, max_new_tokens)
         # Prompts of similar length share a batch, so that little is padded.
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}
@@ -338,8 +377,8 @@ class LanguageModel:
         """Logits in float32: of the token after each prompt, [prompts, vocabulary]; or, with
         `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
         """
-        wanted = self._prompts(prompts, chat)
-        rows, tokens = self._rows_for(wanted, steering), self._fitting(wanted)
+        wanted = self.prompts(prompts, chat)
+        rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted)
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), batch_size):

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, parse_site
+from trimtab.calibration import Calibration
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.operators import OPERATORS, Operator, to_tensors
 
@@ -98,6 +99,7 @@ class Steering:
     `tables` holds what the method knows beside the interventions, tensors by name (AUSteer: the
     chosen units in rank order with their scores), and `findings` what it found out that is no
     tensor (which layer was chosen, and why). `contrast` names the texts and their digest.
+    `calibration` says which dials keep to which budgets (`trimtab.strength.calibrate`).
     `a + b` is both, and a acts first where the two meet.
     """
 
@@ -110,6 +112,7 @@ class Steering:
     tables: dict[str, Tensor] = field(default_factory=dict)
     findings: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
+    calibration: Calibration | None = None
     versions: dict[str, str] = field(default_factory=_versions)
     date: str = field(default_factory=_now)
 
@@ -120,8 +123,29 @@ class Steering:
         """Where the dial stands."""
         return self.dial.default if self.value is None else self.value
 
-    def at(self, value: float) -> Steering:
-        """The same steering with its dial turned to `value`."""
+    def at(
+        self,
+        value: float | None = None,
+        *,
+        kl: float | None = None,
+        side: Literal["positive", "negative"] = "positive",
+        median: bool = False,
+    ) -> Steering:
+        """The same steering with its dial turned to `value`.
+
+        Of a calibrated steering `kl` turns it as far as so many nats allow: 95 % of the prompts
+        that it was calibrated on stay within them, or with `median` half of them.
+        """
+        if (value is None) is (kl is None):
+            raise TrimtabError("at() takes a dial, or kl= and a budget in nats")
+        if value is None:
+            if self.calibration is None:
+                raise TrimtabError(
+                    f"this {self.method} steering is not calibrated, so it does not know what "
+                    f"{kl:g} nats allow: trimtab strength budget --save, or strength.calibrate()"
+                )
+            assert kl is not None
+            value = self.calibration.dial(kl, side, median)
         value = float(value)
         # Steering runs in float32, where a larger number is infinity.
         if not abs(value) <= torch.finfo(torch.float32).max:
@@ -213,6 +237,7 @@ class Steering:
                 "unit": self.dial.unit,
             },
             "value": None if self.value is None else float(self.value),
+            "calibration": None if self.calibration is None else asdict(self.calibration),
             "interventions": described,
             "model": vars(self.model),
             "contrast": self.contrast,
@@ -234,18 +259,21 @@ class Steering:
 
     @classmethod
     def read(cls, argument: str) -> Steering:
-        """From `FILE` or `FILE@DIAL`: what follows the last @ is the dial, unless there is a file
-        of that name."""
+        """From `FILE`, `FILE@DIAL` or `FILE@kl=NATS`: what follows the last @ is the dial, unless
+        there is a file of that name."""
         path, at, value = argument.rpartition("@")
         if not at or Path(argument).exists():
             return cls.load(argument)
+        number = value.removeprefix("kl=")
         try:
-            dial = float(value)
+            dial = float(number)
         except ValueError as error:
             raise TrimtabError(
-                f"{argument}: {value!r} is no number; write FILE@DIAL, as in joy.safetensors@12"
+                f"{argument}: {number!r} is no number; write FILE@DIAL, as in joy.safetensors@12, "
+                "or FILE@kl=NATS"
             ) from error
-        return cls.load(path).at(dial)
+        steering = cls.load(path)
+        return steering.at(dial) if number == value else steering.at(kl=dial)
 
     @classmethod
     def _parse(cls, text: str, tensors: dict[str, Tensor], source: str) -> Steering:
@@ -259,6 +287,12 @@ class Steering:
                 f"{source} is not a trimtab steering of format {FORMAT_VERSION}: "
                 f"{where}: {first['msg']}"
             ) from error
+        calibration = None
+        if document.calibration is not None:
+            try:
+                calibration = Calibration(**document.calibration.model_dump())
+            except TrimtabError as error:
+                raise TrimtabError(f"{source}: {error}") from error
         low, high = document.dial.range
         if low > high:
             raise TrimtabError(f"{source}: the dial's range is {low:g} to {high:g}")
@@ -300,6 +334,7 @@ class Steering:
             tables=tables,
             findings=document.findings,
             value=document.value,
+            calibration=calibration,
             versions=document.versions,
             date=document.date,
         )
@@ -366,6 +401,16 @@ class _ModelDocument(_Strict):
     digest: str
 
 
+class _CalibrationDocument(_Strict):
+    kl: tuple[FiniteFloat, ...]
+    prompts: NonNegativeInt
+    digest: str
+    positive: tuple[FiniteFloat | None, ...]
+    positive_worst5: tuple[FiniteFloat | None, ...]
+    negative: tuple[FiniteFloat | None, ...]
+    negative_worst5: tuple[FiniteFloat | None, ...]
+
+
 class _Document(_Strict):
     """The JSON document in the file's metadata."""
 
@@ -374,6 +419,7 @@ class _Document(_Strict):
     hyperparameters: _Finite
     dial: _DialDocument
     value: FiniteFloat | None
+    calibration: _CalibrationDocument | None = None
     interventions: list[_InterventionDocument]
     model: _ModelDocument
     contrast: _Finite

@@ -1,0 +1,68 @@
+"""Budgets and the dials that they allow, as `trimtab.strength.calibrate` measures them once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from trimtab.errors import TrimtabError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """At which dials so many nats of KL are used up, on `prompts` prompts.
+
+    `kl` rises. Each side of the dial has, for every budget, the median dial of the prompts and the
+    one at which 95 % of them stay within the budget; None where too few prompts use it up within
+    the dial's range. A side that the dial does not have is empty.
+    """
+
+    kl: tuple[float, ...]
+    prompts: int
+    digest: str
+    positive: tuple[float | None, ...] = ()
+    positive_worst5: tuple[float | None, ...] = ()
+    negative: tuple[float | None, ...] = ()
+    negative_worst5: tuple[float | None, ...] = ()
+
+    def dial(
+        self, kl: float, side: Literal["positive", "negative"] = "positive", median: bool = False
+    ) -> float:
+        """The dial of a budget; between two that were measured, on a line in log KL and log dial.
+
+        Below the smallest one KL goes with the square of the dial.
+        """
+        if not (math.isfinite(kl) and kl > 0):
+            raise TrimtabError(f"a budget must be above 0 nats, not {kl}")
+        dials = getattr(self, side if median else f"{side}_worst5")
+        known = [(b, d) for b, d in zip(self.kl, dials, strict=False) if d is not None]
+        if not known:
+            raise TrimtabError(f"this calibration has no dials of the {side} side")
+        (first, dial), (last, _) = known[0], known[-1]
+        if kl > last:
+            raise TrimtabError(
+                f"this steering is calibrated up to {last:g} nats, not to {kl:g}: calibrate it "
+                "with a larger budget, or turn its dial by number"
+            )
+        if kl <= first:
+            return float(dial * math.sqrt(kl / first))
+        for (lower, a), (upper, b) in pairwise(known):
+            if kl <= upper:
+                share = math.log(kl / lower) / math.log(upper / lower)
+                return float(math.copysign(abs(a) ** (1 - share) * abs(b) ** share, b))
+        raise AssertionError("unreachable: kl is at most the last one")
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in pairwise(self.kl))
+        if not (self.kl and rising and all(math.isfinite(kl) and kl > 0 for kl in self.kl)):
+            raise TrimtabError("a calibration's budgets must rise from above 0 nats")
+        for side, sign in (("positive", 1), ("negative", -1)):
+            for name in (side, f"{side}_worst5"):
+                dials = getattr(self, name)
+                if len(dials) not in (0, len(self.kl)):
+                    raise TrimtabError(f"a calibration has {len(self.kl)} budgets, {name} differs")
+                given = [dial for dial in dials if dial is not None]
+                if not all(math.isfinite(dial) and sign * dial > 0 for dial in given):
+                    raise TrimtabError(f"a calibration's {name} has a dial of the other side")

@@ -1,0 +1,141 @@
+"""What a model expects after some texts at any dial of a steering, and how that changes with it.
+
+The blocks below the steering's lowest site run once; each question (a text, a dial) is one row of
+a batch that runs the blocks above it and unembeds the text's last token only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trimtab.attach import turned
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
+from trimtab.operators import Rotate
+from trimtab.resuming import begin, blocks_below, grouped, resume
+from trimtab.steering import Steering
+
+
+class Turning:
+    """Some texts (token ids) under one steering at any dial.
+
+    `base` is the unsteered log-distribution of each text's next token, [texts, vocabulary] in
+    float32 on the model's device.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        steering: Steering,
+        texts: Sequence[Sequence[int]],
+        *,
+        force: bool = False,
+    ) -> None:
+        check_turns(language_model, steering, force)
+        self.language_model, self.steering = language_model, steering
+        self.texts = texts
+        self.blocks = blocks_below(language_model.anatomy, [steering])
+        self._streams = begin(language_model, texts, self.blocks)
+        #: Rows that have run, and the tokens in them: what all of this costs.
+        self.rows = 0
+        self.base = self._base()
+
+    @torch.no_grad()
+    def _base(self) -> Tensor:
+        lengths = [len(text) for text in self.texts]
+        found: list[Tensor] = [torch.empty(0)] * len(lengths)
+        for rows in grouped(lengths, self.language_model.batch_tokens):
+            for i, logits in zip(rows, self._logits(rows), strict=True):
+                found[i] = logits.log_softmax(-1)
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def log_p(
+        self, texts: Sequence[int], dials: Sequence[float]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The next token's log-distribution of each text (by its index) at its dial: for some of
+        the questions at a time their places, and their rows [places, vocabulary]."""
+        for places, chosen, turns in self._grouped(texts, dials):
+            yield places, self._turned_logits(chosen, turns).log_softmax(-1)
+
+    @torch.no_grad()
+    def derivative(
+        self, texts: Sequence[int], dials: Sequence[float]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """As `log_p`, with the logits themselves and their derivative with respect to the dial."""
+        for places, chosen, turns in self._grouped(texts, dials):
+            # The fused kernels of attention have no forward derivative.
+            with sdpa_kernel(SDPBackend.MATH):
+                both: Any = torch.func.jvp(
+                    partial(self._turned_logits, chosen), (turns,), (torch.ones_like(turns),)
+                )
+            yield places, *both
+
+    def _grouped(
+        self, texts: Sequence[int], dials: Sequence[float]
+    ) -> Iterator[tuple[list[int], list[int], Tensor]]:
+        lengths = [len(self.texts[text]) for text in texts]
+        turns = torch.tensor(dials, dtype=torch.float64)
+        for places in grouped(lengths, self.language_model.batch_tokens):
+            yield places, [texts[place] for place in places], turns[places]
+
+    def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
+        lm = self.language_model
+        with turned(lm.model, lm.anatomy, self.steering, dials) as sequences:
+            sequences.given_ends = [len(self.texts[text]) for text in texts]
+            return self._logits(texts)
+
+    def _logits(self, texts: Sequence[int]) -> Tensor:
+        """Of the token after each text, [texts, vocabulary] in float32 or wider."""
+        lm, chosen = self.language_model, [self.texts[text] for text in texts]
+        self.rows += len(chosen)
+        hidden = resume(lm, chosen, [self._streams[text] for text in texts], self.blocks)
+        last = torch.tensor([len(text) - 1 for text in chosen], device=hidden.device)
+        return lm.unembed(hidden[torch.arange(len(chosen), device=hidden.device), last])
+
+
+def check_turns(language_model: LanguageModel, steering: Steering, force: bool = False) -> None:
+    """Refuse what has no dial to turn on texts that are only read."""
+    if not isinstance(steering, Steering):
+        raise TrimtabError("strength turns one dial: give one steering, not several")
+    with language_model.steered(steering, force=force):
+        pass  # says what does not fit
+    for intervention in steering.interventions:
+        if intervention.positions == "generated":
+            raise TrimtabError(
+                f"this {steering.method} steering acts on generated tokens only, at "
+                f"{intervention.site}: it cannot change what comes after a text"
+            )
+
+
+def idle_dial(steering: Steering) -> float | None:
+    """The dial at which a steering does nothing, None where there is none."""
+    idle = {intervention.operator.identity for intervention in steering.interventions}
+    return idle.pop() if len(idle) == 1 else None
+
+
+def limits(steering: Steering) -> tuple[float, float]:
+    """The dial's range; of a rotation half a turn either way, after which it comes back."""
+    low, high = steering.dial.range
+    operators: list[Any] = [intervention.operator for intervention in steering.interventions]
+    if operators and all(isinstance(operator, Rotate) for operator in operators):
+        return max(low, -180.0), min(high, 180.0)
+    return low, high
+
+
+def divergence(base: Tensor, steered: Tensor) -> Tensor:
+    """KL(unsteered || steered) of log-distributions [..., vocabulary], in nats (float64)."""
+    base, steered = base.double(), steered.double()
+    return (base.exp() * (base - steered)).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy of log-distributions [..., vocabulary], in nats (float64)."""
+    log_p = log_p.double()
+    return -(log_p.exp() * log_p).sum(-1)
