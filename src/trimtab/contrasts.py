@@ -222,6 +222,18 @@ class Contrast:
         rows = (replace(row, part=parts.get(i, "train")) for i, row in enumerate(self.rows))
         return replace(self, rows=tuple(rows))
 
+    def resample(self, seed: int = 0) -> Contrast:
+        """The train rows drawn anew with replacement (of an unpaired contrast within each label),
+        and the other parts as they are: what error bars of a fit are made from."""
+        draw = random.Random(seed)
+        train = self.train.rows
+        groups: dict[Any, list[Pair | Text]] = {}
+        for row in train:
+            groups.setdefault(row.label if isinstance(row, Text) else None, []).append(row)
+        drawn = [row for group in groups.values() for row in draw.choices(group, k=len(group))]
+        chosen = {id(row) for row in train}
+        return replace(self, rows=(*drawn, *(row for row in self.rows if id(row) not in chosen)))
+
     def take(self, count: int) -> Contrast:
         """The first rows; of an unpaired contrast the first of each label."""
         if self.paired:

@@ -398,8 +398,10 @@ class LanguageModel:
         return torch.stack(ordered) if at == "last" else ordered
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Logits in float32 from what the final norm puts out, soft-capped where the model is."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden).float()
+        """Logits in float32 (of a float64 model in float64) from what the final norm puts out,
+        soft-capped where the model is."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -1,0 +1,190 @@
+"""What turning the dial costs: cross-entropy on any text, dial by dial.
+
+Text is cut into blocks; of each batch of blocks the part of the model below the steering runs once
+for all dials. The first token of a block is read and not scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.attach import turned
+from trimtab.errors import TrimtabError
+from trimtab.metrics.intervals import mean_interval
+from trimtab.model import LanguageModel
+from trimtab.progress import progress
+from trimtab.resuming import begin, blocks_below, grouped, resume
+from trimtab.steering import Steering
+from trimtab.strength.limits import limit
+from trimtab.strength.turning import check_turns, idle_dial
+
+#: Logits in float32 that are held at once.
+_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Cross-entropy of text above the unsteered one, in nats per token.
+
+    `delta` [dials] is the mean over blocks of text, `per_block` [dials, blocks] each of them, and
+    `low` and `high` the 95 % bootstrap interval over blocks. `plateaus` are what Proposition 4.1
+    foretells for the dial at minus and plus infinity, None where it says nothing (`why`).
+    """
+
+    steering: Steering
+    dials: Tensor
+    delta: Tensor
+    low: Tensor
+    high: Tensor
+    per_block: Tensor
+    base: float
+    tokens: int
+    plateaus: tuple[float, float] | None
+    why: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For `trimtab strength curve --json`."""
+        return {
+            "steering": self.steering.label,
+            "dials": self.dials.tolist(),
+            "delta_ce": self.delta.tolist(),
+            "ci95": torch.stack((self.low, self.high), 1).tolist(),
+            "base": self.base,
+            "tokens": self.tokens,
+            "blocks": self.per_block.shape[1],
+            "plateaus": None if self.plateaus is None else list(self.plateaus),
+            "why": self.why,
+        }
+
+
+def cost_curve(
+    language_model: LanguageModel,
+    steering: Steering,
+    texts: Sequence[str],
+    dials: Sequence[float],
+    *,
+    block: int = 128,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> CostCurve:
+    """Cross-entropy of texts at each dial minus that of the unsteered model.
+
+    Texts are joined with the end-of-text token and cut into blocks of `block` tokens;
+    `limit_tokens` takes the first ones only. A block begins with BOS where the tokenizer adds one.
+    """
+    check_turns(language_model, steering, force)
+    if not dials or not all(math.isfinite(dial) for dial in dials):
+        raise TrimtabError("cross-entropy needs dials that are finite numbers")
+    blocks = cut_into_blocks(language_model, texts, block, limit_tokens)
+    turns = sorted({float(dial) for dial in dials})
+    nll = _nll(language_model, steering, blocks, [None, *turns])
+    base, per_block = nll[0], nll[1:] - nll[0]
+    idle = idle_dial(steering)
+    if idle in turns:
+        per_block[turns.index(idle)] = 0.0
+    counts = torch.tensor([len(one) - 1 for one in blocks], dtype=torch.float64)
+    intervals = [mean_interval(row, seed) for row in per_block]
+    plateaus, why = None, ""
+    try:
+        both = [_plateau(language_model, steering, blocks, sign) for sign in (-1, 1)]
+        mean = float((base * counts).sum() / counts.sum())
+        plateaus = (both[0] - mean, both[1] - mean)
+    except TrimtabError as error:
+        why = str(error)
+    return CostCurve(
+        steering,
+        torch.tensor(turns, dtype=torch.float64),
+        (per_block * counts).sum(1) / counts.sum(),
+        torch.tensor([one.low for one in intervals], dtype=torch.float64),
+        torch.tensor([one.high for one in intervals], dtype=torch.float64),
+        per_block,
+        float((base * counts).sum() / counts.sum()),
+        int(counts.sum()),
+        plateaus,
+        why,
+    )
+
+
+def cut_into_blocks(
+    language_model: LanguageModel, texts: Sequence[str], block: int, limit_tokens: int | None
+) -> list[list[int]]:
+    """Token ids of blocks: `block` tokens of text each (the last one may be shorter)."""
+    if not 2 <= block < language_model.max_length:
+        raise TrimtabError(
+            f"a block has 2 tokens or more and fits the model ({language_model.max_length}), "
+            f"not {block}"
+        )
+    tokenizer = language_model.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for text in texts:
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if limit_tokens is not None and len(stream) >= limit_tokens:
+            stream = stream[:limit_tokens]
+            break
+    begins = language_model.encode(["a"])[0][0] == language_model.bos
+    start = [language_model.bos] if begins and language_model.bos is not None else []
+    blocks = [start + stream[at : at + block] for at in range(0, len(stream), block)]
+    blocks = [one for one in blocks if len(one) > 1]
+    if not blocks:
+        raise TrimtabError("the text has too few tokens to measure cross-entropy on")
+    return blocks
+
+
+@torch.no_grad()
+def _nll(
+    language_model: LanguageModel,
+    steering: Steering,
+    blocks: Sequence[list[int]],
+    dials: Sequence[float | None],
+) -> Tensor:
+    """Mean negative log-likelihood per token of each block at each dial (None: unsteered),
+    [dials, blocks] in float64."""
+    lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    found = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
+    with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
+        for rows in grouped([len(one) for one in blocks], lm.batch_tokens):
+            texts = [blocks[i] for i in rows]
+            streams = begin(lm, texts, below)
+            for place, dial in enumerate(dials):
+                if dial is None:
+                    hidden = resume(lm, texts, streams, below)
+                else:
+                    turns = torch.full((len(texts),), dial, dtype=torch.float64)
+                    with turned(lm.model, lm.anatomy, steering, turns) as sequences:
+                        sequences.given_ends = [len(text) for text in texts]
+                        hidden = resume(lm, texts, streams, below)
+                found[place, rows] = _mean_nll(lm, texts, hidden)
+                advance(len(rows))
+    return found
+
+
+def _mean_nll(lm: LanguageModel, texts: Sequence[list[int]], hidden: Tensor) -> Tensor:
+    """Per token of each text, [texts] in float64."""
+    row = torch.cat([torch.full((len(text) - 1,), i) for i, text in enumerate(texts)])
+    column = torch.cat([torch.arange(len(text) - 1) for text in texts])
+    target = torch.cat([torch.tensor(text[1:]) for text in texts])
+    sums = torch.zeros(len(texts), dtype=torch.float64)
+    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    for some in torch.arange(len(row)).split(max(1, _LOGITS // vocabulary)):
+        picked = hidden[row[some].to(hidden.device), column[some].to(hidden.device)]
+        log_p = lm.unembed(picked).log_softmax(-1)
+        scored = log_p.gather(-1, target[some, None].to(log_p.device)).squeeze(-1)
+        sums.index_add_(0, row[some], -scored.cpu().double())
+    return sums / torch.tensor([len(text) - 1 for text in texts], dtype=torch.float64)
+
+
+def _plateau(
+    lm: LanguageModel, steering: Steering, blocks: Sequence[list[int]], sign: Any
+) -> float:
+    """Cross-entropy of the blocks under the limit distribution, which no longer sees the text."""
+    log_p = limit(lm, steering, sign).double().cpu()
+    targets = torch.tensor([token for one in blocks for token in one[1:]])
+    return float(-log_p[targets].mean())

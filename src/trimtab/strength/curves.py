@@ -1,0 +1,457 @@
+"""What a steering does to the next token over its whole dial.
+
+A curve has as many dials as asked for, but the model runs at few of them: the grid is refined where
+a cubic spline through the dials so far misses the probability of any token of the vocabulary, and
+read off the spline elsewhere. The error that is tolerated is stated with the curve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import Method
+from trimtab.methods import METHODS
+from trimtab.model import LanguageModel
+from trimtab.progress import progress
+from trimtab.resuming import grouped, resume
+from trimtab.steering import Steering
+from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
+
+#: How far a probability may be off between the dials at which the model ran.
+TOLERANCE = 1e-3
+#: KL and entropy may be off by this many nats, or this share of their size.
+_NATS, _SHARE = 0.01, 0.01
+#: Dials of the coarse grid that a curve begins with; shorter curves are measured everywhere.
+_COARSE = 33
+#: Tokens count that are ever more probable than this share of the tolerance.
+_LIVE = 0.25
+
+
+@dataclass(frozen=True)
+class TokenCurve:
+    """One token: its probability minus the unsteered one, [dials] in float64, mean over prompts.
+
+    `runs` [runs, dials] are the same of steerings fitted on resampled contrasts; `log_odds` is how
+    much likelier the token is after a contrast's positive texts than after its negative ones.
+    """
+
+    token: str
+    id: int
+    base_p: float
+    delta_p: Tensor
+    runs: Tensor | None = None
+    log_odds: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The next token over the dial, as a mean over `prompts` prompts.
+
+    `dials` rise, and the dial that does nothing is among them; at `measured` ones the model ran
+    (for at least one prompt), the others are within `tolerance` in probability. `kl` is
+    KL(unsteered || steered) and `entropy` the entropy of the steered distribution, [dials] in nats.
+    `target` is the summed probability of the tokens.
+    """
+
+    steering: Steering
+    prompts: int
+    dials: Tensor
+    measured: Tensor
+    tokens: tuple[TokenCurve, ...]
+    target: Tensor
+    kl: Tensor
+    entropy: Tensor
+    base_entropy: float
+    tolerance: float
+    passes: int = field(default=0)  # (prompt, dial) pairs at which the model ran
+
+    def as_json(self) -> dict[str, Any]:
+        """What `trimtab strength curve --json` prints as `curve`."""
+        return {
+            "steering": self.steering.label,
+            "dial": {"name": self.steering.dial.name, "unit": self.steering.dial.unit},
+            "prompts": self.prompts,
+            "dials": self.dials.tolist(),
+            "measured": self.measured.tolist(),
+            "tolerance": self.tolerance,
+            "passes": self.passes,
+            "tokens": [
+                {
+                    "token": token.token,
+                    "id": token.id,
+                    "base_p": token.base_p,
+                    "delta_p": token.delta_p.tolist(),
+                    "log_odds": token.log_odds,
+                    "sd": None if token.runs is None else token.runs.std(0).tolist(),
+                }
+                for token in self.tokens
+            ],
+            "target": self.target.tolist(),
+            "kl": self.kl.tolist(),
+            "entropy": self.entropy.tolist(),
+            "base_entropy": self.base_entropy,
+        }
+
+
+def curve(
+    language_model: LanguageModel,
+    steering: Steering,
+    prompts: Sequence[Any],
+    *,
+    span: tuple[float, float] | None = None,
+    points: int = 1025,
+    tokens: int | Sequence[str | int] = 8,
+    tolerance: float = TOLERANCE,
+    chat: bool | None = None,
+    resamples: Sequence[Steering] = (),
+    contrast: Contrast | None = None,
+    force: bool = False,
+) -> Curve:
+    """Follow the next token after prompts over the dial, from one end of `span` (default: the
+    dial's range) to the other.
+
+    `tokens` are the ones to show, as texts (their first token) or ids, or how many of those that
+    are most probable at the largest dial. `tolerance` 0 runs the model at every dial. `resamples`
+    are steerings fitted on resampled contrasts (`resampled`), whose curves give the error bars;
+    with `contrast` tokens get their log-odds.
+    """
+    wanted = language_model.fitting(language_model.prompts(prompts, chat))
+    if not wanted:
+        raise TrimtabError("there is no prompt to draw a curve for")
+    dials = _grid(steering, span, points)
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise TrimtabError(f"the tolerance must be 0 or more, not {tolerance}")
+    count = tokens if isinstance(tokens, int) else 0
+    asked = None if isinstance(tokens, int) else token_ids(language_model, tokens)
+    followed = [
+        _follow(language_model, steering, text, dials, asked or [], tolerance, force)
+        for text in _shown(wanted)
+    ]
+    shown = asked if asked is not None else _largest(followed, count)
+    runs = [_mean_p(followed, shown)]
+    for number, other in enumerate(resamples, 1):
+        found = [
+            _follow(language_model, other, text, dials, shown, tolerance, force)
+            for text in _shown(wanted, f"resample {number}")
+        ]
+        runs.append(_mean_p(found, shown))
+    odds = None if contrast is None else token_log_odds(language_model, contrast)
+    base = torch.stack([one.base_p[shown] for one in followed]).double().mean(0)
+    drawn = []
+    for place, token in enumerate(shown):
+        rises = torch.stack([run[:, place] for run in runs]) - base[place]
+        drawn.append(
+            TokenCurve(
+                language_model.tokenizer.decode([token]),
+                token,
+                float(base[place]),
+                rises[0],
+                rises[1:] if len(rises) > 2 else None,
+                None if odds is None else float(odds[token]),
+            )
+        )
+    return Curve(
+        steering,
+        len(wanted),
+        torch.tensor(dials, dtype=torch.float64),
+        torch.stack([one.measured for one in followed]).any(0),
+        tuple(drawn),
+        runs[0].sum(1),
+        torch.stack([one.kl for one in followed]).mean(0),
+        torch.stack([one.entropy for one in followed]).mean(0),
+        float(torch.stack([one.base_entropy for one in followed]).mean()),
+        tolerance,
+        sum(int(one.measured.sum()) for one in followed),
+    )
+
+
+def token_ids(language_model: LanguageModel, tokens: Sequence[str | int]) -> list[int]:
+    """The id of each token: itself, or the first token of a text as it stands."""
+    found = []
+    vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
+    for token in tokens:
+        if isinstance(token, str):
+            ids = language_model.tokenizer(token, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise TrimtabError(f"{token!r} has no token")
+            token = ids[0]
+        if not 0 <= token < vocabulary:
+            raise TrimtabError(f"there is no token {token}: {vocabulary} are known")
+        found.append(token)
+    if not found:
+        raise TrimtabError("there is no token to show")
+    return list(dict.fromkeys(found))
+
+
+def _shown(texts: Sequence[list[int]], what: str = "turning the dial") -> Any:
+    """The texts, with a progress bar."""
+    with progress(what, len(texts)) as advance:
+        for text in texts:
+            yield text
+            advance(1)
+
+
+def _grid(steering: Steering, span: tuple[float, float] | None, points: int) -> list[float]:
+    """Evenly spaced dials, and the one that does nothing where it lies between them."""
+    low, high = steering.dial.range if span is None else span
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise TrimtabError(f"a curve goes from a lower to a higher dial, not from {low} to {high}")
+    if points < 2:
+        raise TrimtabError(f"a curve needs 2 points or more, not {points}")
+    dials = set(np.linspace(low, high, points).tolist())
+    idle = idle_dial(steering)
+    if idle is not None and low <= idle <= high:
+        near = min(dials, key=lambda dial: abs(dial - idle))
+        if abs(near - idle) < 1e-9 * (high - low):  # the same but for rounding
+            dials.remove(near)
+        dials.add(idle)
+    return sorted(dials)
+
+
+# -- one prompt -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Followed:
+    """One prompt over the grid: probabilities [dials, live] of the tokens that are ever probable
+    (or asked for), and what is computed from whole distributions."""
+
+    live: Tensor
+    p: Tensor
+    base_p: Tensor  # [vocabulary]
+    kl: Tensor
+    entropy: Tensor
+    base_entropy: Tensor
+    measured: Tensor
+
+    def of(self, tokens: Sequence[int]) -> Tensor:
+        """[dials, tokens]; a token that is never probable has 0."""
+        place = {token: i for i, token in enumerate(self.live.tolist())}
+        columns = torch.zeros(len(self.p), len(tokens), dtype=torch.float64)
+        for i, token in enumerate(tokens):
+            if token in place:
+                columns[:, i] = self.p[:, place[token]]
+        return columns
+
+
+def _follow(
+    language_model: LanguageModel,
+    steering: Steering,
+    text: Sequence[int],
+    dials: Sequence[float],
+    asked: Sequence[int],
+    tolerance: float,
+    force: bool,
+) -> _Followed:
+    turning = Turning(language_model, steering, [text], force=force)
+    nodes = _Nodes(turning, dials, asked, tolerance)
+    everywhere = list(range(len(dials)))
+    if tolerance == 0 or len(dials) <= 2 * _COARSE:
+        nodes.measure(everywhere)
+    else:
+        idle = idle_dial(steering)
+        first = set(np.linspace(0, len(dials) - 1, _COARSE).round().astype(int).tolist())
+        first |= {dials.index(idle)} if idle is not None and idle in dials else set()
+        nodes.measure(sorted(first))
+        nodes.refine()
+    values = nodes.at(everywhere)
+    measured = torch.zeros(len(dials), dtype=torch.bool)
+    measured[nodes.known] = True
+    return _Followed(
+        nodes.live,
+        values[:, 2:],
+        turning.base[0].exp().cpu(),
+        values[:, 0],
+        values[:, 1],
+        entropy(turning.base[0]).cpu(),
+        measured,
+    )
+
+
+class _Nodes:
+    """The dials of a grid (by their index) at which the model ran, and a spline through them.
+
+    Columns of what is read off it: KL, entropy, and the probabilities of the live tokens.
+    """
+
+    def __init__(
+        self, turning: Turning, dials: Sequence[float], asked: Sequence[int], tolerance: float
+    ) -> None:
+        self.turning, self.dials, self.tolerance = turning, dials, tolerance
+        self._rows: dict[int, Tensor] = {}  # probabilities, [vocabulary] in float32
+        self._nats: dict[int, Tensor] = {}  # KL and entropy
+        self._largest = turning.base[0].exp().cpu()
+        self._asked = torch.tensor(list(asked), dtype=torch.long)
+
+    @property
+    def known(self) -> list[int]:
+        return sorted(self._rows)
+
+    @property
+    def live(self) -> Tensor:
+        """Tokens that are more probable somewhere than the error that is tolerated."""
+        ever = self._largest > self.tolerance * _LIVE
+        ever[self._asked] = True
+        return ever.nonzero().flatten()
+
+    def measure(self, indices: Sequence[int]) -> None:
+        """Run the model at these dials."""
+        base = self.turning.base
+        for places, log_p in self.turning.log_p(
+            [0] * len(indices), [self.dials[i] for i in indices]
+        ):
+            nats = torch.stack((divergence(base, log_p), entropy(log_p)), 1).cpu()
+            p = log_p.float().exp().cpu()
+            if not torch.isfinite(nats).all():
+                raise TrimtabError(
+                    f"the model's numbers overflow at dials like {self.dials[indices[places[0]]]:g}"
+                    ": try --dtype float32, or a smaller range"
+                )
+            self._largest = torch.maximum(self._largest, p.amax(0))
+            for place, row, pair in zip(places, p, nats, strict=True):
+                self._rows[indices[place]], self._nats[indices[place]] = row, pair
+
+    def refine(self) -> None:
+        """Halve intervals until the spline foretells what is measured in the middle of each.
+
+        The middles then join the spline, which makes it about sixteen times as exact there.
+        """
+        intervals = list(zip(self.known, self.known[1:], strict=False))
+        while intervals := [(i, j) for i, j in intervals if j - i > 1]:
+            middles = [(i + j) // 2 for i, j in intervals]
+            before = self.known
+            self.measure(middles)
+            live = self.live  # of all that is known now
+            foretold = self._spline(before, live, middles)
+            found = self._columns(middles, live)
+            off = (foretold - found).abs()
+            bad = off[:, 2:].amax(1) > self.tolerance
+            allowed = torch.maximum(torch.tensor(_NATS), _SHARE * found[:, :2].abs())
+            bad |= (off[:, :2] > allowed).any(1)
+            intervals = [
+                half
+                for (i, j), middle, is_bad in zip(intervals, middles, bad.tolist(), strict=True)
+                if is_bad
+                for half in ((i, middle), (middle, j))
+            ]
+
+    def at(self, indices: Sequence[int]) -> Tensor:
+        """What was measured, or what the spline says: [indices, 2 + live] in float64."""
+        live, known = self.live, self.known
+        values = self._spline(known, live, indices)
+        place = {index: i for i, index in enumerate(indices)}
+        values[[place[index] for index in known]] = self._columns(known, live)
+        values[:, 2:].clamp_(0, 1)
+        values[:, :2].clamp_(min=0)
+        return values
+
+    def _spline(self, known: Sequence[int], live: Tensor, indices: Sequence[int]) -> Tensor:
+        at = np.array(self.dials)
+        through = CubicSpline(at[list(known)], self._columns(known, live).numpy(), axis=0)
+        return torch.from_numpy(through(at[list(indices)]))
+
+    def _columns(self, indices: Sequence[int], live: Tensor) -> Tensor:
+        rows = [torch.cat((self._nats[i], self._rows[i][live].double())) for i in indices]
+        return torch.stack(rows)
+
+
+def _largest(followed: Sequence[_Followed], count: int) -> list[int]:
+    """The tokens that are most probable at the largest dial, on average over prompts."""
+    if count < 1:
+        raise TrimtabError(f"a curve shows 1 token or more, not {count}")
+    every = torch.cat([one.live for one in followed]).unique()
+    p = torch.stack([one.of(every.tolist())[-1] for one in followed]).mean(0)
+    chosen: list[int] = every[p.argsort(descending=True, stable=True)[:count]].tolist()
+    return chosen
+
+
+def _mean_p(followed: Sequence[_Followed], tokens: Sequence[int]) -> Tensor:
+    """[dials, tokens], mean over prompts."""
+    return torch.stack([one.of(tokens) for one in followed]).mean(0)
+
+
+# -- the contrast ---------------------------------------------------------------------------------
+
+
+def method_of(steering: Steering) -> Method:
+    """The method that a steering was fitted with, with its hyperparameters."""
+    if steering.method not in METHODS:
+        raise TrimtabError(f"no method {steering.method!r}: known are {', '.join(METHODS)}")
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in steering.hyperparameters.items()
+    }
+    try:
+        return METHODS[steering.method](**given)
+    except TypeError as error:
+        raise TrimtabError(
+            f"this {steering.method} steering has hyperparameters that the method does not: {error}"
+        ) from error
+
+
+def resampled(
+    language_model: LanguageModel,
+    method: Method,
+    contrast: Contrast,
+    times: int = 5,
+    seed: int = 0,
+) -> list[Steering]:
+    """The method fitted again on contrasts whose train rows are drawn with replacement."""
+    if times < 2:
+        raise TrimtabError(f"error bars need 2 resamples or more, not {times}")
+    return [method.fit(language_model, contrast.resample(seed + number)) for number in range(times)]
+
+
+@torch.no_grad()
+def token_log_odds(
+    language_model: LanguageModel, contrast: Contrast, max_length: int = 100
+) -> Tensor:
+    """Of every token: its mean log-probability after the positive texts of a contrast minus that
+    after the negative ones, [vocabulary] in float64 nats (the measured counterpart of Def. 3.2 of
+    "Towards Understanding Steering Strength"). Texts count up to `max_length` tokens.
+    """
+    train = contrast.train
+    if train.paired:
+        prompts = [pair.prompt for pair in train.pairs]
+        sides = [
+            language_model.encode(prompts, [pair.positive for pair in train.pairs]),
+            language_model.encode(prompts, [pair.negative for pair in train.pairs]),
+        ]
+    else:
+        sides = [
+            language_model.encode([row.text for row in train.texts if row.label == label])
+            for label in ("positive", "negative")
+        ]
+    means = []
+    for side in sides:
+        texts, total = [text[:max_length] for text in side], torch.zeros(())
+        for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
+            chosen = [texts[i] for i in rows]
+            hidden = resume(language_model, chosen, [], 0)
+            last = torch.tensor([len(text) - 1 for text in chosen], device=hidden.device)
+            logits = language_model.unembed(hidden[torch.arange(len(chosen)), last])
+            total = total + logits.double().log_softmax(-1).sum(0).cpu()
+        means.append(total / len(texts))
+    return means[0] - means[1]
+
+
+def at_layers(steering: Steering, layers: int, count: int) -> list[Method]:
+    """The steering's method at `count` blocks from the first to the last, int(linspace(0, L - 1))
+    of the model's `layers`."""
+    method = method_of(steering)
+    if "layer" not in steering.hyperparameters:
+        raise TrimtabError(
+            f"{steering.method} has no layer: curves over layers need a method that has"
+        )
+    places = np.linspace(0, layers - 1, count).astype(int).tolist()
+    return [replace(method, layer=layer) for layer in dict.fromkeys(places)]  # type: ignore[type-var]

@@ -1,0 +1,413 @@
+"""What curves over a dial say: peaks, the sweet spot, how cost begins and where it ends, a fit of
+the concept's probability; as data and in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.special import expit
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.metrics.intervals import mean_interval
+from trimtab.strength.concept import ConceptCurve
+from trimtab.strength.costs import CostCurve
+from trimtab.strength.curves import Curve, TokenCurve
+from trimtab.strength.turning import idle_dial
+
+#: Cost is read as quadratic as far as it stays below this, in nats per token.
+_QUADRATIC = 0.5
+_FEWEST = 5
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far the next token's distribution may go in the sweet spot: KL in nats, and entropy as a
+    share of the unsteered one."""
+
+    max_kl: float = 1.0
+    min_entropy: float = 0.5
+    max_entropy: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise TrimtabError(f"the bound on KL must be above 0 nats, not {self.max_kl}")
+        if not 0 <= self.min_entropy < 1 <= self.max_entropy:
+            raise TrimtabError(
+                "entropy is bounded by a share of the unsteered one below 1 and one of 1 or more, "
+                f"not {self.min_entropy} and {self.max_entropy}"
+            )
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where a token is most probable: at `dial`, with certainty between `low` and `high`.
+
+    With runs on resampled contrasts these are the extremes of the runs' own peaks; otherwise the
+    dials at which the probability is within the curve's tolerance of the peak's. `kind` is bump
+    (the peak is inside the range), rises or falls (it is at the right or the left end), flat.
+    """
+
+    token: str
+    id: int
+    kind: Literal["bump", "rises", "falls", "flat"]
+    dial: float
+    low: float
+    high: float
+    delta_p: float
+
+
+@dataclass(frozen=True)
+class SweetSpot:
+    """The dials from `start` to `end` at which the tokens gain and nothing leaves its bounds.
+
+    It ends because of `why`: kl, entropy, peak (the tokens gain no more) or range.
+    """
+
+    start: float
+    end: float
+    gain: float
+    kl: float
+    entropy: float
+    why: Literal["kl", "entropy", "peak", "range"]
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """low + (high - low) / (1 + exp(-slope (dial - middle))), with 95 % intervals of middle and
+    slope, and the share of variance that it explains."""
+
+    low: float
+    high: float
+    middle: float
+    middle_ci95: tuple[float, float]
+    slope: float
+    slope_ci95: tuple[float, float]
+    r2: float
+
+    def at(self, dials: Tensor) -> Tensor:
+        """The fitted probability."""
+        return self.low + (self.high - self.low) * torch.sigmoid(
+            self.slope * (dials.double() - self.middle)
+        )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Cost near the dial that does nothing: slope * dial + curvature / 2 * dial^2, each with its
+    95 % bootstrap interval over blocks of text, read up to |dial| = `until`.
+
+    In theory the slope is zero for a perfectly trained model; real models may have one.
+    """
+
+    slope: float
+    slope_ci95: tuple[float, float]
+    curvature: float
+    curvature_ci95: tuple[float, float]
+    until: float
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Cost at one end of the dial beside what Proposition 4.1 foretells for infinity."""
+
+    dial: float
+    measured: float
+    foretold: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the curves of one steering say."""
+
+    label: str
+    unit: str
+    peaks: tuple[Peak, ...] = ()
+    sweet_spot: SweetSpot | None = None
+    bounds: Bounds | None = None
+    concept: Sigmoid | None = None
+    cost: Beginning | None = None
+    plateaus: tuple[Plateau, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """For `trimtab strength curve --json`."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """In words."""
+        unit, said = self.unit, []
+        if self.bounds is not None:
+            said.append(self._sweet_spot_line())
+        words = {
+            "bump": "peaks at",
+            "rises": "still rises at the end of the dial,",
+            "falls": "falls from the beginning of the dial,",
+        }
+        for peak in self.peaks:
+            if peak.kind == "flat":
+                said.append(f"{peak.token!r} stays as probable as it is")
+                continue
+            between = f" ({peak.low:.4g} to {peak.high:.4g})" if peak.kind == "bump" else ""
+            said.append(
+                f"{peak.token!r} {words[peak.kind]} {peak.dial:.4g}{unit}{between}, "
+                f"{peak.delta_p:+.3f} in probability"
+            )
+        if self.concept is not None:
+            fit = self.concept
+            said.append(
+                f"the concept goes from {fit.low:.0%} to {fit.high:.0%}, half of it at "
+                f"{fit.middle:.3g}{unit} [{fit.middle_ci95[0]:.3g}, {fit.middle_ci95[1]:.3g}] "
+                f"(sigmoid, R2 {fit.r2:.2f})"
+            )
+        if self.cost is not None:
+            cost = self.cost
+            said.append(
+                f"cost begins as {cost.slope:+.3g} dial {cost.curvature / 2:+.3g} dial^2 nats per "
+                f"token (curvature [{cost.curvature_ci95[0]:.3g}, {cost.curvature_ci95[1]:.3g}], "
+                f"read up to {cost.until:.3g}{unit})"
+            )
+        for plateau in self.plateaus:
+            said.append(
+                f"cost at {plateau.dial:g}{unit} is {plateau.measured:.2f} nats per token; without "
+                f"end it goes to {plateau.foretold:.2f} (Proposition 4.1)"
+            )
+        return [*said, *self.notes]
+
+    def _sweet_spot_line(self) -> str:
+        assert self.bounds is not None
+        allowed = (
+            f"KL up to {self.bounds.max_kl:g} nats, entropy {self.bounds.min_entropy:g} to "
+            f"{self.bounds.max_entropy:g} of the unsteered one"
+        )
+        spot = self.sweet_spot
+        if spot is None:
+            return f"no sweet spot: the tokens gain nowhere within the bounds ({allowed})"
+        reasons = {
+            "kl": "KL leaves its bound there",
+            "entropy": "entropy leaves its bounds there",
+            "peak": "the tokens gain no more beyond",
+            "range": "the curve ends there",
+        }
+        return (
+            f"sweet spot: {spot.start:.4g} to {spot.end:.4g}{self.unit} ({reasons[spot.why]}); at "
+            f"its end the tokens have {spot.gain:+.3f}, KL {spot.kl:.3f}, entropy "
+            f"{spot.entropy:.2f} nats ({allowed})"
+        )
+
+
+def read(
+    curve: Curve | None = None,
+    cost: CostCurve | None = None,
+    concept: ConceptCurve | None = None,
+    bounds: Bounds | None = None,
+) -> Reading:
+    """Read the curves of one steering; those that there are."""
+    given = [one for one in (curve, cost, concept) if one is not None]
+    if not given:
+        raise TrimtabError("there is no curve to read")
+    steering = given[0].steering
+    notes = []
+    fit = None
+    if concept is not None:
+        try:
+            fit = fit_sigmoid(concept)
+        except TrimtabError as error:
+            notes.append(str(error))
+    beginning = None
+    if cost is not None:
+        try:
+            beginning = read_beginning(cost)
+        except TrimtabError as error:
+            notes.append(str(error))
+        if cost.plateaus is None:
+            notes.append(f"no foretold plateau: {cost.why}")
+    bounds = bounds or Bounds()
+    return Reading(
+        f"{steering.method}, {steering.dial.name}",
+        steering.dial.unit,
+        () if curve is None else tuple(find_peak(curve, token) for token in curve.tokens),
+        None if curve is None else find_sweet_spot(curve, bounds),
+        None if curve is None else bounds,
+        fit,
+        beginning,
+        () if cost is None else _plateaus(cost),
+        tuple(notes),
+    )
+
+
+def find_peak(curve: Curve, token: TokenCurve) -> Peak:
+    """Where a token of the curve is most probable."""
+    dials, p, tolerance = curve.dials, token.delta_p, max(curve.tolerance, 1e-9)
+    top = int(p.argmax())
+    value = float(p[top])
+    if float(p.max() - p.min()) <= tolerance:
+        return Peak(token.token, token.id, "flat", float(dials[top]), *_ends(dials), value)
+    kind: Literal["bump", "rises", "falls"] = "bump"
+    if value - float(p[-1]) <= tolerance:
+        kind = "rises"
+    elif value - float(p[0]) <= tolerance:
+        kind = "falls"
+    dial = float(dials[{"rises": -1, "falls": 0}.get(kind, top)])
+    if kind == "bump":
+        dial = _summit(dials, p, top)
+    if token.runs is not None:
+        own = [_summit(dials, run, int(run.argmax())) for run in token.runs]
+        return Peak(token.token, token.id, kind, dial, min(own), max(own), value)
+    near = p >= value - tolerance
+    low, high = top, top
+    while low > 0 and near[low - 1]:
+        low -= 1
+    while high < len(p) - 1 and near[high + 1]:
+        high += 1
+    return Peak(token.token, token.id, kind, dial, float(dials[low]), float(dials[high]), value)
+
+
+def _ends(dials: Tensor) -> tuple[float, float]:
+    return float(dials[0]), float(dials[-1])
+
+
+def _summit(dials: Tensor, p: Tensor, top: int) -> float:
+    """The top of the parabola through the largest value and its neighbours."""
+    if not 0 < top < len(p) - 1:
+        return float(dials[top])
+    x, y = dials[top - 1 : top + 2].tolist(), p[top - 1 : top + 2].tolist()
+    a, b, _ = np.polyfit(np.array(x) - x[1], y, 2)
+    place = x[1] - b / (2 * a) if a < 0 else x[1]
+    return float(min(max(place, x[0]), x[2]))
+
+
+def find_sweet_spot(curve: Curve, bounds: Bounds) -> SweetSpot | None:
+    """From the dial that does nothing outwards while KL and entropy stay within their bounds, to
+    where the tokens' probability is highest; of the two sides the one that gains more. None where
+    they gain nothing that the curve's tolerance does not explain."""
+    idle = idle_dial(curve.steering)
+    dials = curve.dials.tolist()
+    if idle is None or idle not in dials:
+        return None
+    middle = dials.index(idle)
+    allowed_kl = curve.kl <= bounds.max_kl
+    share = curve.entropy / curve.base_entropy
+    allowed_entropy = (share >= bounds.min_entropy) & (share <= bounds.max_entropy)
+    spots = []
+    for step in (1, -1):
+        last = middle
+        while 0 <= last + step < len(dials) and bool(
+            allowed_kl[last + step] & allowed_entropy[last + step]
+        ):
+            last += step
+        inside = range(middle, last + step, step)
+        best = max(inside, key=lambda i: float(curve.target[i]))
+        gain = float(curve.target[best] - curve.target[middle])
+        if gain <= max(curve.tolerance, 1e-9):
+            continue
+        first = next(
+            i
+            for i in range(best, middle - step, -step)
+            if i == middle or curve.target[i - step] <= curve.target[middle]
+        )
+        why: Literal["kl", "entropy", "peak", "range"] = "peak"
+        if best == last:
+            beyond = last + step
+            if not 0 <= beyond < len(dials):
+                why = "range"
+            else:
+                why = "entropy" if allowed_kl[beyond] else "kl"
+        start, end = sorted((dials[first], dials[best]))
+        spots.append(
+            SweetSpot(start, end, gain, float(curve.kl[best]), float(curve.entropy[best]), why)
+        )
+    return max(spots, key=lambda spot: spot.gain, default=None)
+
+
+def fit_sigmoid(concept: ConceptCurve) -> Sigmoid:
+    """A sigmoid through the concept's probability, each point weighted by its standard error."""
+    x, y = concept.dials.double().numpy(), concept.probability.double().numpy()
+    n = concept.n.double().numpy()
+    if len(x) < _FEWEST:
+        raise TrimtabError(f"no sigmoid: a fit of the concept needs {_FEWEST} dials or more")
+    if np.ptp(y) == 0:
+        raise TrimtabError("no sigmoid: the concept is as probable at every dial")
+    smoothed = (y * n + 1) / (n + 2)  # so that a share of 0 or 1 has an error too
+    error = np.sqrt(smoothed * (1 - smoothed) / n)
+    rising = 1.0 if np.corrcoef(x, y)[0, 1] >= 0 else -1.0
+    start = [y.min(), y.max(), x[np.abs(y - (y.min() + y.max()) / 2).argmin()]]
+    start.append(rising * 4 / np.ptp(x))
+
+    def shape(dial: Any, low: float, high: float, middle: float, slope: float) -> Any:
+        return low + (high - low) * expit(slope * (dial - middle))
+
+    try:
+        found, covariance = curve_fit(
+            shape,
+            x,
+            y,
+            p0=[min(max(v, b), t) for v, b, t in zip(start[:2], (0, 0), (1, 1), strict=True)]
+            + start[2:],
+            sigma=error,
+            absolute_sigma=True,
+            bounds=([0, 0, x.min(), -np.inf], [1, 1, x.max(), np.inf]),
+        )
+    except (RuntimeError, ValueError, OptimizeWarning) as failure:
+        raise TrimtabError(f"no sigmoid: the fit of the concept failed ({failure})") from failure
+    low, high, middle, slope = (float(value) for value in found)
+    half = 1.96 * np.sqrt(np.diag(covariance))
+    explained = 1 - ((y - shape(x, *found)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    return Sigmoid(
+        low,
+        high,
+        middle,
+        (middle - float(half[2]), middle + float(half[2])),
+        slope,
+        (slope - float(half[3]), slope + float(half[3])),
+        float(explained),
+    )
+
+
+def read_beginning(cost: CostCurve) -> Beginning:
+    """Slope and curvature of the cost at the dial that does nothing, by least squares through it.
+
+    Both are linear in the cost, so each block of text has its own and the interval is a bootstrap
+    over blocks.
+    """
+    idle = idle_dial(cost.steering)
+    if idle is None:
+        raise TrimtabError("no curvature: this steering does nothing at no dial")
+    x = cost.dials - idle
+    order = x.abs().argsort()
+    near = [int(i) for i in order if cost.delta[i].abs() <= _QUADRATIC and x[i] != 0]
+    if len(near) < _FEWEST or not (x[near].min() < 0 < x[near].max()):
+        raise TrimtabError(
+            f"no curvature: {_FEWEST} dials or more on both sides of {idle:g} are needed where "
+            f"cost is below {_QUADRATIC:g} nats"
+        )
+    chosen = sorted(near)
+    columns = torch.stack((x[chosen], x[chosen].square() / 2), 1)
+    per_block = torch.linalg.lstsq(columns, cost.per_block[chosen]).solution  # [2, blocks]
+    slope, curvature = (mean_interval(row) for row in per_block)
+    return Beginning(
+        slope.value,
+        (slope.low, slope.high),
+        curvature.value,
+        (curvature.low, curvature.high),
+        float(x[chosen].abs().max()),
+    )
+
+
+def _plateaus(cost: CostCurve) -> tuple[Plateau, ...]:
+    if cost.plateaus is None:
+        return ()
+    ends: Sequence[tuple[int, float]] = ((0, cost.plateaus[0]), (-1, cost.plateaus[1]))
+    found = []
+    for place, foretold in ends:
+        dial = float(cost.dials[place])
+        if dial * (1 if place else -1) > 0:  # a dial that goes one way only has one end
+            found.append(Plateau(dial, float(cost.delta[place]), foretold))
+    return tuple(found)
