@@ -1,5 +1,6 @@
 """trimtab steers open-weight language models at inference time."""
 
+from trimtab import strength
 from trimtab.bake import bake
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -36,5 +37,6 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "strength",
     "wrap",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from trimtab.anatomy import parse_site
@@ -51,6 +52,7 @@ def describe(steering: Steering) -> dict[str, Any]:
         "model": dict(vars(steering.model)),
         "contrast": steering.contrast,
         "findings": steering.findings,
+        "calibration": None if steering.calibration is None else asdict(steering.calibration),
         "versions": steering.versions,
         "date": steering.date,
     }
@@ -123,6 +125,12 @@ def explain(steering: Steering) -> list[str]:
         f"Made for {model} from {contrast.get('rows', '?')} rows of "
         f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
     ]
+    if steering.calibration is not None:
+        budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
+        lines.append(
+            f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
+            "FILE@kl=NATS turns the dial to one of them, or to one between."
+        )
     return lines
 
 

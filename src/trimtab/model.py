@@ -310,7 +310,7 @@ class LanguageModel:
         if min_new_tokens:
             options["min_new_tokens"] = min_new_tokens
         if kl is not None:
-            from trimtab.strength.budget import dials_for  # strength is built on models
+            from trimtab.strength.budgets import dials_for  # strength is built on models
 
             one = self._alone([steering])
             wanted = self.prompts(prompts, chat)

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models
+from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models, strength
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ app.command()(generate.generate)
 app.command()(inspect.inspect)
 app.command()(bake.bake)
 app.command("evaluate")(evaluate.evaluate_command)
+app.add_typer(strength.app, name="strength")
 
 
 def main(arguments: list[str] | None = None) -> None:

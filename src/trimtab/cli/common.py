@@ -1,11 +1,11 @@
-"""What commands share: options, reading steerings from `FILE@DIAL`, printing."""
+"""What commands share: options, reading steerings and prompts, printing."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,3 +64,48 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:
+    """Prompts from the command line, from standard input, from a file."""
+    texts: list[Any] = []
+    for text in given:
+        if text == "-":
+            texts += [line for _, line in _lines(sys.stdin, "standard input")]
+        elif text.strip():
+            texts.append(text)
+        else:
+            raise TrimtabError(f"prompt {len(texts) + 1} is empty")
+    if file is not None:
+        try:
+            with file.open(encoding="utf-8-sig") as opened:
+                lines = _lines(opened, str(file))
+        except OSError as error:
+            raise TrimtabError(f"cannot read prompts from {file}: {error.strerror}") from error
+        texts += [_prompt(line, file, number) for number, line in lines]
+    if not texts:
+        raise TrimtabError("there is no prompt: give one on the command line, or --prompts FILE")
+    for number, text in enumerate(texts, 1):
+        try:
+            json.dumps(text, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # bytes of the command line, or escapes in JSON
+            raise TrimtabError(f"prompt {number} is not UTF-8 text") from error
+    return texts
+
+
+def _lines(stream: Iterable[str], name: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers."""
+    # Iterating, not str.splitlines(): a prompt may hold U+2028 and the like.
+    try:
+        return [(i, line.rstrip("\n")) for i, line in enumerate(stream, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
+
+
+def _prompt(line: str, file: Path, number: int) -> Any:
+    if file.suffix != ".jsonl":
+        return line
+    try:
+        return json.loads(line)["prompt"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +17,7 @@ from trimtab.cli.common import (
     console,
     open_model,
     print_json,
+    read_prompts,
     read_steerings,
 )
 from trimtab.errors import TrimtabError
@@ -43,6 +41,10 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the unsteered text beside the steered one.")
     ] = False,
+    kl: Annotated[
+        float | None,
+        typer.Option(help="Turn the dial for each prompt, to so many nats at its next token."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely (0: all).")] = 0,
@@ -63,8 +65,10 @@ def generate(
     """
     if raw and chat:
         raise TrimtabError("choose one of --raw and --chat")
-    texts = _prompts(prompts or [], file)
+    texts = read_prompts(prompts or [], file)
     steerings = read_steerings(steer)
+    if kl is not None and len(steerings) != 1:
+        raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
     language_model = open_model(model, dtype, device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -76,8 +80,10 @@ def generate(
         "batch_size": batch_size,
         "force": force,
     }
-    rows = [steerings] * len(texts) if steerings else None
-    runs = [(steer or [], language_model.generate(texts, steering=rows, **options))]
+    rows: Any = [steerings] * len(texts) if steerings else None
+    if kl is not None:
+        rows = steerings[0]
+    runs = [(steer or [], language_model.generate(texts, steering=rows, kl=kl, **options))]
     if compare and steerings:
         runs.insert(0, ([], language_model.generate(texts, **options)))
     if as_json:
@@ -86,7 +92,8 @@ def generate(
                 "prompt": text,
                 "text": completion.text,
                 "tokens": list(completion.tokens),
-                "steering": labels,
+                # With --kl the dial is each prompt's own.
+                "steering": list(completion.steering) if kl is not None else labels,
             }
             for labels, run in runs
             for text, completion in zip(texts, run, strict=True)
@@ -97,52 +104,8 @@ def generate(
         prompt = runs[0][1][i].prompt
         console.print(prompt if isinstance(prompt, str) else prompt[-1][1], style="bold")
         for labels, run in runs:
-            if compare:
-                console.print(", ".join(labels) or "unsteered", style="dim")
+            if compare or kl is not None:
+                said = run[i].steering if kl is not None else labels
+                console.print(", ".join(said) or "unsteered", style="dim")
             print(run[i].text)  # exactly as the model wrote it
         console.print()
-
-
-def _prompts(given: list[str], file: Path | None) -> list[Any]:
-    """Prompts from the command line, from standard input, from a file."""
-    texts: list[Any] = []
-    for text in given:
-        if text == "-":
-            texts += [line for _, line in _lines(sys.stdin, "standard input")]
-        elif text.strip():
-            texts.append(text)
-        else:
-            raise TrimtabError(f"prompt {len(texts) + 1} is empty")
-    if file is not None:
-        try:
-            with file.open(encoding="utf-8-sig") as opened:
-                lines = _lines(opened, str(file))
-        except OSError as error:
-            raise TrimtabError(f"cannot read prompts from {file}: {error.strerror}") from error
-        texts += [_prompt(line, file, number) for number, line in lines]
-    if not texts:
-        raise TrimtabError("there is no prompt: give one on the command line, or --prompts FILE")
-    for number, text in enumerate(texts, 1):
-        try:
-            json.dumps(text, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:  # bytes of the command line, or escapes in JSON
-            raise TrimtabError(f"prompt {number} is not UTF-8 text") from error
-    return texts
-
-
-def _lines(stream: Iterable[str], name: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers."""
-    # Iterating, not str.splitlines(): a prompt may hold U+2028 and the like.
-    try:
-        return [(i, line.rstrip("\n")) for i, line in enumerate(stream, 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise TrimtabError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
-
-
-def _prompt(line: str, file: Path, number: int) -> Any:
-    if file.suffix != ".jsonl":
-        return line
-    try:
-        return json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error

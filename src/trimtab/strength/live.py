@@ -11,7 +11,7 @@ from trimtab.attach import Choose
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
-from trimtab.strength.budget import dials_for
+from trimtab.strength.budgets import dials_for
 
 
 def chooser(

@@ -1,0 +1,229 @@
+"""Curves over a dial as pictures: PNG and SVG, labelled, safe for colour-blind readers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+from trimtab.plots import DOWN, NEUTRAL, UP
+from trimtab.steering import Steering, write_whole
+from trimtab.strength.concept import ConceptCurve
+from trimtab.strength.costs import CostCurve
+from trimtab.strength.curves import Curve
+from trimtab.strength.reading import Reading
+
+#: Okabe and Ito's palette without yellow, which is faint on white, and black.
+COLOURS = (UP, DOWN, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """All curves of one steering, and what they say; `name` tells it from others in a picture."""
+
+    name: str
+    reading: Reading
+    tokens: Curve | None = None
+    cost: CostCurve | None = None
+    concept: ConceptCurve | None = None
+    accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A task's metric at some dials with its 95 % interval, and unsteered."""
+
+    task: str
+    metric: str
+    dials: tuple[float, ...]
+    value: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    n: int
+    unsteered: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For `trimtab strength curve --json`."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "dials": list(self.dials),
+            "value": list(self.value),
+            "ci95": [list(pair) for pair in zip(self.low, self.high, strict=True)],
+            "n": self.n,
+            "unsteered": self.unsteered,
+        }
+
+
+def draw(steerings: Sequence[Curves]) -> Figure:
+    """One column for each steering, one row for each kind of curve that there is."""
+    rows = [
+        (kind, panel)
+        for kind, panel in _PANELS
+        if any(getattr(one, kind) is not None for one in steerings)
+    ]
+    with matplotlib.rc_context(STYLE):
+        size = (1.0 + 5.6 * len(steerings), 0.6 + 3.1 * len(rows))
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(len(rows), len(steerings), squeeze=False)
+        for column, curves in enumerate(steerings):
+            for row, (kind, panel) in enumerate(rows):
+                axes = panels[row, column]
+                if getattr(curves, kind) is None:
+                    axes.set_axis_off()
+                    continue
+                panel(axes, curves)
+                if row == 0:
+                    axes.set_title(curves.name, fontsize=10)
+                axes.set_xlabel(dial_label(getattr(curves, kind), curves))
+    return figure
+
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+}
+
+
+def save(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """The figure as NAME.png and NAME.svg."""
+    paths = []
+    for kind in ("png", "svg"):
+        drawn = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(drawn, format=kind, dpi=150)
+        paths.append(write_whole(directory / f"{name}.{kind}", drawn.getvalue(), overwrite=True))
+    return paths
+
+
+def dial_label(curve: Any, curves: Curves) -> str:
+    steering: Steering | None = getattr(curve, "steering", None)
+    if steering is None:
+        return curves.reading.label.rpartition(" ")[2]
+    unit = f" ({steering.dial.unit})" if steering.dial.unit else ""
+    return f"{steering.dial.name}{unit}"
+
+
+def token_name(token: str) -> str:
+    """A token as it can be read in a picture: quoted, and nothing that matplotlib would take for
+    mathematics."""
+    shown = token.encode("unicode_escape").decode() if not token.isprintable() else token
+    return f"'{shown}'".replace("$", r"\$")
+
+
+def _tokens(axes: Any, curves: Curves) -> None:
+    """Δp of each token, its error bars, its peak, and the sweet spot."""
+    curve = curves.tokens
+    assert curve is not None
+    dials = curve.dials
+    peaks = {peak.id: peak for peak in curves.reading.peaks}
+    for i, token in enumerate(curve.tokens):
+        colour = COLOURS[i % len(COLOURS)]
+        dash = _DASHES[i // len(COLOURS) % len(_DASHES)]
+        axes.plot(dials, token.delta_p, color=colour, linestyle=dash, label=token_name(token.token))
+        if token.runs is not None:
+            mean, sd = token.runs.mean(0), token.runs.std(0)
+            axes.fill_between(dials, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+        peak = peaks.get(token.id)
+        if peak is not None and peak.kind == "bump":
+            axes.plot(peak.dial, peak.delta_p, marker="v", color=colour, markersize=5)
+    _shade(axes, curves)
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylabel("change in next-token probability")
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(curve.tokens) > 4 else 1)
+
+
+def _kl(axes: Any, curves: Curves) -> None:
+    """KL and entropy, and the bounds of the sweet spot."""
+    curve, bounds = curves.tokens, curves.reading.bounds
+    assert curve is not None
+    axes.plot(curve.dials, curve.kl, color=DOWN, label="KL(unsteered || steered)")
+    axes.plot(curve.dials, curve.entropy, color=UP, linestyle=_DASHES[1], label="entropy, steered")
+    if bounds is not None:
+        axes.axhline(bounds.max_kl, color=DOWN, linewidth=0.7, linestyle=":")
+        for share in (bounds.min_entropy, bounds.max_entropy):
+            axes.axhline(share * curve.base_entropy, color=UP, linewidth=0.7, linestyle=":")
+    _shade(axes, curves)
+    axes.set_ylabel("nats (dotted: bounds)")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _cost(axes: Any, curves: Curves) -> None:
+    """ΔCE with its interval, the quadratic that it begins with, the foretold plateaus."""
+    cost, beginning = curves.cost, curves.reading.cost
+    assert cost is not None
+    axes.plot(cost.dials, cost.delta, color=UP, marker=".", markersize=4, label="measured")
+    axes.fill_between(cost.dials, cost.low, cost.high, color=UP, alpha=0.2, linewidth=0)
+    top = float(cost.high.max())
+    if beginning is not None:
+        x = torch.linspace(float(cost.dials[0]), float(cost.dials[-1]), 400)
+        y = beginning.slope * x + beginning.curvature / 2 * x.square()
+        inside = y <= 1.1 * top
+        y = torch.where(inside, y, torch.nan)
+        axes.plot(x, y, color=NEUTRAL, linestyle=_DASHES[1], label="quadratic at its beginning")
+    for plateau in curves.reading.plateaus:
+        side = (0.75, 1.0) if plateau.dial > 0 else (0.0, 0.25)
+        axes.axhline(plateau.foretold, *side, color=DOWN, linestyle=":", linewidth=1.4)
+    if curves.reading.plateaus:
+        axes.plot([], [], color=DOWN, linestyle=":", label="plateau of Proposition 4.1")
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.set_ylabel("change in cross-entropy, nats per token")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _concept(axes: Any, curves: Curves) -> None:
+    """Probability of the concept with its intervals, and the sigmoid."""
+    concept, fit = curves.concept, curves.reading.concept
+    assert concept is not None
+    error = torch.stack(
+        (concept.probability - concept.low, concept.high - concept.probability)
+    ).clamp(min=0)
+    axes.errorbar(
+        concept.dials, concept.probability, yerr=error, color=UP, fmt="o", markersize=4, capsize=2,
+        linewidth=1, label=f"{concept.judge}, n {int(concept.n[0])}",
+    )  # fmt: skip
+    if fit is not None:
+        x = torch.linspace(float(concept.dials[0]), float(concept.dials[-1]), 400)
+        axes.plot(x, fit.at(x), color=NEUTRAL, linestyle=_DASHES[1], label="sigmoid")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("share that shows the concept")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _accuracy(axes: Any, curves: Curves) -> None:
+    found = curves.accuracy
+    assert found is not None
+    value, low, high = (torch.tensor(x) for x in (found.value, found.low, found.high))
+    error = torch.stack((value - low, high - value)).clamp(min=0)
+    axes.errorbar(
+        found.dials, value, yerr=error, color=UP, fmt="o-", markersize=4, capsize=2, linewidth=1,
+        label=f"n {found.n}",
+    )  # fmt: skip
+    axes.axhline(found.unsteered, color=NEUTRAL, linestyle=_DASHES[1], label="unsteered")
+    axes.set_ylabel(f"{found.task}: {found.metric}")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _shade(axes: Any, curves: Curves) -> None:
+    spot = curves.reading.sweet_spot
+    if spot is not None:
+        axes.axvspan(spot.start, spot.end, color="#009E73", alpha=0.12, linewidth=0)
+
+
+#: What is drawn of each kind of curve, from top to bottom.
+_PANELS = (
+    ("tokens", _tokens),
+    ("tokens", _kl),
+    ("cost", _cost),
+    ("concept", _concept),
+    ("accuracy", _accuracy),
+)
