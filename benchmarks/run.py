@@ -1,7 +1,7 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
     python benchmarks/run.py [extraction|onepass|means|generation|overhead|
-                              evaluation|all]
+                              evaluation|strength|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
@@ -16,6 +16,8 @@ overhead    the same to a thousandth, of every attached kind and of the peers' a
             (overhead.py, lockstep.py)
 evaluation  tasks against the authors' way, and a task of lm-eval against its own model
             (evaluation.py)
+strength    a curve of 1,025 dials against as many forward passes, budgets against forward passes
+            (strength.py)
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and
@@ -42,7 +44,7 @@ from typing import Any
 
 from clock import Report, machine, one_thread
 
-BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead", "evaluation")
+BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead", "evaluation", "strength")
 #: Those that read data sets.
 ON_DATA = ("extraction", "evaluation")
 
