@@ -26,7 +26,8 @@ import torch
 import trimtab as tt
 from helpers import add, language_model, refused_in_one_line, steer, steer_at
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.evaluation import Evaluation, evaluate, summarise
+from trimtab.evaluation import evaluate
+from trimtab.figures import Evaluation, summarise
 from trimtab.metrics.judges import PhraseJudge
 from trimtab.model import LanguageModel
 from trimtab.steering import Steerings

@@ -4,7 +4,8 @@ from trimtab import strength
 from trimtab.bake import bake
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Comparison, Evaluation, Result, evaluate
+from trimtab.evaluation import evaluate
+from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.fitting import fit
 from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from trimtab.model import Completion, LanguageModel, load, wrap

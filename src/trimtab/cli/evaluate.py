@@ -27,7 +27,8 @@ from trimtab.cli.common import (
 from trimtab.contrasts import last_message
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Comparison, Evaluation, Result, evaluate
+from trimtab.evaluation import evaluate
+from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.metrics.judges import (
     HARMBENCH_TEMPLATE,
     Chat,
