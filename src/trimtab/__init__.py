@@ -2,6 +2,7 @@
 
 from trimtab import strength
 from trimtab.bake import bake
+from trimtab.concepts import generate_contrast
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import evaluate
@@ -37,6 +38,7 @@ __all__ = [
     "bake",
     "evaluate",
     "fit",
+    "generate_contrast",
     "load",
     "strength",
     "wrap",

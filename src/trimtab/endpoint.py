@@ -219,7 +219,8 @@ class ChatEndpoint:
 
     `url` is the base URL, as in http://localhost:8000/v1; the key is read from the environment
     variable `key_variable`, and none is sent where that is empty. `prices` are per million tokens,
-    read and written. Answers are kept in `cache` (default: in trimtab's cache directory).
+    read and written. Answers are kept in `cache` (default: in trimtab's cache directory). `extra`
+    is sent with every question: what this service takes beyond the API, as {"top_k": 50}.
     """
 
     url: str
@@ -232,6 +233,7 @@ class ChatEndpoint:
     max_tokens: int = 16
     prices: tuple[float, float] | None = None
     cache: str | Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     usage: Usage = field(default_factory=Usage, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -250,10 +252,22 @@ class ChatEndpoint:
     def name(self) -> str:
         return f"{self.model} at {self.url}"
 
-    def ask(self, conversations: Sequence[Messages]) -> list[str]:
-        """The answer to each conversation, in order; several are under way at once."""
+    def ask(
+        self,
+        conversations: Sequence[Messages],
+        fields: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
+        """The answer to each conversation, in order; several are under way at once.
+
+        `fields`, one mapping per conversation, are sent with it or in place of the usual ones: to
+        sample a question several times, temperature and another seed each time.
+        """
         address = self._address()
-        questions = [self._question(messages) for messages in conversations]
+        own = [{}] * len(conversations) if fields is None else fields
+        questions = [
+            self._question(messages) | dict(more)
+            for messages, more in zip(conversations, own, strict=True)
+        ]
         files = [self._kept(address.url, asked) for asked in questions]
         distinct = dict(zip(files, questions, strict=True))
         answers = together(
@@ -274,6 +288,7 @@ class ChatEndpoint:
             "messages": [dict(message) for message in messages],
             "temperature": 0,
             "max_tokens": self.max_tokens,
+            **self.extra,
         }
 
     def _answer(self, address: Address, kept: Path, asked: dict[str, Any]) -> str:

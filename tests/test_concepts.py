@@ -1,0 +1,687 @@
+"""Contrasts by generation: what is asked, how it is sampled, that an interruption changes nothing.
+
+Sampling is compared with a loop of its own over a plain transformers model, fitting with sums over
+activations that a plain hook reads; the service is one on this machine that answers by the seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab as tt
+from helpers import language_model, read_sites, refused_in_one_line
+from services import Reply, Request, serving
+from tiny import tiny_model, tiny_tokenizer
+from trimtab import concepts
+from trimtab.concepts import CONCEPTS, batch_seed, generate_contrast, request
+from trimtab.endpoint import ChatEndpoint
+from trimtab.errors import TrimtabWarning
+
+SHORT: dict[str, Any] = {"count": 5, "max_new_tokens": 6, "batch_size": 2}
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of its own, and no proxy between a test and its service."""
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def roomy(name: str, seed: int = 0) -> tt.LanguageModel:
+    """A tiny model that takes the whole request, and that would end its texts often."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.model_max_length = 2048
+    model = tiny_model(name, seed, max_position_embeddings=2048)
+    return tt.wrap(model, tokenizer, f"{name}-{seed}")
+
+
+@pytest.fixture(scope="module")
+def lm() -> tt.LanguageModel:
+    return roomy("llama")
+
+
+@pytest.fixture(scope="module")
+def other() -> tt.LanguageModel:
+    return roomy("qwen2", seed=1)
+
+
+def texts_of(contrast: tt.Contrast, label: str) -> list[Any]:
+    return [row.text for row in contrast.texts if row.label == label]
+
+
+def sampled_by_hand(
+    lm: tt.LanguageModel,
+    ids: Sequence[int],
+    rows: int,
+    seed: int,
+    new: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> list[str]:
+    """The sampling that the paper describes: one forward pass a token, no cache, no end of text."""
+    torch.manual_seed(seed)
+    sequence = torch.tensor([list(ids)] * rows)
+    for _ in range(new):
+        with torch.no_grad():
+            logits = lm.model(sequence, use_cache=False).logits[:, -1].float()
+        logits[:, lm.model.generation_config.eos_token_id] = -torch.inf
+        logits = logits / temperature
+        logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
+        ordered, places = logits.softmax(-1).sort(descending=True)
+        # A token stays while those before it have less than top_p together.
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        logits[beyond.scatter(1, places, beyond)] = -torch.inf
+        sequence = torch.cat([sequence, torch.multinomial(logits.softmax(-1), 1)], 1)
+    decoded = lm.tokenizer.batch_decode(sequence[:, len(ids) :], skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+# -- what is asked -------------------------------------------------------------------------------
+
+
+def test_the_paper_has_eight_concepts() -> None:
+    named = "apathetic depression evil humorous impolite joy lying optimistic"
+    assert " ".join(CONCEPTS) == named
+
+
+def test_the_request_is_the_papers() -> None:
+    (system, about), (user, text) = request(" modest \n pride ")
+    assert (system, about, user) == ("system", "You are an assistant.", "user")
+    # Characters and the two ends, from the appendix; `{` would show a field that was not filled.
+    assert text.startswith("Describe the concept: modest pride. Begin with a one-sentence def")
+    assert "what you say or do — for example, if the concept is *lying*, give clearly" in text
+    assert "(e.g., claiming impossible facts or events). Do not use third-person ref" in text
+    assert text.endswith("as simple first-person sentences that fully embody the concept.")
+    assert len(text) == len("modest pride") + 562
+    assert "{" not in text
+    assert "  " not in text
+
+
+def test_braces_in_a_concept_stay() -> None:
+    assert "the concept: a {b} c." in request("a {b} c")[1][1]
+
+
+# -- how it is sampled ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_empty_negatives_are_sampled_from_one_bos(name: str) -> None:
+    model = roomy(name)
+    # So many tokens end a text that without care each would.
+    model.model.generation_config.eos_token_id = [model.tokenizer.eos_token_id, *range(50, 300)]
+    options = {"temperature": 0.8, "top_k": 12, "top_p": 0.7}
+    contrast = generate_contrast(
+        model, "joy", count=5, max_new_tokens=8, batch_size=3, seed=4, **options
+    )
+    bos = [model.tokenizer.bos_token_id]
+    expected = []
+    for number, rows in enumerate((3, 2)):
+        seed = batch_seed(4, "negative", number)
+        expected += sampled_by_hand(model, bos, rows, seed, 8, **options)
+    assert texts_of(contrast, "negative") == expected
+
+
+@pytest.mark.parametrize("negatives", ["empty", "contrastive"])
+def test_the_writer_is_asked_through_its_template(
+    negatives: Any, lm: tt.LanguageModel, other: tt.LanguageModel
+) -> None:
+    contrast = generate_contrast(
+        lm, "joy", negatives=negatives, count=3, max_new_tokens=6, writer=other
+    )
+    protocol = (6, 0.9, 50, 0.95)  # the defaults
+    for label, concept in (("positive", "joy"), ("negative", "the opposite of joy")):
+        messages = [{"role": role, "content": text} for role, text in request(concept)]
+        ids = other.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        writer = other
+        if label == "negative" and negatives == "empty":
+            writer, ids = lm, [lm.tokenizer.bos_token_id]
+        expected = sampled_by_hand(writer, ids, 3, batch_seed(0, label, 0), *protocol)
+        assert texts_of(contrast, label) == expected
+    assert contrast.name == "generated:joy"
+
+
+def test_without_a_writer_the_model_writes_itself(
+    lm: tt.LanguageModel, other: tt.LanguageModel
+) -> None:
+    own = generate_contrast(lm, "joy", **SHORT)
+    assert own == generate_contrast(lm, "joy", writer=lm, **SHORT)
+    by_other = generate_contrast(lm, "joy", writer=other, **SHORT)
+    assert texts_of(own, "negative") == texts_of(by_other, "negative")
+    assert not set(texts_of(own, "positive")) & set(texts_of(by_other, "positive"))
+
+
+def test_the_global_random_state_is_left_alone(lm: tt.LanguageModel) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first = generate_contrast(lm, "joy", **SHORT)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert generate_contrast(lm, "joy", **SHORT) == first
+
+
+def test_each_batch_and_each_seed_has_texts_of_its_own(lm: tt.LanguageModel) -> None:
+    drawn = [
+        texts_of(generate_contrast(lm, "joy", seed=seed, **SHORT), "negative") for seed in (0, 1)
+    ]
+    assert len({text for texts in drawn for text in texts}) == 10
+    seeds = {
+        batch_seed(s, label, n)
+        for s in range(4)
+        for label in ("positive", "negative")
+        for n in range(50)
+    }
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+class _Recorded(Exception):  # noqa: N818, it is a signal and no error
+    pass
+
+
+def test_the_defaults_are_the_papers(lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def generate(**options: Any) -> None:
+        seen.update(options)
+        raise _Recorded
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    with pytest.raises(_Recorded):
+        generate_contrast(lm, "joy")
+    assert seen["do_sample"] is True
+    wanted = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
+    wanted |= {"max_new_tokens": 300, "min_new_tokens": 300}
+    assert {name: seen[name] for name in wanted} == wanted
+    assert len(seen["input_ids"]) == 16
+
+
+# -- models without this or that -----------------------------------------------------------------
+
+
+def without(lm: tt.LanguageModel, **changed: Any) -> tt.LanguageModel:
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    for name, value in changed.items():
+        setattr(tokenizer, name, value)
+    return tt.wrap(lm.model, tokenizer, "bare")
+
+
+def test_a_model_without_a_template_needs_a_writer(lm: tt.LanguageModel) -> None:
+    bare = without(lm, chat_template=None)
+    refused_in_one_line(lambda: generate_contrast(bare, "joy", **SHORT), "bare has no chat templ")
+    refused_in_one_line(
+        lambda: generate_contrast(lm, "joy", writer=bare, **SHORT), "bare has no chat templ"
+    )
+    contrast = generate_contrast(bare, "joy", writer=lm, **SHORT)
+    assert contrast == generate_contrast(lm, "joy", **SHORT)
+
+
+def test_a_template_without_a_system_message_is_named(lm: tt.LanguageModel) -> None:
+    picky = without(lm, chat_template="{{ raise_exception('System role\nnot supported') }}")
+    refused_in_one_line(
+        lambda: generate_contrast(picky, "joy", **SHORT),
+        r"template of bare refuses .*\(System role not supported\): give another writer",
+    )
+
+
+def test_a_tokenizer_without_bos_begins_as_the_model_does(
+    lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Qwen has it: the model's configuration names a token, the tokenizer does not.
+    plain = without(lm, chat_template=None, bos_token=None)
+    plain.tokenizer._tokenizer.post_processor = None
+    contrast = generate_contrast(plain, "joy", writer=lm, **SHORT)
+    assert contrast == generate_contrast(lm, "joy", **SHORT)
+    monkeypatch.setattr(lm.model.config, "bos_token_id", None)
+    from_eos = generate_contrast(plain, "joy", writer=lm, **SHORT)
+    expected = sampled_by_hand(
+        lm, [lm.tokenizer.eos_token_id], 2, batch_seed(0, "negative", 0), 6, 0.9, 50, 0.95
+    )
+    assert texts_of(from_eos, "negative")[:2] == expected
+    plain.tokenizer.eos_token = None
+    refused_in_one_line(
+        lambda: generate_contrast(plain, "joy", writer=lm, **SHORT), "no token with which a text"
+    )
+
+
+def test_a_model_with_little_room_says_so() -> None:
+    small = language_model("llama")  # 256 tokens; the request alone has more
+    refused_in_one_line(lambda: generate_contrast(small, "joy", **SHORT), "exceed the 256 tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"negatives": "random"}, "negatives 'random' is none of empty, contrastive"),
+        ({"concept": " \n"}, "the concept is empty"),
+        ({"count": 0}, "count must be 1 or more"),
+        ({"max_new_tokens": 0}, "must be 1 or more"),
+        ({"batch_size": 0}, "must be 1 or more"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"top_p": 0.0}, "top_p above 0"),
+        ({"writer": "gemma"}, "a writer is a LanguageModel or a ChatEndpoint, not 'gemma'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    options: dict[str, Any], says: str, lm: tt.LanguageModel, tmp_path: Path
+) -> None:
+    asked = {"concept": "joy", "output": tmp_path / "joy.jsonl"} | SHORT | options
+    refused_in_one_line(lambda: generate_contrast(lm, asked.pop("concept"), **asked), says)
+    assert not list(tmp_path.glob("joy*"))
+
+
+# -- equal and empty texts -----------------------------------------------------------------------
+
+
+def written(monkeypatch: pytest.MonkeyPatch, *batches: list[str]) -> list[int]:
+    """What is written instead, batch by batch; the sizes that were asked for."""
+    sizes: list[int] = []
+
+    def write(side: Any, count: int, seed: int, sampling: Any) -> list[str]:
+        sizes.append(count)
+        texts = batches[min(len(sizes), len(batches)) - 1]
+        assert len(texts) == count or len(sizes) > len(batches)
+        return texts[:count]
+
+    monkeypatch.setattr(concepts, "_write", write)
+    return sizes
+
+
+def test_equal_and_empty_texts_are_sampled_again(
+    lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = written(
+        monkeypatch,
+        *(["a b", " a\n b ", ""], ["c", "  "], ["\ta  b"], ["d"]),
+        *(["e", "c", "f"], ["g"]),  # a text of the other side is not new either
+    )
+    contrast = generate_contrast(lm, "joy", count=3, batch_size=3)
+    assert texts_of(contrast, "positive") == ["a b", "c", "d"]
+    assert texts_of(contrast, "negative") == ["e", "f", "g"]
+    assert sizes == [3, 2, 1, 1, 3, 1]
+
+
+def test_too_few_new_texts_are_a_warning_with_their_number(
+    lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = written(
+        monkeypatch, ["a", "b"], ["a", "b"], ["b", "a"], ["", "a"], ["c", "d"], ["e", "f"]
+    )
+    with pytest.warns(
+        TrimtabWarning, match="only 2 of 4 positive texts by llama-0 are new"
+    ) as all_:
+        contrast = generate_contrast(lm, "joy", count=4, batch_size=2)
+    assert sizes == [2] * 6  # four in vain, two for the other side
+    assert [len(texts_of(contrast, label)) for label in ("positive", "negative")] == [2, 4]
+    assert all_[0].filename == __file__
+
+
+def test_sampling_again_has_an_end_though_some_are_new(
+    lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = ["x"] * 9
+    sizes = written(
+        monkeypatch,
+        ["x", *old],
+        *([f"{i}", *old][: 9 - i] for i in range(4)),
+        [f"other {i}" for i in range(10)],
+    )
+    with pytest.warns(TrimtabWarning, match="only 5 of 10 positive"):
+        generate_contrast(lm, "joy", count=10, batch_size=10)
+    # Forty samples are allowed; then it is the other side's turn.
+    assert sizes[:6] == [10, 9, 8, 7, 6, 10]
+
+
+def test_no_text_at_all_is_an_error(
+    lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written(monkeypatch, [" ", ""])
+    refused_in_one_line(
+        lambda: generate_contrast(lm, "joy", count=2, output=tmp_path / "joy.jsonl"),
+        "0 of 2 positive texts by llama-0 are new and not empty: raise temperature",
+    )
+    assert not (tmp_path / "joy.jsonl").exists()
+
+
+def test_texts_of_one_token_are_distinct(lm: tt.LanguageModel) -> None:
+    # Of 60 one-token texts many are equal.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrimtabWarning)
+        contrast = generate_contrast(lm, "joy", count=20, max_new_tokens=1, batch_size=20)
+    plain = [" ".join(str(row.text).split()) for row in contrast.texts]
+    assert len(set(plain)) == len(plain)
+    assert all(plain)
+
+
+# -- the file, whole and unfinished --------------------------------------------------------------
+
+
+def test_the_file_is_the_contrast(lm: tt.LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "joy.jsonl"
+    contrast = generate_contrast(lm, "joy", output=path, **SHORT)
+    assert contrast == tt.Contrast.from_jsonl(path)
+    assert contrast.digest == generate_contrast(lm, "joy", **SHORT).digest
+    assert [row.label for row in contrast.texts] == ["positive"] * 5 + ["negative"] * 5
+    assert list(tmp_path.iterdir()) == [path]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert all(row.keys() == {"text", "label"} for row in rows)
+
+
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, batches: int, lm: tt.LanguageModel, **options: Any
+) -> None:
+    """A call in which Ctrl-C comes after so many batches."""
+    write, left = concepts._write, [batches]
+
+    def until(*args: Any) -> list[str]:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(concepts, "_write", until)
+        generate_contrast(lm, "joy", **SHORT | options)
+
+
+def interrupt(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stops", [(0,), (1,), (4,), (2, 1, 0, 1)])
+def test_an_interruption_changes_nothing(
+    stops: tuple[int, ...],
+    lm: tt.LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "joy.jsonl"
+    generate_contrast(lm, "joy", output=whole, **SHORT)
+    for batches in stops:
+        interrupted(monkeypatch, batches, lm, output=path)
+        assert not path.exists()
+        assert path.with_name("joy.jsonl.part").exists() == (sum(stops) > 0)
+    written_now: list[str] = []
+    write = concepts._write
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            concepts,
+            "_write",
+            lambda side, *rest: written_now.append(side.label) or write(side, *rest),
+        )
+        generate_contrast(lm, "joy", output=path, **SHORT)
+    assert path.read_bytes() == whole.read_bytes()
+    # Three batches a side, and none of them twice.
+    assert len(written_now) == 6 - sum(stops)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["joy.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_line_that_was_cut_off_is_written_again(
+    cut: int, lm: tt.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "joy.jsonl"
+    generate_contrast(lm, "joy", output=whole, **SHORT)
+    interrupted(monkeypatch, 3, lm, output=path)
+    part = tmp_path / "joy.jsonl.part"
+    part.write_bytes(part.read_bytes()[:-cut])
+    interrupted(monkeypatch, 1, lm, output=path)  # goes on behind the cut
+    assert len(part.read_bytes().splitlines()) == 4
+    generate_contrast(lm, "joy", output=path, **SHORT)
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_half_a_character_at_the_end_is_cut_off_too(
+    lm: tt.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, part = tmp_path / "joy.jsonl", tmp_path / "joy.jsonl.part"
+    interrupted(monkeypatch, 1, lm, output=path)
+    part.write_bytes(part.read_bytes() + '{"texts": ["é'.encode()[:-1])
+    generate_contrast(lm, "joy", output=path, **SHORT)
+    assert texts_of(tt.Contrast.from_jsonl(path), "positive") == texts_of(
+        generate_contrast(lm, "joy", **SHORT), "positive"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"count": 6, "top_p": 0.9}, "count, top_p"),
+        ({"temperature": 1.0, "top_k": 3}, "temperature, top_k"),
+        ({"max_new_tokens": 7, "batch_size": 3}, "batch_size, max_new_tokens"),
+        ({"negatives": "contrastive"}, "negative prompt, negatives"),
+        ({"concept": "evil"}, "concept, positive prompt"),
+        ({"writer": "other"}, "positive writer"),
+        ({"lm": "other"}, "negative writer, positive writer"),
+    ],
+)
+def test_unfinished_work_of_other_settings_is_kept(
+    changed: dict[str, Any],
+    named: str,
+    lm: tt.LanguageModel,
+    other: tt.LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, part = tmp_path / "joy.jsonl", tmp_path / "joy.jsonl.part"
+    interrupted(monkeypatch, 2, lm, output=path)
+    before = part.read_bytes()
+    asked = {"lm": lm, "concept": "joy", "output": path} | SHORT | changed
+    asked |= {name: other for name in ("writer", "lm") if asked.get(name) == "other"}
+
+    def again(**more: Any) -> tt.Contrast:
+        options = asked | more
+        return generate_contrast(options.pop("lm"), options.pop("concept"), **options)
+
+    refused_in_one_line(again, f"part holds unfinished .* differ in {named}: choose another")
+    assert part.read_bytes() == before
+    contrast = again(overwrite=True)
+    assert contrast.digest == again(output=None).digest
+    assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda lines: [b"not ours\n"], "line 1 is not JSON"),
+        (lambda lines: [b"no line end"], "it has no settings"),
+        (lambda lines: [], "it has no settings"),
+        (lambda lines: [b"\xff\xfe\n"], "codec can't decode"),
+        (lambda lines: [lines[0], b"{\n", lines[2]], "line 2 is not JSON"),
+        (lambda lines: [lines[0], b"[]\n", lines[2]], "line 2 is not a JSON object"),
+        (lambda lines: [lines[0], lines[2]], "line 2 is not batch 0 of the positive texts"),
+        (lambda lines: [*lines[:2], lines[1]], "line 3 is not batch 1 of the positive texts"),
+        (lambda lines: [lines[0], lines[1][:-3] + b', ""]}\n'], "line 2 is not batch 0"),
+        (lambda lines: [lines[0], lines[1].replace(b'["', b'[0, "')], "line 2 is not batch 0"),
+        (lambda lines: [*lines, lines[2]], "line 8 is a batch too many"),
+    ],
+)
+def test_damaged_work_is_kept_and_named(
+    damage: Any,
+    says: str,
+    lm: tt.LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, part = tmp_path / "joy.jsonl", tmp_path / "joy.jsonl.part"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        # Interrupted when all six batches are there, before the file is.
+        patch.setattr(concepts._Work, "check_used", interrupt)
+        generate_contrast(lm, "joy", output=path, **SHORT)
+    part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
+    before = part.read_bytes()
+    refused_in_one_line(
+        lambda: generate_contrast(lm, "joy", output=path, **SHORT), f"part is damaged: .*{says}"
+    )
+    assert part.read_bytes() == before
+    assert not path.exists()
+
+
+def test_an_output_that_exists_is_not_replaced_unasked(
+    lm: tt.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "joy.jsonl"
+    path.write_text("mine")
+    refused_in_one_line(lambda: generate_contrast(lm, "joy", output=path, **SHORT), "jsonl exists")
+    interrupted(monkeypatch, 5, lm, output=path, overwrite=True)
+    assert path.read_text() == "mine"
+    contrast = generate_contrast(lm, "joy", output=path, overwrite=True, **SHORT)
+    assert contrast == tt.Contrast.from_jsonl(path)
+
+
+def test_an_output_that_cannot_be_is_refused_before_the_work(
+    lm: tt.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(concepts, "_write", lambda *args: pytest.fail("work was done"))
+    for output, says in ((tmp_path, "is a directory"), (tmp_path / "no" / "x", "no directory")):
+        refused_in_one_line(lambda o=output: generate_contrast(lm, "joy", output=o, **SHORT), says)
+
+
+# -- an endpoint ---------------------------------------------------------------------------------
+
+
+def by_seed(request: Request) -> Reply:
+    """A text that names the seed and the concept."""
+    asked = request.content
+    about = asked["messages"][-1]["content"].split(".")[0].removeprefix("Describe the concept: ")
+    answer = {"message": {"content": f" I am {about}, {asked['seed']}.\u2028\n"}}
+    return Reply({"choices": [answer], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+
+def writer_at(url: str, **options: Any) -> ChatEndpoint:
+    return ChatEndpoint(url + "/v1", "writer-1", pause=0.01, **options)
+
+
+def test_an_endpoint_is_asked_with_another_seed_each_time(lm: tt.LanguageModel) -> None:
+    with serving(by_seed) as service:
+        writer = writer_at(service.url, extra={"top_k": 50}, concurrency=1)
+        contrast = generate_contrast(
+            lm, "joy", negatives="contrastive", writer=writer, temperature=0.7, **SHORT
+        )
+    assert len(service.requests) == 10
+    for label, concept, sent in (
+        ("positive", "joy", service.requests[:5]),
+        ("negative", "the opposite of joy", service.requests[5:]),
+    ):
+        starts = [batch_seed(0, label, number) for number in range(3)]
+        seeds = [starts[0], starts[0] + 1, starts[1], starts[1] + 1, starts[2]]
+        assert texts_of(contrast, label) == [f"I am {concept}, {seed}." for seed in seeds]
+        for seed, request_ in zip(seeds, sent, strict=True):
+            assert request_.content == {
+                "model": "writer-1",
+                "messages": [{"role": r, "content": text} for r, text in request(concept)],
+                "temperature": 0.7,
+                "top_p": 0.95,
+                "top_k": 50,
+                "max_tokens": 6,
+                "seed": seed,
+            }
+
+
+def test_what_an_endpoint_wrote_is_not_asked_for_again(
+    lm: tt.LanguageModel, tmp_path: Path
+) -> None:
+    with serving(by_seed) as service:
+        writer = writer_at(service.url)
+        path = tmp_path / "joy.jsonl"
+        first = generate_contrast(lm, "joy", writer=writer, output=path, **SHORT)
+        assert len(service.requests) == 5
+        again = generate_contrast(lm, "joy", writer=writer, **SHORT)
+        assert (again.digest, len(service.requests)) == (first.digest, 5)
+        generate_contrast(lm, "joy", writer=writer_at(service.url, extra={"n": 1}), **SHORT)
+        assert len(service.requests) == 10
+    assert texts_of(first, "negative") == texts_of(
+        generate_contrast(lm, "joy", **SHORT), "negative"
+    )
+
+
+def test_an_endpoint_that_always_says_the_same_is_soon_given_up(lm: tt.LanguageModel) -> None:
+    reply = Reply({"choices": [{"message": {"content": "Joy."}}]})
+    with (
+        serving(lambda request: reply) as service,
+        pytest.warns(TrimtabWarning, match="only 1 of 200 positive texts by writer-1 at http"),
+    ):
+        contrast = generate_contrast(
+            lm, "joy", writer=writer_at(service.url), count=200, max_new_tokens=3, batch_size=2
+        )
+    assert texts_of(contrast, "positive") == ["Joy."]
+    assert len(service.requests) == 8
+
+
+def test_an_endpoint_that_fails_leaves_what_there_is(lm: tt.LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "joy.jsonl"
+    up = [True]
+    sent: list[int] = []
+
+    def sometimes(request: Request) -> Reply:
+        sent.append(request.content["seed"])
+        return by_seed(request) if len(sent) <= 4 or not up[0] else Reply(b"", 400)
+
+    with serving(sometimes) as service:
+        writer = writer_at(service.url, cache=tmp_path / "answers")
+        refused_in_one_line(
+            lambda: generate_contrast(lm, "joy", writer=writer, output=path, **SHORT), "status 400"
+        )
+        assert (tmp_path / "joy.jsonl.part").exists()
+        up[0] = False
+        contrast = generate_contrast(lm, "joy", writer=writer, output=path, **SHORT)
+    assert len(sent) == 6
+    assert len(texts_of(contrast, "positive")) == 5
+
+
+def test_fields_of_a_question_are_part_of_it() -> None:
+    conversation = [{"role": "user", "content": "Describe the concept: joy."}]
+    with serving(by_seed) as service:
+        writer = writer_at(service.url)
+        fields: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2, "temperature": 0.5}, {"seed": 1}]
+        answers = writer.ask([conversation] * 3, fields)
+        assert [answer.strip() for answer in answers] == [f"I am joy, {n}." for n in (1, 2, 1)]
+        writer.ask([conversation], [{"seed": 2, "temperature": 0.6}])
+    sent = {(r.content["seed"], r.content["temperature"]) for r in service.requests}
+    assert sent == {(1, 0), (2, 0.5), (2, 0.6)}
+    assert len(service.requests) == 3
+
+
+# -- what it is for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_steering_is_the_difference_of_the_mean_texts(name: str, tmp_path: Path) -> None:
+    model, path = roomy(name), tmp_path / "joy.jsonl"
+    generate_contrast(model, "joy", output=path, **SHORT)
+    steering = tt.CAA(layer=1, token="mean").fit(model, tt.Contrast.from_jsonl(path))
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    means = []
+    for label in ("positive", "negative"):
+        texts = [row["text"] for row in rows if row["label"] == label]
+        # Over all tokens of a text, BOS among them; then over the texts.
+        found = read_sites(model.model, "resid", texts, model.tokenizer)
+        means.append(torch.stack([activations[1].mean(0) for activations in found]).mean(0))
+    (intervention,) = steering.interventions
+    assert intervention.site == "layers.1.resid"
+    vector = intervention.operator.vector.double()  # type: ignore[union-attr]
+    assert torch.allclose(vector, means[0] - means[1], atol=1e-6, rtol=1e-4)
+    assert vector.norm() > 0.01
+
+
+def test_a_real_model_writes_what_it_is_asked_for(smollm2: Any) -> None:
+    contrast = generate_contrast(smollm2, "joy", count=3, max_new_tokens=16, batch_size=3)
+    positive = " ".join(texts_of(contrast, "positive")).lower()
+    negative = " ".join(texts_of(contrast, "negative")).lower()
+    assert positive.count("joy") > negative.count("joy")
+    for text in (*texts_of(contrast, "positive"), *texts_of(contrast, "negative")):
+        assert "<|im" not in text
