@@ -24,6 +24,17 @@ Steer = Annotated[
     list[str] | None,
     typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order."),
 ]
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="Prompts; - reads one per line from standard input.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="File of prompts: text lines, or JSONL with `prompt`."),
+]
+Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as they are.")]
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="Use the chat template (the default where there is one).")
+]
 Data = Annotated[
     str | None,
     typer.Option(help="Directory of data sets (default: the environment's TRIMTAB_DATA)."),
@@ -46,9 +57,23 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
+def as_chats(raw: bool, chat: bool) -> bool | None:
+    """What --raw and --chat say together; None is the model's own way."""
+    if raw and chat:
+        raise TrimtabError("choose one of --raw and --chat")
+    return True if chat else False if raw else None
+
+
 def read_steerings(arguments: Sequence[str] | None) -> list[Steering]:
     """Steerings from `FILE` or `FILE@DIAL`."""
     return [Steering.read(argument) for argument in arguments or ()]
+
+
+def one_steering(steerings: Sequence[Steering]) -> Steering:
+    """The one that a command is about."""
+    if len(steerings) != 1:
+        raise TrimtabError(f"name one steering with --steer, not {len(steerings)}")
+    return steerings[0]
 
 
 def open_model(model: str, dtype: str, device: str) -> LanguageModel:
@@ -64,6 +89,26 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def refuse_holding(directory: Path, file: str, overwrite: bool) -> None:
+    """Before hours of work: a directory that has this file already, or cannot be written."""
+    if (directory / file).exists() and not overwrite:
+        raise TrimtabError(
+            f"{directory} holds {file}: choose another directory, or pass --overwrite"
+        )
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise TrimtabError(f"cannot write to {directory}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise TrimtabError(f"cannot write to {directory}: no permission to write in {there}")
+
+
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from trimtab.cli.common import (
+    AsChat,
     Device,
     Dtype,
     Force,
     Json,
     Model,
+    PromptFile,
+    Prompts,
+    Raw,
     Steer,
+    as_chats,
     console,
     open_model,
     print_json,
@@ -25,19 +29,11 @@ from trimtab.errors import TrimtabError
 
 def generate(
     model: Model,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; - reads one per line from standard input.")
-    ] = None,
+    prompts: Prompts = None,
     steer: Steer = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="File of prompts: text lines, or JSONL with `prompt`."),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take prompts as they are.")] = False,
-    chat: Annotated[
-        bool,
-        typer.Option("--chat", help="Use the chat template (the default where there is one)."),
-    ] = False,
+    file: PromptFile = None,
+    raw: Raw = False,
+    chat: AsChat = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the unsteered text beside the steered one.")
     ] = False,
@@ -63,8 +59,7 @@ def generate(
     Example: `trimtab generate --model smollm2-135m-instruct --steer warm.safetensors@12 "Today I
     feel"`
     """
-    if raw and chat:
-        raise TrimtabError("choose one of --raw and --chat")
+    chats = as_chats(raw, chat)
     texts = read_prompts(prompts or [], file)
     steerings = read_steerings(steer)
     if kl is not None and len(steerings) != 1:
@@ -72,7 +67,7 @@ def generate(
     language_model = open_model(model, dtype, device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
-        "chat": True if chat else False if raw else None,
+        "chat": chats,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
