@@ -9,7 +9,8 @@ contrast's test pairs. The table tells how far each varies over methods, layers 
 factor by which one standard deviation of its logarithm stretches it.
 
 Over prompts the same is asked of one steering: with one dial for all prompts, and with the dial
-that the budget allows each prompt; what varies is again the KL along the following tokens.
+that the budget allows each prompt; what varies is the total variation of the next token's
+distribution, and again the KL along the following tokens.
 
     python examples/equal_budgets.py -o equal-budgets
 """
@@ -88,6 +89,12 @@ def kl_after(
     return torch.stack(found)
 
 
+def variation(lm: tt.LanguageModel, prompts: list[str], steering: Any) -> torch.Tensor:
+    """Total variation between the next token's distributions, [prompts] from 0 to 1."""
+    plain, steered = (lm.logits(prompts, steering=s).double().softmax(-1) for s in (None, steering))
+    return (plain - steered).abs().sum(-1) / 2
+
+
 def spread(values: list[float]) -> float:
     """exp(standard deviation of the logarithm): a factor, 1 where all are equal."""
     logs = torch.tensor([math.log(max(abs(value), 1e-6)) for value in values])
@@ -124,30 +131,39 @@ def study(
                 )
             )
             print(rows[-1], flush=True)
-    one = fitted[next(iter(fitted))]
-    own = tt.strength.budget(lm, one, held_out, kl, side="positive", chat=False)
-    dials = [one.at(row.dial) for row in own.per_prompt]
-    over = {
-        "one dial": spread(kl_after(lm, held_out, texts, one.at(own.dial)).tolist()),
-        "own dial": spread(kl_after(lm, held_out, texts, dials).tolist()),
-        "dials": spread([row.dial for row in own.per_prompt]),
+    return rows, over_prompts(lm, fitted[next(iter(fitted))], held_out, texts, kl)
+
+
+def over_prompts(
+    lm: tt.LanguageModel, steering: tt.Steering, prompts: list[str], texts: list[str], kl: float
+) -> dict[str, float]:
+    """How the effect of one steering varies, with one dial and with each prompt's own."""
+    own = tt.strength.budget(lm, steering, prompts, kl, side="positive", chat=False)
+    ways = {
+        "one dial": steering.at(own.dial),
+        "own dial": [steering.at(row.dial) for row in own.per_prompt],
     }
-    return rows, over
+    found = {"dials": spread([row.dial for row in own.per_prompt])}
+    for name, turned in ways.items():
+        found[f"next token, {name}"] = spread(variation(lm, prompts, turned).tolist())
+        found[f"following tokens, {name}"] = spread(kl_after(lm, prompts, texts, turned).tolist())
+    return found
 
 
 def table(rows: list[Measured], alpha: float, kl: float) -> str:
-    """How far each effect varies, by way."""
+    """How far each effect varies, by way; gains also without the steerings that gain nothing."""
     lines = [
         f"| effect | spread at alpha = {alpha:g} | spread at {kl:g} nats |",
         "|---|---|---|",
     ]
-    for key, label in EFFECTS.items():
-        by_way = {
-            way: [getattr(row, key) for row in rows if row.way == way]
-            for way in ("alpha", "budget")
-        }
+    useless = {(row.model, row.name) for row in rows if row.gain <= 0}
+    useful = [row for row in rows if (row.model, row.name) not in useless]
+    shown = [(key, label, rows) for key, label in EFFECTS.items()]
+    shown.append(("gain", f"the same, of the {len(useful) // 2} that gain at all", useful))
+    for key, label, some in shown:
         cells = []
-        for values in by_way.values():
+        for way in ("alpha", "budget"):
+            values = [getattr(row, key) for row in some if row.way == way]
             least, most = min(map(abs, values)), max(map(abs, values))
             cells.append(f"{spread(values):.2f} x ({least:.3g} to {most:.3g})")
         lines.append(f"| {label} | {cells[0]} | {cells[1]} |")
