@@ -221,3 +221,19 @@ def refused_in_one_line(action: Callable[[], Any], says: str) -> None:
     with pytest.raises(tt.TrimtabError, match=says) as caught:
         action()
     assert "\n" not in str(caught.value)
+
+
+def kl_at(
+    lm: tt.LanguageModel, steering: tt.Steering, prompt: Any, dial: float, **to: Any
+) -> float:
+    """KL(unsteered || steered) in nats of the token after a prompt, from two plain passes."""
+    turned = replace(steering, value=dial)  # at() would warn outside the range
+    p, q = (
+        lm.logits([prompt], steering=one, chat=to.get("chat", False))[0].double().log_softmax(-1)
+        for one in (None, turned)
+    )
+    return float((p.exp() * (p - q)).sum())
+
+
+def with_range(steering: tt.Steering, low: float = -1e4, high: float = 1e4) -> tt.Steering:
+    return replace(steering, dial=replace(steering.dial, range=(low, high)))

@@ -23,9 +23,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trimtab as tt
-from helpers import PROMPTS, by_hand, language_model, operator, relative, steer, token_ids
+from helpers import (
+    PROMPTS,
+    by_hand,
+    language_model,
+    operator,
+    refused_in_one_line,
+    relative,
+    steer,
+    token_ids,
+)
 from reference import reference
 from tiny import tiny_model, tiny_tokenizer
+from trimtab.calibration import Calibration
 from trimtab.contrasts import Pair
 from trimtab.metrics.likelihood import cross_entropy, log_odds
 from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
@@ -299,6 +309,125 @@ def test_at_warns_out_of_range() -> None:
         with pytest.warns(tt.TrimtabWarning, match=rf"alpha = {value} .* 0 to 100") as caught:
             assert _steering().at(value).setting == value
         assert caught[0].filename == __file__
+
+
+# -- calibration ------------------------------------------------------------------------------
+
+CALIBRATION = Calibration(
+    kl=(0.01, 0.1, 1.0),
+    prompts=20,
+    digest="cd" * 32,
+    positive=(2.0, 6.0, None),
+    positive_worst5=(1.0, 4.0, 9.0),
+    negative=(-3.0, -9.0, None),
+    negative_worst5=(-2.0, -5.0, -8.0),
+)
+
+
+def test_a_calibrated_dial_by_its_budget() -> None:
+    steering = _steering(calibration=CALIBRATION, dial=tt.Dial("alpha", 8.0, (-100.0, 100.0)))
+    at = steering.at
+    assert [at(kl=kl).setting for kl in (0.01, 0.1, 1.0)] == pytest.approx([1.0, 4.0, 9.0])
+    assert at(kl=0.1, median=True).setting == pytest.approx(6.0)
+    assert at(kl=0.1, side="negative").setting == pytest.approx(-5.0)
+    assert at(kl=0.1, side="negative", median=True).setting == pytest.approx(-9.0)
+    # Halfway in log KL is halfway in the log of the dial: sqrt(1 * 4) and sqrt(4 * 9).
+    assert at(kl=10**-1.5).setting == pytest.approx(2.0)
+    assert at(kl=10**-0.5).setting == pytest.approx(6.0)
+    assert at(kl=10**-1.5, side="negative").setting == pytest.approx(-(10**0.5))
+    # Below the smallest one KL goes with the square: a quarter of the nats is half the dial.
+    assert at(kl=0.0025).setting == pytest.approx(0.5)
+    assert at(kl=0.0025, side="negative", median=True).setting == pytest.approx(-1.5)
+    assert at(kl=0.1).calibration is CALIBRATION
+    assert steering.value is None
+    sizes = [at(kl=0.002 * 1.3**i).setting for i in range(23)]
+    assert sizes == sorted(sizes)
+
+
+def test_budgets_that_no_calibration_knows() -> None:
+    steering = _steering(calibration=CALIBRATION)
+    one_sided = _steering(
+        calibration=replace(CALIBRATION, negative=(), negative_worst5=(), positive=(None,) * 3)
+    )
+    other: Any = "both"
+    for action, says in (
+        (lambda: steering.at(kl=1.1), "calibrated up to 1 nats, not to 1.1"),
+        (lambda: steering.at(kl=0.2, median=True), "calibrated up to 0.1 nats"),
+        (lambda: one_sided.at(kl=0.1, side="negative"), "no dials of the negative side"),
+        (lambda: one_sided.at(kl=0.1, median=True), "no dials of the positive side"),
+        (lambda: steering.at(kl=0.1, side=other), "side is 'both'"),
+        (lambda: _steering().at(kl=0.1), "austeer steering is not calibrated.* 0.1 nats"),
+        (lambda: steering.at(3, kl=0.1), "a dial, or kl="),
+        (lambda: steering.at(), "a dial, or kl="),
+        *((lambda kl=kl: steering.at(kl=kl), "above 0 nats") for kl in (0.0, -1.0, _NAN, _INF)),
+    ):
+        refused_in_one_line(action, says)
+    assert one_sided.at(kl=0.1).setting == 4.0
+
+
+def test_a_calibration_comes_back(tmp_path: Path) -> None:
+    for calibration in (CALIBRATION, replace(CALIBRATION, negative=(), negative_worst5=()), None):
+        path = _steering(calibration=calibration).save(tmp_path / "c.safetensors", overwrite=True)
+        loaded = Steering.load(path)
+        assert loaded.calibration == calibration
+        again = loaded.save(tmp_path / "again.safetensors", overwrite=True)
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_files_from_before_calibrations_load(tmp_path: Path) -> None:
+    path = _steering().save(tmp_path / "new.safetensors")
+    document = _document(path)
+    assert document.pop("calibration") is None
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(path), old, {"trimtab": json.dumps(document)})
+    _equal(Steering.load(old), Steering.load(path))
+    assert Steering.load(old).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ({"kl": []}, "budgets must rise from above 0"),
+        ({"kl": [0.1, 0.01, 1.0]}, "budgets must rise"),
+        ({"kl": [0.0, 0.1, 1.0]}, "budgets must rise"),
+        ({"kl": [0.01, 0.1]}, "has 2 budgets, positive differs"),
+        ({"kl": "0.1"}, "calibration.kl"),
+        ({"positive": [1.0]}, "has 3 budgets, positive differs"),
+        ({"positive_worst5": [1.0, -4.0, 9.0]}, "positive_worst5 has a dial of the other side"),
+        ({"negative": [-1.0, 0.0, None]}, "negative has a dial of the other side"),
+        ({"negative": [-1.0, "a", None]}, "calibration.negative"),
+        ({"prompts": -1}, "calibration.prompts"),
+        ({"digest": None}, "calibration.digest"),
+        ({"more": 1}, "calibration.more"),
+    ],
+)
+def test_damaged_calibrations_are_refused(
+    tmp_path: Path, damage: dict[str, Any], says: str
+) -> None:
+    path = _steering(calibration=CALIBRATION).save(tmp_path / "good.safetensors")
+    document = _document(path)
+    document["calibration"] |= damage
+    bad = tmp_path / "bad.safetensors"
+    save_file(load_file(path), bad, {"trimtab": json.dumps(document)})
+    refused_in_one_line(lambda: Steering.load(bad), rf"bad\.safetensors.*{says}")
+
+
+def test_read_with_a_budget(tmp_path: Path) -> None:
+    path = _steering(calibration=CALIBRATION).save(tmp_path / "c.safetensors")
+    plain = _steering().save(tmp_path / "plain.safetensors")
+    assert Steering.read(f"{path}@kl=0.1").setting == pytest.approx(4.0)
+    assert Steering.read(f"{path}@0.1").setting == 0.1
+    for argument, says in (
+        (f"{path}@kl=much", "'much' is no number; write FILE@DIAL"),
+        (f"{path}@kl=", "'' is no number"),
+        (f"{path}@kl=7", "calibrated up to 1 nats"),
+        (f"{path}@kl=-1", "above 0 nats"),
+        (f"{path}@kl=nan", "above 0 nats"),
+        (f"{plain}@kl=0.1", "is not calibrated"),
+    ):
+        refused_in_one_line(lambda argument=argument: Steering.read(argument), says)
+    named = path.rename(tmp_path / "c@kl=0.1")  # a file of that very name
+    assert Steering.read(str(named)).value is None
 
 
 # -- several steerings ------------------------------------------------------------------------

@@ -227,8 +227,9 @@ def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> I
         yield sequences
 
 
-#: Says from the arguments of the transformer body at which dial each row of the batch is steered.
-Choose = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+#: Says at which dial each row of a batch is steered, from where the pass stands and from the
+#: positional and the named arguments of the transformer body.
+Choose = Callable[[Sequences, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 @contextmanager
@@ -240,6 +241,12 @@ def attached_by(
     steps = _turned_steps(steering, torch.zeros(2))
     with _on_model(model, anatomy, steps, choose) as sequences:
         yield sequences
+
+
+def finds_dials(anatomy: Anatomy) -> bool:
+    """Whether a block of `attached_by` is on the model, other than one that is looking now."""
+    watching = (getattr(hook, "finds", None) for hook in anatomy.body._forward_pre_hooks.values())
+    return any(sequences is not None and not sequences.paused for sequences in watching)
 
 
 def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
@@ -288,7 +295,7 @@ def _on_model(
         if begins and choose:
             sequences.paused = True
             try:
-                dials = choose(args, kwargs)
+                dials = choose(sequences, args, kwargs)
             finally:
                 sequences.paused = False
             for chain in steps.values():
@@ -298,6 +305,7 @@ def _on_model(
     if not steps:
         yield sequences
         return
+    observe.finds = sequences if choose else None  # type: ignore[attr-defined]
     watching = anatomy.body.register_forward_pre_hook(observe, with_kwargs=True)
     try:
         with _generate_observed(model, sequences), hooked(edits):

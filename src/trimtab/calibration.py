@@ -36,6 +36,8 @@ class Calibration:
         """
         if not (math.isfinite(kl) and kl > 0):
             raise TrimtabError(f"a budget must be above 0 nats, not {kl}")
+        if side not in ("positive", "negative"):
+            raise TrimtabError(f"side is {side!r}: known are positive, negative")
         dials = getattr(self, side if median else f"{side}_worst5")
         known = [(b, d) for b, d in zip(self.kl, dials, strict=False) if d is not None]
         if not known:

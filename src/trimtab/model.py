@@ -309,15 +309,15 @@ class LanguageModel:
             )
         if min_new_tokens:
             options["min_new_tokens"] = min_new_tokens
+        wanted = self.prompts(prompts, chat)
+        tokens = self.fitting(wanted, max_new_tokens)
         if kl is not None:
             from trimtab.strength.budgets import dials_for  # strength is built on models
 
             one = self._alone([steering])
-            wanted = self.prompts(prompts, chat)
-            dials = dials_for(self, one, self.fitting(wanted, max_new_tokens), kl, force)
+            dials = dials_for(self, one, tokens, kl, force)
             steering = [replace(one, value=dial) for dial in dials]
-        wanted = self.prompts(prompts, chat)
-        rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted, max_new_tokens)
+        rows = self._rows_for(wanted, steering)
         # Prompts of similar length share a batch, so that little is padded.
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}

@@ -115,9 +115,14 @@ def _instead(blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None
 
 @contextmanager
 def _watched(block: nn.Module) -> Iterator[list[Tensor]]:
-    """What a block puts out, each time that it runs."""
+    """What a block puts out, each time that it runs, before hooks that others have put there:
+    those change it when it is handed on."""
     seen: list[Tensor] = []
-    handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    def see(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    handle = block.register_forward_hook(see, prepend=True)
     try:
         yield seen
     finally:

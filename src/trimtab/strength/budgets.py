@@ -30,13 +30,18 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import Steering
-from trimtab.strength.turning import Turning, divergence, idle_dial, limits
+from trimtab.strength.turning import Turning, check_turns, divergence, idle_dial, limits
 
 Side = Literal["positive", "negative"]
 
 #: A dial is found when its KL is this close to the budget, as a share of it.
 TOLERANCE = 0.01
-_STEPS = 25
+#: Where else to look, as shares of the dial's end, before a budget counts as not used up within the
+#: range: a rotation often costs most between a quarter of a turn and its end.
+_ON_THE_WAY = (0.75, 0.5, 0.25)
+#: KL that passes the budget within this share of a dial jumps: nothing closer is there to find.
+_JUMP = 1e-5
+_STEPS = 40
 #: Prompts that are worked on at once, which bounds the memory for what is kept of them.
 _TOKENS_AT_ONCE, _TEXTS_AT_ONCE = 16384, 256
 #: `beyond_range` goes this many times further.
@@ -50,8 +55,9 @@ class PromptBudget:
     """The dial of one prompt, and the KL in nats that was measured there.
 
     `reached` is false where even the end of the range costs less than the budget: the dial is then
-    that end. `in_range` is false where the dial is outside the steering's sensible range, which
-    happens only on request.
+    that end. Where KL jumps past the budget (experts that are routed anew, the rounding of
+    bfloat16) `kl` is less too, and the dial the last one that keeps to it. `in_range` is false
+    where the dial is outside the steering's sensible range, which happens only on request.
     """
 
     prompt: Prompt
@@ -121,11 +127,12 @@ def budget(
     `side` is the positive or the negative dial, or both: the negative one is then `.other`, and
     a dial without a negative side has none. `chat` puts prompts through the chat template (default:
     where the model has one). `beyond_range` looks up to a hundred times further than the dial's
-    sensible range. Refused for steerings that do nothing at no dial (SAS, AAS).
+    sensible range. KL need not rise with the dial (a rotation's falls again): the dial is one at
+    which it equals the budget, as a rule the first. Refused for steerings that do nothing at no
+    dial (SAS, AAS).
     """
     _check_budgets([kl])
-    wanted = language_model.prompts(prompts, chat)
-    encoded = language_model.fitting(wanted)
+    wanted, encoded = _encoded(language_model, prompts, chat)
     found: dict[Side, Budget] = {}
     per_side = solve(language_model, steering, encoded, [kl], side, beyond_range, force)
     for one, solutions in per_side.items():
@@ -169,8 +176,7 @@ def calibrate(
     """
     budgets = sorted({float(one) for one in kl})
     _check_budgets(budgets)
-    wanted = language_model.prompts(prompts, chat)
-    encoded = language_model.fitting(wanted)
+    wanted, encoded = _encoded(language_model, prompts, chat)
     per_side = solve(language_model, steering, encoded, budgets, "both", False, force)
     columns: dict[str, tuple[float | None, ...]] = {}
     for side, solutions in per_side.items():
@@ -186,6 +192,15 @@ def calibrate(
     return replace(
         steering, calibration=Calibration(tuple(budgets), len(wanted), digest, **columns)
     )
+
+
+def _encoded(
+    language_model: LanguageModel, prompts: Sequence[Any], chat: bool | None
+) -> tuple[list[Prompt], list[list[int]]]:
+    wanted = language_model.prompts(prompts, chat)
+    if not wanted:
+        raise TrimtabError("there is no prompt to keep a budget on")
+    return wanted, language_model.fitting(wanted)
 
 
 def _check_budgets(budgets: Sequence[float]) -> None:
@@ -217,7 +232,7 @@ def _warn_unreached(solutions: Sequence[Solution], steering: Steering, kl: float
         count = sum(not solution.reached for solution in solutions)
         warnings.warn(
             f"{count} of {len(solutions)} prompts cost less than {kl:g} nats as far as the dial "
-            f"goes ({ends[-1]:g}{steering.dial.unit}): they are steered that far",
+            f"goes: their dial is its end, {ends[-1]:g}{steering.dial.unit}",
             TrimtabWarning,
             stacklevel=3,
         )
@@ -228,7 +243,8 @@ def _warn_unreached(solutions: Sequence[Solution], steering: Steering, kl: float
 
 @dataclass(frozen=True)
 class Solution:
-    """A dial, the KL there, and whether that is the budget (else the dial is a limit)."""
+    """A dial, the KL there, and whether going further would exceed the budget (else the dial is
+    the end of its range)."""
 
     dial: float
     kl: float
@@ -245,6 +261,7 @@ def solve(
     force: bool = False,
 ) -> dict[Side, list[list[Solution]]]:
     """For each side the solutions of each text (token ids), one for each budget."""
+    check_turns(language_model, steering, force)
     if idle_dial(steering) is None:
         raise TrimtabError(
             f"a {steering.method} steering does nothing at no dial: it sets an angle rather than "
@@ -271,15 +288,14 @@ def _ends(
     """How far the dial may be turned on each of the sides that are asked for."""
     if side not in ("positive", "negative", "both"):
         raise TrimtabError(f"side is {side!r}: known are positive, negative, both")
-    low, high = limits(steering)
-    further = 1.0 if (low, high) != steering.dial.range or not beyond_range else _BEYOND
-    both: dict[Side, float] = {"positive": further * high, "negative": further * -low}
+    low, high = limits(steering, _BEYOND if beyond_range else 1.0)
+    both: dict[Side, float] = {"positive": high, "negative": -low}
     ends = {one: end for one, end in both.items() if end > 0 and side in (one, "both")}
     if not ends:
         dial = steering.dial
         raise TrimtabError(
-            f"the dial {dial.name} of this {steering.method} steering has no {side} side: it goes "
-            f"from {low:g} to {high:g}"
+            f"the dial {dial.name} of this {steering.method} steering has no "
+            f"{'side' if side == 'both' else f'{side} side'}: it goes from {low:g} to {high:g}"
         )
     return ends
 
@@ -313,6 +329,7 @@ class _Search:
     #: The last two points that say how KL grows.
     recent: list[tuple[float, float]] = field(default_factory=list)
     rounds: int = 0
+    looked_back: int = 0
     found: Solution | None = None
 
     @property
@@ -323,38 +340,50 @@ class _Search:
         """A point that was measured, here or for another budget of the same text and side."""
         if self.found is not None:
             return
-        own = size == self.guess
         if abs(kl / self.budget - 1) <= TOLERANCE:
-            self.found = Solution(math.copysign(size, self.dial), kl, True)
+            self.found = self._at(size, kl, True)
         elif kl < self.budget:
             if size > self.low[0] and (self.high is None or size < self.high[0]):
                 self.low = (size, kl)
-            if size >= self.end:
-                self.found = Solution(math.copysign(size, self.dial), kl, False)
         elif self.high is None or size < self.high[0]:  # also where KL is not a number
             self.high = (size, kl)
             if size < self.low[0]:  # KL rose and fell again: what comes first counts
                 self.low = (0.0, 0.0)
-        if own and kl > 0 and math.isfinite(kl):
+        if size == self.guess and kl > 0 and math.isfinite(kl):
             self.recent = [*self.recent[-1:], (size, kl)]
 
     def advance(self) -> None:
-        """The next guess: KL goes with a power of the size, as the last points say."""
+        """The next guess, or the end of the search where nothing in reach has the budget's KL."""
         self.rounds += 1
-        if self.high is None:
-            size, kl = self.low
-            power = self._power()
-            grown = size * (self.budget / kl) ** (1 / power) if kl > 0 else 4 * self.guess
-            self.guess = min(self.end, max(1.01 * self.guess, min(grown, 4 * self.guess)))
-            return
+        if self.high is not None:
+            if self.high[0] - self.low[0] <= _JUMP * self.high[0]:
+                self.found = self._at(*self.low, True)
+            else:
+                self.guess = self._between()
+        elif self.low[0] < self.end:
+            self.guess = min(self.end, self._further())
+        elif self.looked_back < len(_ON_THE_WAY):
+            self.guess = _ON_THE_WAY[self.looked_back] * self.end
+            self.looked_back += 1
+        else:
+            self.found = self._at(*self.low, False)
+
+    def _further(self) -> float:
+        size, kl = self.low
+        grown = size * (self.budget / kl) ** (1 / self._power()) if kl > 0 else math.inf
+        return float(max(1.01 * self.guess, min(grown, 4 * self.guess)))
+
+    def _between(self) -> float:
+        """KL goes with a power of the size, as the last points say; in turns with halving, and
+        after long halving only, for curves that are no such power."""
+        assert self.high is not None
         below, above = self.low[0], self.high[0]
-        if self.rounds > 6 and self.rounds % 2:
-            self.guess = (below + above) / 2
-            return
+        if self.rounds > 16 or (self.rounds > 6 and self.rounds % 2):
+            return math.sqrt(below * above) if 0 < 4 * below < above else (below + above) / 2
         size, kl = self._nearest()
         step = size * (self.budget / kl) ** (1 / self._power())
         margin = 0.002 * (above - below)
-        self.guess = min(max(step, below + margin), above - margin)
+        return float(min(max(step, below + margin), above - margin))
 
     def _nearest(self) -> tuple[float, float]:
         """The point of the two whose KL is closer to the budget."""
@@ -378,11 +407,11 @@ class _Search:
             return 2.0
         return min(max(math.log(b / a) / math.log(t / s), 0.3), 8.0)
 
+    def _at(self, size: float, kl: float, reached: bool) -> Solution:
+        return Solution(math.copysign(size, self.dial), kl, reached)
+
     def solution(self) -> Solution:
-        if self.found is not None:
-            return self.found
-        size, kl = self.low  # no dial in reach has the budget's KL: one that keeps to it
-        return Solution(math.copysign(size, self.dial), kl, False)
+        return self.found or self._at(*self.low, self.high is not None)
 
 
 def _searches(turning: Turning, ends: dict[Side, float], budgets: Sequence[float]) -> list[_Search]:

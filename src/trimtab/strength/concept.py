@@ -64,15 +64,22 @@ class LexiconJudge:
     def __post_init__(self) -> None:
         if not self.words or not all(word.strip(" *") for word in self.words):
             raise TrimtabError("a lexicon needs words, as in happy,joy*,smil*")
+        for word in self.words:
+            if "*" in word.removesuffix("*"):
+                raise TrimtabError(f"{word!r}: a star stands at a word's end, as in smil*")
 
     @property
     def name(self) -> str:
         return f"lexicon of {len(self.words)} words"
 
     def labels(self, texts: Sequence[str]) -> list[bool | None]:
-        ends = [(word.rstrip("*"), word.endswith("*")) for word in self.words]
-        parts = [re.escape(word) + ("" if open_end else r"\b") for word, open_end in ends]
-        pattern = re.compile(rf"\b(?:{'|'.join(parts)})", re.IGNORECASE)
+        # Not \b, which is no end of a word like C++ that ends in something else than a letter.
+        parts = [
+            r"\s+".join(map(re.escape, word.removesuffix("*").split()))
+            + ("" if word.endswith("*") else r"(?!\w)")
+            for word in self.words
+        ]
+        pattern = re.compile(rf"(?<!\w)(?:{'|'.join(parts)})", re.IGNORECASE)
         return [pattern.search(text) is not None for text in texts]
 
 
@@ -212,13 +219,20 @@ def concept_curve(
                 "must begin with 1 or 0"
             )
         estimates.append(rate_interval(torch.tensor(given, dtype=torch.float64)))
-    columns = [[getattr(e, name) for e in estimates] for name in ("value", "low", "high", "n")]
-    probability, low, high, n = (torch.tensor(column) for column in columns)
     shown = tuple(
         {"dial": dial, "prompt": prompt, "text": completion.text}
         for (dial, prompt), completion in zip(rows, written, strict=True)
     )
     unclear = sum(label is None for label in labels)
     return ConceptCurve(
-        steering, judge.name, torch.tensor(turns), probability, low, high, n, unclear, any_of, shown
+        steering,
+        judge.name,
+        torch.tensor(turns, dtype=torch.float64),
+        torch.tensor([one.value for one in estimates], dtype=torch.float64),
+        torch.tensor([one.low for one in estimates], dtype=torch.float64),
+        torch.tensor([one.high for one in estimates], dtype=torch.float64),
+        torch.tensor([one.n for one in estimates]),
+        unclear,
+        any_of,
+        shown,
     )

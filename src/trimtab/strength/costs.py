@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.attach import turned
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import mean_interval
+from trimtab.metrics.intervals import weighted_interval
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.resuming import begin, blocks_below, grouped, resume
@@ -35,6 +35,7 @@ class CostCurve:
     `delta` [dials] is the mean over blocks of text, `per_block` [dials, blocks] each of them, and
     `low` and `high` the 95 % bootstrap interval over blocks. `plateaus` are what Proposition 4.1
     foretells for the dial at minus and plus infinity, None where it says nothing (`why`).
+    `block_tokens` [blocks] are the tokens that are scored: what the blocks weigh in a mean.
     """
 
     steering: Steering
@@ -43,10 +44,15 @@ class CostCurve:
     low: Tensor
     high: Tensor
     per_block: Tensor
+    block_tokens: Tensor
     base: float
-    tokens: int
     plateaus: tuple[float, float] | None
     why: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are scored."""
+        return int(self.block_tokens.sum())
 
     def as_json(self) -> dict[str, Any]:
         """For `trimtab strength curve --json`."""
@@ -78,6 +84,8 @@ def cost_curve(
 
     Texts are joined with the end-of-text token and cut into blocks of `block` tokens;
     `limit_tokens` takes the first ones only. A block begins with BOS where the tokenizer adds one.
+    Every token of a block is one that the next is read from, so a steering of the last token (whose
+    positions are `last`) acts on all of them, as if the block were written from its first token on.
     """
     check_turns(language_model, steering, force)
     if not dials or not all(math.isfinite(dial) for dial in dials):
@@ -85,28 +93,32 @@ def cost_curve(
     blocks = cut_into_blocks(language_model, texts, block, limit_tokens)
     turns = sorted({float(dial) for dial in dials})
     nll = _nll(language_model, steering, blocks, [None, *turns])
+    if not torch.isfinite(nll).all():
+        raise TrimtabError(
+            "the model's numbers overflow at some dials: try --dtype float32, or a smaller range"
+        )
     base, per_block = nll[0], nll[1:] - nll[0]
     idle = idle_dial(steering)
     if idle in turns:
         per_block[turns.index(idle)] = 0.0
     counts = torch.tensor([len(one) - 1 for one in blocks], dtype=torch.float64)
-    intervals = [mean_interval(row, seed) for row in per_block]
+    intervals = [weighted_interval(row, counts, seed) for row in per_block]
+    mean = float((base * counts).sum() / counts.sum())
     plateaus, why = None, ""
     try:
-        both = [_plateau(language_model, steering, blocks, sign) for sign in (-1, 1)]
-        mean = float((base * counts).sum() / counts.sum())
-        plateaus = (both[0] - mean, both[1] - mean)
+        below, above = (_plateau(language_model, steering, blocks, sign) for sign in (-1, 1))
+        plateaus = (below - mean, above - mean)
     except TrimtabError as error:
         why = str(error)
     return CostCurve(
         steering,
         torch.tensor(turns, dtype=torch.float64),
-        (per_block * counts).sum(1) / counts.sum(),
+        torch.tensor([one.value for one in intervals], dtype=torch.float64),
         torch.tensor([one.low for one in intervals], dtype=torch.float64),
         torch.tensor([one.high for one in intervals], dtype=torch.float64),
         per_block,
-        float((base * counts).sum() / counts.sum()),
-        int(counts.sum()),
+        counts,
+        mean,
         plateaus,
         why,
     )
@@ -121,6 +133,8 @@ def cut_into_blocks(
             f"a block has 2 tokens or more and fits the model ({language_model.max_length}), "
             f"not {block}"
         )
+    if limit_tokens is not None and limit_tokens < 2:
+        raise TrimtabError(f"cross-entropy needs 2 tokens or more, not {limit_tokens}")
     tokenizer = language_model.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
@@ -148,6 +162,7 @@ def _nll(
     """Mean negative log-likelihood per token of each block at each dial (None: unsteered),
     [dials, blocks] in float64."""
     lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    from_first = any(one.positions == "last" for one in steering.interventions)
     found = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
         for rows in grouped([len(one) for one in blocks], lm.batch_tokens):
@@ -159,7 +174,7 @@ def _nll(
                 else:
                     turns = torch.full((len(texts),), dial, dtype=torch.float64)
                     with turned(lm.model, lm.anatomy, steering, turns) as sequences:
-                        sequences.given_ends = [len(text) for text in texts]
+                        sequences.given_ends = [1 if from_first else len(text) for text in texts]
                         hidden = resume(lm, texts, streams, below)
                 found[place, rows] = _mean_nll(lm, texts, hidden)
                 advance(len(rows))
@@ -182,7 +197,7 @@ def _mean_nll(lm: LanguageModel, texts: Sequence[list[int]], hidden: Tensor) -> 
 
 
 def _plateau(
-    lm: LanguageModel, steering: Steering, blocks: Sequence[list[int]], sign: Any
+    lm: LanguageModel, steering: Steering, blocks: Sequence[list[int]], sign: Literal[1, -1]
 ) -> float:
     """Cross-entropy of the blocks under the limit distribution, which no longer sees the text."""
     log_p = limit(lm, steering, sign).double().cpu()

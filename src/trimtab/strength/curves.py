@@ -33,8 +33,8 @@ TOLERANCE = 1e-3
 _NATS, _SHARE = 0.01, 0.01
 #: Dials of the coarse grid that a curve begins with; shorter curves are measured everywhere.
 _COARSE = 33
-#: Tokens count that are ever more probable than this share of the tolerance.
-_LIVE = 0.25
+#: Tokens count that are ever more probable than this share of the tolerance, and than this.
+_LIVE, _NEVER = 0.25, 1e-6
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,8 @@ def curve(
 
 def token_ids(language_model: LanguageModel, tokens: Sequence[str | int]) -> list[int]:
     """The id of each token: itself, or the first token of a text as it stands."""
+    if isinstance(tokens, str):
+        raise TrimtabError("tokens must be a list: write [token]")
     found = []
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
     for token in tokens:
@@ -235,9 +237,9 @@ class _Followed:
     measured: Tensor
 
     def of(self, tokens: Sequence[int]) -> Tensor:
-        """[dials, tokens]; a token that is never probable has 0."""
+        """[dials, tokens]; a token that is never probable stays at its unsteered probability."""
         place = {token: i for i, token in enumerate(self.live.tolist())}
-        columns = torch.zeros(len(self.p), len(tokens), dtype=torch.float64)
+        columns = self.base_p[list(tokens)].double().repeat(len(self.p), 1)
         for i, token in enumerate(tokens):
             if token in place:
                 columns[:, i] = self.p[:, place[token]]
@@ -259,10 +261,7 @@ def _follow(
     if tolerance == 0 or len(dials) <= 2 * _COARSE:
         nodes.measure(everywhere)
     else:
-        idle = idle_dial(steering)
-        first = set(np.linspace(0, len(dials) - 1, _COARSE).round().astype(int).tolist())
-        first |= {dials.index(idle)} if idle is not None and idle in dials else set()
-        nodes.measure(sorted(first))
+        nodes.measure(np.linspace(0, len(dials) - 1, _COARSE).round().astype(int).tolist())
         nodes.refine()
     values = nodes.at(everywhere)
     measured = torch.zeros(len(dials), dtype=torch.bool)
@@ -270,7 +269,7 @@ def _follow(
     return _Followed(
         nodes.live,
         values[:, 2:],
-        turning.base[0].exp().cpu(),
+        turning.base[0].float().exp().cpu(),
         values[:, 0],
         values[:, 1],
         entropy(turning.base[0]).cpu(),
@@ -290,8 +289,16 @@ class _Nodes:
         self.turning, self.dials, self.tolerance = turning, dials, tolerance
         self._rows: dict[int, Tensor] = {}  # probabilities, [vocabulary] in float32
         self._nats: dict[int, Tensor] = {}  # KL and entropy
-        self._largest = turning.base[0].exp().cpu()
+        base = turning.base[0]
+        self._largest = base.float().exp().cpu()
         self._asked = torch.tensor(list(asked), dtype=torch.long)
+        idle = idle_dial(turning.steering)
+        if idle is not None and idle in dials:  # has run already, as the unsteered model
+            place = dials.index(idle)
+            self._rows[place] = self._largest
+            self._nats[place] = torch.stack(
+                (base.new_zeros((), dtype=torch.float64), entropy(base))
+            ).cpu()
 
     @property
     def known(self) -> list[int]:
@@ -300,12 +307,13 @@ class _Nodes:
     @property
     def live(self) -> Tensor:
         """Tokens that are more probable somewhere than the error that is tolerated."""
-        ever = self._largest > self.tolerance * _LIVE
+        ever = self._largest > max(self.tolerance * _LIVE, _NEVER)
         ever[self._asked] = True
         return ever.nonzero().flatten()
 
     def measure(self, indices: Sequence[int]) -> None:
-        """Run the model at these dials."""
+        """Run the model at these dials, where it has not."""
+        indices = [i for i in indices if i not in self._rows]
         base = self.turning.base
         for places, log_p in self.turning.log_p(
             [0] * len(indices), [self.dials[i] for i in indices]
@@ -409,7 +417,8 @@ def resampled(
     """The method fitted again on contrasts whose train rows are drawn with replacement."""
     if times < 2:
         raise TrimtabError(f"error bars need 2 resamples or more, not {times}")
-    return [method.fit(language_model, contrast.resample(seed + number)) for number in range(times)]
+    seeds = range(seed * times, (seed + 1) * times)  # another seed shares none of them
+    return [method.fit(language_model, contrast.resample(own)) for own in seeds]
 
 
 @torch.no_grad()
@@ -449,6 +458,8 @@ def at_layers(steering: Steering, layers: int, count: int) -> list[Method]:
     """The steering's method at `count` blocks from the first to the last, int(linspace(0, L - 1))
     of the model's `layers`."""
     method = method_of(steering)
+    if count < 1:
+        raise TrimtabError(f"curves over layers need 1 layer or more, not {count}")
     if "layer" not in steering.hyperparameters:
         raise TrimtabError(
             f"{steering.method} has no layer: curves over layers need a method that has"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError
@@ -35,9 +35,14 @@ def limit(language_model: LanguageModel, steering: Steering, sign: Literal[1, -1
     added = stream_vector(language_model.anatomy, steering)
     weight = language_model.model.get_output_embeddings().weight
     anatomy = language_model.anatomy
-    v = sign * added.double()
-    v = (v * (_LARGE / v.square().mean().sqrt())).to(weight)
     norm: Any = anatomy.body.get_submodule(anatomy.architecture.final_norm)
+    if isinstance(norm, nn.LayerNorm) and (added - added.mean()).norm() < 1e-6 * added.norm():
+        raise TrimtabError(
+            "this steering adds the same to every unit, which a LayerNorm takes away: Proposition "
+            "4.1 does not hold for it"
+        )
+    v = sign * added
+    v = (v * (_LARGE / v.square().mean().sqrt())).to(weight)
     hidden = norm(v[None, None])
     if not torch.isfinite(hidden).all():
         raise TrimtabError("the limit overflows in this dtype: load the model with float32")
@@ -62,10 +67,10 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
                 f"what is added at {intervention.site} passes weights or a norm before the "
                 "residual stream, so Proposition 4.1 does not hold for it"
             )
-        if intervention.positions not in ("all", "last"):
+        if intervention.positions == "generated":
             raise TrimtabError(
-                f"positions {intervention.positions} leaves the token that is read as it is: "
-                "Proposition 4.1 is about steering it"
+                f"what is added at {intervention.site} to generated tokens only leaves a text that "
+                "is read as it is: Proposition 4.1 is about steering the token that is read"
             )
         total += operator.vector.double()
     if not total.any():

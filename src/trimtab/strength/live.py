@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.attach import Choose
+from trimtab.attach import Choose, Sequences
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
@@ -20,8 +20,8 @@ def chooser(
     """What finds the dial of each row of a batch, from the arguments of the transformer body."""
     dials_for(language_model, steering, [], kl, force)  # says at once what is wrong
 
-    def choose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        rows = _texts(args, kwargs)
+    def choose(sequences: Sequences, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        rows = _texts(sequences, args, kwargs)
         distinct = sorted(set(rows))  # samples and beams of one prompt are equal rows
         found = dials_for(language_model, steering, distinct, kl, force)
         dials = dict(zip(distinct, found, strict=True))
@@ -30,16 +30,25 @@ def chooser(
     return choose
 
 
-def _texts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
+def _texts(
+    sequences: Sequences, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[int, ...]]:
     """The token ids that a pass reads, without padding."""
     tokens = args[0] if args else kwargs.get("input_ids")
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if tokens is None or (cache is not None and int(cache.get_seq_length())):
+    mask = kwargs.get("attention_mask")
+    # Some ways to generate read a prompt in parts, or guess what comes after it.
+    whole = sequences.start == 0 and sequences.prompt_width in (0, sequences.length)
+    if tokens is None or not whole:
         raise TrimtabError(
             "a budget (kl) is kept on whole prompts of tokens: give the model input_ids, all of "
-            "them in its first pass, or find the dial with trimtab.strength.budget"
+            "them and no more in its first pass, or find the dial with trimtab.strength.budget"
         )
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    if mask is None:
         return [tuple(row) for row in tokens.tolist()]
-    kept = mask[:, -tokens.shape[1] :].bool()
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise TrimtabError(
+            "a budget (kl) needs to know which tokens are padding: give the model an "
+            "attention_mask of one number for each token"
+        )
+    kept = mask[:, : tokens.shape[1]].bool()
     return [tuple(row[keep].tolist()) for row, keep in zip(tokens, kept, strict=True)]

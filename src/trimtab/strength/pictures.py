@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from trimtab.plots import DOWN, NEUTRAL, UP
-from trimtab.steering import Steering, write_whole
+from trimtab.steering import write_whole
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
@@ -82,7 +82,7 @@ def draw(steerings: Sequence[Curves]) -> Figure:
                 panel(axes, curves)
                 if row == 0:
                     axes.set_title(curves.name, fontsize=10)
-                axes.set_xlabel(dial_label(getattr(curves, kind), curves))
+                axes.set_xlabel(dial_label(curves.reading))
     return figure
 
 
@@ -105,12 +105,8 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     return paths
 
 
-def dial_label(curve: Any, curves: Curves) -> str:
-    steering: Steering | None = getattr(curve, "steering", None)
-    if steering is None:
-        return curves.reading.label.rpartition(" ")[2]
-    unit = f" ({steering.dial.unit})" if steering.dial.unit else ""
-    return f"{steering.dial.name}{unit}"
+def dial_label(reading: Reading) -> str:
+    return f"{reading.dial} ({reading.unit})" if reading.unit else reading.dial
 
 
 def token_name(token: str) -> str:
@@ -216,7 +212,9 @@ def _accuracy(axes: Any, curves: Curves) -> None:
 def _shade(axes: Any, curves: Curves) -> None:
     spot = curves.reading.sweet_spot
     if spot is not None:
-        axes.axvspan(spot.start, spot.end, color="#009E73", alpha=0.12, linewidth=0)
+        axes.axvspan(
+            spot.start, spot.end, color="#009E73", alpha=0.12, linewidth=0, label="sweet spot"
+        )
 
 
 #: What is drawn of each kind of curve, from top to bottom.

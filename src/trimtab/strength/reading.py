@@ -5,6 +5,7 @@ the concept's probability; as data and in words.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import mean_interval
+from trimtab.metrics.intervals import weighted_interval
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve, TokenCurve
@@ -39,7 +40,7 @@ class Bounds:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_kl) and self.max_kl > 0):
             raise TrimtabError(f"the bound on KL must be above 0 nats, not {self.max_kl}")
-        if not 0 <= self.min_entropy < 1 <= self.max_entropy:
+        if not 0 <= self.min_entropy < 1 <= self.max_entropy < math.inf:
             raise TrimtabError(
                 "entropy is bounded by a share of the unsteered one below 1 and one of 1 or more, "
                 f"not {self.min_entropy} and {self.max_entropy}"
@@ -50,9 +51,10 @@ class Bounds:
 class Peak:
     """Where a token is most probable: at `dial`, with certainty between `low` and `high`.
 
-    With runs on resampled contrasts these are the extremes of the runs' own peaks; otherwise the
-    dials at which the probability is within the curve's tolerance of the peak's. `kind` is bump
-    (the peak is inside the range), rises or falls (it is at the right or the left end), flat.
+    Of a bump with runs on resampled contrasts these are the extremes of the runs' own peaks;
+    otherwise the dials around it at which the probability is within the curve's tolerance of the
+    peak's. `kind` is bump (the peak is inside the range), rises or falls (it is at the right or
+    the left end), flat.
     """
 
     token: str
@@ -68,11 +70,14 @@ class Peak:
 class SweetSpot:
     """The dials from `start` to `end` at which the tokens gain and nothing leaves its bounds.
 
-    It ends because of `why`: kl, entropy, peak (the tokens gain no more) or range.
+    `best` is the end that is farther from the dial that does nothing: there the tokens' summed
+    probability has risen by `gain`, and KL and entropy (nats) are as given. It goes no further
+    because of `why`: kl, entropy, peak (the tokens gain no more) or range.
     """
 
     start: float
     end: float
+    best: float
     gain: float
     kl: float
     entropy: float
@@ -127,7 +132,8 @@ class Plateau:
 class Reading:
     """What the curves of one steering say."""
 
-    label: str
+    method: str
+    dial: str
     unit: str
     peaks: tuple[Peak, ...] = ()
     sweet_spot: SweetSpot | None = None
@@ -146,24 +152,12 @@ class Reading:
         unit, said = self.unit, []
         if self.bounds is not None:
             said.append(self._sweet_spot_line())
-        words = {
-            "bump": "peaks at",
-            "rises": "still rises at the end of the dial,",
-            "falls": "falls from the beginning of the dial,",
-        }
-        for peak in self.peaks:
-            if peak.kind == "flat":
-                said.append(f"{peak.token!r} stays as probable as it is")
-                continue
-            between = f" ({peak.low:.4g} to {peak.high:.4g})" if peak.kind == "bump" else ""
-            said.append(
-                f"{peak.token!r} {words[peak.kind]} {peak.dial:.4g}{unit}{between}, "
-                f"{peak.delta_p:+.3f} in probability"
-            )
+        said += [_peak_line(peak, unit) for peak in self.peaks]
         if self.concept is not None:
             fit = self.concept
+            first, last = (fit.low, fit.high) if fit.slope >= 0 else (fit.high, fit.low)
             said.append(
-                f"the concept goes from {fit.low:.0%} to {fit.high:.0%}, half of it at "
+                f"the concept goes from {first:.0%} to {last:.0%}, half of it at "
                 f"{fit.middle:.3g}{unit} [{fit.middle_ci95[0]:.3g}, {fit.middle_ci95[1]:.3g}] "
                 f"(sigmoid, R2 {fit.r2:.2f})"
             )
@@ -197,10 +191,22 @@ class Reading:
             "range": "the curve ends there",
         }
         return (
-            f"sweet spot: {spot.start:.4g} to {spot.end:.4g}{self.unit} ({reasons[spot.why]}); at "
-            f"its end the tokens have {spot.gain:+.3f}, KL {spot.kl:.3f}, entropy "
-            f"{spot.entropy:.2f} nats ({allowed})"
+            f"sweet spot: {spot.start:.4g} to {spot.end:.4g}{self.unit}; at {spot.best:.4g} "
+            f"({reasons[spot.why]}) the tokens have {spot.gain:+.3f} in probability, KL is "
+            f"{spot.kl:.3f}, entropy {spot.entropy:.2f} nats ({allowed})"
         )
+
+
+def _peak_line(peak: Peak, unit: str) -> str:
+    name, gain = repr(peak.token), f"{peak.delta_p:+.3f} in probability"
+    if peak.kind == "flat":
+        return f"{name} stays as probable as it is"
+    if peak.kind == "bump":
+        return f"{name} peaks at {peak.dial:.4g}{unit} ({peak.low:.4g} to {peak.high:.4g}), {gain}"
+    place = "is highest where the dial " + ("ends" if peak.kind == "rises" else "begins")
+    far = peak.low if peak.kind == "rises" else peak.high
+    level = "" if far == peak.dial else f" (no lower from {far:.4g} on)"
+    return f"{name} {place}, {peak.dial:.4g}{unit}{level}, {gain}"
 
 
 def read(
@@ -229,12 +235,19 @@ def read(
             notes.append(str(error))
         if cost.plateaus is None:
             notes.append(f"no foretold plateau: {cost.why}")
-    bounds = bounds or Bounds()
+    idle = idle_dial(steering)
+    if curve is not None and idle not in curve.dials.tolist():
+        where = "no dial" if idle is None else f"{idle:g}, which is not in this range"
+        notes.append(f"no sweet spot: it begins where the steering does nothing, at {where}")
+        bounds = None
+    elif curve is not None:
+        bounds = bounds or Bounds()
     return Reading(
-        f"{steering.method}, {steering.dial.name}",
+        steering.method,
+        steering.dial.name,
         steering.dial.unit,
         () if curve is None else tuple(find_peak(curve, token) for token in curve.tokens),
-        None if curve is None else find_sweet_spot(curve, bounds),
+        None if curve is None or bounds is None else find_sweet_spot(curve, bounds),
         None if curve is None else bounds,
         fit,
         beginning,
@@ -258,8 +271,8 @@ def find_peak(curve: Curve, token: TokenCurve) -> Peak:
     dial = float(dials[{"rises": -1, "falls": 0}.get(kind, top)])
     if kind == "bump":
         dial = _summit(dials, p, top)
-    if token.runs is not None:
-        own = [_summit(dials, run, int(run.argmax())) for run in token.runs]
+    if token.runs is not None and kind == "bump":
+        own = [dial, *(_summit(dials, run, int(run.argmax())) for run in token.runs)]
         return Peak(token.token, token.id, kind, dial, min(own), max(own), value)
     near = p >= value - tolerance
     low, high = top, top
@@ -321,9 +334,8 @@ def find_sweet_spot(curve: Curve, bounds: Bounds) -> SweetSpot | None:
             else:
                 why = "entropy" if allowed_kl[beyond] else "kl"
         start, end = sorted((dials[first], dials[best]))
-        spots.append(
-            SweetSpot(start, end, gain, float(curve.kl[best]), float(curve.entropy[best]), why)
-        )
+        kl, entropy = float(curve.kl[best]), float(curve.entropy[best])
+        spots.append(SweetSpot(start, end, dials[best], gain, kl, entropy, why))
     return max(spots, key=lambda spot: spot.gain, default=None)
 
 
@@ -345,20 +357,25 @@ def fit_sigmoid(concept: ConceptCurve) -> Sigmoid:
         return low + (high - low) * expit(slope * (dial - middle))
 
     try:
-        found, covariance = curve_fit(
-            shape,
-            x,
-            y,
-            p0=[min(max(v, b), t) for v, b, t in zip(start[:2], (0, 0), (1, 1), strict=True)]
-            + start[2:],
-            sigma=error,
-            absolute_sigma=True,
-            bounds=([0, 0, x.min(), -np.inf], [1, 1, x.max(), np.inf]),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", OptimizeWarning)  # of points that do not determine it
+            found, covariance = curve_fit(
+                shape,
+                x,
+                y,
+                p0=start,
+                sigma=error,
+                absolute_sigma=True,
+                bounds=([0, 0, x.min(), -np.inf], [1, 1, x.max(), np.inf]),
+            )
     except (RuntimeError, ValueError, OptimizeWarning) as failure:
         raise TrimtabError(f"no sigmoid: the fit of the concept failed ({failure})") from failure
-    low, high, middle, slope = (float(value) for value in found)
     half = 1.96 * np.sqrt(np.diag(covariance))
+    if not np.isfinite(half).all():
+        raise TrimtabError("no sigmoid: the concept's curve does not determine one")
+    low, high, middle, slope = (float(value) for value in found)
+    if low > high:
+        low, high, slope = high, low, -slope  # the same curve
     explained = 1 - ((y - shape(x, *found)) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     return Sigmoid(
         low,
@@ -381,23 +398,27 @@ def read_beginning(cost: CostCurve) -> Beginning:
     if idle is None:
         raise TrimtabError("no curvature: this steering does nothing at no dial")
     x = cost.dials - idle
-    order = x.abs().argsort()
-    near = [int(i) for i in order if cost.delta[i].abs() <= _QUADRATIC and x[i] != 0]
+    cheap = cost.delta.abs() <= _QUADRATIC
+    # Up to the first dial of each side that costs more.
+    ends = [
+        float(x[~cheap & side].abs().min()) if (~cheap & side).any() else math.inf
+        for side in (x < 0, x > 0)
+    ]
+    near = ((x > -ends[0]) & (x < ends[1]) & (x != 0)).nonzero().flatten()
     if len(near) < _FEWEST or not (x[near].min() < 0 < x[near].max()):
         raise TrimtabError(
             f"no curvature: {_FEWEST} dials or more on both sides of {idle:g} are needed where "
             f"cost is below {_QUADRATIC:g} nats"
         )
-    chosen = sorted(near)
-    columns = torch.stack((x[chosen], x[chosen].square() / 2), 1)
-    per_block = torch.linalg.lstsq(columns, cost.per_block[chosen]).solution  # [2, blocks]
-    slope, curvature = (mean_interval(row) for row in per_block)
+    columns = torch.stack((x[near], x[near].square() / 2), 1)
+    per_block = torch.linalg.lstsq(columns, cost.per_block[near]).solution  # [2, blocks]
+    slope, curvature = (weighted_interval(row, cost.block_tokens) for row in per_block)
     return Beginning(
         slope.value,
         (slope.low, slope.high),
         curvature.value,
         (curvature.low, curvature.high),
-        float(x[chosen].abs().max()),
+        float(x[near].abs().max()),
     )
 
 

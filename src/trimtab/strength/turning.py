@@ -7,6 +7,7 @@ a batch that runs the blocks above it and unembeds the text's last token only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trimtab.attach import turned
+from trimtab.attach import finds_dials, turned
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.operators import Rotate
@@ -70,8 +71,7 @@ class Turning:
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """As `log_p`, with the logits themselves and their derivative with respect to the dial."""
         for places, chosen, turns in self._grouped(texts, dials):
-            # The fused kernels of attention have no forward derivative.
-            with sdpa_kernel(SDPBackend.MATH):
+            with _differentiable(self.language_model.model):
                 both: Any = torch.func.jvp(
                     partial(self._turned_logits, chosen), (turns,), (torch.ones_like(turns),)
                 )
@@ -100,10 +100,29 @@ class Turning:
         return lm.unembed(hidden[torch.arange(len(chosen), device=hidden.device), last])
 
 
+@contextmanager
+def _differentiable(model: Any) -> Iterator[None]:
+    """Kernels that have a forward derivative: the fused ones of attention and experts have none."""
+    experts = getattr(model.config, "_experts_implementation", None) or "eager"
+    try:
+        if experts != "eager":
+            model.set_experts_implementation("eager")
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if experts != "eager":
+            model.set_experts_implementation(experts)
+
+
 def check_turns(language_model: LanguageModel, steering: Steering, force: bool = False) -> None:
     """Refuse what has no dial to turn on texts that are only read."""
     if not isinstance(steering, Steering):
         raise TrimtabError("strength turns one dial: give one steering, not several")
+    if finds_dials(language_model.anatomy):
+        raise TrimtabError(
+            "the model is inside a block that keeps to a budget (kl), which finds dials whenever "
+            "it runs: find this one before that block"
+        )
     with language_model.steered(steering, force=force):
         pass  # says what does not fit
     for intervention in steering.interventions:
@@ -120,9 +139,10 @@ def idle_dial(steering: Steering) -> float | None:
     return idle.pop() if len(idle) == 1 else None
 
 
-def limits(steering: Steering) -> tuple[float, float]:
-    """The dial's range; of a rotation half a turn either way, after which it comes back."""
-    low, high = steering.dial.range
+def limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
+    """The dial's range, or so many times as far; of a rotation at most half a turn either way,
+    after which it comes back."""
+    low, high = (times * end for end in steering.dial.range)
     operators: list[Any] = [intervention.operator for intervention in steering.interventions]
     if operators and all(isinstance(operator, Rotate) for operator in operators):
         return max(low, -180.0), min(high, 180.0)
