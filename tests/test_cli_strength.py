@@ -371,9 +371,15 @@ def test_theory(trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -
     before = listing(work)
     refused(trimtab("strength theory -o theory"), "theory holds theory.json", "--overwrite")
     assert listing(work) == before
-    monkeypatch.setattr("trimtab.strength.ufm_pictures.facts", lambda: {"curvature": 1.0})
-    trimtab("strength theory -o theory --overwrite").text  # noqa: B018
-    assert json.loads(Path("theory/theory.json").read_text()) == {"curvature": 1.0}
+    altered = {key: value for key, value in found.items() if key != "pictures"} | {"curvature": 1.0}
+    monkeypatch.setattr("trimtab.strength.ufm_pictures.facts", lambda: altered)
+    said = trimtab("strength theory -o theory --overwrite").text
+    assert json.loads(Path("theory/theory.json").read_text()) == altered
+    assert "cost begins with 0.5000 α²" in said
+    assert "entropy 1.331785 nats" in said
+    assert "c (lower case, log-odds +3.914): rises with α" in said
+    assert "b (lower case, log-odds +3.814): most probable at α = 17.3" in said
+    assert "Greek: probability 0.9500, 0.0000 for α → -∞, 0.0000 for α → ∞" in said
     refused(trimtab("strength theory -o pairs.jsonl"), "is a file")
 
 

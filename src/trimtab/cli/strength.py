@@ -155,7 +155,7 @@ def theory_command(
 
     Example: `trimtab strength theory -o theory`
     """
-    from trimtab.strength.ufm_pictures import facts, save_pictures
+    from trimtab.strength.ufm_pictures import facts, lines, save_pictures
 
     refuse_holding(output, "theory.json", overwrite)
     numbers = facts()
@@ -165,8 +165,7 @@ def theory_command(
     if as_json:
         print_json({**numbers, "pictures": list(map(str, pictures))})
         return
-    for key, value in numbers.items():
-        console.print(f"{key}: {value}")
+    console.print("\n".join(lines(numbers)), highlight=False)
     for path in pictures:
         console.print(f"picture  {path}", style="dim")
 

@@ -121,6 +121,39 @@ def facts() -> dict[str, Any]:
     }
 
 
+def lines(numbers: dict[str, Any]) -> list[str]:
+    """What `facts` says, in words."""
+    uniform = numbers["uniform"]
+    context = numbers["context"]
+    tokens = [_token_line(token) for token in numbers["tokens"]]
+    return [
+        f"the paper's uniform example: entropy {uniform['entropy']:.6f} nats, training reaches "
+        f"{uniform['trained_loss']:.6f}",
+        f"the example of the pictures: entropy {numbers['entropy']:.6f} nats, training reaches "
+        f"{numbers['trained_loss']:.6f}",
+        f"in a context of {context['concept']}:",
+        *(f"  {line}" for line in tokens),
+        *(f"  {_concept_line(concept)}" for concept in numbers["concepts"]),
+        f"cost begins with {numbers['curvature'] / 2:.4f} α² (Theorem 3.8), a polynomial fitted to "
+        f"the curve says {numbers['fitted_curvature'] / 2:.4f} α²",
+    ]
+
+
+def _token_line(token: dict[str, Any]) -> str:
+    course = {"rises": "rises with α", "falls": "falls with α"}.get(token["course"])
+    course = course or f"most probable at α = {token['peak']:.3g}"
+    return f"{token['token']} ({token['concept']}, log-odds {token['log_odds']:+.3f}): {course}"
+
+
+def _concept_line(concept: dict[str, Any]) -> str:
+    below, above = concept["limits"]
+    target = ", the target" if concept["target"] else ""
+    return (
+        f"{concept['concept']}{target}: probability {concept['probability']:.4f}, {below:.4f} for "
+        f"α → -∞, {above:.4f} for α → ∞"
+    )
+
+
 def _draw_tokens(axes: Any, steered: SteeredUFM, context: int, alphas: Array) -> None:
     """Δp of each token in one context, with its peak α_(j,z) where that is within `alphas`."""
     increase = steered.delta_p(alphas, context)  # [alphas, V]
@@ -224,11 +257,16 @@ def _token_facts(steered: SteeredUFM, z: int) -> dict[str, Any]:
 
 
 def _concept_facts(steered: SteeredUFM, concept: int) -> dict[str, Any]:
-    limits = [float(steered.concept_limit(concept, sign)[CONTEXT]) for sign in (-1, 1)]
+    """The probability of the concept's tokens together, unsteered and at both ends of α."""
+    unsteered = float(steered.concept_probability(concept, 0)[0, CONTEXT])
+    size = steered.data.size
+    limits = [
+        unsteered + size * float(steered.concept_limit(concept, sign)[CONTEXT]) for sign in (-1, 1)
+    ]
     return {
         "concept": CONCEPTS[concept],
         "target": concept == steered.target,
-        "probability": float(steered.concept_probability(concept, 0)[0, CONTEXT]),
+        "probability": unsteered,
         "limits": limits,
     }
 
