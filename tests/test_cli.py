@@ -675,7 +675,7 @@ INSPECTED: dict[str, tuple[set[str], str]] = {
 }
 COMMON = {
     "method", "hyperparameters", "dial", "interventions", "model", "contrast", "findings",
-    "versions", "date",
+    "versions", "date", "calibration",
 }  # fmt: skip
 
 
