@@ -20,8 +20,9 @@ from torch import Tensor
 import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.operators import Add, Rotate, Turn
+from trimtab.plots import save_figure
 from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
-from trimtab.strength.pictures import Accuracy, Curves, draw, save, token_name
+from trimtab.strength.pictures import Accuracy, Curves, draw, token_name
 from trimtab.strength.reading import (
     find_peak,
     find_sweet_spot,
@@ -421,7 +422,9 @@ def test_every_kind_of_curve_is_drawn(tmp_path: Path) -> None:
     reading = read(curve, cost, shown)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a glyph that a font lacks is no reason for a warning
-        paths = save(draw([Curves("test", reading, curve, cost, shown, TASK)]), tmp_path, "all")
+        paths = save_figure(
+            draw([Curves("test", reading, curve, cost, shown, TASK)]), tmp_path, "all"
+        )
     assert [path.name for path in paths] == ["all.png", "all.svg"]
     assert paths[0].read_bytes().startswith(b"\x89PNG")
     assert len(paths[0].read_bytes()) > 50_000
@@ -460,7 +463,7 @@ def test_pictures_of_several_steerings_and_of_rotations(tmp_path: Path) -> None:
         Curves("caa at layers.1.resid", read(curve, cost), curve, cost),
         Curves("ss at layers.1.resid", read(turned), turned, accuracy=TASK),
     ]
-    _, svg = save(draw(both), tmp_path, "two")
+    _, svg = save_figure(draw(both), tmp_path, "two")
     texts = texts_of(svg)
     assert "caa at layers.1.resid" in texts
     assert "ss at layers.1.resid" in texts

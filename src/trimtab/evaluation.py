@@ -21,7 +21,7 @@ from trimtab.metrics.judges import Chat, Judge
 from trimtab.metrics.pairwise import verdicts
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
-from trimtab.report import page
+from trimtab.report import evaluation_page
 from trimtab.runs import Run
 from trimtab.steering import Steering, Steerings, together
 from trimtab.tasks import Protocol, check_protocol
@@ -133,7 +133,8 @@ def evaluate(
                         run.append(records)
         evaluation = summarise(run.records, dict(vars(language_model.identity)), notes)
         run.finish(
-            evaluation.as_json(), lambda environment: page(evaluation, run.config, environment)
+            evaluation.as_json(),
+            lambda environment: evaluation_page(evaluation, run.config, environment),
         )
     return evaluation
 

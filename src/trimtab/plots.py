@@ -18,6 +18,34 @@ from trimtab.steering import Steering, write_whole
 UP, DOWN, NEUTRAL = "#0072B2", "#D55E00", "#666666"
 
 
+#: Several lines of one picture: the palette without yellow, which is faint on white, and black.
+COLOURS = (UP, DOWN, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",  # text stays text
+}
+
+
+def rendered(figure: Figure, kind: str, name: str = "") -> bytes:
+    """A figure as png or svg; the same figure gives the same bytes."""
+    drawn = io.BytesIO()
+    options: dict[str, Any] = {"dpi": 150} if kind == "png" else {"metadata": {"Date": None}}
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(drawn, format=kind, **options)
+    return drawn.getvalue()
+
+
+def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
+    """The figure as NAME.png and NAME.svg."""
+    return [
+        write_whole(directory / f"{name}.{kind}", rendered(figure, kind, name), overwrite=True)
+        for kind in ("png", "svg")
+    ]
+
+
 def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
     """Where a unit method's units are: layer against unit, larger for a larger score."""
     units = describe(steering)["units"]

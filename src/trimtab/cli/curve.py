@@ -41,6 +41,7 @@ from trimtab.fitting import fit
 from trimtab.metrics.effect import plain_texts
 from trimtab.metrics.judges import Chat, LocalChat
 from trimtab.model import LanguageModel, load
+from trimtab.plots import save_figure
 from trimtab.steering import Steering, write_whole
 from trimtab.strength.concept import (
     ChatConceptJudge,
@@ -51,7 +52,7 @@ from trimtab.strength.concept import (
 )
 from trimtab.strength.costs import cost_curve
 from trimtab.strength.curves import TOLERANCE, at_layers, curve, method_of, resampled
-from trimtab.strength.pictures import Accuracy, Curves, draw, save
+from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Bounds, read
 from trimtab.strength.turning import limits
 
@@ -373,7 +374,7 @@ def _document(found: Curves) -> dict[str, Any]:
 def _write(found: Sequence[Curves], document: dict[str, Any], output: Path) -> list[Path]:
     """Pictures, numbers and the texts that were judged, in a directory."""
     make_directory(output)
-    pictures = save(draw(found), output, "curve")
+    pictures = save_figure(draw(found), output, "curve")
     judged = [dict(text) for one in found if one.concept is not None for text in one.concept.texts]
     if judged:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)

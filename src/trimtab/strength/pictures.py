@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from trimtab.plots import DOWN, NEUTRAL, UP
-from trimtab.steering import write_whole
+from trimtab.plots import COLOURS, DOWN, NEUTRAL, STYLE, UP
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
 from trimtab.strength.reading import Reading
 
-#: Okabe and Ito's palette without yellow, which is faint on white, and black.
-COLOURS = (UP, DOWN, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 
 
@@ -84,25 +79,6 @@ def draw(steerings: Sequence[Curves]) -> Figure:
                     axes.set_title(curves.name, fontsize=10)
                 axes.set_xlabel(dial_label(curves.reading))
     return figure
-
-
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-}
-
-
-def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """The figure as NAME.png and NAME.svg."""
-    paths = []
-    for kind in ("png", "svg"):
-        drawn = io.BytesIO()
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(drawn, format=kind, dpi=150)
-        paths.append(write_whole(directory / f"{name}.{kind}", drawn.getvalue(), overwrite=True))
-    return paths
 
 
 def dial_label(reading: Reading) -> str:

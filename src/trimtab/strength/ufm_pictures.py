@@ -7,7 +7,6 @@ lie within -60 to 60.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
-from trimtab.plots import DOWN, NEUTRAL, UP
+from trimtab.plots import DOWN, NEUTRAL, STYLE, UP, rendered
 from trimtab.steering import write_whole
 from trimtab.strength.ufm import SteeredUFM, perfect, specification, train
 from trimtab.strength.ufm_data import Array
@@ -231,17 +230,9 @@ def _draw_cross_entropy(axes: Any, steered: SteeredUFM, alphas: Array) -> None:
 
 
 def _rendered(name: str) -> dict[str, bytes]:
-    # Text stays text in SVG, and the same picture gives the same bytes.
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": name}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         page = figure(name)
-        contents = {}
-        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-            file = io.BytesIO()
-            page.savefig(file, format=kind, **options)
-            contents[kind] = file.getvalue()
-    return contents
+    return {kind: rendered(page, kind, name) for kind in ("png", "svg")}
 
 
 def _token_facts(steered: SteeredUFM, z: int) -> dict[str, Any]:
