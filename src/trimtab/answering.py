@@ -18,6 +18,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import Completion, LanguageModel
 from trimtab.next_tokens import after, next_tokens, plan
 from trimtab.progress import progress
+from trimtab.resuming import Kept
 from trimtab.steering import Steering, Steerings
 from trimtab.tasks.task import Example, Generation, Protocol, Task
 
@@ -41,6 +42,8 @@ class Settings:
     batch_size: int = 16
     max_new_tokens: int | None = None
     force: bool = False
+    #: What the blocks below steerings computed of one-token prompts, for the next steering.
+    kept: Kept | None = None
 
 
 def answer(
@@ -155,11 +158,13 @@ def _write_one_token(
     """The most probable next token of each prompt; no more than one position is unembedded."""
     readings = [after(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)]
     batches = [
-        batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
+        batch
+        for batch in plan(readings, language_model.batch_tokens, share=settings.kept is None)
+        if missing(batch.rows)
     ]
     decode = language_model.tokenizer.decode
     for batch, found in next_tokens(
-        language_model, readings, batches, steering, force=settings.force
+        language_model, readings, batches, steering, kept=settings.kept, force=settings.force
     ):
         tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]

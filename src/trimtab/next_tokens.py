@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
+from trimtab.resuming import Kept, blocks_below, resume
 from trimtab.steering import Steering, Steerings, together
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
@@ -71,10 +72,11 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
-    """Batches of similar length, group by group of texts that share their beginning."""
+def plan(readings: Sequence[Reading], batch_tokens: int, *, share: bool = True) -> list[Batch]:
+    """Batches of similar length, group by group of texts that share their beginning (unless
+    `share` is false)."""
     batches = []
-    for shared, group in _groups(readings):
+    for shared, group in _groups(readings) if share else [(0, list(range(len(readings))))]:
         waiting = sorted(group, key=lambda i: (-len(readings[i].tokens), i))
         while waiting:
             longest = len(readings[waiting[0]].tokens) - shared
@@ -91,10 +93,18 @@ def next_tokens(
     batches: Sequence[Batch],
     steering: Steering | Steerings | None = None,
     *,
+    kept: Kept | None = None,
     force: bool = False,
 ) -> Iterator[tuple[Batch, list[Next]]]:
-    """Run planned batches in order. `steering` is one for all texts."""
+    """Run planned batches in order. `steering` is one for all texts.
+
+    With `kept` only the blocks from the steering's lowest on are run, on top of what is kept of
+    the same texts; the batches must be planned without shared beginnings.
+    """
     _refuse_idle(readings, steering)
+    if kept is not None:
+        yield from _on_kept(kept, readings, batches, steering, force)
+        return
     body = language_model.anatomy.body
     beginning: tuple[int, ...] = ()
     cache: Any = None
@@ -112,6 +122,25 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             hidden = body(**_inputs(rows, batch.shared, cache, language_model)).last_hidden_state
             yield batch, _read(rows, hidden, batch.shared, language_model)
+
+
+def _on_kept(
+    kept: Kept,
+    readings: Sequence[Reading],
+    batches: Sequence[Batch],
+    steering: Steering | Steerings | None,
+    force: bool,
+) -> Iterator[tuple[Batch, list[Next]]]:
+    lm = kept.language_model
+    below = blocks_below(lm.anatomy, together(steering))
+    for batch in batches:
+        rows = [readings[i] for i in batch.rows]
+        texts = [row.tokens for row in rows]
+        streams = kept.after(texts, below)
+        with lm.steered(steering, force=force) as sequences:
+            sequences.given_ends = [row.prompt for row in rows]
+            hidden = resume(lm, texts, streams, below)
+        yield batch, _read(rows, hidden, 0, lm)
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:

@@ -8,6 +8,7 @@ given, so that masks and positions are the architecture's own.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,21 +47,78 @@ def grouped(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def begin(
-    language_model: LanguageModel, texts: Sequence[Sequence[int]], blocks: int
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    blocks: int,
+    streams: Sequence[Tensor] = (),
+    done: int = 0,
 ) -> list[Tensor]:
     """The residual stream after the first `blocks` blocks, [tokens, units] of each text.
 
-    With 0 blocks there is nothing to keep, and the tensors are empty.
+    With 0 blocks there is nothing to keep, and the tensors are empty. `streams` are those after
+    the first `done` blocks, where these have run already.
     """
     if blocks == 0:
         return [torch.empty(0) for _ in texts]
+    if blocks == done:
+        return list(streams)
     anatomy, found = language_model.anatomy, [torch.empty(0)] * len(texts)
     for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
-        with _instead(anatomy.blocks[blocks:], None), _watched(anatomy.blocks[blocks - 1]) as seen:
+        given = _padded([streams[i] for i in rows]) if done else None
+        with (
+            _instead(anatomy.blocks[:done], given),
+            _instead(anatomy.blocks[blocks:], None),
+            _watched(anatomy.blocks[blocks - 1]) as seen,
+        ):
             anatomy.body(**_inputs([texts[i] for i in rows], language_model))
         for i, stream in zip(rows, seen[0], strict=True):
             found[i] = stream[: len(texts[i])].clone()
     return found
+
+
+class Kept:
+    """The residual streams of texts after the blocks at which steerings began, for later ones.
+
+    What is asked for is computed from the highest block below that is there. Beyond `limit` bytes
+    the streams that were not used for longest are dropped; they are computed again when needed.
+    """
+
+    def __init__(self, language_model: LanguageModel, limit: int = 4 << 30) -> None:
+        self.language_model, self.limit = language_model, limit
+        self._streams: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def after(self, texts: Sequence[tuple[int, ...]], blocks: int) -> list[Tensor]:
+        """As `begin`; a text is a tuple of token ids."""
+        found = [self._recall(text, blocks) for text in texts]
+        below: dict[int, list[int]] = {}
+        for i, stream in enumerate(found):
+            if stream is None:
+                below.setdefault(self._highest(texts[i], blocks), []).append(i)
+        for done, missing in below.items():
+            some = [texts[i] for i in missing]
+            streams = [self._streams[done, text] for text in some] if done else []
+            computed = begin(self.language_model, some, blocks, streams, done)
+            for i, stream in zip(missing, computed, strict=True):
+                found[i] = stream
+                self._keep(texts[i], blocks, stream)
+        return [stream for stream in found if stream is not None]
+
+    def _recall(self, text: tuple[int, ...], blocks: int) -> Tensor | None:
+        stream = self._streams.get((blocks, text))
+        if stream is not None:
+            self._streams.move_to_end((blocks, text))
+        return stream
+
+    def _highest(self, text: tuple[int, ...], blocks: int) -> int:
+        return next((b for b in range(blocks - 1, 0, -1) if (b, text) in self._streams), 0)
+
+    def _keep(self, text: tuple[int, ...], blocks: int, stream: Tensor) -> None:
+        if blocks and (blocks, text) not in self._streams:
+            self._streams[blocks, text] = stream
+            self._bytes += stream.nbytes
+        while self._bytes > self.limit:
+            self._bytes -= self._streams.popitem(last=False)[1].nbytes
 
 
 def resume(
@@ -72,10 +130,14 @@ def resume(
     """What the final norm puts out for texts whose first `blocks` blocks have run already,
     [texts, longest, units]; padding on the right."""
     anatomy = language_model.anatomy
-    given = pad_sequence(list(streams), batch_first=True) if blocks else None
+    given = _padded(streams) if blocks else None
     with _instead(anatomy.blocks[:blocks], given):
         hidden: Tensor = anatomy.body(**_inputs(texts, language_model)).last_hidden_state
     return hidden
+
+
+def _padded(streams: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(streams), batch_first=True)
 
 
 def _inputs(texts: Sequence[Sequence[int]], language_model: LanguageModel) -> dict[str, Any]:
