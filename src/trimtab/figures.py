@@ -30,6 +30,7 @@ _MEANS = frozenset(
         "cross_entropy",
         "delta_wr",
         "first_shown",
+        "log_odds",
     )
 )
 
@@ -184,7 +185,7 @@ def _results(records: Sequence[Record]) -> list[Result]:
                     Result(task, protocol, metric, None, 0, None, steering, unclear=len(given))
                 )
                 continue
-            estimate = _estimate(
+            estimate = estimate_of(
                 metric, [record["values"][metric] for record in clear], _weights(clear)
             )
             figure = partial(Result, task, protocol, steering=steering, n=estimate.n)
@@ -220,8 +221,8 @@ def _rates(metric: str, values: Sequence[float]) -> bool:
     return metric not in _MEANS and all(value in (0, 1) for value in values)
 
 
-def _estimate(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
-    """Wilson's interval for a rate, bootstrap for any other mean."""
+def estimate_of(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
+    """The mean of a metric: Wilson's interval for a rate, bootstrap for any other mean."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if weights is None and _rates(metric, values):
         return rate_interval(tensor)

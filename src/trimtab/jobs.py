@@ -10,17 +10,20 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from trimtab.answering import Entry, Measure, Settings, answer
-from trimtab.contrasts import Part, last_message
+from trimtab.contrasts import Contrast, Pair, Part, last_message
 from trimtab.errors import TrimtabError
 from trimtab.metrics.coherence import coherence
 from trimtab.metrics.judges import Chat, Judge, attack_success
+from trimtab.metrics.likelihood import side_readings
 from trimtab.metrics.refusal import refuses, validate_phrases
 from trimtab.metrics.toxicity import TOXIC, Scorer, find_scorer
 from trimtab.model import Completion, LanguageModel
@@ -85,6 +88,8 @@ def find_job(name: str, wanted: Wanted, judging: Judging) -> Job:
         return HarnessJob(name, rest, wanted)
     if colon and kind == "perplexity":
         return PerplexityJob(name, rest, wanted)
+    if colon and kind == "contrast":
+        return PreferenceJob.of(name, rest, wanted)
     return TaskJob.of(find_task(name, wanted.data), wanted, judging)
 
 
@@ -181,6 +186,23 @@ class TaskJob:
             language_model, self.task, self.entries, steering, done, settings, measured
         )
 
+    @property
+    def rows(self) -> int:
+        """How many examples there are under the protocol that has most."""
+        return max(len(entry.examples) for entry in self.entries)
+
+    def shuffled(self, order: Sequence[int]) -> TaskJob:
+        """The same examples in another order."""
+        entries = [
+            Entry(entry.protocol, tuple(entry.examples[i] for i in order)) for entry in self.entries
+        ]
+        return replace(self, entries=tuple(entries))
+
+    def part(self, start: int, stop: int) -> TaskJob:
+        """The examples from one to another only, counted from 0 in their records."""
+        entries = [Entry(entry.protocol, entry.examples[start:stop]) for entry in self.entries]
+        return replace(self, entries=tuple(entries))
+
     def _toxicity(
         self, examples: Sequence[Example], completions: Sequence[Completion]
     ) -> list[dict[str, float | None]]:
@@ -223,6 +245,86 @@ def _coherence(
         steering,
         force=force,
     )
+
+
+# -- preference between the sides of a contrast ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceJob:
+    """Which side of each pair of a contrast's part the model finds more probable, and by how many
+    nats (log-odds of the positive side)."""
+
+    name: str
+    wanted: Wanted
+    pairs: tuple[Pair, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, name: str, source: str, wanted: Wanted) -> PreferenceJob:
+        contrast = Contrast.load(source, data=wanted.data)
+        if not contrast.paired:
+            raise TrimtabError(f"{source} is unpaired: a preference is between the sides of a pair")
+        pairs = contrast.part(wanted.part).pairs[: wanted.limit]
+        return cls(name, wanted, pairs, contrast.digest)
+
+    @property
+    def rows(self) -> int:
+        """How many pairs there are."""
+        return len(self.pairs)
+
+    def shuffled(self, order: Sequence[int]) -> PreferenceJob:
+        """The same pairs in another order."""
+        return replace(self, pairs=tuple(self.pairs[i] for i in order))
+
+    def part(self, start: int, stop: int) -> PreferenceJob:
+        """The pairs from one to another only, counted from 0 in their records."""
+        return replace(self, pairs=self.pairs[start:stop])
+
+    def describe(self) -> dict[str, Any]:
+        return {"task": self.name, "rows": len(self.pairs), "sha256": self.digest}
+
+    def notes(self) -> list[str]:
+        return []
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Generator[list[Record]]:
+        readings = side_readings(language_model, Contrast(self.pairs, self.name))
+        share = settings.kept is None
+        batches = plan(readings, language_model.batch_tokens, share=share)
+        scores = torch.zeros(len(readings), dtype=torch.float64)
+        if all(("", i) in done for i in range(len(self.pairs))):
+            return
+        started = time.perf_counter()
+        with progress(self.name, len(readings)) as advance:
+            for batch, found in next_tokens(
+                language_model,
+                readings,
+                batches,
+                steering,
+                kept=settings.kept,
+                force=settings.force,
+            ):
+                scores[list(batch.rows)] = torch.stack([each.log_p.sum() for each in found])
+                advance(len(batch.rows))
+        seconds = (time.perf_counter() - started) / len(self.pairs)
+        odds = (scores[0::2] - scores[1::2]).tolist()
+        yield [
+            {
+                "task": self.name,
+                "protocol": "",
+                "index": i,
+                "id": str(i + 1),
+                "prompt": pair.prompt,
+                "output": pair.positive if value > 0 else pair.negative,
+                "target": pair.positive,
+                "values": {"log_odds": value, "prefers": float(value > 0)},
+                "seconds": round(seconds, 4),
+            }
+            for i, (pair, value) in enumerate(zip(self.pairs, odds, strict=True))
+            if ("", i) not in done
+        ]
 
 
 # -- perplexity of any text -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
+from trimtab.next_tokens import Reading
 from trimtab.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
 from trimtab.progress import progress
 from trimtab.steering import Steering, Steerings
@@ -31,6 +32,25 @@ def log_odds(
 
     `steering` is one for all pairs or a list with one per pair.
     """
+    sums = _log_likelihoods(
+        language_model, _scored_pairs(language_model, contrast), steering, force
+    )
+    return sums[:, 0] - sums[:, 1]
+
+
+def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Reading]:
+    """The two sides of each pair as readings of their own, positive before negative, for who asks
+    about the same pairs under many steerings."""
+    readings = []
+    for row in _scored_pairs(language_model, contrast):
+        for text, start in zip(row.texts(), row.answers, strict=True):
+            asked = tuple(range(start - 1, len(text) - 1))
+            readings.append(Reading(tuple(text[:-1]), asked, start, tuple(text[start:])))
+    return readings
+
+
+def _scored_pairs(language_model: LanguageModel, contrast: Contrast) -> list[Packed]:
+    """Each pair with the token from which on its sides are scored."""
     if not contrast.paired:
         raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
     rows = []
@@ -43,8 +63,7 @@ def log_odds(
                 f"{contrast.name}, row {row.index + 1}: no token of the prompt precedes the answers"
             )
         rows.append(replace(row, answers=(start, start)))
-    sums = _log_likelihoods(language_model, rows, steering, force)
-    return sums[:, 0] - sums[:, 1]
+    return rows
 
 
 def preference(
