@@ -58,40 +58,11 @@ class Run:
             raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
         try:
             if not self._overwrite:
-                self._check_config(path)
+                check_config(path, self.config)
                 self.records = self._read_records(path / "records.jsonl")
         except BaseException:
             self.close()
             raise
-
-    def _check_config(self, path: Path) -> None:
-        """Refuse to go on with a run of another configuration."""
-        known = self._read_config(path)
-        if known is None or known == self.config:
-            return
-        differing = sorted(
-            key
-            for key in known.keys() | self.config.keys()
-            if known.get(key) != self.config.get(key)
-        )
-        raise TrimtabError(
-            f"{path} holds a run with another configuration, which differs in "
-            f"{', '.join(differing)}: choose another directory, or pass --overwrite"
-        )
-
-    def _read_config(self, path: Path) -> dict[str, Any] | None:
-        file = path / "config.json"
-        if not file.exists():
-            if (path / "records.jsonl").exists():
-                raise TrimtabError(f"{path} has records but no config.json: choose another one")
-            return None
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TrimtabError(f"{file} cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise TrimtabError(f"{file} is not a JSON object")
-        return config
 
     def _read_records(self, file: Path) -> list[dict[str, Any]]:
         """The records so far; a last line that was cut off in the middle is dropped."""
@@ -115,7 +86,7 @@ class Run:
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep the records of a batch."""
-        lines = [_line(record) for record in records]
+        lines = [line_of(record) for record in records]
         if self.path is not None:
             self._write_lines(lines)
         self.records += map(json.loads, lines)  # as they come back from the file
@@ -159,8 +130,7 @@ class Run:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         assert self.path is not None
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-        write_whole(self.path / name, text.encode(), overwrite=True)
+        write_json(self.path / name, content)
 
     def close(self) -> None:
         """Let another process have the directory; one that was made for nothing goes."""
@@ -179,7 +149,111 @@ class Run:
         self.close()
 
 
-def _line(record: dict[str, Any]) -> str:
+class SharedRun:
+    """A run directory that several processes may work in: a file for each part of the work,
+    written whole when it is done. Without a path nothing is kept."""
+
+    def __init__(
+        self, path: str | Path | None, config: dict[str, Any], overwrite: bool = False
+    ) -> None:
+        self.config = json.loads(json.dumps(config))  # as it comes back from the file
+        self.path = None if path is None else Path(path)
+        if self.path is None:
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise TrimtabError(f"{self.path} is a file: name a directory for the run")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / ".lock", timeout=60):
+                if overwrite:
+                    self._clear()
+                else:
+                    check_config(self.path, self.config)
+                if not (self.path / "config.json").exists():
+                    write_json(self.path / "environment.json", environment())
+                    write_json(self.path / "config.json", self.config)
+        except Timeout as error:
+            raise TrimtabError(f"{self.path} is in use by another process") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
+
+    def _clear(self) -> None:
+        """Take away what an earlier run left, and nothing else."""
+        assert self.path is not None
+        for name in ("config.json", "results.json", "report.html", "study.db", "best.safetensors"):
+            (self.path / name).unlink(missing_ok=True)
+        for file in [*self.path.glob("records/*.jsonl"), *self.path.glob("pictures/*.*")]:
+            file.unlink()
+
+    def keep(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        """The records of one part of the work."""
+        if self.path is None:
+            return
+        (self.path / "records").mkdir(exist_ok=True)
+        lines = "".join(line_of(record) + "\n" for record in records)
+        write_whole(self.path / "records" / f"{name}.jsonl", lines.encode(), overwrite=True)
+
+    def kept(self, name: str) -> list[dict[str, Any]] | None:
+        """The records of a part that is done, or None."""
+        if self.path is None:
+            return None
+        file = self.path / "records" / f"{name}.jsonl"
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise TrimtabError(f"{file} cannot be read: {error}") from error
+
+    def finish(
+        self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
+        """Write the results, and the page that `report` makes, given the environment."""
+        if self.path is None:
+            return
+        write_json(self.path / "results.json", results)
+        if report is not None:
+            page = report(environment()).encode()
+            write_whole(self.path / "report.html", page, overwrite=True)
+
+
+def check_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with a run of another configuration."""
+    known = _read_config(path)
+    if known is None or known == config:
+        return
+    differing = sorted(
+        key for key in known.keys() | config.keys() if known.get(key) != config.get(key)
+    )
+    raise TrimtabError(
+        f"{path} holds a run with another configuration, which differs in "
+        f"{', '.join(differing)}: choose another directory, or pass --overwrite"
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    file = path / "config.json"
+    if not file.exists():
+        if (path / "records.jsonl").exists():
+            raise TrimtabError(f"{path} has records but no config.json: choose another one")
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrimtabError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise TrimtabError(f"{file} is not a JSON object")
+    return config
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, written whole."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    write_whole(path, text.encode(), overwrite=True)
+
+
+def line_of(record: dict[str, Any]) -> str:
     """A record as one line of JSON, which has no NaN and no infinity."""
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models, strength
+from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models, strength, sweep
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 app = typer.Typer(
@@ -36,6 +36,7 @@ app.command()(inspect.inspect)
 app.command()(bake.bake)
 app.command("evaluate")(evaluate.evaluate_command)
 app.add_typer(strength.app, name="strength")
+app.add_typer(sweep.app, name="sweep")
 
 
 def main(arguments: list[str] | None = None) -> None:

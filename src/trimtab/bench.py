@@ -1,0 +1,204 @@
+"""A task's rows, ready to measure many steerings on.
+
+The rows are read and tokenised once, what the blocks below steerings compute of one-token prompts
+and of plain text is kept for the next steering, and the unsteered model is measured once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.answering import Settings
+from trimtab.contrasts import Contrast, Part
+from trimtab.errors import TrimtabError
+from trimtab.figures import Record, Result, estimate_of
+from trimtab.jobs import Judging, PreferenceJob, TaskJob, Wanted, find_job
+from trimtab.metrics.effect import plain_texts
+from trimtab.model import LanguageModel
+from trimtab.next_tokens import Reading, next_tokens, plan
+from trimtab.resuming import Kept
+from trimtab.steering import Steering, Steerings
+from trimtab.tasks import Protocol
+
+Attached = Steering | Steerings | None
+
+#: Metrics of which less is better.
+LOW = frozenset(
+    (
+        "cross_entropy",
+        "perplexity",
+        "self_perplexity",
+        "toxicity",
+        "over_refusal",
+        "repetition_4gram",
+    )
+)
+
+
+class Bench:
+    """Measures steerings on the validation and the test rows of a task.
+
+    `task` is one of ours or contrast:SOURCE; `validation_task` another one whose test rows stand in
+    for the validation rows, for tasks that have none (refusal:FILE). `limits` takes so many rows of
+    each part (None or absent: all). `shuffle` is a seed for the order of the validation rows.
+    `resumed` false runs all blocks for every steering.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        task: str,
+        *,
+        data: str | None = None,
+        protocol: Protocol = "trimtab",
+        limits: dict[Part, int | None] | None = None,
+        validation_task: str | None = None,
+        judging: Judging | None = None,
+        settings: Settings | None = None,
+        metric: str | None = None,
+        shuffle: int | None = None,
+        resumed: bool = True,
+    ) -> None:
+        self.language_model, self.task = language_model, task
+        kept = Kept(language_model) if resumed else None
+        self.settings = replace(settings or Settings(), kept=kept)
+        self._metric = metric
+        self._unsteered: dict[Part, list[Record]] = {}
+        names: dict[Part, str] = {"validation": validation_task or task, "test": task}
+        self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
+        for part, name in names.items():
+            rows: Part = "test" if part == "validation" and validation_task else part
+            wanted = Wanted((protocol,), rows, (limits or {}).get(part), data)
+            job = find_job(name, wanted, judging or Judging())
+            if not isinstance(job, TaskJob | PreferenceJob):
+                raise TrimtabError(
+                    f"{name} has no validation rows to choose on: known are tasks with a train "
+                    "part and contrast:SOURCE"
+                )
+            self.jobs[part] = job
+        if shuffle is not None:
+            order = list(range(self.jobs["validation"].rows))
+            random.Random(shuffle).shuffle(order)
+            self.jobs["validation"] = self.jobs["validation"].shuffled(order)
+
+    def rows(self, part: Part) -> int:
+        """How many rows a part has."""
+        return self.jobs[part].rows
+
+    def describe(self) -> dict[str, Any]:
+        """For the configuration of a run."""
+        return {part: job.describe() for part, job in self.jobs.items()}
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        return list(dict.fromkeys(note for job in self.jobs.values() for note in job.notes()))
+
+    @property
+    def metric(self) -> str:
+        """The metric that counts: by default the first that the task has."""
+        if self._metric is None:
+            self._metric = next(iter(self.unsteered("validation")[0]["values"]))
+        return self._metric
+
+    @property
+    def maximise(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric not in LOW
+
+    def records(
+        self,
+        steering: Attached,
+        part: Part,
+        start: int = 0,
+        stop: int | None = None,
+        name: Any = None,
+    ) -> list[Record]:
+        """Records of the rows from one to another, under the name of the steering."""
+        job = self.jobs[part].part(start, stop if stop is not None else self.rows(part))
+        if isinstance(job, TaskJob):
+            job.check(steering)
+        found: list[Record] = []
+        with closing(job.run(self.language_model, steering, set(), self.settings)) as batches:
+            for some in batches:
+                found += [{**record, "steering": name} for record in some]
+        for record in found:
+            record["index"] += start
+        return sorted(found, key=lambda record: record["index"])
+
+    def unsteered(self, part: Part) -> list[Record]:
+        """Records of the unsteered model."""
+        if part not in self._unsteered:
+            self._unsteered[part] = self.records(None, part)
+        return self._unsteered[part]
+
+    def result(self, records: Sequence[Record]) -> Result:
+        """The metric over some records."""
+        values = [record["values"].get(self.metric) for record in records]
+        clear = [value for value in values if value is not None]
+        first = records[0]
+        name = first["task"], first["protocol"], self.metric
+        if not clear:
+            if not any(self.metric in record["values"] for record in records):
+                known = ", ".join(first["values"])
+                raise TrimtabError(f"{self.task} has no metric {self.metric!r}: it has {known}")
+            return Result(*name, None, 0, None, first["steering"], len(values))
+        found = estimate_of(self.metric, clear, None)
+        interval = (found.low, found.high)
+        unclear = len(values) - len(clear)
+        return Result(*name, found.value, found.n, interval, first["steering"], unclear)
+
+    # -- what a steering costs on plain text ------------------------------------------------------
+
+    def cost(self, steering: Attached) -> float:
+        """How much harder plain text is to predict, in nats per token."""
+        return float((self._nll(steering) - self._base_nll).sum() / self._plain_tokens)
+
+    @cached_property
+    def _readings(self) -> list[Reading]:
+        found = []
+        for tokens in self.language_model.fitting(plain_texts()):
+            asked = tuple(range(len(tokens) - 1))
+            # Plain text is all prompt, as in metrics.likelihood.cross_entropy.
+            found.append(Reading(tuple(tokens[:-1]), asked, len(tokens) - 1, tuple(tokens[1:])))
+        return found
+
+    @cached_property
+    def _base_nll(self) -> Tensor:
+        return self._nll(None)
+
+    @cached_property
+    def _plain_tokens(self) -> int:
+        return sum(len(reading.positions) for reading in self._readings)
+
+    def _nll(self, steering: Attached) -> Tensor:
+        """Summed negative log-likelihood of each plain text, [texts] in nats."""
+        kept = self.settings.kept
+        batches = plan(self._readings, self.language_model.batch_tokens, share=kept is None)
+        found = torch.zeros(len(self._readings), dtype=torch.float64)
+        for batch, some in next_tokens(
+            self.language_model, self._readings, batches, steering, kept=kept
+        ):
+            found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
+        return found
+
+
+def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:
+    """What methods are fitted on: what was named, or the task's own train rows."""
+    if isinstance(contrast, Contrast):
+        return contrast
+    if contrast is not None:
+        return Contrast.load(contrast, data=data)
+    kind, colon, source = task.partition(":")
+    if colon and kind == "contrast":
+        return Contrast.load(source, data=data)
+    if colon:
+        raise TrimtabError(f"{task} has nothing to fit on: name a contrast")
+    return Contrast.load(f"task:{task}", data=data)

@@ -1,0 +1,372 @@
+"""`trimtab sweep METHOD`: settings of a method on a task, chosen on validation, reported on test;
+its options are the method's own fields, each with several values or a range."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.cli.common import (
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Overwrite,
+    console,
+    open_model,
+    print_json,
+)
+from trimtab.cli.fit import read_value
+from trimtab.errors import TrimtabError
+from trimtab.fitting import Method
+from trimtab.methods import METHODS
+from trimtab.spaces import Range, label, shown
+from trimtab.sweep import FAST, Sweep, sweep
+
+app = typer.Typer(
+    help="Try settings of a method on a task: `trimtab sweep METHOD --help` for its options.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+#: Trials that are listed in a terminal; the report has all.
+_LISTED = 10
+
+
+def _shared() -> list[tuple[str, Any, Any]]:
+    """Options that every sweep takes: name, type, default."""
+    empty = inspect.Parameter.empty
+    return [
+        ("model", Model, empty),
+        (
+            "task",
+            Annotated[
+                str,
+                typer.Option(
+                    "--task", "-t", help="copa, boolq ...; contrast:SOURCE; or refusal:FILE."
+                ),
+            ],
+            empty,
+        ),
+        (
+            "output",
+            Annotated[
+                Path | None,
+                typer.Option("--output", "-o", help="Run directory; interrupted runs go on there."),
+            ],
+            None,
+        ),
+        (
+            "contrast",
+            Annotated[
+                str | None,
+                typer.Option(
+                    "--contrast", "-c", help="What to fit on (default: the task's train rows)."
+                ),
+            ],
+            None,
+        ),
+        ("data", Data, None),
+        (
+            "search",
+            Annotated[
+                str,
+                typer.Option(
+                    help="grid; tpe (draws --trials settings); halving (stops poor ones early)."
+                ),
+            ],
+            "grid",
+        ),
+        (
+            "trials",
+            Annotated[int | None, typer.Option(help="How many, where they are drawn.")],
+            None,
+        ),
+        (
+            "limit",
+            Annotated[int, typer.Option(help="Validation rows; 0 takes all.")],
+            FAST,
+        ),
+        (
+            "test_limit",
+            Annotated[int | None, typer.Option(help="Test rows (default: all).")],
+            None,
+        ),
+        (
+            "validation_task",
+            Annotated[
+                str | None,
+                typer.Option(help="Another task whose rows stand in for the validation rows."),
+            ],
+            None,
+        ),
+        (
+            "metric",
+            Annotated[str | None, typer.Option(help="What counts (default: the task's first).")],
+            None,
+        ),
+        (
+            "max_cost",
+            Annotated[
+                float | None,
+                typer.Option(help="Leave out what costs more nats per token of plain text."),
+            ],
+            None,
+        ),
+        (
+            "oracle",
+            Annotated[
+                bool,
+                typer.Option(
+                    "--oracle/--no-oracle", help="Run every complete trial on the test rows too."
+                ),
+            ],
+            True,
+        ),
+        ("seed", Annotated[int, typer.Option(min=0, help="For whatever is drawn.")], 0),
+        (
+            "storage",
+            Annotated[
+                str | None,
+                typer.Option(help="An Optuna storage that several machines work on, as a URL."),
+            ],
+            None,
+        ),
+        (
+            "workers",
+            Annotated[int, typer.Option(min=1, help="Processes that share the trials.")],
+            1,
+        ),
+        (
+            "max_new_tokens",
+            Annotated[int | None, typer.Option(help="Tokens of an answer (default: the task's).")],
+            None,
+        ),
+        ("batch_size", Annotated[int, typer.Option(help="Prompts that are answered at once.")], 16),
+        (
+            "resumed",
+            Annotated[
+                bool,
+                typer.Option(
+                    "--resumed/--full", help="Run only the blocks that a setting changes, or all."
+                ),
+            ],
+            True,
+        ),
+        ("dtype", Dtype, "float32"),
+        ("device", Device, "auto"),
+        ("overwrite", Overwrite, False),
+        ("as_json", Json, False),
+    ]
+
+
+def _command(method: type[Method]) -> Callable[..., None]:
+    """A function whose signature is the method's fields, as text, and what every sweep takes."""
+    hints = typing.get_type_hints(method)
+    shared = _shared()
+    taken = {name for name, _, _ in shared}
+    own = []
+    for item in fields(method):  # type: ignore[arg-type]
+        if item.name not in taken:  # the seed is that of the sweep
+            option = typer.Option(help=item.metadata.get("help"), metavar="VALUES")
+            own.append((item.name, Annotated[str | None, option], None))
+
+    def command(**given: Any) -> None:
+        options = {name: given.pop(name) for name, _, _ in own}
+        space: dict[str, Any] = {}
+        fixed: dict[str, Any] = {}
+        for name, text in options.items():
+            if text is not None:
+                values = read_values(name, text, hints[name])
+                if isinstance(values, Range) or len(values) > 1:
+                    space[name] = values
+                else:
+                    fixed[name] = values[0]
+        if "seed" in hints:
+            fixed["seed"] = given["seed"]
+        _run(method, space or None, fixed, **given)
+
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, kind, default in [*shared[:3], *own, *shared[3:]]
+    ]
+    # Those that must be given come first, or Python refuses the signature.
+    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    example = {"austeer": " --site ffn_out --k 4,16,64 --alpha 1,8", "sta": " --sae my-sae/"}
+    command.__doc__ = (
+        f"Settings of {method.name} on a task. An option takes one value, several (4,16,64; lists "
+        "are separated by /), or for draws a range (1:100, 0.1:20:log). Without several values of "
+        "anything, the grid of the method's paper is searched.\n\nExample: `trimtab sweep "
+        f"{method.name} --model smollm2-135m-instruct --task copa --data DIR"
+        f"{example.get(method.name, '')} -o runs/copa`"
+    )
+    return command
+
+
+def read_values(name: str, text: str, hint: Any) -> list[Any] | Range:
+    """`4,16,64` as values, `LOW:HIGH` or `LOW:HIGH:log` as a range; lists are separated by /."""
+    option = f"--{name.replace('_', '-')}"
+    if ":" in text:
+        return _range(option, text)
+    kinds = typing.get_args(hint) or (hint,)
+    lists = any(typing.get_origin(kind) is tuple for kind in (hint, *kinds))
+    parts = text.split("/") if lists else text.split(",")
+    return [read_value(option, part, hint) for part in parts]
+
+
+def _range(option: str, text: str) -> Range:
+    low, _, rest = text.partition(":")
+    high, _, kind = rest.partition(":")
+    try:
+        ends = [
+            int(end) if end.strip().lstrip("-").isdigit() else float(end) for end in (low, high)
+        ]
+    except ValueError as error:
+        raise TrimtabError(f"{option} {text}: write LOW:HIGH, or LOW:HIGH:log") from error
+    if kind not in ("", "log"):
+        raise TrimtabError(f"{option} {text}: write LOW:HIGH, or LOW:HIGH:log")
+    return Range(ends[0], ends[1], kind == "log")
+
+
+def _run(
+    method: type[Method],
+    space: Mapping[str, Any] | None,
+    fixed: dict[str, Any],
+    *,
+    model: str,
+    dtype: str,
+    device: str,
+    workers: int,
+    as_json: bool,
+    limit: int,
+    search: str,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    if workers > 1 and options["output"] is None:
+        raise TrimtabError("several workers need a run directory: name it with --output")
+    if limit < 0:
+        raise TrimtabError(f"--limit must be 1 or more, or 0 for all, not {limit}")
+    language_model = open_model(model, dtype, device)
+    helpers = _start_others(workers, overwrite)
+    try:
+        found = sweep(
+            language_model,
+            method,
+            space=space,
+            fixed=fixed,
+            search=search,  # type: ignore[arg-type]
+            limit=limit or None,
+            overwrite=overwrite,
+            **options,
+        )
+    finally:
+        for helper in helpers:
+            helper.terminate() if sys.exc_info()[0] else helper.wait()
+    if as_json:
+        print_json(found.as_json())
+        return
+    _show(found, options["output"])
+
+
+def _start_others(workers: int, overwrite: bool) -> list[subprocess.Popen[bytes]]:
+    """The same command again, as processes that take trials from the same storage.
+
+    They share the processor's cores, and say nothing: what they find is in the storage.
+    """
+    if workers == 1:
+        return []
+    if overwrite:
+        raise TrimtabError("--overwrite and --workers: let one process clear the directory first")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    for i, argument in enumerate(arguments):
+        if argument == "--workers":
+            arguments[i + 1] = "1"
+        elif argument.startswith("--workers="):
+            arguments[i] = "--workers=1"
+    code = "from trimtab.cli import main; main()"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(workers - 1)
+    ]
+
+
+def _show(found: Sweep, output: Path | None) -> None:
+    """For people: the chosen setting, what it is worth, the best trials."""
+    base = found.unsteered
+    console.print(
+        f"unsteered: validation {_figure(base['validation'].value, base['validation'].ci95)}, "
+        f"test {_figure(base['test'].value, base['test'].ci95)}",
+        highlight=False,
+    )
+    if found.best is not None:
+        best, d = found.best, found.difference
+        name = label(METHODS[found.method], best.params)
+        console.print(
+            f"[bold]{name}[/bold], chosen on validation ({_figure(best.value, best.ci95)}): test "
+            f"{_figure(best.test, best.test_ci95)}, n = {best.test_n}",
+            highlight=False,
+        )
+        if d is not None:
+            flips = "" if d.p is None else f", +{d.gained} -{d.lost} (p {d.p:.2g})"
+            console.print(
+                f"  against unsteered: {d.difference:+.4g} [{d.ci95[0]:+.4g}, {d.ci95[1]:+.4g}]"
+                f"{flips}",
+                highlight=False,
+            )
+    if found.oracle is not None:
+        name = label(METHODS[found.method], found.oracle.params)
+        console.print(
+            f"oracle, chosen on the test rows: {name}, "
+            f"{_figure(found.oracle.test, found.oracle.test_ci95)}",
+            style="dim",
+            highlight=False,
+        )
+    console.print(_table(found))
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False)
+    if output is not None:
+        console.print(f"{output}: report.html, results.json, best.safetensors", style="dim")
+
+
+def _table(found: Sweep) -> Table:
+    table = Table("trial", "setting", "state", found.metric, "n", "seconds")
+    sign = -1 if found.maximise else 1
+    valued = [t for t in found.trials if t.value is not None]
+    ranked = sorted(valued, key=lambda t: (t.state != "complete", sign * (t.value or 0), t.number))
+    for t in ranked[:_LISTED]:
+        setting = " ".join(f"{name}={shown(value)}" for name, value in t.params.items())
+        table.add_row(
+            str(t.number), setting, t.state, _figure(t.value, t.ci95), str(t.n), f"{t.seconds:.1f}"
+        )
+    if len(found.trials) > len(ranked[:_LISTED]):
+        table.caption = f"{len(ranked[:_LISTED])} of {len(found.trials)} trials"
+    return table
+
+
+def _figure(value: float | None, ci95: tuple[float, float] | None) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.4g}" + ("" if ci95 is None else f" [{ci95[0]:.4g}, {ci95[1]:.4g}]")
+
+
+for _name, _method in METHODS.items():
+    app.command(_name)(_command(_method))
