@@ -1,11 +1,12 @@
 """A task's rows, ready to measure many steerings on.
 
-The rows are read and tokenised once, what the blocks below steerings compute of one-token prompts
-and of plain text is kept for the next steering, and the unsteered model is measured once.
+The rows are read once, what the blocks below steerings compute of one-token prompts, of the sides
+of pairs and of plain text is kept for the next steering, and the unsteered model is measured once.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,7 +27,7 @@ from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.resuming import Kept
 from trimtab.steering import Steering, Steerings
-from trimtab.tasks import Protocol
+from trimtab.tasks import Protocol, find_task
 
 Attached = Steering | Steerings | None
 
@@ -49,7 +50,7 @@ class Bench:
     `task` is one of ours or contrast:SOURCE; `validation_task` another one whose test rows stand in
     for the validation rows, for tasks that have none (refusal:FILE). `limits` takes so many rows of
     each part (None or absent: all). `shuffle` is a seed for the order of the validation rows.
-    `resumed` false runs all blocks for every steering.
+    `resumed` false runs all blocks for every steering. The model's weights must stay as they are.
     """
 
     def __init__(
@@ -68,22 +69,20 @@ class Bench:
         resumed: bool = True,
     ) -> None:
         self.language_model, self.task = language_model, task
+        limits = limits or {}
+        for part, limit in limits.items():
+            if limit is not None and limit < 1:
+                raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
         kept = Kept(language_model) if resumed else None
         self.settings = replace(settings or Settings(), kept=kept)
-        self._metric = metric
+        self._asked = metric
         self._unsteered: dict[Part, list[Record]] = {}
         names: dict[Part, str] = {"validation": validation_task or task, "test": task}
         self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
         for part, name in names.items():
             rows: Part = "test" if part == "validation" and validation_task else part
-            wanted = Wanted((protocol,), rows, (limits or {}).get(part), data)
-            job = find_job(name, wanted, judging or Judging())
-            if not isinstance(job, TaskJob | PreferenceJob):
-                raise TrimtabError(
-                    f"{name} has no validation rows to choose on: known are tasks with a train "
-                    "part and contrast:SOURCE"
-                )
-            self.jobs[part] = job
+            wanted = Wanted((protocol,), rows, limits.get(part), data)
+            self.jobs[part] = _job(name, wanted, judging or Judging())
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)
@@ -101,12 +100,20 @@ class Bench:
         """What a reader of the figures should know."""
         return list(dict.fromkeys(note for job in self.jobs.values() for note in job.notes()))
 
-    @property
+    @cached_property
     def metric(self) -> str:
         """The metric that counts: by default the first that the task has."""
-        if self._metric is None:
-            self._metric = next(iter(self.unsteered("validation")[0]["values"]))
-        return self._metric
+        every = [record["values"] for record in self.unsteered("validation")]
+        known: list[str] = list(dict.fromkeys(name for values in every for name in values))
+        if not known:
+            raise TrimtabError(f"{self.task} rates no single answer: there is nothing to choose by")
+        if self._asked is None:
+            return known[0]
+        if self._asked not in known:
+            raise TrimtabError(
+                f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"
+            )
+        return self._asked
 
     @property
     def maximise(self) -> bool:
@@ -140,19 +147,15 @@ class Bench:
         return self._unsteered[part]
 
     def result(self, records: Sequence[Record]) -> Result:
-        """The metric over some records."""
-        values = [record["values"].get(self.metric) for record in records]
-        clear = [value for value in values if value is not None]
-        first = records[0]
+        """The metric over some records of one steering; those without the metric do not count."""
+        given = [r["values"][self.metric] for r in records if self.metric in r["values"]]
+        clear = [value for value in given if value is not None]
+        unclear, first = len(given) - len(clear), records[0]
         name = first["task"], first["protocol"], self.metric
         if not clear:
-            if not any(self.metric in record["values"] for record in records):
-                known = ", ".join(first["values"])
-                raise TrimtabError(f"{self.task} has no metric {self.metric!r}: it has {known}")
-            return Result(*name, None, 0, None, first["steering"], len(values))
+            return Result(*name, None, 0, None, first["steering"], unclear)
         found = estimate_of(self.metric, clear, None)
         interval = (found.low, found.high)
-        unclear = len(values) - len(clear)
         return Result(*name, found.value, found.n, interval, first["steering"], unclear)
 
     # -- what a steering costs on plain text ------------------------------------------------------
@@ -160,6 +163,10 @@ class Bench:
     def cost(self, steering: Attached) -> float:
         """How much harder plain text is to predict, in nats per token."""
         return float((self._nll(steering) - self._base_nll).sum() / self._plain_tokens)
+
+    def perplexity(self, cost: float) -> float:
+        """Perplexity of the plain text at so many nats more per token."""
+        return math.exp(float(self._base_nll.sum()) / self._plain_tokens + cost)
 
     @cached_property
     def _readings(self) -> list[Reading]:
@@ -188,6 +195,25 @@ class Bench:
         ):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
+
+
+def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:
+    """The job of a part, for tasks that have validation rows."""
+    kind = name.partition(":")[0]
+    if kind in ("lm-eval", "perplexity"):
+        raise TrimtabError(
+            f"{name} has no validation rows to choose on: choose a task with a train part, or "
+            "contrast:SOURCE"
+        )
+    trained = kind == "contrast" or find_task(name, wanted.data).train is not None
+    if wanted.part == "validation" and not trained:
+        raise TrimtabError(
+            f"{name} has no validation rows to choose on: name another task whose rows stand in "
+            "for them (--validation-task)"
+        )
+    job = find_job(name, wanted, judging)
+    assert isinstance(job, TaskJob | PreferenceJob)
+    return job
 
 
 def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:

@@ -146,7 +146,8 @@ def shown(value: Any) -> str:
 
 class Fitter:
     """Makes the steering of any setting; the model runs over the contrast once for all that can be
-    listed, and nothing is fitted again where only the dial differs."""
+    listed, and nothing is fitted again where only the dial differs. `statistics` is what passes
+    have gathered, by what was wanted; fitters that share it share the passes."""
 
     def __init__(
         self,
@@ -156,11 +157,12 @@ class Fitter:
         space: Space,
         fixed: Params,
         cache: Any = None,
+        statistics: dict[tuple[Want, ...], Any] | None = None,
     ) -> None:
         self.language_model, self.method, self.contrast = language_model, method, contrast
         self.fixed, self.cache = fixed, cache
         self.dial = dial_of(method)
-        self._statistics: dict[tuple[Want, ...], Any] = {}
+        self._statistics = {} if statistics is None else statistics
         self._built: dict[tuple[Any, ...], Steering] = {}
         without_dial = {name: values for name, values in space.items() if name != self.dial}
         self._listed = listed(without_dial)
@@ -188,15 +190,20 @@ class Fitter:
         method = self.method_at(params)
         return method.build(self.language_model, self.contrast, self._gathered(method))
 
+    def wants(self) -> list[Want]:
+        """What all settings that can be listed want of the pass."""
+        every: dict[Want, None] = {}
+        for params in self._listed or ():
+            every |= dict.fromkeys(self.method_at(params).wants(self.language_model, self.contrast))
+        return list(every)
+
     def _gathered(self, method: Method) -> Any:
         """The statistics that the method wants, from the pass over everything that is listed."""
         wants = tuple(method.wants(self.language_model, self.contrast))
         for known, statistics in self._statistics.items():
             if set(wants) <= set(known):
                 return statistics
-        every = dict.fromkeys(wants)
-        for params in self._listed or ():
-            every |= dict.fromkeys(self.method_at(params).wants(self.language_model, self.contrast))
+        every = dict.fromkeys((*wants, *self.wants()))
         self._statistics[tuple(every)] = collect(
             self.language_model, self.contrast.train, list(every), cache=self.cache
         )

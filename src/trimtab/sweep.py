@@ -91,6 +91,8 @@ class Sweep:
     model: dict[str, Any]
     seconds: float
     notes: tuple[str, ...] = ()
+    #: Records of the best trial on the test rows.
+    tested: tuple[Record, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab sweep --json` prints."""
@@ -212,20 +214,20 @@ def sweep(
         "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
     }
     run = SharedRun(output, config, overwrite)
-    worker = _Worker(bench, Fitter(language_model, kind, texts, given, own), run, max_cost, oracle)
-    started = time.perf_counter()
-    queue = Trials(
-        _place(storage, run),
-        _name(run.config),
+    fitter = Fitter(language_model, kind, texts, given, own)
+    found = try_settings(
+        bench,
+        fitter,
         given,
-        search,
-        trials,
-        bench.maximise,
-        seed,
+        search=search,
+        trials=trials,
+        max_cost=max_cost,
+        oracle=oracle,
+        seed=seed,
+        run=run,
+        storage=storage,
         fresh=overwrite,
     )
-    worker.work(queue)
-    found = worker.found(queue, task, time.perf_counter() - started)
     if run.path is not None:
         from trimtab.sweep_report import sweep_page  # needs the classes of this file
 
@@ -233,6 +235,30 @@ def sweep(
             found.steering.save(run.path / "best.safetensors", overwrite=True)
         run.finish(found.as_json(), lambda environment: sweep_page(found, run, environment))
     return found
+
+
+def try_settings(
+    bench: Bench,
+    fitter: Fitter,
+    space: Space,
+    *,
+    search: Search,
+    trials: int | None,
+    max_cost: float | None,
+    oracle: bool,
+    seed: int,
+    run: SharedRun,
+    storage: str | None = None,
+    fresh: bool = False,
+) -> Sweep:
+    """A sweep on a bench and with a fitter that may serve others too; arguments as of `sweep`."""
+    started = time.perf_counter()
+    worker = _Worker(bench, fitter, run, max_cost, oracle)
+    queue = Trials(
+        _place(storage, run), _name(run.config), space, search, trials, bench.maximise, seed, fresh
+    )
+    worker.work(queue)
+    return worker.found(queue, bench.task, time.perf_counter() - started)
 
 
 def _place(storage: str | None, run: SharedRun) -> str | Path | None:
@@ -335,6 +361,7 @@ class _Worker:
         unsteered = {part: self._unsteered(part) for part in ("validation", "test")}
         difference, chosen_p, steering = None, None, None
         flips: tuple[tuple[Record, Record], ...] = ()
+        tested: list[Record] | None = None
         if best is not None:
             name = label(fitter.method, best.params)
             steering = fitter.steering(best.params)
@@ -377,6 +404,7 @@ class _Worker:
             model=dict(vars(bench.language_model.identity)),
             seconds=round(seconds, 2),
             notes=(*bench.notes(), *_caveats(trials, best, figures, bench.maximise, chosen_p)),
+            tested=tuple(tested or ()),
         )
 
     def _unsteered(self, part: Any) -> list[Record]:

@@ -12,7 +12,18 @@ from typing import Any
 
 import typer
 
-from trimtab.cli import bake, demo, evaluate, fit, generate, inspect, models, strength, sweep
+from trimtab.cli import (
+    bake,
+    compare,
+    demo,
+    evaluate,
+    fit,
+    generate,
+    inspect,
+    models,
+    strength,
+    sweep,
+)
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 app = typer.Typer(
@@ -37,6 +48,7 @@ app.command()(bake.bake)
 app.command("evaluate")(evaluate.evaluate_command)
 app.add_typer(strength.app, name="strength")
 app.add_typer(sweep.app, name="sweep")
+app.command("compare")(compare.compare_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
