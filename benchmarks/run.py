@@ -1,7 +1,7 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
     python benchmarks/run.py [extraction|onepass|means|generation|overhead|
-                              evaluation|strength|all]
+                              evaluation|strength|sweeps|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
@@ -18,6 +18,8 @@ evaluation  tasks against the authors' way, and a task of lm-eval against its ow
             (evaluation.py)
 strength    a curve of 1,025 dials against as many forward passes, budgets against forward passes
             (strength.py)
+sweeps      a grid of 169 settings of AUSteer on copa against the authors' way and a plain batched
+            evaluation (sweeps.py)
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and
@@ -26,8 +28,9 @@ the median of the rounds' own ratios with its 95 % interval by bootstrap; the ta
 former, in onepass and overhead for the latter. On a machine with other work, believe the CPU
 seconds.
 
-The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl) and of
-`evaluation` (the test files of copa, winogrande and boolq) are read from --data or TRIMTAB_DATA.
+The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl), of
+`evaluation` (the test files of copa, winogrande and boolq) and of `sweeps` (copa's files) are read
+from --data or TRIMTAB_DATA.
 The models are packs, which the package index carries. --pairs takes another number of pairs (or
 examples) everywhere, for a quick look whose figures mean little.
 """
@@ -44,9 +47,18 @@ from typing import Any
 
 from clock import Report, machine, one_thread
 
-BENCHMARKS = ("extraction", "onepass", "means", "generation", "overhead", "evaluation", "strength")
+BENCHMARKS = (
+    "extraction",
+    "onepass",
+    "means",
+    "generation",
+    "overhead",
+    "evaluation",
+    "strength",
+    "sweeps",
+)
 #: Those that read data sets.
-ON_DATA = ("extraction", "evaluation")
+ON_DATA = ("extraction", "evaluation", "sweeps")
 
 
 def main() -> int:

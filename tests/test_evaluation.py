@@ -92,6 +92,19 @@ def rtp_rows(count: int = 7) -> list[dict[str, Any]]:
     ]
 
 
+def pair_rows() -> list[dict[str, Any]]:
+    """Every third row is of the train part."""
+    return [
+        {
+            "prompt": f"The ship left{' so' * (i % 4)} {weather}",
+            "positive": " and the day was long.",
+            "negative": f" and{' then' * (i % 5)} no more.",
+            "part": "test" if i % 3 else "train",
+        }
+        for i, weather in enumerate(WEATHER * 4)
+    ]
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Data sets with the layout of the real ones."""
@@ -943,7 +956,7 @@ def test_preference_needs_a_judge_and_a_pair(talker: LanguageModel, data: Path) 
 # -- interrupted and resumed ----------------------------------------------------------------------
 
 #: The tasks of each kind: one token, greedy text, sampled text that is scored, likelihood.
-KINDS = ("copa", "svamp", "detox", "perplexity")
+KINDS = ("copa", "svamp", "detox", "perplexity", "contrast")
 
 
 @dataclass
@@ -977,6 +990,9 @@ def job(request: pytest.FixtureRequest, data: Path, monkeypatch: pytest.MonkeyPa
         texts = [*(f"The king was old {weather}." for weather in WEATHER * 2), LONG]
         write(data / "texts.jsonl", [{"text": text} for text in texts])
         task = f"perplexity:{data / 'texts.jsonl'}"
+    if task == "contrast":
+        write(data / "pairs.jsonl", pair_rows())
+        task = f"contrast:{data / 'pairs.jsonl'}"
     options: dict[str, Any] = {"steering": strong(lm), "limit": 9}
     if request.param in ("svamp", "detox"):
         options |= {"max_new_tokens": 4, "protocol": ["paper", "trimtab"]}

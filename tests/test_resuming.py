@@ -15,7 +15,7 @@ import trimtab as tt
 from helpers import PROMPTS, language_model, relative, site_kinds, steer, steer_at, token_ids
 from tiny import TINY, tiny_model
 from trimtab.operators import Add
-from trimtab.resuming import begin, blocks_below, grouped, resume
+from trimtab.resuming import Kept, begin, blocks_below, grouped, resume
 
 #: Three texts of different lengths, the longest beyond the sliding window, and one token.
 TEXTS = [token_ids(prompt) for prompt in PROMPTS] + [[1]]
@@ -204,3 +204,122 @@ def test_groups_hold_every_text_once_and_keep_to_their_size() -> None:
         assert len(group) <= 64
     tops = [max(lengths[i] for i in group) for group in groups]
     assert all(a >= b for a, b in pairwise(tops))
+
+
+# -- what is kept for later -------------------------------------------------------------------
+
+
+#: As texts are kept: tuples, one of them twice.
+KEPT = [tuple(text) for text in (*TEXTS, TEXTS[0])]
+
+
+def counted(lm: tt.LanguageModel) -> list[int]:
+    """The layers whose FFN ran, as they run."""
+    ran: list[int] = []
+    for layer, block in enumerate(blocks(lm.model)):
+        block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.append(layer))
+    return ran
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_kept_is_what_plain_transformers_has(name: str) -> None:
+    """Whatever was asked for before: deeper, higher, the same, nothing."""
+    lm = shared(name)
+    last = lm.anatomy.layers
+    kept = Kept(lm)
+    with torch.no_grad():
+        plain_states = [
+            lm.model(torch.tensor([text]), output_hidden_states=True, use_cache=False).hidden_states
+            for text in KEPT
+        ]
+    # transformers puts the final norm on the last of its states: that one is taken from the block.
+    tops = [plain(lm.model, text)[1][-1] for text in KEPT]
+    for depth in (2, 0, 1, last, 2, last, 1):
+        found = kept.after(KEPT, depth)
+        assert len(found) == len(KEPT)
+        for text, stream, states, top in zip(KEPT, found, plain_states, tops, strict=True):
+            if depth == 0:
+                assert stream.numel() == 0
+                continue
+            assert stream.shape == (len(text), lm.anatomy.hidden_size)
+            expected = top if depth == last else states[depth][0]
+            assert relative(stream, expected) < 1e-5, depth
+
+
+def test_what_is_kept_is_computed_once_and_from_the_highest_block_below() -> None:
+    lm = language_model("llama")
+    ran = counted(lm)
+    kept = Kept(lm)
+    some, more = KEPT[:2], KEPT[2:4]
+    for texts, depth, expected in (
+        (some, 1, [0]),
+        (some, 1, []),
+        (some, 3, [1, 2]),
+        (some, 2, [1]),
+        (more, 2, [0, 1]),
+        (some + more, 2, []),
+        (some + more, 3, [2]),  # what is missing of the texts runs, the others do not
+        (some + more, 1, [0]),
+        (some + more, 0, []),
+    ):
+        ran.clear()
+        kept.after(texts, depth)
+        assert ran == expected, (len(texts), depth)
+
+
+def test_a_text_that_is_asked_for_twice_runs_once() -> None:
+    lm = language_model("llama")
+    seen: list[int] = []
+    blocks(lm.model)[0].mlp.register_forward_hook(lambda m, a, o: seen.append(o.shape[0]))
+    Kept(lm).after([KEPT[0], KEPT[1], KEPT[0]], 1)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3.5])
+def test_a_small_limit_costs_time_and_nothing_else(rows: float) -> None:
+    """Room for none of a batch, or for a part of it; texts at different depths in one batch."""
+    lm = shared("llama")
+    longest = max(map(len, KEPT))
+    limit = int(rows * longest * lm.anatomy.hidden_size * 4)
+    kept = Kept(lm, limit)
+    expected = [plain(lm.model, text)[1] for text in KEPT]
+    for chosen, depth in (
+        ([0, 1], 1),
+        ([0, 1, 2, 3], 2),
+        ([3, 2, 1, 0], 3),
+        ([1], 1),
+        ([0, 1, 2, 3, 4], 3),
+        ([0, 1, 2], 1),
+        ([2, 0, 3], 2),
+    ):
+        found = kept.after([KEPT[i] for i in chosen], depth)
+        for i, stream in zip(chosen, found, strict=True):
+            assert relative(stream, expected[i][depth - 1]) < 1e-5
+        held = sum(stream.nbytes for stream in kept._streams.values())
+        assert held == kept._bytes <= limit
+
+
+def test_what_was_not_used_for_longest_is_dropped() -> None:
+    lm = language_model("llama")
+    text_bytes = 6 * lm.anatomy.hidden_size * 4
+    a, b, c = ((10 + i,) * 6 for i in range(3))
+    kept = Kept(lm, 2 * text_bytes)
+    kept.after([a], 1)
+    kept.after([b], 1)
+    kept.after([a], 1)  # used again: b is the oldest now
+    kept.after([c], 1)
+    ran = counted(lm)
+    kept.after([a, c], 1)
+    assert ran == []
+    kept.after([b], 1)
+    assert ran == [0]
+
+
+def test_what_is_kept_of_bfloat16_is_bfloat16() -> None:
+    lm = tt.wrap(tiny_model("gemma2", dtype=torch.bfloat16), shared("gemma2").tokenizer, "gemma2")
+    kept = Kept(lm)
+    for depth in (1, 2):
+        (stream,) = kept.after(KEPT[:1], depth)
+        assert stream.dtype == torch.bfloat16
+        assert torch.equal(stream, plain(lm.model, KEPT[0])[1][depth - 1])
+    assert kept._bytes == 2 * len(KEPT[0]) * lm.anatomy.hidden_size * 2

@@ -19,7 +19,7 @@ import transformers
 from helpers import refused_in_one_line
 from trimtab import TrimtabError
 from trimtab import runs as runs_module
-from trimtab.runs import Run
+from trimtab.runs import Run, SharedRun
 
 CONFIG: dict[str, Any] = {"tasks": ["copa"], "limit": 4, "protocols": ("trimtab",)}
 
@@ -388,3 +388,183 @@ def test_a_directory_in_use_by_another_process(finished: Path) -> None:
             other.kill()
     with Run(finished, CONFIG) as run:  # a process that was killed holds nothing
         assert run.records == RECORDS
+
+
+# -- a directory that several share ---------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files below a directory but the lock."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_parts_are_kept_whole_and_found_again(tmp_path: Path) -> None:
+    run = SharedRun(tmp_path / "deep" / "run", CONFIG)
+    assert run.kept("one") is None
+    run.keep("one", RECORDS)
+    run.keep("none", [])
+    again = SharedRun(tmp_path / "deep" / "run", CONFIG)
+    assert again.kept("one") == RECORDS  # with its line separators
+    assert again.kept("none") == []
+    assert again.kept("two") is None
+    again.keep("one", RECORDS[:1])
+    assert run.kept("one") == RECORDS[:1]
+    run.finish({"best": 1}, lambda environment: f"<p>{environment['python']}</p>")
+    left = files_of(tmp_path / "deep" / "run")
+    assert set(left) == {
+        "config.json",
+        "environment.json",
+        "records/none.jsonl",
+        "records/one.jsonl",
+        "report.html",
+        "results.json",
+    }
+    assert left["report.html"] == f"<p>{sys.version.split()[0]}</p>".encode()
+    assert json.loads(left["results.json"]) == {"best": 1}
+    assert json.loads(left["config.json"]) == run.config
+
+
+def test_without_a_directory_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = SharedRun(None, CONFIG)
+    run.keep("one", RECORDS)
+    run.finish({"best": 1}, lambda environment: "page")
+    assert run.kept("one") is None
+    assert run.config["protocols"] == ["trimtab"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shared_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    run = SharedRun(tmp_path / "run", CONFIG)
+    run.keep("one", RECORDS)
+    before = files_of(tmp_path / "run")
+    other = {**CONFIG, "limit": 5, "seed": 1}
+    refused_in_one_line(
+        lambda: SharedRun(tmp_path / "run", other), "differs in limit, seed: .*--overwrite"
+    )
+    assert files_of(tmp_path / "run") == before
+    assert SharedRun(tmp_path / "run", CONFIG).kept("one") == RECORDS  # and it is not locked
+
+
+def test_overwrite_clears_what_runs_leave_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = SharedRun(folder, CONFIG)
+    run.keep("one", RECORDS)
+    run.finish({}, lambda environment: "old")
+    (folder / "pictures").mkdir()
+    left = ("study.db", "study.db-journal", "study.db-wal", "best.safetensors", "records.jsonl")
+    for name in (*left, "pictures/heatmap.svg", "pictures/heatmap.png"):
+        (folder / name).write_text("old")
+    own = ("notes.txt", "study.db.bak", "pictures/notes.md", "records/table.csv", "mine/one.jsonl")
+    (folder / "mine").mkdir()
+    for name in own:
+        (folder / name).write_text("mine")
+    other = {**CONFIG, "limit": 5}
+    again = SharedRun(folder, other, overwrite=True)
+    assert again.kept("one") is None
+    files = files_of(folder)
+    assert set(files) == {*own, "config.json", "environment.json"}
+    assert json.loads(files["config.json"]) == again.config
+    assert all(files[name] == b"mine" for name in own)
+    refused_in_one_line(lambda: SharedRun(folder, CONFIG), "differs in limit")
+
+
+@pytest.mark.parametrize("line", [b'{"task": "copa", "ind', b"", b"\xff\xfe", b"5", b"[" * 90_000])
+def test_a_damaged_part_is_refused_in_one_line(tmp_path: Path, line: bytes) -> None:
+    run = SharedRun(tmp_path / "run", CONFIG)
+    run.keep("one", RECORDS)
+    file = tmp_path / "run" / "records" / "one.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+    refused_in_one_line(lambda: run.kept("one"), "one.jsonl, line 2 is damaged")
+    file.write_bytes(b"\n".join(lines)[:-5])
+    refused_in_one_line(lambda: run.kept("one"), "one.jsonl is cut off at its end: delete it")
+    file.unlink()
+    file.mkdir()
+    refused_in_one_line(lambda: run.kept("one"), "one.jsonl cannot be read: Is a directory")
+
+
+def test_a_shared_run_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    run = SharedRun(tmp_path / "run", CONFIG)
+    bad = record(2, values={"log_odds": math.nan}, steering="caa@9")
+    refused_in_one_line(
+        lambda: run.keep("one", [RECORDS[0], bad]), "copa, example row 2, with caa@9"
+    )
+    assert run.kept("one") is None
+
+
+def test_a_damaged_configuration_of_a_shared_run_is_refused(tmp_path: Path) -> None:
+    SharedRun(tmp_path / "run", CONFIG)
+    (tmp_path / "run" / "config.json").write_text("{")
+    refused_in_one_line(lambda: SharedRun(tmp_path / "run", CONFIG), "config.json cannot be read")
+
+
+def test_a_file_where_a_shared_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    refused_in_one_line(lambda: SharedRun(tmp_path / "run", CONFIG), "is a file: name a directory")
+    refused_in_one_line(lambda: SharedRun(tmp_path / "run" / "a", CONFIG), "cannot write to")
+    assert (tmp_path / "run").read_text() == "mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "records").write_text("mine")
+    run = SharedRun(tmp_path / "other", CONFIG)
+    refused_in_one_line(lambda: run.keep("one", RECORDS), "cannot write to .*records")
+
+
+@pytest.mark.parametrize("kind", [Run, SharedRun])
+def test_no_permission_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    # Permissions do not stop the superuser, as whom tests may run.
+    def denied(self: Path, *arguments: Any, **options: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    for name in ("mkdir", "exists"):  # of the directory itself, and of the one that it is in
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, denied)
+            refused_in_one_line(
+                lambda: kind(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
+            )
+
+
+_SHARING = """
+import json, sys
+from trimtab.runs import SharedRun
+config, records = json.loads(sys.stdin.readline())
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(30):
+    run = SharedRun(sys.argv[1], config)
+    run.keep(f"theirs-{turn}", records)
+    run.keep("both", records)
+assert run.kept("both") == records
+"""
+
+
+def test_two_processes_open_one_directory_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-c", _SHARING, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(json.dumps([CONFIG, RECORDS]).encode() + b"\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == b"ready\n"
+        other.stdin.write(b"go\n")
+        other.stdin.flush()
+        for turn in range(30):
+            run = SharedRun(folder, CONFIG)
+            run.keep(f"ours-{turn}", RECORDS)
+            run.keep("both", RECORDS)
+        assert other.wait() == 0
+    for name in (
+        "both",
+        *(f"{whose}-{turn}" for whose in ("ours", "theirs") for turn in range(30)),
+    ):
+        assert run.kept(name) == RECORDS
+    assert len(files_of(folder)) == 2 + 61

@@ -146,6 +146,10 @@ class Bench:
             self._unsteered[part] = self.records(None, part)
         return self._unsteered[part]
 
+    def recall(self, part: Part, records: Sequence[Record]) -> None:
+        """Take the unsteered model's records from an earlier run, not to run it again."""
+        self._unsteered[part] = list(records)
+
     def result(self, records: Sequence[Record]) -> Result:
         """The metric over some records of one steering; those without the metric do not count."""
         given = [r["values"][self.metric] for r in records if self.metric in r["values"]]
@@ -172,9 +176,10 @@ class Bench:
     def _readings(self) -> list[Reading]:
         found = []
         for tokens in self.language_model.fitting(plain_texts()):
+            # Plain text is all prompt, as in metrics.likelihood.cross_entropy; its last token is
+            # read, because to a steering it is the last.
             asked = tuple(range(len(tokens) - 1))
-            # Plain text is all prompt, as in metrics.likelihood.cross_entropy.
-            found.append(Reading(tuple(tokens[:-1]), asked, len(tokens) - 1, tuple(tokens[1:])))
+            found.append(Reading(tuple(tokens), asked, len(tokens), tuple(tokens[1:])))
         return found
 
     @cached_property

@@ -62,14 +62,15 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on tasks, unsteered (unless `unsteered` is false) and steered.
 
-    `tasks` are names of `trimtab.tasks.TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE or
-    lm-eval:NAME. `steering` is one steering or `a + b`; a list or a mapping by name holds
-    alternatives, each evaluated by itself. `data` names the directory of data sets (default:
-    TRIMTAB_DATA, else the hub). `limit` takes the first examples of each task. `few_shot`, `chat`
-    (through the chat template) and `task_files` (directories) are for tasks of lm-eval. `toxicity`
-    names the scorer of detox: offline, detoxify or a URL; `judges` say whether a response complies
-    (trimtab.metrics.judges); `preference` is the chat model that compares answers (bpo). `output`
-    names a run directory, in which a run that was interrupted goes on.
+    `tasks` are names of `trimtab.tasks.TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE,
+    contrast:SOURCE (pairs, named as for `Contrast.load`) or lm-eval:NAME. `steering` is one
+    steering or `a + b`; a list or a mapping by name holds alternatives, each evaluated by itself.
+    `data` names the directory of data sets (default: TRIMTAB_DATA, else the hub). `limit` takes
+    the first examples of each task. `few_shot`, `chat` (through the chat template) and `task_files`
+    (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
+    or a URL; `judges` say whether a response complies (trimtab.metrics.judges); `preference` is the
+    chat model that compares answers (bpo). `output` names a run directory, in which a run that was
+    interrupted goes on.
     """
     names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
     protocols = (protocol,) if isinstance(protocol, str) else tuple(dict.fromkeys(protocol))

@@ -98,11 +98,12 @@ class Evaluation:
     def flips(self, metric: str | None = None) -> list[tuple[Record, Record]]:
         """(unsteered, steered) records of each example whose rating changed.
 
-        `metric` is by default the first that a task has.
+        `metric` is by default the first that a task has and that rates examples.
         """
         found = []
         for before, after in paired(self.records):
-            name = metric or next(iter(after["values"]), "")
+            names = [metric] if metric else [m for m in after["values"] if m not in _MEANS]
+            name = next(iter(names), "")
             old, new = before["values"].get(name), after["values"].get(name)
             if None not in (old, new) and old != new and _rates(name, (old, new)):
                 found.append((before, after))

@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from trimtab.answering import Entry, Measure, Settings, answer
 from trimtab.contrasts import Contrast, Pair, Part, last_message
 from trimtab.errors import TrimtabError
@@ -253,11 +251,13 @@ def _coherence(
 @dataclass(frozen=True)
 class PreferenceJob:
     """Which side of each pair of a contrast's part the model finds more probable, and by how many
-    nats (log-odds of the positive side)."""
+    nats (log-odds of the positive side). `numbers` are those of the pairs' rows in the contrast,
+    from 1."""
 
     name: str
     wanted: Wanted
     pairs: tuple[Pair, ...]
+    numbers: tuple[int, ...]
     digest: str
 
     @classmethod
@@ -265,8 +265,10 @@ class PreferenceJob:
         contrast = Contrast.load(source, data=wanted.data)
         if not contrast.paired:
             raise TrimtabError(f"{source} is unpaired: a preference is between the sides of a pair")
-        pairs = contrast.part(wanted.part).pairs[: wanted.limit]
-        return cls(name, wanted, pairs, contrast.digest)
+        chosen = contrast.part(wanted.part)
+        numbers = [n for n, pair in enumerate(contrast.pairs, 1) if pair.part == wanted.part]
+        limit = wanted.limit
+        return cls(name, wanted, chosen.pairs[:limit], tuple(numbers[:limit]), chosen.digest)
 
     @property
     def rows(self) -> int:
@@ -275,11 +277,12 @@ class PreferenceJob:
 
     def shuffled(self, order: Sequence[int]) -> PreferenceJob:
         """The same pairs in another order."""
-        return replace(self, pairs=tuple(self.pairs[i] for i in order))
+        pairs = tuple(self.pairs[i] for i in order)
+        return replace(self, pairs=pairs, numbers=tuple(self.numbers[i] for i in order))
 
     def part(self, start: int, stop: int) -> PreferenceJob:
         """The pairs from one to another only, counted from 0 in their records."""
-        return replace(self, pairs=self.pairs[start:stop])
+        return replace(self, pairs=self.pairs[start:stop], numbers=self.numbers[start:stop])
 
     def describe(self) -> dict[str, Any]:
         return {"task": self.name, "rows": len(self.pairs), "sha256": self.digest}
@@ -290,14 +293,18 @@ class PreferenceJob:
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
-        readings = side_readings(language_model, Contrast(self.pairs, self.name))
-        share = settings.kept is None
-        batches = plan(readings, language_model.batch_tokens, share=share)
-        scores = torch.zeros(len(readings), dtype=torch.float64)
-        if all(("", i) in done for i in range(len(self.pairs))):
+        missing = {i for i in range(len(self.pairs)) if ("", i) not in done}
+        if not missing:
             return
-        started = time.perf_counter()
-        with progress(self.name, len(readings)) as advance:
+        readings = side_readings(language_model, Contrast(self.pairs, self.name))
+        batches = [
+            batch
+            for batch in plan(readings, language_model.batch_tokens, share=settings.kept is None)
+            if any(i // 2 in missing for i in batch.rows)
+        ]
+        scores: dict[int, float] = {}
+        with progress(self.name, len(missing)) as advance:
+            started = time.perf_counter()
             for batch, found in next_tokens(
                 language_model,
                 readings,
@@ -306,25 +313,37 @@ class PreferenceJob:
                 kept=settings.kept,
                 force=settings.force,
             ):
-                scores[list(batch.rows)] = torch.stack([each.log_p.sum() for each in found])
-                advance(len(batch.rows))
-        seconds = (time.perf_counter() - started) / len(self.pairs)
-        odds = (scores[0::2] - scores[1::2]).tolist()
-        yield [
-            {
-                "task": self.name,
-                "protocol": "",
-                "index": i,
-                "id": str(i + 1),
-                "prompt": pair.prompt,
-                "output": pair.positive if value > 0 else pair.negative,
-                "target": pair.positive,
-                "values": {"log_odds": value, "prefers": float(value > 0)},
-                "seconds": round(seconds, 4),
-            }
-            for i, (pair, value) in enumerate(zip(self.pairs, odds, strict=True))
-            if ("", i) not in done
-        ]
+                scores |= {
+                    i: float(each.log_p.sum()) for i, each in zip(batch.rows, found, strict=True)
+                }
+                # The sides of a pair may be in different batches.
+                ready = [
+                    i
+                    for i in sorted({row // 2 for row in batch.rows} & missing)
+                    if 2 * i in scores and 2 * i + 1 in scores
+                ]
+                if ready:
+                    missing -= set(ready)
+                    seconds = (time.perf_counter() - started) / len(ready)
+                    yield [
+                        self._record(i, scores[2 * i] - scores[2 * i + 1], seconds) for i in ready
+                    ]
+                    advance(len(ready))
+                    started = time.perf_counter()
+
+    def _record(self, i: int, log_odds: float, seconds: float) -> Record:
+        pair = self.pairs[i]
+        return {
+            "task": self.name,
+            "protocol": "",
+            "index": i,
+            "id": str(self.numbers[i]),
+            "prompt": pair.prompt,
+            "output": pair.positive if log_odds > 0 else pair.negative,
+            "target": pair.positive,
+            "values": {"log_odds": log_odds, "prefers": float(log_odds > 0)},
+            "seconds": round(seconds, 4),
+        }
 
 
 # -- perplexity of any text -----------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from trimtab.errors import TrimtabError
+from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
 from trimtab.resuming import Kept, blocks_below, resume
@@ -28,8 +29,6 @@ from trimtab.steering import Steering, Steerings, together
 _WORTH_A_PASS = 64
 #: Later than any token: a shared beginning is all prompt.
 _FAR = 1 << 40
-
-
 #: Logits in float32 that are held at once.
 _LOGITS = 1 << 26
 
@@ -99,10 +98,13 @@ def next_tokens(
     """Run planned batches in order. `steering` is one for all texts.
 
     With `kept` only the blocks from the steering's lowest on are run, on top of what is kept of
-    the same texts; the batches must be planned without shared beginnings.
+    the same texts. Beginnings are then not shared: plan the batches so. A model that is steered
+    already runs as without: what it computes is not for later.
     """
     _refuse_idle(readings, steering)
-    if kept is not None:
+    if kept is not None and kept.language_model is not language_model:
+        raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
+    if kept is not None and not is_hooked(language_model.model):
         yield from _on_kept(kept, readings, batches, steering, force)
         return
     body = language_model.anatomy.body
@@ -131,16 +133,20 @@ def _on_kept(
     steering: Steering | Steerings | None,
     force: bool,
 ) -> Iterator[tuple[Batch, list[Next]]]:
+    """What the blocks below the steering put out is looked up, the others are run."""
     lm = kept.language_model
-    below = blocks_below(lm.anatomy, together(steering))
-    for batch in batches:
-        rows = [readings[i] for i in batch.rows]
-        texts = [row.tokens for row in rows]
-        streams = kept.after(texts, below)
-        with lm.steered(steering, force=force) as sequences:
+    with lm.steered(steering, force=force) as sequences:
+        below = blocks_below(lm.anatomy, together(steering))
+        for batch in batches:
+            rows = [readings[i] for i in batch.rows]
+            texts = [row.tokens for row in rows]
+            # The blocks that are run now are below the steering. Where prompts end matters to its
+            # hooks above, which see other rows then and what nobody reads.
+            sequences.given_ends = [_FAR]
+            streams = kept.after(texts, below)
             sequences.given_ends = [row.prompt for row in rows]
             hidden = resume(lm, texts, streams, below)
-        yield batch, _read(rows, hidden, 0, lm)
+            yield batch, _read(rows, hidden, 0, lm)
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:

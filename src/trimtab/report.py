@@ -8,13 +8,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
-from matplotlib.figure import Figure
 
 from trimtab.contrasts import last_message
-from trimtab.plots import rendered
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Flips that are shown in full; all of them are in the records.
 _MOST_FLIPS = 100
@@ -124,15 +125,20 @@ def interval(ci95: tuple[float, float] | None) -> str:
 def _shown(block: Table | Picture) -> dict[str, Any]:
     if isinstance(block, Table):
         return {"kind": "table", **vars(block)}
+    from trimtab.plots import rendered  # matplotlib takes a second to import
+
     svg = base64.b64encode(rendered(block.figure, "svg", block.name)).decode()
     return {"kind": "picture", "source": f"data:image/svg+xml;base64,{svg}", **vars(block)}
 
 
 def _flip(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    metric = next(iter(after["values"]))
-    change = f"{before['values'][metric]:g} to {after['values'][metric]:g}"
+    changes = (
+        f"{metric} {old:.4g} to {new:.4g}"
+        for metric, new in after["values"].items()
+        if None not in (new, old := before["values"].get(metric)) and old != new
+    )
     return {
-        "title": f"{after['task']} {after['id']}, {after['steering']}: {metric} {change}",
+        "title": f"{after['task']} {after['id']}, {after['steering']}: {next(changes, '')}",
         "prompt": last_message(after.get("prompt", "")),
         "target": after.get("target"),
         "before": before.get("output"),

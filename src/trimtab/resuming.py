@@ -81,42 +81,46 @@ class Kept:
 
     What is asked for is computed from the highest block below that is there. Beyond `limit` bytes
     the streams that were not used for longest are dropped; they are computed again when needed.
+    The model's weights must stay as they are.
     """
 
     def __init__(self, language_model: LanguageModel, limit: int = 4 << 30) -> None:
         self.language_model, self.limit = language_model, limit
+        #: By (blocks, text), those that were used last at the end.
         self._streams: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
 
     def after(self, texts: Sequence[tuple[int, ...]], blocks: int) -> list[Tensor]:
         """As `begin`; a text is a tuple of token ids."""
-        found = [self._recall(text, blocks) for text in texts]
-        below: dict[int, list[int]] = {}
-        for i, stream in enumerate(found):
-            if stream is None:
-                below.setdefault(self._highest(texts[i], blocks), []).append(i)
-        for done, missing in below.items():
-            some = [texts[i] for i in missing]
-            streams = [self._streams[done, text] for text in some] if done else []
-            computed = begin(self.language_model, some, blocks, streams, done)
-            for i, stream in zip(missing, computed, strict=True):
-                found[i] = stream
-                self._keep(texts[i], blocks, stream)
-        return [stream for stream in found if stream is not None]
+        found: dict[tuple[int, ...], Tensor] = {}
+        # What is missing, by how many blocks ran already, with what these put out: held here,
+        # because keeping what is computed first may drop it.
+        missing: dict[int, dict[tuple[int, ...], Tensor]] = {}
+        for text in dict.fromkeys(texts):
+            done, stream = self._highest(text, blocks)
+            if done == blocks:
+                found[text] = stream
+            else:
+                missing.setdefault(done, {})[text] = stream
+        for done, known in missing.items():
+            some = list(known)
+            computed = begin(self.language_model, some, blocks, list(known.values()), done)
+            for text, stream in zip(some, computed, strict=True):
+                found[text] = stream
+                self._keep(text, blocks, stream)
+        return [found[text] for text in texts]
 
-    def _recall(self, text: tuple[int, ...], blocks: int) -> Tensor | None:
-        stream = self._streams.get((blocks, text))
-        if stream is not None:
-            self._streams.move_to_end((blocks, text))
-        return stream
-
-    def _highest(self, text: tuple[int, ...], blocks: int) -> int:
-        return next((b for b in range(blocks - 1, 0, -1) if (b, text) in self._streams), 0)
+    def _highest(self, text: tuple[int, ...], blocks: int) -> tuple[int, Tensor]:
+        """The most of the first `blocks` blocks after which the stream is there, and the stream."""
+        for done in range(blocks, 0, -1):
+            if (done, text) in self._streams:
+                self._streams.move_to_end((done, text))
+                return done, self._streams[done, text]
+        return 0, torch.empty(0)
 
     def _keep(self, text: tuple[int, ...], blocks: int, stream: Tensor) -> None:
-        if blocks and (blocks, text) not in self._streams:
-            self._streams[blocks, text] = stream
-            self._bytes += stream.nbytes
+        self._streams[blocks, text] = stream
+        self._bytes += stream.nbytes
         while self._bytes > self.limit:
             self._bytes -= self._streams.popitem(last=False)[1].nbytes
 

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,17 @@ from trimtab.steering import write_whole
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
 #: What every record has; a line without them is not ours.
 _KEYS = {"task", "protocol", "steering", "index", "values", "seconds"}
+
+#: Files that runs leave in a directory, beside the pictures and the records of parts.
+_LEFT = (
+    "config.json",
+    "environment.json",
+    "records.jsonl",
+    "results.json",
+    "report.html",
+    "best.safetensors",
+    *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")),
+)
 
 
 class Run:
@@ -45,11 +56,8 @@ class Run:
             self._open(self.path)
 
     def _open(self, path: Path) -> None:
-        if path.exists() and not path.is_dir():
-            raise TrimtabError(f"{path} is a file: name a directory for the run")
         try:
-            self._made = not path.exists()
-            path.mkdir(parents=True, exist_ok=True)
+            self._made = _make_directory(path)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -71,13 +79,7 @@ class Run:
         whole, records = 0, []
         content = file.read_bytes()
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TrimtabError(f"{file}, line {number} is damaged: {error}") from error
-            if not (isinstance(record, dict) and record.keys() >= _KEYS):
-                raise TrimtabError(f"{file}, line {number} is damaged: it is not a record")
-            records.append(record)
+            records.append(_record(line, f"{file}, line {number}", _KEYS))
             whole += len(line) + 1
         if whole < len(content):
             with file.open("r+b") as opened:
@@ -160,10 +162,8 @@ class SharedRun:
         self.path = None if path is None else Path(path)
         if self.path is None:
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise TrimtabError(f"{self.path} is a file: name a directory for the run")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            _make_directory(self.path)
             with FileLock(self.path / ".lock", timeout=60):
                 if overwrite:
                     self._clear()
@@ -181,18 +181,23 @@ class SharedRun:
     def _clear(self) -> None:
         """Take away what an earlier run left, and nothing else."""
         assert self.path is not None
-        for name in ("config.json", "results.json", "report.html", "study.db", "best.safetensors"):
+        for name in _LEFT:
             (self.path / name).unlink(missing_ok=True)
-        for file in [*self.path.glob("records/*.jsonl"), *self.path.glob("pictures/*.*")]:
-            file.unlink()
+        for pattern in ("records/*.jsonl", "pictures/*.svg", "pictures/*.png"):
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     def keep(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """The records of one part of the work."""
         if self.path is None:
             return
-        (self.path / "records").mkdir(exist_ok=True)
+        directory = self.path / "records"
+        try:
+            directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
         lines = "".join(line_of(record) + "\n" for record in records)
-        write_whole(self.path / "records" / f"{name}.jsonl", lines.encode(), overwrite=True)
+        write_whole(directory / f"{name}.jsonl", lines.encode(), overwrite=True)
 
     def kept(self, name: str) -> list[dict[str, Any]] | None:
         """The records of a part that is done, or None."""
@@ -200,11 +205,14 @@ class SharedRun:
             return None
         file = self.path / "records" / f"{name}.jsonl"
         try:
-            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = file.read_bytes().split(b"\n")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise TrimtabError(f"{file} cannot be read: {error}") from error
+        except OSError as error:
+            raise TrimtabError(f"{file} cannot be read: {error.strerror or error}") from error
+        if lines.pop():
+            raise TrimtabError(f"{file} is cut off at its end: delete it, and it is made again")
+        return [_record(line, f"{file}, line {i}") for i, line in enumerate(lines, 1)]
 
     def finish(
         self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
@@ -216,6 +224,26 @@ class SharedRun:
         if report is not None:
             page = report(environment()).encode()
             write_whole(self.path / "report.html", page, overwrite=True)
+
+
+def _make_directory(path: Path) -> bool:
+    """The directory of a run; whether it was not there."""
+    if path.exists() and not path.is_dir():
+        raise TrimtabError(f"{path} is a file: name a directory for the run")
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def _record(line: bytes, where: str, keys: Set[str] = frozenset()) -> dict[str, Any]:
+    """A line of a file of records, which has these keys."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TrimtabError(f"{where} is damaged: {error}") from error
+    if not (isinstance(record, dict) and record.keys() >= keys):
+        raise TrimtabError(f"{where} is damaged: it is not a record")
+    return record
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:

@@ -58,8 +58,8 @@ def evaluate_command(
         typer.Option(
             "--task",
             "-t",
-            help="A task (--list shows them), refusal:FILE, coherence:FILE, perplexity:FILE, or "
-            "lm-eval:NAME; repeat for several.",
+            help="A task (--list shows them), refusal:FILE, coherence:FILE, perplexity:FILE, "
+            "contrast:SOURCE (a file or builtin:NAME), or lm-eval:NAME; repeat for several.",
         ),
     ] = None,
     list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
@@ -213,6 +213,7 @@ def _list_tasks(as_json: bool) -> None:
     table.add_row("refusal:FILE", "your prompts: refusal, attack success by --judge")
     table.add_row("coherence:FILE", "your prompts: perplexity, repetition, language of answers")
     table.add_row("perplexity:FILE", "cross-entropy and perplexity of a .txt or .jsonl file")
+    table.add_row("contrast:SOURCE", "which side of its pairs is more probable, by how many nats")
     table.add_row("lm-eval:NAME", "any task of lm-evaluation-harness, on local rows where known")
     console.print(table)
     console.print(f"protocols: {', '.join(PROTOCOLS)}")

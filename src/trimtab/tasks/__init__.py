@@ -41,6 +41,7 @@ def find_task(name: str, data: str | None = None) -> Task:
     if colon and kind in MEASURES:
         return prompts_task(kind, file, data)
     if name not in TASKS:
-        known = [*TASKS, *(f"{kind}:FILE" for kind in MEASURES), "perplexity:FILE", "lm-eval:NAME"]
-        raise TrimtabError(f"unknown task {name!r}: known are {', '.join(known)}")
+        files = (f"{kind}:FILE" for kind in (*MEASURES, "perplexity"))
+        known = ", ".join([*TASKS, *files, "contrast:SOURCE", "lm-eval:NAME"])
+        raise TrimtabError(f"unknown task {name!r}: known are {known}")
     return TASKS[name]
