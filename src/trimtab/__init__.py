@@ -2,6 +2,7 @@
 
 from trimtab import strength
 from trimtab.bake import bake
+from trimtab.compare import compare
 from trimtab.concepts import generate_contrast
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -10,7 +11,9 @@ from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.fitting import fit
 from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from trimtab.model import Completion, LanguageModel, load, wrap
+from trimtab.spaces import Range
 from trimtab.steering import Dial, Intervention, Steering, Steerings
+from trimtab.sweep import Sweep, sweep
 
 __all__ = [
     "AAS",
@@ -30,16 +33,20 @@ __all__ = [
     "Evaluation",
     "Intervention",
     "LanguageModel",
+    "Range",
     "Result",
     "Steering",
     "Steerings",
+    "Sweep",
     "TrimtabError",
     "TrimtabWarning",
     "bake",
+    "compare",
     "evaluate",
     "fit",
     "generate_contrast",
     "load",
     "strength",
+    "sweep",
     "wrap",
 ]

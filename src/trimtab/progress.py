@@ -1,4 +1,5 @@
-"""Progress bars of long work: on standard error, and none where that is not a terminal."""
+"""Progress bars of long work: on standard error, and none where that is not a terminal. Work inside
+other work gets a line under the other's."""
 
 from __future__ import annotations
 
@@ -9,18 +10,34 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+#: The bars of the work that is going on.
+_shown: list[Progress] = []
+
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows `what` with a bar; the block is handed a function that moves it on by some steps."""
-    console = Console(stderr=True)
+    if _shown:
+        yield from _line(_shown[-1], what, total)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
         transient=True,
     ) as bar:
-        task = bar.add_task(what, total=total)
+        _shown.append(bar)
+        try:
+            yield from _line(bar, what, total)
+        finally:
+            _shown.remove(bar)
+
+
+def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    task = bar.add_task(what, total=total)
+    try:
         yield lambda steps: bar.advance(task, steps)
+    finally:
+        bar.remove_task(task)

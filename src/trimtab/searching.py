@@ -1,9 +1,10 @@
 """The trials of a sweep in an Optuna storage, which several processes and machines may share.
 
-All trials are planned when the study is made, as waiting ones: a worker claims one, runs it, says
-what came of it, and stops when none is left. So no trial runs twice, and one whose worker died goes
-back among the waiting, with its number and its settings: a sweep that was interrupted ends as one
-that was not. The sampler of a trial is seeded by its number.
+What a trial begins with is settled by its number, so a worker makes the next one and runs it until
+there are as many as are planned. No trial runs twice, because making one and taking one over are
+single steps in the database; and one whose worker died goes back among the waiting, with its number
+and its settings: a sweep that was interrupted ends as one that was not. The sampler of a trial is
+seeded by its number.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.errors import TrimtabError
-from trimtab.spaces import Params, Range, Space, grid, shown
+from trimtab.spaces import Params, Range, Space, grid, plain, shown
 
 Search = Literal["grid", "tpe", "halving"]
 
@@ -27,19 +30,20 @@ Search = Literal["grid", "tpe", "halving"]
 _BEAT, _DEAD = 15, 90
 #: Rungs of successive halving keep one trial in so many.
 REDUCTION = 3
-_PLANNED = "planned"
+#: Trials that are drawn where nobody says how many.
+_DRAWN = 50
 
 
 class Trials:
     """The trials of one sweep in an Optuna study.
 
-    `storage` is a path of an SQLite file, any URL that Optuna takes, or None for memory; `name` is
-    the study's name. A study of this name that is there is joined, unless `fresh`.
+    `storage` is what `open_storage` takes or has opened; `name` is the study's name. A study of
+    this name that is there is joined, unless `fresh`.
     """
 
     def __init__(
         self,
-        storage: str | Path | None,
+        storage: Any,
         name: str,
         space: Space,
         search: Search,
@@ -48,72 +52,76 @@ class Trials:
         seed: int,
         fresh: bool = False,
     ) -> None:
-        try:
-            import optuna
-        except ImportError as error:
-            raise TrimtabError("a sweep needs optuna: pip install 'trimtab[sweep]'") from error
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._optuna, self.space, self.search, self.seed = optuna, space, search, seed
+        self._optuna = import_optuna()
+        self.space, self.search, self.seed, self.maximise = space, search, seed, maximise
         self.plan = plan(space, search, count)
-        self._storage = optuna.storages.InMemoryStorage() if storage is None else _open(storage)
-        if fresh:
-            with contextlib.suppress(KeyError):
-                optuna.delete_study(study_name=name, storage=self._storage)
-        self.study = self._join(name, "maximize" if maximise else "minimize")
+        self._database = open_storage(storage)
+        self._storage = self._optuna.storages.get_storage(self._database)  # with what it has read
+        self._heard: dict[int, tuple[float, float]] = {}
+        with self.reachable():
+            if fresh:
+                with contextlib.suppress(KeyError):
+                    self._optuna.delete_study(study_name=name, storage=self._storage)
+            self.name = name
+            self.study = self._optuna.create_study(
+                study_name=name,
+                storage=self._storage,
+                direction="maximize" if maximise else "minimize",
+                load_if_exists=True,
+            )
 
-    # -- making or joining the study --------------------------------------------------------------
+    @contextlib.contextmanager
+    def reachable(self) -> Iterator[None]:
+        """A database that goes away meanwhile is said in one line."""
+        from sqlalchemy.exc import SQLAlchemyError
 
-    def _join(self, name: str, direction: Literal["maximize", "minimize"]) -> Any:
-        """The study of this name, made with all its trials where it is not there."""
-        options = {"study_name": name, "storage": self._storage, "pruner": self._pruner()}
         try:
-            study = self._optuna.create_study(direction=direction, **options)
-        except self._optuna.exceptions.DuplicatedStudyError:
-            study = self._optuna.load_study(**options)
-            self._wait_for_plan(study)
-        if _PLANNED not in study.user_attrs:
-            for params in self.plan[len(study.get_trials(deepcopy=False)) :]:
-                study.enqueue_trial(params)
-            study.set_user_attr(_PLANNED, len(self.plan))
-        return study
-
-    def _wait_for_plan(self, study: Any) -> None:
-        """Let the process that made the study finish its plan; one that died is replaced."""
-        for _ in range(50):
-            if _PLANNED in study.user_attrs:
-                return
-            time.sleep(0.2)
-
-    def _pruner(self) -> Any:
-        if self.search != "halving":
-            return self._optuna.pruners.NopPruner()
-        return self._optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=1, reduction_factor=REDUCTION
-        )
+            yield
+        except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+            where = _without_password(str(getattr(self._database, "url", "")))
+            reason = type(error.__cause__ or error).__name__
+            raise TrimtabError(
+                f"the storage {where} does not answer ({reason}): what was finished is kept, start "
+                "the same again to go on"
+            ) from error
 
     # -- working ----------------------------------------------------------------------------------
 
     def claim(self) -> Any | None:
         """A trial that nobody else has, or None where none is left to claim."""
+        start = datetime.now()
+        for waiting in self._in_state("WAITING"):
+            if self._move(waiting, "RUNNING", start):
+                self._storage.set_trial_user_attr(waiting._trial_id, "worker", _worker(start))
+                return self._begun(waiting._trial_id, waiting.number)
+        if len(self.study.get_trials(deepcopy=False)) >= len(self.plan):
+            return None
         states = self._optuna.trial.TrialState
-        for waiting in self.study.get_trials(deepcopy=False, states=(states.WAITING,)):
-            with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
-                if self._storage.set_trial_state_values(waiting._trial_id, state=states.RUNNING):
-                    self.study.sampler = self._sampler(waiting.number)
-                    trial = self._optuna.trial.Trial(self.study, waiting._trial_id)
-                    trial.set_user_attr("worker", [socket.gethostname(), os.getpid()])
-                    trial.set_user_attr("alive", time.time())
-                    return trial
-        return None
+        signs = {"worker": _worker(start), "alive": time.time()}
+        blank = self._optuna.trial.create_trial(state=states.RUNNING, user_attrs=signs)
+        blank.datetime_start = start
+        trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=blank)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        if number >= len(self.plan):  # another worker made the last one in this moment
+            self._storage.set_trial_state_values(trial_id, state=states.FAIL)
+            return None
+        return self._begun(trial_id, number)
+
+    def _begun(self, trial_id: int, number: int) -> Any:
+        """The trial with what is planned for its number."""
+        self._storage.set_trial_system_attr(trial_id, "fixed_params", self.plan[number])
+        study = self._optuna.load_study(  # anew, since a study keeps the trials that it has seen
+            study_name=self.name, storage=self._storage, sampler=self._sampler(number)
+        )
+        return self._optuna.trial.Trial(study, trial_id)
 
     def _sampler(self, number: int) -> Any:
+        seed = self.seed * 100_003 + number
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that are marked as experimental
             if self.search == "tpe":
-                return self._optuna.samplers.TPESampler(
-                    seed=self.seed * 100_003 + number, constant_liar=True
-                )
-            return self._optuna.samplers.RandomSampler(seed=self.seed * 100_003 + number)
+                return self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            return self._optuna.samplers.RandomSampler(seed=seed)
 
     def params(self, trial: Any) -> Params:
         """The settings of a trial, drawn where they were not planned."""
@@ -134,7 +142,7 @@ class Trials:
     @contextlib.contextmanager
     def alive(self, trial: Any) -> Iterator[None]:
         """Signs of life while a trial runs; one that is interrupted goes back among the waiting."""
-        over = threading.Event()
+        over, begun = threading.Event(), self._storage.get_trial(trial._trial_id)
 
         def beat() -> None:
             while not over.wait(_BEAT):
@@ -145,63 +153,119 @@ class Trials:
         thread.start()
         try:
             yield
+        except self._optuna.exceptions.UpdateFinishedTrialError:
+            pass  # another worker, to whom this one seemed dead, has ended it
         except BaseException:
             with contextlib.suppress(Exception):
-                self._put_back(trial._trial_id)
+                self._move(begun, "WAITING")
             raise
         finally:
             over.set()
             thread.join()
 
-    def _put_back(self, trial_id: int) -> None:
-        waiting = self._optuna.trial.TrialState.WAITING
-        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
-            self._storage.set_trial_state_values(trial_id, state=waiting)
-
     def release_dead(self) -> int:
         """Put trials back whose worker is gone; how many others are still at work."""
-        running = self._optuna.trial.TrialState.RUNNING
         others = 0
-        for trial in self.study.get_trials(deepcopy=False, states=(running,)):
-            host, process = trial.user_attrs.get("worker", (None, None))
-            silent = time.time() - trial.user_attrs.get("alive", 0.0)
-            here = host == socket.gethostname()
-            if (here and not _runs(process)) or silent > _DEAD:
-                self._put_back(trial._trial_id)
-            else:
+        for trial in self._in_state("RUNNING"):
+            if self._lives(trial):
                 others += 1
+            else:
+                self._move(trial, "WAITING")
         return others
 
-    def report(self, trial: Any, value: float, rung: int) -> bool:
-        """Say what a trial has reached on a rung; whether it is to stop there."""
-        trial.report(value, REDUCTION**rung)
-        return bool(trial.should_prune())
+    def _lives(self, trial: Any) -> bool:
+        """Whether a trial's worker is there: a process of this machine, or one that gives signs.
 
-    def finish(self, trial: Any, value: float | None, state: str) -> None:
+        What counts is when a sign was seen here, since the clocks of machines differ.
+        """
+        machine, process, start = trial.user_attrs.get("worker", (None, None, None))
+        signed = start == str(trial.datetime_start)  # or it is that of who had the trial before
+        if signed and machine == _machine() and not _runs(process):
+            return False
+        sign, now = trial.user_attrs.get("alive", 0.0), time.monotonic()
+        known, since = self._heard.get(trial._trial_id, (None, now))
+        if known != sign:
+            since = now
+        self._heard[trial._trial_id] = (sign, since)
+        return now - since <= _DEAD
+
+    def _in_state(self, state: str) -> list[Any]:
+        """The planned trials in a state, by their number."""
+        states = (self._optuna.trial.TrialState[state],)
+        found = self.study.get_trials(deepcopy=False, states=states)
+        return [trial for trial in found if trial.number < len(self.plan)]
+
+    def _move(
+        self, trial: Any, state: Literal["WAITING", "RUNNING"], start: datetime | None = None
+    ) -> bool:
+        """Move a trial to another state if it is still as it was seen, in one step.
+
+        Optuna reads the state and then writes it, between which SQLite lets other processes in.
+        """
+        states = self._optuna.trial.TrialState
+        if not hasattr(self._database, "engine"):  # in memory, where there is only this process
+            return bool(self._storage.set_trial_state_values(trial._trial_id, states[state]))
+        import sqlalchemy
+
+        table = _trials_table(self._database.engine)
+        changed = {"state": state} if start is None else {"state": state, "datetime_start": start}
+        asked = sqlalchemy.update(table).values(**changed)
+        asked = asked.where(table.c.trial_id == trial._trial_id, table.c.state == trial.state.name)
+        if state == "WAITING":  # and not begun anew by somebody else
+            asked = asked.where(table.c.datetime_start == trial.datetime_start)
+        with self._database.engine.begin() as connection:
+            changed_rows: int = connection.execute(asked).rowcount
+        return changed_rows == 1
+
+    def report(self, trial: Any, value: float, rung: int) -> bool:
+        """Say what a trial has reached on a rung; whether it is to stop there.
+
+        It goes on if it is among the best third of those that have reached the rung so far.
+        """
+        step = REDUCTION**rung
+        if step not in self._storage.get_trial(trial._trial_id).intermediate_values:
+            trial.report(value, step)
+        others: list[float] = [
+            each.intermediate_values[step]
+            for each in self.study.get_trials(deepcopy=False)
+            if each.number != trial.number and step in each.intermediate_values
+        ]
+        sign = 1 if self.maximise else -1
+        better = sum(sign * (other - value) > 0 for other in others)
+        return better >= max(1, (len(others) + 1) // REDUCTION)
+
+    def finish(self, trial: Any, outcome: dict[str, Any], value: float | None) -> None:
         """What came of a trial: complete with its value, failed, or stopped for another reason."""
         states = self._optuna.trial.TrialState
         named = {"complete": states.COMPLETE, "failed": states.FAIL}
-        # A trial that another worker took over may have ended already.
-        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
-            ended = named.get(state, states.PRUNED)
-            self.study.tell(trial, value if ended is states.COMPLETE else None, state=ended)
+        ended = named.get(outcome["state"], states.PRUNED)
+        values = [value] if ended is states.COMPLETE and value is not None else None
+        self._storage.set_trial_user_attr(trial._trial_id, "outcome", outcome)
+        self._storage.set_trial_state_values(trial._trial_id, ended, values)
+
+    def same(self, params: Params) -> Any | None:
+        """An earlier trial of the same settings, which a sampler may draw again."""
+        for trial in self.finished() if self.search == "tpe" else ():
+            outcome = trial.user_attrs.get("outcome", {"params": None, "state": ""})
+            if plain(outcome["params"]) == plain(params) and outcome["state"] != "failed":
+                return trial
+        return None
 
     def finished(self) -> list[Any]:
         """Trials that have ended, by their number."""
-        return [
-            trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()
-        ]
+        every = self.study.get_trials(deepcopy=False)[: len(self.plan)]
+        return [trial for trial in every if trial.state.is_finished()]
 
 
 def plan(space: Space, search: Search, count: int | None) -> list[dict[str, Any]]:
     """What each trial begins with: its place in the grid, or nothing where a sampler draws."""
+    if search not in ("grid", "tpe", "halving"):
+        raise TrimtabError(f"search is {search!r}: known are grid, tpe, halving")
     if count is not None and count < 1:
         raise TrimtabError(f"a sweep has 1 trial or more, not {count}")
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
     if search == "tpe" or (search == "halving" and ranges):
-        return [{} for _ in range(count or 50)]
-    if search not in ("grid", "halving"):
-        raise TrimtabError(f"search is {search!r}: known are grid, tpe, halving")
+        return [{} for _ in range(count or _DRAWN)]
     rows = [{name: _choice(value) for name, value in row.items()} for row in grid(space)]
     if count is not None and count < len(rows):
         raise TrimtabError(
@@ -220,29 +284,110 @@ def _choice(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else shown(value)
 
 
-def _open(storage: str | Path) -> Any:
-    """An Optuna storage by URL, or the SQLite file of a path."""
-    from optuna.storages import RDBStorage
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+def rungs(rows: int, first: int) -> Sequence[int]:
+    """How many rows a trial has seen at each rung: three times as many each time, up to all."""
+    found = [min(first, rows)]
+    while found[-1] < rows:
+        found.append(min(found[-1] * REDUCTION, rows))
+    return found
+
+
+# -- the storage ----------------------------------------------------------------------------------
+
+
+def import_optuna() -> Any:
+    """Optuna, quiet; it is an extra."""
+    try:
+        import optuna
+    except ImportError as error:
+        raise TrimtabError("a sweep needs optuna: pip install 'trimtab[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def open_storage(storage: Any) -> Any:
+    """An Optuna storage: of a URL, in the SQLite file of a path, or in memory (None)."""
+    optuna = import_optuna()
+    if storage is None:
+        return optuna.storages.InMemoryStorage()
+    if not isinstance(storage, str | Path):
+        return storage
+    from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
     text = str(storage)
     url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
     # Workers on one SQLite file wait for each other.
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    for again in range(20):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            # Of workers that make the tables at the same time one is first.
+            if again < 19 and (isinstance(error, IntegrityError) or "already exists" in str(error)):
+                time.sleep(0.1)
+                continue
+            reason = _reason(error, url)
+            raise TrimtabError(f"cannot open the storage {_without_password(url)}{reason}") from (
+                error
+            )
+    raise AssertionError
+
+
+def _reason(error: Exception, url: str) -> str:
+    """What a database says, if it cannot hold the password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
     try:
-        return RDBStorage(url, engine_kwargs=options)
-    except (ArgumentError, SQLAlchemyError, ImportError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise TrimtabError(f"cannot open the storage {_without_password(url)}: {first}") from error
+        secrets = [make_url(url).password, *make_url(url).query.values()]
+    except (ArgumentError, ValueError):
+        return ": write it as in sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+    lines = str(error.__cause__ or error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    if any(str(secret) in first for secret in secrets if secret):
+        return f": {type(error).__name__}"
+    return f": {first}"
 
 
 def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://...@{tail}" if at else url
+    """A URL for messages: who and where, and nothing that could be secret."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
+        return f"{url.partition('://')[0]}://..."
+
+
+@cache
+def _trials_table(engine: Any) -> Any:
+    """Optuna's table of trials, as the database has it."""
+    import sqlalchemy
+
+    return sqlalchemy.Table("trials", sqlalchemy.MetaData(), autoload_with=engine)
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+def _worker(start: datetime) -> list[Any]:
+    """This process, for others to tell whether it is there, and when it began a trial."""
+    return [_machine(), os.getpid(), str(start)]
+
+
+@cache
+def _machine() -> str:
+    """This machine, or the container in which process numbers mean the same."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _runs(process: Any) -> bool:
-    """Whether a process of this machine is there."""
+    """Whether a process of this machine is there, and is more than its parent's memory of it."""
     if not isinstance(process, int):
         return False
     try:
@@ -251,12 +396,7 @@ def _runs(process: Any) -> bool:
         return False
     except PermissionError:
         return True
+    with contextlib.suppress(OSError, IndexError):
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] not in "ZX"
     return True
-
-
-def rungs(rows: int, first: int) -> Sequence[int]:
-    """How many rows a trial has seen at each rung: three times as many each time, up to all."""
-    found = [min(first, rows)]
-    while found[-1] < rows:
-        found.append(min(found[-1] * REDUCTION, rows))
-    return found

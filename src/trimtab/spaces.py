@@ -7,7 +7,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from trimtab.activations import Want, collect
@@ -25,6 +27,8 @@ DIALS = {"sadi": "delta", "ablation": "amount", "sas": "theta", "aas": "theta", 
 _MOST = 100_000
 #: Lists of settings up to this long are fitted from one pass; the others as they come.
 _LISTED = 2_000
+#: Ranges of whole numbers up to this long may be layers, each of which wants its own statistics.
+_WRITTEN_OUT = 200
 
 Params = dict[str, Any]
 
@@ -49,7 +53,7 @@ class Range:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def __str__(self) -> str:
-        return f"{self.low:g}:{self.high:g}{':log' if self.log else ''}"
+        return f"{self.low}:{self.high}{':log' if self.log else ''}"
 
 
 #: Values or a range for each hyperparameter that is searched.
@@ -72,7 +76,33 @@ def default_space(method: type[Method], layers: int) -> dict[str, Sequence[Any]]
         "aas": {"theta": degrees},
         "ss": {"theta": degrees},
     }
+    if method.name not in spaces:
+        raise TrimtabError(f"{method.name} has no grid of its own: name values to search")
     return spaces[method.name]
+
+
+def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:
+    """A space as it was given, with values as plain Python has them."""
+    found: dict[str, Sequence[Any] | Range] = {}
+    for name, values in space.items():
+        given = values if isinstance(values, Range) else plain(values)
+        if isinstance(given, range):
+            given = tuple(given)
+        if not isinstance(given, Range | tuple):
+            raise TrimtabError(f"{name}: give several values in a list, or a Range, not {values!r}")
+        found[name] = given
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Arrays and lists, also in a dict, as tuples; numbers as Python has them; paths as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else value
 
 
 def dial_of(method: type[Method]) -> str:
@@ -116,18 +146,17 @@ def grid(space: Space) -> list[Params]:
 
 
 def listed(space: Space) -> list[Params] | None:
-    """All settings of a space, ranges of whole numbers written out; None where they are too many
-    to fit at once."""
+    """Settings that want of a pass over the contrast what all of a space want: ranges of whole
+    numbers written out, others by their ends. None where they are too many to fit at once."""
     columns: dict[str, Sequence[Any]] = {}
     for name, values in space.items():
         if not isinstance(values, Range):
             columns[name] = values
-        elif values.whole:
+        elif values.whole and values.high - values.low < _WRITTEN_OUT:
             columns[name] = range(int(values.low), int(values.high) + 1)
-        else:
-            return None
-    sizes: list[int] = [len(values) for values in columns.values()]
-    if math.prod(sizes) > _LISTED:
+        else:  # a share or a number of units, of which other ones want the same
+            columns[name] = (values.low, values.high)
+    if math.prod([len(values) for values in columns.values()]) > _LISTED:
         return None
     return grid(columns)
 
@@ -164,19 +193,46 @@ class Fitter:
         self.dial = dial_of(method)
         self._statistics = {} if statistics is None else statistics
         self._built: dict[tuple[Any, ...], Steering] = {}
-        without_dial = {name: values for name, values in space.items() if name != self.dial}
-        self._listed = listed(without_dial)
+        wanted: dict[str, Any] = dict(space)
+        if self.dial in space:  # one dial wants what any other wants
+            dials = space[self.dial]
+            wanted[self.dial] = (dials.low if isinstance(dials, Range) else dials[0],)
+        self._listed = listed(wanted) or []
 
     def method_at(self, params: Params) -> Method:
         """The method with its hyperparameters."""
         return self.method(**self.fixed, **params)
 
+    def check(self, settings: Sequence[Params]) -> None:
+        """Before anything is run: refuse a value that the method never takes, and a list of
+        settings of which none can be fitted here."""
+        taken: set[tuple[str, Any]] = set()
+        refused: dict[tuple[str, Any], TrimtabError] = {}
+        methods: dict[tuple[Any, ...], Method] = {}
+        for params in settings:
+            try:
+                methods.setdefault(self._key(params), self.method_at(params))
+                taken |= params.items()
+            except TrimtabError as error:
+                for item in params.items():
+                    refused.setdefault(item, error)
+        for item, reason in refused.items():
+            if item not in taken:
+                raise reason
+        first: TrimtabError | None = None
+        for method in methods.values():
+            try:
+                method.wants(self.language_model, self.contrast)
+                return
+            except TrimtabError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
     def steering(self, params: Params) -> Steering:
         """The steering of a setting, its dial turned to what the setting says."""
-        own = {name: value for name, value in params.items() if name != self.dial}
-        key = tuple(own.items())
+        method, key = self.method_at(params), self._key(params)  # which checks the dial too
         if key not in self._built:
-            method = self.method_at(params)
             self._built[key] = method.build(
                 self.language_model, self.contrast, self._gathered(method)
             )
@@ -184,6 +240,13 @@ class Fitter:
         if self.dial not in params:
             return built
         return replace(built, value=float(params[self.dial]))
+
+    def _key(self, params: Params) -> tuple[Any, ...]:
+        """What a steering is built from: the dial only where a method chooses something by it."""
+        chooses = "validation" in (*self.fixed.values(), *params.values())
+        return tuple(
+            (name, value) for name, value in params.items() if chooses or name != self.dial
+        )
 
     def fitted(self, params: Params) -> Steering:
         """The same as an artifact of its own: its dial's default is what the setting says."""
@@ -193,8 +256,11 @@ class Fitter:
     def wants(self) -> list[Want]:
         """What all settings that can be listed want of the pass."""
         every: dict[Want, None] = {}
-        for params in self._listed or ():
-            every |= dict.fromkeys(self.method_at(params).wants(self.language_model, self.contrast))
+        for params in self._listed:
+            # One that cannot be fitted fails when it is tried, and not the others with it.
+            with suppress(TrimtabError):
+                method = self.method_at(params)
+                every |= dict.fromkeys(method.wants(self.language_model, self.contrast))
         return list(every)
 
     def _gathered(self, method: Method) -> Any:
@@ -203,8 +269,16 @@ class Fitter:
         for known, statistics in self._statistics.items():
             if set(wants) <= set(known):
                 return statistics
-        every = dict.fromkeys((*wants, *self.wants()))
-        self._statistics[tuple(every)] = collect(
-            self.language_model, self.contrast.train, list(every), cache=self.cache
-        )
-        return self._statistics[tuple(every)]
+        every = tuple(dict.fromkeys((*wants, *self.wants())))
+        try:
+            found = self._collect(every)
+        except TrimtabError:
+            if every == wants:
+                raise
+            self._listed = []  # something of it cannot be had: settings stand for themselves
+            every, found = wants, self._collect(wants)
+        self._statistics[every] = found
+        return found
+
+    def _collect(self, wants: Sequence[Want]) -> Any:
+        return collect(self.language_model, self.contrast.train, wants, cache=self.cache)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.answering import Settings
 from trimtab.bench import Bench, contrast_for
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Comparison, Record, Result, summarise
 from trimtab.fitting import Method
@@ -28,9 +29,20 @@ from trimtab.metrics.judges import Judge
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.runs import SharedRun
-from trimtab.searching import Search, Trials, rungs
-from trimtab.spaces import Fitter, Params, Range, Space, check_space, default_space, label
+from trimtab.runs import SharedRun, line_of
+from trimtab.searching import Search, Trials, import_optuna, open_storage, plan, rungs
+from trimtab.spaces import (
+    Fitter,
+    Params,
+    Range,
+    Space,
+    check_space,
+    default_space,
+    grid,
+    label,
+    plain,
+    tidy,
+)
 from trimtab.steering import Steering
 from trimtab.tasks import Protocol
 
@@ -38,6 +50,7 @@ from trimtab.tasks import Protocol
 FAST = 100
 #: Validation rows of the first rung of successive halving.
 FIRST_RUNG = 16
+_PARTS: tuple[Part, ...] = ("validation", "test")
 #: Seconds between two looks at what other workers do.
 _PATIENCE = 2.0
 
@@ -171,11 +184,15 @@ def sweep(
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
         raise TrimtabError(f"unknown method {method!r}: known are {', '.join(METHODS)}")
-    own = dict(fixed or {})
-    given = dict(default_space(kind, language_model.anatomy.layers) if space is None else space)
+    if not isinstance(kind, type):
+        raise TrimtabError(f"name a method, {kind.name!r}: its hyperparameters are space and fixed")
+    own = {name: plain(value) for name, value in (fixed or {}).items()}
+    given = tidy(default_space(kind, language_model.anatomy.layers) if space is None else space)
     if space is None:
         given = {name: values for name, values in given.items() if name not in own}
     check_space(kind, given, own)
+    plan(given, search, trials)  # refuses what it cannot plan
+    import_optuna()
     if storage is not None and output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
     source = None if data is None else str(data)
@@ -213,8 +230,14 @@ def sweep(
         "max_new_tokens": max_new_tokens,
         "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
     }
-    run = SharedRun(output, config, overwrite)
     fitter = Fitter(language_model, kind, texts, given, own)
+    if not any(isinstance(values, Range) for values in given.values()):
+        fitter.check(grid(given))
+    opened = None if storage is None else open_storage(storage)
+    going_on = output is not None and Path(output).exists() and not overwrite
+    if not going_on:
+        bench.metric  # noqa: B018, refuses an unknown one before anything is written or lost
+    run = SharedRun(output, config, overwrite)
     found = try_settings(
         bench,
         fitter,
@@ -225,9 +248,12 @@ def sweep(
         oracle=oracle,
         seed=seed,
         run=run,
-        storage=storage,
+        storage=opened,
         fresh=overwrite,
     )
+    if found.trials and all(trial.state == "failed" for trial in found.trials):
+        some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
+        raise TrimtabError(f"{some} failed: {found.trials[0].why}")
     if run.path is not None:
         from trimtab.sweep_report import sweep_page  # needs the classes of this file
 
@@ -248,22 +274,21 @@ def try_settings(
     oracle: bool,
     seed: int,
     run: SharedRun,
-    storage: str | None = None,
+    storage: Any = None,
     fresh: bool = False,
 ) -> Sweep:
     """A sweep on a bench and with a fitter that may serve others too; arguments as of `sweep`."""
-    started = time.perf_counter()
+    for part in _PARTS:
+        kept = run.kept(f"unsteered-{part}")
+        if kept is not None:
+            bench.recall(part, kept)
     worker = _Worker(bench, fitter, run, max_cost, oracle)
-    queue = Trials(
-        _place(storage, run), _name(run.config), space, search, trials, bench.maximise, seed, fresh
-    )
-    worker.work(queue)
-    return worker.found(queue, bench.task, time.perf_counter() - started)
-
-
-def _place(storage: str | None, run: SharedRun) -> str | Path | None:
-    """Where the trials are kept."""
-    return storage if storage is not None or run.path is None else run.path / "study.db"
+    if storage is None and run.path is not None:
+        storage = run.path / "study.db"
+    queue = Trials(storage, _name(run.config), space, search, trials, bench.maximise, seed, fresh)
+    with queue.reachable():
+        worker.work(queue)
+        return worker.found(queue, bench.task)
 
 
 def _name(config: Mapping[str, Any]) -> str:
@@ -281,112 +306,132 @@ class _Worker:
     run: SharedRun
     max_cost: float | None
     oracle: bool
+    #: The best of the trials that were run here, and its records.
+    _top: tuple[Trial, ...] = ()
+    _top_records: dict[Part, list[Record]] = field(default_factory=dict)
 
     def work(self, queue: Trials) -> None:
         """Until every trial has ended, here or elsewhere."""
         with progress(f"sweep of {self.fitter.method.name}", len(queue.plan)) as advance:
             shown = 0
             while True:
-                queue.release_dead()
+                others = queue.release_dead()
                 trial = queue.claim()
                 if trial is not None:
                     with queue.alive(trial):
                         self._try(queue, trial)
-                elif queue.release_dead():
+                elif others:
                     time.sleep(_PATIENCE)
-                elif (trial := queue.claim()) is None:
-                    break
                 else:
-                    with queue.alive(trial):
-                        self._try(queue, trial)
+                    break
                 ended = len(queue.finished())
                 advance(ended - shown)
                 shown = ended
 
     def _try(self, queue: Trials, trial: Any) -> None:
-        """Run one trial and say what came of it."""
+        """Run one trial, keep its records, and say what came of it."""
         started = time.perf_counter()
         params = queue.params(trial)
         outcome: dict[str, Any] = {"params": params, "state": "complete"}
+        records: dict[Part, list[Record]] = {}
+        earlier = queue.same(params)
+        if earlier is not None:  # drawn before
+            outcome = {**earlier.user_attrs["outcome"], "seconds": 0.0}
+            for part in _PARTS:
+                some = self.run.kept(f"{earlier.number:05d}-{part}")
+                if some is not None:
+                    self.run.keep(f"{trial.number:05d}-{part}", some)
+            queue.finish(trial, outcome, outcome.get("value"))
+            return
         try:
             steering = self.fitter.steering(params)
-            self._measure(queue, trial, steering, outcome)
+            self._measure(queue, trial, steering, outcome, records)
+            for record in (record for part in records.values() for record in part):
+                line_of(record)  # refuses what is not a number
         except TrimtabError as error:
-            outcome |= {"state": "failed", "why": str(error)}
+            outcome = {"params": params, "state": "failed", "why": str(error)}
         outcome["seconds"] = round(time.perf_counter() - started, 3)
-        value = outcome.get("value")
-        if outcome["state"] == "complete" and value is None:
-            outcome |= {"state": "failed", "why": "no answer was clear"}
-        trial.set_user_attr("outcome", json.loads(json.dumps(outcome)))
-        queue.finish(trial, value, outcome["state"])
+        if outcome["state"] == "failed":
+            queue.finish(trial, outcome, None)
+            return
+        for part, some in records.items():
+            self.run.keep(f"{trial.number:05d}-{part}", some)
+        if outcome["state"] == "complete":
+            known = Trial(trial.number, **outcome)
+            if _best([*self._top, known], "value", self.bench.maximise) is known:
+                self._top, self._top_records = (known,), records
+        queue.finish(trial, outcome, outcome.get("value"))
 
     def _measure(
-        self, queue: Trials, trial: Any, steering: Steering, outcome: dict[str, Any]
+        self,
+        queue: Trials,
+        trial: Any,
+        steering: Steering,
+        outcome: dict[str, Any],
+        records: dict[Part, list[Record]],
     ) -> None:
+        """Fill in what a steering costs and what it is worth, and the records that say so."""
         bench, name = self.bench, label(self.fitter.method, outcome["params"])
         if self.max_cost is not None:
-            outcome["cost"] = bench.cost(steering)
-            if outcome["cost"] > self.max_cost:
+            cost = bench.cost(steering)
+            if not math.isfinite(cost):
+                raise TrimtabError("its cost is no finite number: the model's numbers overflow")
+            outcome["cost"] = cost
+            if cost > self.max_cost:
                 outcome["state"] = "dear"
                 return
         halving = queue.search == "halving"
         rows = bench.rows("validation")
-        records: list[Record] = []
+        done: list[Record] = []
         for rung, stop in enumerate(rungs(rows, FIRST_RUNG) if halving else [rows]):
-            records += bench.records(steering, "validation", len(records), stop, name)
-            result = bench.result(records)
+            done += bench.records(steering, "validation", len(done), stop, name)
+            records["validation"] = done
+            result = bench.result(done)
             outcome |= {"value": result.value, "n": result.n, "ci95": result.ci95}
-            if stop < rows and result.value is not None and queue.report(trial, result.value, rung):
+            if result.value is None:
+                continue
+            if not math.isfinite(result.value):
+                raise TrimtabError(f"{bench.metric} is no finite number")
+            if stop < rows and queue.report(trial, result.value, rung):
                 outcome["state"] = "pruned"
-                break
-        self.run.keep(f"{trial.number:05d}-validation", records)
-        if self.oracle and outcome["state"] == "complete":
-            outcome |= self._tested(trial.number, steering, name)
-
-    def _tested(self, number: int, steering: Steering, name: str) -> dict[str, Any]:
-        """Run a trial on the test rows."""
-        records = self.bench.records(steering, "test", name=name)
-        self.run.keep(f"{number:05d}-test", records)
-        result = self.bench.result(records)
-        return {"test": result.value, "test_n": result.n, "test_ci95": result.ci95}
+                return
+        if outcome["value"] is None:
+            raise TrimtabError("no answer was clear")
+        if self.oracle:
+            records["test"] = bench.records(steering, "test", name=name)
+            outcome |= _tested(bench.result(records["test"]))
 
     # -- what was found ---------------------------------------------------------------------------
 
-    def found(self, queue: Trials, task: str, seconds: float) -> Sweep:
+    def found(self, queue: Trials, task: str) -> Sweep:
         """The best trial, run on the test rows, and everything beside it."""
         bench, fitter = self.bench, self.fitter
         trials = [_trial(one) for one in queue.finished()]
         complete = [trial for trial in trials if trial.state == "complete"]
         best = _best(complete, "value", bench.maximise)
-        unsteered = {part: self._unsteered(part) for part in ("validation", "test")}
+        unsteered = {part: self._unsteered(part) for part in _PARTS}
         difference, chosen_p, steering = None, None, None
         flips: tuple[tuple[Record, Record], ...] = ()
         tested: list[Record] | None = None
         if best is not None:
-            name = label(fitter.method, best.params)
             steering = fitter.steering(best.params)
-            tested = self.run.kept(f"{best.number:05d}-test")
-            if tested is None:
-                tested = bench.records(steering, "test", name=name)
-                self.run.keep(f"{best.number:05d}-test", tested)
+            tested = self._records(best, "test", steering)
             result = bench.result(tested)
-            best = _with_test(best, result)
+            best = replace(best, **_tested(result))
             compared = summarise([*unsteered["test"], *tested], {})
             flips = tuple(compared.flips(bench.metric))
             difference = _of(compared.comparisons, bench.metric)
-            chosen = self.run.kept(f"{best.number:05d}-validation")
-            if chosen is None:
-                chosen = bench.records(steering, "validation", name=name)
+            chosen = self._records(best, "validation", steering)
             on_validation = summarise([*unsteered["validation"], *chosen], {})
             against = _of(on_validation.comparisons, bench.metric)
             if against is not None and against.p is not None:
-                chosen_p = min(1.0, against.p * len(trials))
+                chosen_p = min(1.0, against.p * sum(trial.n > 0 for trial in trials))
             steering = fitter.fitted(best.params)
         with_test = [best if best and t.number == best.number else t for t in trials]
         oracle = None
         if self.oracle:
             oracle = _best([t for t in with_test if t.state == "complete"], "test", bench.maximise)
-        figures = {part: bench.result(records) for part, records in unsteered.items()}
+        figures: dict[str, Result] = {p: bench.result(some) for p, some in unsteered.items()}
         return Sweep(
             method=fitter.method.name,
             task=task,
@@ -402,30 +447,37 @@ class _Worker:
             steering=steering,
             flips=flips,
             model=dict(vars(bench.language_model.identity)),
-            seconds=round(seconds, 2),
+            seconds=round(sum(trial.seconds for trial in trials), 2),
             notes=(*bench.notes(), *_caveats(trials, best, figures, bench.maximise, chosen_p)),
             tested=tuple(tested or ()),
         )
 
-    def _unsteered(self, part: Any) -> list[Record]:
-        kept = self.run.kept(f"unsteered-{part}")
-        if kept is None:
-            kept = self.bench.unsteered(part)
-            self.run.keep(f"unsteered-{part}", kept)
-        return kept
+    def _records(self, trial: Trial, part: Part, steering: Steering) -> list[Record]:
+        """The records of a trial on a part; run here where another machine has them, or nobody."""
+        if part in self._top_records and trial.number == self._top[0].number:
+            return self._top_records[part]
+        name = f"{trial.number:05d}-{part}"
+        records = self.run.kept(name)
+        if records is None:
+            called = label(self.fitter.method, trial.params)
+            records = self.bench.records(steering, part, name=called)
+            self.run.keep(name, records)
+        return records
+
+    def _unsteered(self, part: Part) -> list[Record]:
+        records = self.bench.unsteered(part)
+        if self.run.kept(f"unsteered-{part}") is None:
+            self.run.keep(f"unsteered-{part}", records)
+        return records
 
 
 def _trial(frozen: Any) -> Trial:
-    outcome = frozen.user_attrs.get("outcome", {})
-    for name in ("ci95", "test_ci95"):
-        if outcome.get(name) is not None:
-            outcome = {**outcome, name: tuple(outcome[name])}
-    return Trial(frozen.number, **outcome) if outcome else Trial(frozen.number, {}, "failed")
+    outcome = frozen.user_attrs.get("outcome", {"params": {}, "state": "failed"})
+    return Trial(frozen.number, **{name: plain(value) for name, value in outcome.items()})
 
 
-def _with_test(trial: Trial, result: Result) -> Trial:
-    tested = {"test": result.value, "test_n": result.n, "test_ci95": result.ci95}
-    return Trial(**{**asdict(trial), **tested})
+def _tested(result: Result) -> dict[str, Any]:
+    return {"test": result.value, "test_n": result.n, "test_ci95": result.ci95}
 
 
 def _best(trials: Sequence[Trial], part: str, maximise: bool) -> Trial | None:
@@ -461,12 +513,16 @@ def _caveats(
     base = unsteered["validation"].value
     if best is None:
         said.append("no trial has a value: there is nothing to choose")
+        costs = [trial.cost for trial in trials if trial.cost is not None]
+        if costs:
+            said.append(f"the cheapest trial costs {min(costs):.3g} nats per token of plain text")
     elif base is not None and best.value is not None:
         if (best.value <= base) if maximise else (best.value >= base):
             said.append("no setting beats the unsteered model on the validation rows")
         elif chosen_p is not None and chosen_p > 0.05:
+            ran = sum(trial.n > 0 for trial in trials)
             said.append(
-                f"the best of {len(trials)} trials on the validation rows could be luck: McNemar's "
+                f"the best of {ran} trials on the validation rows could be luck: McNemar's "
                 f"p, times the number of trials, is {chosen_p:.2g}"
             )
     return said

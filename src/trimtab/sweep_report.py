@@ -8,15 +8,20 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from trimtab.plots import DOWN, NEUTRAL, STYLE, UP, save_figure
 from trimtab.report import Picture, Table, interval, model_line, page
 from trimtab.runs import SharedRun
-from trimtab.spaces import shown
+from trimtab.spaces import Range, shown
 from trimtab.sweep import Sweep, Trial
 
 #: Trials in the page's table; the records have all.
 _MOST_ROWS = 400
+_UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
+_MARKERS = {"complete": "o", "pruned": "x"}
 
 
 def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str:
@@ -44,16 +49,18 @@ def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str
 def sweep_pictures(found: Sweep) -> list[Picture]:
     """The metric over the one or two hyperparameters that were searched, and trial by trial."""
     with matplotlib.rc_context(STYLE):
-        pictures = []
-        names = list(found.space)
         valued = [t for t in found.trials if t.value is not None and t.state == "complete"]
-        if len(names) == 2 and valued:
-            pictures.append(heatmap(found, valued, names))
-        elif len(names) == 1 and valued:
-            pictures.append(_line(found, valued, names[0]))
-        if valued:
-            pictures.append(_history(found))
-        return pictures
+        if not valued:
+            return []
+        names = list(found.space)
+        drawn = any(isinstance(values, Range) for values in found.space.values())
+        if len(names) == 2 and not drawn:
+            pictures = [heatmap(found, valued, names)]
+        elif len(names) == 1:
+            pictures = [_line(found, valued, names[0])]
+        else:
+            pictures = [_panels(found, valued, names)] if names else []
+        return [*pictures, _history(found)]
 
 
 def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
@@ -68,7 +75,7 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     axes = figure.subplots()
     base = found.unsteered["validation"].value or 0.0
     reach = float(np.nanmax(np.abs(grid - base))) or 1e-9
-    # Blue is more than unsteered and orange less, in a map that colour-blind readers tell apart.
+    # Purple is above unsteered and orange below: colour-blind readers tell them apart.
     drawn = axes.imshow(
         grid, cmap="PuOr", vmin=base - reach, vmax=base + reach, aspect="auto", origin="lower"
     )
@@ -88,9 +95,7 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     if found.best is not None:
         x = columns.index(_of(found.best, names[1]))
         y = rows.index(_of(found.best, names[0]))
-        frame: Any = matplotlib.patches.Rectangle(
-            (x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2
-        )
+        frame: Any = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
         axes.add_patch(frame)
     axes.set_xticks(range(len(columns)), [shown(v) for v in columns])
     axes.set_yticks(range(len(rows)), [shown(v) for v in rows])
@@ -98,7 +103,7 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.05)
-    bar.set_label(f"{found.metric} on {_n(found)} validation rows")
+    bar.set_label(f"{_quantity(found)} on {_n(found)} validation rows")
     bar.ax.axhline(base, color="black", linewidth=1)
     title = f"{found.method} on {found.task}: {names[0]} × {names[1]}"
     axes.set_title(title)
@@ -114,11 +119,10 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
 
 def _line(found: Sweep, trials: Sequence[Trial], name: str) -> Picture:
     """One hyperparameter: the metric with its intervals."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
     axes = figure.subplots()
     ordered = _ordered([_of(t, name) for t in trials])
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in ordered)
-    place = {v: (v if numbers else i) for i, v in enumerate(ordered)}
+    place = _places(axes, ordered, found.space[name])
     rows = sorted(trials, key=lambda t: place[_of(t, name)])
     x = [place[_of(t, name)] for t in rows]
     y = np.array([t.value for t in rows], dtype=float)
@@ -137,52 +141,136 @@ def _line(found: Sweep, trials: Sequence[Trial], name: str) -> Picture:
     _unsteered_line(axes, found)
     if found.best is not None:
         best = float(found.best.value or 0)
-        axes.plot(place[_of(found.best, name)], best, "D", color=DOWN, label="chosen")
-    if not numbers:
-        axes.set_xticks(range(len(ordered)), [shown(v) for v in ordered])
-    axes.set(xlabel=name, ylabel=f"{found.metric}, {_n(found)} validation rows")
-    axes.legend(frameon=False)
+        axes.plot(place[_of(found.best, name)], best, "D", color=DOWN, label="chosen", zorder=3)
+    axes.set(xlabel=name, ylabel=f"{_quantity(found)}, {_n(found)} validation rows")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     title = f"{found.method} on {found.task}: {name}"
     axes.set_title(title)
     return Picture(title, "line", figure, f"{found.metric} over {name}, with 95 % intervals")
 
 
+def _panels(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
+    """Several hyperparameters, or drawn ones: the trials over each of them."""
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(max(6.5, 3.2 * columns), 0.5 + 2.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.flat[len(names) :]:
+        axes.remove()
+    for axes, name in zip(grid.flat, names, strict=False):
+        values = [_of(t, name) for t in trials]
+        place = _places(axes, values, found.space[name])
+        for t, value in zip(trials, values, strict=True):
+            chosen = found.best is not None and t.number == found.best.number
+            _point(axes, place[value], t, DOWN if chosen else UP, "D" if chosen else "o")
+        _unsteered_line(axes, found)
+        axes.set_xlabel(name)
+    for row in grid:
+        row[0].set_ylabel(f"{_quantity(found)}, {_n(found)} rows")
+    title = f"{found.method} on {found.task}: {', '.join(names)}"
+    figure.suptitle(title, fontsize=10)
+    note = (
+        "Validation rows, 95 % intervals; the chosen setting is a diamond, the dashed line is the "
+        "unsteered model."
+    )
+    alt = f"{found.metric} of each trial over {', '.join(names)}, with 95 % intervals"
+    return Picture(title, "panels", figure, alt, note)
+
+
+def _places(axes: Any, values: Sequence[Any], searched: Any) -> dict[Any, float]:
+    """Where on the axis each value stands: numbers to scale, others one after the other."""
+    ordered = _ordered(values)
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in ordered):
+        axes.set_xticks(range(len(ordered)), [shown(v) for v in ordered])
+        return {v: float(i) for i, v in enumerate(ordered)}
+    wide = ordered[0] > 0 and ordered[-1] / ordered[0] > 20
+    if searched.log if isinstance(searched, Range) else wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(_plainly))
+        short = ordered[-1] / ordered[0] < 10  # there may be no power of ten to label
+        axes.xaxis.set_minor_formatter(FuncFormatter(_plainly) if short else NullFormatter())
+    elif all(isinstance(v, int) for v in ordered):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return {v: float(v) for v in ordered}
+
+
+def _plainly(value: float, _: Any) -> str:
+    """A number on an axis, without powers of ten."""
+    return f"{value:g}"
+
+
+def _point(axes: Any, x: float, trial: Trial, colour: str, marker: str = "o") -> None:
+    """The value of a trial with its interval."""
+    value = float(trial.value or 0)
+    low, high = trial.ci95 or (value, value)
+    axes.errorbar(
+        x,
+        value,
+        yerr=[[value - low], [high - value]],
+        color=colour,
+        ecolor=(colour, 0.35),
+        marker=marker,
+        markersize=4,
+        linewidth=1,
+        zorder=3 if colour == DOWN else 2,
+    )
+
+
 def _history(found: Sweep) -> Picture:
     """Trial by trial: validation, and test where it was run."""
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    for state, marker, colour in (("complete", "o", UP), ("pruned", "x", NEUTRAL)):
-        some = [t for t in found.trials if t.state == state and t.value is not None]
-        if some:
-            axes.plot(
-                [t.number for t in some],
-                [float(t.value or 0) for t in some],
-                marker,
-                color=colour,
-                markersize=4,
-                label=f"validation, {state}",
-            )
+    for t in found.trials:
+        if t.value is not None:
+            _point(axes, t.number, t, UP if t.state == "complete" else NEUTRAL, _MARKERS[t.state])
     tested = [t for t in found.trials if t.test is not None]
+    axes.plot(
+        [t.number for t in tested],
+        [float(t.test or 0) for t in tested],
+        "+",
+        color=DOWN,
+        markersize=6,
+    )
+    states = [t.state for t in found.trials if t.value is not None]
+    names = [("validation", UP, "complete"), ("validation, stopped early", NEUTRAL, "pruned")]
+    marks: list[Any] = [
+        Line2D([], [], color=colour, marker=_MARKERS[state], markersize=4, label=label)
+        for label, colour, state in names
+        if state in states
+    ]
     if tested:
-        axes.plot(
-            [t.number for t in tested],
-            [float(t.test or 0) for t in tested],
-            "+",
-            color=DOWN,
-            markersize=6,
-            label="test",
-        )
-    _unsteered_line(axes, found)
-    axes.set(xlabel="trial", ylabel=found.metric)
-    axes.legend(frameon=False, fontsize=8)
+        marks.append(Line2D([], [], color=DOWN, marker="+", linestyle="", label="test"))
+    marks.append(_unsteered_line(axes, found))
+    marks.append(_unsteered_line(axes, found, "test", DOWN))
+    axes.set(xlabel="trial", ylabel=_quantity(found))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(
+        handles=[mark for mark in marks if mark is not None],
+        frameon=False,
+        fontsize=8,
+        loc="outside lower center",
+        ncols=3,
+    )
     axes.set_title("Trial by trial")
-    return Picture("Trial by trial", "trials", figure, f"{found.metric} of each trial")
+    alt = f"{found.metric} of each trial on validation rows, with 95 % intervals, and on test rows"
+    return Picture("Trial by trial", "trials", figure, alt)
 
 
-def _unsteered_line(axes: Any, found: Sweep) -> None:
-    base = found.unsteered["validation"].value
-    if base is not None:
-        axes.axhline(base, color="black", linestyle="--", linewidth=1, label="unsteered")
+def _unsteered_line(
+    axes: Any, found: Sweep, part: str = "validation", colour: str = "black"
+) -> Any:
+    base = found.unsteered[part].value
+    if base is None:
+        return None
+    style = "--" if part == "validation" else ":"
+    label = f"unsteered, {part}"
+    return axes.axhline(base, color=colour, linestyle=style, linewidth=1, label=label)
+
+
+def _quantity(found: Sweep) -> str:
+    """The metric with its unit, for an axis."""
+    unit = _UNITS.get(found.metric)
+    return found.metric if unit is None else f"{found.metric} [{unit}]"
 
 
 def _n(found: Sweep) -> int:

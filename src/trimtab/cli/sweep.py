@@ -4,15 +4,18 @@ its options are the method's own fields, each with several values or a range."""
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
-import subprocess
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -99,8 +102,8 @@ def _shared() -> list[tuple[str, Any, Any]]:
         ),
         (
             "test_limit",
-            Annotated[int | None, typer.Option(help="Test rows (default: all).")],
-            None,
+            Annotated[int, typer.Option(help="Test rows; 0 takes all.")],
+            0,
         ),
         (
             "validation_task",
@@ -206,9 +209,12 @@ def _command(method: type[Method]) -> Callable[..., None]:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     example = {"austeer": " --site ffn_out --k 4,16,64 --alpha 1,8", "sta": " --sae my-sae/"}
     command.__doc__ = (
-        f"Settings of {method.name} on a task. An option takes one value, several (4,16,64; lists "
-        "are separated by /), or for draws a range (1:100, 0.1:20:log). Without several values of "
-        "anything, the grid of the method's paper is searched.\n\nExample: `trimtab sweep "
+        f"Settings of {method.name} on a task. An option takes one value; several, which are "
+        "searched (4,16,64; lists of layers with / between them: 0-9/10-19); or for draws a range "
+        "(1:100, 0.1:20:log). Without several values of anything, the grid of the method's paper "
+        "is searched.\n\nThe best setting on the validation rows is run on the test rows; "
+        "--no-oracle leaves it at that and saves running every setting there. What was finished is "
+        "kept in --output: start the same again to go on.\n\nExample: `trimtab sweep "
         f"{method.name} --model smollm2-135m-instruct --task copa --data DIR"
         f"{example.get(method.name, '')} -o runs/copa`"
     )
@@ -216,25 +222,31 @@ def _command(method: type[Method]) -> Callable[..., None]:
 
 
 def read_values(name: str, text: str, hint: Any) -> list[Any] | Range:
-    """`4,16,64` as values, `LOW:HIGH` or `LOW:HIGH:log` as a range; lists are separated by /."""
+    """`4,16,64` as values; where there are numbers `LOW:HIGH` or `LOW:HIGH:log` as a range; lists
+    (of layers) are separated by /."""
     option = f"--{name.replace('_', '-')}"
-    if ":" in text:
-        return _range(option, text)
-    kinds = typing.get_args(hint) or (hint,)
-    lists = any(typing.get_origin(kind) is tuple for kind in (hint, *kinds))
-    parts = text.split("/") if lists else text.split(",")
-    return [read_value(option, part, hint) for part in parts]
+    plain = typing.get_origin(hint) is tuple or not typing.get_args(hint)
+    kinds = (hint,) if plain else typing.get_args(hint)
+    if ":" in text and {int, float} & set(kinds):
+        return _range(option, text, float in kinds)
+    lists = any(typing.get_origin(kind) is tuple for kind in kinds)
+    if lists and ("/" in text or int not in kinds):
+        parts = text.split("/")
+    else:
+        parts = text.split(",")
+    if not all(part.strip() for part in parts):
+        raise TrimtabError(f"{option} {text!r}: a value is empty")
+    return [read_value(option, part.strip(), hint) for part in parts]
 
 
-def _range(option: str, text: str) -> Range:
+def _range(option: str, text: str, fractions: bool) -> Range:
     low, _, rest = text.partition(":")
     high, _, kind = rest.partition(":")
     try:
-        ends = [
-            int(end) if end.strip().lstrip("-").isdigit() else float(end) for end in (low, high)
-        ]
+        ends = [float(end) if fractions else int(end) for end in (low, high)]
     except ValueError as error:
-        raise TrimtabError(f"{option} {text}: write LOW:HIGH, or LOW:HIGH:log") from error
+        what = "LOW:HIGH" if fractions else "whole numbers, LOW:HIGH"
+        raise TrimtabError(f"{option} {text}: write {what}, or LOW:HIGH:log") from error
     if kind not in ("", "log"):
         raise TrimtabError(f"{option} {text}: write LOW:HIGH, or LOW:HIGH:log")
     return Range(ends[0], ends[1], kind == "log")
@@ -251,62 +263,74 @@ def _run(
     workers: int,
     as_json: bool,
     limit: int,
-    search: str,
-    overwrite: bool,
+    test_limit: int,
     **options: Any,
 ) -> None:
     if workers > 1 and options["output"] is None:
         raise TrimtabError("several workers need a run directory: name it with --output")
-    if limit < 0:
-        raise TrimtabError(f"--limit must be 1 or more, or 0 for all, not {limit}")
-    language_model = open_model(model, dtype, device)
-    helpers = _start_others(workers, overwrite)
-    try:
-        found = sweep(
-            language_model,
-            method,
-            space=space,
-            fixed=fixed,
-            search=search,  # type: ignore[arg-type]
-            limit=limit or None,
-            overwrite=overwrite,
-            **options,
-        )
-    finally:
-        for helper in helpers:
-            helper.terminate() if sys.exc_info()[0] else helper.wait()
+    if workers > 1 and options["overwrite"]:
+        raise TrimtabError("--overwrite is for one worker: clear the directory first")
+    for name, rows in (("--limit", limit), ("--test-limit", test_limit)):
+        if rows < 0:
+            raise TrimtabError(f"{name} must be 1 or more, or 0 for all, not {rows}")
+    options |= {"limit": limit or None, "test_limit": test_limit or None}
+    work = partial(_sweep, method, space, fixed, (model, dtype, device), options)
+    with _helped(work, workers):
+        found = work()
     if as_json:
         print_json(found.as_json())
         return
     _show(found, options["output"])
 
 
-def _start_others(workers: int, overwrite: bool) -> list[subprocess.Popen[bytes]]:
-    """The same command again, as processes that take trials from the same storage.
+def _sweep(
+    method: type[Method],
+    space: Mapping[str, Any] | None,
+    fixed: dict[str, Any],
+    model: tuple[str, str, str],
+    options: dict[str, Any],
+) -> Sweep:
+    return sweep(open_model(*model), method, space=space, fixed=fixed, **options)
+
+
+@contextmanager
+def _helped(work: Callable[[], Any], workers: int) -> Iterator[None]:
+    """Other processes do the same meanwhile, which take trials from the same storage.
 
     They share the processor's cores, and say nothing: what they find is in the storage.
     """
     if workers == 1:
-        return []
-    if overwrite:
-        raise TrimtabError("--overwrite and --workers: let one process clear the directory first")
+        yield
+        return
     threads = max(1, (os.cpu_count() or 1) // workers)
-    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
-    for i, argument in enumerate(arguments):
-        if argument == "--workers":
-            arguments[i + 1] = "1"
-        elif argument.startswith("--workers="):
-            arguments[i] = "--workers=1"
-    code = "from trimtab.cli import main; main()"
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(workers - 1)
+    spawn = multiprocessing.get_context("spawn")
+    helpers = [
+        spawn.Process(target=_help, args=(work, threads), daemon=True) for _ in range(workers - 1)
     ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(threads, before))
+    for helper in helpers:
+        helper.start()
+    try:
+        yield
+        for helper in helpers:
+            helper.join()
+    finally:
+        torch.set_num_threads(before)
+        for helper in helpers:
+            if sys.exc_info()[0] is not None:
+                helper.join(2)  # one that was interrupted with this one gives its trial back
+                helper.terminate()
+
+
+def _help(work: Callable[[], Any], threads: int) -> None:
+    """What a helper runs; its faults are those of the first process, which says them."""
+    torch.set_num_threads(threads)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+        with suppress(TrimtabError, KeyboardInterrupt):
+            work()
 
 
 def _show(found: Sweep, output: Path | None) -> None:
@@ -315,22 +339,20 @@ def _show(found: Sweep, output: Path | None) -> None:
     console.print(
         f"unsteered: validation {_figure(base['validation'].value, base['validation'].ci95)}, "
         f"test {_figure(base['test'].value, base['test'].ci95)}",
-        highlight=False,
     )
     if found.best is not None:
         best, d = found.best, found.difference
         name = label(METHODS[found.method], best.params)
         console.print(
-            f"[bold]{name}[/bold], chosen on validation ({_figure(best.value, best.ci95)}): test "
+            f"{name}, chosen on validation ({_figure(best.value, best.ci95)}): test "
             f"{_figure(best.test, best.test_ci95)}, n = {best.test_n}",
-            highlight=False,
+            style="bold",
         )
         if d is not None:
             flips = "" if d.p is None else f", +{d.gained} -{d.lost} (p {d.p:.2g})"
             console.print(
                 f"  against unsteered: {d.difference:+.4g} [{d.ci95[0]:+.4g}, {d.ci95[1]:+.4g}]"
                 f"{flips}",
-                highlight=False,
             )
     if found.oracle is not None:
         name = label(METHODS[found.method], found.oracle.params)
@@ -338,11 +360,10 @@ def _show(found: Sweep, output: Path | None) -> None:
             f"oracle, chosen on the test rows: {name}, "
             f"{_figure(found.oracle.test, found.oracle.test_ci95)}",
             style="dim",
-            highlight=False,
         )
     console.print(_table(found))
     for note in found.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     if output is not None:
         console.print(f"{output}: report.html, results.json, best.safetensors", style="dim")
 
