@@ -75,7 +75,7 @@ def worth(found: Comparison) -> Table:
             "p, corrected",
         ],
         rows,
-        f"p: McNemar's exact test, or sign permutations where values are not right or wrong; "
+        f"p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; "
         f"corrected for {sum(row.against is not None for row in found.rows)} methods (Holm).",
     )
 

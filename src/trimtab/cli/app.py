@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from trimtab.cli import (
+    analyse,
     bake,
     compare,
     demo,
@@ -49,6 +50,7 @@ app.command("evaluate")(evaluate.evaluate_command)
 app.add_typer(strength.app, name="strength")
 app.add_typer(sweep.app, name="sweep")
 app.command("compare")(compare.compare_command)
+app.add_typer(analyse.app, name="analyse")
 
 
 def main(arguments: list[str] | None = None) -> None:

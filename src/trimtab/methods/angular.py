@@ -29,6 +29,7 @@ otherwise what attention and FFN read is steered (OLMo 2).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,13 +79,13 @@ class SAS(Method):
         _check(self)
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
-        return list(_candidate_wants(self, language_model.anatomy).values())
+        return list(candidate_wants(self, language_model.anatomy).values())
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
-        plane = _plane(self, language_model.anatomy, statistics)
+        plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         turn = Turn(plane.basis.float(), adaptive=self.name == "aas")
         return _steering(
-            self, language_model, contrast, plane, _sites(self, language_model.anatomy), turn
+            self, language_model, contrast, plane, sites_of(self, language_model.anatomy), turn
         )
 
 
@@ -124,41 +125,49 @@ class SS(Method):
         _check(self)
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
-        wants = list(_candidate_wants(self, language_model.anatomy).values())
-        return wants + [_unit_means(site) for site in _sites(self, language_model.anatomy)]
+        wants = list(candidate_wants(self, language_model.anatomy).values())
+        return wants + [unit_means(site) for site in sites_of(self, language_model.anatomy)]
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
-        plane = _plane(self, language_model.anatomy, statistics)
+        plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         sides = {
-            site: (statistics[_unit_means(site)].positive, statistics[_unit_means(site)].negative)
-            for site in _sites(self, language_model.anatomy)
+            site: (statistics[unit_means(site)].positive, statistics[unit_means(site)].negative)
+            for site in sites_of(self, language_model.anatomy)
         }
-        sites = self._discriminative(plane.basis[0], sides)
+        sites = discriminative(plane.basis[0], sides, self.whole_blocks)
+        if not sites:
+            flag = "; try it without whole_blocks (--no-whole-blocks)" if self.whole_blocks else ""
+            raise TrimtabError(
+                "ss: no site tells the two sides apart by the sign of their projection, so there "
+                f"is none to steer{flag}"
+            )
         theta = self.theta
         if theta is None:
             theta = _angle_between(plane.basis, [sides[site] for site in sites])
         rotate = Rotate(plane.basis.float())
         return _steering(self, language_model, contrast, plane, sites, rotate, theta)
 
-    def _discriminative(self, b1: Tensor, sides: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
-        """The sites at which the two sides lie on opposite sides of b1's origin."""
-        found = {
-            site for site, (pos, neg) in sides.items() if float(pos @ b1) * float(neg @ b1) < 0
-        }
-        if self.whole_blocks:
-            failing = {parse_site(site)[0] for site in sides if site not in found}
-            found = {site for site in found if parse_site(site)[0] not in failing}
-        if not found:
-            flag = "; try it without whole_blocks (--no-whole-blocks)" if self.whole_blocks else ""
-            raise TrimtabError(
-                "ss: no site tells the two sides apart by the sign of their projection, so there "
-                f"is none to steer{flag}"
-            )
-        return [site for site in sides if site in found]
+
+@dataclass(frozen=True)
+class Candidates:
+    """The direction of each site from the negative side to the positive one.
+
+    `unit` [sites, units] in float64 has length 1, or 0 where the sides do not differ; `lengths`
+    [sites] are those of the differences themselves.
+    """
+
+    sites: tuple[str, ...]
+    unit: Tensor
+    lengths: Tensor
+
+    @property
+    def cosines(self) -> Tensor:
+        """Of each candidate to each, [sites, sites]."""
+        return self.unit @ self.unit.T
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """The plane of rotation, [2, units] in float64, and where b1 comes from."""
 
     basis: Tensor
@@ -174,7 +183,7 @@ def _check(method: Any) -> None:
         check_number(f"{method.name}: theta", method.theta)
 
 
-def _sites(method: Any, anatomy: Any) -> list[str]:
+def sites_of(method: Any, anatomy: Any) -> list[str]:
     """The norms to steer, in the order of the computation."""
     kinds = ["attn_norm", "ffn_norm"]
     if method.ss_compat:
@@ -184,33 +193,33 @@ def _sites(method: Any, anatomy: Any) -> list[str]:
     return [f"layers.{layer}.{kind}" for layer in range(anatomy.layers) for kind in kinds]
 
 
-def _unit_means(site: str) -> Want:
+def unit_means(site: str) -> Want:
+    """What L_disc is read from: each side's mean of activations at unit length."""
     return Want(site, "last", Means, read=UnitLength())
 
 
-def _candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
+def candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
     """What each site's candidate is computed from, by the site's name."""
     wants = {}
-    for site in _sites(method, anatomy):
+    for site in sites_of(method, anatomy):
         if method.candidates == "output":
             wants[site] = Want(site, "last", Means)
         elif site.endswith("_post_norm"):
             # What a norm on a branch reads is the branch's output.
-            wants[site] = _unit_means(site.replace("_post_norm", "_out"))
+            wants[site] = unit_means(site.replace("_post_norm", "_out"))
         else:
             # Where OLMo 2 has no norm, what the branch reads is the stream itself.
             has_norm = anatomy.has(f"{parse_site(site)[1]}_in")
-            wants[site] = _unit_means(f"{site}_in" if has_norm else site)
+            wants[site] = unit_means(f"{site}_in" if has_norm else site)
     return wants
 
 
-def _plane(method: Any, anatomy: Any, statistics: Statistics) -> _Plane:
-    """b1 and b2 from the candidates of all sites."""
-    wants = _candidate_wants(method, anatomy)
-    sites = list(wants)
+def candidates(method: Any, anatomy: Any, statistics: Statistics) -> Candidates:
+    """The candidate directions of all norms, from what `candidate_wants` asked for."""
+    wants = candidate_wants(method, anatomy)
     differences = []
-    for site in sites:
-        positive, negative = statistics[wants[site]].positive, statistics[wants[site]].negative
+    for want in wants.values():
+        positive, negative = statistics[want].positive, statistics[want].negative
         if method.candidates == "input":
             positive, negative = positive / positive.norm(), negative / negative.norm()
         difference = positive - negative
@@ -222,7 +231,13 @@ def _plane(method: Any, anatomy: Any, statistics: Statistics) -> _Plane:
         raise TrimtabError(f"{method.name}: the two sides do not differ at any norm's last token")
     # A site at which the sides do not differ has no direction: it stays zero and is never chosen.
     unit = raw / lengths.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-    cosines = (unit @ unit.T).mean(-1).masked_fill(lengths == 0, -torch.inf)
+    return Candidates(tuple(wants), unit, lengths)
+
+
+def plane_of(method: Any, found: Candidates) -> Plane:
+    """b1 and b2 from the candidates of all sites."""
+    unit, lengths = found.unit, found.lengths
+    cosines = found.cosines.mean(-1).masked_fill(lengths == 0, -torch.inf)
     best = int((cosines if method.selection == "cosine" else lengths).argmax())
     # "full", because sklearn's choice for wide models is a randomised one: another b2 every time.
     pca = PCA(n_components=1, svd_solver="full").fit(unit.numpy())
@@ -233,7 +248,22 @@ def _plane(method: Any, anatomy: Any, statistics: Statistics) -> _Plane:
     basis = orthonormal(basis)
     if basis[1][basis[1].abs().argmax()] < 0:
         basis[1] = -basis[1]
-    return _Plane(basis, sites[best], float(cosines[best]))
+    return Plane(basis, found.sites[best], float(cosines[best]))
+
+
+def discriminative(
+    b1: Tensor, sides: Mapping[str, tuple[Tensor, Tensor]], whole_blocks: bool
+) -> list[str]:
+    """L_disc: the sites at which the two sides lie on opposite sides of b1's origin.
+
+    `sides` has each site's means over the positives and the negatives, of activations at unit
+    length. With `whole_blocks` only the sites of blocks that all of their sites qualify in.
+    """
+    found = {site for site, (pos, neg) in sides.items() if float(pos @ b1) * float(neg @ b1) < 0}
+    if whole_blocks:
+        failing = {parse_site(site)[0] for site in sides if site not in found}
+        found = {site for site in found if parse_site(site)[0] not in failing}
+    return [site for site in sides if site in found]
 
 
 def _angle_between(basis: Tensor, sides: list[tuple[Tensor, Tensor]]) -> float:
@@ -250,7 +280,7 @@ def _steering(
     method: Any,
     language_model: Any,
     contrast: Contrast,
-    plane: _Plane,
+    plane: Plane,
     sites: list[str],
     operator: Operator,
     theta: float | None = None,
