@@ -419,7 +419,7 @@ class _Worker:
             result = bench.result(tested)
             best = replace(best, **_tested(result))
             compared = summarise([*unsteered["test"], *tested], {})
-            flips = tuple(compared.flips(bench.metric))
+            flips = tuple(compared.flips())
             difference = _of(compared.comparisons, bench.metric)
             chosen = self._records(best, "validation", steering)
             on_validation = summarise([*unsteered["validation"], *chosen], {})

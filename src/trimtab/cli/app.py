@@ -22,6 +22,7 @@ from trimtab.cli import (
     generate,
     inspect,
     models,
+    reproduce,
     strength,
     sweep,
 )
@@ -49,6 +50,7 @@ app.command()(bake.bake)
 app.command("evaluate")(evaluate.evaluate_command)
 app.add_typer(strength.app, name="strength")
 app.add_typer(sweep.app, name="sweep")
+app.command("reproduce")(reproduce.reproduce_command)
 app.command("compare")(compare.compare_command)
 app.add_typer(analyse.app, name="analyse")
 

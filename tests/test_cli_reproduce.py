@@ -1,0 +1,100 @@
+"""`trimtab reproduce`: what it prints, leaves and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_cli import Command, home, refused, trimtab, work
+from trimtab.recipes import recipes
+
+__all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
+
+
+def test_help_has_an_example(trimtab: Command) -> None:
+    said = trimtab("reproduce --help").text
+    assert "Example:" in said
+    assert "trimtab reproduce austeer-table12" in " ".join(said.split())
+
+
+def test_list_as_json(trimtab: Command) -> None:
+    found = trimtab("reproduce --list --json").json
+    assert set(found) == {"recipes"}
+    assert [set(row) for row in found["recipes"]] == [{"name", "paper", "item"}] * len(recipes())
+    rows = {row["name"]: row for row in found["recipes"]}
+    assert rows["austeer-table12"]["item"] == "Table 12"
+    assert "2602.02712" in rows["strength-fig6"]["paper"]
+
+
+def test_list_for_people(trimtab: Command) -> None:
+    said = trimtab("reproduce --list").text
+    for name in ("austeer-table1", "ss-controllability", "strength-fig6"):
+        assert name in said
+
+
+def test_a_theory_figure(trimtab: Command, work: Path) -> None:
+    found = trimtab("reproduce strength-fig5 -o runs/five --json").json
+    assert found["recipe"] == "strength-fig5"
+    assert found["model"] is None
+    assert found["scale"] == "smoke"
+    theorem, fitted = (
+        found["values"][f"quadratic coefficient, {one}"]["value"]["value"]
+        for one in ("theorem", "fitted")
+    )
+    assert theorem == pytest.approx(fitted, rel=1e-3)
+    left = {str(file.relative_to(work / "runs/five")) for file in (work / "runs/five").rglob("*.*")}
+    assert left >= {
+        "config.json", "environment.json", "results.json", "report.html",
+        "pictures/figure-5.png", "pictures/figure-5.svg",
+    }  # fmt: skip
+    saved = json.loads((work / "runs/five/results.json").read_text(encoding="utf-8"))
+    assert saved["values"] == found["values"]
+
+
+def test_for_people(trimtab: Command) -> None:
+    said = " ".join(trimtab("reproduce strength-training").text.split())
+    assert "1.3317" in said
+    assert "1.33178" in said
+    assert "note:" in said
+    assert "fewer rows" not in said  # theory is the same at every scale
+
+
+def test_on_a_tiny_model(trimtab: Command, work: Path) -> None:
+    line = "reproduce ss-plane --model model -o runs/plane --json"
+    found = trimtab(line).json
+    assert found["model"]["name"] == "model"
+    assert "taken from" in found["values"]
+    assert any("nothing is red-teamed" in note for note in found["notes"])
+    assert (work / "runs/plane/report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("reproduce", ["name a recipe", "--list"]),
+        ("reproduce austeer-tabel1 --model model", ["unknown recipe", "austeer-table1"]),
+        ("reproduce austeer-fig1 --model model --scale huge", ["unknown scale", "smoke"]),
+        ("reproduce austeer-fig1", ["runs on a model", "--model"]),
+        ("reproduce austeer-fig1 --model nowhere.gguf", ["nowhere.gguf"]),
+        ("reproduce austeer-table12 --model model --data .", ["needs copa/test.jsonl"]),
+        ("reproduce ss-dial --model model --scale full", ["what you bring", "--prompts"]),
+        (
+            "reproduce ss-dial --model model --scale full --prompts none.jsonl --contrast a.jsonl",
+            ["none.jsonl", "no such file"],
+        ),
+    ],
+)
+def test_refused(trimtab: Command, line: str, words: list[str]) -> None:
+    refused(trimtab(line), *words)
+
+
+def test_hardware_is_checked_before_the_model_is_loaded(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = "reproduce austeer-fig1 --model meta-llama/Llama-2-7b-chat-hf"
+    said = refused(trimtab(line), "16 GB of GPU memory", "LLaMA2-7B-Chat", "--force")
+    assert "0 GB" in said
