@@ -36,7 +36,7 @@ from trimtab.metrics.significance import holm, paired_p
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.runs import SharedRun
-from trimtab.spaces import Fitter, Params, Range, Space, check_space, default_space, grid
+from trimtab.spaces import Fitter, Params, Range, Space, check_space, default_space, described, grid
 from trimtab.steering import Steering
 from trimtab.strength.budgets import budget
 from trimtab.sweep import FAST, Sweep, try_settings
@@ -222,7 +222,7 @@ def compare(
         "seed": seed,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
+        "model": language_model.described,
     }
     run = SharedRun(output, config, overwrite)
     started = time.perf_counter()
@@ -304,11 +304,12 @@ def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> No
 
 
 def _described(one: Candidate) -> dict[str, Any]:
-    space = {
-        name: str(values) if isinstance(values, Range) else list(values)
-        for name, values in one.space.items()
+    return {
+        "name": one.name,
+        "method": one.method,
+        "space": described(one.space),
+        "fixed": one.fixed,
     }
-    return {"name": one.name, "method": one.method, "space": space, "fixed": one.fixed}
 
 
 def _fitters(

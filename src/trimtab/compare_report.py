@@ -13,9 +13,9 @@ from trimtab.compare import Compared, Comparison, Difference
 from trimtab.metering import Used
 from trimtab.metrics.intervals import Estimate
 from trimtab.plots import COLOURS, STYLE, plot_effects, save_figure
-from trimtab.report import Picture, Table, evaluation_tables, interval, model_line, page
+from trimtab.report import Picture, Table, cell, evaluation_tables, interval, model_line, page
 from trimtab.runs import SharedRun
-from trimtab.spaces import shown
+from trimtab.spaces import setting
 
 _MARKERS = "os^vDPX*"
 
@@ -57,10 +57,16 @@ def worth(found: Comparison) -> Table:
         if best is None:
             rows.append([row.name, row.why, _trials(row), "", "", "", "", ""])
             continue
-        setting = " ".join(f"{name}={shown(value)}" for name, value in best.params.items())
-        validation = f"{best.value:.4g} {interval(best.ci95)}"
+        validation = cell(best.value, best.ci95)
         rows.append(
-            [row.name, setting, _trials(row), validation, _result(row.test), *_cells(row.against)]
+            [
+                row.name,
+                setting(best.params),
+                _trials(row),
+                validation,
+                _result(row.test),
+                *_cells(row.against),
+            ]
         )
     return Table(
         f"{found.metric} on {found.task}",
@@ -241,9 +247,7 @@ def _cells(found: Difference | None) -> list[str]:
 
 
 def _result(result: Any) -> str:
-    if result is None or result.value is None:
-        return ""
-    return f"{result.value:.4g} {interval(result.ci95)}"
+    return "" if result is None else cell(result.value, result.ci95)
 
 
 def _trials(row: Compared) -> Any:

@@ -112,7 +112,7 @@ def evaluate(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "preference": None if preference is None else preference.name,
-        "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
+        "model": language_model.described,
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))

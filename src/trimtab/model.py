@@ -107,6 +107,11 @@ class LanguageModel:
             self.name, anatomy.name, anatomy.layers, anatomy.hidden_size, self._digest()
         )
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the configuration of a run: the identity and the dtype."""
+        return {**vars(self.identity), "dtype": str(self.dtype)}
+
     def _digest(self) -> str:
         """SHA-256 over names, shapes and the signs of some weights of every tensor.
 

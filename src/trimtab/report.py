@@ -117,6 +117,11 @@ def evaluation_tables(evaluation: Any) -> list[Table]:
     return tables
 
 
+def cell(value: float | None, ci95: tuple[float, float] | None) -> str:
+    """A figure with its interval, or nothing."""
+    return "" if value is None else f"{value:.4g} {interval(ci95)}"
+
+
 def interval(ci95: tuple[float, float] | None) -> str:
     """An interval as text, or nothing."""
     return "" if ci95 is None else f"[{ci95[0]:.4g}, {ci95[1]:.4g}]"

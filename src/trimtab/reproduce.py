@@ -129,7 +129,7 @@ def reproduce(
         identity = language_model.identity
         size = sum(p.numel() for p in language_model.model.parameters()) / 1e9
         check_needs(recipe, identity.name, size, force)
-        model = {**vars(identity), "dtype": str(language_model.dtype)}
+        model = language_model.described
         layers, heads = language_model.anatomy.layers, language_model.anatomy.heads
     resolved = {part: resolve(args, brought, layers, heads) for part, args in parts.items()}
     config = {

@@ -163,7 +163,20 @@ def listed(space: Space) -> list[Params] | None:
 
 def label(method: type[Method], params: Params) -> str:
     """`austeer k=16 alpha=8`: how a setting is written on the command line."""
-    return " ".join([method.name, *(f"{name}={shown(value)}" for name, value in params.items())])
+    return f"{method.name} {setting(params)}".rstrip()
+
+
+def setting(params: Params) -> str:
+    """`k=16 alpha=8`."""
+    return " ".join(f"{name}={shown(value)}" for name, value in params.items())
+
+
+def described(space: Space) -> dict[str, Any]:
+    """A space for the configuration of a run."""
+    return {
+        name: str(values) if isinstance(values, Range) else list(values)
+        for name, values in space.items()
+    }
 
 
 def shown(value: Any) -> str:

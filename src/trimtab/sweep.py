@@ -38,6 +38,7 @@ from trimtab.spaces import (
     Space,
     check_space,
     default_space,
+    described,
     grid,
     label,
     plain,
@@ -212,10 +213,7 @@ def sweep(
     texts = contrast_for(task, contrast, source)
     config = {
         "method": kind.name,
-        "space": {
-            name: str(values) if isinstance(values, Range) else list(values)
-            for name, values in given.items()
-        },
+        "space": described(given),
         "fixed": own,
         "search": search,
         "trials": trials,
@@ -228,7 +226,7 @@ def sweep(
         "seed": seed,
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
-        "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
+        "model": language_model.described,
     }
     fitter = Fitter(language_model, kind, texts, given, own)
     if not any(isinstance(values, Range) for values in given.values()):

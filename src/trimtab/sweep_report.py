@@ -13,9 +13,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from trimtab.plots import DOWN, NEUTRAL, STYLE, UP, save_figure
-from trimtab.report import Picture, Table, interval, model_line, page
+from trimtab.report import Picture, Table, cell, interval, model_line, page
 from trimtab.runs import SharedRun
-from trimtab.spaces import Range, shown
+from trimtab.spaces import Range, setting, shown
 from trimtab.sweep import Sweep, Trial
 
 #: Trials in the page's table; the records have all.
@@ -298,8 +298,8 @@ def _chosen(found: Sweep) -> Table:
         [
             "unsteered",
             "",
-            _cell(base["validation"].value, base["validation"].ci95),
-            _cell(base["test"].value, base["test"].ci95),
+            cell(base["validation"].value, base["validation"].ci95),
+            cell(base["test"].value, base["test"].ci95),
             "",
             "",
         ]
@@ -310,9 +310,9 @@ def _chosen(found: Sweep) -> Table:
         rows.append(
             [
                 "chosen on validation",
-                _params(best),
-                _cell(best.value, best.ci95),
-                _cell(best.test, best.test_ci95),
+                setting(best.params),
+                cell(best.value, best.ci95),
+                cell(best.test, best.test_ci95),
                 "" if d is None else f"{d.difference:+.4g} {interval(d.ci95)}",
                 flips,
             ]
@@ -321,9 +321,9 @@ def _chosen(found: Sweep) -> Table:
         rows.append(
             [
                 "oracle: best on the test rows",
-                _params(found.oracle),
-                _cell(found.oracle.value, found.oracle.ci95),
-                _cell(found.oracle.test, found.oracle.test_ci95),
+                setting(found.oracle.params),
+                cell(found.oracle.value, found.oracle.ci95),
+                cell(found.oracle.test, found.oracle.test_ci95),
                 "",
                 "",
             ]
@@ -348,11 +348,11 @@ def _trials(found: Sweep) -> Table:
     rows = [
         [
             t.number,
-            _params(t),
+            setting(t.params),
             t.state,
-            _cell(t.value, t.ci95),
+            cell(t.value, t.ci95),
             t.n,
-            _cell(t.test, t.test_ci95),
+            cell(t.test, t.test_ci95),
             "" if t.cost is None else f"{t.cost:.3f}",
             f"{t.seconds:.1f}",
         ]
@@ -364,11 +364,3 @@ def _trials(found: Sweep) -> Table:
     if len(found.trials) > _MOST_ROWS:
         title = f"The first {_MOST_ROWS} of {len(found.trials)} trials"
     return Table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
-
-
-def _params(trial: Trial) -> str:
-    return " ".join(f"{name}={shown(value)}" for name, value in trial.params.items())
-
-
-def _cell(value: float | None, ci95: tuple[float, float] | None) -> str:
-    return "" if value is None else f"{value:.4g} {interval(ci95)}"

@@ -37,7 +37,7 @@ from trimtab.methods.angular import SS, sites_of
 from trimtab.metrics.coherence import VIOLATION
 from trimtab.model import LanguageModel
 from trimtab.operators import Operator, Rotate, Turn
-from trimtab.report import Table, interval
+from trimtab.report import Table, cell, interval
 from trimtab.runs import SharedRun
 from trimtab.steering import Intervention, Positions, Steering
 from trimtab.tasks import Protocol
@@ -262,9 +262,7 @@ def _dial_table(found: Sequence[Turned], part: str) -> Table:
 
 
 def _cell(found: Result | None) -> str:
-    if found is None or found.value is None:
-        return ""
-    return f"{found.value:.4g} {interval(found.ci95)}"
+    return "" if found is None else cell(found.value, found.ci95)
 
 
 def _short(found: Result | None) -> str:

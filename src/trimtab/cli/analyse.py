@@ -356,7 +356,7 @@ def _run(
         "analysis": name,
         "options": plain,
         **source,
-        "model": {**vars(language_model.identity), "dtype": str(language_model.dtype)},
+        "model": language_model.described,
     }
     with _run_of(output, config, overwrite) as run:
         if "run" in inspect.signature(function).parameters:

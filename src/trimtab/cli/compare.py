@@ -28,7 +28,7 @@ from trimtab.errors import TrimtabError
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.report import interval
-from trimtab.spaces import Range, default_space, shown
+from trimtab.spaces import Range, default_space, setting
 from trimtab.sweep import FAST
 
 
@@ -184,7 +184,7 @@ def _show(found: Comparison, output: Path | None) -> None:
         gain = row.against
         table.add_row(
             row.name,
-            " ".join(f"{name}={shown(value)}" for name, value in best.params.items()),
+            setting(best.params),
             f"{row.test.value:.4g} {interval(row.test.ci95)}",
             "" if gain is None else f"{gain.value:+.4g} {interval(gain.ci95)}",
             "" if gain is None else f"{gain.corrected_p:.2g}",

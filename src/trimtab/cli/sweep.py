@@ -34,7 +34,7 @@ from trimtab.cli.fit import read_value
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
-from trimtab.spaces import Range, label, shown
+from trimtab.spaces import Range, label, setting
 from trimtab.sweep import FAST, Sweep, sweep
 
 app = typer.Typer(
@@ -374,9 +374,13 @@ def _table(found: Sweep) -> Table:
     valued = [t for t in found.trials if t.value is not None]
     ranked = sorted(valued, key=lambda t: (t.state != "complete", sign * (t.value or 0), t.number))
     for t in ranked[:_LISTED]:
-        setting = " ".join(f"{name}={shown(value)}" for name, value in t.params.items())
         table.add_row(
-            str(t.number), setting, t.state, _figure(t.value, t.ci95), str(t.n), f"{t.seconds:.1f}"
+            str(t.number),
+            setting(t.params),
+            t.state,
+            _figure(t.value, t.ci95),
+            str(t.n),
+            f"{t.seconds:.1f}",
         )
     if len(found.trials) > len(ranked[:_LISTED]):
         table.caption = f"{len(ranked[:_LISTED])} of {len(found.trials)} trials"

@@ -64,7 +64,7 @@ def run_study(name: str, language_model: Any, args: Mapping[str, Any], **shared:
     given = {key: value for key, value in shared.items() if key in takes and key not in args}
     own = dict(args)
     if "run" in takes:  # an analysis that keeps what it has done
-        model = {**vars(language_model.identity), "dtype": str(language_model.dtype)}
+        model = language_model.described
         config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
         given["run"] = SharedRun(shared.get("output"), config)
     if name not in STUDIES:

@@ -11,7 +11,7 @@ from trimtab.compare import compare as compare_methods
 from trimtab.compare_report import comparison_pictures, effects, spent, worth
 from trimtab.contrasts import Contrast
 from trimtab.methods import METHODS
-from trimtab.report import Table, interval
+from trimtab.report import Table, cell
 from trimtab.spaces import Params, default_space, label
 from trimtab.studies.found import Found, Value, contrast_of, value_of
 from trimtab.sweep import FAST, Sweep, sweep
@@ -152,14 +152,14 @@ def _sweep_table(found: Sweep) -> Table:
         [
             "unsteered",
             "",
-            _cell(base["validation"].value, base["validation"].ci95),
-            _cell(base["test"].value, base["test"].ci95),
+            cell(base["validation"].value, base["validation"].ci95),
+            cell(base["test"].value, base["test"].ci95),
         ]
     ]
     for name, trial in (("chosen on validation", found.best), ("oracle", found.oracle)):
         if trial is not None:
             setting = label(METHODS[found.method], trial.params)
-            value, test = _cell(trial.value, trial.ci95), _cell(trial.test, trial.test_ci95)
+            value, test = cell(trial.value, trial.ci95), cell(trial.test, trial.test_ci95)
             rows.append([name, setting, value, test])
     heads = [
         "",
@@ -169,7 +169,3 @@ def _sweep_table(found: Sweep) -> Table:
     ]
     note = f"{len(found.trials)} settings; the oracle was chosen on the test rows."
     return Table(f"{found.metric} on {found.task}", heads, rows, note)
-
-
-def _cell(value: float | None, ci95: tuple[float, float] | None) -> str:
-    return "" if value is None else f"{value:.4g} {interval(ci95)}"
