@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -60,8 +60,11 @@ class Range:
 Space = Mapping[str, Sequence[Any] | Range]
 
 
-def default_space(method: type[Method], layers: int) -> dict[str, Sequence[Any]]:
-    """The settings of the method's paper, or what covers them, for a model of so many blocks."""
+def default_space(
+    method: type[Method], layers: int, fixed: Collection[str] = ()
+) -> dict[str, Sequence[Any]]:
+    """The settings of the method's paper, or what covers them, for a model of so many blocks;
+    without the hyperparameters that are fixed."""
     every = tuple(range(layers))
     degrees = tuple(float(angle) for angle in range(0, 360, 10))
     spaces: dict[str, dict[str, Sequence[Any]]] = {
@@ -78,7 +81,7 @@ def default_space(method: type[Method], layers: int) -> dict[str, Sequence[Any]]
     }
     if method.name not in spaces:
         raise TrimtabError(f"{method.name} has no grid of its own: name values to search")
-    return spaces[method.name]
+    return {name: values for name, values in spaces[method.name].items() if name not in fixed}
 
 
 def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:

@@ -188,9 +188,8 @@ def sweep(
     if not isinstance(kind, type):
         raise TrimtabError(f"name a method, {kind.name!r}: its hyperparameters are space and fixed")
     own = {name: plain(value) for name, value in (fixed or {}).items()}
-    given = tidy(default_space(kind, language_model.anatomy.layers) if space is None else space)
-    if space is None:
-        given = {name: values for name, values in given.items() if name not in own}
+    layers = language_model.anatomy.layers
+    given = tidy(default_space(kind, layers, own) if space is None else space)
     check_space(kind, given, own)
     plan(given, search, trials)  # refuses what it cannot plan
     import_optuna()

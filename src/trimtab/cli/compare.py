@@ -166,8 +166,7 @@ def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
     if one.space:
         return one
     layers = language_model.anatomy.layers
-    every = default_space(METHODS[one.method], layers)
-    space = {name: values for name, values in every.items() if name not in one.fixed}
+    space = default_space(METHODS[one.method], layers, one.fixed)
     return Candidate(one.method, space, one.fixed, one.name)
 
 

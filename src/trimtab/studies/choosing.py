@@ -72,8 +72,7 @@ def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candi
     method, fixed = one["method"], dict(one.get("fixed", {}))
     space = one.get("space")
     if space is None:
-        own = default_space(METHODS[method], language_model.anatomy.layers)
-        space = {name: values for name, values in own.items() if name not in fixed}
+        space = default_space(METHODS[method], language_model.anatomy.layers, fixed)
     return Candidate(method, space, fixed, one.get("name", method))
 
 
