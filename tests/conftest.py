@@ -15,8 +15,9 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def _repeatable() -> None:
-    """Two threads, because tiny matrices are slower on more; and one seed for what has none."""
-    torch.set_num_threads(2)
+    """One thread for each of the processes that share the tests, two for a process alone, because
+    tiny matrices are slower on more; and one seed for what has none."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     torch.manual_seed(0)
 
 

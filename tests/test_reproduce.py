@@ -496,7 +496,7 @@ def test_curves_at_several_depths() -> None:
 
 
 def test_one_block_learns() -> None:
-    args = {"steps": 40, "width": 32, "batch": 4, "text_tokens": 3000, "points": 5, "contexts": 1}
+    args = {"steps": 40, "width": 32, "batch": 4, "text_tokens": 700, "points": 5, "contexts": 1}
     lm = language_model("llama")
     before = torch.get_rng_state()
     found = run_study("one-layer", lm, args)

@@ -154,8 +154,8 @@ def plain_corpus(data: str | None, tokens: int) -> list[str]:
         if directory is not None and (directory / name).is_file():
             return [row["text"] for row in read_jsonl(directory / name)]
     raise TrimtabError(
-        f"a cost curve over {tokens} tokens needs more plain text than trimtab has: name a "
-        f"directory with {' or '.join(_TEXTS)} by --data"
+        f"{tokens} tokens of plain text are more than trimtab has: name a directory with "
+        f"{' or '.join(_TEXTS)} by --data"
     )
 
 
