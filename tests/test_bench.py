@@ -365,7 +365,7 @@ def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> Non
     kept = Kept(lm)
 
     def found(steering: tt.Steering, kept: Kept | None) -> dict[int, Next]:
-        batches = plan(readings, lm.batch_tokens, share=kept is None)
+        batches = plan(readings, lm.batch_tokens)
         read = next_tokens(lm, readings, batches, steering, kept=kept)
         return {i: each for batch, some in read for i, each in zip(batch.rows, some, strict=True)}
 

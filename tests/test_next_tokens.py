@@ -77,7 +77,7 @@ def found_by(
     kept: Kept | None = None,
 ) -> dict[int, Next]:
     if batches is None:
-        batches = plan(readings, batch_tokens, share=kept is None)
+        batches = plan(readings, batch_tokens)
     return {
         i: each
         for batch, rows in next_tokens(lm, readings, batches, steering, kept=kept)
@@ -339,12 +339,13 @@ def test_nothing_to_read() -> None:
 # -- on top of what the blocks below put out before ---------------------------------------------
 
 
+@pytest.mark.parametrize("beginning", BEGINNINGS.values(), ids=BEGINNINGS)
 @pytest.mark.parametrize("name", MODELS)
-def test_on_what_is_kept_positions_mean_the_same(name: str) -> None:
+def test_on_what_is_kept_positions_mean_the_same(name: str, beginning: int) -> None:
     """One `Kept` for all of them: what one steering leaves there must be right for the next."""
     lm = language_model(name)
     op = operator("Add", lm.anatomy.hidden_size)
-    readings = some_readings(5, count=8)
+    readings = some_readings(beginning, count=8)
     kept = Kept(lm)
     for positions in POSITIONS:
         steering = steer(lm, ("layers.1.resid", op), positions=positions)
@@ -361,7 +362,8 @@ def test_on_what_is_kept_positions_mean_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.TINY)
 def test_on_what_is_kept_every_site_of_every_layer_is_steered_as_without(name: str) -> None:
     lm = language_model(name)
-    readings = some_readings(5, count=4)
+    readings = [*some_readings(30, count=4), *some_readings(40, count=4, seed=1)]
+    assert {batch.shared for batch in plan(readings, 60)} == {31, 41}
     kept = Kept(lm)
     steerings: list[Any] = [
         steer_at(lm, kind, "Scale" if layer else "Add", layer, seed=layer, positions=positions)
@@ -380,9 +382,10 @@ def test_on_what_is_kept_every_site_of_every_layer_is_steered_as_without(name: s
             assert torch.equal(found[i].best, expected[i].best), steering
 
 
-def test_only_the_blocks_above_run_on_what_is_kept() -> None:
+@pytest.mark.parametrize("beginning", BEGINNINGS.values(), ids=BEGINNINGS)
+def test_only_the_blocks_above_run_on_what_is_kept(beginning: int) -> None:
     lm = language_model("llama")
-    readings = some_readings(5, count=6)
+    readings = some_readings(beginning, count=6)
     kept = Kept(lm)
     ran: set[int] = set()
     for layer, block in enumerate(lm.model.model.layers):
@@ -401,10 +404,11 @@ def test_only_the_blocks_above_run_on_what_is_kept() -> None:
         assert ran == expected
 
 
+@pytest.mark.parametrize("beginning", [12, 30])
 @pytest.mark.parametrize("limit", [0, 3000, 20_000])
-def test_on_little_that_is_kept(limit: int) -> None:
+def test_on_little_that_is_kept(limit: int, beginning: int) -> None:
     lm = language_model("gemma3")
-    readings = some_readings(12, count=10)
+    readings = some_readings(beginning, count=10)
     kept = Kept(lm, limit)
     for layer, positions in ((2, "last"), (0, "all"), (2, "generated"), (1, "prompt")):
         steering = steer_at(lm, "ffn_out", layer=layer, positions=positions)
@@ -468,7 +472,7 @@ def test_hooks_are_gone_when_reading_on_what_is_kept_stops_early() -> None:
     lm = language_model("llama")
     before = plain_logits(lm.model, token_ids(PROMPTS[0]))
     readings = some_readings(5)
-    batches = plan(readings, 60, share=False)
+    batches = plan(readings, 60)
     reading = next_tokens(lm, readings, batches, steer_at(lm, "resid"), kept=Kept(lm))
     next(reading)
     reading.close()
@@ -476,19 +480,6 @@ def test_hooks_are_gone_when_reading_on_what_is_kept_stops_early() -> None:
 
 
 # -- plans, by their properties ----------------------------------------------------------------
-
-
-def test_plans_without_sharing_hold_every_reading_once() -> None:
-    readings = some_readings(30, count=90)
-    batches = plan(readings, 300, share=False)
-    assert {batch.shared for batch in batches} == {0}
-    assert sorted(i for batch in batches for i in batch.rows) == list(range(90))
-    lengths = [len(reading.tokens) for reading in readings]
-    for batch in batches:
-        assert len(batch.rows) == 1 or len(batch.rows) * max(lengths[i] for i in batch.rows) <= 300
-    tops = [max(lengths[i] for i in batch.rows) for batch in batches]
-    assert tops == sorted(tops, reverse=True)
-    assert plan([], 300, share=False) == []
 
 
 @st.composite

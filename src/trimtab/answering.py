@@ -158,9 +158,7 @@ def _write_one_token(
     """The most probable next token of each prompt; no more than one position is unembedded."""
     readings = [after(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)]
     batches = [
-        batch
-        for batch in plan(readings, language_model.batch_tokens, share=settings.kept is None)
-        if missing(batch.rows)
+        batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
     ]
     decode = language_model.tokenizer.decode
     for batch, found in next_tokens(

@@ -193,7 +193,7 @@ class Bench:
     def _nll(self, steering: Attached) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats."""
         kept = self.settings.kept
-        batches = plan(self._readings, self.language_model.batch_tokens, share=kept is None)
+        batches = plan(self._readings, self.language_model.batch_tokens)
         found = torch.zeros(len(self._readings), dtype=torch.float64)
         for batch, some in next_tokens(
             self.language_model, self._readings, batches, steering, kept=kept

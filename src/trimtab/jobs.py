@@ -299,7 +299,7 @@ class PreferenceJob:
         readings = side_readings(language_model, Contrast(self.pairs, self.name))
         batches = [
             batch
-            for batch in plan(readings, language_model.batch_tokens, share=settings.kept is None)
+            for batch in plan(readings, language_model.batch_tokens)
             if any(i // 2 in missing for i in batch.rows)
         ]
         scores: dict[int, float] = {}

@@ -1,28 +1,26 @@
 """What a model expects next after many texts, with nothing computed twice.
 
 Texts of similar length share a batch, beginnings that many texts share (instructions, examples,
-the question of several options) are run once and kept as a KV cache, and the LM head runs only at
-the positions that are asked for. Batches are planned before anything runs and depend on the texts
+the question of several options) are run once and kept as a KV cache, what the blocks below a
+steering put out can be kept for the next steering, and the LM head runs only at the positions that
+are asked for. Batches are planned before anything runs and depend on the texts
 alone, so that a run which was interrupted goes on with the very batches that it would have had.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
-from trimtab.resuming import Kept, blocks_below, resume
+from trimtab.resuming import Kept, beginning, blocks_below, resume
 from trimtab.steering import Steering, Steerings, together
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
@@ -71,11 +69,10 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int, *, share: bool = True) -> list[Batch]:
-    """Batches of similar length, group by group of texts that share their beginning (unless
-    `share` is false)."""
+def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
+    """Batches of similar length, group by group of texts that share their beginning."""
     batches = []
-    for shared, group in _groups(readings) if share else [(0, list(range(len(readings))))]:
+    for shared, group in _groups(readings):
         waiting = sorted(group, key=lambda i: (-len(readings[i].tokens), i))
         while waiting:
             longest = len(readings[waiting[0]].tokens) - shared
@@ -98,55 +95,36 @@ def next_tokens(
     """Run planned batches in order. `steering` is one for all texts.
 
     With `kept` only the blocks from the steering's lowest on are run, on top of what is kept of
-    the same texts. Beginnings are then not shared: plan the batches so. A model that is steered
-    already runs as without: what it computes is not for later.
+    the same texts. A model that is steered already runs as without: what it computes is not for
+    later.
     """
     _refuse_idle(readings, steering)
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
+    below = 0
     if kept is not None and not is_hooked(language_model.model):
-        yield from _on_kept(kept, readings, batches, steering, force)
-        return
-    body = language_model.anatomy.body
-    beginning: tuple[int, ...] = ()
-    cache: Any = None
+        below = blocks_below(language_model.anatomy, together(steering))
+    streams_of = (kept or Kept(language_model)).after  # where no block is below it keeps nothing
+    start: tuple[int, ...] = ()
+    cache = None
     with language_model.steered(steering, force=force) as sequences:
         for batch in batches:
             rows = [readings[i] for i in batch.rows]
-            start = rows[0].tokens[: batch.shared]
-            if start != beginning:
-                beginning, cache = start, None
-                if start:
-                    sequences.given_ends = [_FAR]
-                    cache = DynamicCache(config=language_model.anatomy.config)
-                    ids = torch.tensor([start], device=language_model.device)
-                    body(input_ids=ids, past_key_values=cache, use_cache=True)
-            sequences.given_ends = [row.prompt for row in rows]
-            hidden = body(**_inputs(rows, batch.shared, cache, language_model)).last_hidden_state
-            yield batch, _read(rows, hidden, batch.shared, language_model)
-
-
-def _on_kept(
-    kept: Kept,
-    readings: Sequence[Reading],
-    batches: Sequence[Batch],
-    steering: Steering | Steerings | None,
-    force: bool,
-) -> Iterator[tuple[Batch, list[Next]]]:
-    """What the blocks below the steering put out is looked up, the others are run."""
-    lm = kept.language_model
-    with lm.steered(steering, force=force) as sequences:
-        below = blocks_below(lm.anatomy, together(steering))
-        for batch in batches:
-            rows = [readings[i] for i in batch.rows]
             texts = [row.tokens for row in rows]
-            # The blocks that are run now are below the steering. Where prompts end matters to its
-            # hooks above, which see other rows then and what nobody reads.
+            # What texts begin with is all prompt. The other blocks that run here are below the
+            # steering: to its hooks above, which see rows that nobody reads, it is all one.
             sequences.given_ends = [_FAR]
-            streams = kept.after(texts, below)
+            streams = streams_of(texts, below, batch.shared)
+            if texts[0][: batch.shared] != start:
+                start, cache = texts[0][: batch.shared], None
+                if start:
+                    stream = streams_of([start], below)[0]
+                    layers = language_model.anatomy.layers
+                    cache = beginning(language_model, start, stream, below, layers)[1]
             sequences.given_ends = [row.prompt for row in rows]
-            hidden = resume(lm, texts, streams, below)
-            yield batch, _read(rows, hidden, 0, lm)
+            rests = [text[batch.shared :] for text in texts]
+            hidden = resume(language_model, rests, streams, below, cache)
+            yield batch, _read(rows, hidden, batch.shared, language_model)
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
@@ -162,31 +140,6 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
                     f"the steering touched nothing at {intervention.site}: it acts on generated "
                     "tokens, and these texts are only read"
                 )
-
-
-def _inputs(
-    rows: Sequence[Reading], shared: int, cache: Any, language_model: LanguageModel
-) -> dict[str, Any]:
-    """The rest of each text, padded on the right, on top of what all of them share."""
-    longest = max(len(row.tokens) for row in rows)
-    ids = torch.zeros(len(rows), longest - shared, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        rest = row.tokens[shared:]
-        ids[i, : len(rest)] = torch.tensor(rest)
-        mask[i, : len(row.tokens)] = 1
-    device = language_model.device
-    positions = torch.arange(shared, longest).expand(len(rows), -1)
-    inputs: dict[str, Any] = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions.to(device),
-        "use_cache": cache is not None,
-    }
-    if cache is not None:
-        inputs["past_key_values"] = copy.deepcopy(cache)
-        inputs["past_key_values"].batch_repeat_interleave(len(rows))
-    return inputs
 
 
 def _read(

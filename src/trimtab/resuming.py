@@ -2,12 +2,14 @@
 
 A steering changes nothing below its lowest site. Whoever runs the same texts at many dials, or
 under many steerings, runs the blocks below once (`begin`) and those above each time (`resume`).
-The transformer body itself runs in both cases, with the other blocks handing on what they are
-given, so that masks and positions are the architecture's own.
+What texts begin with in common is run once for all of them (`beginning`), and they on top of its
+KV cache. The transformer body itself runs in all cases, with the other blocks handing on what they
+are given, so that masks and positions are the architecture's own.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.model import LanguageModel
@@ -52,11 +55,13 @@ def begin(
     blocks: int,
     streams: Sequence[Tensor] = (),
     done: int = 0,
+    cache: DynamicCache | None = None,
 ) -> list[Tensor]:
     """The residual stream after the first `blocks` blocks, [tokens, units] of each text.
 
     With 0 blocks there is nothing to keep, and the tensors are empty. `streams` are those after
-    the first `done` blocks, where these have run already.
+    the first `done` blocks, where these have run already. `cache` is what `beginning` made of the
+    tokens before these texts.
     """
     if blocks == 0:
         return [torch.empty(0) for _ in texts]
@@ -70,10 +75,33 @@ def begin(
             _instead(anatomy.blocks[blocks:], None),
             _watched(anatomy.blocks[blocks - 1]) as seen,
         ):
-            anatomy.body(**_inputs([texts[i] for i in rows], language_model))
+            anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
         for i, stream in zip(rows, seen[0], strict=True):
             found[i] = stream[: len(texts[i])].clone()
     return found
+
+
+@torch.no_grad()
+def beginning(
+    language_model: LanguageModel, text: Sequence[int], stream: Tensor, done: int, blocks: int
+) -> tuple[Tensor, DynamicCache]:
+    """What texts begin with, through the blocks from `done` to `blocks`: the stream after them,
+    [tokens, units], and the cache on which the rest of each text runs through the same blocks."""
+    anatomy = language_model.anatomy
+    cache = DynamicCache(config=anatomy.config)
+    with (
+        _instead(anatomy.blocks[:done], stream[None] if done else None),
+        _instead(anatomy.blocks[blocks:], None),
+        _watched(anatomy.blocks[blocks - 1]) as seen,
+    ):
+        ids = torch.tensor([text], device=language_model.device)
+        anatomy.body(input_ids=ids, past_key_values=cache, use_cache=True)
+    # Masks and positions go by the length of the first layers, also where these did not run.
+    blank = seen[0].new_zeros(1, 1, len(text), 1)
+    for layer in range(anatomy.layers):
+        if cache.get_seq_length(layer) == 0:
+            cache.update(blank, blank, layer)
+    return seen[0][0], cache
 
 
 class Kept:
@@ -86,40 +114,52 @@ class Kept:
 
     def __init__(self, language_model: LanguageModel, limit: int = 4 << 30) -> None:
         self.language_model, self.limit = language_model, limit
-        #: By (blocks, text), those that were used last at the end.
-        self._streams: OrderedDict[tuple[int, tuple[int, ...]], Tensor] = OrderedDict()
+        #: By (blocks, shared, text), those that were used last at the end.
+        self._streams: OrderedDict[tuple[int, int, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
 
-    def after(self, texts: Sequence[tuple[int, ...]], blocks: int) -> list[Tensor]:
-        """As `begin`; a text is a tuple of token ids."""
+    def after(self, texts: Sequence[tuple[int, ...]], blocks: int, shared: int = 0) -> list[Tensor]:
+        """As `begin`; a text is a tuple of token ids. All begin with the same `shared` tokens, and
+        the streams are those of the others."""
         found: dict[tuple[int, ...], Tensor] = {}
         # What is missing, by how many blocks ran already, with what these put out: held here,
         # because keeping what is computed first may drop it.
         missing: dict[int, dict[tuple[int, ...], Tensor]] = {}
         for text in dict.fromkeys(texts):
-            done, stream = self._highest(text, blocks)
+            done, stream = self._highest(text, blocks, shared)
             if done == blocks:
                 found[text] = stream
             else:
                 missing.setdefault(done, {})[text] = stream
         for done, known in missing.items():
-            some = list(known)
-            computed = begin(self.language_model, some, blocks, list(known.values()), done)
+            some, rests = list(known), [text[shared:] for text in known]
+            cache = self._shared(some[0][:shared], done, blocks) if shared and blocks else None
+            before = list(known.values())
+            computed = begin(self.language_model, rests, blocks, before, done, cache)
             for text, stream in zip(some, computed, strict=True):
                 found[text] = stream
-                self._keep(text, blocks, stream)
+                self._keep(text, blocks, shared, stream)
         return [found[text] for text in texts]
 
-    def _highest(self, text: tuple[int, ...], blocks: int) -> tuple[int, Tensor]:
+    def _shared(self, start: tuple[int, ...], done: int, blocks: int) -> DynamicCache:
+        """What texts begin with, run from block `done` on; its stream is kept too."""
+        stream = self.after([start], done)[0]
+        after, cache = beginning(self.language_model, start, stream, done, blocks)
+        if (blocks, 0, start) not in self._streams:
+            self._keep(start, blocks, 0, after.clone())
+        return cache
+
+    def _highest(self, text: tuple[int, ...], blocks: int, shared: int) -> tuple[int, Tensor]:
         """The most of the first `blocks` blocks after which the stream is there, and the stream."""
         for done in range(blocks, 0, -1):
-            if (done, text) in self._streams:
-                self._streams.move_to_end((done, text))
-                return done, self._streams[done, text]
+            key = (done, shared, text)
+            if key in self._streams:
+                self._streams.move_to_end(key)
+                return done, self._streams[key]
         return 0, torch.empty(0)
 
-    def _keep(self, text: tuple[int, ...], blocks: int, stream: Tensor) -> None:
-        self._streams[blocks, text] = stream
+    def _keep(self, text: tuple[int, ...], blocks: int, shared: int, stream: Tensor) -> None:
+        self._streams[blocks, shared, text] = stream
         self._bytes += stream.nbytes
         while self._bytes > self.limit:
             self._bytes -= self._streams.popitem(last=False)[1].nbytes
@@ -130,13 +170,14 @@ def resume(
     texts: Sequence[Sequence[int]],
     streams: Sequence[Tensor],
     blocks: int,
+    cache: DynamicCache | None = None,
 ) -> Tensor:
     """What the final norm puts out for texts whose first `blocks` blocks have run already,
-    [texts, longest, units]; padding on the right."""
+    [texts, longest, units]; padding on the right. `cache` is as in `begin`."""
     anatomy = language_model.anatomy
     given = _padded(streams) if blocks else None
     with _instead(anatomy.blocks[:blocks], given):
-        hidden: Tensor = anatomy.body(**_inputs(texts, language_model)).last_hidden_state
+        hidden: Tensor = anatomy.body(**_inputs(texts, language_model, cache)).last_hidden_state
     return hidden
 
 
@@ -144,18 +185,25 @@ def _padded(streams: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(streams), batch_first=True)
 
 
-def _inputs(texts: Sequence[Sequence[int]], language_model: LanguageModel) -> dict[str, Any]:
+def _inputs(
+    texts: Sequence[Sequence[int]], language_model: LanguageModel, cache: DynamicCache | None
+) -> dict[str, Any]:
     """Arguments of the body; padded on the right, where a causal model does not see it."""
     device, longest = language_model.device, max(len(text) for text in texts)
+    shared = 0 if cache is None else cache.get_seq_length()
     ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-    mask = pad_sequence([torch.ones(len(text), dtype=torch.long) for text in texts], True)
-    positions = torch.arange(longest).expand(len(texts), -1)
-    return {
+    ones = [torch.ones(shared + len(text), dtype=torch.long) for text in texts]
+    positions = torch.arange(shared, shared + longest).expand(len(texts), -1)
+    inputs: dict[str, Any] = {
         "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
+        "attention_mask": pad_sequence(ones, batch_first=True).to(device),
         "position_ids": positions.to(device),
-        "use_cache": False,
+        "use_cache": cache is not None,
     }
+    if cache is not None:  # a copy, because the pass adds to it
+        inputs["past_key_values"] = copy.deepcopy(cache)
+        inputs["past_key_values"].batch_repeat_interleave(len(texts))
+    return inputs
 
 
 @contextmanager

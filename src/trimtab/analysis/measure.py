@@ -145,7 +145,7 @@ class Rows:
         read: Any = task.read
         right = torch.zeros(len(readings), dtype=torch.float64)
         ahead = torch.zeros(len(readings), dtype=torch.float64)
-        batches = plan(readings, lm.batch_tokens, share=kept is None)
+        batches = plan(readings, lm.batch_tokens)
         for batch, found in next_tokens(lm, readings, batches, steering, kept=kept):
             for i, each in zip(batch.rows, found, strict=True):
                 text = lm.tokenizer.decode([int(each.best[0])], skip_special_tokens=True)
