@@ -221,6 +221,25 @@ def test_fitting_twice_gives_the_same() -> None:
         assert torch.equal(_vectors(one)[place], _vectors(other)[place])
 
 
+def test_probes_are_trained_once_for_all_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trimtab.methods import iti
+
+    trained: list[int] = []
+    train = iti._probe
+    monkeypatch.setattr(iti, "_probe", lambda *given: trained.append(1) or train(*given))
+    lm = _lm()
+    methods = [tt.ITI(k=2), tt.ITI(k=5), tt.ITI(k=2, alpha=1.0), tt.ITI(k=2, direction="probe")]
+    found = tt.fit(methods, lm, CONTRAST)
+    assert len(trained) == 2 * lm.anatomy.layers * HEADS  # for each direction
+    for method, steering in zip(methods, found, strict=True):
+        alone = method.fit(lm, CONTRAST)
+        assert steering.setting == alone.setting
+        assert _vectors(steering).keys() == _vectors(alone).keys()
+        assert all(
+            torch.equal(v, _vectors(alone)[place]) for place, v in _vectors(steering).items()
+        )
+
+
 def test_chance_leaves_the_global_state_alone() -> None:
     np.random.seed(3)
     torch.manual_seed(3)

@@ -12,7 +12,7 @@ that was killed goes on where it stopped, and a later one runs the model only fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,19 @@ class UnitLength:
 
 
 class Statistics(dict[Want, Any]):
-    """What a pass has gathered."""
+    """What a pass has gathered, and what methods have made of it that others of their settings
+    need too."""
+
+    def __init__(self, gathered: Mapping[Want, Any] | None = None) -> None:
+        super().__init__(gathered or {})
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], M]) -> M:
+        """What `make` makes, made once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: M = self._made[key]
+        return found
 
     def of(self, site: str, token: Token, statistic: type[S], **more: Any) -> S:
         found: S = self[Want(site, token, statistic, **more)]
@@ -97,6 +109,7 @@ class Statistics(dict[Want, Any]):
 
 
 S = TypeVar("S")
+M = TypeVar("M")
 
 
 class _Enough(Exception):  # noqa: N818, it is a signal and no error

@@ -76,30 +76,15 @@ class ITI(Method):
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         anatomy = language_model.anatomy
-        sites = anatomy.sites("heads")
-        accuracies: list[float] = []
-        shifts: list[Tensor] = []
-        deviations: list[Tensor] = []
-        # A probe is small: threads in its matrix products would cost ten times what they save.
-        with progress("training probes", len(sites)) as advance, threadpool_limits(1, "blas"):
-            for site in sites:
-                texts, positive, rows = statistics.of(site, "last", Samples).texts()
-                heads = texts.unflatten(-1, (anatomy.heads, -1))  # [texts, heads, units]
-                held = self._held_out(rows, positive, contrast.paired)
-                for head in heads.double().unbind(1):
-                    accuracy, weights = _probe(head, positive, held)
-                    mean = head[positive].mean(0) - head[~positive].mean(0)
-                    theta = _unit(mean if self.direction == "mean" else weights)
-                    deviation = (head @ theta).std(correction=0)
-                    accuracies.append(accuracy)
-                    shifts.append(deviation * theta if self.scale else theta)
-                    deviations.append(deviation)
-                advance(1)
+        own = ("iti", self.direction, self.scale, self.held_out, self.seed)
+        accuracies, shifts, deviations = statistics.once(
+            own, lambda: self._probes(anatomy, contrast.paired, statistics)
+        )
         scores = torch.tensor(accuracies)
         chosen = rank(scores)[: self.k]
         layer, head = chosen // anatomy.heads, chosen % anatomy.heads
         interventions = []
-        for number, site in enumerate(sites):
+        for number, site in enumerate(anatomy.sites("heads")):
             here = chosen[layer == number]
             if len(here):
                 vector = torch.zeros(anatomy.heads, len(shifts[0]), dtype=torch.float64)
@@ -115,6 +100,31 @@ class ITI(Method):
         }
         dial = Dial("alpha", self.alpha, (-50.0, 50.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
+
+    def _probes(
+        self, anatomy: Any, paired: bool, statistics: Statistics
+    ) -> tuple[list[float], list[Tensor], list[Tensor]]:
+        """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
+        sites = anatomy.sites("heads")
+        accuracies: list[float] = []
+        shifts: list[Tensor] = []
+        deviations: list[Tensor] = []
+        # A probe is small: threads in its matrix products would cost ten times what they save.
+        with progress("training probes", len(sites)) as advance, threadpool_limits(1, "blas"):
+            for site in sites:
+                texts, positive, rows = statistics.of(site, "last", Samples).texts()
+                heads = texts.unflatten(-1, (anatomy.heads, -1))  # [texts, heads, units]
+                held = self._held_out(rows, positive, paired)
+                for head in heads.double().unbind(1):
+                    accuracy, weights = _probe(head, positive, held)
+                    mean = head[positive].mean(0) - head[~positive].mean(0)
+                    theta = _unit(mean if self.direction == "mean" else weights)
+                    deviation = (head @ theta).std(correction=0)
+                    accuracies.append(accuracy)
+                    shifts.append(deviation * theta if self.scale else theta)
+                    deviations.append(deviation)
+                advance(1)
+        return accuracies, shifts, deviations
 
     def _held_out(self, rows: Tensor, positive: Tensor, paired: bool) -> Tensor:
         """Which texts are held out, [texts]: a share of the pairs, or of each side's texts."""
