@@ -35,7 +35,7 @@ test test-all bench: export OMP_WAIT_POLICY = PASSIVE
 test test-all bench: export TOKENIZERS_PARALLELISM = false
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-all: lint
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
