@@ -2,7 +2,9 @@
 
 The grid is 13 x 13, the rows are 100 of copa's validation part, the model is SmolLM2; the methods
 are fitted before anything is timed, for all contenders. Ours is `try_settings`, as `trimtab sweep`
-runs it, without the oracle, in memory; it begins each round with nothing kept.
+runs it, without the oracle, in memory; it begins each round with nothing kept. How long a trial
+takes depends on k, whose units may begin at any block, but not on alpha: all 13 k are run, at one
+alpha, and count 13 times, with what only the first trials of a sweep compute.
 
 The authors answer one example at a time through `generate`, with a hook on every FFN that scales
 the chosen units at every token. 16,900 such runs take long: every third setting on the diagonal of
@@ -13,6 +15,9 @@ blocks; it costs the same for each of them, so that it too is timed on those and
 Of the blocks of a trial only those from its lowest unit on need to run. The share of the blocks
 that this leaves, averaged over the trials, times the plain evaluation's time is what depth allows:
 what a sweep would take that did nothing but that.
+
+Successive halving runs most settings on a part of the rows only. What it takes depends on how good
+the settings are, so that it is run in full, once, before the rounds.
 """
 
 from __future__ import annotations
@@ -20,22 +25,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from clock import Report, Times, interleaved, ratio
+from clock import Report, Times, interleaved, ratio, timed
 
 import trimtab as tt
 from trimtab.bench import Bench, contrast_for
 from trimtab.jobs import TaskJob
 from trimtab.resuming import blocks_below
 from trimtab.runs import SharedRun
-from trimtab.spaces import AUSTEER_GRID, Fitter, grid
-from trimtab.sweep import try_settings
+from trimtab.searching import Search
+from trimtab.spaces import AUSTEER_GRID, Fitter, Space, grid
+from trimtab.trying import try_settings
 
 MODEL = "smollm2-135m-instruct"
 TASK = "copa"
 ROWS = 100
+ALPHA = 8.0  # of the settings that are timed of ours
 EVERY_SETTING = 3  # of the diagonal
 EVERY_ROW = 10
 
@@ -62,18 +70,21 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     prompts = _prompts(bench())
     by_length = sorted(prompts, key=len)[:: min(EVERY_ROW, len(prompts))]
 
-    def ours() -> None:
+    def swept(some: Space, search: Search = "grid") -> None:
         try_settings(
             bench(),
             fitter,
-            space,
-            search="grid",
+            some,
+            search=search,
             trials=None,
             max_cost=None,
             oracle=False,
             seed=0,
             run=SharedRun(None, {}),
         )
+
+    def ours() -> None:
+        swept({"k": AUSTEER_GRID, "alpha": (ALPHA,)})
 
     def plain() -> None:
         measured = bench(resumed=False)
@@ -85,8 +96,11 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
             _one_by_one(lm, steering, by_length)
 
     _check(lm, bench(), sampled, by_length, say)
+    say("sweeps: successive halving")
+    halving, _ = timed(lambda: swept(space, "halving"))
     say(f"sweeps: {rounds} rounds of {len(settings)} settings on {count} rows")
     times = interleaved({"sweep": ours, "plain": plain, "authors": authors}, rounds)
+    times["sweep"] = _scaled(times["sweep"], len(AUSTEER_GRID))
     times["plain"] = _scaled(times["plain"], len(settings) / len(sampled))
     runs = len(sampled) * len(by_length)
     times["authors"] = _scaled(times["authors"], len(settings) * count / runs)
@@ -110,6 +124,8 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
             ],
             {
                 "unit": "settings",
+                "halving, CPU seconds of one run": halving,
+                "halving / authors": halving / median(times["authors"].cpu),
                 "share of blocks": share,
                 "runs of the authors' way": runs,
                 "settings evaluated plainly": len(sampled),
