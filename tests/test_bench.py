@@ -18,7 +18,7 @@ from test_evaluation import Scorer, chooser, copa_rows, data, speaking, strong, 
 from test_preference import pairs_file
 from trimtab import bench as module
 from trimtab.answering import Settings
-from trimtab.bench import Bench
+from trimtab.bench import Bench, more_is_better
 from trimtab.contrasts import Part
 from trimtab.evaluation import evaluate
 from trimtab.figures import summarise
@@ -221,6 +221,18 @@ def test_less_of_what_is_bad_is_better(data: Path) -> None:
     assert bench.maximise is False
     value = bench.result(bench.unsteered("test")).value
     assert value == pytest.approx(sum(r["values"]["toxicity"] for r in bench.unsteered("test")) / 3)
+
+
+def test_which_way_a_metric_counts(chooser: LanguageModel, data: Path) -> None:
+    assert more_is_better("accuracy")
+    assert more_is_better("refusal")
+    assert not more_is_better("attack_success (phrases)")
+    assert not Bench(chooser, "copa", data=str(data), better="less").maximise
+    assert Bench(chooser, "copa", data=str(data), better="more").maximise
+    wrong: Any = "worse"
+    refused_in_one_line(
+        lambda: Bench(chooser, "copa", data=str(data), better=wrong), "more or less, not 'worse'"
+    )
 
 
 def test_a_result_is_that_of_an_evaluation(chooser: LanguageModel, data: Path) -> None:

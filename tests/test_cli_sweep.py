@@ -130,6 +130,11 @@ def test_two_workers(trimtab: Command) -> None:
         ("--site heads,nowhere --k 1", ["site is 'nowhere'"]),
         ("--k 4,5 --limit -1", ["--limit must be 1 or more"]),
         ("--k 4,5 --workers 2 --overwrite", ["--overwrite is for one worker"]),
+        ("--k 4,5 --max-cost inf", ["a finite number of nats"]),
+        ("--k 4,5 --better worse", ["more or less, not 'worse'"]),
+        ("--k 4,5 --protocol nosuch", ["unknown protocol 'nosuch'"]),
+        ("--k 4,5 --judge oracle", ["--judge oracle: known are phrases"]),
+        ("--k 4,5 --judge chat:wise", ["needs --judge-url"]),
         ("--kk 4", ["No such option"]),
     ],
 )
@@ -186,6 +191,27 @@ def test_a_task_without_validation_rows(trimtab: Command) -> None:
     found = trimtab(f"{command} --validation-task refusal:ask.jsonl --json").json
     assert found["metric"] == "refusal"
     assert found["best"]["n"] == 3
+
+
+def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
+    Path("ask.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in (1, 2)))
+    command = (
+        "sweep caa --model model --task refusal:ask.jsonl --validation-task refusal:ask.jsonl "
+        "--contrast parts.jsonl --layer 0,1 --max-new-tokens 2 --judge phrases --metric "
+        "'attack_success (phrases)'"
+    )
+    found = trimtab(f"{command} --json").json
+    assert found["metric"] == "attack_success (phrases)"
+    short = command.replace("'attack_success (phrases)'", "attack_success")
+    assert trimtab(f"{short} --json").json["best"] == found["best"]
+    # A model of random words refuses nothing, which is the worst there is, or the best.
+    assert found["best"]["validation"] == 1.0
+    assert found["judges"] == {}
+    safe, harmful = (trimtab(f"{command} --better {way} -o {way}").text for way in ("less", "more"))
+    assert "attack_success (phrases)" in safe
+    configs = [json.loads(Path(way, "config.json").read_text()) for way in ("less", "more")]
+    assert [config["better"] for config in configs] == ["less", "more"]
+    assert harmful
 
 
 def test_optuna_is_an_extra(trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from statsmodels.stats.multitest import multipletests
 
 import trimtab as tt
 from helpers import kl_at, language_model, refused_in_one_line
-from trimtab.compare import Candidate, Comparison, compare
+from trimtab.compare import Candidate, compare
+from trimtab.compared import Comparison
 from trimtab.metrics.likelihood import log_odds
 from trimtab.metrics.significance import paired_p
 
@@ -203,6 +205,16 @@ def test_more_settings_than_trials_are_drawn(pairs: str) -> None:
     assert len(found.rows[0].sweep.trials) == 3
 
 
+def test_a_candidate_may_be_given_in_arrays_and_lists() -> None:
+    given = Candidate(
+        "caa", {"layer": range(2), "alpha": np.linspace(0.5, 1, 2)}, {"token": "mean"}
+    )
+    assert given == Candidate(
+        "caa", {"layer": (0, 1), "alpha": (0.5, 1.0)}, {"token": "mean"}, "caa"
+    )
+    assert type(given.space["alpha"][0]) is float
+
+
 def test_refusals(pairs: str, tmp_path: Path) -> None:
     lm, task = language_model("llama"), f"contrast:{pairs}"
     twice = [CANDIDATES[0], CANDIDATES[0]]
@@ -212,6 +224,8 @@ def test_refusals(pairs: str, tmp_path: Path) -> None:
         (lambda: compare(lm, twice, task), "two methods are called caa"),
         (lambda: compare(lm, CANDIDATES, task, trials=0), "1 trial or more"),
         (lambda: compare(lm, CANDIDATES, task, kl=-1), "above 0 nats"),
+        (lambda: compare(lm, CANDIDATES, task, max_cost=math.inf), "finite number of nats"),
+        (lambda: Candidate("cab", {"layer": (1,)}), "unknown method 'cab'"),
         (lambda: compare(lm, [Candidate("caa", {"depth": (1,)}, {}, "x")], task), "no depth"),
         (lambda: compare(lm, CANDIDATES, "lm-eval:arc_challenge"), "no validation rows"),
     ):

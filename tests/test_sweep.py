@@ -22,7 +22,8 @@ from postgres import postgres
 from trimtab.bench import Bench
 from trimtab.metrics.effect import Effect, plain_texts
 from trimtab.spaces import Range
-from trimtab.sweep import Sweep, sweep
+from trimtab.sweep import sweep
+from trimtab.swept import Sweep
 
 WORDS = [
     "happy",
@@ -421,7 +422,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     helper = _start(task, str(output), storage, False)
     _wait_for(output.with_suffix(".ready"))
     ran: Counter[str] = Counter()
-    from trimtab.sweep import _Worker
+    from trimtab.trying import _Worker
 
     attempt = _Worker._try
     with pytest.MonkeyPatch.context() as patch:

@@ -13,7 +13,8 @@ from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd,
 from trimtab.model import Completion, LanguageModel, load, wrap
 from trimtab.spaces import Range
 from trimtab.steering import Dial, Intervention, Steering, Steerings
-from trimtab.sweep import Sweep, sweep
+from trimtab.sweep import sweep
+from trimtab.swept import Sweep
 
 __all__ = [
     "AAS",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,19 +21,19 @@ from trimtab.answering import Settings
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record, Result, estimate_of
-from trimtab.jobs import Judging, PreferenceJob, TaskJob, Wanted, find_job
+from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job
 from trimtab.metrics.effect import plain_texts
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.resuming import Kept
-from trimtab.steering import Steering, Steerings
-from trimtab.tasks import Protocol, find_task
+from trimtab.tasks import Protocol, check_protocol, find_task
 
-Attached = Steering | Steerings | None
-
-#: Metrics of which less is better.
+#: Which way a metric counts.
+Better = Literal["more", "less"]
+#: Metrics of which less is better, unless the user says otherwise.
 LOW = frozenset(
     (
+        "attack_success",
         "cross_entropy",
         "perplexity",
         "self_perplexity",
@@ -49,7 +49,8 @@ class Bench:
 
     `task` is one of ours or contrast:SOURCE; `validation_task` another one whose test rows stand in
     for the validation rows, for tasks that have none (refusal:FILE). `limits` takes so many rows of
-    each part (None or absent: all). `shuffle` is a seed for the order of the validation rows.
+    each part (None or absent: all). `better` says which way the metric counts. `shuffle` is a
+    seed for the order of the validation rows.
     `resumed` false runs all blocks for every steering. The model's weights must stay as they are.
     """
 
@@ -65,6 +66,7 @@ class Bench:
         judging: Judging | None = None,
         settings: Settings | None = None,
         metric: str | None = None,
+        better: Better | None = None,
         shuffle: int | None = None,
         resumed: bool = True,
     ) -> None:
@@ -75,7 +77,10 @@ class Bench:
                 raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
         kept = Kept(language_model) if resumed else None
         self.settings = replace(settings or Settings(), kept=kept)
-        self._asked = metric
+        if better not in (None, "more", "less"):
+            raise TrimtabError(f"better is more or less, not {better!r}")
+        check_protocol(protocol)
+        self._asked, self._better = metric, better
         self._unsteered: dict[Part, list[Record]] = {}
         names: dict[Part, str] = {"validation": validation_task or task, "test": task}
         self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
@@ -102,23 +107,29 @@ class Bench:
 
     @cached_property
     def metric(self) -> str:
-        """The metric that counts: by default the first that the task has."""
+        """The metric that counts: by default the first that the task has. Of a metric of which
+        there is only one, what stands in brackets need not be said."""
         every = [record["values"] for record in self.unsteered("validation")]
         known: list[str] = list(dict.fromkeys(name for values in every for name in values))
         if not known:
             raise TrimtabError(f"{self.task} rates no single answer: there is nothing to choose by")
         if self._asked is None:
             return known[0]
-        if self._asked not in known:
+        if self._asked in known:
+            return self._asked
+        named = [name for name in known if bare(name) == self._asked]
+        if len(named) != 1:
             raise TrimtabError(
                 f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"
             )
-        return self._asked
+        return named[0]
 
     @property
     def maximise(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric not in LOW
+        if self._better is not None:
+            return self._better == "more"
+        return more_is_better(self.metric)
 
     def records(
         self,
@@ -200,6 +211,16 @@ class Bench:
         ):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
+
+
+def more_is_better(metric: str) -> bool:
+    """Whether more of a metric is better."""
+    return bare(metric) not in LOW
+
+
+def bare(metric: str) -> str:
+    """A metric's name without the brackets, in which it may say whose it is."""
+    return metric.partition(" (")[0]
 
 
 def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:

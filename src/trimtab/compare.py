@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ import torch
 
 from trimtab.activations import collect
 from trimtab.answering import Settings
-from trimtab.bench import Bench, contrast_for
+from trimtab.bench import Bench, Better, contrast_for
+from trimtab.compared import Compared, Comparison, Difference
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import evaluate
-from trimtab.figures import Evaluation, Record, Result
+from trimtab.figures import Record
 from trimtab.jobs import Judging, TaskJob
-from trimtab.metering import Overhead, Used, metered, overhead
+from trimtab.metering import Used, metered, overhead
 from trimtab.methods import METHODS
 from trimtab.metrics.intervals import mean_interval
 from trimtab.metrics.judges import Judge
@@ -36,11 +37,23 @@ from trimtab.metrics.significance import holm, paired_p
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.runs import SharedRun
-from trimtab.spaces import Fitter, Params, Range, Space, check_space, default_space, described, grid
+from trimtab.spaces import (
+    Fitter,
+    Params,
+    Range,
+    Space,
+    check_space,
+    default_space,
+    described,
+    grid,
+    plain,
+    tidy,
+)
 from trimtab.steering import Steering
 from trimtab.strength.budgets import budget
-from trimtab.sweep import FAST, Sweep, try_settings
+from trimtab.sweep import FAST, check_cost
 from trimtab.tasks import Protocol
+from trimtab.trying import try_settings
 
 #: Prompts on which budgets are found, and on which the time of generation is measured.
 _BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
@@ -48,111 +61,21 @@ _BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with the settings that are tried of it; `name` tells it from the others."""
+    """A method with the settings that are tried of it; `name` tells it from the others (default:
+    the method's)."""
 
     method: str
     space: Space
-    fixed: Params
-    name: str
+    fixed: Params = field(default_factory=dict)
+    name: str = ""
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference on the test rows, 95 % interval, p, and p corrected for all p of its
-    kind in the comparison."""
-
-    value: float
-    ci95: tuple[float, float]
-    p: float
-    corrected_p: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One method's row.
-
-    `against` compares it with the unsteered model. `changed` is how many activations it changes at
-    a token; `cost` what it adds to the cross-entropy of plain text, in nats per token, `perplexity`
-    that of the steered model there; `fit` and `sweep` what they took, `overhead` generation beside
-    the unsteered model. `why` says why there is nothing, where there is not.
-    """
-
-    name: str
-    sweep: Sweep | None
-    test: Result | None = None
-    against: Difference | None = None
-    dial: float | None = None
-    changed: int | None = None
-    cost: float | None = None
-    perplexity: float | None = None
-    overhead: Overhead | None = None
-    swept: Used | None = None
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The rows of a comparison: of methods as they were chosen, and at an equal budget of KL."""
-
-    task: str
-    metric: str
-    unsteered: dict[str, Result]
-    perplexity: float
-    rows: tuple[Compared, ...]
-    at_budget: tuple[Compared, ...]
-    kl: float | None
-    between: dict[tuple[str, str], Difference]
-    fit: Used
-    capability: Evaluation | None
-    model: dict[str, Any]
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Any]:
-        """What `trimtab compare --json` prints."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "unsteered": {
-                part: {"value": r.value, "n": r.n, "ci95": r.ci95}
-                for part, r in self.unsteered.items()
-            }
-            | {"perplexity": self.perplexity},
-            "methods": [_row_json(row) for row in self.rows],
-            "at_budget": {"kl": self.kl, "methods": [_row_json(row) for row in self.at_budget]},
-            "between": [
-                {"first": first, "second": second, **asdict(found)}
-                for (first, second), found in self.between.items()
-            ],
-            "fit": asdict(self.fit),
-            "capability": None if self.capability is None else self.capability.as_json(),
-            "model": self.model,
-            "seconds": self.seconds,
-            "notes": list(self.notes),
-        }
-
-
-def _row_json(row: Compared) -> dict[str, Any]:
-    found = row.sweep
-    best = None if found is None else found.best
-    return {
-        "name": row.name,
-        "params": None if best is None else best.params,
-        "validation": None if best is None else best.value,
-        "trials": 0 if found is None else len(found.trials),
-        "test": None if row.test is None else row.test.value,
-        "n": 0 if row.test is None else row.test.n,
-        "ci95": None if row.test is None else row.test.ci95,
-        "against_unsteered": None if row.against is None else asdict(row.against),
-        "dial": row.dial,
-        "changed": row.changed,
-        "cost": row.cost,
-        "perplexity": row.perplexity,
-        "overhead": None if row.overhead is None else asdict(row.overhead),
-        "swept": None if row.swept is None else asdict(row.swept),
-        "why": row.why,
-    }
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise TrimtabError(f"unknown method {self.method!r}: known are {', '.join(METHODS)}")
+        fixed = {name: plain(value) for name, value in self.fixed.items()}
+        object.__setattr__(self, "space", tidy(self.space))
+        object.__setattr__(self, "fixed", fixed)
+        object.__setattr__(self, "name", self.name or self.method)
 
 
 def compare(
@@ -168,6 +91,7 @@ def compare(
     test_limit: int | None = None,
     validation_task: str | None = None,
     metric: str | None = None,
+    better: Better | None = None,
     max_cost: float | None = None,
     kl: float | None = None,
     capability: Sequence[str] = (),
@@ -194,6 +118,7 @@ def compare(
         for one in methods
     ]
     _check(candidates, trials, kl)
+    check_cost(max_cost)
     source = None if data is None else str(data)
     bench = Bench(
         language_model,
@@ -205,6 +130,7 @@ def compare(
         judging=Judging(toxicity, tuple(judges)),
         settings=Settings(seed, batch_size, max_new_tokens),
         metric=metric,
+        better=better,
     )
     texts = contrast_for(task, contrast, source)
     config = {
@@ -214,6 +140,7 @@ def compare(
         "contrast": {"name": texts.name, "digest": texts.digest},
         "protocol": protocol,
         "metric": metric,
+        "better": better,
         "max_cost": max_cost,
         "kl": kl,
         "capability": [*capability],
@@ -273,18 +200,19 @@ def compare(
         (*bench.notes(), *_caveats(rows, between, trials)),
     )
     if run.path is not None:
-        from trimtab.compare_report import comparison_page  # needs the classes of this file
+        from trimtab.compare_report import comparison_page  # loads matplotlib
 
         run.finish(found.as_json(), lambda environment: comparison_page(found, run, environment))
     return found
 
 
-def default_candidate(language_model: LanguageModel, method: str) -> Candidate:
-    """A method with the settings of its paper."""
-    if method not in METHODS:
-        raise TrimtabError(f"unknown method {method!r}: known are {', '.join(METHODS)}")
-    space = default_space(METHODS[method], language_model.anatomy.layers)
-    return Candidate(method, space, {}, method)
+def default_candidate(
+    language_model: LanguageModel, method: str, fixed: Params | None = None, name: str = ""
+) -> Candidate:
+    """A method with the settings of its paper, but for those that are fixed."""
+    one = Candidate(method, {}, fixed or {}, name)
+    layers = language_model.anatomy.layers
+    return replace(one, space=default_space(METHODS[method], layers, one.fixed))
 
 
 def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> None:

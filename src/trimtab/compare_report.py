@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from trimtab.compare import Compared, Comparison, Difference
+from trimtab.compared import Compared, Comparison, Difference
 from trimtab.metering import Used
 from trimtab.metrics.intervals import Estimate
 from trimtab.plots import COLOURS, STYLE, plot_effects, save_figure

@@ -16,7 +16,7 @@ from trimtab.plots import DOWN, NEUTRAL, STYLE, UP, save_figure
 from trimtab.report import Picture, Table, cell, interval, model_line, page
 from trimtab.runs import SharedRun
 from trimtab.spaces import Range, setting, shown
-from trimtab.sweep import Sweep, Trial
+from trimtab.swept import Sweep, Trial
 
 #: Trials in the page's table; the records have all.
 _MOST_ROWS = 400

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from trimtab.answering import Settings
-from trimtab.bench import LOW, Attached, Bench
+from trimtab.bench import Bench, more_is_better
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import estimate_of
-from trimtab.jobs import TaskJob
+from trimtab.jobs import Attached, TaskJob
 from trimtab.metrics.intervals import Estimate, mean_interval
 from trimtab.metrics.likelihood import side_readings
 from trimtab.metrics.significance import paired_p
@@ -84,7 +84,7 @@ class Rows:
     @property
     def maximise(self) -> bool:
         """Whether more of the metric is better."""
-        return self.metric not in LOW
+        return more_is_better(self.metric)
 
     @property
     def rate(self) -> str | None:

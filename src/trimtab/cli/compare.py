@@ -22,13 +22,26 @@ from trimtab.cli.common import (
     open_model,
     print_json,
 )
-from trimtab.cli.sweep import read_values
-from trimtab.compare import Candidate, Comparison, compare
+from trimtab.cli.judging import (
+    JudgeConcurrency,
+    JudgeKeyEnv,
+    JudgeOptions,
+    JudgePrices,
+    Judges,
+    JudgeTemplate,
+    JudgeTimeout,
+    JudgeUrl,
+    Toxicity,
+    say_costs,
+)
+from trimtab.cli.sweep import Better, Protocol, read_values, row_limits
+from trimtab.compare import Candidate, compare, default_candidate
+from trimtab.compared import Comparison
 from trimtab.errors import TrimtabError
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.report import interval
-from trimtab.spaces import Range, default_space, setting
+from trimtab.spaces import Range, setting
 from trimtab.sweep import FAST
 
 
@@ -56,7 +69,8 @@ def compare_command(
     data: Data = None,
     trials: Annotated[int, typer.Option(help="Trials of each method, at most.")] = 20,
     limit: Annotated[int, typer.Option(help="Validation rows; 0 takes all.")] = FAST,
-    test_limit: Annotated[int | None, typer.Option(help="Test rows (default: all).")] = None,
+    test_limit: Annotated[int, typer.Option(help="Test rows; 0 takes all.")] = 0,
+    protocol: Protocol = "trimtab",
     validation_task: Annotated[
         str | None,
         typer.Option(help="Another task whose rows stand in for the validation rows."),
@@ -64,6 +78,7 @@ def compare_command(
     metric: Annotated[
         str | None, typer.Option(help="What counts (default: the task's first).")
     ] = None,
+    better: Better = None,
     max_cost: Annotated[
         float | None,
         typer.Option(help="Leave out what costs more nats per token of plain text."),
@@ -85,6 +100,14 @@ def compare_command(
         int | None, typer.Option(help="Tokens of an answer (default: the task's).")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts that are answered at once.")] = 16,
+    toxicity: Toxicity = "offline",
+    judge: Judges = None,
+    judge_url: JudgeUrl = None,
+    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY",
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_prices: JudgePrices = None,
+    judge_template: JudgeTemplate = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
     overwrite: Overwrite = False,
@@ -96,8 +119,17 @@ def compare_command(
     smollm2-135m-instruct --task contrast:builtin:formality --max-cost 0.1 --kl 0.1 -o runs/formal`
     """
     read = [read_candidate(text) for text in methods]
-    if limit < 0:
-        raise TrimtabError(f"--limit must be 1 or more, or 0 for all, not {limit}")
+    rows = row_limits(limit, test_limit)
+    judging = JudgeOptions(
+        judge,
+        judge_url,
+        judge_key_env,
+        judge_concurrency,
+        judge_timeout,
+        judge_prices,
+        judge_template,
+    )
+    judges, _ = judging.judges(dtype, device)
     language_model = open_model(model, dtype, device)
     found = compare(
         language_model,
@@ -106,10 +138,11 @@ def compare_command(
         trials=trials,
         contrast=contrast,
         data=data,
-        limit=limit or None,
-        test_limit=test_limit,
+        protocol=protocol,  # type: ignore[arg-type]
+        **rows,
         validation_task=validation_task,
         metric=metric,
+        better=better,  # type: ignore[arg-type]
         max_cost=max_cost,
         kl=kl,
         capability=capability or (),
@@ -118,13 +151,16 @@ def compare_command(
         seed=seed,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
+        toxicity=toxicity,
+        judges=judges,
         output=output,
         overwrite=overwrite,
     )
     if as_json:
-        print_json(found.as_json())
+        print_json(found.as_json() | {"judges": judging.costs()})
         return
     _show(found, output)
+    say_costs(judging)
 
 
 def read_candidate(text: str) -> Candidate:
@@ -158,16 +194,12 @@ def read_candidate(text: str) -> Candidate:
             space[key] = values
         else:
             fixed[key] = values[0]
-    return Candidate(method.name, space, fixed, name or method.name)
+    return Candidate(method.name, space, fixed, name)
 
 
 def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
     """The grid of the paper where nothing is varied."""
-    if one.space:
-        return one
-    layers = language_model.anatomy.layers
-    space = default_space(METHODS[one.method], layers, one.fixed)
-    return Candidate(one.method, space, one.fixed, one.name)
+    return one if one.space else default_candidate(language_model, one.method, one.fixed, one.name)
 
 
 def _show(found: Comparison, output: Path | None) -> None:

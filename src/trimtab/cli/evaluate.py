@@ -24,22 +24,22 @@ from trimtab.cli.common import (
     print_json,
     read_steerings,
 )
+from trimtab.cli.judging import (
+    JudgeConcurrency,
+    JudgeKeyEnv,
+    JudgeOptions,
+    JudgePrices,
+    Judges,
+    JudgeTemplate,
+    JudgeTimeout,
+    JudgeUrl,
+    Toxicity,
+    say_costs,
+)
 from trimtab.contrasts import last_message
-from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import evaluate
 from trimtab.figures import Comparison, Evaluation, Result
-from trimtab.metrics.judges import (
-    HARMBENCH_TEMPLATE,
-    Chat,
-    ChatJudge,
-    HarmBenchJudge,
-    Judge,
-    LocalChat,
-    PhraseJudge,
-    PolyGuardJudge,
-)
-from trimtab.model import load
 from trimtab.steering import Steering, Steerings
 from trimtab.tasks import PROTOCOLS, TASKS
 
@@ -94,33 +94,14 @@ def evaluate_command(
     lm_eval_tasks: Annotated[
         list[str] | None, typer.Option(help="Directory of lm-eval task files; repeat.")
     ] = None,
-    toxicity: Annotated[
-        str, typer.Option(help="Toxicity scorer: offline, detoxify, or a URL.")
-    ] = "offline",
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat "
-            "model) or chat:NAME at --judge-url; repeat. The first local: or chat: compares "
-            "answers in bpo."
-        ),
-    ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="Base URL of an OpenAI-compatible API.")
-    ] = None,
-    judge_key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the API's key.")
-    ] = "OPENAI_API_KEY",
-    judge_concurrency: Annotated[int, typer.Option(help="Calls under way at once.")] = 8,
-    judge_timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 60.0,
-    judge_prices: Annotated[
-        str | None,
-        typer.Option(help="Prices per million tokens, read and written: 0.15,0.60."),
-    ] = None,
-    judge_template: Annotated[
-        Path | None,
-        typer.Option(help="HarmBench's prompt, with {behavior} and {generation}."),
-    ] = None,
+    toxicity: Toxicity = "offline",
+    judge: Judges = None,
+    judge_url: JudgeUrl = None,
+    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY",
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_timeout: JudgeTimeout = 60.0,
+    judge_prices: JudgePrices = None,
+    judge_template: JudgeTemplate = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -151,19 +132,16 @@ def evaluate_command(
     if part not in ("test", "validation", "train"):
         raise TrimtabError(f"--part {part}: known are test, validation, train")
     steerings = _alternatives(steer or [], dial or [])
-    if judge_url is not None and not any(spec.startswith("chat:") for spec in judge or []):
-        raise TrimtabError("--judge-url needs the name of the model there: --judge chat:NAME")
-    options = _JudgeOptions(
+    judging = JudgeOptions(
+        judge,
         judge_url,
         judge_key_env,
         judge_concurrency,
         judge_timeout,
         judge_prices,
         judge_template,
-        dtype,
-        device,
     )
-    judges, preference = options.judges(judge or [])
+    judges, preference = judging.judges(dtype, device)
     language_model = open_model(model, dtype, device)
     evaluation = evaluate(
         language_model,
@@ -187,16 +165,14 @@ def evaluate_command(
         overwrite=overwrite,
         force=force,
     )
-    costs = {chat.name: str(chat.usage) for chat in options.endpoints}
     if as_json:
         shown = {"flips": _flips_as_json(evaluation)} if show else {}
-        print_json(evaluation.as_json() | {"judges": costs} | shown)
+        print_json(evaluation.as_json() | {"judges": judging.costs()} | shown)
         return
     _print_results(evaluation)
     for note in evaluation.notes:
         console.print(note, style="dim")
-    for name, cost in costs.items():
-        console.print(f"judge {name}: {cost}", style="dim")
+    say_costs(judging)
     where = f"; records in {output}" if output else ""
     console.print(f"{evaluation.seconds:g} s of evaluation{where}", style="dim")
     if show:
@@ -255,90 +231,6 @@ def _dials(text: str) -> list[float]:
     if count > _MOST_DIALS:
         raise TrimtabError(f"--dial {text} names {count} dials; {_MOST_DIALS} are the most")
     return [start + i * step for i in range(count)]
-
-
-class _JudgeOptions:
-    """The options of judges, and the judges that come of them."""
-
-    def __init__(
-        self,
-        url: str | None,
-        key_variable: str,
-        concurrency: int,
-        timeout: float,
-        prices: str | None,
-        template: Path | None,
-        dtype: str,
-        device: str,
-    ) -> None:
-        self.url, self.key_variable, self.concurrency = url, key_variable, concurrency
-        self.timeout, self.prices = timeout, _prices(prices)
-        self.template = _template(template)
-        self.dtype, self.device = dtype, device
-        self.endpoints: list[ChatEndpoint] = []
-
-    def judges(self, specs: list[str]) -> tuple[list[Judge], Chat | None]:
-        """The judges, and the chat model that compares answers."""
-        found: list[Judge] = []
-        preference: Chat | None = None
-        for spec in dict.fromkeys(specs):
-            kind, _, name = spec.partition(":")
-            if spec == "phrases":
-                found.append(PhraseJudge())
-            elif name and kind == "harmbench":
-                found.append(HarmBenchJudge(self._model(name), self.template))
-            elif name and kind == "polyguard":
-                found.append(PolyGuardJudge(self._model(name)))
-            elif name and kind in ("local", "chat"):
-                chat = LocalChat(self._model(name)) if kind == "local" else self._endpoint(name)
-                preference = preference or chat
-                found.append(ChatJudge(chat))
-            else:
-                raise TrimtabError(
-                    f"--judge {spec}: known are phrases, harmbench:MODEL, polyguard:MODEL, "
-                    "local:MODEL, chat:NAME"
-                )
-        return found, preference
-
-    def _model(self, name: str) -> Any:
-        return load(name, dtype=self.dtype, device=self.device)
-
-    def _endpoint(self, name: str) -> ChatEndpoint:
-        if self.url is None:
-            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
-        endpoint = ChatEndpoint(
-            self.url,
-            name,
-            self.key_variable,
-            self.concurrency,
-            self.timeout,
-            prices=self.prices,
-        )
-        self.endpoints.append(endpoint)
-        return endpoint
-
-
-def _prices(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        read, written = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise TrimtabError(f"--judge-prices {text}: write READ,WRITTEN, as in 0.15,0.6") from error
-    if not (0 <= read < math.inf and 0 <= written < math.inf):
-        raise TrimtabError(f"--judge-prices {text}: prices are 0 or more")
-    return read, written
-
-
-def _template(path: Path | None) -> str:
-    if path is None:
-        return HARMBENCH_TEMPLATE
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrimtabError(f"cannot read the template {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TrimtabError(f"{path} is not UTF-8 text") from error
 
 
 # -- for people -----------------------------------------------------------------------------------

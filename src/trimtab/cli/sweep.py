@@ -31,17 +31,27 @@ from trimtab.cli.common import (
     print_json,
 )
 from trimtab.cli.fit import read_value
+from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.spaces import Range, label, setting
-from trimtab.sweep import FAST, Sweep, sweep
+from trimtab.sweep import FAST, sweep
+from trimtab.swept import Sweep
 
 app = typer.Typer(
     help="Try settings of a method on a task: `trimtab sweep METHOD --help` for its options.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+Protocol = Annotated[str, typer.Option(help="trimtab, or paper, which follows the authors.")]
+Better = Annotated[
+    str | None,
+    typer.Option(
+        help="more or less of the metric is better, where its name does not say (attack success: "
+        "less)."
+    ),
+]
 #: Trials that are listed in a terminal; the report has all.
 _LISTED = 10
 
@@ -105,6 +115,7 @@ def _shared() -> list[tuple[str, Any, Any]]:
             Annotated[int, typer.Option(help="Test rows; 0 takes all.")],
             0,
         ),
+        ("protocol", Protocol, "trimtab"),
         (
             "validation_task",
             Annotated[
@@ -118,6 +129,7 @@ def _shared() -> list[tuple[str, Any, Any]]:
             Annotated[str | None, typer.Option(help="What counts (default: the task's first).")],
             None,
         ),
+        ("better", Better, None),
         (
             "max_cost",
             Annotated[
@@ -156,6 +168,8 @@ def _shared() -> list[tuple[str, Any, Any]]:
             None,
         ),
         ("batch_size", Annotated[int, typer.Option(help="Prompts that are answered at once.")], 16),
+        ("toxicity", Toxicity, "offline"),
+        *JUDGE_OPTIONS,
         (
             "resumed",
             Annotated[
@@ -270,17 +284,24 @@ def _run(
         raise TrimtabError("several workers need a run directory: name it with --output")
     if workers > 1 and options["overwrite"]:
         raise TrimtabError("--overwrite is for one worker: clear the directory first")
-    for name, rows in (("--limit", limit), ("--test-limit", test_limit)):
-        if rows < 0:
-            raise TrimtabError(f"{name} must be 1 or more, or 0 for all, not {rows}")
-    options |= {"limit": limit or None, "test_limit": test_limit or None}
-    work = partial(_sweep, method, space, fixed, (model, dtype, device), options)
+    options |= row_limits(limit, test_limit)
+    judging = JudgeOptions(**{name: options.pop(name) for name, _, _ in JUDGE_OPTIONS})
+    work = partial(_sweep, method, space, fixed, (model, dtype, device), judging, options)
     with _helped(work, workers):
         found = work()
     if as_json:
-        print_json(found.as_json())
+        print_json(found.as_json() | {"judges": judging.costs()})
         return
     _show(found, options["output"])
+    say_costs(judging)
+
+
+def row_limits(limit: int, test_limit: int) -> dict[str, int | None]:
+    """How many rows of each part, where 0 means all of them."""
+    for name, rows in (("--limit", limit), ("--test-limit", test_limit)):
+        if rows < 0:
+            raise TrimtabError(f"{name} must be 1 or more, or 0 for all, not {rows}")
+    return {"limit": limit or None, "test_limit": test_limit or None}
 
 
 def _sweep(
@@ -288,9 +309,11 @@ def _sweep(
     space: Mapping[str, Any] | None,
     fixed: dict[str, Any],
     model: tuple[str, str, str],
+    judging: JudgeOptions,
     options: dict[str, Any],
 ) -> Sweep:
-    return sweep(open_model(*model), method, space=space, fixed=fixed, **options)
+    judges, _ = judging.judges(*model[1:])
+    return sweep(open_model(*model), method, space=space, fixed=fixed, judges=judges, **options)
 
 
 @contextmanager

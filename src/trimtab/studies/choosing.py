@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.compare import Candidate
+from trimtab.compare import Candidate, default_candidate
 from trimtab.compare import compare as compare_methods
 from trimtab.compare_report import comparison_pictures, effects, spent, worth
 from trimtab.contrasts import Contrast
 from trimtab.methods import METHODS
 from trimtab.report import Table, cell
-from trimtab.spaces import Params, default_space, label
+from trimtab.spaces import Params, label
 from trimtab.studies.found import Found, Value, contrast_of, value_of
-from trimtab.sweep import FAST, Sweep, sweep
+from trimtab.sweep import FAST, sweep
 from trimtab.sweep_report import sweep_pictures
+from trimtab.swept import Sweep
 from trimtab.tasks.answers import from_answers
 
 
@@ -69,11 +70,10 @@ def compare(
 def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candidate:
     if isinstance(one, str):
         return one
-    method, fixed = one["method"], dict(one.get("fixed", {}))
-    space = one.get("space")
-    if space is None:
-        space = default_space(METHODS[method], language_model.anatomy.layers, fixed)
-    return Candidate(method, space, fixed, one.get("name", method))
+    given = one["method"], one.get("fixed", {}), one.get("name", "")
+    if "space" not in one:
+        return default_candidate(language_model, *given)
+    return Candidate(given[0], one["space"], *given[1:])
 
 
 def sweep_of(

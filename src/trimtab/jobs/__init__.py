@@ -1,0 +1,39 @@
+"""The work of an evaluation, one job for each task: what its records are and how they are made.
+
+Every job has a `name`, says what it is for the record (`describe`), and `run`s: records of one
+model, steered or not, a batch at a time, without those that are there already.
+"""
+
+from __future__ import annotations
+
+from trimtab.jobs.harness import HarnessJob
+from trimtab.jobs.job import Attached, Done, Job, Judging, Wanted
+from trimtab.jobs.perplexity import PerplexityJob
+from trimtab.jobs.preference import PreferenceJob
+from trimtab.jobs.task import TaskJob
+from trimtab.tasks import find_task
+
+__all__ = [
+    "Attached",
+    "Done",
+    "HarnessJob",
+    "Job",
+    "Judging",
+    "PerplexityJob",
+    "PreferenceJob",
+    "TaskJob",
+    "Wanted",
+    "find_job",
+]
+
+
+def find_job(name: str, wanted: Wanted, judging: Judging) -> Job:
+    """The job of a task by its name."""
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "lm-eval":
+        return HarnessJob(name, rest, wanted)
+    if colon and kind == "perplexity":
+        return PerplexityJob(name, rest, wanted)
+    if colon and kind == "contrast":
+        return PreferenceJob.of(name, rest, wanted)
+    return TaskJob.of(find_task(name, wanted.data), wanted, judging)

@@ -1,0 +1,62 @@
+"""What all jobs have in common: what is asked of them, and who judges."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trimtab.answering import Settings
+from trimtab.contrasts import Part
+from trimtab.figures import Record
+from trimtab.metrics.judges import Chat, Judge
+from trimtab.metrics.toxicity import Scorer
+from trimtab.model import LanguageModel
+from trimtab.steering import Steering, Steerings
+from trimtab.tasks import Protocol as TaskProtocol
+
+Attached = Steering | Steerings | None
+#: What of a job is there already: (protocol, index).
+Done = set[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges texts: toxicity by name or scorer, compliance by judges, pairs by a chat model."""
+
+    toxicity: str | Scorer = "offline"
+    judges: tuple[Judge, ...] = ()
+    preference: Chat | None = None
+
+
+class Job(Protocol):
+    """What every job has."""
+
+    @property
+    def name(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]:
+        """For the configuration of a run: the rows and where they come from."""
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+
+    def run(
+        self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
+    ) -> Generator[list[Record]]:
+        """Records, a batch at a time."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of each task is evaluated."""
+
+    protocols: tuple[TaskProtocol, ...] = ("trimtab",)
+    part: Part = "test"
+    limit: int | None = None
+    data: str | None = None
+    few_shot: int | None = None
+    chat: bool = False  # lm-eval's prompts through the chat template
+    task_files: tuple[str, ...] = ()
+    answers: Path | None = None  # a directory for what lm-eval has asked already
