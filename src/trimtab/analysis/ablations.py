@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from trimtab.analysis import measure
 from trimtab.analysis.measure import Rows, Values, chosen, compare, figure
 from trimtab.analysis.result import Analysis
-from trimtab.analysis.settings import base_figures, figure_cell, measured, named, shown
+from trimtab.analysis.settings import base_figures, figure_cell, measured, named
 from trimtab.bench import contrast_for
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
@@ -26,7 +26,7 @@ from trimtab.metrics.significance import holm
 from trimtab.model import LanguageModel
 from trimtab.plots import NEUTRAL, STYLE, UP
 from trimtab.report import Picture, Table, interval
-from trimtab.spaces import AUSTEER_GRID
+from trimtab.spaces import AUSTEER_GRID, setting
 
 #: Table 3's rows, by the options of AUSteer that make them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -170,9 +170,7 @@ def _table(found: dict[str, Any]) -> Table:
     lines = [["unsteered", "", figure_cell(found["unsteered_test"][metric]), "", ""]]
     for entry in found["variants"]:
         params = {tuple(each["params"].items()) for each in entry["draws"]}
-        settings = "; ".join(
-            " ".join(f"{name}={shown(value)}" for name, value in each) for each in sorted(params)
-        )
+        settings = "; ".join(setting(dict(each)) for each in sorted(params))
         change = None if entry["against_austeer"] is None else entry["against_austeer"][metric]
         lines.append(
             [

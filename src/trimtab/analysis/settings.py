@@ -14,6 +14,7 @@ from trimtab.metrics.significance import holm
 from trimtab.plots import NEUTRAL
 from trimtab.progress import progress
 from trimtab.report import Table, interval
+from trimtab.spaces import shown
 from trimtab.steering import Steering
 
 
@@ -88,7 +89,7 @@ def settings_table(title: str, entries: Sequence[dict[str, Any]], found: dict[st
         base += [f"{each['value']:.4g} {interval((each['low'], each['high']))}", ""]
     lines = [base]
     for entry in entries:
-        line = [shown(entry[name]) for name in names]
+        line = [_counted(entry[name]) for name in names]
         for metric in metrics:
             each = entry["figures"][metric]
             line += [
@@ -115,14 +116,9 @@ def change_cell(entry: dict[str, Any]) -> str:
     return f"+{change['gained']} -{change['lost']} ({p})"
 
 
-def shown(value: Any) -> str:
-    return (
-        f"{value:g}"
-        if isinstance(value, float)
-        else f"{value:,}"
-        if isinstance(value, int)
-        else str(value)
-    )
+def _counted(value: Any) -> str:
+    """Whole numbers with commas, to be read rather than typed."""
+    return f"{value:,}" if isinstance(value, int) else shown(value)
 
 
 def named(metric: str) -> str:

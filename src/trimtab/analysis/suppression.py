@@ -21,7 +21,6 @@ from trimtab.analysis.settings import (
     line,
     measured,
     named,
-    shown,
     tested,
     unsteered_band,
 )
@@ -35,6 +34,7 @@ from trimtab.model import LanguageModel
 from trimtab.operators import Scale
 from trimtab.plots import COLOURS, STYLE
 from trimtab.report import Picture, Table, interval
+from trimtab.spaces import setting
 from trimtab.steering import Steering
 
 #: Shares of all units that are suppressed, and by how much they shrink: within the ranges that
@@ -174,7 +174,7 @@ def chosen_table(found: dict[str, Any]) -> Table:
         lines.append(
             [
                 entry["name"],
-                " ".join(f"{name}={shown(value)}" for name, value in entry["params"].items()),
+                setting(entry["params"]),
                 figure_cell(entry["validation"][metric]),
                 figure_cell(entry["test"][metric]),
                 difference,
