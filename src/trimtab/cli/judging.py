@@ -24,24 +24,46 @@ from trimtab.metrics.judges import (
 )
 from trimtab.model import load
 
-Toxicity = Annotated[str, typer.Option(help="Toxicity scorer: offline, detoxify, or a URL.")]
+_PANEL = "Judges"
+
+Toxicity = Annotated[
+    str,
+    typer.Option(help="Toxicity scorer: offline, detoxify, or a URL.", rich_help_panel=_PANEL),
+]
 Judges = Annotated[
     list[str] | None,
     typer.Option(
         help="Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat "
         "model) or chat:NAME at --judge-url; repeat. The first local: or chat: compares answers "
-        "in bpo."
+        "in bpo.",
+        rich_help_panel=_PANEL,
     ),
 ]
-JudgeUrl = Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API.")]
-JudgeKeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the API's key.")]
-JudgeConcurrency = Annotated[int, typer.Option(help="Calls under way at once.")]
-JudgeTimeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
+JudgeUrl = Annotated[
+    str | None,
+    typer.Option(help="Base URL of an OpenAI-compatible API.", rich_help_panel=_PANEL),
+]
+JudgeKeyEnv = Annotated[
+    str,
+    typer.Option(help="Environment variable that holds the API's key.", rich_help_panel=_PANEL),
+]
+JudgeConcurrency = Annotated[
+    int, typer.Option(help="Calls under way at once.", rich_help_panel=_PANEL)
+]
+JudgeTimeout = Annotated[
+    float, typer.Option(help="Seconds to wait for an answer.", rich_help_panel=_PANEL)
+]
 JudgePrices = Annotated[
-    str | None, typer.Option(help="Prices per million tokens, read and written: 0.15,0.60.")
+    str | None,
+    typer.Option(
+        help="Prices per million tokens, read and written: 0.15,0.60.", rich_help_panel=_PANEL
+    ),
 ]
 JudgeTemplate = Annotated[
-    Path | None, typer.Option(help="HarmBench's prompt, with {behavior} and {generation}.")
+    Path | None,
+    typer.Option(
+        help="HarmBench's prompt, with {behavior} and {generation}.", rich_help_panel=_PANEL
+    ),
 ]
 #: Name, type and default of each, for commands whose options are put together.
 JUDGE_OPTIONS: list[tuple[str, Any, Any]] = [
