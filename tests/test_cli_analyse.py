@@ -113,6 +113,15 @@ def test_prompts_of_ones_own_need_something_to_fit_on(trimtab: Command) -> None:
     found = trimtab(f"{line} -c parts.jsonl {more}").json
     assert found["metric"] == "refusal"
     assert found["methods"][0]["violations"]["of"] == 2
+    assert found["judges"] == {}
+    judged = "--judge phrases --metric attack_success"
+    safe, harmful = (
+        trimtab(f"{line} -c parts.jsonl {more} {judged} --better {way}").json
+        for way in ("less", "more")
+    )
+    assert safe["metric"] == harmful["metric"] == "attack_success (phrases)"
+    assert (safe["maximise"], harmful["maximise"]) == (False, True)
+    refused(trimtab(f"{line} -c parts.jsonl {more} --judge oracle"), "--judge oracle: known are")
 
 
 # -- options from arguments -----------------------------------------------------------------------
@@ -126,11 +135,12 @@ def test_every_analysis_has_help_with_an_example_and_all_its_options(
     assert f"trimtab analyse {name} --model" in " ".join(said.replace("│", " ").split())
     made = {option.name for option in analyse.options_of(name, ANALYSES[name])}
     arguments = list(inspect.signature(ANALYSES[name]).parameters)[1:]
-    assert set(arguments) - {"run", "output"} == made
+    assert set(arguments) - {"run", "output", "judges"} == made
     command: Any = typer.main.get_command(app)
     group = command.commands["analyse"]
     own = {one.name: one for one in group.get_command(None, name).params}
     assert all(own[argument].help for argument in made)
+    assert ("judge" in own) == ("judges" in arguments)
 
 
 def test_the_group_lists_them(trimtab: Command) -> None:

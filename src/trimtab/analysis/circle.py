@@ -13,11 +13,12 @@ from torch import Tensor
 from trimtab.analysis.measure import Change, compare
 from trimtab.anatomy import parse_site
 from trimtab.answering import Settings
-from trimtab.bench import Bench
+from trimtab.bench import Bench, Better
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record, Result, summarise
 from trimtab.fitting import check_choice
+from trimtab.jobs import Judging
 from trimtab.metrics.coherence import VIOLATION
 from trimtab.metrics.significance import holm
 from trimtab.model import LanguageModel
@@ -252,6 +253,8 @@ def study_of(
     test_limit: int | None,
     validation_task: str | None,
     metric: str | None,
+    better: Better | None,
+    judging: Judging,
     max_new_tokens: int | None,
     batch_size: int,
     seed: int,
@@ -274,8 +277,10 @@ def study_of(
         protocol=protocol,
         limits={"validation": limit if chooses else test_limit, "test": test_limit},
         validation_task=validation_task if chooses else task,
+        judging=judging,
         settings=Settings(seed, batch_size, max_new_tokens),
         metric=metric,
+        better=better,
     )
     study = Study(bench, run, chooses, oracle, cost, max_cost)
     _ = bench.metric  # one that the task does not have is refused before the work begins

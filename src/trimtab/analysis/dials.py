@@ -28,13 +28,16 @@ from trimtab.analysis.dial_pictures import dial_picture, mask_picture
 from trimtab.analysis.planes import ANGULAR, spans
 from trimtab.analysis.result import Analysis
 from trimtab.anatomy import parse_site
-from trimtab.bench import contrast_for
+from trimtab.bench import Better, contrast_for
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Result
 from trimtab.fitting import check_choice, check_number, fit
+from trimtab.jobs import Judging
 from trimtab.methods.angular import SS, sites_of
 from trimtab.metrics.coherence import VIOLATION
+from trimtab.metrics.judges import Judge
+from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
 from trimtab.operators import Operator, Rotate, Turn
 from trimtab.report import Table, cell, interval
@@ -58,6 +61,7 @@ def dial(
     test_limit: int | None = None,
     validation_task: str | None = None,
     metric: str | None = None,
+    better: Better | None = None,
     oracle: bool = True,
     cost: bool = True,
     max_cost: float | None = None,
@@ -67,6 +71,8 @@ def dial(
     protocol: Protocol = "trimtab",
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
     seed: int = 0,
     run: SharedRun | None = None,
 ) -> Analysis:
@@ -75,12 +81,13 @@ def dial(
     One pass over the contrast (default: the task's train rows) fits all `methods`. `step` is in
     degrees; the paper's is 10, and 30 for capability. `part` validation draws the circle over
     `limit` validation rows (`validation_task` stands in for them where a task has none), chooses
-    for each method the angle at which `metric` (default: the task's first) is best, and reports it
-    on the test rows; `oracle` turns through the test rows too. Part test draws it over the test
-    rows and chooses nothing. `cost` measures what each angle costs on plain text, in nats per
-    token, and `max_cost` leaves those out of the choice that cost more. At 0 degrees SS does
-    nothing, while SAS and AAS lay activations on the positive side. `run` keeps every angle's
-    records, from which an interrupted study goes on.
+    for each method the angle at which `metric` (default: the task's first) is best (`better`: more
+    or less of it, where its name does not say), and reports it on the test rows; `oracle` turns
+    through the test rows too. Part test draws it over the test rows and chooses nothing. `cost`
+    measures what each angle costs on plain text, in nats per token, and `max_cost` leaves those out
+    of the choice that cost more. `judges` say of what is written whether it complies. At 0 degrees
+    SS does nothing, while SAS and AAS lay activations on the positive side. `run` keeps every
+    angle's records, from which an interrupted study goes on.
     """
     started = time.perf_counter()
     angles = angles_of(step)
@@ -98,6 +105,8 @@ def dial(
         test_limit=test_limit,
         validation_task=validation_task,
         metric=metric,
+        better=better,
+        judging=Judging(toxicity, tuple(judges)),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
@@ -285,6 +294,7 @@ def masks(
     test_limit: int | None = None,
     validation_task: str | None = None,
     metric: str | None = None,
+    better: Better | None = None,
     cost: bool = True,
     max_cost: float | None = None,
     whole_blocks: bool = True,
@@ -293,6 +303,8 @@ def masks(
     protocol: Protocol = "trimtab",
     max_new_tokens: int | None = None,
     batch_size: int = 16,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
     seed: int = 0,
     run: SharedRun | None = None,
 ) -> Analysis:
@@ -322,6 +334,8 @@ def masks(
         test_limit=test_limit,
         validation_task=validation_task,
         metric=metric,
+        better=better,
+        judging=Judging(toxicity, tuple(judges)),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,

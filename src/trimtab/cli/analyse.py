@@ -31,6 +31,7 @@ from trimtab.cli.common import (
     read_prompts,
 )
 from trimtab.cli.fit import read_numbers
+from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.runs import SharedRun
@@ -47,6 +48,7 @@ _HELP = {
     "test_limit": "Test rows; 0 takes all.",
     "validation_task": "Another task whose rows stand in for the validation rows.",
     "metric": "What counts (default: the task's first).",
+    "better": "Which way the metric counts, where its name does not say.",
     "seed": "For whatever is drawn.",
     "batch_size": "Prompts that are answered at once.",
     "max_new_tokens": "Tokens of an answer (default: the task's).",
@@ -145,7 +147,7 @@ def options_of(name: str, function: Callable[..., Any]) -> list[Option]:
 def _option(analysis: str, argument: inspect.Parameter, hint: Any) -> Option | None:
     name, default = argument.name, argument.default
     help_text = _HELP.get(f"{analysis}.{name}", _HELP.get(name))
-    if name in ("run", "output"):
+    if name in ("run", "output", "judges"):
         return None
     if name in _SPECIAL:
         return _SPECIAL[name](default)
@@ -213,6 +215,7 @@ _SPECIAL: dict[str, Callable[[Any], Option]] = {
     "contrast": _contrast,
     "contrasts": _contrasts,
     "data": lambda default: Option("data", Data, None),
+    "toxicity": lambda default: Option("toxicity", Toxicity, default),
     "prompts": lambda default: Option(
         "prompts", PromptFile, None, lambda file: None if file is None else read_prompts([], file)
     ),
@@ -285,6 +288,7 @@ def _rows(name: str, rows: int | None) -> int | None:
 def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
     """A function whose signature is the analysis' arguments and what every analysis takes."""
     own = options_of(name, function)
+    judged = JUDGE_OPTIONS if "judges" in inspect.signature(function).parameters else []
     empty = inspect.Parameter.empty
     shared: list[tuple[str, Any, Any]] = [
         ("model", Model, empty),
@@ -300,11 +304,15 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
         ("device", Device, "auto"),
         ("overwrite", Overwrite, False),
         ("as_json", Json, False),
+        *judged,
     ]
 
     def command(**given: Any) -> None:
         arguments = {option.name: option.value(given.pop(option.name)) for option in own}
-        _run(name, function, arguments, **given)
+        judging = None
+        if judged:
+            judging = JudgeOptions(**{each: given.pop(each) for each, _, _ in judged})
+        _run(name, function, arguments, judging, **given)
 
     listed = [
         *shared[:1],
@@ -339,6 +347,7 @@ def _run(
     name: str,
     function: Callable[..., Any],
     arguments: dict[str, Any],
+    judging: JudgeOptions | None,
     *,
     model: str,
     output: Path | None,
@@ -350,6 +359,8 @@ def _run(
     from trimtab.analysis.result import write
 
     plain = {key: value for key, value in arguments.items() if key != "data"}
+    if judging is not None:
+        arguments["judges"], _ = judging.judges(dtype, device)
     source = _describe(arguments)  # before the model is loaded: what is missing is said at once
     language_model = open_model(model, dtype, device)
     config = {
@@ -364,9 +375,11 @@ def _run(
         found = function(language_model, **arguments)
         write(found, run)
     if as_json:
-        print_json(found.as_json())
+        print_json(found.as_json() | ({} if judging is None else {"judges": judging.costs()}))
         return
     _show(found, output)
+    if judging is not None:
+        say_costs(judging)
 
 
 def _describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,10 +405,11 @@ def _describe_task(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     protocol = arguments.get("protocol", "trimtab")
     data, other = arguments.get("data"), arguments.get("validation_task")
+    judging = Judging(arguments.get("toxicity", "offline"), tuple(arguments.get("judges", ())))
 
     def job(name: str, part: Any, limit: str) -> dict[str, Any]:
         wanted = Wanted((protocol,), part, arguments.get(limit), data)
-        return find_job(name, wanted, Judging()).describe()
+        return find_job(name, wanted, judging).describe()
 
     described = {"test": job(arguments["task"], "test", "test_limit")}
     if other is not None:
