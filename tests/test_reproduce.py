@@ -455,18 +455,26 @@ def test_coherence_of_what_is_written() -> None:
         "max_new_tokens": 12,
     }
     found = run_study("coherence", lm, args)
-    # At 0 degrees SS does nothing, so the texts are the unsteered model's.
+    # At 0 degrees SS does nothing: the texts are the unsteered model's.
     prompts = [pair.prompt for pair in tt.Contrast.builtin("formality").train.pairs[:2]]
     repeated = []
     for one in lm.generate(prompts, max_new_tokens=12, chat=False):
         words = one.text.split()
         grams = [" ".join(words[i : i + 4]) for i in range(len(words) - 3)]
         repeated.append((len(grams) - len(set(grams))) / len(grams) if grams else 0.0)
-    first = found.data["angles"][0]
-    assert first["angle"] == 0.0
-    assert first["repetition_4gram"]["value"] == pytest.approx(sum(repeated) / 2)
-    over = [row["repetition_4gram"]["value"] for row in found.data["angles"]]
-    assert found.values["SS, repetition"].value == pytest.approx(sum(over) / 2)
+    unsteered, *turned = found.data["angles"]
+    assert [(row["method"], row["angle"]) for row in found.data["angles"]] == [
+        ("unsteered", None), ("SS", 0.0), ("SS", 180.0),
+    ]  # fmt: skip
+    for row in (unsteered, turned[0]):
+        assert row["repetition_4gram"]["value"] == pytest.approx(sum(repeated) / 2)
+    over = [row["repetition_4gram"]["value"] for row in turned]
+    value = found.values["SS, repetition"]
+    assert value.value == pytest.approx(sum(over) / 2)
+    assert value.n == 2
+    assert value.ci95 is not None
+    assert value.ci95[0] <= sum(over) / 2 <= value.ci95[1]
+    assert found.values["unsteered, repetition"].value == pytest.approx(sum(repeated) / 2)
 
 
 def test_curves_at_several_depths() -> None:

@@ -8,12 +8,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from trimtab.activations import collect
 from trimtab.contrasts import Contrast, last_message
@@ -24,15 +26,19 @@ from trimtab.metering import metered, overhead
 from trimtab.methods import METHODS
 from trimtab.metrics.coherence import VIOLATION, coherence, repetition
 from trimtab.metrics.intervals import Estimate, mean_interval
-from trimtab.plots import COLOURS, STYLE
+from trimtab.plots import COLOURS, NEUTRAL, STYLE
 from trimtab.report import Picture, Table, evaluation_tables, interval
 from trimtab.steering import Steering
 from trimtab.studies.found import Found, Value, contrast_of, value_of
 from trimtab.tasks import find_task
 from trimtab.tasks.prompts import prompts_task
 
-#: Measures of coherence that the paper averages over angles.
-_MEASURES = ("repetition_4gram", "language_consistency", "compression_ratio")
+#: Measures of coherence that the paper averages over angles, and its words for them.
+_MEASURES = {
+    "repetition_4gram": "repetition",
+    "language_consistency": "language",
+    "compression_ratio": "compression",
+}
 
 
 def fitted(
@@ -131,30 +137,40 @@ def incoherence(
     compression. `prompts` is a file; without one the prompts of the contrast are continued."""
     source = contrast_of(contrast, data)
     asked, chat = _asked(source, prompts, rows, data)
-    lines, values, document = [], {}, []
+    lines: list[list[Any]] = []
+    values: dict[str, Value] = {}
+    document: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Estimate]]] = {}
-    for name, steering in fitted(language_model, methods, source).items():
-        curves[name] = []
-        for angle in angles:
-            turned = replace(steering, value=float(angle))
-            measured = _written(language_model, turned, asked, chat, max_new_tokens)
-            curves[name].append(measured)
-            plain = {key: asdict(found) for key, found in measured.items()}
-            document.append({"method": name, "angle": angle, **plain})
-        over = {key: torch.tensor([one[key].value for one in curves[name]]) for key in _MEASURES}
+
+    def at(name: str, steering: Steering | None, angle: float | None) -> dict[str, Tensor]:
+        written = _written(language_model, steering, asked, chat, max_new_tokens)
+        means = {key: _mean(each) for key, each in written.items()}
+        curves.setdefault(name, []).append(means)
+        plain = {key: asdict(found) for key, found in means.items()}
+        document.append({"method": name, "angle": angle, **plain})
+        return written
+
+    def over_angles(name: str, written: Sequence[Mapping[str, Tensor]]) -> None:
+        """The means over all angles, with intervals over the prompts."""
+        for key, word in _MEASURES.items():
+            each = torch.stack([one[key] for one in written])  # [angles, prompts]
+            found = _mean(each.nanmean(0))
+            values[f"{name}, {word}"] = Value(found.value, (found.low, found.high), found.n)
         violated = sum(one["self_perplexity"].value > VIOLATION for one in curves[name])
-        values[f"{name}, repetition"] = Value(float(over["repetition_4gram"].mean()))
-        values[f"{name}, language"] = Value(float(over["language_consistency"].mean()))
-        values[f"{name}, compression"] = Value(float(over["compression_ratio"].mean()))
         values[f"{name}, violations"] = Value(violated)
-        spread = [f"{one.mean():.3f} ± {one.std(unbiased=False):.3f}" for one in over.values()]
-        lines.append([name, f"{violated} of {len(angles)}", *spread])
+        shown = [values[f"{name}, {word}"].shown("") for word in _MEASURES.values()]
+        lines.append([name, f"{violated} of {len(curves[name])}", *shown])
+
+    over_angles("unsteered", [at("unsteered", None, None)])
+    for name, steering in fitted(language_model, methods, source).items():
+        turned = [(float(angle), replace(steering, value=float(angle))) for angle in angles]
+        over_angles(name, [at(name, one, angle) for angle, one in turned])
     table = Table(
         f"Coherence over {len(angles)} angles, {len(asked)} prompts each",
         ["method", f"self-perplexity above {VIOLATION:g}", "4-gram repetition",
          "language consistency", "compression ratio"],
         lines,
-        "Mean ± standard deviation over angles.",
+        "Means over the angles, with 95 % intervals over the prompts.",
     )  # fmt: skip
     with matplotlib.rc_context(STYLE):
         drawn = _coherence_figure(angles, curves)
@@ -180,12 +196,12 @@ def _asked(
 
 def _written(
     language_model: Any,
-    steering: Steering,
+    steering: Steering | None,
     asked: Sequence[Any],
     chat: bool | None,
     max_new_tokens: int,
-) -> dict[str, Estimate]:
-    """The mean of each measure of what the steered model writes, with its interval over texts."""
+) -> dict[str, Tensor]:
+    """Each measure of what the model writes, [prompts]; NaN where nothing was written."""
     written = language_model.generate(
         asked, steering=steering, max_new_tokens=max_new_tokens, chat=chat
     )
@@ -196,13 +212,17 @@ def _written(
         [one.tokens for one in written],
         steering,
     )
-    means = {}
-    for key in ("self_perplexity", "perplexity", *_MEASURES):
-        given = [row[key] for row in found if row[key] is not None]
-        if not given:
-            raise TrimtabError("every text that was written is empty: nothing can be measured")
-        means[key] = mean_interval(torch.tensor(given, dtype=torch.float64))
-    return means
+    return {
+        key: torch.tensor([nan if row[key] is None else row[key] for row in found]).double()
+        for key in ("self_perplexity", "perplexity", *_MEASURES)
+    }
+
+
+def _mean(values: Tensor) -> Estimate:
+    given = values[~values.isnan()]
+    if not len(given):
+        raise TrimtabError("every text that was written is empty: nothing can be measured")
+    return mean_interval(given)
 
 
 def _coherence_figure(
@@ -210,8 +230,14 @@ def _coherence_figure(
 ) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for i, (name, rows) in enumerate(curves.items()):
-        for axes, key in ((left, "self_perplexity"), (right, "repetition_4gram")):
+    sides = (left, "self_perplexity"), (right, "repetition_4gram")
+    for axes, key in sides:
+        base = curves["unsteered"][0][key]
+        axes.axhspan(base.low, base.high, color=NEUTRAL, alpha=0.2, linewidth=0)
+        axes.axhline(base.value, color=NEUTRAL, linestyle="--", linewidth=1, label="unsteered")
+    turned = {name: rows for name, rows in curves.items() if name != "unsteered"}
+    for i, (name, rows) in enumerate(turned.items()):
+        for axes, key in sides:
             found = [row[key] for row in rows]
             ends = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
             axes.errorbar(
