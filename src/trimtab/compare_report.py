@@ -17,6 +17,8 @@ from trimtab.report import Picture, Table, cell, evaluation_tables, interval, mo
 from trimtab.runs import SharedRun
 from trimtab.spaces import setting
 
+#: A difference is called one where chance alone makes it with less than this probability.
+_LEVEL = 0.05
 _MARKERS = "os^vDPX*"
 
 
@@ -140,24 +142,23 @@ def spent(found: Comparison) -> Table:
 
 def comparison_pictures(found: Comparison) -> list[Picture]:
     """Differences with their intervals, and gain against cost."""
-    gains = {
-        row.name: Estimate(row.against.value, *row.against.ci95, row.against.n)
-        for row in found.rows
-        if row.against is not None
-    }
+    against = {row.name: row.against for row in found.rows if row.against is not None}
+    gains = {name: Estimate(one.value, *one.ci95, one.n) for name, one in against.items()}
+    clear = [name for name, one in against.items() if one.corrected_p < _LEVEL]
     if not gains:
         return []
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 1.2 + 0.42 * len(gains)), layout="constrained")
         n = next(iter(gains.values())).n
         label = f"{found.metric}, steered minus unsteered"
-        plot_effects(figure.subplots(), gains, f"{label} (n = {n}, 95 % intervals)", True)
+        plot_effects(figure.subplots(), gains, f"{label} (n = {n}, 95 % intervals)", clear)
         pictures = [
             Picture(
                 "Against the unsteered model",
                 "differences",
                 figure,
                 f"{label}, with 95 % intervals, for {', '.join(gains)}",
+                f"Coloured where the corrected p is below {_LEVEL:g}.",
             ),
             _plane(found),
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,17 @@ def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
     axes.legend(loc="upper center", ncols=2, frameon=False)
 
 
-def plot_effects(axes: Any, effects: Mapping[str, Estimate], label: str, signs: bool) -> None:
-    """Means with their 95 % intervals, one bar each; `signs` colours those clear of zero."""
+def plot_effects(
+    axes: Any, effects: Mapping[str, Estimate], label: str, clear: Collection[str] = ()
+) -> None:
+    """Means with their 95 % intervals, one bar each; those that are `clear` of chance coloured by
+    their sign."""
     names = list(effects)
     for place, name in enumerate(names):
         effect = effects[name]
         colour = NEUTRAL
-        if signs and (effect.low > 0 or effect.high < 0):
-            colour = UP if effect.low > 0 else DOWN
+        if name in clear:
+            colour = UP if effect.value > 0 else DOWN
         axes.barh(place, effect.value, color=colour, height=0.55)
         error = [[effect.value - effect.low], [effect.high - effect.value]]
         axes.errorbar(effect.value, place, xerr=error, color="black", capsize=4, linewidth=1.2)
@@ -104,9 +107,10 @@ def picture(
         halves: Any = figure.subfigures(1, 2, width_ratios=[1.15, 1])
         plot_units(halves[0].subplots(), steering, layers, width)
         upper, lower = halves[1].subplots(2, 1)
-        plot_effects(upper, effects, "gain in log-odds of the positive side, nats per pair", True)
+        clear = [name for name, gain in effects.items() if gain.low > 0 or gain.high < 0]
+        plot_effects(upper, effects, "gain in log-odds of the positive side, nats per pair", clear)
         upper.set_title(f"What it does: {n} held-out pairs, 95 % intervals")
-        plot_effects(lower, costs, "change in cross-entropy on plain text, nats per token", False)
+        plot_effects(lower, costs, "change in cross-entropy on plain text, nats per token")
         lower.set_title("What it costs")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
