@@ -113,7 +113,6 @@ def test_prompts_of_ones_own_need_something_to_fit_on(trimtab: Command) -> None:
     found = trimtab(f"{line} -c parts.jsonl {more}").json
     assert found["metric"] == "refusal"
     assert found["methods"][0]["violations"]["of"] == 2
-    assert found["judges"] == {}
     judged = "--judge phrases --metric attack_success"
     safe, harmful = (
         trimtab(f"{line} -c parts.jsonl {more} {judged} --better {way}").json

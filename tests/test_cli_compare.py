@@ -44,6 +44,14 @@ def test_as_json_and_for_people(trimtab: Command, formal: str) -> None:
     }  # fmt: skip
 
 
+def test_the_pass_is_kept(trimtab: Command, formal: str) -> None:
+    found = [trimtab(f"{BASIC} {formal} --cache kept --json").json for _ in range(2)]
+    assert list(Path("kept").rglob("*.f32"))
+    assert found[0]["methods"][0]["test"] == found[1]["methods"][0]["test"]
+    assert found[0]["fit"]["tokens"] > 0
+    assert found[1]["fit"]["tokens"] == 0
+
+
 def test_a_run_of_another_configuration_is_refused(trimtab: Command, formal: str) -> None:
     trimtab(f"{BASIC} {formal} -o out").text  # noqa: B018
     before = listing(Path())

@@ -193,6 +193,12 @@ def test_a_task_without_validation_rows(trimtab: Command) -> None:
     assert found["best"]["n"] == 3
 
 
+def test_the_pass_is_kept(trimtab: Command) -> None:
+    found = [trimtab(f"sweep caa {QUICK} --layer 0,1 --cache kept --json").json for _ in range(2)]
+    assert list(Path("kept").rglob("*.f32"))
+    assert found[0]["best"] == found[1]["best"]
+
+
 def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
     Path("ask.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in (1, 2)))
     command = (
@@ -206,7 +212,6 @@ def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
     assert trimtab(f"{short} --json").json["best"] == found["best"]
     # A model of random words refuses nothing, which is the worst there is, or the best.
     assert found["best"]["validation"] == 1.0
-    assert found["judges"] == {}
     safe, harmful = (trimtab(f"{command} --better {way} -o {way}").text for way in ("less", "more"))
     assert "attack_success (phrases)" in safe
     configs = [json.loads(Path(way, "config.json").read_text()) for way in ("less", "more")]

@@ -103,6 +103,7 @@ def compare(
     toxicity: str | Scorer = "offline",
     judges: Sequence[Judge] = (),
     output: str | Path | None = None,
+    cache: str | Path | None = None,
     overwrite: bool = False,
 ) -> Comparison:
     """Compare methods on a task, each at the setting that its own sweep chose on validation rows.
@@ -153,7 +154,7 @@ def compare(
     }
     run = SharedRun(output, config, overwrite)
     started = time.perf_counter()
-    fitters, fit = _fitters(bench, texts, candidates)
+    fitters, fit = _fitters(bench, texts, candidates, cache)
     rows = []
     for fitter, one in zip(fitters, candidates, strict=True):
         own = _own_run(run, one.name, config, overwrite)
@@ -241,19 +242,22 @@ def _described(one: Candidate) -> dict[str, Any]:
 
 
 def _fitters(
-    bench: Bench, contrast: Contrast, candidates: Sequence[Candidate]
+    bench: Bench,
+    contrast: Contrast,
+    candidates: Sequence[Candidate],
+    cache: str | Path | None,
 ) -> tuple[list[Fitter], Used]:
     """Fitters that share one pass over the contrast, and what the pass took."""
     shared: dict[Any, Any] = {}
     lm = bench.language_model
     fitters = [
-        Fitter(lm, METHODS[one.method], contrast, one.space, one.fixed, statistics=shared)
+        Fitter(lm, METHODS[one.method], contrast, one.space, one.fixed, cache, shared)
         for one in candidates
     ]
     with metered(lm) as used:
         wants = list(dict.fromkeys(want for fitter in fitters for want in fitter.wants()))
         if wants:
-            shared[tuple(wants)] = collect(lm, contrast.train, wants)
+            shared[tuple(wants)] = collect(lm, contrast.train, wants, cache=cache)
     return fitters, used
 
 

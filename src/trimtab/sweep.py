@@ -69,6 +69,7 @@ def sweep(
     toxicity: str | Scorer = "offline",
     judges: Sequence[Judge] = (),
     output: str | Path | None = None,
+    cache: str | Path | None = None,
     storage: str | None = None,
     resumed: bool = True,
     overwrite: bool = False,
@@ -85,8 +86,9 @@ def sweep(
     whether more or less of it is, where its name does not (attack success: less, unless told).
     `max_cost` leaves out settings that cost more nats per token of plain text. `oracle` runs every
     complete trial on the test rows too. `output` names a run directory, in which a sweep that was
-    interrupted goes on; `storage` is any Optuna storage, on which other processes and machines may
-    work at the same time. `resumed` false runs every trial through all blocks.
+    interrupted goes on, and `cache` one that keeps the pass over the contrast (see `fit`).
+    `storage` is any Optuna storage, on which other processes and machines may work at the same
+    time. `resumed` false runs every trial through all blocks.
     """
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
@@ -136,7 +138,7 @@ def sweep(
         "max_new_tokens": max_new_tokens,
         "model": language_model.described,
     }
-    fitter = Fitter(language_model, kind, texts, given, own)
+    fitter = Fitter(language_model, kind, texts, given, own, cache=cache)
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     opened = None if storage is None else open_storage(storage)

@@ -375,7 +375,7 @@ def _run(
         found = function(language_model, **arguments)
         write(found, run)
     if as_json:
-        print_json(found.as_json() | ({} if judging is None else {"judges": judging.costs()}))
+        print_json(found.as_json() | (judging.as_json() if judging else {}))
         return
     _show(found, output)
     if judging is not None:

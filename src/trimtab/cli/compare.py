@@ -22,6 +22,7 @@ from trimtab.cli.common import (
     open_model,
     print_json,
 )
+from trimtab.cli.fit import Cache
 from trimtab.cli.judging import (
     JudgeConcurrency,
     JudgeKeyEnv,
@@ -67,6 +68,7 @@ def compare_command(
         typer.Option("--contrast", "-c", help="What to fit on (default: the task's train rows)."),
     ] = None,
     data: Data = None,
+    cache: Cache = None,
     trials: Annotated[int, typer.Option(help="Trials of each method, at most.")] = 20,
     limit: Annotated[int, typer.Option(help="Validation rows; 0 takes all.")] = FAST,
     test_limit: Annotated[int, typer.Option(help="Test rows; 0 takes all.")] = 0,
@@ -154,10 +156,11 @@ def compare_command(
         toxicity=toxicity,
         judges=judges,
         output=output,
+        cache=cache,
         overwrite=overwrite,
     )
     if as_json:
-        print_json(found.as_json() | {"judges": judging.costs()})
+        print_json(found.as_json() | judging.as_json())
         return
     _show(found, output)
     say_costs(judging)

@@ -129,6 +129,10 @@ class JudgeOptions:
         """What each endpoint was asked, and at what price."""
         return {chat.name: str(chat.usage) for chat in self.endpoints}
 
+    def as_json(self) -> dict[str, Any]:
+        """What judges add to a run's results: nothing where none is paid."""
+        return {"judges": self.costs()} if self.endpoints else {}
+
     def _endpoint(self, name: str) -> ChatEndpoint:
         if self.judge_url is None:
             raise TrimtabError(f"--judge chat:{name} needs --judge-url")

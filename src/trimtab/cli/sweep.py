@@ -30,7 +30,7 @@ from trimtab.cli.common import (
     open_model,
     print_json,
 )
-from trimtab.cli.fit import read_value
+from trimtab.cli.fit import Cache, read_value
 from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
@@ -90,6 +90,7 @@ def _shared() -> list[tuple[str, Any, Any]]:
             None,
         ),
         ("data", Data, None),
+        ("cache", Cache, None),
         (
             "search",
             Annotated[
@@ -290,7 +291,7 @@ def _run(
     with _helped(work, workers):
         found = work()
     if as_json:
-        print_json(found.as_json() | {"judges": judging.costs()})
+        print_json(found.as_json() | judging.as_json())
         return
     _show(found, options["output"])
     say_costs(judging)
