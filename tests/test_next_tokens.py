@@ -404,6 +404,18 @@ def test_only_the_blocks_above_run_on_what_is_kept(beginning: int) -> None:
         assert ran == expected
 
 
+def test_what_texts_begin_with_runs_once_for_all_batches() -> None:
+    lm = language_model("llama")
+    readings = some_readings(30, count=14)
+    assert len(plan(readings, 60)) > 2
+    passes: dict[int, list[int]] = {0: [], 2: []}  # how many tokens block 0 read, and block 2
+    for layer, found in passes.items():
+        mlp = lm.model.model.layers[layer].mlp
+        mlp.register_forward_hook(lambda m, a, o, found=found: found.append(o.shape[1]))
+    found_by(lm, readings, steer_at(lm, "ffn_in", layer=1), kept=Kept(lm))
+    assert passes[0].count(31) == passes[2].count(31) == 1
+
+
 @pytest.mark.parametrize("beginning", [12, 30])
 @pytest.mark.parametrize("limit", [0, 3000, 20_000])
 def test_on_little_that_is_kept(limit: int, beginning: int) -> None:

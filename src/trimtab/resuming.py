@@ -117,6 +117,8 @@ class Kept:
         #: By (blocks, shared, text), those that were used last at the end.
         self._streams: OrderedDict[tuple[int, int, tuple[int, ...]], Tensor] = OrderedDict()
         self._bytes = 0
+        #: The cache of what the last texts began with, by (tokens, done, blocks).
+        self._begun: tuple[tuple[tuple[int, ...], int, int], DynamicCache] | None = None
 
     def after(self, texts: Sequence[tuple[int, ...]], blocks: int, shared: int = 0) -> list[Tensor]:
         """As `begin`; a text is a tuple of token ids. All begin with the same `shared` tokens, and
@@ -142,12 +144,16 @@ class Kept:
         return [found[text] for text in texts]
 
     def _shared(self, start: tuple[int, ...], done: int, blocks: int) -> DynamicCache:
-        """What texts begin with, run from block `done` on; its stream is kept too."""
-        stream = self.after([start], done)[0]
-        after, cache = beginning(self.language_model, start, stream, done, blocks)
-        if (blocks, 0, start) not in self._streams:
-            self._keep(start, blocks, 0, after.clone())
-        return cache
+        """What texts begin with, run from block `done` on, once for batches that come one after
+        another; its stream is kept too."""
+        key = (start, done, blocks)
+        if self._begun is None or self._begun[0] != key:
+            stream = self.after([start], done)[0]
+            after, cache = beginning(self.language_model, start, stream, done, blocks)
+            if (blocks, 0, start) not in self._streams:
+                self._keep(start, blocks, 0, after.clone())
+            self._begun = key, cache
+        return self._begun[1]
 
     def _highest(self, text: tuple[int, ...], blocks: int, shared: int) -> tuple[int, Tensor]:
         """The most of the first `blocks` blocks after which the stream is there, and the stream."""

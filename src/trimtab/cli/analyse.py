@@ -29,6 +29,7 @@ from trimtab.cli.common import (
     open_model,
     print_json,
     read_prompts,
+    rows_or_all,
 )
 from trimtab.cli.fit import read_numbers
 from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
@@ -168,7 +169,7 @@ def _option(analysis: str, argument: inspect.Parameter, hint: Any) -> Option | N
     if rows and default is None:
         help_text = f"{help_text} (default: all)"
     plain: Any = Annotated[hint, typer.Option(help=help_text)]
-    return Option(name, plain, default, (lambda given: _rows(name, given)) if rows else None)
+    return Option(name, plain, default, (lambda given: rows_or_all(name, given)) if rows else None)
 
 
 def _words(kinds: Sequence[Any]) -> list[str]:
@@ -273,15 +274,6 @@ def _values(name: str, text: str | None, item: Any) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
-def _rows(name: str, rows: int | None) -> int | None:
-    """How many rows; 0 is all."""
-    if rows is not None and rows < 0:
-        raise TrimtabError(
-            f"--{name.replace('_', '-')} must be 1 or more, or 0 for all, not {rows}"
-        )
-    return rows or None
-
-
 # -- the commands ---------------------------------------------------------------------------------
 
 
@@ -309,9 +301,7 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         arguments = {option.name: option.value(given.pop(option.name)) for option in own}
-        judging = None
-        if judged:
-            judging = JudgeOptions(**{each: given.pop(each) for each, _, _ in judged})
+        judging = JudgeOptions.taken_from(given) if judged else None
         _run(name, function, arguments, judging, **given)
 
     listed = [

@@ -154,3 +154,12 @@ def _prompt(line: str, file: Path, number: int) -> Any:
         return json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error
+
+
+def rows_or_all(name: str, rows: int | None) -> int | None:
+    """How many rows an option of this name takes; 0 is all."""
+    if rows is not None and rows < 0:
+        raise TrimtabError(
+            f"--{name.replace('_', '-')} must be 1 or more, or 0 for all, not {rows}"
+        )
+    return rows or None

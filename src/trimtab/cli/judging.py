@@ -91,6 +91,11 @@ class JudgeOptions:
     judge_template: Path | None
     endpoints: list[ChatEndpoint] = field(default_factory=list)
 
+    @classmethod
+    def taken_from(cls, options: dict[str, Any]) -> JudgeOptions:
+        """Those among a command's options, which keeps the others."""
+        return cls(**{name: options.pop(name) for name, _, _ in JUDGE_OPTIONS})
+
     def __post_init__(self) -> None:
         if self.judge_url is not None and not any(
             spec.startswith("chat:") for spec in self.judge or []

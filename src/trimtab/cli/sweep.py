@@ -29,6 +29,7 @@ from trimtab.cli.common import (
     console,
     open_model,
     print_json,
+    rows_or_all,
 )
 from trimtab.cli.fit import Cache, read_value
 from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
@@ -286,7 +287,7 @@ def _run(
     if workers > 1 and options["overwrite"]:
         raise TrimtabError("--overwrite is for one worker: clear the directory first")
     options |= row_limits(limit, test_limit)
-    judging = JudgeOptions(**{name: options.pop(name) for name, _, _ in JUDGE_OPTIONS})
+    judging = JudgeOptions.taken_from(options)
     work = partial(_sweep, method, space, fixed, (model, dtype, device), judging, options)
     with _helped(work, workers):
         found = work()
@@ -299,10 +300,10 @@ def _run(
 
 def row_limits(limit: int, test_limit: int) -> dict[str, int | None]:
     """How many rows of each part, where 0 means all of them."""
-    for name, rows in (("--limit", limit), ("--test-limit", test_limit)):
-        if rows < 0:
-            raise TrimtabError(f"{name} must be 1 or more, or 0 for all, not {rows}")
-    return {"limit": limit or None, "test_limit": test_limit or None}
+    return {
+        "limit": rows_or_all("limit", limit),
+        "test_limit": rows_or_all("test_limit", test_limit),
+    }
 
 
 def _sweep(

@@ -137,34 +137,25 @@ def incoherence(
     compression. `prompts` is a file; without one the prompts of the contrast are continued."""
     source = contrast_of(contrast, data)
     asked, chat = _asked(source, prompts, rows, data)
+    turned: dict[str, list[tuple[float | None, Steering | None]]] = {"unsteered": [(None, None)]}
+    for name, steering in fitted(language_model, methods, source).items():
+        turned[name] = [(float(angle), replace(steering, value=float(angle))) for angle in angles]
+    curves: dict[str, list[dict[str, Estimate]]] = {}
     lines: list[list[Any]] = []
     values: dict[str, Value] = {}
-    document: list[dict[str, Any]] = []
-    curves: dict[str, list[dict[str, Estimate]]] = {}
-
-    def at(name: str, steering: Steering | None, angle: float | None) -> dict[str, Tensor]:
-        written = _written(language_model, steering, asked, chat, max_new_tokens)
-        means = {key: _mean(each) for key, each in written.items()}
-        curves.setdefault(name, []).append(means)
-        plain = {key: asdict(found) for key, found in means.items()}
-        document.append({"method": name, "angle": angle, **plain})
-        return written
-
-    def over_angles(name: str, written: Sequence[Mapping[str, Tensor]]) -> None:
-        """The means over all angles, with intervals over the prompts."""
-        for key, word in _MEASURES.items():
-            each = torch.stack([one[key] for one in written])  # [angles, prompts]
-            found = _mean(each.nanmean(0))
-            values[f"{name}, {word}"] = Value(found.value, (found.low, found.high), found.n)
+    document = []
+    for name, each in turned.items():
+        written = [_written(language_model, one, asked, chat, max_new_tokens) for _, one in each]
+        curves[name] = [{key: _mean(row) for key, row in one.items()} for one in written]
+        for (angle, _), means in zip(each, curves[name], strict=True):
+            plain = {key: asdict(found) for key, found in means.items()}
+            document.append({"method": name, "angle": angle, **plain})
+        over = _over_angles(written)
         violated = sum(one["self_perplexity"].value > VIOLATION for one in curves[name])
+        values |= {f"{name}, {word}": value for word, value in over.items()}
         values[f"{name}, violations"] = Value(violated)
-        shown = [values[f"{name}, {word}"].shown("") for word in _MEASURES.values()]
-        lines.append([name, f"{violated} of {len(curves[name])}", *shown])
-
-    over_angles("unsteered", [at("unsteered", None, None)])
-    for name, steering in fitted(language_model, methods, source).items():
-        turned = [(float(angle), replace(steering, value=float(angle))) for angle in angles]
-        over_angles(name, [at(name, one, angle) for angle, one in turned])
+        shown = [value.shown("") for value in over.values()]
+        lines.append([name, f"{violated} of {len(each)}", *shown])
     table = Table(
         f"Coherence over {len(angles)} angles, {len(asked)} prompts each",
         ["method", f"self-perplexity above {VIOLATION:g}", "4-gram repetition",
@@ -218,7 +209,17 @@ def _written(
     }
 
 
+def _over_angles(written: Sequence[Mapping[str, Tensor]]) -> dict[str, Value]:
+    """The measures' means over all angles, by the paper's words, with intervals over prompts."""
+    values = {}
+    for key, word in _MEASURES.items():
+        found = _mean(torch.stack([one[key] for one in written]).nanmean(0))  # [angles, prompts]
+        values[word] = Value(found.value, (found.low, found.high), found.n)
+    return values
+
+
 def _mean(values: Tensor) -> Estimate:
+    """Over what is there."""
     given = values[~values.isnan()]
     if not len(given):
         raise TrimtabError("every text that was written is empty: nothing can be measured")
