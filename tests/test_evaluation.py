@@ -861,6 +861,27 @@ def test_judges_are_not_asked_about_safe_prompts(
     assert found.value("xstest", "attack_success (even)").n == 2
 
 
+def test_prompts_from_a_file_may_be_safe_and_unsafe(
+    talker: LanguageModel, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(LanguageModel, "generate", says({0, 1, 4}))
+    labels = ["safe", "unsafe", " Safe", "UNSAFE", "other", ""]
+    rows = [{"prompt": f"Describe bread {i}", "Label": label} for i, label in enumerate(labels)]
+    write(tmp_path / "asked.jsonl", rows)
+    judge, task = Verdicts(), f"refusal:{tmp_path / 'asked.jsonl'}"
+    found = evaluate(talker, task, judges=[judge], max_new_tokens=8)
+    figures = {
+        metric: (found.value(task, metric).value, found.value(task, metric).n)
+        for metric in ("over_refusal", "refusal_of_unsafe", "refusal")
+    }
+    assert figures == {
+        "over_refusal": (1 / 2, 2),
+        "refusal_of_unsafe": (1 / 2, 2),
+        "refusal": (1 / 2, 2),
+    }
+    assert sorted(request[-1] for request, _ in judge.seen) == ["1", "3", "4", "5"]
+
+
 def test_a_sweep_counts_violations(talker: LanguageModel, tmp_path: Path) -> None:
     write(tmp_path / "asked.jsonl", [{"prompt": f"Write about {w}"} for w in WEATHER])
     with torch.no_grad():

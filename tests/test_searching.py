@@ -143,10 +143,26 @@ def test_the_best_third_so_far_goes_on(storage: Any, maximise: bool) -> None:
         assert queue.report(trial, signed, 0) == stopped[-1]  # asked again after an interruption
         state = "pruned" if stopped[-1] else "complete"
         queue.finish(trial, {"params": {}, "state": state}, signed)
-        # By hand: among those so far, at most a third (or one) may be better.
-        better = sum(other > value for other in values[:i])
-        assert stopped[-1] == (better >= max(1, (i + 1) // 3))
-    assert stopped == [False, False, True, False, True, False, False, True, False]
+        # By hand: of those so far at most a third (or one) are better, or as good and went on.
+        ahead = sum(
+            other > value or (other == value and not stopped[j])
+            for j, other in enumerate(values[:i])
+        )
+        assert stopped[-1] == (ahead >= max(1, (i + 1) // 3))
+    assert stopped == [False, False, True, True, True, False, False, True, False]
+
+
+def test_of_equals_a_third_goes_on(storage: Any) -> None:
+    queue = trials(storage, "halving", {"k": tuple(range(30))})
+    stopped = []
+    for _ in range(30):
+        trial = queue.claim()
+        assert trial is not None
+        queue.params(trial)
+        stopped.append(queue.report(trial, 0.5, 0))
+        state = "pruned" if stopped[-1] else "complete"
+        queue.finish(trial, {"params": {}, "state": state}, 0.5)
+    assert [i for i, out in enumerate(stopped) if not out] == [0, *range(5, 30, 3)]
 
 
 # -- who gets which -------------------------------------------------------------------------------

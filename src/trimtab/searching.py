@@ -220,19 +220,24 @@ class Trials:
     def report(self, trial: Any, value: float, rung: int) -> bool:
         """Say what a trial has reached on a rung; whether it is to stop there.
 
-        It goes on if it is among the best third of those that have reached the rung so far.
+        It goes on if it is among the best third of those that have reached the rung so far. Equals,
+        of which there are many on a few rows, go on until the third is full.
         """
         step = REDUCTION**rung
         if step not in self._storage.get_trial(trial._trial_id).intermediate_values:
             trial.report(value, step)
-        others: list[float] = [
-            each.intermediate_values[step]
+        others = [
+            each
             for each in self.study.get_trials(deepcopy=False)
             if each.number != trial.number and step in each.intermediate_values
         ]
-        sign = 1 if self.maximise else -1
-        better = sum(sign * (other - value) > 0 for other in others)
-        return better >= max(1, (len(others) + 1) // REDUCTION)
+        sign, pruned = 1 if self.maximise else -1, self._optuna.trial.TrialState.PRUNED
+        ahead = 0
+        for other in others:
+            lead = sign * (other.intermediate_values[step] - value)
+            stopped = other.state == pruned and max(other.intermediate_values) == step
+            ahead += lead > 0 or (lead == 0 and not stopped)
+        return ahead >= max(1, (len(others) + 1) // REDUCTION)
 
     def finish(self, trial: Any, outcome: dict[str, Any], value: float | None) -> None:
         """What came of a trial: complete with its value, failed, or stopped for another reason."""

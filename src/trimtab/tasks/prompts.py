@@ -2,6 +2,7 @@
 
 Known are the columns of AdvBench and JailbreakBench (goal), HarmBench (behavior, with a context),
 lists of instructions, and plain prompts, as JSONL or CSV. trimtab itself has no harmful prompts.
+A column `label` of safe and unsafe, as XSTest has it, tells over-refusal from refusal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
 #: Columns that hold the prompt, the most telling first, in any case.
 _COLUMNS = ("prompt", "goal", "instruction", "behavior")
 _CONTEXTS = ("context", "contextstring")
+_LABELS = ("safe", "unsafe")
 #: New tokens, as in Selective Steering.
 _NEW_TOKENS = 512
 
@@ -31,7 +33,13 @@ def prompts_task(kind: str, file: str, data: str | None) -> Task:
 
     def example(row: Row, index: int, protocol: Protocol) -> Example:
         where = f"{path}, row {index + 1}"
-        return Example(str(row.get("id", index)), _conversation(row, where))
+        columns = {str(key).lower(): value for key, value in row.items()}
+        label = str(columns.get("label", "")).strip().lower()
+        return Example(
+            str(row.get("id", index)),
+            _conversation(columns, where),
+            fields={"label": label} if kind == "refusal" and label in _LABELS else {},
+        )
 
     return Task(
         name=f"{kind}:{file}",
@@ -70,9 +78,8 @@ def _read(path: Path) -> Sequence[Row]:
         raise TrimtabError(f"{path} cannot be read as CSV: {error}") from error
 
 
-def _conversation(row: Row, where: str) -> Prompt:
-    """The prompt of a row as a conversation."""
-    columns = {str(key).lower(): value for key, value in row.items()}
+def _conversation(columns: Row, where: str) -> Prompt:
+    """The prompt of a row as a conversation; the names of its columns in lower case."""
     for name in _COLUMNS:
         if columns.get(name):
             prompt = read_prompt(columns[name], where)
