@@ -181,7 +181,7 @@ def test_directories_that_hold_something_else(trimtab: Command, work: Path) -> N
 
 def test_a_task_without_validation_rows(trimtab: Command) -> None:
     Path("ask.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Say {i}", "label": "safe"}) + "\n" for i in range(3))
+        "".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(3))
     )
     command = (
         "sweep caa --model model --task refusal:ask.jsonl --contrast parts.jsonl --layer 0,1 "

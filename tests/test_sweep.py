@@ -441,6 +441,28 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     assert len(list((output / "records").glob("0*-validation.jsonl"))) == 6
 
 
+def test_a_trial_that_another_takes_last_is_waited_for(
+    lm: tt.LanguageModel, task: str, tmp_path: Path
+) -> None:
+    from trimtab.searching import Trials
+
+    release, taken = Trials.release_dead, []
+
+    def look(queue: Trials) -> int:
+        others = release(queue)
+        if len(queue.finished()) == 5 and not taken:  # after this look, before the next claim
+            taken.append(queue.claim())
+        elif taken and others:
+            outcome = {"params": queue.params(taken[0]), "state": "failed", "why": "elsewhere"}
+            queue.finish(taken[0], outcome, None)
+        return others
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trials, "release_dead", look)
+        found = sweep(lm, "austeer", task, SPACE, output=tmp_path / "run")
+    assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["failed"]
+
+
 def test_two_processes_on_one_sqlite_file(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     _shared(lm, task, tmp_path / "run", None)
 

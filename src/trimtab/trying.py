@@ -86,13 +86,13 @@ class _Worker:
                 if trial is not None:
                     with queue.alive(trial):
                         self._try(queue, trial)
-                elif others:
-                    time.sleep(_PATIENCE)
-                else:
-                    break
                 ended = len(queue.finished())
                 advance(ended - shown)
                 shown = ended
+                if trial is None and ended == len(queue.plan):
+                    break
+                if trial is None and others:
+                    time.sleep(_PATIENCE)
 
     def _try(self, queue: Trials, trial: Any) -> None:
         """Run one trial, keep its records, and say what came of it."""
