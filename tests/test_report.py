@@ -256,7 +256,7 @@ def test_the_page_of_an_evaluation_has_every_figure() -> None:
     outline = Outline(evaluation_page(evaluation, {"model": model}, ENVIRONMENT))
     for text in (
         "Evaluation of tiny",
-        "llama, 3 layers, torch.float32; 12 seconds; 2026-01-02",
+        "llama, 3 layers, float32; 12 seconds; 2026-01-02",
         "copa, trimtab's protocol",
         "boolq, trimtab's protocol",
         "a note of the run",

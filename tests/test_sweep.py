@@ -156,6 +156,7 @@ def test_report_and_pictures(done: tuple[Sweep, Path]) -> None:
     page = (done[1] / "report.html").read_text()
     for said in ("chosen on validation", "oracle: best on the test rows", "All trials", "viewport"):
         assert said in page
+    assert "The oracle was chosen" in page
     assert "prefers-color-scheme: dark" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     heat = (done[1] / "pictures" / "heatmap.svg").read_text()
@@ -172,6 +173,7 @@ def test_pictures_of_one_of_three_and_of_draws(
 ) -> None:
     layers = {"layer": (0, 1, (0, 2))}
     sweep(lm, "caa", task, layers, oracle=False, test_limit=3, output=tmp_path / "one")
+    assert "The oracle was chosen" not in (tmp_path / "one" / "report.html").read_text()
     line = (tmp_path / "one" / "pictures" / "line.svg").read_text()
     for label in ("layer", "0,2", "steered, 95 % intervals", "log_odds [nats], 20 validation rows"):
         assert f">{label}<" in line

@@ -90,7 +90,8 @@ def evaluation_page(evaluation: Any, config: dict[str, Any], environment: dict[s
 
 def model_line(model: dict[str, Any]) -> str:
     """A model in a few words, from the configuration of a run."""
-    return f"{model['architecture']}, {model['layers']} layers, {model['dtype']}"
+    precision = model["dtype"].removeprefix("torch.")
+    return f"{model['architecture']}, {model['layers']} layers, {precision}"
 
 
 def evaluation_tables(evaluation: Any) -> list[Table]:

@@ -339,7 +339,9 @@ def _chosen(found: Sweep) -> Table:
             "flipped",
         ],
         rows,
-        "The oracle was chosen on the rows that it is reported on: no one has it beforehand.",
+        ""
+        if found.oracle is None
+        else "The oracle was chosen on the rows that it is reported on: no one has it beforehand.",
     )
 
 
