@@ -317,7 +317,9 @@ def _chosen(found: Sweep) -> Table:
                 flips,
             ]
         )
+    note = ""
     if found.oracle is not None:
+        note = "The oracle was chosen on the rows that it is reported on: no one has it beforehand."
         rows.append(
             [
                 "oracle: best on the test rows",
@@ -339,9 +341,7 @@ def _chosen(found: Sweep) -> Table:
             "flipped",
         ],
         rows,
-        ""
-        if found.oracle is None
-        else "The oracle was chosen on the rows that it is reported on: no one has it beforehand.",
+        note,
     )
 
 

@@ -80,19 +80,17 @@ class _Worker:
         """Until every trial has ended, here or elsewhere."""
         with progress(f"sweep of {self.fitter.method.name}", len(queue.plan)) as advance:
             shown = 0
-            while True:
+            while shown < len(queue.plan):
                 others = queue.release_dead()
                 trial = queue.claim()
                 if trial is not None:
                     with queue.alive(trial):
                         self._try(queue, trial)
+                elif others:
+                    time.sleep(_PATIENCE)
                 ended = len(queue.finished())
                 advance(ended - shown)
                 shown = ended
-                if trial is None and ended == len(queue.plan):
-                    break
-                if trial is None and others:
-                    time.sleep(_PATIENCE)
 
     def _try(self, queue: Trials, trial: Any) -> None:
         """Run one trial, keep its records, and say what came of it."""
