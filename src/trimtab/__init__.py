@@ -9,8 +9,9 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import evaluate
 from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.fitting import fit
+from trimtab.loading import load, wrap
 from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
-from trimtab.model import Completion, LanguageModel, load, wrap
+from trimtab.model import Completion, LanguageModel
 from trimtab.spaces import Range
 from trimtab.steering import Dial, Intervention, Steering, Steerings
 from trimtab.sweep import sweep

@@ -29,7 +29,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import LanguageModel, load
+from trimtab.loading import load
+from trimtab.model import LanguageModel
 from trimtab.next_tokens import Next, Reading, next_tokens, plan
 from trimtab.progress import progress
 from trimtab.steering import Steering, Steerings, together

@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
+from trimtab.loading import load
+from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 
 Model = Annotated[

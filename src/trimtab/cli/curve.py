@@ -38,9 +38,10 @@ from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import evaluate
 from trimtab.fitting import fit
+from trimtab.loading import load
 from trimtab.metrics.effect import plain_texts
 from trimtab.metrics.judges import Chat, LocalChat
-from trimtab.model import LanguageModel, load
+from trimtab.model import LanguageModel
 from trimtab.plots import save_figure
 from trimtab.steering import Steering, write_whole
 from trimtab.strength.concept import (

@@ -12,6 +12,7 @@ import typer
 from trimtab.cli.common import console
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
+from trimtab.loading import load
 from trimtab.metrics.judges import (
     HARMBENCH_TEMPLATE,
     Chat,
@@ -22,7 +23,6 @@ from trimtab.metrics.judges import (
     PhraseJudge,
     PolyGuardJudge,
 )
-from trimtab.model import load
 
 _PANEL = "Judges"
 

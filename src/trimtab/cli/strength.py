@@ -35,7 +35,7 @@ from trimtab.cli.curve import curve_command
 from trimtab.contrasts import last_message
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
-from trimtab.model import load
+from trimtab.loading import load
 from trimtab.steering import Steering, write_whole
 from trimtab.strength.budgets import BUDGETS, budget, calibrate
 

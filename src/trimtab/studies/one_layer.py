@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from trimtab.contrasts import Contrast
 from trimtab.fitting import fit
+from trimtab.loading import wrap
 from trimtab.methods import CAA
 from trimtab.metrics.effect import plain_texts
-from trimtab.model import LanguageModel, wrap
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.report import Picture, Table
 from trimtab.strength.curves import curve
