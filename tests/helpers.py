@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import trimtab as tt
@@ -237,3 +238,100 @@ def kl_at(
 
 def with_range(steering: tt.Steering, low: float = -1e4, high: float = 1e4) -> tt.Steering:
     return replace(steering, dial=replace(steering.dial, range=(low, high)))
+
+
+# -- hooks and loops without trimtab ----------------------------------------------------------
+
+Change = Callable[[Tensor], Tensor]
+
+
+def block(model: Any, layer: int) -> nn.Module:
+    """A block by its path in transformers."""
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    found: nn.Module = blocks[layer]
+    return found
+
+
+@contextmanager
+def hand_hooked(module: nn.Module, change: Change | None) -> Iterator[None]:
+    """Change a module's output with a plain hook."""
+    handle = module.register_forward_hook(
+        lambda module, args, output: None if change is None else change(output)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def greedy_by_hand(
+    model: Any,
+    prompt: list[int],
+    new: int,
+    change: Change,
+    positions: Positions = "all",
+    layer: int = 1,
+) -> list[int]:
+    """A plain greedy loop without a cache; `change` acts on a block's output at some positions."""
+    ids, end = list(prompt), len(prompt)
+    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
+    stop = end if positions == "prompt" else 10**6
+
+    def hook(module: Any, args: Any, x: Tensor) -> Tensor:
+        return torch.cat((x[:, :first], change(x[:, first:stop]), x[:, stop:]), dim=1)
+
+    handle = block(model, layer).register_forward_hook(hook)
+    for _ in range(new):
+        logits = model(torch.tensor([ids]), use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    handle.remove()
+    return ids[end:]
+
+
+def left_padded(lm: tt.LanguageModel, prompts: list[str]) -> dict[str, Tensor]:
+    return dict(lm.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
+
+
+def raw_greedy(lm: tt.LanguageModel, prompts: list[str], new: int, **options: Any) -> list[Any]:
+    """transformers' own generate, nothing of trimtab's: the new tokens of each row."""
+    inputs = left_padded(lm, prompts)
+    settings = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0, **options}
+    output = lm.model.generate(**inputs, **settings)
+    tokens: list[Any] = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return tokens
+
+
+def logits_of(lm: tt.LanguageModel, prompts: list[str] = PROMPTS) -> Tensor:
+    """One plain pass over a left-padded batch, [rows, tokens, vocabulary]."""
+    with torch.no_grad():
+        return lm.model(**left_padded(lm, prompts), use_cache=False).logits
+
+
+@contextmanager
+def seen_before_and_after(module: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    """What a module inside a block puts out, and what the steering makes of it."""
+
+    def see(module: Any, args: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [module.register_forward_hook(see, prepend=first) for first in (True, False)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def traces(model: nn.Module) -> dict[str, Any]:
+    """Everything that hooks leave on a model's modules."""
+    return {
+        name: (
+            list(module._forward_hooks.values()),
+            list(module._forward_pre_hooks.values()),
+            dict(module._forward_hooks_with_kwargs),
+            dict(module._forward_pre_hooks_with_kwargs),
+            [key for key in ("forward", "generate") if key in vars(module)],
+        )
+        for name, module in model.named_modules()
+    }

@@ -45,7 +45,7 @@ def capture(model: Any, sites: list[str], ids: list[int] = IDS) -> dict[str, Ten
 
         return read
 
-    with torch.no_grad(), hooked({places.point(site): reader(site) for site in sites}):
+    with torch.no_grad(), hooked(model, {places.point(site): reader(site) for site in sites}):
         seen["logits"] = model(torch.tensor([ids]), use_cache=False).logits[0]
     return seen
 
@@ -179,7 +179,7 @@ def test_editing_what_a_norm_reads_leaves_the_stream_alone(name: str) -> None:
         for other in (f"{branch}_norm", f"{branch}_out", "resid"):
             point = places.point(f"layers.1.{other}")
             edits[point] = partial(seen.__setitem__, other)
-        with torch.no_grad(), hooked(edits):
+        with torch.no_grad(), hooked(model, edits):
             model(torch.tensor([IDS]))
         at = "layers.1"
         assert relative(seen[f"{branch}_norm"][0], plain[f"{at}.{branch}_norm"]) > 0.01
@@ -324,7 +324,7 @@ def test_editing_an_olmo2_norm_site_leaves_the_residual_stream_alone() -> None:
         places.point("layers.1.attn_out"): partial(seen.__setitem__, "attn_out"),
         places.point("layers.1.ffn_norm"): partial(seen.__setitem__, "ffn_norm"),
     }
-    with torch.no_grad(), hooked(edits):
+    with torch.no_grad(), hooked(model, edits):
         model(torch.tensor([IDS]))
         branch = model.model.layers[1].post_attention_layernorm(seen["attn_out"][0])
     plain, _ = both("olmo2")
@@ -361,7 +361,7 @@ def test_fused_experts_are_not_skipped() -> None:
     handle = model.model.layers[1].mlp.register_forward_hook(
         lambda module, args, output: outputs.append(output)
     )
-    with torch.no_grad(), hooked({point: silence}):
+    with torch.no_grad(), hooked(model, {point: silence}):
         model(torch.tensor([IDS, IDS[::-1]]))
     handle.remove()
     assert calls == [(2, len(IDS), 128)]
@@ -380,7 +380,7 @@ def test_an_edit_of_one_expert_reaches_only_the_tokens_routed_to_it() -> None:
         places.point("layers.1.ffn_in"): louder,
         places.point("layers.1.ffn_out"): partial(seen.__setitem__, "out"),
     }
-    with torch.no_grad(), hooked(edits):
+    with torch.no_grad(), hooked(model, edits):
         model(torch.tensor([IDS]))
     moved = (seen["out"][0] - plain["layers.1.ffn_out"]).abs().amax(-1) > 1e-6
     assert torch.equal(moved, plain["layers.1.ffn_in"][:, :32].any(-1))
@@ -391,8 +391,8 @@ def test_experts_take_several_edits_and_give_their_forward_back() -> None:
     model = tiny_model("qwen3_moe")
     block, point = model.model.layers[1].mlp, Anatomy(model).point("layers.1.ffn_in")
     seen: list[Tensor] = []
-    with torch.no_grad(), hooked({point: lambda x: x + 1}):
-        with hooked({point: seen.append}):
+    with torch.no_grad(), hooked(model, {point: lambda x: x + 1}):
+        with hooked(model, {point: seen.append}):
             model(torch.tensor([IDS]))
         assert "forward" in vars(block)
         model(torch.tensor([IDS]))
@@ -408,7 +408,11 @@ def test_experts_keep_a_forward_that_somebody_else_put_there() -> None:
     block, point = model.model.layers[1].mlp, Anatomy(model).point("layers.1.ffn_in")
     foreign = partial(type(block).forward, block)
     block.forward = foreign
-    with torch.no_grad(), hooked({point: lambda x: x + 1}), hooked({point: lambda x: x + 1}):
+    with (
+        torch.no_grad(),
+        hooked(model, {point: lambda x: x + 1}),
+        hooked(model, {point: lambda x: x + 1}),
+    ):
         model(torch.tensor([IDS]))
     assert vars(block)["forward"] is foreign
 
@@ -426,7 +430,7 @@ class Normed(nn.Module):
 def test_of_a_tuple_only_the_first_element_is_edited() -> None:
     module, x, residual = Normed(), torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     point = Point("layers.0.attn_norm", module, "output", 3)
-    with hooked({point: lambda y: y + 1}):
+    with hooked(module, {point: lambda y: y + 1}):
         output = module(x, residual)
     assert isinstance(output, tuple)
     assert torch.equal(output[0], 2 * x + 1)
@@ -440,7 +444,7 @@ def test_a_real_module_with_a_tuple_output_is_steered_like_its_tensor() -> None:
     projection = Anatomy(model).point("layers.1.attn_out")
     results = []
     for point in (attention, projection):
-        with torch.no_grad(), hooked({point: lambda x: x * 1.5 + 1}):
+        with torch.no_grad(), hooked(model, {point: lambda x: x * 1.5 + 1}):
             results.append(model(torch.tensor([IDS])).logits)
     assert torch.equal(results[0], results[1])
     assert relative(results[0][0], both("llama")[0]["logits"]) > 0.01
@@ -448,7 +452,7 @@ def test_a_real_module_with_a_tuple_output_is_steered_like_its_tensor() -> None:
 
 def test_inputs_are_edited_whether_positional_or_by_name() -> None:
     module, x, residual = Normed(), torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
-    with hooked({Point("layers.0.heads", module, "input", 3): lambda y: y + 1}):
+    with hooked(module, {Point("layers.0.heads", module, "input", 3): lambda y: y + 1}):
         assert torch.equal(module(x, residual)[0], 2 * (x + 1))
         named = module(hidden_states=x, residual=residual)
     assert torch.equal(named[0], 2 * (x + 1))
@@ -459,7 +463,7 @@ def test_an_edit_that_returns_none_leaves_the_very_tensor() -> None:
     module, x, residual = Normed(), torch.ones(1, 2, 3), torch.zeros(1, 2, 3)
     outputs: list[Any] = []
     handle = module.register_forward_hook(lambda m, args, output: outputs.append(output))
-    with hooked({Point("x", module, "output", 3): lambda y: None}):
+    with hooked(module, {Point("x", module, "output", 3): lambda y: None}):
         assert module(x, residual) is outputs[0]
     handle.remove()
 
@@ -467,7 +471,7 @@ def test_an_edit_that_returns_none_leaves_the_very_tensor() -> None:
 def test_hooks_go_when_installing_a_later_one_fails() -> None:
     module = nn.Linear(3, 3)
     good, bad = Point("a", module, "output", 3), Point("b", None, "output", 3)  # type: ignore[arg-type]
-    with pytest.raises(AttributeError), hooked({good: lambda x: x, bad: lambda x: x}):
+    with pytest.raises(AttributeError), hooked(module, {good: lambda x: x, bad: lambda x: x}):
         pass
     assert not module._forward_hooks
 
@@ -610,7 +614,7 @@ def test_a_made_up_architecture_can_be_registered(monkeypatch: pytest.MonkeyPatc
         for kind in kinds
         for site in places.sites(kind)
     }
-    with torch.no_grad(), hooked(edits):
+    with torch.no_grad(), hooked(model, edits):
         model(torch.tensor([[3, 1, 4, 1, 5]]))
         block = model.core["stack"][1]
         middle = seen["layers.0.resid"] + seen["layers.1.attn_out"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,17 +17,26 @@ from helpers import (
     PROMPTS,
     SITES,
     TELLING,
+    Change,
     add,
+    block,
     by_hand,
+    greedy_by_hand,
+    hand_hooked,
     language_model,
+    left_padded,
+    logits_of,
     operator,
     plain_logits,
+    raw_greedy,
     relative,
     scale,
+    seen_before_and_after,
     site_kinds,
     steer,
     steer_at,
     token_ids,
+    traces,
 )
 from reference import reference
 from tiny import TINY
@@ -43,89 +50,6 @@ shared = cache(language_model)
 
 #: A plain architecture, one with experts, one with norms after the branches.
 FEW = ("llama", "qwen3_moe", "gemma3")
-
-Change = Callable[[Tensor], Tensor]
-
-
-# -- the oracle: hooks and loops without trimtab ----------------------------------------------
-
-
-def block(model: Any, layer: int) -> nn.Module:
-    """A block by its path in transformers."""
-    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    found: nn.Module = blocks[layer]
-    return found
-
-
-@contextmanager
-def hand_hooked(module: nn.Module, change: Change | None) -> Iterator[None]:
-    """Change a module's output with a plain hook."""
-    handle = module.register_forward_hook(
-        lambda module, args, output: None if change is None else change(output)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@torch.no_grad()
-def greedy_by_hand(
-    model: Any,
-    prompt: list[int],
-    new: int,
-    change: Change,
-    positions: Positions = "all",
-    layer: int = 1,
-) -> list[int]:
-    """A plain greedy loop without a cache; `change` acts on a block's output at some positions."""
-    ids, end = list(prompt), len(prompt)
-    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
-    stop = end if positions == "prompt" else 10**6
-
-    def hook(module: Any, args: Any, x: Tensor) -> Tensor:
-        return torch.cat((x[:, :first], change(x[:, first:stop]), x[:, stop:]), dim=1)
-
-    handle = block(model, layer).register_forward_hook(hook)
-    for _ in range(new):
-        logits = model(torch.tensor([ids]), use_cache=False).logits
-        ids.append(int(logits[0, -1].argmax()))
-    handle.remove()
-    return ids[end:]
-
-
-def left_padded(lm: tt.LanguageModel, prompts: list[str]) -> dict[str, Tensor]:
-    return dict(lm.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left"))
-
-
-def raw_greedy(lm: tt.LanguageModel, prompts: list[str], new: int, **options: Any) -> list[Any]:
-    """transformers' own generate, nothing of trimtab's: the new tokens of each row."""
-    inputs = left_padded(lm, prompts)
-    settings = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0, **options}
-    output = lm.model.generate(**inputs, **settings)
-    tokens: list[Any] = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return tokens
-
-
-def logits_of(lm: tt.LanguageModel, prompts: list[str] = PROMPTS) -> Tensor:
-    """One plain pass over a left-padded batch, [rows, tokens, vocabulary]."""
-    with torch.no_grad():
-        return lm.model(**left_padded(lm, prompts), use_cache=False).logits
-
-
-def traces(model: nn.Module) -> dict[str, Any]:
-    """Everything that hooks leave on a model's modules."""
-    return {
-        name: (
-            list(module._forward_hooks.values()),
-            list(module._forward_pre_hooks.values()),
-            dict(module._forward_hooks_with_kwargs),
-            dict(module._forward_pre_hooks_with_kwargs),
-            [key for key in ("forward", "generate") if key in vars(module)],
-        )
-        for name, module in model.named_modules()
-    }
-
 
 # -- what is done, at every site of every architecture ----------------------------------------
 
@@ -519,14 +443,18 @@ def test_activations_are_never_changed_in_place(op: str) -> None:
             held.append(x)
             copies.append(x.clone())
 
-        if point.side == "output":  # a hook of the user's, which runs before the steering's
-            handle = point.module.register_forward_hook(lambda m, a, output: note(output))
-        else:
-            handle = point.module.register_forward_pre_hook(lambda m, args: note(args[0]))
         for rows in (steering, [steering, None, steering.at(2)]):
             with lm.steered(rows):
+                if point.side == "output":  # a hook that runs before the steering's
+                    handle = point.module.register_forward_hook(
+                        lambda m, a, output: note(output), prepend=True
+                    )
+                else:
+                    handle = point.module.register_forward_pre_hook(
+                        lambda m, args: note(args[0]), prepend=True
+                    )
                 logits_of(lm)
-        handle.remove()
+                handle.remove()
         assert len(held) == 2
         for x, copy in zip(held, copies, strict=True):
             assert torch.equal(x, copy), kind
@@ -816,13 +744,10 @@ def test_arithmetic_is_float32_and_cast_back(op: str, dtype: torch.dtype) -> Non
     seen: list[Tensor] = []
     layer = block(lm.model, 1)
     dials = [3.7, 0.0, -1.3]
-    before = layer.register_forward_hook(lambda m, a, output: seen.append(output))
     for rows in (steering.at(3.7), [steering.at(dial) for dial in dials]):
         seen.clear()
-        with lm.steered(rows):
-            after = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+        with lm.steered(rows), seen_before_and_after(layer, seen):
             logits_of(lm)
-            after.remove()
         x, y = seen
         assert y.dtype is dtype
         per_row = torch.tensor(dials if isinstance(rows, list) else [3.7] * 3)[:, None, None]
@@ -837,7 +762,6 @@ def test_arithmetic_is_float32_and_cast_back(op: str, dtype: torch.dtype) -> Non
         assert torch.equal(y, expected.to(dtype))
         assert not torch.equal(y, coarse)  # the test can tell the difference
         assert x.isfinite().all()
-    before.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -855,13 +779,10 @@ def test_planes_are_computed_in_float32_or_better_and_cast_back(
     seen: list[Tensor] = []
     rough = 1e-12 if dtype == torch.float64 else 1e-6
     layer = block(lm.model, 1)
-    before = layer.register_forward_hook(lambda m, a, output: seen.append(output))
     for rows in (steering, [steering, None, replace(steering, value=20.0)]):
         seen.clear()
-        with lm.steered(rows):
-            after = layer.register_forward_hook(lambda m, a, output: seen.append(output))
+        with lm.steered(rows), seen_before_and_after(layer, seen):
             logits_of(lm)
-            after.remove()
         x, y = seen
         dials = [row and row.setting for row in rows] if isinstance(rows, list) else []
         for row in range(3):
@@ -870,7 +791,6 @@ def test_planes_are_computed_in_float32_or_better_and_cast_back(
             # One rounding at the end: half a step, and what the sums themselves round.
             half = torch.finfo(dtype).eps * exact.abs() / 2 + rough * exact.norm(dim=-1)[:, None]
             assert ((y[row].double() - exact).abs() <= half).all()
-    before.remove()
 
 
 def test_rows_and_dials_in_bfloat16_leave_the_others_alone() -> None:

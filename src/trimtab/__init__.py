@@ -16,6 +16,7 @@ from trimtab.spaces import Range
 from trimtab.steering import Dial, Intervention, Steering, Steerings
 from trimtab.sweep import sweep
 from trimtab.swept import Sweep
+from trimtab.versions import warn_if_untested
 
 __all__ = [
     "AAS",
@@ -52,3 +53,5 @@ __all__ = [
     "sweep",
     "wrap",
 ]
+
+warn_if_untested()

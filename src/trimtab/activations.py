@@ -245,7 +245,7 @@ def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Ten
         return read
 
     edits: dict[Point, Edit] = {anatomy.point(site): reader(site) for site in by_site}
-    with hooked(edits), suppress(_Enough):
+    with hooked(anatomy.body, edits), suppress(_Enough):
         anatomy.body(**model_inputs(batch, language_model))
     return found
 

@@ -15,93 +15,31 @@ about to read, and `turned` for one steering at a tensor of dials, through which
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import current_thread
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Edit, Point
 from trimtab.errors import TrimtabError
+from trimtab.exclusive import exclusively
 from trimtab.hooks import hooked
 from trimtab.operators import Operator
+from trimtab.passes import Choose, Pass, Sequences
+from trimtab.running import Attached, Block
 from trimtab.steering import Positions, Steering
 
 #: The steerings of one row of a batch, in the order in which they act.
 RowSteerings = tuple[Steering, ...]
 
-
-@dataclass
-class Sequences:
-    """Where the rows of the current forward pass stand between prompt and generated tokens."""
-
-    start: int = 0  # position of the pass's first token
-    length: int = 0
-    prompt_end: list[int] = field(default_factory=list)  # one per row, or one for all
-    #: Where the caller says that prompts end: for texts whose answer is read along with them.
-    given_ends: list[int] | None = None
-    generating: bool = False
-    prompt_width: int = 0  # tokens that generate() was given, which may come in several passes
-    #: The next pass begins new sequences, even where a cache is already filled.
-    fresh: bool = True
-    passes: int = 0
-    #: The caller says that every text ended with its first token: none was left to steer.
-    ended_at_once: bool = False
-    #: Passes run as if nothing were attached.
-    paused: bool = False
-
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Note what a pass of the transformer body is about to read; whether new sequences begin
-        with it."""
-        tokens = args[0] if args else kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs["inputs_embeds"]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        self.start = 0 if cache is None else int(cache.get_seq_length())
-        self.length = tokens.shape[1]
-        if self.given_ends is not None:
-            self.prompt_end = self.given_ends
-        begins = self.fresh or (self.start == 0 and not self.generating)
-        if begins and self.given_ends is None:
-            width = self.start + self.length
-            whole = width >= self.prompt_width
-            self.prompt_end = _ends(mask, width) if whole else [self.prompt_width]
-        self.fresh = False
-        return begins
-
-    def mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
-        """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
-        if positions == "all":
-            return True
-        stop = self.start + self.length
-        ends = [end - 1 for end in self.prompt_end] if positions == "last" else self.prompt_end
-        before = positions == "prompt"
-        if max(ends) <= self.start:
-            return not before
-        if min(ends) >= stop:
-            return before
-        token = torch.arange(self.start, stop, device=device)
-        after = token >= torch.tensor(ends, device=device)[:, None]
-        return ~after if before else after
-
-
-def _ends(mask: Any, width: int) -> list[int]:
-    """Where each row's real tokens end, from a [rows, width] mask of ones; else the width."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return [width]
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    ends: list[int] = (columns * (mask != 0)).amax(-1).tolist()
-    return ends
-
-
-def _width_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """How many tokens of prompt generate() was given, 0 where it was given none."""
-    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
-    given = [*args[:1], *(kwargs.get(name) for name in names)]
-    return max((x.shape[1] for x in given if isinstance(x, Tensor) and x.dim() > 1), default=0)
+#: What is on each model, by its transformer body.
+_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 
 @dataclass
@@ -114,20 +52,22 @@ class _Step:
     rows: list[bool]
     touched: int = 0  # passes in which it changed something
     #: The operator and the rows that it changes, for each device and number of rows.
-    bound: dict[tuple[torch.device, int], tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(
-        default_factory=dict
-    )
+    bound: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(default_factory=dict)
 
-    def __call__(self, x: Tensor, sequences: Sequences) -> Tensor | None:
-        mask = sequences.mask(self.positions, x.device)
+    def __call__(self, x: Tensor, now: Pass | None) -> Tensor | None:
+        """What becomes of an activation, None where nothing does; `now` is the pass that runs, as
+        far as anybody needs to know."""
+        mask = True if now is None else now.mask(self.positions, x.device)
         if mask is False:
             return None
-        key = (x.device, x.shape[0])
-        if key not in self.bound:
+        found = None if now is None else now.found
+        bound = self.bound if found is None else found.bound
+        key = (id(self), x.device, x.shape[0])
+        if key not in bound:
             # A plain pass with gradients may follow one in inference mode in the same block.
             with torch.inference_mode(False):
-                self.bound[key] = self._bind(x)
-        function, steered = self.bound[key]
+                bound[key] = self._bind(x, self.dials if found is None else found.values)
+        function, steered = bound[key]
         self.touched += 1
         changed = function(x)
         if isinstance(mask, Tensor):
@@ -139,13 +79,10 @@ class _Step:
         """Whether one dial, which stays, is for all rows."""
         return not isinstance(self.dials, Tensor) and len(self.dials) == 1
 
-    def turn(self, dials: Tensor) -> None:
-        """From now on other dials, one per row."""
-        self.dials = dials
-        self.bound.clear()
-
-    def _bind(self, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-        dials, rows = self.dials, self.rows
+    def _bind(
+        self, x: Tensor, dials: Sequence[float] | Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        rows = self.rows
         if self.same_for_all:
             return self.operator.bind(float(dials[0]), x.device), None
         # Beams and several samples per prompt repeat each row in place.
@@ -209,13 +146,24 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
 
 
 @contextmanager
-def attached(model: Any, anatomy: Anatomy, rows: Sequence[RowSteerings]) -> Iterator[Sequences]:
+def attached(
+    model: Any,
+    anatomy: Anatomy,
+    rows: Sequence[RowSteerings],
+    *,
+    pad: int | None = None,
+    block: bool = True,
+) -> Iterator[Sequences]:
     """Steer the model: `rows` holds one entry for all rows of any batch, or one per row.
 
     Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
-    `given_ends`. A steering that touched nothing although the model ran is an error.
+    `given_ends`. `pad` is the padding token, by which padding is known that no mask tells. `block`
+    is false where the model is held for one call only (see exclusive.py). A steering that touched
+    nothing although the model ran is an error.
     """
-    with _on_model(model, anatomy, _steps(rows)) as sequences:
+    steps = _steps(rows)
+    per_row = len(rows) if any(not step.same_for_all for step in _all(steps)) else None
+    with _on_model(model, anatomy, steps, rows=per_row, pad=pad, block=block) as sequences:
         yield sequences
 
 
@@ -223,13 +171,9 @@ def attached(model: Any, anatomy: Anatomy, rows: Sequence[RowSteerings]) -> Iter
 def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> Iterator[Sequences]:
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
     derivative, which goes on through the model."""
-    with _on_model(model, anatomy, _turned_steps(steering, dials)) as sequences:
+    steps = _turned_steps(steering, dials)
+    with _on_model(model, anatomy, steps, rows=len(dials)) as sequences:
         yield sequences
-
-
-#: Says at which dial each row of a batch is steered, from where the pass stands and from the
-#: positional and the named arguments of the transformer body.
-Choose = Callable[[Sequences, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 @contextmanager
@@ -238,15 +182,15 @@ def attached_by(
 ) -> Iterator[Sequences]:
     """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
     While it looks, it may run the model, which is not steered then."""
-    steps = _turned_steps(steering, torch.zeros(2))
-    with _on_model(model, anatomy, steps, choose) as sequences:
+    steps = _turned_steps(steering, torch.zeros(0))
+    with _on_model(model, anatomy, steps, choose=choose) as sequences:
         yield sequences
 
 
 def finds_dials(anatomy: Anatomy) -> bool:
     """Whether a block of `attached_by` is on the model, other than one that is looking now."""
-    watching = (getattr(hook, "finds", None) for hook in anatomy.body._forward_pre_hooks.values())
-    return any(sequences is not None and not sequences.paused for sequences in watching)
+    on = _ATTACHED.get(anatomy.body)
+    return on is not None and any(block.finds and not block.sequences.paused for block in on.blocks)
 
 
 def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
@@ -257,96 +201,83 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     return steps
 
 
+def _all(steps: dict[str, list[_Step]]) -> list[_Step]:
+    return [step for chain in steps.values() for step in chain]
+
+
+def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
+    """What is done to the activation of one site."""
+    first = chain[0]
+    if len(chain) == 1 and first.positions == "all" and first.same_for_all:
+        return _same_for_all(first)
+
+    def edit(x: Tensor) -> Tensor | None:
+        if sequences.paused:
+            return None
+        now, result = sequences.current, None
+        for step in chain:
+            changed = step(x if result is None else result, now)
+            result = result if changed is None else changed
+        return result
+
+    return edit
+
+
 @contextmanager
 def _on_model(
-    model: Any, anatomy: Anatomy, steps: dict[str, list[_Step]], choose: Choose | None = None
+    model: Any,
+    anatomy: Anatomy,
+    steps: dict[str, list[_Step]],
+    *,
+    rows: int | None = None,
+    pad: int | None = None,
+    choose: Choose | None = None,
+    block: bool = True,
 ) -> Iterator[Sequences]:
     """Take the steps at every pass of the model."""
-    sequences = Sequences()
-
-    def editor(site: str) -> Edit:
-        chain = steps[site]
-        first = chain[0]
-        if len(chain) == 1 and first.positions == "all" and first.same_for_all:
-            return _same_for_all(first)
-
-        def edit(x: Tensor) -> Tensor | None:
-            result = None
-            if sequences.paused:
-                return None
-            for step in chain:
-                changed = step(x if result is None else result, sequences)
-                result = result if changed is None else changed
-            return result
-
-        return edit
-
-    edits: dict[Point, Edit] = {anatomy.point(site): editor(site) for site in steps}
-
-    positioned = any(step.positions != "all" for chain in steps.values() for step in chain)
-
-    def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if sequences.paused:
-            return
-        sequences.passes += 1
-        if not (positioned or choose):
-            return
-        begins = sequences.observe(args, kwargs)
-        if begins and choose:
-            sequences.paused = True
-            try:
-                dials = choose(sequences, args, kwargs)
-            finally:
-                sequences.paused = False
-            for chain in steps.values():
-                for step in chain:
-                    step.turn(dials)
-
-    if not steps:
-        yield sequences
-        return
-    observe.finds = sequences if choose else None  # type: ignore[attr-defined]
-    watching = anatomy.body.register_forward_pre_hook(observe, with_kwargs=True)
-    try:
-        with _generate_observed(model, sequences), hooked(edits):
-            yield sequences
-    finally:
-        watching.remove()
-    idle = [
-        site
-        for site, chain in steps.items()
-        for step in chain
-        if not (step.touched or (step.positions == "generated" and sequences.ended_at_once))
-    ]
-    if sequences.passes and idle:
-        raise TrimtabError(
-            f"the steering touched nothing at {idle[0]}: the model ran {sequences.passes} times "
-            "without a token at the steering's positions reaching that site"
+    with exclusively(anatomy.body, block):
+        positioned = any(step.positions != "all" for step in _all(steps))
+        sequences = Sequences(
+            list(inspect.signature(anatomy.body.forward).parameters),
+            rows=rows,
+            pad=pad,
+            choose=choose,
+            positioned=positioned,
         )
-
-
-@contextmanager
-def _generate_observed(model: Any, sequences: Sequences) -> Iterator[None]:
-    """Know when a raw generate() begins and ends.
-
-    Without a KV cache it reads prompt and generated tokens in one pass, and only the call itself
-    tells that the prompt ended earlier.
-    """
-    original, previous = model.generate, vars(model).get("generate")
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        sequences.fresh = sequences.generating = True
-        sequences.prompt_width = _width_given(args, kwargs)
+        if not steps:
+            yield sequences
+            return
+        placed = bool(positioned or rows or choose)
+        opened = Block(sequences, placed, choose is not None, None if block else current_thread())
+        edits: dict[Point, Edit] = {
+            anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
+        }
+        on = _ATTACHED.get(anatomy.body)
+        if on is None or not on.blocks:
+            on = _ATTACHED[anatomy.body] = Attached(model, anatomy.body)
+        on.open(opened)
         try:
-            return original(*args, **kwargs)
+            with hooked(anatomy.body, edits):
+                yield sequences
         finally:
-            sequences.generating, sequences.prompt_width = False, 0
+            on.close(opened)
+            if not on.blocks:
+                _ATTACHED.pop(anatomy.body, None)
+        if opened.running:
+            raise TrimtabError(
+                "the block ended while the model was still running in another thread: what that "
+                "thread writes is no longer steered; wait for it (thread.join()) inside the block"
+            )
+        _refuse_untouched(steps, sequences)
 
-    object.__setattr__(model, "generate", generate)
-    try:
-        yield
-    finally:
-        object.__delattr__(model, "generate")
-        if previous is not None:
-            object.__setattr__(model, "generate", previous)
+
+def _refuse_untouched(steps: dict[str, list[_Step]], sequences: Sequences) -> None:
+    """A steering that does not act is an error."""
+    for site, chain in steps.items():
+        for step in chain:
+            over = step.positions == "generated" and sequences.ended_at_once
+            if sequences.passes and not step.touched and not over:
+                raise TrimtabError(
+                    f"the steering touched nothing at {site}: the model ran {sequences.passes} "
+                    "times without a token at the steering's positions reaching that site"
+                )

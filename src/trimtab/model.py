@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from trimtab.anatomy import Anatomy
-from trimtab.attach import RowSteerings, Sequences, attached, attached_by
+from trimtab.attach import RowSteerings, attached, attached_by
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
+from trimtab.passes import Sequences
 from trimtab.progress import progress
 from trimtab.saving import save_checkpoint
 from trimtab.steering import ModelIdentity, Steering, Steerings
@@ -224,6 +225,9 @@ class LanguageModel:
         `steered(a, kl=0.1)` chooses the dial: whenever the model begins to read new texts, the one
         at which each row's next token is 0.1 nats (KL) from the unsteered model's, on the side of
         the dial on which the steering stands.
+
+        The block is its thread's: until it ends, other threads may run the raw model, which is
+        steered then, but `steered`, `generate` and `logits` refuse them.
         """
         if kl is not None:
             from trimtab.strength.live import chooser  # strength is built on models
@@ -233,8 +237,16 @@ class LanguageModel:
             with attached_by(self.model, self.anatomy, steering, choose) as sequences:
                 yield sequences
             return
-        with attached(self.model, self.anatomy, self._row_steerings(steerings, force)) as sequences:
+        with self._steered(steerings, force, block=True) as sequences:
             yield sequences
+
+    def _steered(
+        self, steerings: Sequence[Any], force: bool, block: bool = False
+    ) -> AbstractContextManager[Sequences]:
+        """As `steered`; unless it is a `block`, for one call only, for which others wait."""
+        rows = self._row_steerings(steerings, force)
+        pad = self.tokenizer.pad_token_id
+        return attached(self.model, self.anatomy, rows, pad=pad, block=block)
 
     def _alone(self, arguments: Sequence[Any]) -> Steering:
         """The one steering that a budget is for."""
@@ -311,7 +323,7 @@ class LanguageModel:
                 torch.manual_seed(seed)
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                with self.steered(*_for_rows([rows[i] for i in chosen]), force=force) as sequences:
+                with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
                     texts = self._generate(
                         [tokens[i] for i in chosen], stop, max_new_tokens=max_new_tokens, **options
                     )
@@ -367,7 +379,7 @@ class LanguageModel:
             chosen = order[start : start + batch_size]
             inputs = self._left_padded([tokens[i] for i in chosen])
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            with self.steered(*_for_rows([rows[i] for i in chosen]), force=force):
+            with self._steered(_for_rows([rows[i] for i in chosen]), force):
                 logits = self.model(
                     **inputs,
                     position_ids=positions,

@@ -21,9 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from trimtab.anatomy import Anatomy, parse_site
+from trimtab.exclusive import exclusively
+from trimtab.hooks import eager
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
 from trimtab.steering import Steering
+from trimtab.versions import cache_argument
 
 
 def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
@@ -71,8 +74,8 @@ def begin(
     for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
         given = _padded([streams[i] for i in rows]) if done else None
         with (
-            _instead(anatomy.blocks[:done], given),
-            _instead(anatomy.blocks[blocks:], None),
+            _instead(anatomy, anatomy.blocks[:done], given),
+            _instead(anatomy, anatomy.blocks[blocks:], None),
             _watched(anatomy.blocks[blocks - 1]) as seen,
         ):
             anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
@@ -90,12 +93,12 @@ def beginning(
     anatomy = language_model.anatomy
     cache = DynamicCache(config=anatomy.config)
     with (
-        _instead(anatomy.blocks[:done], stream[None] if done else None),
-        _instead(anatomy.blocks[blocks:], None),
+        _instead(anatomy, anatomy.blocks[:done], stream[None] if done else None),
+        _instead(anatomy, anatomy.blocks[blocks:], None),
         _watched(anatomy.blocks[blocks - 1]) as seen,
     ):
         ids = torch.tensor([text], device=language_model.device)
-        anatomy.body(input_ids=ids, past_key_values=cache, use_cache=True)
+        anatomy.body(input_ids=ids, use_cache=True, **{cache_argument(anatomy.body): cache})
     # Masks and positions go by the length of the first layers, also where these did not run.
     blank = seen[0].new_zeros(1, 1, len(text), 1)
     for layer in range(anatomy.layers):
@@ -182,7 +185,7 @@ def resume(
     [texts, longest, units]; padding on the right. `cache` is as in `begin`."""
     anatomy = language_model.anatomy
     given = _padded(streams) if blocks else None
-    with _instead(anatomy.blocks[:blocks], given):
+    with _instead(anatomy, anatomy.blocks[:blocks], given):
         hidden: Tensor = anatomy.body(**_inputs(texts, language_model, cache)).last_hidden_state
     return hidden
 
@@ -207,30 +210,32 @@ def _inputs(
         "use_cache": cache is not None,
     }
     if cache is not None:  # a copy, because the pass adds to it
-        inputs["past_key_values"] = copy.deepcopy(cache)
-        inputs["past_key_values"].batch_repeat_interleave(len(texts))
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(texts))
+        inputs[cache_argument(language_model.anatomy.body)] = own
     return inputs
 
 
 @contextmanager
-def _instead(blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None]:
+def _instead(anatomy: Anatomy, blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None]:
     """These blocks hand on `given`, or what they are given, and compute nothing."""
 
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         return x if given is None else given.to(x.device)
 
-    before = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            object.__setattr__(block, "forward", forward)
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is not None:
-                object.__setattr__(block, "forward", own)
-            elif "forward" in vars(block):
-                object.__delattr__(block, "forward")
+    with exclusively(anatomy.body), eager():
+        before = [vars(block).get("forward") for block in blocks]
+        try:
+            for block in blocks:
+                object.__setattr__(block, "forward", forward)
+            yield
+        finally:
+            for block, own in zip(blocks, before, strict=True):
+                if own is not None:
+                    object.__setattr__(block, "forward", own)
+                elif "forward" in vars(block):
+                    object.__delattr__(block, "forward")
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def _read(language_model: LanguageModel, batch: Batch, sites: Sequence[str]) -> 
         return read
 
     anatomy = language_model.anatomy
-    with hooked({anatomy.point(site): reader(site) for site in sites}):
+    with hooked(anatomy.body, {anatomy.point(site): reader(site) for site in sites}):
         anatomy.body(**model_inputs(batch, language_model))
     return seen
 

@@ -184,7 +184,7 @@ def _signs(
         found.append(activation[0, -1, list(units)].float().cpu())
 
     anatomy = language_model.anatomy
-    with hooked({anatomy.point(site): see}):
+    with hooked(anatomy.body, {anatomy.point(site): see}):
         for text in texts:
             ids = torch.tensor([list(text)], device=language_model.device)
             anatomy.body(input_ids=ids, use_cache=False)

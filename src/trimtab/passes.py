@@ -1,0 +1,368 @@
+"""Where the rows of a forward pass stand: which of its tokens are prompt, which are generated.
+
+A pass of the transformer body tells its tokens, its padding mask and its KV cache, but not where
+the prompt ended. That is known from how the pass came about:
+
+- inside `model.generate(...)` the prompt is what generate was given, whatever a pass holds of it
+  (parts of it, or guesses of what comes after it, as in assisted decoding);
+- a pass that goes on with a KV cache goes on with the texts that the cache was filled with;
+- any other pass begins new texts, which end with the last token that is not padding.
+
+The cache is known by what it is: transformers has called its argument `past_key_values`, `cache`
+and `cache_params`. What cannot be known (several texts packed into a row, a cache of another kind,
+padding that no mask tells) is an error where it matters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Positions
+
+
+@dataclass(eq=False)
+class FoundDials:
+    """Dials that were found when the model began to read, [rows]; steps keep here what they make
+    of them."""
+
+    values: Tensor
+    bound: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass: its first token's position, its number of tokens, where prompts end."""
+
+    start: int
+    length: int
+    ends: list[int]  # one per row, or one for all
+    found: FoundDials | None = None
+    _masks: dict[Any, Tensor | bool] = field(default_factory=dict)
+
+    def mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
+        """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
+        if positions == "all":
+            return True
+        key = (positions, device)
+        if key not in self._masks:
+            with torch.inference_mode(False):  # the backward pass may come back to it
+                self._masks[key] = self._mask(positions, device)
+        return self._masks[key]
+
+    def _mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
+        stop = self.start + self.length
+        ends = [end - 1 for end in self.ends] if positions == "last" else self.ends
+        before = positions == "prompt"
+        if max(ends) <= self.start:
+            return not before
+        if min(ends) >= stop:
+            return before
+        token = torch.arange(self.start, stop, device=device)
+        after = token >= torch.tensor(ends, device=device)[:, None]
+        return ~after if before else after
+
+
+@dataclass
+class _Generation:
+    """One call of `generate`: how wide its prompt is (0: not known yet), and its mask."""
+
+    width: int
+    rows: int | None
+    mask: Tensor | None
+    guided: bool
+    ends: list[int] | None = None
+    found: FoundDials | None = None
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The texts that a model begins to read, for whoever chooses their dials: token ids
+    [rows, tokens] of the prompts, and the padding mask of the same shape where there is one."""
+
+    tokens: Tensor | None
+    mask: Any
+    whole: bool  # whether these are all tokens of the prompts
+
+
+#: Says at which dial each row of a batch is steered, [rows].
+Choose = Callable[[Beginning], Tensor]
+
+
+class _Local(threading.local):
+    """What each thread that runs the model does at the moment."""
+
+    generation: _Generation | None = None
+    current: Pass | None = None
+    paused: bool = False
+
+
+class Sequences:
+    """The passes of a model inside a block, and what its caller says about them.
+
+    `given_ends` says where the prompt of each row ends (or of all rows), for texts whose answer is
+    read along with them. `ended_at_once` says that every text ended with its first token, so that
+    none was left to steer.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str] = (),
+        *,
+        rows: int | None = None,
+        pad: int | None = None,
+        choose: Choose | None = None,
+        positioned: bool = True,
+    ) -> None:
+        self.given_ends: list[int] | None = None
+        self.ended_at_once = False
+        self.passes = 0
+        self._arguments = arguments  # names of the body's, for those given by place
+        self._rows, self._pad, self._choose = rows, pad, choose
+        self._positioned = positioned
+        self._local = _Local()
+        #: Where the prompts of texts end that are in a KV cache, and their dials.
+        self._begun: WeakKeyDictionary[Cache, tuple[list[int], FoundDials | None]] = (
+            WeakKeyDictionary()
+        )
+
+    @property
+    def current(self) -> Pass | None:
+        """The pass that runs in this thread, None where nobody needs to know where it stands."""
+        return self._local.current
+
+    @current.setter
+    def current(self, value: Pass | None) -> None:
+        self._local.current = value
+
+    @property
+    def paused(self) -> bool:
+        """Whether passes in this thread run as if nothing were attached."""
+        return self._local.paused
+
+    # -- generate -----------------------------------------------------------------------------
+
+    def begin_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> bool:
+        """Note what `generate` was given; False inside another one (assisted decoding by the model
+        itself), whose prompt is the outer one's."""
+        if self._local.generation is not None or self.paused:
+            return False
+        generation = _generation(args, kwargs, config)
+        if self._rows and generation.rows not in (None, self._rows):
+            raise TrimtabError(
+                f"steerings were given for {self._rows} rows, but generate() has {generation.rows}"
+            )
+        if generation.guided and self._positioned:
+            raise TrimtabError(
+                "guidance_scale makes generate() read texts beside the prompt, which the steering "
+                "cannot tell from it: steer at all positions, or leave guidance_scale out"
+            )
+        self._local.generation = generation
+        return True
+
+    def end_generation(self) -> int:
+        """How many passes the call of `generate` has run."""
+        generation, self._local.generation = self._local.generation, None
+        return 0 if generation is None else generation.passes
+
+    # -- passes -------------------------------------------------------------------------------
+
+    def count(self) -> None:
+        """Another pass runs."""
+        self.passes += 1
+        if self._local.generation is not None:
+            self._local.generation.passes += 1
+
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a pass of the transformer body is about to read."""
+        arguments = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+            raise TrimtabError(
+                "the model was run without input_ids or inputs_embeds of shape [rows, tokens], so "
+                "the steering cannot tell where its positions are: steer at all positions"
+            )
+        rows, length = tokens.shape[:2]
+        cache = _cache(arguments)
+        start = 0 if cache is None else int(cache.get_seq_length())
+        generation = self._local.generation
+        self._check_rows(rows, generation)
+        ends, found, begins = self._known(cache, start, generation)
+        if self.given_ends is not None:
+            ends = self.given_ends
+        if ends is None:
+            if not generation:
+                _refuse_packed(arguments, start, length)
+            ends = [start + length]
+            if self._positioned:
+                ends = _ends_by(generation, arguments, tokens, start + length, self._pad)
+        if begins and self._choose:
+            found = FoundDials(self._chosen(arguments, tokens, start, generation))
+        if generation:
+            generation.ends, generation.found = ends, found
+        if cache is not None:
+            self._begun[cache] = ends, found
+        repeats = max(1, rows // len(ends))
+        each = [end for end in ends for _ in range(repeats)] if len(ends) > 1 else ends
+        self._local.current = Pass(start, length, each, found)
+
+    def finish(self, output: Any) -> None:
+        """A pass has run: what it put into a cache of its own goes on from where it stands."""
+        current = self._local.current
+        if current is None:
+            return
+        values = output.values() if isinstance(output, Mapping) else output
+        for value in values if not isinstance(values, Tensor) else ():
+            if isinstance(value, Cache) and value not in self._begun:
+                self._begun[value] = current.ends, current.found
+
+    def _check_rows(self, rows: int, generation: _Generation | None) -> None:
+        """Rows are repeated, in place, for the beams and samples of generate, and nowhere else."""
+        if not self._rows or rows == self._rows:
+            return
+        if generation is None or rows % self._rows:
+            raise TrimtabError(
+                f"steerings were given for {self._rows} rows, but the batch has {rows}: give one "
+                "for each row"
+            )
+
+    def _known(
+        self, cache: Cache | None, start: int, generation: _Generation | None
+    ) -> tuple[list[int] | None, FoundDials | None, bool]:
+        """Where prompts end and at which dials they are, as far as that is known from before;
+        whether new texts begin."""
+        if generation:
+            return generation.ends, generation.found, generation.ends is None
+        if cache is not None and start and cache in self._begun:
+            return *self._begun[cache], False
+        return None, None, True
+
+    def _chosen(
+        self,
+        arguments: dict[str, Any],
+        tokens: Tensor,
+        start: int,
+        generation: _Generation | None,
+    ) -> Tensor:
+        assert self._choose is not None
+        width = (generation.width if generation else 0) or tokens.shape[1]
+        mask = arguments.get("attention_mask")
+        if generation and generation.mask is not None:
+            repeats = tokens.shape[0] // generation.mask.shape[0]
+            mask = generation.mask.repeat_interleave(repeats, dim=0)
+        ids = arguments.get("input_ids")
+        beginning = Beginning(
+            None if ids is None else ids[:, :width],
+            mask[:, :width] if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
+            start == 0 and tokens.shape[1] >= width,
+        )
+        self._local.paused = True
+        try:
+            return self._choose(beginning)
+        finally:
+            self._local.paused = False
+
+
+def _cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """The KV cache among the arguments of a body, whatever its name is."""
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            return value
+    for name, value in arguments.items():
+        holds = ("cache" in name or "past" in name) and not isinstance(value, bool | int | Tensor)
+        if holds and value is not None:
+            raise TrimtabError(
+                f"the model was run with a KV cache of a kind ({type(value).__name__}) that does "
+                "not tell where a text stands: steer at all positions, or generate with generate()"
+            )
+    return None
+
+
+def _generation(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> _Generation:
+    """What a call of `generate` was given: [rows, width] of its prompt."""
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+    given = [*args[:1], *(kwargs.get(name) for name in names)]
+    shapes = [x.shape for x in given if isinstance(x, Tensor) and x.dim() > 1]
+    mask = kwargs.get("attention_mask")
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    scales = (kwargs, vars(kwargs.get("generation_config") or config))
+    guided = any(scale.get("guidance_scale") not in (None, 1) for scale in scales)
+    return _Generation(
+        width=max((shape[1] for shape in shapes), default=0),
+        rows=shapes[0][0] if shapes else None,
+        mask=mask if plain else None,
+        guided=guided,
+    )
+
+
+def _ends_by(
+    generation: _Generation | None,
+    arguments: Mapping[str, Any],
+    tokens: Tensor,
+    width: int,
+    pad: int | None,
+) -> list[int]:
+    """Where the prompts end of texts that begin with this pass, which ends at `width`."""
+    mask = arguments.get("attention_mask")
+    plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if generation:
+        width = generation.width or width
+        if generation.mask is not None:
+            return _last_ones(generation.mask)
+        # generate makes a mask itself where it was given padding and none.
+        if plain is not None and plain.shape[1] >= width:
+            return _last_ones(plain[:, :width])
+        return [width]
+    if plain is not None:
+        return _last_ones(plain)
+    if mask is not None:
+        raise TrimtabError(
+            "the attention_mask does not say where texts end, because it has more than a number "
+            "for each token: give one of shape [rows, tokens], or steer at all positions"
+        )
+    ids = arguments.get("input_ids")
+    if pad is not None and isinstance(ids, Tensor) and len(ids) > 1 and (ids[:, -1] == pad).any():
+        raise TrimtabError(
+            "a row ends with the padding token, and no attention_mask says whether it is padding: "
+            "give one, or steer at all positions"
+        )
+    return [width]
+
+
+def _last_ones(mask: Tensor) -> list[int]:
+    """Where the last token of each row ends that is not padding, from a mask [rows, tokens]."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    ends: list[int] = (columns * (mask != 0)).amax(-1).tolist()
+    return ends
+
+
+def _refuse_packed(arguments: Mapping[str, Any], start: int, length: int) -> None:
+    """Refuse rows that hold several texts: positions begin anew, or lengths are given."""
+    packed = any(
+        value is not None and name.startswith(("cu_seq", "seq_idx"))
+        for name, value in arguments.items()
+    )
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if not packed and isinstance(positions, Tensor) and positions.dim() == 2 and length > 1:
+        jumps = positions[:, 1:] != positions[:, :-1] + 1
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+            real = mask[:, mask.shape[1] - length :] != 0
+            jumps = jumps & real[:, 1:] & real[:, :-1]
+        packed = bool(jumps.any())
+    if packed:
+        raise TrimtabError(
+            "this pass has several texts in a row (its position_ids begin anew), and the steering "
+            "cannot tell where each begins and its prompt ends: steer all texts alike at all "
+            "positions, or give each text a row of its own"
+        )
