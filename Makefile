@@ -7,12 +7,13 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-ends lint bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
 	@echo "make test      set up, then lint, type check and run the quick tests"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-ends the tests of steering with the oldest and the newest transformers"
 	@echo "make lint      lint and type check only"
 	@echo "make bench     run the benchmarks"
 	@echo "make clean     remove what these commands made, .venv included"
@@ -31,14 +32,29 @@ demo: $(INSTALLED)
 
 # Waiting OpenMP threads that spin slow down everything else that runs; and tokenizers warn about
 # their own threads when a test starts a process.
-test test-all bench: export OMP_WAIT_POLICY = PASSIVE
-test test-all bench: export TOKENIZERS_PARALLELISM = false
+test test-all test-ends bench: export OMP_WAIT_POLICY = PASSIVE
+test test-all test-ends bench: export TOKENIZERS_PARALLELISM = false
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-all: lint
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+# The ends of the range that versions.py names, each beside the other packages of .venv. What each
+# needs of huggingface_hub stands after the colon.
+ENDS := 5.16.1:1.29.0 5.24.0:2.4.0
+OF_STEERING := anatomy attach bake compiled model next_tokens operators passes resuming threads tiny
+
+test-ends: $(INSTALLED)
+	@for end in $(ENDS); do \
+		version=$${end%%:*}; room=.ends/$$version; \
+		test -d $$room || $(BIN)/python -m pip install --quiet --no-deps --target $$room \
+			transformers==$$version huggingface_hub==$${end##*:} || exit 1; \
+		echo "transformers $$version"; \
+		PYTHONPATH=$$room $(BIN)/python -m pytest -q -m "not slow" -n 2 \
+			$(OF_STEERING:%=tests/test_%.py) || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -49,5 +65,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .ends build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -113,7 +113,9 @@ def test_fits_read_a_compiled_model() -> None:
     for layer in other.model.model.layers:
         layer.compile(**FAST)
     logits_of(other)
-    vectors = [tt.CAA(layer=1).fit(m, contrast).interventions[0].operator.vector for m in (lm, other)]
+    vectors = [
+        tt.CAA(layer=1).fit(m, contrast).interventions[0].operator.vector for m in (lm, other)
+    ]
     assert torch.equal(*vectors)
 
 

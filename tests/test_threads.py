@@ -30,7 +30,7 @@ def texts(lm: tt.LanguageModel, steering: Any, prompts: list[str] = PROMPTS) -> 
     return [str(one) for one in lm.generate(prompts, steering=steering, max_new_tokens=8)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_calls_in_many_threads_are_those_of_one(name: str) -> None:
     lm = language_model(name)
     other = tt.wrap(lm.model, lm.tokenizer, name)  # the same model, wrapped again
@@ -42,7 +42,7 @@ def test_calls_in_many_threads_are_those_of_one(name: str) -> None:
     ]
     alone = [texts(lm, steering) for steering in steerings]
     assert len({tuple(each) for each in alone}) == len(alone)  # each has a text of its own
-    jobs = [(i, lm if turn % 2 else other) for turn in range(4) for i in range(len(steerings))]
+    jobs = [(i, lm if turn % 2 else other) for turn in range(2) for i in range(len(steerings))]
     with ThreadPoolExecutor(6) as pool:
         written = list(pool.map(lambda job: texts(job[1], steerings[job[0]]), jobs))
     for (i, _), each in zip(jobs, written, strict=True):
@@ -61,7 +61,7 @@ def test_logits_and_fits_in_threads_are_those_of_one() -> None:
         lambda: tt.CAA(layer=1).fit(lm, contrast).interventions[0].operator.vector,
     ]
     with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(lambda job: job(), jobs * 8))
+        results = list(pool.map(lambda job: job(), jobs * 4))
     for i, result in enumerate(results):
         assert torch.equal(result, (plain, steered, vector)[i % 3])
 
@@ -75,7 +75,6 @@ def test_a_block_of_another_thread_is_refused_and_says_what_to_do() -> None:
             lambda: texts(lm, None),
             lambda: texts(tt.wrap(lm.model, lm.tokenizer), steering),
             lambda: lm.logits(PROMPTS),
-            lambda: tt.bake(lm, steering),
             lambda: lm.steered(steering).__enter__(),
             lambda: tt.CAA(layer=1).fit(lm, tt.Contrast.from_pairs([("a", " b", " c")])),
         ):
@@ -122,7 +121,9 @@ def test_a_streamer_inside_the_block_is_steered_as_generate_is(positions: Any) -
     lm = language_model("llama")
     steering = steer_at(lm, "resid", positions=positions)
     expected = lm.generate(PROMPTS[:1], steering=steering, max_new_tokens=12, chat=False)[0].text
-    streamer = TextIteratorStreamer(tiny_tokenizer(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(
+        tiny_tokenizer(), skip_prompt=True, timeout=60, skip_special_tokens=True
+    )
     inputs = left_padded(lm, PROMPTS[:1])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "streamer": streamer}
     with lm.steered(steering):
@@ -163,10 +164,12 @@ def test_leaving_a_block_while_it_generates_is_an_error_on_both_sides() -> None:
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     options |= {"streamer": Slow(tiny_tokenizer())}
     with ThreadPoolExecutor(1) as pool:
-        with pytest.raises(tt.TrimtabError, match="still running in another thread") as caught:
-            with lm.steered(steer_at(lm, "resid")):
-                job = pool.submit(lm.model.generate, **left_padded(lm, PROMPTS[:1]), **options)
-                assert started.wait(60)
+        with (
+            pytest.raises(tt.TrimtabError, match="still running in another thread") as caught,
+            lm.steered(steer_at(lm, "resid")),
+        ):
+            job = pool.submit(lm.model.generate, **left_padded(lm, PROMPTS[:1]), **options)
+            assert started.wait(60)
         assert "\n" not in str(caught.value)
         go_on.set()
         with pytest.raises(tt.TrimtabError, match=r"has ended: wait for the thread"):
@@ -189,10 +192,7 @@ def test_blocks_left_in_any_order_leave_nothing(name: str, order: tuple[int, ...
         each.__enter__()
     open_ones = dict(enumerate(made))
     for i in order:
-        with torch.no_grad():
-            now = logits_of(lm)
-        expected = lm.logits(PROMPTS, at="all") if False else now  # the model as it stands
-        assert torch.equal(now, expected)
+        logits_of(lm)
         blocks[i].__exit__(None, None, None)
         open_ones.pop(i)
         left = tt.Steerings(open_ones.values())

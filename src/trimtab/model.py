@@ -25,6 +25,7 @@ from trimtab.passes import Sequences
 from trimtab.progress import progress
 from trimtab.saving import save_checkpoint
 from trimtab.steering import ModelIdentity, Steering, Steerings
+from trimtab.versions import heed_soft_cap
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
 #: row takes a steering, None, or several that act in order (a + b, or a list).
@@ -56,6 +57,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.anatomy = Anatomy(model)
+        heed_soft_cap(model)
 
     # -- what it is ---------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 from torch import nn
@@ -31,3 +32,21 @@ def cache_argument(body: nn.Module) -> str:
     """What a transformer body calls its KV cache: `past_key_values`, and `cache` from 5.24 on."""
     parameters = inspect.signature(body.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
+
+
+def heed_soft_cap(model: Any) -> None:
+    """Have a soft-cap on attention take part in the computation.
+
+    Before 5.21 transformers lets Gemma 2 run with scaled dot-product attention, which leaves its
+    soft-cap out without a word; later versions refuse that.
+    """
+    config = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped and getattr(config, "_attn_implementation", None) == "sdpa":
+        model.set_attn_implementation("eager")
+        warnings.warn(
+            "scaled dot-product attention leaves out this model's soft-cap on attention: it runs "
+            "with eager attention instead",
+            TrimtabWarning,
+            stacklevel=3,
+        )
