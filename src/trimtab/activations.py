@@ -199,7 +199,7 @@ def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
 
 def _width(language_model: Any, pick: Pick) -> int:
     """How many numbers a pick has per text."""
-    width: int = language_model.anatomy.width(pick.site)
+    width: int = language_model.anatomy.read_point(pick.site).width
     return int(getattr(pick.read, "width", width))
 
 
@@ -244,9 +244,15 @@ def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Ten
 
         return read
 
-    edits: dict[Point, Edit] = {anatomy.point(site): reader(site) for site in by_site}
+    edits: dict[Point, Edit] = {anatomy.read_point(site): reader(site) for site in by_site}
     with hooked(edits), suppress(_Enough):
         anatomy.body(**model_inputs(batch, language_model))
+    for pick in picks:
+        if pick not in found:
+            raise TrimtabError(
+                f"{pick.site} was not computed when {language_model.name} ran: its code, or a "
+                "kernel that replaces it, does not go through the module that is read there"
+            )
     return found
 
 

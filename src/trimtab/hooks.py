@@ -46,7 +46,7 @@ def _install(point: Point, edit: Edit) -> Callable[[], None]:
     if point.side == "input":
         hook = partial(_on_input, edit)
         return point.module.register_forward_pre_hook(hook, with_kwargs=True).remove
-    return _on_experts(point.module, edit)
+    return _on_experts(point.module, point.side, edit)
 
 
 def _on_output(edit: Edit, module: nn.Module, args: Any, output: Any) -> Any:
@@ -64,19 +64,19 @@ def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return None if edited is None else (args, {**kwargs, "hidden_states": edited})
 
 
-def _on_experts(block: nn.Module, edit: Edit) -> Callable[[], None]:
+def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
     """Replace a mixture's forward; a second edit joins the first one's list."""
     forward = vars(block).get("forward")  # somebody else's, ours, or none
     ours = isinstance(forward, partial) and forward.func is experts_forward
     if forward is not None and ours:
-        edits: list[Edit] = forward.args[1]
-        edits.append(edit)
+        edits: list[tuple[str, Edit]] = forward.args[1]
+        edits.append((side, edit))
     else:
-        edits = [edit]
+        edits = [(side, edit)]
         object.__setattr__(block, "forward", partial(experts_forward, block, edits))
 
     def remove() -> None:
-        edits.remove(edit)
+        edits.remove((side, edit))
         if not edits:
             if forward is None or ours:
                 object.__delattr__(block, "forward")
