@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, not_finite
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
@@ -124,7 +124,7 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             rests = [text[batch.shared :] for text in texts]
             hidden = resume(language_model, rests, streams, below, cache)
-            yield batch, _read(rows, hidden, batch.shared, language_model)
+            yield batch, _read(rows, hidden, batch.shared, language_model, steering)
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
@@ -143,7 +143,11 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
 
 
 def _read(
-    rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
+    rows: Sequence[Reading],
+    hidden: Tensor,
+    shared: int,
+    language_model: LanguageModel,
+    steering: Steering | Steerings | None,
 ) -> list[Next]:
     """Unembeds only the positions that are asked for, as many at once as fit."""
     places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
@@ -158,7 +162,12 @@ def _read(
     ):
         row_of, column = asked[some].T
         logits = language_model.unembed(hidden[row_of, column])
-        best.append(logits.argmax(-1).cpu())
+        likeliest = logits.argmax(-1)
+        # Of NaN and infinity, argmax makes a token like any other.
+        if not logits.gather(-1, likeliest[:, None]).isfinite().all():
+            dials = [one.label for one in together(steering)]
+            raise not_finite("the logits are", language_model.dtype, dials)
+        best.append(likeliest.cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())

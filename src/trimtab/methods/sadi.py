@@ -93,6 +93,8 @@ class SADI(Method):
             )
         counts = torch.tensor([len(difference) for difference in differences])
         score = torch.cat(differences)
+        if self.k and not score.any():
+            raise TrimtabError("sadi: the two sides do not differ, so there is nothing to steer")
         chosen = rank(score)[: self.k]
         layer = torch.arange(len(sites)).repeat_interleave(counts)[chosen]
         element = torch.cat([torch.arange(int(count)) for count in counts])[chosen]
