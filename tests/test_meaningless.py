@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -239,44 +240,48 @@ def _pushed(lm: tt.LanguageModel, dial: float) -> Steering:
     return replace(steer(lm, ("layers.1.resid", add(48, size=10.0))), value=dial)
 
 
+#: At the larger one activations are infinite. At the smaller one only their squares are, of which
+#: a norm makes zeros, so that all tokens are equally probable.
+@pytest.mark.parametrize("far", [3e38, 1e25])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_log_odds_of_a_dial_that_overflows(name: str) -> None:
+def test_log_odds_of_a_dial_that_overflows(name: str, far: float) -> None:
     lm = _lm(name)
-    far = _pushed(lm, 3e38)
-    says = r"text 1: the logits are not finite in float32 at \S+ \w+=3e\+38: turn the dial nearer"
-    refused_in_one_line(lambda: log_odds(lm, CONTRAST, far), says)
-    refused_in_one_line(lambda: preference(lm, CONTRAST, far), says)
-    refused_in_one_line(lambda: cross_entropy(lm, PROMPTS, far), says)
-    near = _pushed(lm, 0.1)
-    some: list[Any] = [None, near, near + far, *[near] * 6]
+    at = re.escape(f"={far:g}")
+    says = rf"text 1 are not finite, or all equal, in float32 with \S+ \w+{at}: turn the dial tow"
+    pushed, near = _pushed(lm, far), _pushed(lm, 0.1)
+    refused_in_one_line(lambda: log_odds(lm, CONTRAST, pushed), says)
+    refused_in_one_line(lambda: preference(lm, CONTRAST, pushed), says)
+    refused_in_one_line(lambda: cross_entropy(lm, PROMPTS, pushed), says)
+    some: list[Any] = [None, near, near + pushed, *[near] * 6]
     refused_in_one_line(
         lambda: log_odds(lm, CONTRAST, some),
-        r"text 3: the logits are not finite in float32 at \S+ \w+=0\.1, \S+ \w+=3e\+38: turn",
+        rf"text 3 are .* in float32 with \S+ \w+=0\.1 and \S+ \w+{at}: turn",
     )
     assert log_odds(lm, CONTRAST, near).isfinite().all()
 
 
+@pytest.mark.parametrize("far", [3e38, 1e25])
 @pytest.mark.parametrize("scored", [True, False])
-def test_next_tokens_of_a_dial_that_overflows(scored: bool) -> None:
+def test_next_tokens_of_a_dial_that_overflows(scored: bool, far: float) -> None:
     lm = _lm()
     if scored:
         readings = side_readings(lm, CONTRAST)
     else:
         readings = [after(tokens) for tokens in lm.encode(PROMPTS)]
     batches = plan(readings, 512)
-    says = r"the logits are not finite in float32 at \S+ \w+=3e\+38: turn the dial nearer to 0"
-    refused_in_one_line(lambda: list(next_tokens(lm, readings, batches, _pushed(lm, 3e38))), says)
+    says = rf"not finite, or all equal, in float32 with \S+ \w+{re.escape(f'={far:g}')}: turn"
+    refused_in_one_line(lambda: list(next_tokens(lm, readings, batches, _pushed(lm, far))), says)
     assert list(next_tokens(lm, readings, batches, _pushed(lm, 1.0)))
 
 
 def test_logits_beyond_float16() -> None:
     lm = _overflowing()
-    says = r"text 3: the logits are not finite in float16: load the model in bfloat16 or float32"
+    says = r"text 3 are not finite, or all equal, in float16: load the model in float32"
     refused_in_one_line(lambda: log_odds(lm, MARKED), says)
     readings = [after(tokens) for tokens in lm.encode([PAIRS[0][0], PAIRS[0][0] + "!"])]
     refused_in_one_line(
         lambda: list(next_tokens(lm, readings, plan(readings, 512))),
-        "the logits are not finite in float16: load the model",
+        "are not finite, or all equal, in float16.*: load the model in float32",
     )
     assert log_odds(_overflowing(dtype=torch.bfloat16), MARKED).isfinite().all()
 
@@ -326,6 +331,4 @@ def test_the_command_line_refuses_them_before_it_writes(
         assert ended.value.code == status
         assert output.exists() is (status == 0)
         said = capsys.readouterr().err.strip()
-        assert status == 0 or said == (
-            "trimtab: caa: alpha must be a finite number, not 1e+300: at most 3.4e38 in size"
-        )
+        assert status == 0 or re.fullmatch(r"trimtab: .*alpha .*1e\+300.*", said)

@@ -215,7 +215,7 @@ def _check_finite(
         good = read[want.pick].isfinite().all(-1).all(-1).tolist()
         for index, fine in zip(indices.tolist(), good, strict=True):
             if not fine and (want.rows is None or index in want.rows):
-                where = f"{name}, row {index + 1}: the activation at {want.site} is"
+                where = f"{name}, row {index + 1}: the activation at {want.site} is not finite"
                 raise not_finite(where, language_model.dtype)
 
 

@@ -18,16 +18,16 @@ class TrimtabWarning(UserWarning):
     """Something that the user should know and that does not stop the work."""
 
 
-def not_finite(what: str, dtype: Any, dials: Sequence[str] = ()) -> TrimtabError:
-    """NaN or infinity where a model computes with `dtype`; `dials` name the steerings on it."""
+def not_finite(what: str, dtype: Any, labels: Sequence[str] = ()) -> TrimtabError:
+    """NaN or infinity where a model computes with `dtype`; `labels` are the steerings on it."""
     precision = str(dtype).removeprefix("torch.")
-    at = f" at {', '.join(dials)}" if dials else ""
-    remedies = ["turn the dial nearer to 0"] if dials else []
+    steered = f" with {' and '.join(labels)}" if labels else ""
+    remedies = ["turn the dial towards 0"] if labels else []
     if precision == "float16":  # ends at 65,504, which many models exceed by themselves
-        remedies.append("load the model in bfloat16 or float32 (--dtype float32)")
+        remedies.append("load the model in float32 or bfloat16 (--dtype float32)")
     if not remedies:
         remedies.append("its weights may be damaged, or the dial of a steering on it too large")
-    return TrimtabError(f"{what} not finite in {precision}{at}: {', or '.join(remedies)}")
+    return TrimtabError(f"{what} in {precision}{steered}: {', or '.join(remedies)}")
 
 
 def os_reason(error: BaseException) -> str:

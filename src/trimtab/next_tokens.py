@@ -162,12 +162,10 @@ def _read(
     ):
         row_of, column = asked[some].T
         logits = language_model.unembed(hidden[row_of, column])
-        likeliest = logits.argmax(-1)
-        # Of NaN and infinity, argmax makes a token like any other.
-        if not logits.gather(-1, likeliest[:, None]).isfinite().all():
-            dials = [one.label for one in together(steering)]
-            raise not_finite("the logits are", language_model.dtype, dials)
-        best.append(likeliest.cpu())
+        if not are_sound(logits).all():
+            labels = [one.label for one in together(steering)]
+            raise not_finite(f"the logits are {UNSOUND}", language_model.dtype, labels)
+        best.append(logits.argmax(-1).cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())
@@ -175,6 +173,16 @@ def _read(
     bests = torch.cat(best).split(counts)
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
     return [Next(*pair) for pair in zip(bests, log_ps, strict=True)]
+
+
+#: What logits are that say nothing. A norm makes all of them equal where activations overflow.
+UNSOUND = "not finite, or all equal,"
+
+
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether logits [..., vocabulary] tell tokens apart; minus infinity at some only bars them."""
+    lowest, highest = logits.aminmax(dim=-1)
+    return highest.isfinite() & (lowest < highest)
 
 
 # -- which texts share their beginning ------------------------------------------------------------

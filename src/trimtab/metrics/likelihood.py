@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, not_finite
 from trimtab.model import LanguageModel, SteeringArgument
-from trimtab.next_tokens import Reading
+from trimtab.next_tokens import UNSOUND, Reading, are_sound
 from trimtab.packing import Packed, batches, encode_contrast, encode_texts, run_packed
 from trimtab.progress import progress
 from trimtab.steering import Steering, Steerings, together
@@ -144,11 +144,13 @@ def _log_likelihoods(
             logits: Any = language_model.unembed(picked)
             log_p = logits.log_softmax(-1).cpu().gather(-1, target[:, None]).squeeze(-1).double()
             index = torch.tensor([packed.index for packed in batch.rows])[row]
-            if not log_p.isfinite().all():
-                first = int(index[~log_p.isfinite()].min())
+            sound = are_sound(logits).cpu()
+            if not sound.all():
+                first = int(index[~sound].min())
                 own: Any = steering if per_row is None else per_row[first]
-                dials = [one.label for one in together(own)]
-                raise not_finite(f"text {first + 1}: the logits are", language_model.dtype, dials)
+                labels = [one.label for one in together(own)]
+                what = f"the logits of text {first + 1} are {UNSOUND}"
+                raise not_finite(what, language_model.dtype, labels)
             sums.index_put_((index, side), log_p, accumulate=True)
             advance(len(batch.rows))
     return sums
