@@ -204,7 +204,8 @@ def _masked_attention(language_model: Any) -> Iterator[None]:
         return
     # Only eager attention caps its scores, as Gemma 2 does.
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    instead = "sdpa" if language_model.anatomy.body._supports_sdpa and not capped else "eager"
+    supported = getattr(language_model.anatomy.body, "_supports_sdpa", False)
+    instead = "sdpa" if supported and not capped else "eager"
     if model not in _told:
         _told.add(model)
         warnings.warn(
