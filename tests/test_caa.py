@@ -186,12 +186,14 @@ def test_unit_norm() -> None:
             _close(unit[site], vector / vector.norm(), 1e-6)
 
 
-def test_equal_sides_have_no_direction() -> None:
-    equal = Contrast(tuple(Pair(prompt, yes, yes) for prompt, yes, _ in PAIRS))
+def test_equal_activations_have_no_direction() -> None:
+    """Of two tokens before the last, both sides have the prompt's."""
+    same_end = Contrast.from_pairs([("She said that it was not", " a", " b"), PAIRS[0]]).take(1)
     for unit_norm in (False, True):
-        assert not _vector(tt.CAA(unit_norm=unit_norm).fit(_lm(), equal)).any()
+        with pytest.raises(tt.TrimtabError, match=r"do not differ at layers\.1\.resid"):
+            tt.CAA(unit_norm=unit_norm, token=-4).fit(_lm(), same_end)
     with pytest.raises(tt.TrimtabError, match="sides of every pair have equal activations"):
-        tt.CAA(variant="pca").fit(_lm(), equal)
+        tt.CAA(variant="pca", token=-4).fit(_lm(), same_end)
 
 
 # -- CAA: the first principal component --------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
 import trimtab as tt
 from helpers import (
@@ -22,7 +23,9 @@ from helpers import (
     read_last,
     refused_in_one_line,
     relative,
+    scale,
     side_texts,
+    steer,
     token_ids,
 )
 from reference import reference
@@ -35,6 +38,7 @@ from trimtab.statistics import Means, Sides
 #: What each variant scales.
 SITES = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
 HEADS = 4  # of every tiny model
+GELU = ("gemma2", "gemma3", "gpt2")  # the others have SiLU
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")
@@ -52,15 +56,42 @@ def _lm(name: str = "llama") -> tt.LanguageModel:
 # -- the oracle --------------------------------------------------------------------------------
 
 
+def _activated(name: str, model: Any, ids: list[int]) -> list[Tensor]:
+    """What the activation function of each block's FFN puts out, [tokens, units] in float64, from
+    the weights alone: act(W_gate x), of experts side by side and zero where none was routed."""
+    seen, _ = reference(name, model, ids)
+    weights = {key: value.double() for key, value in model.state_dict().items()}
+    act = functools.partial(gelu, approximate="tanh") if name in GELU else silu
+    found = []
+    for layer in range(model.config.num_hidden_layers):
+        x, mlp = seen[f"layers.{layer}.ffn_norm"], f"model.layers.{layer}.mlp"
+        if name == "gpt2":
+            mlp = f"transformer.h.{layer}.mlp"
+            found.append(act(x @ weights[f"{mlp}.c_fc.weight"] + weights[f"{mlp}.c_fc.bias"]))
+        elif name == "phi3":
+            width = model.config.intermediate_size
+            found.append(act(x @ weights[f"{mlp}.gate_up_proj.weight"][:width].T))
+        elif f"{mlp}.experts.gate_up_proj" in weights:
+            width = model.config.moe_intermediate_size
+            logits = x @ weights[f"{mlp}.gate.weight"].T
+            experts = [act(x @ e[:width].T) for e in weights[f"{mlp}.experts.gate_up_proj"]]
+            least = logits.topk(model.config.num_experts_per_tok).values[:, -1:]
+            found.append(
+                torch.cat([e * (logits[:, [i]] >= least) for i, e in enumerate(experts)], dim=-1)
+            )
+        else:
+            found.append(act(x @ weights[f"{mlp}.gate_proj.weight"].T))
+    return found
+
+
 def _differences(name: str, kind: str) -> Tensor:
-    """D of a kind of site, [layers, units]."""
+    """D of a kind of site, [layers, units]; of `ffn_in`, what the authors rank its units by."""
     lm = _lm(name)
     sides = []
     for texts in side_texts(PAIRS):
-        if (name, kind) == ("qwen3_moe", "ffn_in"):
-            # No module shows the inner activations of fused experts.
-            found = [reference(name, lm.model, token_ids(text))[0] for text in texts]
-            sides.append([[seen[f"layers.{n}.ffn_in"][-1] for n in range(3)] for seen in found])
+        if kind == "ffn_in":
+            found = [_activated(name, lm.model, token_ids(text)) for text in texts]
+            sides.append([[act[-1] for act in acts] for acts in found])
         else:
             sides.append([list(x) for x in read_last(lm.model, kind, texts)])
     layers = []
@@ -190,6 +221,71 @@ def test_only_train_rows_are_read() -> None:
     alone = tt.SADI(variant="hidden", k=30).fit(_lm(), Contrast.from_pairs(PAIRS[1::2]))
     assert _ranked(some) == _ranked(alone)
     assert _ranked(some) != _ranked(tt.SADI(variant="hidden", k=30).fit(_lm(), CONTRAST))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_neurons_are_ranked_by_what_the_activation_function_puts_out(name: str) -> None:
+    """In a gated FFN that is another ranking than by what the down projection reads; scaling a
+    neuron scales both alike, which is why units of `ffn_in` are scaled."""
+    lm, k = _lm(name), 30
+    steering = tt.SADI(variant="neuron", k=k).fit(lm, CONTRAST)
+    of_down = []
+    for texts in side_texts(PAIRS):
+        found = [reference(name, lm.model, token_ids(text))[0] for text in texts]
+        layers = range(lm.anatomy.layers)
+        means = [torch.stack([s[f"layers.{n}.ffn_in"][-1] for s in found]).mean(0) for n in layers]
+        of_down.append(means)
+    places = [
+        (float(a - b), layer, unit)
+        for layer, (one, other) in enumerate(zip(*of_down, strict=True))
+        for unit, (a, b) in enumerate(zip(one, other, strict=True))
+    ]
+    by_down = {(layer, unit) for _, layer, unit in sorted(places, reverse=True)[:k]}
+    common = len(by_down & set(_ranked(steering)))
+    assert common == k if name == "gpt2" else common < k  # GPT-2's FFN has no gate
+    assert {i.site.split(".")[2] for i in steering.interventions} == {"ffn_in"}
+
+
+def test_the_activation_function_can_be_read_and_not_steered() -> None:
+    lm = _lm()
+    assert lm.anatomy.read_point("layers.1.ffn_act").width == lm.anatomy.width("layers.1.ffn_in")
+    with pytest.raises(tt.TrimtabError, match=r"layers\.1\.ffn_act can be read and not steered"):
+        lm.anatomy.point("layers.1.ffn_act")
+    by_hand = steer(lm, ("layers.1.ffn_act", scale(80)))
+    refused_in_one_line(
+        lambda: lm.logits(PROMPTS[:1], steering=by_hand), "can be read and not steered"
+    )
+
+
+def test_reading_several_sites_of_a_mixture_at_once() -> None:
+    """What is read before and after the gate in one pass is the same as in two, whichever is
+    first, and a steering at `ffn_in` stays where it is."""
+    lm = _lm("qwen3_moe")
+    methods = [tt.SADI(variant="neuron", k=9), tt.AUSteer(site="ffn_in", k=9)]
+    alone = [method.fit(lm, CONTRAST) for method in methods]
+    for order in (1, -1):
+        both = tt.fit(methods[::order], lm, CONTRAST)[::order]
+        for one, other in zip(alone, both, strict=True):
+            assert torch.equal(one.tables["unit"], other.tables["unit"])
+            assert torch.allclose(one.tables["score"], other.tables["score"])
+    with lm.steered(alone[1].at(2)):
+        before = lm.logits(PROMPTS[:1])
+        methods[0].fit(lm, CONTRAST)
+        assert torch.equal(lm.logits(PROMPTS[:1]), before)
+
+
+def test_an_activation_function_that_is_not_where_it_should_be() -> None:
+    lm = tt.wrap(tiny_model("llama"), tiny_tokenizer(), "mine")
+    body: Any = lm.model
+    plain = body.model.layers[1].mlp.act_fn
+    # A fused kernel computes the FFN without ever calling the module.
+    body.model.layers[1].mlp.forward = lambda x: body.model.layers[1].mlp.down_proj(
+        plain.forward(body.model.layers[1].mlp.gate_proj(x)) * body.model.layers[1].mlp.up_proj(x)
+    )
+    method = tt.SADI(variant="neuron", k=3)
+    refused_in_one_line(lambda: method.fit(lm, CONTRAST), r"layers\.1\.ffn_act was not computed")
+    del body.model.layers[1].mlp.act_fn
+    refused_in_one_line(lambda: method.fit(lm, CONTRAST), r"no module mlp\.act_fn")
 
 
 # -- the effect --------------------------------------------------------------------------------

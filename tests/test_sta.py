@@ -146,15 +146,16 @@ def _read(sae: Any, name: str, state: int, token: Any) -> tuple[Tensor, Tensor, 
 
 
 def _kept_by_hand(amplitude: Sequence[float], frequency: Sequence[int], p: float) -> list[bool]:
-    """METHODS' rule: signs agree, and both sizes reach the value at rank int(p n)."""
+    """The authors' rule: a frequency counts where signs agree, and both sizes reach the value at
+    rank int(p n)."""
     rank = min(int(p * len(amplitude)), len(amplitude) - 1)
-    cuts = [sorted(map(abs, sizes), reverse=True)[rank] for sizes in (amplitude, frequency)]
+    features = list(zip(amplitude, frequency, strict=True))
+    agree = [(a > 0) - (a < 0) == (f > 0) - (f < 0) for a, f in features]
+    counted = [f if same else 0 for (_, f), same in zip(features, agree, strict=True)]
+    cuts = [sorted(map(abs, sizes), reverse=True)[rank] for sizes in (amplitude, counted)]
     return [
-        (a > 0) - (a < 0) == (f > 0) - (f < 0)
-        and abs(a) >= cuts[0]
-        and abs(f) >= cuts[1]
-        and a != 0
-        for a, f in zip(amplitude, frequency, strict=True)
+        same and abs(a) >= cuts[0] and abs(f) >= cuts[1] and a != 0
+        for (a, f), same in zip(features, agree, strict=True)
     ]
 
 
@@ -198,6 +199,11 @@ def test_ties_at_the_cut_off_are_kept_and_a_cut_off_of_zero_keeps_all() -> None:
     assert kept([3.0, 0.0, 0.0, 0.0], [9, 0, 0, 0], 0.5) == [0]
     assert kept([3.0, -1.0, 0.5, 2.0], [9, 0, 0, 1], 0.5) == [0, 3]
     assert kept([3.0, -3.0, 3.0], [1, 1, -1], 1) == [0]  # signs must agree
+    # A frequency whose sign is another takes no place among the largest.
+    assert kept([1.0, 0.9, 0.8, -0.7], [2, -5, 1, -6], 0.5) == [0, 2]
+    assert kept([5.0, 4.0, 3.0, 2.0, 1.0], [-9, -9, 1, 2, 3], 0.4) == [2]
+    # None agrees: its cut-off is 0, and still there is none.
+    assert kept([3.0, -2.0], [-1, 1], 0.5) == []
 
 
 # -- the vector -------------------------------------------------------------------------------

@@ -38,9 +38,12 @@ def _in_parts(positive: Tensor, negative: Tensor, size: int) -> Iterator[Sides]:
 
 
 def test_equal_activations_count_for_neither() -> None:
-    # Reading a file would refuse equal sides.
-    contrast = Contrast((Pair("The answer is", " yes", " yes"), Pair("It is", " right", " wrong")))
-    want = Want("layers.1.ffn_out", "last", SignCounts)
+    # Five from the end is a token of the first pair's prompt, which both of its sides share.
+    pairs = (
+        Pair("She said that it was not", " a", " b"),
+        Pair("It is", " right at the end of the day", " wrong, and he left the house"),
+    )
+    contrast, want = Contrast(pairs), Want("layers.1.ffn_out", -5, SignCounts)
     counts = collect(language_model("llama"), contrast, [want])[want]
     assert counts.pairs == 2
     assert ((counts.larger + counts.smaller) == 1).all()

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from trimtab.anatomy import Edit, Point, site_order
 from trimtab.contrasts import Contrast
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, not_finite
 from trimtab.hooks import hooked, is_hooked
-from trimtab.packing import Batch, Packed, batches, encode_contrast, model_inputs
+from trimtab.packing import Batch, Packed, batches, encode_contrast, run_packed
 from trimtab.progress import progress
 from trimtab.statistics import Sides
 from trimtab.stored import StoredPass
@@ -177,6 +177,7 @@ def collect(
                     # On one device, whether it was read just now or earlier.
                     fresh = {pick: x.to(language_model.device) for pick, x in fresh.items()}
                 found |= fresh
+            _check_finite(contrast.name, language_model, indices, wanted, found)
             for want, statistic in wanted.items():
                 statistic.update(_sides(found[want.pick], indices, labels, want.rows))
             advance(len(batch.rows))
@@ -197,9 +198,30 @@ def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
             )
 
 
+def _check_finite(
+    name: str,
+    language_model: Any,
+    indices: Tensor,
+    wants: Iterable[Want],
+    read: Mapping[Pick, Tensor],
+) -> None:
+    """Refuse activations that are not numbers: what is made of them would be none either."""
+    device = language_model.device
+    # One question to the device for all sites together.
+    finite = torch.stack([picked.isfinite().all().to(device) for picked in read.values()])
+    if finite.all():
+        return
+    for want in sorted(wants, key=lambda want: want.pick.order()):
+        good = read[want.pick].isfinite().all(-1).all(-1).tolist()
+        for index, fine in zip(indices.tolist(), good, strict=True):
+            if not fine and (want.rows is None or index in want.rows):
+                where = f"{name}, row {index + 1}: the activation at {want.site} is not finite"
+                raise not_finite(where, language_model.dtype)
+
+
 def _width(language_model: Any, pick: Pick) -> int:
     """How many numbers a pick has per text."""
-    width: int = language_model.anatomy.width(pick.site)
+    width: int = language_model.anatomy.read_point(pick.site).width
     return int(getattr(pick.read, "width", width))
 
 
@@ -244,9 +266,15 @@ def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Ten
 
         return read
 
-    edits: dict[Point, Edit] = {anatomy.point(site): reader(site) for site in by_site}
+    edits: dict[Point, Edit] = {anatomy.read_point(site): reader(site) for site in by_site}
     with hooked(anatomy.body, edits), suppress(_Enough):
-        anatomy.body(**model_inputs(batch, language_model))
+        run_packed(batch, language_model)
+    for pick in picks:
+        if pick not in found:
+            raise TrimtabError(
+                f"{pick.site} was not computed when {language_model.name} ran: its code, or a "
+                "kernel that replaces it, does not go through the module that is read there"
+            )
     return found
 
 

@@ -20,6 +20,11 @@ A *site* is a place where an activation can be read or changed, written `layers.
     resid           output of the block
     final_norm      what the unembedding reads
 
+One place can be read and not steered, which is what SADI ranks units by:
+
+    ffn_act         output of the FFN's activation function: of a gated FFN act(gate), which is
+                    multiplied by another map to give `ffn_in`; with experts as `ffn_in`
+
 Besides places, anatomy knows which linear maps write or read a site, which is what baking needs.
 """
 
@@ -45,6 +50,8 @@ BLOCK_KINDS = (
 )  # fmt: skip
 #: All site kinds.
 KINDS = ("embed", *BLOCK_KINDS, "final_norm")
+#: What a block has that can be read and is no site; `ffn_act` comes just before `ffn_in`.
+READ_ONLY = "ffn_act"
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class Architecture:
     ffn: str = "mlp"
     ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_proj: str = "mlp.down_proj"
+    #: The FFN's activation function.
+    ffn_act: str = "mlp.act_fn"
     #: Norms between a branch and the residual stream: an added vector does not pass them.
     attn_post_norm: str | None = None
     ffn_post_norm: str | None = None
@@ -101,10 +110,12 @@ _ARCHITECTURES: dict[str, Architecture] = {
         attn_proj="attn.c_proj",
         ffn_readers=("mlp.c_fc",),
         ffn_proj="mlp.c_proj",
+        ffn_act="mlp.act",
     ),
     "phi3": Architecture(
         attn_readers=("self_attn.qkv_proj",),
         ffn_readers=("mlp.gate_up_proj",),
+        ffn_act="mlp.activation_fn",
     ),
     "olmo2": Architecture(
         attn_norm=None,
@@ -133,6 +144,11 @@ def parse_site(site: str) -> tuple[int | None, str]:
     if site in ("embed", "final_norm"):
         return None, site
     match = re.fullmatch(r"layers\.(\d{1,5})\.(\w+)", site)
+    if match is not None and match[2] == READ_ONLY:
+        raise TrimtabError(
+            f"{site} can be read and not steered: steer layers.{match[1]}.ffn_in, where scaling a "
+            "unit does the same"
+        )
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
             f"unknown site {site!r}: write layers.N.KIND with a kind of "
@@ -141,24 +157,33 @@ def parse_site(site: str) -> tuple[int | None, str]:
     return int(match[1]), match[2]
 
 
-def site_order(site: str) -> tuple[float, int]:
-    """Sort key: sites in the order in which a token passes them."""
-    layer, kind = parse_site(site)
-    if layer is None:
+def site_order(site: str) -> tuple[float, float]:
+    """Sort key: sites, and what can only be read, in the order in which a token passes them."""
+    if site.endswith(f".{READ_ONLY}"):
+        layer, place = site_order(_ffn_in_after(site))
+        return (layer, place - 0.5)
+    number, kind = parse_site(site)
+    if number is None:
         return (-1, 0) if kind == "embed" else (float("inf"), 0)
-    return (layer, BLOCK_KINDS.index(kind))
+    return (number, BLOCK_KINDS.index(kind))
+
+
+def _ffn_in_after(site: str) -> str:
+    """The site that follows an `ffn_act`, of the same width."""
+    return site.removesuffix(READ_ONLY) + "ffn_in"
 
 
 @dataclass(frozen=True)
 class Point:
     """Where a hook goes to see one site: a module's input or output, of `width` units.
 
-    `side="experts"` is the input of a mixture's down projections, which no module boundary shows.
+    `side="experts"` is the input of a mixture's down projections, which no module boundary shows,
+    and "expert_acts" what its activation functions put out, which an edit can only read.
     """
 
     site: str
     module: nn.Module
-    side: Literal["input", "output", "experts"]
+    side: Literal["input", "output", "experts", "expert_acts"]
     width: int
 
 
@@ -323,6 +348,25 @@ class Anatomy:
             return Point(site, projection, "input", _in_width(projection))
         return Point(site, projection, "output", hidden)  # attn_out
 
+    def read_point(self, site: str) -> Point:
+        """Where to hook to read a site, or what can only be read."""
+        if not site.endswith(f".{READ_ONLY}"):
+            return self.point(site)
+        after = self.point(_ffn_in_after(site))
+        if after.side == "experts":
+            return replace(after, site=site, side="expert_acts")
+        layer, _ = self.check(after.site)
+        assert layer is not None
+        name = self.architecture.ffn_act
+        try:
+            module = self.blocks[layer].get_submodule(name)
+        except AttributeError as error:
+            raise TrimtabError(
+                f"the blocks of this {self.name} model have no module {name}: name the FFN's "
+                "activation function, trimtab.anatomy.Architecture(ffn_act=...)"
+            ) from error
+        return Point(site, module, "output", after.width)
+
     def _experts(self, layer: int) -> Any:
         """The fused experts of a mixture layer, None in a dense one."""
         return getattr(self.blocks[layer].get_submodule(self.architecture.ffn), "experts", None)
@@ -394,13 +438,14 @@ class Anatomy:
         return 1.0 if scale is None else float(scale.to(table.weight.dtype))
 
 
-def experts_forward(block: Any, edits: list[Edit], hidden_states: Tensor) -> Tensor:
+def experts_forward(block: Any, edits: list[tuple[str, Edit]], hidden_states: Tensor) -> Tensor:
     """A mixture's forward pass that shows `ffn_in`, the input of its experts' down projections.
 
     The fused experts never leave their inner activations on a module boundary, so a hook cannot
     see them. This is transformers' own eager loop over experts with the activations gathered as
     [rows, tokens, experts * intermediate], zero where a token was not routed, and handed to each
-    of `edits` in turn (which return a new tensor, or None to leave it).
+    of `edits` in turn (which return a new tensor, or None to leave it). An edit comes with the
+    side of its `Point`; at "expert_acts" it sees `ffn_act`, and what it returns is not used.
     """
     experts = block.experts
     rows, length, hidden = hidden_states.shape
@@ -408,14 +453,22 @@ def experts_forward(block: Any, edits: list[Edit], hidden_states: Tensor) -> Ten
     _, routing, selected = block.gate(flat)  # [tokens, top_k] both
     count, _, width = experts.down_proj.shape
     inner = flat.new_zeros(flat.shape[0], count, width)
+    readers = [edit for side, edit in edits if side == "expert_acts"]
+    acts = torch.zeros_like(inner) if readers else None
     # Where each expert was routed: pairs of (token, place among the token's top k).
     routed = [torch.where(selected == expert) for expert in range(count)]
     for expert, (token, _) in enumerate(routed):
         gate, up = nn.functional.linear(flat[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        inner[token, expert] = experts.act_fn(gate) * up
+        active = experts.act_fn(gate)
+        if acts is not None:
+            acts[token, expert] = active
+        inner[token, expert] = active * up
+    if acts is not None:
+        for read in readers:
+            read(acts.view(rows, length, count * width))
     activation = inner.view(rows, length, count * width)
-    for edit in edits:
-        edited = edit(activation)
+    for side, edit in edits:
+        edited = edit(activation) if side == "experts" else None
         activation = activation if edited is None else edited
     inner = activation.view(-1, count, width)
     output = torch.zeros_like(flat)

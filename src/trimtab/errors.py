@@ -6,6 +6,8 @@ Every message is one line for a person: what is wrong, where, and what to do abo
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from typing import Any
 
 
 class TrimtabError(Exception):
@@ -14,6 +16,18 @@ class TrimtabError(Exception):
 
 class TrimtabWarning(UserWarning):
     """Something that the user should know and that does not stop the work."""
+
+
+def not_finite(what: str, dtype: Any, labels: Sequence[str] = ()) -> TrimtabError:
+    """NaN or infinity where a model computes with `dtype`; `labels` are the steerings on it."""
+    precision = str(dtype).removeprefix("torch.")
+    steered = f" with {' and '.join(labels)}" if labels else ""
+    remedies = ["turn the dial towards 0"] if labels else []
+    if precision == "float16":  # ends at 65,504, which many models exceed by themselves
+        remedies.append("load the model in float32 or bfloat16 (--dtype float32)")
+    if not remedies:
+        remedies.append("its weights may be damaged, or the dial of a steering on it too large")
+    return TrimtabError(f"{what} in {precision}{steered}: {', or '.join(remedies)}")
 
 
 def os_reason(error: BaseException) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trimtab.activations import TOKENS, Statistics, Token, Want, collect
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
+from trimtab.operators import Add, Operator, Scale, to_tensors
 from trimtab.steering import POSITIONS, Dial, Intervention, Steering
 
 #: For the field that every method has.
@@ -77,7 +78,8 @@ def new_steering(
     tables: dict[str, Tensor] | None = None,
     findings: dict[str, Any] | None = None,
 ) -> Steering:
-    """A method's result, with where it came from."""
+    """A method's result, with where it came from; one that would change nothing is refused."""
+    _check_interventions(method.name, contrast, interventions)
     train = contrast.train
     return Steering(
         method=method.name,
@@ -91,6 +93,32 @@ def new_steering(
     )
 
 
+def _check_interventions(
+    name: str, contrast: Contrast, interventions: Sequence[Intervention]
+) -> None:
+    """Refuse NaN and infinity, and what is zero at every site: the sides do not differ there."""
+    for intervention in interventions:
+        for tensor in to_tensors(intervention.operator)[0].values():
+            if not tensor.isfinite().all():
+                raise TrimtabError(
+                    f"{name}: what {contrast.name} gives at {intervention.site} is not finite: "
+                    "its activations are too large for float32"
+                )
+    if interventions and not any(_changes(intervention.operator) for intervention in interventions):
+        sites = interventions[0].site + (" and others" if len(interventions) > 1 else "")
+        raise TrimtabError(
+            f"{name}: the two sides of {contrast.name} do not differ at {sites}, so there is "
+            "nothing to steer: take another site or token rule, or other texts"
+        )
+
+
+def _changes(operator: Operator) -> bool:
+    """Whether an operator does anything, at any dial."""
+    if isinstance(operator, Add):
+        return bool(operator.vector.any())
+    return not isinstance(operator, Scale) or bool(operator.gain.any())
+
+
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:
     """Refuse a value that is not among the known ones."""
     if value not in known:
@@ -98,9 +126,9 @@ def check_choice(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def check_number(what: str, value: float) -> None:
-    """Refuse NaN and infinity."""
-    if not math.isfinite(value):
-        raise TrimtabError(f"{what} must be a finite number, not {value}")
+    """Refuse NaN and infinity, also what is infinity in float32, in which steering runs."""
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise TrimtabError(f"{what} must be a finite number, not {value}: at most 3.4e38 in size")
 
 
 def check_token(what: str, token: Token) -> None:

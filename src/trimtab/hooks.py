@@ -97,7 +97,7 @@ def _install(point: Point, edit: Edit) -> Callable[[], None]:
     if point.side == "input":
         hook = Hook(_on_input, edit)
         return point.module.register_forward_pre_hook(hook, with_kwargs=True).remove
-    return _on_experts(point.module, edit)
+    return _on_experts(point.module, point.side, edit)
 
 
 def _ours_first(module: nn.Module) -> None:
@@ -126,18 +126,18 @@ def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return None if edited is None else (args, {**kwargs, "hidden_states": edited})
 
 
-def _on_experts(block: nn.Module, edit: Edit) -> Callable[[], None]:
+def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
     """Replace a mixture's forward; a second edit joins the first one's list."""
     hook = vars(block).get("forward")  # ours, somebody else's, or none
     if not (isinstance(hook, Hook) and hook.func is experts_forward):
         before, hook = hook, Hook(experts_forward, block, [])
         hook.before = before
         object.__setattr__(block, "forward", hook)
-    edits: list[Edit] = hook.args[1]
-    edits.append(edit)
+    edits: list[tuple[str, Edit]] = hook.args[1]
+    edits.append((side, edit))
 
     def remove() -> None:
-        edits.remove(edit)
+        edits.remove((side, edit))
         if edits:
             return
         if hook.before is None:

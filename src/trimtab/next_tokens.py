@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, not_finite
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
@@ -124,7 +124,7 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             rests = [text[batch.shared :] for text in texts]
             hidden = resume(language_model, rests, streams, below, cache)
-            yield batch, _read(rows, hidden, batch.shared, language_model)
+            yield batch, _read(rows, hidden, batch.shared, language_model, steering)
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
@@ -143,7 +143,11 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
 
 
 def _read(
-    rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
+    rows: Sequence[Reading],
+    hidden: Tensor,
+    shared: int,
+    language_model: LanguageModel,
+    steering: Steering | Steerings | None,
 ) -> list[Next]:
     """Unembeds only the positions that are asked for, as many at once as fit."""
     places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
@@ -158,6 +162,9 @@ def _read(
     ):
         row_of, column = asked[some].T
         logits = language_model.unembed(hidden[row_of, column])
+        if not are_sound(logits).all():
+            labels = [one.label for one in together(steering)]
+            raise not_finite(f"the logits are {UNSOUND}", language_model.dtype, labels)
         best.append(logits.argmax(-1).cpu())
         if scored:
             every = logits.log_softmax(-1)
@@ -166,6 +173,16 @@ def _read(
     bests = torch.cat(best).split(counts)
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
     return [Next(*pair) for pair in zip(bests, log_ps, strict=True)]
+
+
+#: What logits are that say nothing. A norm makes all of them equal where activations overflow.
+UNSOUND = "not finite, or all equal,"
+
+
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether logits [..., vocabulary] tell tokens apart; minus infinity at some only bars them."""
+    lowest, highest = logits.aminmax(dim=-1)
+    return highest.isfinite() & (lowest < highest)
 
 
 # -- which texts share their beginning ------------------------------------------------------------

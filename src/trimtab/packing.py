@@ -12,21 +12,30 @@ and padded on the right, where a causal model does not see it.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.exclusive import exclusively
 
 #: Padded tokens in one batch on a CPU: enough to keep matrix products busy, little to pad.
 BATCH_TOKENS = 512
 #: On a card, where larger products pay.
 BATCH_TOKENS_GPU = 8192
 BATCH_ROWS = 64
+#: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
+#: the hub, and of others nobody knows.
+_MASKED_ATTENTION = ("eager", "sdpa")
+#: The models of which it was said that they are read with another attention.
+_told: WeakSet[Any] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,33 @@ def encode_contrast(
             TrimtabWarning,
             stacklevel=2,
         )
+    _refuse_equal_sides(language_model, contrast, packed)
     return packed
+
+
+def _refuse_equal_sides(language_model: Any, contrast: Contrast, rows: Sequence[Packed]) -> None:
+    """Refuse sides that the model cannot tell apart, though their texts differ: a template may drop
+    what differs, a tokenizer normalise it, a maximum length cut it off."""
+    if contrast.paired:
+        equal = [row.index + 1 for row in rows if not any(row.sides)]
+        if equal:
+            others = f", as in {len(equal) - 1} other rows" if len(equal) > 1 else ""
+            raise TrimtabError(
+                f"{contrast.name}, row {equal[0]}: the two sides are the same tokens to "
+                f"{language_model.name}{others}: change their texts, or take them out"
+            )
+        return
+    sides: dict[str, Counter[tuple[int, ...]]] = {"positive": Counter(), "negative": Counter()}
+    for row, text in zip(rows, contrast.texts, strict=True):
+        sides[text.label][row.tokens] += 1
+    shares = [
+        {tokens: count / side.total() for tokens, count in side.items()} for side in sides.values()
+    ]
+    if shares[0] == shares[1]:
+        raise TrimtabError(
+            f"{contrast.name}: the two sides do not differ: positive and negative texts are the "
+            f"same tokens to {language_model.name} (a chat template may leave out a message)"
+        )
 
 
 def _pack_pairs(language_model: Any, pairs: Sequence[Pair]) -> list[Packed]:
@@ -152,6 +187,39 @@ def _batch(rows: tuple[Packed, ...]) -> Batch:
     seen, seeing = segments[:, None, :], segments[:, :, None]
     visible = past & ((seen == seeing) | ((seen == 0) & (seeing != 3)))
     return Batch(rows, tokens, positions, visible, place)
+
+
+def run_packed(batch: Batch, language_model: Any) -> Any:
+    """What the transformer body puts out for a batch."""
+    with exclusively(language_model.anatomy.body), _masked_attention(language_model):
+        return language_model.anatomy.body(**model_inputs(batch, language_model))
+
+
+@contextmanager
+def _masked_attention(language_model: Any) -> Iterator[None]:
+    """Attention that takes the masks of packed rows, while the block lasts."""
+    model, config = language_model.model, language_model.anatomy.body.config
+    own = config._attn_implementation
+    if own is None or own in _MASKED_ATTENTION:
+        yield
+        return
+    # Only eager attention caps its scores, as Gemma 2 does.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    supported = getattr(language_model.anatomy.body, "_supports_sdpa", False)
+    instead = "sdpa" if supported and not capped else "eager"
+    if model not in _told:
+        _told.add(model)
+        warnings.warn(
+            f"{language_model.name} runs with {own}, which takes no masks of packed texts: texts "
+            f"are read with {instead}",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+    config._attn_implementation = instead
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def model_inputs(batch: Batch, language_model: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import check_choice
 from trimtab.hooks import hooked
 from trimtab.model import LanguageModel
-from trimtab.packing import Batch, batches, encode_contrast, model_inputs
+from trimtab.packing import Batch, batches, encode_contrast, run_packed
 from trimtab.plots import DOWN, NEUTRAL, STYLE, UP
 from trimtab.progress import progress
 from trimtab.report import Picture, Table
@@ -128,7 +128,7 @@ def _read(language_model: LanguageModel, batch: Batch, sites: Sequence[str]) -> 
 
     anatomy = language_model.anatomy
     with hooked(anatomy.body, {anatomy.point(site): reader(site) for site in sites}):
-        anatomy.body(**model_inputs(batch, language_model))
+        run_packed(batch, language_model)
     return seen
 
 

@@ -207,6 +207,11 @@ class AUSteer(Method):
             return rank(-score)[:k]
         chosen = rank(score)[:k]
         chosen = chosen[score[chosen] > 0]
+        if k and not len(chosen):
+            raise TrimtabError(
+                f"austeer: no unit of {self.site} differs between the two sides, so there is "
+                "nothing to steer: give it other texts, or another site"
+            )
         if len(chosen) < k and self.k != "all":
             warnings.warn(
                 f"austeer: k is {k}, but only {len(chosen)} units differ between the two "

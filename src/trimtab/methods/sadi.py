@@ -9,7 +9,9 @@ ICLR 2025).
 Each text's own activation is scaled, so the change follows what the text says. Variants:
 
     head     whole attention heads, by the mean of D over a head's units      (site heads)
-    neuron   single units between the FFN's two maps                          (site ffn_in)
+    neuron   single units between the FFN's two maps                          (site ffn_in);
+             A is then what the FFN's activation function puts out, as in the authors' code: of a
+             gated FFN act(gate), by which ffn_in = act(gate) * up is scaled as much
     hidden   single units of the FFN's output, which is what the authors' code
              calls hidden states                                              (site ffn_out)
     resid    single units of the block's output, which is what the name says  (site resid)
@@ -26,6 +28,7 @@ from typing import Any, Literal
 import torch
 
 from trimtab.activations import Statistics, Want
+from trimtab.anatomy import READ_ONLY
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
@@ -36,6 +39,8 @@ from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
+#: What D is measured of, where that is not the site itself.
+MEASURED = {"neuron": READ_ONLY}
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,13 @@ class SADI(Method):
         if self.k > count:
             what = "heads" if heads else f"units of {VARIANTS[self.variant]}"
             raise TrimtabError(f"sadi: k is {self.k}, but {anatomy.name} has {count} {what} here")
-        return [Want(site, "last", Means) for site in sites]
+        return [self._want(site) for site in sites]
+
+    def _want(self, site: str) -> Want:
+        """The activations whose difference ranks the units of a site."""
+        kind = VARIANTS[self.variant]
+        measured = site.removesuffix(kind) + MEASURED.get(self.variant, kind)
+        return Want(measured, "last", Means)
 
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         anatomy = language_model.anatomy
@@ -76,12 +87,14 @@ class SADI(Method):
         heads = self.variant == "head"
         differences = []
         for site in sites:
-            difference = statistics.of(site, "last", Means).difference
+            difference = statistics[self._want(site)].difference
             differences.append(
                 difference.unflatten(-1, (anatomy.heads, -1)).mean(-1) if heads else difference
             )
         counts = torch.tensor([len(difference) for difference in differences])
         score = torch.cat(differences)
+        if self.k and not score.any():
+            raise TrimtabError("sadi: the two sides do not differ, so there is nothing to steer")
         chosen = rank(score)[: self.k]
         layer = torch.arange(len(sites)).repeat_interleave(counts)[chosen]
         element = torch.cat([torch.arange(int(count)) for count in counts])[chosen]

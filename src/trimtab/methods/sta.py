@@ -9,7 +9,10 @@ Of each feature, its activation is averaged over a text's answer tokens; then
     frequency  f = #positives with it above 0 - #negatives with it above 0
 
 Kept are the features whose a and f agree in sign and are both among the share `p` that is largest
-in size (the value at rank p n is the cut-off, and what equals it is kept). Their sum
+in size. The value at rank p n is the cut-off, and what equals it is kept; f counts as 0 where the
+signs differ before its cut-off is taken, as in the authors' code. Where fewer than p n features
+agree, the cut-off of f is 0 and only a decides among those that do (the authors' code then also
+keeps features whose signs differ). Their sum
 
     v = sum a_i W_dec,i,    made as long as CAA's vector at the same place
 
@@ -106,7 +109,8 @@ class STA(Method):
     def _kept(self, amplitude: Tensor, frequency: Tensor) -> Tensor:
         """Which features are target atoms, [features]."""
         agree = amplitude.sign() == frequency.sign()
-        large = [_largest(size.abs().double(), self.p) for size in (amplitude, frequency)]
+        agreeing = torch.where(agree, frequency, 0)
+        large = [_largest(size.abs().double(), self.p) for size in (amplitude, agreeing)]
         return agree & large[0] & large[1] & (amplitude != 0)
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, not_finite
 from trimtab.model import LanguageModel, SteeringArgument
-from trimtab.next_tokens import Reading
-from trimtab.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
+from trimtab.next_tokens import UNSOUND, Reading, are_sound
+from trimtab.packing import Packed, batches, encode_contrast, encode_texts, run_packed
 from trimtab.progress import progress
-from trimtab.steering import Steering, Steerings
+from trimtab.steering import Steering, Steerings, together
 
 
 def log_odds(
@@ -131,20 +131,26 @@ def _log_likelihoods(
     sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens):
-            inputs = model_inputs(batch, language_model)
             here = steering if per_row is None else [per_row[row.index] for row in batch.rows]
             with language_model.steered(here, force=force) as sequences:
                 sequences.given_ends = (
-                    [inputs["input_ids"].shape[1]]
+                    [batch.tokens.shape[1]]
                     if all_prompt
                     else [row.answers[0] for row in batch.rows]
                 )
-                hidden = language_model.anatomy.body(**inputs).last_hidden_state
+                hidden = run_packed(batch, language_model).last_hidden_state
             row, side, column, target = _scored_tokens(batch.rows, batch.place)
             picked = hidden[row.to(hidden.device), column.to(hidden.device)]
             logits: Any = language_model.unembed(picked)
             log_p = logits.log_softmax(-1).cpu().gather(-1, target[:, None]).squeeze(-1).double()
             index = torch.tensor([packed.index for packed in batch.rows])[row]
+            sound = are_sound(logits).cpu()
+            if not sound.all():
+                first = int(index[~sound].min())
+                own: Any = steering if per_row is None else per_row[first]
+                labels = [one.label for one in together(own)]
+                what = f"the logits of text {first + 1} are {UNSOUND}"
+                raise not_finite(what, language_model.dtype, labels)
             sums.index_put_((index, side), log_p, accumulate=True)
             advance(len(batch.rows))
     return sums
