@@ -136,7 +136,7 @@ def parse_site(site: str) -> tuple[int | None, str]:
     match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_]+)", site)
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
-            f"unknown site '{shown(site)}': write layers.N.KIND with a kind of "
+            f"unknown site '{shown(site, 60)}': write layers.N.KIND with a kind of "
             f"{', '.join(BLOCK_KINDS)}, or embed, or final_norm"
         )
     return int(match[1]), match[2]

@@ -348,7 +348,7 @@ class Steering:
             try:
                 interventions.append(_intervention(described, own, document.model.layers))
             except TrimtabError as error:
-                raise TrimtabError(f"{source}, {shown(described.site)}: {error}") from error
+                raise TrimtabError(f"{source}, {shown(described.site, 60)}: {error}") from error
         if not any(_acts(intervention.operator) for intervention in interventions):
             raise TrimtabError(
                 f"{source} does nothing: it has no intervention that changes an activation"
