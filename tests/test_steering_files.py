@@ -23,6 +23,7 @@ import trimtab as tt
 from helpers import basis, language_model
 from trimtab.anatomy import BLOCK_KINDS, parse_site
 from trimtab.calibration import Calibration
+from trimtab.cli import main
 from trimtab.errors import printable, shown
 from trimtab.operators import Ablate, Add, Rotate, Scale, Turn
 from trimtab.steering import ModelIdentity, Steering
@@ -468,6 +469,27 @@ def test_names_of_a_file_reach_no_terminal(tmp_path: Path) -> None:
     with pytest.warns(tt.TrimtabWarning) as said:
         loaded.at(3)
     in_one_line(str(said[0].message))
+
+
+def test_inspect_prints_no_more_than_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = replace(
+        every(),
+        method=ESCAPES[:-1],
+        dial=tt.Dial(ESCAPES[:-1], 1.0, (0.0, 2.0), ESCAPES[:-1]),
+        model=replace(MODEL, name=ESCAPES[:-1]),
+        contrast={"name": ESCAPES[:-1], "rows": 3},
+        tables={"unit": torch.tensor([1]), ESCAPES[:-1]: torch.tensor([1])},
+        value=None,
+    )
+    path = strange.save(tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(path)])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b[31mred" in printed
+    assert all(line.isprintable() for line in printed.split("\n"))
 
 
 @pytest.mark.parametrize(
