@@ -272,6 +272,15 @@ def test_widths_of_no_model(width: int, good: Path, tmp_path: Path) -> None:
     refused(lambda: Steering.load(bad), "Scale has a width of")
 
 
+@pytest.mark.parametrize(
+    "name", ["table", "0", "00.gain", "7.vector", "", ".", "٠.gain", "tables.x"]
+)
+def test_tensors_of_nobody(name: str, good: Path, tmp_path: Path) -> None:
+    tensors = {**load_file(good), name: torch.ones(3)}
+    bad = as_of_old(tmp_path / "bad.safetensors", document_of(good), tensors)
+    refused(lambda: Steering.load(bad), f"unexpected tensor '{name}'")
+
+
 # -- calibrations -------------------------------------------------------------------------------
 
 

@@ -41,7 +41,6 @@ from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.operators import OPERATORS, WIDEST, Add, Operator, Scale, to_tensors
 
 FORMAT_VERSION = 1
-_MOST_LAYERS = 100_000
 METADATA_KEY = "trimtab"
 #: SHA-256 of the document and the tensors. Beside the document, so that older versions, which know
 #: no checksum, still read the file; files of theirs have none.
@@ -49,6 +48,7 @@ CHECKSUM_KEY = "trimtab_sha256"
 
 #: Steering runs in float32, where a larger number is infinity.
 _LARGEST = torch.finfo(torch.float32).max
+_MOST_LAYERS = 100_000  # more than the name of a site can tell apart
 
 #: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
 #: that a next token is read from, the prompt's last and the generated ones.
@@ -219,7 +219,7 @@ class Steering:
             if intervention.operator.width != width:
                 raise TrimtabError(
                     f"the sizes do not fit: {intervention.site} has {width} units in "
-                    f"{identity.name}, the steering has {intervention.operator.width}"
+                    f"{shown(identity.name)}, the steering has {intervention.operator.width}"
                 )
         if self.model.digest != identity.digest and not force:
             raise TrimtabError(
@@ -277,7 +277,7 @@ class Steering:
             ) from error
         self._parse(text, tensors, "this steering")
         # Copies, because safetensors refuses tensors that share their memory.
-        own = {name: tensors[name].cpu().contiguous().clone() for name in sorted(tensors)}
+        own = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
         metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, own)}
         return write_whole(Path(path), _sorted(save(own, metadata)), overwrite)
 
@@ -355,9 +355,8 @@ class Steering:
             )
         tables = owners.pop("table", {})
         if owners:
-            # What belongs to nobody: a name without a dot, of no intervention, or `table` alone.
-            known = {str(number) for number in range(len(interventions))} | {"table"}
-            foreign = min(name for name in tensors if name.partition(".")[0] not in known)
+            of_owners = {id(tensor) for own in owners.values() for tensor in own.values()}
+            foreign = min(name for name, tensor in tensors.items() if id(tensor) in of_owners)
             raise TrimtabError(f"{source}: unexpected tensor '{shown(foreign)}'")
         return cls(
             method=document.method,
@@ -534,11 +533,11 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors by what comes before the first dot of their names (an intervention's number, or
-    `table`) and by what follows it."""
+    `table`; nothing without a dot) and by what follows it."""
     owners: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        owner, _, own = name.partition(".")
-        owners.setdefault(owner, {})[own] = tensor
+        owner, dot, own = name.partition(".")
+        owners.setdefault(owner if dot else "", {})[own] = tensor
     return owners
 
 
@@ -599,12 +598,14 @@ os.umask(_UMASK)
 def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     """Write a file through a temporary one beside it, so that it is there whole or not at all."""
     if _exists(path) and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
+        raise TrimtabError(
+            f"{shown(path, 200)} exists: choose another name, or pass overwrite (--overwrite)"
+        )
     try:
         # Of a long name only the beginning, so that what is added does not make it too long.
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     except OSError as error:
-        raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+        raise TrimtabError(f"cannot write {shown(path, 200)}: {error.strerror or error}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -613,6 +614,8 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
-            raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+            raise TrimtabError(
+                f"cannot write {shown(path, 200)}: {error.strerror or error}"
+            ) from error
         raise
     return path
