@@ -522,7 +522,7 @@ def test_a_long_name_is_written(tmp_path: Path) -> None:
     "one", [Scale(torch.tensor([1]), torch.tensor([0.5]), 48), Ablate(basis(48, rows=1)[0])]
 )
 def test_many_interventions_take_no_longer_each(one: Any, tmp_path: Path) -> None:
-    """Twenty thousand took five minutes, a hundred times longer each than two hundred did."""
+    """Tensors are found by their names, not by a search through all of them."""
     lm = language_model("llama")
 
     def seconds(count: int) -> float:
@@ -541,7 +541,8 @@ def test_many_interventions_take_no_longer_each(one: Any, tmp_path: Path) -> Non
         return time.process_time() - began
 
     seconds(10)
-    assert seconds(5000) < 10 * max(seconds(500), 0.2)
+    # Ten times as many took 56 times as long when each looked through all tensors.
+    assert seconds(5000) < 25 * seconds(500)
 
 
 # -- mutations ----------------------------------------------------------------------------------
