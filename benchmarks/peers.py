@@ -49,10 +49,11 @@ def environment(peer: Peer, say: Callable[[str], None]) -> Path:
         return python
     say(f"making an environment for {peer.name} {peer.version} (once)")
     shutil.rmtree(home, ignore_errors=True)
-    _call(peer, [sys.executable, "-m", "venv", str(home)])
+    # -P: no module that lies in the working directory is taken for venv or pip.
+    _call(peer, [sys.executable, "-P", "-m", "venv", str(home)])
     # torch first and by itself, at its pinned version: pip then never considers another one.
     for packages in ([TORCH], peer.requirements):
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [str(python), "-P", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         _call(peer, [*pip, *packages])
     made.write_text(wanted, encoding="utf-8")
     return python

@@ -71,6 +71,13 @@ def test_as_json(trimtab: Command) -> None:
     assert steering.hyperparameters["site"] == "heads"
 
 
+def test_the_model_as_it_is_may_be_the_best(trimtab: Command) -> None:
+    """k = 0 is a baseline that may be chosen, and no steering that could be kept."""
+    said = trimtab(f"sweep austeer {QUICK} --k 0 --alpha 2 -o r").text
+    assert said.endswith("r: report.html, results.json\n")
+    assert not Path("r/best.safetensors").exists()
+
+
 def test_for_people_and_again(trimtab: Command) -> None:
     command = f"sweep caa {QUICK} --layer 0,1,-1 --alpha 2 -o r"
     said = trimtab(command).text

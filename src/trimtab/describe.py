@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trimtab.anatomy import parse_site
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 from trimtab.operators import Ablate, Add, Rotate, Turn
 from trimtab.steering import Steering
 
@@ -84,9 +84,11 @@ def _chosen(steering: Steering) -> dict[str, list[dict[str, Any]]]:
         return {}
     lengths = {tuple(column.shape) for column in tables.values()}
     if len(numbered) != 1 or not tables.keys() >= set(wanted) or {len(s) for s in lengths} != {1}:
-        raise TrimtabError(f"the {steering.method} steering does not say what it chose")
+        raise TrimtabError(f"the {shown(steering.method)} steering does not say what it chose")
     if len(lengths) > 1:
-        raise TrimtabError(f"the tables of the {steering.method} steering have several lengths")
+        raise TrimtabError(
+            f"the tables of the {shown(steering.method)} steering have several lengths"
+        )
     # A file has its tensors in the order of their names; people want the place first.
     names = sorted(tables, key=lambda name: (_FIRST.index(name) if name in _FIRST else 9, name))
     columns = {name: tables[name].tolist() for name in names if name != "gain"}

@@ -30,6 +30,22 @@ def not_finite(what: str, dtype: Any, labels: Sequence[str] = ()) -> TrimtabErro
     return TrimtabError(f"{what} in {precision}{steered}: {', or '.join(remedies)}")
 
 
+def printable(text: object) -> str:
+    """Text of a file or a server without what a terminal would obey: control characters, line ends
+    and marks that turn the writing direction are spelled out, as Python does."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
+def shown(text: object, limit: int = 100) -> str:
+    """Such text as a message may repeat it: printable, and of no more than `limit` characters.
+
+    What is too long loses its middle, because a path says most at its ends.
+    """
+    whole = printable(text)
+    half = limit // 2 - 2
+    return whole if len(whole) <= limit else f"{whole[:half]}...{whole[-half:]}"
+
+
 def os_reason(error: BaseException) -> str:
     """Why writing to the cache failed, and what to do."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):

@@ -15,7 +15,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.errors import TrimtabError, TrimtabWarning, os_reason
+from trimtab.errors import TrimtabError, TrimtabWarning, os_reason, shown
+from trimtab.gguf_header import DamagedError, Header, check_header
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -31,18 +32,19 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     """
     from transformers import GenerationConfig
 
+    header = _checked(gguf)
     reader = _read_gguf(gguf)
     fields: dict[str, Any] = dict(reader.fields)
     _warn_of_losses(reader, fields)
     destination.mkdir(parents=True, exist_ok=True)
-    model = _load_weights(gguf, destination)
+    model = _load_weights(gguf, destination, header)
     try:
         tokenizer = _tokenizer(fields, model.config.max_position_embeddings)
     except TrimtabError:
         raise
     except Exception as error:  # ids, scores or merges that do not fit together
         raise TrimtabError(
-            f"cannot build the tokenizer of the GGUF file {gguf}: {_first_line(error)}"
+            f"cannot build the tokenizer of the GGUF file {shown(gguf, 150)}: {_reason(error)}"
         ) from error
 
     # The end of a turn ends generation too, where the file tells the two apart.
@@ -70,19 +72,36 @@ def check_is_gguf(path: Path) -> None:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise TrimtabError(f"cannot read {path}: {error.strerror or error}") from error
+        raise TrimtabError(f"cannot read {shown(path, 200)}: {error.strerror or error}") from error
     if magic != b"GGUF":
-        raise TrimtabError(f"{path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
+        raise TrimtabError(
+            f"{shown(path, 150)} is not a GGUF file: it begins with {magic!r}, not b'GGUF'"
+        )
+
+
+def _checked(path: Path) -> Header:
+    """The header of a file that can hold what it says that it holds."""
+    check_is_gguf(path)
+    try:
+        return check_header(path)
+    except DamagedError as error:
+        raise _damaged(path, error) from error
 
 
 def _read_gguf(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
-    check_is_gguf(path)
     try:
         return GGUFReader(path)
-    except Exception as error:  # whatever index, shape or decoding first fails on missing bytes
-        raise TrimtabError(f"{path} is a truncated or damaged GGUF file: fetch it again") from error
+    except Exception as error:  # whatever it reads in a way of its own
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> TrimtabError:
+    return TrimtabError(
+        f"{shown(path, 150)} is a truncated or damaged GGUF file ({shown(error, 120)}): "
+        "fetch it again"
+    )
 
 
 def _field(fields: dict[str, Any], key: str, default: Any = None) -> Any:
@@ -102,26 +121,29 @@ def _warn_of_losses(reader: GGUFReader, fields: dict[str, Any]) -> None:
         )
 
 
-def _load_weights(gguf: Path, empty: Path) -> PreTrainedModel:
+def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     import torch
     import transformers
 
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # later than 5.16
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # From the empty directory: files that lie beside a user's GGUF must not count.
+    place: dict[str, Any] = {"gguf_file": str(gguf.absolute()), "local_files_only": True}
     try:
-        # From the empty directory: files that lie beside a user's GGUF must not count. The
-        # redirection hides a bar that cannot be turned off.
+        config = transformers.AutoConfig.from_pretrained(str(empty), **place)
+        _check_size(config, header)
+        # The redirection hides a bar that cannot be turned off.
         with redirect_stderr(io.StringIO()):
-            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-                str(empty),
-                gguf_file=str(gguf.absolute()),
-                dtype=torch.float32,
-                local_files_only=True,
-                **options,
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                str(empty), dtype=torch.float32, output_loading_info=True, **place, **options
             )
+        model: PreTrainedModel = loaded[0]
+        _check_complete(model, loaded[1])
     except Exception as error:
-        raise TrimtabError(f"cannot load the GGUF file {gguf}: {_first_line(error)}") from error
+        raise TrimtabError(
+            f"cannot load the GGUF file {shown(gguf, 150)}: {_reason(error)}"
+        ) from error
     # Its mark as quantised, which makes saving fail, though every weight is plain by now.
     model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
@@ -129,8 +151,34 @@ def _load_weights(gguf: Path, empty: Path) -> PreTrainedModel:
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _check_size(config: Any, header: Header) -> None:
+    """Refuse sizes that are none of the file's, before there is room made for them."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):  # which takes no memory
+        sketch = transformers.AutoModelForCausalLM.from_config(config)
+    wanted = sum(parameter.numel() for parameter in sketch.parameters())
+    # A few more than the file's are right where an architecture adds something to its files.
+    if wanted > 1.5 * header.elements:
+        raise DamagedError(
+            f"by its sizes it is a model of {wanted} numbers, and it holds {header.elements}"
+        )
+
+
+def _check_complete(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Refuse a model that does not have all of its weights from the file."""
+    missing = sorted(map(str, info.get("missing_keys", ())))
+    if missing:
+        raise DamagedError(f"it lacks {len(missing)} of the model's tensors, {missing[0]} first")
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise DamagedError(f"{name} holds NaN or infinity")
+
+
+def _reason(error: Exception) -> str:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return shown(first, 150)
 
 
 def _smallest_lossless(model: PreTrainedModel) -> Any:
@@ -190,7 +238,9 @@ def _tokenizer(fields: dict[str, Any], longest: int) -> PreTrainedTokenizerFast:
     elif kind == "llama":
         backend = _sentencepiece(fields, tokens)
     else:
-        raise TrimtabError(f"the GGUF file has a tokenizer {kind!r}: trimtab reads gpt2 and llama")
+        raise TrimtabError(
+            f"the GGUF file has a tokenizer '{shown(kind)}': trimtab reads gpt2 and llama"
+        )
 
     vocabulary = backend.get_vocab()
     pieces = [pair for pair in zip(tokens, kinds, strict=True) if pair[0] in vocabulary]
@@ -248,8 +298,8 @@ def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
         ]
     elif pre not in _GPT2:
         warnings.warn(
-            f"the GGUF file cuts text in a way ({pre!r}) that trimtab does not know: GPT-2's is "
-            "used, and some texts may get other tokens than in the original model",
+            f"the GGUF file cuts text in a way ('{shown(pre)}') that trimtab does not know: "
+            "GPT-2's is used, and some texts may get other tokens than in the original model",
             TrimtabWarning,
             stacklevel=4,
         )

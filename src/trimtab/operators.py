@@ -33,6 +33,8 @@ Dial = float | Tensor
 #: How far from 1 and 0 the lengths and the product of a stored basis may be; `bind` and the folds
 #: make it orthonormal anew. Published planes, kept in bfloat16, are off by up to 0.006.
 _BASIS_TOLERANCE = 1e-2
+#: Units that a site may have: a file must not say more, because whole rows of them are made.
+WIDEST = 10**8
 
 
 class Operator(Protocol):
@@ -127,8 +129,8 @@ class Scale:
             )
         if self.units.dtype != torch.int64:
             raise TrimtabError(f"Scale has units of type {self.units.dtype}, not torch.int64")
-        if self.width < 1:
-            raise TrimtabError(f"Scale has a width of {self.width} units")
+        if not 1 <= self.width <= WIDEST:
+            raise TrimtabError(f"Scale has a width of {self.width:g} units, not 1 to {WIDEST:g}")
         if self.clamp_sign and self.absolute:
             raise TrimtabError("Scale cannot have both clamp_sign and absolute")
         _check_numbers("Scale", self.gain)

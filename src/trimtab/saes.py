@@ -160,7 +160,7 @@ def _read(source: str, SAE: Any, get_conversion_loader_name: Any) -> Any:
 def _site(sae: Any, source: str) -> str:
     """Where the stream that it reads is, as a site."""
     hook = str(getattr(sae.cfg.metadata, "hook_name", None))
-    match = re.fullmatch(r"blocks\.(\d{1,5})\.hook_resid_(post|pre)", hook)
+    match = re.fullmatch(r"blocks\.([0-9]{1,5})\.hook_resid_(post|pre)", hook)
     elsewhere = getattr(sae.cfg.metadata, "hook_name_out", None)
     if match is None or elsewhere or "transcoder" in sae.cfg.architecture():
         raise TrimtabError(

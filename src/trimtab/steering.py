@@ -1,7 +1,8 @@
 """The artifact: a steering is interventions, one dial and where they came from.
 
 It is saved as one .safetensors file: the operators' tensors in it, and in its metadata one JSON
-document. Loading checks all of it before anything is used; nothing is ever unpickled.
+document and a checksum of all that. Loading checks everything before anything is used; nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import (
     AfterValidator,
@@ -34,11 +37,18 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.calibration import Calibration
-from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.operators import OPERATORS, Operator, to_tensors
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.operators import OPERATORS, WIDEST, Add, Operator, Scale, to_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "trimtab"
+#: SHA-256 of the document and the tensors. Beside the document, so that older versions, which know
+#: no checksum, still read the file; files of theirs have none.
+CHECKSUM_KEY = "trimtab_sha256"
+
+#: Steering runs in float32, where a larger number is infinity.
+_LARGEST = torch.finfo(torch.float32).max
+_MOST_LAYERS = 100_000  # more than the name of a site can tell apart
 
 #: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
 #: that a next token is read from, the prompt's last and the generated ones.
@@ -76,7 +86,8 @@ class ModelIdentity:
     digest: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.architecture}, {self.layers} layers, {self.digest[:8]})"
+        name, architecture = shown(self.name), shown(self.architecture, 40)
+        return f"{name} ({architecture}, {self.layers} layers, {shown(self.digest[:8])})"
 
 
 @cache
@@ -141,24 +152,28 @@ class Steering:
         if value is None:
             if self.calibration is None:
                 raise TrimtabError(
-                    f"this {self.method} steering is not calibrated, so it does not know what "
-                    f"{kl:g} nats allow: trimtab strength budget --save, or strength.calibrate()"
+                    f"this {shown(self.method)} steering is not calibrated, so it does not know "
+                    f"what {kl:g} nats allow: trimtab strength budget --save, or "
+                    "strength.calibrate()"
                 )
             assert kl is not None
             value = self.calibration.dial(kl, side, median)
         value = float(value)
-        # Steering runs in float32, where a larger number is infinity.
-        if not abs(value) <= torch.finfo(torch.float32).max:
-            raise TrimtabError(f"the dial {self.dial.name} cannot be {value}")
+        if not abs(value) <= _LARGEST:
+            raise TrimtabError(f"the dial {shown(self.dial.name)} cannot be {value}")
+        turned = replace(self, value=value)
+        turned._warn_out_of_range()
+        return turned
+
+    def _warn_out_of_range(self) -> None:
         low, high = self.dial.range
-        if not low <= value <= high:
+        if not low <= self.setting <= high:
             warnings.warn(
-                f"{self.dial.name} = {value:g} is outside the sensible range of this "
-                f"{self.method} steering, {low:g} to {high:g}",
+                f"{shown(self.dial.name)} = {self.setting:g} is outside the sensible range of this "
+                f"{shown(self.method)} steering, {low:g} to {high:g}",
                 TrimtabWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return replace(self, value=value)
 
     def __add__(self, other: Any) -> Steerings:
         together: Steerings = Steerings((self,)) + other
@@ -167,7 +182,14 @@ class Steering:
     @property
     def label(self) -> str:
         """For people: method and dial."""
-        return f"{self.method} {self.dial.name}={self.setting:g}{self.dial.unit}"
+        method, dial, unit = shown(self.method), shown(self.dial.name), shown(self.dial.unit)
+        return f"{method} {dial}={self.setting:g}{unit}"
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything at any dial: with no unit chosen, or only zeros to add, it
+        does not."""
+        return any(_acts(intervention.operator) for intervention in self.interventions)
 
     @property
     def digest(self) -> str:
@@ -197,7 +219,7 @@ class Steering:
             if intervention.operator.width != width:
                 raise TrimtabError(
                     f"the sizes do not fit: {intervention.site} has {width} units in "
-                    f"{identity.name}, the steering has {intervention.operator.width}"
+                    f"{shown(identity.name)}, the steering has {intervention.operator.width}"
                 )
         if self.model.digest != identity.digest and not force:
             raise TrimtabError(
@@ -245,34 +267,55 @@ class Steering:
             "versions": self.versions,
             "date": self.date,
         }
-        text = json.dumps(document, sort_keys=True, ensure_ascii=False)
-        self._parse(text, dict(tensors), "this steering")
+        try:
+            text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+            text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TrimtabError(
+                f"this steering cannot be saved: what it says of itself must be JSON, and "
+                f"{shown(error, 150)}"
+            ) from error
+        self._parse(text, tensors, "this steering")
         # Copies, because safetensors refuses tensors that share their memory.
-        own = {name: tensors[name].cpu().contiguous().clone() for name in sorted(tensors)}
-        return write_whole(Path(path), save(own, {METADATA_KEY: text}), overwrite)
+        own = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+        metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, own)}
+        return write_whole(Path(path), _sorted(save(own, metadata)), overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
         """Read and check a file that `save` wrote."""
-        text, tensors = _read(Path(path))
-        return cls._parse(text, tensors, str(path))
+        steering = cls._load(Path(path))
+        steering._warn_out_of_range()
+        return steering
+
+    @classmethod
+    def _load(cls, path: Path) -> Steering:
+        text, tensors, checksum = _read(path)
+        steering = cls._parse(text, tensors, shown(path, 200))
+        # Last, because what is wrong with a value says more than that something was changed.
+        if checksum is not None and checksum != _checksum(text, tensors):
+            raise TrimtabError(
+                f"{shown(path, 200)} is damaged: what it holds is not what was saved (its checksum "
+                "differs); copy or fit it again"
+            )
+        return steering
 
     @classmethod
     def read(cls, argument: str) -> Steering:
         """From `FILE`, `FILE@DIAL` or `FILE@kl=NATS`: what follows the last @ is the dial, unless
         there is a file of that name."""
         path, at, value = argument.rpartition("@")
-        if not at or Path(argument).exists():
+        if not at or _exists(Path(argument)):
             return cls.load(argument)
         number = value.removeprefix("kl=")
         try:
             dial = float(number)
         except ValueError as error:
             raise TrimtabError(
-                f"{argument}: {number!r} is no number; write FILE@DIAL, as in joy.safetensors@12, "
-                "or FILE@kl=NATS"
+                f"{shown(argument, 150)}: '{shown(number)}' is no number; write FILE@DIAL, as in "
+                "joy.safetensors@12, or FILE@kl=NATS"
             ) from error
-        steering = cls.load(path)
+        steering = cls._load(Path(path))
         return steering.at(dial) if number == value else steering.at(kl=dial)
 
     @classmethod
@@ -285,45 +328,36 @@ class Steering:
             where = ".".join(map(str, first["loc"])) or "its document"
             raise TrimtabError(
                 f"{source} is not a trimtab steering of format {FORMAT_VERSION}: "
-                f"{where}: {first['msg']}"
+                f"{shown(where)}: {shown(first['msg'])}"
             ) from error
         calibration = None
         if document.calibration is not None:
             try:
-                calibration = Calibration(**document.calibration.model_dump())
+                calibration = _calibration(document.calibration.model_dump(), source)
             except TrimtabError as error:
                 raise TrimtabError(f"{source}: {error}") from error
         low, high = document.dial.range
         if low > high:
             raise TrimtabError(f"{source}: the dial's range is {low:g} to {high:g}")
         for name, tensor in tensors.items():
-            if tensor.dtype not in (torch.float32, torch.int64):
-                raise TrimtabError(
-                    f"{source}: tensor {name!r} is {tensor.dtype}, not float32 or int64"
-                )
-            # torch fails on more than 64 dimensions, and on empty shapes with huge strides.
-            if tensor.dim() > 8 or (tensor.dim() > 1 and not tensor.numel()):
-                raise TrimtabError(f"{source}: tensor {name!r} has shape {list(tensor.shape)}")
-            if not torch.isfinite(tensor).all():
-                raise TrimtabError(f"{source}: tensor {name!r} holds NaN or infinity")
+            _check_tensor(f"{source}: tensor '{shown(name)}'", tensor)
+        owners = _by_owner(tensors)
         interventions = []
         for number, described in enumerate(document.interventions):
-            own = {
-                name.removeprefix(f"{number}."): tensors.pop(name)
-                for name in list(tensors)
-                if name.startswith(f"{number}.")
-            }
+            own = owners.pop(str(number), {})
             try:
                 interventions.append(_intervention(described, own, document.model.layers))
             except TrimtabError as error:
-                raise TrimtabError(f"{source}, {described.site}: {error}") from error
-        tables = {
-            name.removeprefix("table."): tensors.pop(name)
-            for name in list(tensors)
-            if name.startswith("table.")
-        }
-        if tensors:
-            raise TrimtabError(f"{source}: unexpected tensor {sorted(tensors)[0]!r}")
+                raise TrimtabError(f"{source}, {shown(described.site, 60)}: {error}") from error
+        if not any(_acts(intervention.operator) for intervention in interventions):
+            raise TrimtabError(
+                f"{source} does nothing: it has no intervention that changes an activation"
+            )
+        tables = owners.pop("table", {})
+        if owners:
+            of_owners = {id(tensor) for own in owners.values() for tensor in own.values()}
+            foreign = min(name for name, tensor in tensors.items() if id(tensor) in of_owners)
+            raise TrimtabError(f"{source}: unexpected tensor '{shown(foreign)}'")
         return cls(
             method=document.method,
             hyperparameters=document.hyperparameters,
@@ -376,49 +410,57 @@ def _finite(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _float32(value: float) -> float:
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{value:g} is beyond float32, in which steering runs")
+    return value
+
+
 _Finite = Annotated[dict[str, Any], AfterValidator(_finite)]
+_Number = Annotated[FiniteFloat, AfterValidator(_float32)]
+_Word = Annotated[str, Field(max_length=200)]
 
 
 class _DialDocument(_Strict):
-    name: str
-    default: FiniteFloat
-    range: tuple[FiniteFloat, FiniteFloat]
-    unit: str
+    name: _Word
+    default: _Number
+    range: tuple[_Number, _Number]
+    unit: _Word
 
 
 class _InterventionDocument(_Strict):
     site: str = Field(max_length=100)
-    operator: str
+    operator: _Word
     positions: Positions
     fields: dict[str, Any]
 
 
 class _ModelDocument(_Strict):
     name: str
-    architecture: str
-    layers: NonNegativeInt
-    hidden_size: NonNegativeInt
-    digest: str
+    architecture: _Word
+    layers: Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
+    hidden_size: Annotated[int, Field(ge=1, le=WIDEST)]
+    digest: _Word
 
 
 class _CalibrationDocument(_Strict):
-    kl: tuple[FiniteFloat, ...]
+    kl: tuple[_Number, ...]
     prompts: NonNegativeInt
-    digest: str
-    positive: tuple[FiniteFloat | None, ...]
-    positive_worst5: tuple[FiniteFloat | None, ...]
-    negative: tuple[FiniteFloat | None, ...]
-    negative_worst5: tuple[FiniteFloat | None, ...]
+    digest: _Word
+    positive: tuple[_Number | None, ...]
+    positive_worst5: tuple[_Number | None, ...]
+    negative: tuple[_Number | None, ...]
+    negative_worst5: tuple[_Number | None, ...]
 
 
 class _Document(_Strict):
     """The JSON document in the file's metadata."""
 
     format: Literal[1] = Field(description="FORMAT_VERSION")
-    method: str
+    method: _Word
     hyperparameters: _Finite
     dial: _DialDocument
-    value: FiniteFloat | None
+    value: _Number | None
     calibration: _CalibrationDocument | None = None
     interventions: list[_InterventionDocument]
     model: _ModelDocument
@@ -428,10 +470,15 @@ class _Document(_Strict):
     date: str
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The JSON text and the tensors of a file."""
-    if not path.is_file():
-        raise TrimtabError(f"no such steering file: {path}")
+def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
+    """The JSON text and the tensors of a file, and its checksum where it has one."""
+    where = shown(path, 200)
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise TrimtabError(f"cannot read {where}: {error.strerror or error}") from error
+    if not there:
+        raise TrimtabError(f"no such steering file: {where}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -440,11 +487,81 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrimtabError(
-            f"{path} is not a safetensors file, or it is truncated: {reason}"
+            f"{where} is not a safetensors file, or it is truncated: {shown(reason)}"
         ) from error
     if METADATA_KEY not in metadata:
-        raise TrimtabError(f"{path} is a safetensors file but not a trimtab steering")
-    return metadata[METADATA_KEY], tensors
+        raise TrimtabError(f"{where} is a safetensors file but not a trimtab steering")
+    return metadata[METADATA_KEY], tensors, metadata.get(CHECKSUM_KEY)
+
+
+def _sorted(content: bytes) -> bytes:
+    """A safetensors file with its header in order: safetensors writes metadata in any order, and
+    one steering should be one file, byte by byte."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a directory that may not be searched
+        return False
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a document and its tensors (on the CPU), whatever their order in the file."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.int64):
+        raise TrimtabError(f"{name} is {tensor.dtype}, not float32 or int64")
+    # torch fails on more than 64 dimensions, and on empty shapes with huge strides.
+    if tensor.dim() > 8 or (tensor.dim() > 1 and not tensor.numel()):
+        raise TrimtabError(f"{name} has shape {shown(list(tensor.shape))}")
+    # numpy, because a file may have thousands of small tensors, on which it is faster.
+    if not np.isfinite(tensor.detach().cpu().numpy()).all():
+        raise TrimtabError(f"{name} holds NaN or infinity")
+
+
+def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by what comes before the first dot of their names (an intervention's number, or
+    `table`; nothing without a dot) and by what follows it."""
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, dot, own = name.partition(".")
+        owners.setdefault(owner if dot else "", {})[own] = tensor
+    return owners
+
+
+def _calibration(columns: dict[str, Any], source: str) -> Calibration:
+    calibration = Calibration.rising(**columns)
+    if asdict(calibration) != columns:  # earlier versions did not see to it
+        warnings.warn(
+            f"{source}: the calibration's dials did not rise with their budgets; those that fell "
+            "are taken to be the ones before them",
+            TrimtabWarning,
+            stacklevel=4,
+        )
+    return calibration
+
+
+def _acts(operator: Operator) -> bool:
+    """Whether an operator changes an activation at any dial."""
+    if isinstance(operator, Scale):
+        return bool(operator.gain.any())
+    return not isinstance(operator, Add) or bool(operator.vector.any())
+
+
+#: Fields of operators that the first files lack; without one they mean its default.
+_CAME_LATER = {"absolute"}
 
 
 def _intervention(
@@ -455,14 +572,13 @@ def _intervention(
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
     operator_type = OPERATORS.get(described.operator)
     if operator_type is None:
-        raise TrimtabError(f"unknown operator {described.operator!r}")
+        raise TrimtabError(f"unknown operator '{shown(described.operator)}'")
     expected = {item.name: item.type for item in fields(operator_type)}
-    required = {item.name for item in fields(operator_type) if item.default is MISSING}
     given = {**tensors, **described.fields}
-    if not required <= set(given) <= set(expected):
+    if not set(expected) - _CAME_LATER <= set(given) <= set(expected):
         raise TrimtabError(
             f"{described.operator} needs {', '.join(expected)}; "
-            f"the file has {', '.join(given) or 'nothing'}"
+            f"the file has {shown(', '.join(given)) or 'nothing'}"
         )
     # Types are annotations in text: "Tensor", "int", "bool".
     kinds = {"Tensor": Tensor, "int": int, "bool": bool, "float": float, "str": str}
@@ -481,12 +597,15 @@ os.umask(_UMASK)
 
 def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     """Write a file through a temporary one beside it, so that it is there whole or not at all."""
-    if path.exists() and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
+    if _exists(path) and not overwrite:
+        raise TrimtabError(
+            f"{shown(path, 200)} exists: choose another name, or pass overwrite (--overwrite)"
+        )
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Of a long name only the beginning, so that what is added does not make it too long.
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     except OSError as error:
-        raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+        raise TrimtabError(f"cannot write {shown(path, 200)}: {error.strerror or error}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -495,6 +614,8 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
-            raise TrimtabError(f"cannot write {path}: {error.strerror or error}") from error
+            raise TrimtabError(
+                f"cannot write {shown(path, 200)}: {error.strerror or error}"
+            ) from error
         raise
     return path

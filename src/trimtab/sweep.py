@@ -165,7 +165,8 @@ def sweep(
     if run.path is not None:
         from trimtab.sweep_report import sweep_page  # loads matplotlib
 
-        if found.steering is not None:
+        # The best may be k = 0, the model as it is, which is no steering to keep.
+        if found.steering is not None and found.steering.acts:
             found.steering.save(run.path / "best.safetensors", overwrite=True)
         run.finish(found.as_json(), lambda environment: sweep_page(found, run, environment))
     return found

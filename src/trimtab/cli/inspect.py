@@ -9,6 +9,7 @@ from rich.table import Table
 
 from trimtab.cli.common import Json, console, print_json
 from trimtab.describe import describe, explain
+from trimtab.errors import printable
 from trimtab.steering import Steering
 
 
@@ -27,7 +28,7 @@ def inspect(
         print_json(described)
         return
     for line in explain(steering):
-        console.print(line)
+        console.print(printable(line))
     for kind in ("units", "heads", "features"):
         _list(described.get(kind, []), max(0, top))
 
@@ -37,7 +38,7 @@ def _list(records: list[dict[str, Any]], top: int) -> None:
     if not records[:top]:
         return
     columns = [name for name in records[0] if name != "site"]
-    table = Table("rank", *columns, box=None)
+    table = Table("rank", *map(printable, columns), box=None)
     for rank, record in enumerate(records[:top], 1):
         cells = [record[name] for name in columns]
         table.add_row(

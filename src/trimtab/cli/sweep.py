@@ -390,7 +390,10 @@ def _show(found: Sweep, output: Path | None) -> None:
     for note in found.notes:
         console.print(f"note: {note}")
     if output is not None:
-        console.print(f"{output}: report.html, results.json, best.safetensors", style="dim")
+        files = ["report.html", "results.json"]
+        if (output / "best.safetensors").exists():  # not where nothing steers best
+            files.append("best.safetensors")
+        console.print(f"{output}: {', '.join(files)}", style="dim")
 
 
 def _table(found: Sweep) -> Table:

@@ -189,9 +189,8 @@ def calibrate(
         columns |= {side: tuple(dials), f"{side}_worst5": tuple(worst)}
     canonical = json.dumps(encoded, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    return replace(
-        steering, calibration=Calibration(tuple(budgets), len(wanted), digest, **columns)
-    )
+    calibration = Calibration.rising(budgets, len(wanted), digest, **columns)
+    return replace(steering, calibration=calibration)
 
 
 def _encoded(
