@@ -151,10 +151,11 @@ def attached(
     anatomy: Anatomy,
     rows: Sequence[RowSteerings],
     *,
+    per_row: bool = False,
     pad: int | None = None,
     block: bool = True,
 ) -> Iterator[Sequences]:
-    """Steer the model: `rows` holds one entry for all rows of any batch, or one per row.
+    """Steer the model: `rows` holds one entry for all rows of any batch, or (`per_row`) one each.
 
     Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
     `given_ends`. `pad` is the padding token, by which padding is known that no mask tells. `block`
@@ -162,8 +163,8 @@ def attached(
     nothing although the model ran is an error.
     """
     steps = _steps(rows)
-    per_row = len(rows) if any(not step.same_for_all for step in _all(steps)) else None
-    with _on_model(model, anatomy, steps, rows=per_row, pad=pad, block=block) as sequences:
+    count = len(rows) if per_row else None
+    with _on_model(model, anatomy, steps, rows=count, pad=pad, block=block) as sequences:
         yield sequences
 
 

@@ -247,8 +247,9 @@ class LanguageModel:
     ) -> AbstractContextManager[Sequences]:
         """As `steered`; unless it is a `block`, for one call only, for which others wait."""
         rows = self._row_steerings(steerings, force)
+        per_row = any(not _for_all_rows(argument) for argument in steerings)
         pad = self.tokenizer.pad_token_id
-        return attached(self.model, self.anatomy, rows, pad=pad, block=block)
+        return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
 
     def _alone(self, arguments: Sequence[Any]) -> Steering:
         """The one steering that a budget is for."""

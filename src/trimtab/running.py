@@ -108,10 +108,10 @@ class Attached:
                     "another thread steers this model at the moment: run it by lm.generate() or "
                     "lm.logits(), which wait, or outside of that thread's calls"
                 )
-            block.enter(thread)
-            block.sequences.count()
             if block.placed:
                 block.sequences.observe(args, kwargs)
+            block.sequences.count()  # one that is not refused
+            block.enter(thread)
         if body.training and torch.is_grad_enabled():
             self._watch_checkpoints()
 
