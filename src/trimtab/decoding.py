@@ -106,6 +106,11 @@ def configuration(model: Any, asked: Mapping[str, Any], **lengths: int) -> Gener
     """Settings for one call of a model's `generate`: what was asked, and its special tokens."""
     own = model.generation_config
     tokens = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id")}
+    if asked.get("exponential_decay_length_penalty") and tokens["eos_token_id"] is None:
+        raise TrimtabError(
+            "exponential_decay_length_penalty favours the end of the text, and this model has no "
+            "token for it"
+        )
     return _AsAsked(**tokens, **asked, **lengths)  # type: ignore[no-untyped-call]
 
 
@@ -124,21 +129,21 @@ def sampling(
     temperature: float, top_k: int, top_p: float, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of transformers that say how tokens are chosen, after every check."""
-    temperature = _real("temperature", temperature)
-    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
+    warmth = _real("temperature", temperature)
+    if warmth != 0 and not _COLDEST <= warmth <= _HOTTEST:
         raise TrimtabError(
-            f"temperature must be 0 or more, not {temperature:g}: 0 is greedy, and others are "
+            f"temperature must be 0 or more, not {temperature!r}: 0 is greedy, and others are "
             f"{_COLDEST:g} to {_HOTTEST:g}"
         )
     top_k, top_p = _whole("top_k", top_k), _real("top_p", top_p)
     if top_k < 0 or not 0 < top_p <= 1:
         raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
     given = {name: _option(name, value) for name, value in options.items()}
-    _refuse_without_effect(given, temperature)
-    if temperature == 0:
+    _refuse_without_effect(given, warmth)
+    if warmth == 0:
         return {"do_sample": False, **given}
-    warm = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return {**warm, **given}
+    drawn = {"do_sample": True, "temperature": warmth, "top_k": top_k, "top_p": top_p}
+    return {**drawn, **given}
 
 
 def _option(name: str, value: Any) -> Any:
@@ -228,11 +233,12 @@ def stop_pattern(stop: str) -> Any:
         raise TrimtabError(f"stop must be a regular expression, not {stop!r}: {error}") from error
 
 
-class FiniteLogits(LogitsProcessor):
-    """Counts for each prompt how many tokens were chosen from logits that are finite.
+class SoundLogits(LogitsProcessor):
+    """Counts for each prompt how many tokens were chosen from logits that can choose one.
 
-    Nothing is read from the device before the end. What could choose no token is NaN or infinity
-    somewhere, or minus infinity everywhere; minus infinity at some tokens only bars them.
+    Logits cannot where they are NaN or infinite (minus infinity at some tokens only bars them), or
+    all equal, which a norm makes of activations that overflowed. Nothing is read from the device
+    before the end.
     """
 
     def __init__(self, rows: int, sampled: bool) -> None:
@@ -241,9 +247,8 @@ class FiniteLogits(LogitsProcessor):
         self.count: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # A prompt's beams are neighbours.
-        every = scores.reshape(self.rows, -1)
-        sound = every.amax(-1).isfinite()
+        every = scores.reshape(self.rows, -1)  # a prompt's beams are neighbours
+        sound = are_sound(every)
         self.sound = sound if self.sound is None else self.sound & sound
         self.count = self.sound.long() if self.count is None else self.count + self.sound
         if not self.sampled:
@@ -253,21 +258,25 @@ class FiniteLogits(LogitsProcessor):
 
     def counts(self) -> list[int]:
         """Tokens of each prompt up to the first that was chosen from other logits."""
-        return [] if self.count is None else [int(count) for count in self.count]
+        return [] if self.count is None else [int(count) for count in self.count.tolist()]
 
 
-def not_finite(
-    number: int, labels: Sequence[str], dtype: torch.dtype, at: str = ""
-) -> TrimtabError:
-    """The error of a prompt (counted from 1) whose logits are NaN or infinite."""
+def are_sound(logits: Tensor) -> Tensor:
+    """Whether logits [..., vocabulary] can choose a token."""
+    lowest, highest = logits.aminmax(dim=-1)
+    return highest.isfinite() & (lowest < highest)
+
+
+def unsound(number: int, labels: Sequence[str], dtype: torch.dtype) -> TrimtabError:
+    """The error of a prompt (counted from 1) whose logits cannot choose a token."""
     name = str(dtype).removeprefix("torch.")
-    wider = dtype in (torch.float32, torch.float64)
+    wide = dtype in (torch.float32, torch.float64)
     if labels:
         who = f"with {' and '.join(labels)}"
-        remedy = f"turn the dial towards 0{'' if wider else ', or load the model in float32'}"
+        remedy = f"turn the dial towards 0{'' if wide else ', or load the model in float32'}"
     else:
         who = "without a steering of its own"
-        remedy = "look at the model's weights" if wider else "load the model in float32"
+        remedy = "look at the model's weights" if wide else "load the model in float32"
     return TrimtabError(
-        f"the logits of prompt {number}{at} are not finite in {name} {who}: {remedy}"
+        f"the logits of prompt {number} are not finite, or all equal, in {name} {who}: {remedy}"
     )

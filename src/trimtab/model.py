@@ -18,12 +18,13 @@ from trimtab.attach import RowSteerings, Sequences, attached, attached_by
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.decoding import (
     OPTIONS,
-    FiniteLogits,
+    SoundLogits,
     StopsAt,
+    are_sound,
     configuration,
-    not_finite,
     sampling,
     stop_pattern,
+    unsound,
 )
 from trimtab.errors import TrimtabError
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
@@ -317,9 +318,9 @@ class LanguageModel:
 
         Other options are those of transformers that say how tokens are chosen, by their names
         there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
-        What the checkpoint's own generation settings say about it is not used, but for its special
-        tokens. Logits that are not finite are an error. Returns one `Completion` per prompt, in
-        order.
+        Of the checkpoint's own generation settings only the special tokens are used. Logits that
+        cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
+        prompt, in order.
         """
         asked = sampling(temperature, top_k, top_p, options)
         pattern = None if stop is None else stop_pattern(stop)
@@ -359,7 +360,7 @@ class LanguageModel:
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
                     labels = tuple(steering.label for steering in _one_row(rows[i]))
                     if not is_sound:
-                        raise not_finite(i + 1, labels, self.dtype)
+                        raise unsound(i + 1, labels, self.dtype)
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
@@ -375,22 +376,21 @@ class LanguageModel:
         min_new_tokens: int,
     ) -> tuple[list[list[int]], list[bool]]:
         """One batch: the new tokens of each row up to and without its end-of-text token, and
-        whether all of them were chosen from finite logits."""
+        whether all of them were chosen from sound logits."""
         inputs = self._left_padded(tokens)
         width = inputs["input_ids"].shape[1]
-        settings = configuration(
-            self.model, asked, max_length=width + max_new_tokens, min_length=width + min_new_tokens
-        )
-        eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
-        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-        settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
-        finite = FiniteLogits(len(tokens), sampled=settings.do_sample)
         watch = None if stop is None else StopsAt(stop, self.tokenizer, width, len(tokens))
+        sound = SoundLogits(len(tokens), sampled=asked["do_sample"])
+        lengths = {"max_length": width + max_new_tokens, "min_length": width + min_new_tokens}
         try:
+            settings = configuration(self.model, asked, **lengths)
+            eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
+            stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+            settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
             output = self.model.generate(
                 **inputs,
                 generation_config=settings,
-                logits_processor=[finite],
+                logits_processor=[sound],
                 stopping_criteria=None if watch is None else [watch],
             )
         except (ValueError, TypeError, IndexError) as error:
@@ -408,8 +408,8 @@ class LanguageModel:
         ]
         # A row that ended before its end was ended by one token more, which it was chosen to be.
         chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
-        sound = [count >= used for count, used in zip(finite.counts(), chosen, strict=True)]
-        return texts, sound
+        sound_until = zip(sound.counts(), chosen, strict=True)
+        return texts, [count >= used for count, used in sound_until]
 
     @torch.inference_mode()
     def logits(
@@ -424,6 +424,7 @@ class LanguageModel:
     ) -> Any:
         """Logits in float32: of the token after each prompt, [prompts, vocabulary]; or, with
         `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
+        Logits that are not finite, or all equal, are an error.
         """
         wanted = self.prompts(prompts, chat)
         rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted)
@@ -443,11 +444,11 @@ class LanguageModel:
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
         ordered = [found[i] for i in range(len(wanted))]
-        sound = torch.stack([row.amax(-1).isfinite().all() for row in ordered]).tolist()
+        sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
         if not all(sound):
             first = sound.index(False)
             labels = [steering.label for steering in _one_row(rows[first])]
-            raise not_finite(first + 1, labels, self.dtype)
+            raise unsound(first + 1, labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
     def unembed(self, hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trimtab.decoding import are_sound, unsound
 from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
@@ -124,7 +125,12 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             rests = [text[batch.shared :] for text in texts]
             hidden = resume(language_model, rests, streams, below, cache)
-            yield batch, _read(rows, hidden, batch.shared, language_model)
+            found, sound = _read(rows, hidden, batch.shared, language_model)
+            if not all(sound):
+                labels = [one.label for one in together(steering)]
+                number = batch.rows[sound.index(False)] + 1
+                raise unsound(number, labels, language_model.dtype)
+            yield batch, found
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
@@ -144,28 +150,31 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
 
 def _read(
     rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
-) -> list[Next]:
-    """Unembeds only the positions that are asked for, as many at once as fit."""
+) -> tuple[list[Next], list[bool]]:
+    """Unembeds only the positions that are asked for, as many at once as fit. Also whether all
+    logits of each row are sound."""
     places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
     asked = torch.tensor(places, device=hidden.device)
     scored = any(row.targets for row in rows)
     targets = [target for row in rows for target in row.targets or [0] * len(row.positions)]
     wanted = torch.tensor(targets, device=hidden.device)
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
-    best, log_p = [], []
+    best, log_p, choosing = [], [], []
     for some in torch.arange(len(places), device=hidden.device).split(
         max(1, _LOGITS // vocabulary)
     ):
         row_of, column = asked[some].T
         logits = language_model.unembed(hidden[row_of, column])
         best.append(logits.argmax(-1).cpu())
+        choosing.append(are_sound(logits).cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())
     counts = [len(row.positions) for row in rows]
     bests = torch.cat(best).split(counts)
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
-    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)]
+    sound = [bool(each.all()) for each in torch.cat(choosing).split(counts)]
+    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)], sound
 
 
 # -- which texts share their beginning ------------------------------------------------------------
