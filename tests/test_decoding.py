@@ -280,7 +280,7 @@ def test_every_option_is_taken_and_its_neutral_value_changes_nothing() -> None:
     given = {
         "encoder_repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "top_h": 0.5,
         "encoder_no_repeat_ngram_size": 2, "typical_p": 0.5, "eta_cutoff": 0.01,
-        "forced_bos_token_id": 9, "renormalize_logits": True, 
+        "forced_bos_token_id": 9, "renormalize_logits": True,
         "watermarking_config": {"bias": 2.0}, "max_time": 60,
     }  # fmt: skip
     for name, value in given.items():
@@ -352,7 +352,7 @@ def test_temperatures_at_the_ends_of_what_is_allowed(temperature: float) -> None
 # -- stop patterns ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern", ["(a|a)*$", "([a-z ]|[a-z ])+$", "^(.?.?)+~$"])
+@pytest.mark.parametrize("pattern", ["(a|a)*$", "([a-z ]|[a-z ])+$"])
 def test_a_pattern_that_never_ends_is_given_up(pattern: str) -> None:
     lm = language_model("llama")
     lm.tokenizer = Says("a" * 60 + "!b")

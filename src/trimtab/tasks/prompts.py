@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Prompt, read_prompt
+from trimtab.contrasts import Prompt, read_cell, read_prompt
 from trimtab.errors import TrimtabError
 from trimtab.tasks.data import data_directory, read_jsonl
 from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
@@ -71,11 +71,20 @@ def _read(path: Path) -> Sequence[Row]:
         return read_jsonl(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            return list(csv.DictReader(lines, strict=True))
+            rows = list(csv.DictReader(lines, strict=True))
     except OSError as error:
         raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise TrimtabError(f"{path} cannot be read as CSV: {error}") from error
+    return [
+        {
+            key: read_cell(value, f"{path}, row {number}, {key}")
+            if str(key).lower() in _COLUMNS and isinstance(value, str)
+            else value
+            for key, value in row.items()
+        }
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 def _conversation(columns: Row, where: str) -> Prompt:
