@@ -238,6 +238,10 @@ def _print_curves(found: Curves) -> None:
         console.print(_accuracy_line(found.accuracy))
 
 
+#: More points than this are a slip of the finger.
+_MOST_POINTS = 10_000
+
+
 def _span(text: str | None, option: str) -> tuple[float, float] | None:
     if text is None:
         return None
@@ -254,6 +258,8 @@ def _spaced(low: float, high: float, points: int) -> list[float]:
     """Evenly spaced dials, and 0 where it lies between them."""
     if points < 2:
         raise TrimtabError(f"a curve needs 2 points or more, not {points}")
+    if points > _MOST_POINTS:
+        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {points}")
     spaced = [low + (high - low) * i / (points - 1) for i in range(points)]
     near = 1e-9 * (high - low)
     inner = [dial for dial in spaced if abs(dial) > near]

@@ -14,6 +14,7 @@ from typing import Any
 
 from trimtab.contrasts import Prompt, read_cell, read_prompt
 from trimtab.errors import TrimtabError
+from trimtab.paths import user_path
 from trimtab.tasks.data import data_directory, read_jsonl
 from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
 
@@ -56,7 +57,7 @@ def prompts_task(kind: str, file: str, data: str | None) -> Task:
 
 
 def _find(file: str, data: str | None) -> Path:
-    path = Path(file).expanduser()
+    path = user_path(file)
     if path.is_file():
         return path.absolute()
     directory = data_directory(data)
