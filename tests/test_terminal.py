@@ -35,8 +35,8 @@ def on_stream(
     """Exit status and both streams as bytes, of a command whose streams have an encoding."""
 
     class Stream(io.TextIOWrapper):
-        def isatty(self) -> bool:
-            return terminal
+        def isatty(self) -> bool:  # of standard error it is not, or bars would be drawn there
+            return terminal and self is streams[0]
 
     raw = [io.BytesIO(), io.BytesIO()]
     streams = [Stream(one, encoding=encoding, write_through=True) for one in raw]
@@ -106,13 +106,60 @@ def shell(command: str, work: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def test_streams_that_are_closed_or_broken(work: Path) -> None:
+def test_output_that_nobody_reads_ends_the_command(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ("inspect au.safetensors", "inspect au.safetensors --json"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with monkeypatch.context() as patch, os.fdopen(writer, "w") as nobody:
+            patch.setattr(sys, "stdout", nobody)
+            with pytest.raises(SystemExit) as ended:
+                main(shlex.split(words))
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == ""
+
+
+def test_output_that_cannot_be_written_is_said(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch, Path("/dev/full").open("w") as full:
+        patch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", "au.safetensors", "--json"])
+    assert ended.value.code == 2
+    assert "the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdin", "stdout", "stderr"]])
+def test_streams_that_are_closed_are_nobody(
+    work: Path, monkeypatch: pytest.MonkeyPatch, closed: list[str]
+) -> None:
+    for words, status in (("inspect au.safetensors", 0), ("inspect no.safetensors", 2)):
+        with monkeypatch.context() as patch:
+            for name in closed:
+                patch.setattr(sys, name, None)
+            with pytest.raises(SystemExit) as ended:
+                main(shlex.split(words))
+        assert ended.value.code == status
+
+
+def test_prompts_from_a_closed_standard_input(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(trimtab(f"{GENERATE} -"), "there is no prompt")
+
+
+@pytest.mark.slow
+def test_streams_of_a_shell_that_are_closed_or_broken(work: Path) -> None:
     """Each in a process of its own, as a shell starts it; PIPESTATUS is the command's own."""
     inspect = "trimtab inspect au.safetensors"
     done = "; echo ${PIPESTATUS[0]} >&3"
     cases = {
         f"{inspect} | (exec <&-; sleep 0.1)": "1",
         f"{inspect} --json | (exec <&-; sleep 0.1)": "1",
+        "trimtab fit --help | (exec <&-; sleep 0.1)": "1",
         f"{inspect} >&-": "0",
         f"{inspect} >&- 2>&- <&-": "0",
         "trimtab inspect missing 2>&-": "2",
@@ -187,7 +234,7 @@ def test_nothing_of_a_file_or_model_steers_the_terminal(
     for command in commands:
         _, out, err = on_stream(monkeypatch, command, "utf-8", terminal)
         assert obeyed(out + err) == [], command
-        assert b"\\x1b" in out + err
+        assert b"\\x1b" in out + err or "--steer" in command
     monkeypatch.setattr(tt.LanguageModel, "generate", lambda *a, **o: [completion])
     _, out, err = on_stream(monkeypatch, f"{GENERATE} Hi", "utf-8", terminal)
     # Into a pipe or a file a model's text goes as it wrote it.
@@ -265,7 +312,7 @@ def test_grids_of_dials_are_counted_before_they_are_built(
         "evaluate --model model --task perplexity:~nosuchuser/text.txt -o x",
         "evaluate --model model --task copa --data ~nosuchuser -o x",
         "evaluate --model model --task refusal:~nosuchuser/p.jsonl -o x",
-        f"fit sta {FIT} --sae ~nosuchuser/sae --layer 1 -o x.safetensors",
+        f"fit sta {FIT} --sae ~nosuchuser/sae -o x.safetensors",
     ],
 )
 def test_a_home_directory_that_is_not_there(trimtab: Command, command: str) -> None:

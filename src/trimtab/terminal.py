@@ -40,3 +40,6 @@ class CleanConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise  # what was caught goes on to who runs the command

@@ -10,8 +10,9 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -67,8 +68,9 @@ def main(arguments: list[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     _open_streams()
+    outputs = sys.stdout, sys.stderr  # typer wraps a broken one
     _quiet_libraries(debug)
-    sys.exit(_written_out(_run(arguments, debug)))
+    sys.exit(_written_out(_run(arguments, debug), outputs))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -79,7 +81,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         status = _INTERRUPTED
     except BrokenPipeError:
         status = _NOT_READ
-    except SystemExit as exit_now:  # rich and typer leave so when nobody reads their output
+    except SystemExit as exit_now:  # typer leaves so when nobody reads its output
         status = exit_now.code
     except Exception as error:
         if debug:
@@ -115,9 +117,9 @@ def _open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _written_out(status: int) -> int:
+def _written_out(status: int, outputs: Sequence[TextIO]) -> int:
     """The status, once all output is handed over: when Python does it later, it fails loudly."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in outputs:
         try:
             stream.flush()
         except OSError as error:

@@ -147,6 +147,9 @@ def curve_command(
     if not steerings:
         raise TrimtabError("name a steering: --steer FILE")
     bounds = Bounds(max_kl, min_entropy, max_entropy)
+    most = max(points, ce_points, concept_points, task_points)
+    if most > _MOST_POINTS:
+        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {most}")
     wide = _span(span, "--range")
     concept_wide = _span(concept_range, "--concept-range") or wide
     if (resamples or layers is not None) and contrast is None:
@@ -258,8 +261,6 @@ def _spaced(low: float, high: float, points: int) -> list[float]:
     """Evenly spaced dials, and 0 where it lies between them."""
     if points < 2:
         raise TrimtabError(f"a curve needs 2 points or more, not {points}")
-    if points > _MOST_POINTS:
-        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {points}")
     spaced = [low + (high - low) * i / (points - 1) for i in range(points)]
     near = 1e-9 * (high - low)
     inner = [dial for dial in spaced if abs(dial) > near]
