@@ -125,7 +125,15 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         try:
             return render(chat_history)
         except TemplateError:  # as the harness's `hf` does: some templates have no system message
-            return render([one for one in chat_history if one["role"] != "system"])
+            rest = [one for one in chat_history if one["role"] != "system"]
+        try:
+            return render(rest)
+        except TemplateError as error:
+            raise TrimtabError(
+                f"the chat template of {self.language_model.name} refuses the harness's messages "
+                f"with the roles {', '.join(one['role'] for one in rest)}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
