@@ -267,8 +267,8 @@ def are_sound(logits: Tensor) -> Tensor:
     return highest.isfinite() & (lowest < highest)
 
 
-def unsound(number: int, labels: Sequence[str], dtype: torch.dtype) -> TrimtabError:
-    """The error of a prompt (counted from 1) whose logits cannot choose a token."""
+def unsound(text: str, labels: Sequence[str], dtype: torch.dtype) -> TrimtabError:
+    """The error of a text ("prompt 2") whose logits cannot choose a token."""
     name = str(dtype).removeprefix("torch.")
     wide = dtype in (torch.float32, torch.float64)
     if labels:
@@ -278,5 +278,5 @@ def unsound(number: int, labels: Sequence[str], dtype: torch.dtype) -> TrimtabEr
         who = "without a steering of its own"
         remedy = "look at the model's weights" if wide else "load the model in float32"
     return TrimtabError(
-        f"the logits of prompt {number} are not finite, or all equal, in {name} {who}: {remedy}"
+        f"the logits of {text} are not finite, or all equal, in {name} {who}: {remedy}"
     )

@@ -360,7 +360,7 @@ class LanguageModel:
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
                     labels = tuple(steering.label for steering in _one_row(rows[i]))
                     if not is_sound:
-                        raise unsound(i + 1, labels, self.dtype)
+                        raise unsound(f"prompt {i + 1}", labels, self.dtype)
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
@@ -448,7 +448,7 @@ class LanguageModel:
         if not all(sound):
             first = sound.index(False)
             labels = [steering.label for steering in _one_row(rows[first])]
-            raise unsound(first + 1, labels, self.dtype)
+            raise unsound(f"prompt {first + 1}", labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
     def unembed(self, hidden: Tensor) -> Tensor:

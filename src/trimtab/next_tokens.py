@@ -128,8 +128,8 @@ def next_tokens(
             found, sound = _read(rows, hidden, batch.shared, language_model)
             if not all(sound):
                 labels = [one.label for one in together(steering)]
-                number = batch.rows[sound.index(False)] + 1
-                raise unsound(number, labels, language_model.dtype)
+                text = f"text {batch.rows[sound.index(False)] + 1}"
+                raise unsound(text, labels, language_model.dtype)
             yield batch, found
 
 
