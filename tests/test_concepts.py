@@ -200,11 +200,12 @@ def test_the_defaults_are_the_papers(lm: tt.LanguageModel, monkeypatch: pytest.M
     monkeypatch.setattr(lm.model, "generate", generate)
     with pytest.raises(_Recorded):
         generate_contrast(lm, "joy")
-    assert seen["do_sample"] is True
-    wanted = {"temperature": 0.9, "top_k": 50, "top_p": 0.95}
-    wanted |= {"max_new_tokens": 300, "min_new_tokens": 300}
-    assert {name: seen[name] for name in wanted} == wanted
-    assert len(seen["input_ids"]) == 16
+    settings = vars(seen["generation_config"])
+    wanted = {"do_sample": True, "temperature": 0.9, "top_k": 50, "top_p": 0.95}
+    rows, width = seen["input_ids"].shape
+    wanted |= {"max_length": width + 300, "min_length": width + 300}
+    assert {name: settings[name] for name in wanted} == wanted
+    assert rows == 16
 
 
 # -- models without this or that -----------------------------------------------------------------

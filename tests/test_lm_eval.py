@@ -324,6 +324,28 @@ def test_options_of_texts_that_trimtab_lacks_are_refused(lm: tt.LanguageModel) -
     assert written(model, ["Today"], max_gen_toks=4, num_beams=1) == greedy
 
 
+def test_options_of_a_task_are_those_of_generate(lm: tt.LanguageModel) -> None:
+    model, asked = TrimtabLM(lm), {"repetition_penalty": 1.6, "suppress_tokens": [9, 10]}
+    ours = written(model, CONTEXTS[:3], max_gen_toks=8, **asked)
+    same = lm.generate(CONTEXTS[:3], max_new_tokens=8, chat=False, **asked)
+    assert ours == [one.text for one in same] != written(model, CONTEXTS[:3], max_gen_toks=8)
+
+
+def test_settings_of_the_checkpoint_leave_a_tasks_texts_alone(lm: tt.LanguageModel) -> None:
+    free = written(TrimtabLM(lm), CONTEXTS[:3], max_gen_toks=8)
+    for name, value in {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1, "min_p": 0.9}.items():
+        setattr(lm.model.generation_config, name, value)
+    assert written(TrimtabLM(lm), CONTEXTS[:3], max_gen_toks=8) == free
+
+
+def test_a_template_that_refuses_the_messages_is_one_line(lm: tt.LanguageModel) -> None:
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('roles\nmust alternate') }}"
+    model = TrimtabLM(tt.wrap(lm.model, tokenizer, "strict"))
+    talk = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    refused_in_one_line(lambda: model.apply_chat_template(talk), "strict refuses .* must alternate")
+
+
 def test_what_is_sampled_several_times_differs(lm: tt.LanguageModel) -> None:
     """As a task with `repeats` wants it; and the harness's seed says what is sampled."""
     options: dict[str, Any] = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0}

@@ -24,7 +24,7 @@ from helpers import basis, language_model
 from trimtab.anatomy import BLOCK_KINDS, parse_site
 from trimtab.calibration import Calibration
 from trimtab.cli import main
-from trimtab.errors import printable, shown
+from trimtab.errors import one_line, shown
 from trimtab.operators import Ablate, Add, Rotate, Scale, Turn
 from trimtab.steering import ModelIdentity, Steering
 
@@ -400,12 +400,12 @@ def test_what_is_shown() -> None:
     assert shown("plain ünï 漢字 °") == "plain ünï 漢字 °"
     assert shown(ESCAPES).isprintable()
     assert shown(ESCAPES).startswith("\\x1b[31mred\\x1b[0m\\x07\\r\\n\\t\\x9b2J\\u202e")
-    assert printable("x" * 500) == "x" * 500
+    assert one_line("x" * 500) == "x" * 500
     for text in ("x" * 101, "\x1b" * 5000, "/deep" * 900):
         assert len(shown(text)) <= 100
         assert len(shown(text, 40)) <= 40
-        assert shown(text)[:20] == printable(text)[:20]
-        assert shown(text)[-20:] == printable(text)[-20:]
+        assert shown(text)[:20] == one_line(text)[:20]
+        assert shown(text)[-20:] == one_line(text)[-20:]
     assert shown(None) == "None"
 
 

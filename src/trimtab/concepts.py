@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from trimtab.contrasts import Contrast, Conversation, Prompt, json_object
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -193,8 +191,8 @@ def _check_writer(side: _Side) -> None:
         )
     try:
         writer.render(side.prompt)
-    except TemplateError as error:
-        reason = " ".join(str(error).split())
+    except TrimtabError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
         raise TrimtabError(
             f"the chat template of {writer.name} refuses a system message and a question "
             f"({reason}): give another writer"

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -25,6 +26,8 @@ PARTS: tuple[Part, ...] = ("train", "validation", "test")
 #: A conversation: messages as (role, content).
 Conversation = tuple[tuple[str, str], ...]
 Prompt = str | Conversation
+#: How a list of JSON objects begins; JSON's blanks are these four.
+_MESSAGES = re.compile(r"\ufeff?[ \t\r\n]*\[[ \t\r\n]*\{")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Contrast:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Contrast:
-        """The same columns as in JSONL; a prompt that begins with `[{` is read as messages."""
+        """The same columns as in JSONL; a prompt that begins as messages do in JSON, with `[{`
+        whatever the blanks, is read as messages."""
         with _open_text(Path(path)) as lines:
             try:
                 # Strict, or a quote that nobody closes would swallow the rest of the file.
@@ -112,8 +116,8 @@ class Contrast:
                 raise TrimtabError(f"{path} cannot be read as CSV: {error}") from error
         for number, row in enumerate(rows, 1):
             for key in ("prompt", "text"):
-                if str(row.get(key, "")).startswith("[{"):
-                    row[key] = _json(row[key], f"{path}, row {number}, {key}")
+                if key in row:
+                    row[key] = read_cell(row[key], f"{path}, row {number}, {key}")
         return cls._from_rows(rows, str(path))
 
     @classmethod
@@ -256,6 +260,11 @@ def _builtin_file(name: str) -> Any:
 def last_message(prompt: Any) -> str:
     """A prompt as text: of a conversation, also as it comes back from JSON, its last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1][1])
+
+
+def read_cell(text: str, where: str) -> Any:
+    """A prompt in a CSV file: messages, where it begins as a list of JSON objects does, or text."""
+    return _json(text.lstrip("\ufeff"), where) if _MESSAGES.match(text) else text
 
 
 def read_prompt(value: Any, where: str) -> Prompt:

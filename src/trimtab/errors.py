@@ -6,7 +6,6 @@ Every message is one line for a person: what is wrong, where, and what to do abo
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -18,30 +17,27 @@ class TrimtabWarning(UserWarning):
     """Something that the user should know and that does not stop the work."""
 
 
-def not_finite(what: str, dtype: Any, labels: Sequence[str] = ()) -> TrimtabError:
-    """NaN or infinity where a model computes with `dtype`; `labels` are the steerings on it."""
+def not_finite(what: str, dtype: Any) -> TrimtabError:
+    """NaN or infinity where a model computes with `dtype`."""
     precision = str(dtype).removeprefix("torch.")
-    steered = f" with {' and '.join(labels)}" if labels else ""
-    remedies = ["turn the dial towards 0"] if labels else []
+    remedy = "its weights may be damaged, or the dial of a steering on it too large"
     if precision == "float16":  # ends at 65,504, which many models exceed by themselves
-        remedies.append("load the model in float32 or bfloat16 (--dtype float32)")
-    if not remedies:
-        remedies.append("its weights may be damaged, or the dial of a steering on it too large")
-    return TrimtabError(f"{what} in {precision}{steered}: {', or '.join(remedies)}")
+        remedy = "load the model in float32 or bfloat16 (--dtype float32)"
+    return TrimtabError(f"{what} in {precision}: {remedy}")
 
 
-def printable(text: object) -> str:
+def one_line(text: object) -> str:
     """Text of a file or a server without what a terminal would obey: control characters, line ends
     and marks that turn the writing direction are spelled out, as Python does."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def shown(text: object, limit: int = 100) -> str:
-    """Such text as a message may repeat it: printable, and of no more than `limit` characters.
+    """Such text as a message may repeat it: one_line, and of no more than `limit` characters.
 
     What is too long loses its middle, because a path says most at its ends.
     """
-    whole = printable(text)
+    whole = one_line(text)
     half = limit // 2 - 2
     return whole if len(whole) <= limit else f"{whole[:half]}...{whole[-half:]}"
 

@@ -28,6 +28,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from trimtab.decoding import OPTIONS
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.loading import load
 from trimtab.model import LanguageModel
@@ -124,7 +125,15 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         try:
             return render(chat_history)
         except TemplateError:  # as the harness's `hf` does: some templates have no system message
-            return render([one for one in chat_history if one["role"] != "system"])
+            rest = [one for one in chat_history if one["role"] != "system"]
+        try:
+            return render(rest)
+        except TemplateError as error:
+            raise TrimtabError(
+                f"the chat template of {self.language_model.name} refuses the harness's messages "
+                f"with the roles {', '.join(one['role'] for one in rest)}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
@@ -263,6 +272,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 force=self.force,
                 seed=(seed + start) % (1 << 32) if asked.sampling else None,
                 **asked.sampling,
+                **asked.options,
             )
             self._answers.keep(
                 {key: asked.cut(each.text) for key, each in zip(batch, written, strict=True)}
@@ -286,9 +296,10 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         )
 
 
-#: What a task may ask of its texts beside stop strings and length, if only to say the default.
+#: What a task may ask of its texts beside the options of `generate`.
 _OPTIONS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
-_DEFAULTS = {"num_beams": 1, "repetition_penalty": 1.0}
+#: Options of `generate` that do not go with stop strings, which every task has.
+_BEAMS = {"num_beams", "length_penalty", "early_stopping"}
 
 
 class _Asked:
@@ -297,11 +308,13 @@ class _Asked:
     def __init__(self, options: dict[str, Any], longest: int) -> None:
         self.about = options
         normal: dict[str, Any] = dict(normalize_gen_kwargs(options, longest))
-        unknown = [
-            key
+        #: What changes how tokens are chosen, by transformers' names.
+        self.options = {
+            key: value
             for key, value in normal.items()
-            if key not in _OPTIONS and (key not in _DEFAULTS or value != _DEFAULTS[key])
-        ]
+            if key not in _OPTIONS and (key not in OPTIONS or value not in (None, OPTIONS[key]))
+        }
+        unknown = [key for key in self.options if key not in OPTIONS or key in _BEAMS]
         if unknown:
             raise TrimtabError(
                 f"the task asks for texts with {', '.join(unknown)}, which trimtab does not have"

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from trimtab import packs
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
+from trimtab.paths import user_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,7 +69,7 @@ def _locate(name: str) -> str:
     """Where the files of a model are: a directory, or the hub id as it is."""
     if name in packs.PACKS:
         return str(packs.ensure(name))
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise TrimtabError(f"no such file: {name}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +12,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
 from trimtab.anatomy import Anatomy
 from trimtab.attach import RowSteerings, attached, attached_by
 from trimtab.contrasts import Prompt, read_prompt
+from trimtab.decoding import (
+    OPTIONS,
+    SoundLogits,
+    StopsAt,
+    are_sound,
+    configuration,
+    sampling,
+    stop_pattern,
+    unsound,
+)
 from trimtab.errors import TrimtabError
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
 from trimtab.passes import Sequences
@@ -147,9 +154,22 @@ class LanguageModel:
                 f"{self.name} has no chat template: give it raw text (--raw), not messages"
             )
         messages = [{"role": role, "content": content} for role, content in prompt]
-        rendered: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program: it fails as it likes
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise TrimtabError(
+                f"the chat template of {self.name} refuses messages with the roles "
+                f"{', '.join(role for role, _ in prompt)}: {said}; write them as it wants them "
+                "(often without a system message, user and assistant in turn), or as raw text"
+            ) from error
+        if not rendered:
+            raise TrimtabError(
+                f"the chat template of {self.name} makes an empty text of messages with the roles "
+                f"{', '.join(role for role, _ in prompt)}: write them otherwise, or as raw text"
+            )
         return rendered
 
     def encode(
@@ -158,7 +178,8 @@ class LanguageModel:
         """Token ids of prompts, each with its answer appended to its text as it is.
 
         Special tokens are the tokenizer's default; none are added to what already has them (a
-        rendered chat, a text that begins with BOS), so BOS is never there twice.
+        rendered chat, a text that begins with BOS), so BOS is never there twice. None are added at
+        the end, where some tokenizers put EOS: these texts go on.
         """
         texts = [self.render(prompt) for prompt in prompts]
         bos = self.tokenizer.bos_token
@@ -175,9 +196,22 @@ class LanguageModel:
                 ids = self.tokenizer(
                     [texts[i] for i in chosen], add_special_tokens=special, verbose=False
                 )["input_ids"]
+                closing = self._closing_tokens() if special else 0
                 for i, tokens in zip(chosen, ids, strict=True):
-                    encoded[i] = tokens
+                    encoded[i] = tokens[: len(tokens) - closing]
         return encoded
+
+    def _closing_tokens(self) -> int:
+        """How many special tokens the tokenizer adds after a text."""
+        bare, whole = (
+            self.tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+            for special in (False, True)
+        )
+        if not bare:
+            return 0
+        added = len(whole) - len(bare)
+        before = next((i for i in range(added) if whole[i : i + len(bare)] == bare), added)
+        return added - before
 
     def prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
         """Prompts as text or conversations; text becomes a user's message in a chat (default:
@@ -206,9 +240,9 @@ class LanguageModel:
 
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         longest = max(len(row) for row in tokens)
-        # Any token will do where nothing attends to it.
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in tokens])
+        # Any token will do where nothing attends to it; one that the row has anyway is not taken
+        # for another one by what counts the tokens of a text (a repetition penalty).
+        ids = torch.tensor([[row[0]] * (longest - len(row)) + list(row) for row in tokens])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
@@ -286,6 +320,7 @@ class LanguageModel:
         min_new_tokens: int = 0,
         batch_size: int = 16,
         force: bool = False,
+        **options: Any,
     ) -> list[Completion]:
         """Continue prompts: text, or lists of messages {"role", "content"}.
 
@@ -294,18 +329,24 @@ class LanguageModel:
         `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
         that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
         for all prompts or a list with one per prompt. `kl` turns the dial of one steering for each
-        prompt, to where the next token is so many nats from the unsteered model's. Returns one
-        `Completion` per prompt, in order.
+        prompt, to where the next token is so many nats from the unsteered model's.
+
+        Other options are those of transformers that say how tokens are chosen, by their names
+        there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
+        Of the checkpoint's own generation settings only the special tokens are used. Logits that
+        cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
+        prompt, in order.
         """
-        options = _sampling(temperature, top_k, top_p)
+        asked = sampling(temperature, top_k, top_p, options)
+        pattern = None if stop is None else stop_pattern(stop)
+        if pattern is not None and asked.get("num_beams", 1) > 1:
+            raise TrimtabError("stop ends a text while it is written; beams are compared after it")
         if max_new_tokens < 1 or batch_size < 1:
             raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
         if not 0 <= min_new_tokens <= max_new_tokens:
             raise TrimtabError(
                 f"min_new_tokens must be 0 to {max_new_tokens}, not {min_new_tokens}"
             )
-        if min_new_tokens:
-            options["min_new_tokens"] = min_new_tokens
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
         if kl is not None:
@@ -327,38 +368,63 @@ class LanguageModel:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
-                    texts = self._generate(
-                        [tokens[i] for i in chosen], stop, max_new_tokens=max_new_tokens, **options
+                    texts, sound = self._generate(
+                        [tokens[i] for i in chosen], pattern, asked, max_new_tokens, min_new_tokens
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
-                for i, new in zip(chosen, texts, strict=True):
-                    text = self.tokenizer.decode(new, skip_special_tokens=True)
+                for i, new, is_sound in zip(chosen, texts, sound, strict=True):
                     labels = tuple(steering.label for steering in _one_row(rows[i]))
+                    if not is_sound:
+                        raise unsound(f"prompt {i + 1}", labels, self.dtype)
+                    text = self.tokenizer.decode(new, skip_special_tokens=True)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
 
     @torch.inference_mode()
     def _generate(
-        self, tokens: list[list[int]], stop: str | None, **options: Any
-    ) -> list[list[int]]:
-        """One batch; the new tokens of each row up to and without its end-of-text token."""
+        self,
+        tokens: list[list[int]],
+        stop: Any,
+        asked: dict[str, Any],
+        max_new_tokens: int,
+        min_new_tokens: int,
+    ) -> tuple[list[list[int]], list[bool]]:
+        """One batch: the new tokens of each row up to and without its end-of-text token, and
+        whether all of them were chosen from sound logits."""
         inputs = self._left_padded(tokens)
-        pad = self.tokenizer.pad_token_id
-        eos = self.model.generation_config.eos_token_id
-        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-        filler = pad if pad is not None else next(iter(stops), 0)
-        width, watch = inputs["input_ids"].shape[1], None
-        if stop is not None:
-            watch = _StopsAt(stop, self.tokenizer, width, len(tokens))
-            options["stopping_criteria"] = [watch]
-        output = self.model.generate(**inputs, pad_token_id=filler, **options)
+        width = inputs["input_ids"].shape[1]
+        watch = None if stop is None else StopsAt(stop, self.tokenizer, width, len(tokens))
+        sound = SoundLogits(len(tokens), sampled=asked["do_sample"])
+        lengths = {"max_length": width + max_new_tokens, "min_length": width + min_new_tokens}
+        try:
+            settings = configuration(self.model, asked, **lengths)
+            eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
+            stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+            settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
+            output = self.model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=[sound],
+                stopping_criteria=None if watch is None else [watch],
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            named = {name: asked[name] for name in OPTIONS if name in asked}
+            if not named:
+                raise
+            shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
+            said = " ".join(str(error).split())
+            raise TrimtabError(f"transformers does not take {shown}: {said}") from error
         new: list[list[int]] = output[:, width:].tolist()
         ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
-        return [
+        texts = [
             row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
             for row, end in zip(new, ends, strict=True)
         ]
+        # A row that ended before its end was ended by one token more, which it was chosen to be.
+        chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
+        sound_until = zip(sound.counts(), chosen, strict=True)
+        return texts, [count >= used for count, used in sound_until]
 
     @torch.inference_mode()
     def logits(
@@ -373,6 +439,7 @@ class LanguageModel:
     ) -> Any:
         """Logits in float32: of the token after each prompt, [prompts, vocabulary]; or, with
         `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
+        Logits that are not finite, or all equal, are an error.
         """
         wanted = self.prompts(prompts, chat)
         rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted)
@@ -392,6 +459,11 @@ class LanguageModel:
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
         ordered = [found[i] for i in range(len(wanted))]
+        sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
+        if not all(sound):
+            first = sound.index(False)
+            labels = [steering.label for steering in _one_row(rows[first])]
+            raise unsound(f"prompt {first + 1}", labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
     def unembed(self, hidden: Tensor) -> Tensor:
@@ -416,26 +488,6 @@ class LanguageModel:
         return list(steering)
 
 
-class _StopsAt(StoppingCriteria):
-    """Ends each row of a batch with the token that completes a match of a pattern."""
-
-    def __init__(self, pattern: str, tokenizer: Any, width: int, rows: int) -> None:
-        self.pattern, self.tokenizer, self.width = re.compile(pattern), tokenizer, width
-        #: How many new tokens each row has when it ends; None where it goes on.
-        self.ended: list[int | None] = [None] * rows
-
-    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        new = input_ids[:, self.width :].tolist()
-        for i, row in enumerate(new):
-            if self.ended[i] is None and self.pattern.search(self.tokenizer.decode(row)):
-                self.ended[i] = len(row)
-        ended = [end is not None for end in self.ended]
-        return torch.tensor(ended, device=input_ids.device)
-
-    def ends(self, longest: int) -> list[int]:
-        return [longest if end is None else end for end in self.ended]
-
-
 def _for_all_rows(argument: Any) -> bool:
     """Whether an argument of `steered` is for the whole batch, not a list with one per row."""
     return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
@@ -457,14 +509,3 @@ def _one_row(argument: Any) -> RowSteerings:
     if isinstance(argument, list | tuple):
         return tuple(steering for item in argument for steering in _one_row(item))
     raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")
-
-
-def _sampling(temperature: float, top_k: int, top_p: float) -> dict[str, Any]:
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise TrimtabError(f"temperature must be 0 or more, not {temperature}")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
-    if temperature == 0:
-        # None where the model's own defaults would only be ignored, with a warning.
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}

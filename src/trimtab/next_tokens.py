@@ -16,7 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError, not_finite
+from trimtab.decoding import are_sound, unsound
+from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.packing import BATCH_ROWS
@@ -124,7 +125,12 @@ def next_tokens(
             sequences.given_ends = [row.prompt for row in rows]
             rests = [text[batch.shared :] for text in texts]
             hidden = resume(language_model, rests, streams, below, cache)
-            yield batch, _read(rows, hidden, batch.shared, language_model, steering)
+            found, sound = _read(rows, hidden, batch.shared, language_model)
+            if not all(sound):
+                labels = [one.label for one in together(steering)]
+                text = f"text {batch.rows[sound.index(False)] + 1}"
+                raise unsound(text, labels, language_model.dtype)
+            yield batch, found
 
 
 def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
@@ -143,46 +149,32 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
 
 
 def _read(
-    rows: Sequence[Reading],
-    hidden: Tensor,
-    shared: int,
-    language_model: LanguageModel,
-    steering: Steering | Steerings | None,
-) -> list[Next]:
-    """Unembeds only the positions that are asked for, as many at once as fit."""
+    rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
+) -> tuple[list[Next], list[bool]]:
+    """Unembeds only the positions that are asked for, as many at once as fit. Also whether all
+    logits of each row are sound."""
     places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
     asked = torch.tensor(places, device=hidden.device)
     scored = any(row.targets for row in rows)
     targets = [target for row in rows for target in row.targets or [0] * len(row.positions)]
     wanted = torch.tensor(targets, device=hidden.device)
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
-    best, log_p = [], []
+    best, log_p, choosing = [], [], []
     for some in torch.arange(len(places), device=hidden.device).split(
         max(1, _LOGITS // vocabulary)
     ):
         row_of, column = asked[some].T
         logits = language_model.unembed(hidden[row_of, column])
-        if not are_sound(logits).all():
-            labels = [one.label for one in together(steering)]
-            raise not_finite(f"the logits are {UNSOUND}", language_model.dtype, labels)
         best.append(logits.argmax(-1).cpu())
+        choosing.append(are_sound(logits).cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())
     counts = [len(row.positions) for row in rows]
     bests = torch.cat(best).split(counts)
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
-    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)]
-
-
-#: What logits are that say nothing. A norm makes all of them equal where activations overflow.
-UNSOUND = "not finite, or all equal,"
-
-
-def are_sound(logits: Tensor) -> Tensor:
-    """Whether logits [..., vocabulary] tell tokens apart; minus infinity at some only bars them."""
-    lowest, highest = logits.aminmax(dim=-1)
-    return highest.isfinite() & (lowest < highest)
+    sound = [bool(each.all()) for each in torch.cat(choosing).split(counts)]
+    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)], sound
 
 
 # -- which texts share their beginning ------------------------------------------------------------

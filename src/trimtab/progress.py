@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trimtab.terminal import CleanConsole, is_terminal, printable
 
 #: The bars of the work that is going on.
 _shown: list[Progress] = []
@@ -20,12 +21,12 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if _shown:
         yield from _line(_shown[-1], what, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+        console=CleanConsole(stderr=True),
+        disable=not is_terminal(sys.stderr),
         transient=True,
     ) as bar:
         _shown.append(bar)
@@ -36,7 +37,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    task = bar.add_task(what, total=total)
+    task = bar.add_task(printable(what), total=total)
     try:
         yield lambda steps: bar.advance(task, steps)
     finally:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import TrimtabError
+from trimtab.paths import user_path
 from trimtab.tasks import TASKS
 from trimtab.tasks.data import data_directory, source_file
 
@@ -201,7 +201,7 @@ def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, str | None])
                 f"{recipe.name} at scale {scale} runs on what you bring: give --{name} FILE, {what}"
             )
         file = str(brought[name])
-        if ":" not in file and not Path(file).expanduser().is_file():
+        if ":" not in file and not user_path(file).is_file():
             raise TrimtabError(f"--{name} {file}: there is no such file")
 
 
@@ -248,7 +248,7 @@ def gpu_memory() -> float:
 
 def billions_in(model: str) -> float | None:
     """Parameters, in 10^9, as a model's name or directory says; None where neither does."""
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         return stored / 2e9 or None  # as if of two bytes each

@@ -12,7 +12,6 @@ import re
 import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.paths import user_path
 
 #: Loaders of sae-lens that read safetensors, npz without pickles, JSON and YAML only. The others
 #: unpickle, which trimtab never does.
@@ -73,7 +73,7 @@ def _stamp(source: str) -> tuple[Any, ...]:
     """Where the files of a local directory are and when they were written."""
     stamp = []
     for name in _FILES:
-        path = Path(source).expanduser().absolute() / name
+        path = user_path(source).absolute() / name
         try:
             status = path.stat()
         except OSError:
@@ -144,7 +144,7 @@ def _load(source: str) -> Any:
 
 
 def _read(source: str, SAE: Any, get_conversion_loader_name: Any) -> Any:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.exists() or ":" not in source:
         return SAE.load_from_disk(path, dtype="float32")
     release, _, name = source.partition(":")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -36,6 +35,7 @@ from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.runs import SharedRun
+from trimtab.terminal import CleanConsole
 
 #: Rows of a table that are shown in a terminal; the report has all.
 _SHOWN = 30
@@ -434,7 +434,7 @@ def _run_of(
 def _show(found: Any, output: Path | None) -> None:
     console.print(found.title, style="bold")
     # Intervals make tables wide; where no terminal ends the line they need not be folded.
-    wide = console if console.is_terminal else Console(width=200, markup=False, emoji=False)
+    wide = console if console.is_terminal else CleanConsole(width=200)
     for table in found.tables:
         shown = Table(*map(str, table.heads), title=table.title, title_justify="left")
         for row in table.rows[:_SHOWN]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import logging
 import os
 import sys
 import traceback
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import typer
 
@@ -27,6 +31,7 @@ from trimtab.cli import (
     sweep,
 )
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.terminal import printable
 
 app = typer.Typer(
     name="trimtab",
@@ -38,8 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-#: The exit status of a program that Ctrl-C ended.
+#: The exit status of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED = 130
+_NOT_READ = 1
 
 app.command()(demo.demo)
 app.add_typer(models.app, name="models")
@@ -61,26 +67,70 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    _open_streams()
+    outputs = sys.stdout, sys.stderr  # typer wraps a broken one
     _quiet_libraries(debug)
+    sys.exit(_written_out(_run(arguments, debug), outputs))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    """The exit status of one command; what went wrong is said."""
     try:
         status = app(arguments, prog_name="trimtab", standalone_mode=False)
     except KeyboardInterrupt:
         status = _INTERRUPTED
+    except BrokenPipeError:
+        status = _NOT_READ
+    except SystemExit as exit_now:  # typer leaves so when nobody reads its output
+        status = exit_now.code
     except Exception as error:
         if debug:
             traceback.print_exc()
         message = _one_line(error)
-        if not message:  # no arguments: the help has been shown
-            sys.exit(2)
-        _fail(message, 2)
+        if message:  # or no arguments: the help has been shown
+            _say(message)
+        return 2
     if status == _INTERRUPTED:  # which is also what typer makes of Ctrl-C
-        _fail("interrupted", _INTERRUPTED)
-    sys.exit(status if isinstance(status, int) else 0)
+        _say("interrupted")
+    return status if isinstance(status, int) else 0
 
 
-def _fail(message: str, status: int) -> None:
-    print(f"trimtab: {message}", file=sys.stderr)
-    sys.exit(status)
+def _say(message: str) -> None:
+    """One line on standard error, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"trimtab: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def _open_streams() -> None:
+    """Standard streams that can be used: those that are closed read and write nothing, and what a
+    stream's encoding does not have is written as an escape."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file to be opened would take the stream's place
+            os.open(os.devnull, os.O_RDWR)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _written_out(status: int, outputs: Sequence[TextIO]) -> int:
+    """The status, once all output is handed over: when Python does it later, it fails loudly."""
+    for stream in outputs:
+        try:
+            stream.flush()
+        except OSError as error:
+            # What is still held goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                status = status or _NOT_READ
+            else:
+                _say(_one_line(error))
+                status = status or 2
+    return status
 
 
 def _one_line(error: Exception) -> str:
@@ -90,6 +140,8 @@ def _one_line(error: Exception) -> str:
     if hasattr(error, "format_message"):  # the command line itself was wrong
         message = " ".join(error.format_message().split())
         return message and f"{message} (see --help)"
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # as pathlib says it
+        return "a path begins with ~ and the name of no user: write it in full"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: free some space and run the command again"
     if isinstance(error, OSError) and error.filename:
@@ -105,7 +157,7 @@ def _quiet_libraries(debug: bool) -> None:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if debug or issubclass(category, TrimtabWarning):
-            print(f"trimtab: warning: {message}", file=sys.stderr)
+            _say(f"warning: {message}")
 
     warnings.showwarning = show
     warnings.simplefilter("always", TrimtabWarning)

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from rich.console import Console
 
 from trimtab.errors import TrimtabError
 from trimtab.loading import load
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
+from trimtab.terminal import CleanConsole, is_terminal
 
 Model = Annotated[
     str,
@@ -50,12 +51,13 @@ Force = Annotated[
 
 #: For people; long lines wrap at the terminal's width, and are left whole in a pipe. Text stays as
 #: it is: in names and texts `:smile:` is no emoji and `[bold]` no style.
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False, emoji=False, markup=False)
+console = CleanConsole(soft_wrap=not is_terminal(sys.stdout))
 
 
 def print_json(value: dict[str, Any]) -> None:
     """Exactly one JSON object on standard output."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    unicode = str(getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False))
 
 
 def as_chats(raw: bool, chat: bool) -> bool | None:
@@ -155,6 +157,17 @@ def _prompt(line: str, file: Path, number: int) -> Any:
         return json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error
+
+
+def in_float32(what: str, value: float) -> float:
+    """A number that steering, which runs in float32, can hold."""
+    largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
+    if not (value == 0 or smallest <= abs(value) <= largest):
+        raise TrimtabError(
+            f"{what}: {value!r} is beyond what float32 holds, {smallest:.2g} to {largest:.2g} on "
+            "either side of 0"
+        )
+    return value
 
 
 def rows_or_all(name: str, rows: int | None) -> int | None:

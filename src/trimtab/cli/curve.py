@@ -147,6 +147,9 @@ def curve_command(
     if not steerings:
         raise TrimtabError("name a steering: --steer FILE")
     bounds = Bounds(max_kl, min_entropy, max_entropy)
+    most = max(points, ce_points, concept_points, task_points)
+    if most > _MOST_POINTS:
+        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {most}")
     wide = _span(span, "--range")
     concept_wide = _span(concept_range, "--concept-range") or wide
     if (resamples or layers is not None) and contrast is None:
@@ -236,6 +239,10 @@ def _print_curves(found: Curves) -> None:
         console.print(line)
     if found.accuracy is not None:
         console.print(_accuracy_line(found.accuracy))
+
+
+#: More points than this are a slip of the finger.
+_MOST_POINTS = 10_000
 
 
 def _span(text: str | None, option: str) -> tuple[float, float] | None:

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from trimtab.cli.common import (
@@ -20,6 +19,7 @@ from trimtab.cli.common import (
     Overwrite,
     Steer,
     console,
+    in_float32,
     open_model,
     print_json,
     read_steerings,
@@ -42,9 +42,10 @@ from trimtab.evaluation import evaluate
 from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.steering import Steering, Steerings
 from trimtab.tasks import PROTOCOLS, TASKS
+from trimtab.terminal import CleanConsole, write_text
 
 #: Tables keep their columns in a pipe, which has no width of its own.
-_wide = console if console.is_terminal else Console(width=120, highlight=False, emoji=False)
+_wide = console if console.is_terminal else CleanConsole(width=120)
 #: More dials than this are a mistake in a range.
 _MOST_DIALS = 1000
 
@@ -222,14 +223,17 @@ def _dials(text: str) -> list[float]:
         raise TrimtabError(f"--dial {text}: write a number, or START:STOP:STEP") from error
     if not all(map(math.isfinite, numbers)):
         raise TrimtabError(f"--dial {text}: a dial is a finite number")
+    for number in numbers:
+        in_float32(f"--dial {text}", number)
     if len(numbers) == 1:
         return numbers
     if len(numbers) != 3 or numbers[2] == 0 or (numbers[1] - numbers[0]) / numbers[2] < 0:
         raise TrimtabError(f"--dial {text}: write a number, or START:STOP:STEP")
     start, stop, step = numbers
-    count = math.floor((stop - start) / step + 1e-9) + 1
-    if count > _MOST_DIALS:
-        raise TrimtabError(f"--dial {text} names {count} dials; {_MOST_DIALS} are the most")
+    steps = (stop - start) / step + 1e-9
+    if steps >= _MOST_DIALS:
+        raise TrimtabError(f"--dial {text} names {steps + 1:.7g} dials; {_MOST_DIALS} are the most")
+    count = math.floor(steps) + 1
     return [start + i * step for i in range(count)]
 
 
@@ -295,9 +299,9 @@ def _print_flips(evaluation: Evaluation) -> None:
             f"{after['task']} {after['id']} with {after['steering']}: {metric} {old:g} -> {new:g}",
             style="bold",
         )
-        print(_shortened(after.get("prompt", "")))
+        write_text(_shortened(after.get("prompt", "")))
         if after.get("target") is not None:
-            print(f"  target    {after['target']}")
+            write_text(f"  target    {after['target']}")
         print(f"  unsteered {before.get('output')!r}")
         print(f"  steered   {after.get('output')!r}")
 

@@ -23,6 +23,7 @@ from trimtab.cli.common import (
     Model,
     Overwrite,
     console,
+    in_float32,
     open_model,
     print_json,
     refuse_existing,
@@ -203,6 +204,8 @@ def _command(method_type: type[Method]) -> Callable[..., None]:
         for name, value in options.items():
             if isinstance(value, str):
                 options[name] = read_value(f"--{name.replace('_', '-')}", value, hints[name])
+            if isinstance(value, float):
+                in_float32(f"--{name.replace('_', '-')}", value)
         _one(method_type(**options), **given)
 
     parameters = [
@@ -280,7 +283,7 @@ _SWITCHES = {"yes": True, "true": True, "1": True, "no": False, "false": False, 
 
 def _number(what: str, text: str) -> float:
     try:
-        return float(text)
+        return in_float32(what, float(text))
     except ValueError as error:
         raise TrimtabError(f"{what}: {text!r} is no number") from error
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +28,10 @@ from trimtab.cli.common import (
     read_prompts,
     read_steerings,
 )
-from trimtab.errors import TrimtabError
+from trimtab.decoding import left_aside
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.model import LanguageModel
+from trimtab.terminal import write_text
 
 
 def generate(
@@ -48,6 +55,13 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE: what else says how tokens are chosen, as transformers names it "
+            "(repetition_penalty=1.2, min_p=0.1); repeat."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -65,16 +79,16 @@ def generate(
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
     language_model = open_model(model, dtype, device)
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **read_options(option)}
     options: dict[str, Any] = {
+        **chosen,
         "max_new_tokens": max_new_tokens,
         "chat": chats,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
         "seed": seed,
         "batch_size": batch_size,
         "force": force,
     }
+    _say_what_is_left_aside(language_model, chosen)
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
         rows = steerings[0]
@@ -102,5 +116,47 @@ def generate(
             if compare or kl is not None:
                 said = run[i].steering if kl is not None else labels
                 console.print(", ".join(said) or "unsteered", style="dim")
-            print(run[i].text)  # exactly as the model wrote it
+            write_text(run[i].text)
         console.print()
+
+
+def read_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE ...` as a dictionary; a value that is no JSON is text."""
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in options:
+            twice = " (it is given twice)" if name in options else ""
+            raise TrimtabError(f"--option {text}: write NAME=VALUE, each name once{twice}")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    own = [name for name in options if name in _OWN]
+    if own:
+        raise TrimtabError(f"--option {own[0]}: it is an option by itself, {_flag(own[0])}")
+    return options
+
+
+#: What `LanguageModel.generate` takes under a name of its own.
+_OWN = frozenset(inspect.signature(LanguageModel.generate).parameters) - {"options"}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:
+    """One line where the checkpoint comes with settings that are not used."""
+    found = left_aside(language_model.model, chosen)
+    if not found:
+        return
+    shown = [f"{name}={json.dumps(value, default=str)}" for name, value in found.items()]
+    shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
+    warnings.warn(
+        f"the checkpoint asks for {', '.join(shown)}: not used; --option NAME=VALUE, "
+        "--temperature, --top-k and --top-p say how tokens are chosen",
+        TrimtabWarning,
+        stacklevel=2,
+    )

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from trimtab.cli.common import Json, console, print_json
 from trimtab.describe import describe, explain
-from trimtab.errors import printable
+from trimtab.errors import one_line
 from trimtab.steering import Steering
 
 
@@ -28,7 +28,7 @@ def inspect(
         print_json(described)
         return
     for line in explain(steering):
-        console.print(printable(line))
+        console.print(one_line(line))
     for kind in ("units", "heads", "features"):
         _list(described.get(kind, []), max(0, top))
 
@@ -38,7 +38,7 @@ def _list(records: list[dict[str, Any]], top: int) -> None:
     if not records[:top]:
         return
     columns = [name for name in records[0] if name != "site"]
-    table = Table("rank", *map(printable, columns), box=None)
+    table = Table("rank", *map(one_line, columns), box=None)
     for rank, record in enumerate(records[:top], 1):
         cells = [record[name] for name in columns]
         table.add_row(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from trimtab.answering import Settings
@@ -14,6 +13,7 @@ from trimtab.figures import Record
 from trimtab.jobs.job import Attached, Done, Wanted
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
+from trimtab.paths import user_path
 from trimtab.progress import progress
 from trimtab.tasks.data import file_digest, read_jsonl
 
@@ -36,7 +36,7 @@ class PerplexityJob:
     texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        path = Path(self.file).expanduser()
+        path = user_path(self.file)
         if not path.is_file():
             raise TrimtabError(f"no such file of text: {self.file}")
         if path.suffix == ".jsonl":
@@ -56,7 +56,7 @@ class PerplexityJob:
         object.__setattr__(self, "texts", texts)
 
     def describe(self) -> dict[str, Any]:
-        path = Path(self.file).expanduser()
+        path = user_path(self.file)
         return {"task": self.name, "rows": len(self.texts), "sha256": file_digest(path)}
 
     def notes(self) -> list[str]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
-from trimtab.errors import TrimtabError, not_finite
+from trimtab.decoding import are_sound, unsound
+from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument
-from trimtab.next_tokens import UNSOUND, Reading, are_sound
+from trimtab.next_tokens import Reading
 from trimtab.packing import Packed, batches, encode_contrast, encode_texts, run_packed
 from trimtab.progress import progress
 from trimtab.steering import Steering, Steerings, together
@@ -149,8 +150,7 @@ def _log_likelihoods(
                 first = int(index[~sound].min())
                 own: Any = steering if per_row is None else per_row[first]
                 labels = [one.label for one in together(own)]
-                what = f"the logits of text {first + 1} are {UNSOUND}"
-                raise not_finite(what, language_model.dtype, labels)
+                raise unsound(f"text {first + 1}", labels, language_model.dtype)
             sums.index_put_((index, side), log_p, accumulate=True)
             advance(len(batch.rows))
     return sums

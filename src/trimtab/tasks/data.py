@@ -10,6 +10,7 @@ from typing import Any
 
 from trimtab.contrasts import json_object
 from trimtab.errors import TrimtabError
+from trimtab.paths import user_path
 from trimtab.tasks.task import Row, Source
 
 #: The environment variable that names the directory, where no argument does.
@@ -23,7 +24,7 @@ def data_directory(data: str | None) -> Path | None:
     name = data or os.environ.get(VARIABLE)
     if not name:
         return None
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.is_dir():
         raise TrimtabError(f"{name} is not a directory of data sets (--data, or {VARIABLE})")
     return path

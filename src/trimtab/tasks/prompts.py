@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Prompt, read_prompt
+from trimtab.contrasts import Prompt, read_cell, read_prompt
 from trimtab.errors import TrimtabError
+from trimtab.paths import user_path
 from trimtab.tasks.data import data_directory, read_jsonl
 from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
 
@@ -56,7 +57,7 @@ def prompts_task(kind: str, file: str, data: str | None) -> Task:
 
 
 def _find(file: str, data: str | None) -> Path:
-    path = Path(file).expanduser()
+    path = user_path(file)
     if path.is_file():
         return path.absolute()
     directory = data_directory(data)
@@ -71,11 +72,20 @@ def _read(path: Path) -> Sequence[Row]:
         return read_jsonl(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            return list(csv.DictReader(lines, strict=True))
+            rows = list(csv.DictReader(lines, strict=True))
     except OSError as error:
         raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise TrimtabError(f"{path} cannot be read as CSV: {error}") from error
+    return [
+        {
+            key: read_cell(value, f"{path}, row {number}, {key}")
+            if str(key).lower() in _COLUMNS and isinstance(value, str)
+            else value
+            for key, value in row.items()
+        }
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 def _conversation(columns: Row, where: str) -> Prompt:

@@ -1,0 +1,45 @@
+"""What reaches a terminal: text of models, files and servers is shown, and never obeyed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+#: Characters that a terminal obeys, or that change how the text around them reads: control
+#: characters but newline and tab, marks of direction, line separators, halves of surrogate pairs.
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "|\r(?!\n)"
+)
+
+
+def printable(text: str) -> str:
+    """The text with each character that a terminal would obey as its escape: ESC is \\x1b."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks on; a closed stream is None."""
+    return stream is not None and stream.isatty()
+
+
+def write_text(text: str) -> None:
+    """A line on standard output: exactly as it is into a pipe or file, printable on a terminal."""
+    print(printable(text) if is_terminal(sys.stdout) else text)
+
+
+class CleanConsole(Console):
+    """A console on which text is text: no markup, no emoji, no control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, emoji=False, markup=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise  # what was caught goes on to who runs the command
