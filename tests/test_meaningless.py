@@ -276,7 +276,7 @@ def test_next_tokens_of_a_dial_that_overflows(scored: bool, far: float) -> None:
 
 def test_logits_beyond_float16() -> None:
     lm = _overflowing()
-    says = r"text 3 are not finite, or all equal, in float16: load the model in float32"
+    says = r"text 3 are not finite, or all equal, in float16 .*: load the model in float32"
     refused_in_one_line(lambda: log_odds(lm, MARKED), says)
     readings = [after(tokens) for tokens in lm.encode([PAIRS[0][0], PAIRS[0][0] + "!"])]
     refused_in_one_line(
@@ -331,4 +331,4 @@ def test_the_command_line_refuses_them_before_it_writes(
         assert ended.value.code == status
         assert output.exists() is (status == 0)
         said = capsys.readouterr().err.strip()
-        assert status == 0 or re.fullmatch(r"trimtab: .*alpha .*1e\+300.*", said)
+        assert status == 0 or re.fullmatch(r"trimtab: .*alpha.*1e\+300.*", said)

@@ -33,7 +33,7 @@ def one_line(text: object) -> str:
 
 
 def shown(text: object, limit: int = 100) -> str:
-    """Such text as a message may repeat it: one_line, and of no more than `limit` characters.
+    """Such text as a message may repeat it: on one line, and of no more than `limit` characters.
 
     What is too long loses its middle, because a path says most at its ends.
     """
