@@ -21,11 +21,12 @@ from trimtab.answering import Settings
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record, Result, estimate_of
-from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job
+from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job, misfit
 from trimtab.metrics.effect import plain_texts
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.resuming import Kept
+from trimtab.runs import SharedRun
 from trimtab.tasks import Protocol, check_protocol, find_task
 
 #: Which way a metric counts.
@@ -160,6 +161,24 @@ class Bench:
     def recall(self, part: Part, records: Sequence[Record]) -> None:
         """Take the unsteered model's records from an earlier run, not to run it again."""
         self._unsteered[part] = list(records)
+
+    def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
+        """Records of all rows of a part under the name of a steering, from a run directory, or
+        None; those that are not of these rows are refused."""
+        planned = list(self.jobs[part].planned(self.language_model).values())
+
+        def reason(records: list[Record]) -> str:
+            if len(records) != len(planned):
+                return f"it has {len(records)} records for {len(planned)} rows"
+            for index, (record, wanted) in enumerate(zip(records, planned, strict=True)):
+                why = misfit(record, wanted if record["index"] == index else None)
+                if not why and (record["task"], record["steering"]) != (self.jobs[part].name, name):
+                    why = "it is of another task or steering"
+                if why:
+                    return f"line {index + 1}: {why}"
+            return ""
+
+        return run.scored(file, reason)
 
     def result(self, records: Sequence[Record]) -> Result:
         """The metric over some records of one steering; those without the metric do not count."""
