@@ -530,11 +530,15 @@ def test_no_permission_is_said_in_one_line(
     def denied(self: Path, *arguments: Any, **options: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
+    def opened(path: Path) -> None:
+        run = kind(path, CONFIG)
+        run.begin()
+
     for name in ("mkdir", "exists"):  # of the directory itself, and of the one that it is in
         with monkeypatch.context() as patched:
             patched.setattr(Path, name, denied)
             refused_in_one_line(
-                lambda: kind(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
+                lambda: opened(tmp_path / "run"), "cannot write to .*Permission denied"
             )
 
 

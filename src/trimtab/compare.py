@@ -156,6 +156,7 @@ def compare(
     started = time.perf_counter()
     fitters, fit = _fitters(bench, texts, candidates, cache)
     rows = []
+    run.begin()
     for fitter, one in zip(fitters, candidates, strict=True):
         own = _own_run(run, one.name, config, overwrite)
         rows.append(_swept(bench, fitter, one, trials, max_cost, seed, own, timed))

@@ -18,8 +18,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -208,8 +208,8 @@ class SharedRun:
     """A run directory that several processes may work in: a file for each part of the work,
     written whole when it is done. Without a path nothing is kept.
 
-    Nothing is written before the first part is kept or `begin` is called: until then the directory
-    is empty but for its lock, and goes again when the block is left.
+    Nothing is made before the first part is kept or `begin` is called, so that what fails or is
+    interrupted before leaves nothing.
     """
 
     def __init__(
@@ -217,41 +217,37 @@ class SharedRun:
     ) -> None:
         self.config = json.loads(json.dumps(config))  # as it comes back from the file
         self.path = None if path is None else Path(path)
-        self._overwrite, self._begun, self._made = overwrite, False, False
+        self._overwrite, self._begun = overwrite, False
         if self.path is None:
             return
         try:
-            self._made = _make_directory(self.path)
-            with self._alone(self.path):
-                if not overwrite:
-                    self.config = check_config(self.path, self.config)
-        except BaseException:
-            self.close()
-            raise
-
-    @contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
-        """No other process opens or begins the run meanwhile."""
-        try:
-            with FileLock(path / ".lock", timeout=60):
-                yield
-        except Timeout as error:
-            raise TrimtabError(f"{path} is in use by another process") from error
+            _check_path(self.path)
+            _check_writable(self.path)
+            if not overwrite:
+                self.config = check_config(self.path, self.config)
         except OSError as error:
-            raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
 
     def begin(self) -> None:
         """Before anything is kept: what was asked, and on what it runs."""
         if self._begun or self.path is None:
             return
-        with self._alone(self.path):
-            if self._overwrite:
-                self._clear()
-            else:  # another process may have begun something else meanwhile
-                self.config = check_config(self.path, self.config)
-            if not (self.path / "config.json").exists():
-                write_json(self.path / "environment.json", environment())
-                write_json(self.path / "config.json", self.config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path / ".lock", timeout=60):
+                if self._overwrite:
+                    self._clear()
+                else:  # another process may have begun something else meanwhile
+                    self.config = check_config(self.path, self.config)
+                if not (self.path / "config.json").exists():
+                    write_json(self.path / "environment.json", environment())
+                    write_json(self.path / "config.json", self.config)
+        except Timeout as error:
+            raise TrimtabError(f"{self.path} is in use by another process") from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
         self._begun = True
 
     def _clear(self) -> None:
@@ -343,36 +339,38 @@ class SharedRun:
             page = report(environment()).encode()
             write_whole(self.path / "report.html", page, overwrite=True)
 
-    def close(self) -> None:
-        """A directory that was made for nothing goes."""
-        if self.path is not None and self._made and not self._begun:
-            _remove_empty(self.path)
-
-    def __enter__(self) -> SharedRun:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 def _make_directory(path: Path) -> bool:
     """The directory of a run; whether it was not there."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise TrimtabError(f"{str(path)!r} is not UTF-8 text: name another directory") from error
-    if "\0" in str(path):
-        raise TrimtabError(f"{str(path)!r} cannot be the name of a directory")
-    try:
-        if path.exists() and not path.is_dir():
-            raise TrimtabError(f"{path} is a file: name a directory for the run")
-        if len(os.fsencode(path.absolute())) > _LONGEST_PATH:
-            raise TrimtabError(f"the path of the run is too long: {str(path)[:60]}...")
-        made = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+    _check_path(path)
+    made = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
     return made
+
+
+def _check_path(path: Path) -> None:
+    """Refuse what cannot be the directory of a run."""
+    text = str(path)
+    if "\0" in text or not _is_text(text):
+        raise TrimtabError(f"{text!r} is not UTF-8 text: name another directory")
+    if len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        raise TrimtabError(f"the path {text[:60]}... is too long: name another directory")
+    if path.exists() and not path.is_dir():
+        raise TrimtabError(f"{path} is a file: name a directory for the run")
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work that a directory cannot be made, or not be written to."""
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise TrimtabError(f"cannot write to {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: not where it is of bytes that were no text."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _remove_empty(path: Path) -> None:
@@ -470,13 +468,11 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, written whole."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-    try:
-        encoded = text.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line, or of a file's name
+    if not _is_text(text):
         raise TrimtabError(
-            f"cannot write {path}: {error.object[error.start - 20 : error.end]!r} is not UTF-8 text"
-        ) from error
-    write_whole(path, encoded, overwrite=True)
+            f"cannot write {path}: a name in it is not UTF-8 text; name files and steerings anew"
+        )
+    write_whole(path, text.encode(), overwrite=True)
 
 
 def line_of(record: dict[str, Any]) -> str:

@@ -164,6 +164,10 @@ class Trials:
             self._refuse(f"{where} has reached other values than it says")
         return kept
 
+    def has_checksum(self, trial: Any) -> bool:
+        """Whether what came of a trial has one; in studies of before there were any it has not."""
+        return "checksum" in trial.user_attrs["outcome"]
+
     def _checksum(self, number: int, outcome: dict[str, Any], reached: Any) -> str:
         return checksum({"outcome": outcome, "reached": reached}, f"{self.name} {number}")
 

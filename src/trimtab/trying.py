@@ -171,7 +171,11 @@ class _Worker:
     def found(self, queue: Trials, task: str) -> Sweep:
         """The best trial, run on the test rows, and everything beside it."""
         bench, fitter = self.bench, self.fitter
-        trials = [_trial(one.number, queue.outcome(one)) for one in queue.finished()]
+        ended = queue.finished()
+        trials = [_trial(one.number, queue.outcome(one)) for one in ended]
+        for one, trial in zip(ended, trials, strict=True):
+            if trial.state == "complete" and not queue.has_checksum(one):
+                self._check_kept(trial)
         complete = [trial for trial in trials if trial.state == "complete"]
         best = _best(complete, "value", bench.maximise)
         unsteered = {part: self._unsteered(part) for part in _PARTS}
@@ -238,6 +242,14 @@ class _Worker:
         if said is not None and (found is None or not math.isclose(found, said, rel_tol=1e-9)):
             name = f"{trial.number:05d}-{part}"
             self.run.refuse(name, f"{self.bench.metric} is {found} in it and {said} in the study")
+
+    def _check_kept(self, trial: Trial) -> None:
+        """Refuse what a study says of a trial if its records, where they are here, do not."""
+        called = label(self.fitter.method, trial.params)
+        for part in _PARTS:
+            records = self.bench.kept(self.run, f"{trial.number:05d}-{part}", part, called)
+            if records is not None:
+                self._check(trial, part, records)
 
     def _unsteered(self, part: Part) -> list[Record]:
         records = self.bench.unsteered(part)
