@@ -385,7 +385,7 @@ def _remove_empty(path: Path) -> None:
 
 
 def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return json.dumps(content, sort_keys=True, allow_nan=False)
 
 
 def _digest(content: Any) -> str:
