@@ -130,6 +130,8 @@ def damage_object(line: bytes, kind: str, draw: random.Random) -> bytes:
     if kind == "nested":
         nested = [value for value in found.values() if isinstance(value, dict) and value]
         inside = draw.choice(nested) if nested else found
+    if not inside:
+        return b"{}x"
     key = "index" if kind == "index" and "index" in found else draw.choice(list(inside))
     if kind == "key":
         value = inside.pop(key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -53,6 +53,7 @@ class Bench:
     each part (None or absent: all). `better` says which way the metric counts. `shuffle` is a
     seed for the order of the validation rows.
     `resumed` false runs all blocks for every steering. The model's weights must stay as they are.
+    `chooses` false: nothing is chosen on the validation rows, so that they may be the test rows.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Bench:
         better: Better | None = None,
         shuffle: int | None = None,
         resumed: bool = True,
+        chooses: bool = True,
     ) -> None:
         self.language_model, self.task = language_model, task
         limits = limits or {}
@@ -89,6 +91,8 @@ class Bench:
             rows: Part = "test" if part == "validation" and validation_task else part
             wanted = Wanted((protocol,), rows, limits.get(part), data)
             self.jobs[part] = _job(name, wanted, judging or Judging())
+        if chooses and validation_task is not None:
+            _refuse_shared(task, validation_task, self.jobs)
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)
@@ -259,6 +263,31 @@ def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob
     job = find_job(name, wanted, judging)
     assert isinstance(job, TaskJob | PreferenceJob)
     return job
+
+
+def _refuse_shared(
+    task: str, validation_task: str, jobs: Mapping[Part, TaskJob | PreferenceJob]
+) -> None:
+    """Refuse another task whose rows are among those that the choice is reported on."""
+    validation, test = jobs["validation"], jobs["test"]
+    sides = isinstance(validation, PreferenceJob) and isinstance(test, PreferenceJob)
+    known = set(_rows(test, sides))
+    shared = sum(row in known for row in _rows(validation, sides))
+    if shared:
+        raise TrimtabError(
+            f"{shared} of the {validation.rows} rows of {validation_task} are among those of "
+            f"{task}: what is chosen on rows cannot be reported on them; name another validation "
+            "task"
+        )
+
+
+def _rows(job: TaskJob | PreferenceJob, sides: bool) -> list[Any]:
+    """What tells rows apart, in whatever file they are: their prompts, with both sides of pairs."""
+    if isinstance(job, TaskJob):
+        return [example.prompt for example in job.entries[0].examples]
+    return [
+        (pair.prompt, pair.positive, pair.negative) if sides else pair.prompt for pair in job.pairs
+    ]
 
 
 def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:

@@ -284,6 +284,7 @@ def study_of(
         protocol=protocol,
         limits={"validation": limit if chooses else test_limit, "test": test_limit},
         validation_task=validation_task if chooses else task,
+        chooses=chooses,
         judging=judging,
         settings=Settings(seed, batch_size, max_new_tokens),
         metric=metric,
