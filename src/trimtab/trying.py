@@ -48,7 +48,8 @@ def try_settings(
         kept = bench.kept(run, f"unsteered-{part}", part)
         if kept is not None:
             bench.recall(part, kept)
-    run.begin()  # before there is a study
+    _ = bench.metric  # one that the task does not have is refused before anything is written
+    run.begin()
     worker = _Worker(bench, fitter, run, max_cost, oracle)
     if storage is None and run.path is not None:
         storage = run.path / "study.db"
