@@ -21,9 +21,12 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from helpers import add, language_model, steer
+from helpers import add, language_model, refused_in_one_line, steer
 from trimtab import runs as runs_module
+from trimtab.analysis.dials import dial
+from trimtab.compare import Candidate, compare
 from trimtab.evaluation import evaluate
+from trimtab.runs import SharedRun
 from trimtab.sweep import sweep
 
 WORDS = ["happy", "sad", "good", "bad", "map", "ship", "rain", "wheel", "king", "daughter", "fire"]
@@ -314,6 +317,67 @@ def test_many_damaged_evaluations(evaluated: Evaluated, tmp_path: Path) -> None:
     check_evaluations(evaluated, tmp_path, range(1000, 2500))
 
 
+def without_checksums(folder: Path) -> None:
+    """A directory as it was before there were checksums."""
+    for file in folder.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        for row in rows:
+            del row["checksum"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if (folder / "study.db").exists():
+        with closing(sqlite3.connect(folder / "study.db")) as database, database:
+            attributes = "trial_user_attributes"
+            found = database.execute(f"SELECT rowid, value_json FROM {attributes}").fetchall()
+            for row, text in found:
+                value = json.loads(text)
+                if isinstance(value, dict):
+                    for name in ("checksum", "reached"):
+                        value.pop(name, None)
+                    change = f"UPDATE {attributes} SET value_json = ? WHERE rowid = ?"
+                    database.execute(change, (json.dumps(value), row))
+
+
+def edit(file: Path, number: int, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a record of a file."""
+    lines = file.read_text().split("\n")
+    record = json.loads(lines[number])
+    change(record)
+    lines[number] = json.dumps(record)
+    file.write_text("\n".join(lines))
+
+
+def test_an_evaluation_of_before_there_were_checksums(evaluated: Evaluated, tmp_path: Path) -> None:
+    expected = evaluated(tmp_path / "run")
+    without_checksums(tmp_path / "run")
+    assert evaluated(tmp_path / "run") == expected
+    file = tmp_path / "run" / "records.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join(lines[:20]) + b"\n")
+    assert evaluated(tmp_path / "run") == expected  # goes on, with checksums from here
+    assert b'"checksum"' not in file.read_bytes().split(b"\n")[19]
+    assert b'"checksum"' in file.read_bytes().split(b"\n")[20]
+    assert evaluated(tmp_path / "run") == expected
+    whole = file.read_bytes()
+    for change, says in (
+        (lambda record: record.update(index=9999), "line 1 is damaged: .*index of no example"),
+        (lambda record: record.update(index="0"), "line 1 is damaged"),
+        (lambda record: record.update(id="other"), "line 1 is damaged: .*not of the example"),
+        (lambda record: record.update(steering="other"), "line 1 is damaged: its steering"),
+        (lambda record: record.update(task="copa"), "line 1 is damaged: its task"),
+        (lambda record: record["values"].update(log_odds=None, more="1"), "line 1 is damaged"),
+        (lambda record: record["values"].update(log_odds=float("nan")), "line 1 is damaged"),
+    ):
+        edit(file, 0, change)
+        refused_in_one_line(lambda: evaluated(tmp_path / "run"), f"records.jsonl, {says}")
+        file.write_bytes(whole)
+    edit(file, 20, lambda record: record.pop("checksum"))
+    evaluated(tmp_path / "run")  # at the border old and new cannot be told apart
+    edit(file, 21, lambda record: record.pop("checksum"))
+    evaluated(tmp_path / "run")
+    edit(file, 23, lambda record: record.pop("checksum"))
+    refused_in_one_line(lambda: evaluated(tmp_path / "run"), "line 24 is damaged: it has no check")
+
+
 # -- sweeps ---------------------------------------------------------------------------------------
 
 
@@ -348,8 +412,64 @@ def check_sweeps(lm: tt.LanguageModel, kind: str, room: Path, seeds: range) -> N
 
 
 @pytest.mark.parametrize("kind", SWEEPS)
+def test_a_sweep_of_before_there_were_checksums(
+    lm: tt.LanguageModel, kind: str, tmp_path: Path
+) -> None:
+    swept = Swept(lm, tmp_path, **SWEEPS[kind])
+    expected = swept(tmp_path / "run")
+    without_checksums(tmp_path / "run")
+    assert swept(tmp_path / "run") == expected
+    best = expected["best"]["trial"]
+    for number in sorted({best, 0 if kind != "halving" else best}):
+        file = tmp_path / "run" / "records" / f"{number:05d}-validation.jsonl"
+        whole = file.read_bytes()
+        edit(file, 0, lambda record: record["values"].update(log_odds=99.0))
+        refused_in_one_line(lambda: swept(tmp_path / "run"), "log_odds is .* and .* in the study")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("kind", SWEEPS)
 def test_a_damaged_sweep(lm: tt.LanguageModel, kind: str, tmp_path: Path) -> None:
     check_sweeps(lm, kind, tmp_path, range(25))
+
+
+# -- comparisons and analyses ---------------------------------------------------------------------
+
+
+def without_times(found: Any) -> Any:
+    if isinstance(found, dict):
+        times = ("seconds", "fit", "swept")
+        return {key: without_times(value) for key, value in found.items() if key not in times}
+    return [without_times(one) for one in found] if isinstance(found, list) else found
+
+
+def compared(lm: tt.LanguageModel, task: str, output: Path) -> Any:
+    candidates = [Candidate("caa", {"layer": (0, 1)}), Candidate("iti", {"k": (1, 2)})]
+    found = compare(lm, candidates, task, timed=False, output=output)
+    return without_times(json.loads(json.dumps(found.as_json())))
+
+
+def dialled(lm: tt.LanguageModel, task: str, output: Path) -> Any:
+    run = SharedRun(output, {"analysis": "dial", "model": {}})
+    found = dial(lm, task, methods=("ss",), step=180, run=run)
+    return without_times(json.loads(json.dumps(found.as_json())))
+
+
+@pytest.mark.parametrize("work", [compared, dialled])
+def test_a_damaged_comparison_or_analysis(
+    lm: tt.LanguageModel, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.compare_report.comparison_page", lambda *arguments: "")
+    (tmp_path / "task").mkdir()
+    task = write_pairs(tmp_path / "task" / "pairs.jsonl")
+    expected = work(lm, task, tmp_path / "whole")
+    check(
+        tmp_path / "whole",
+        tmp_path / "damaged",
+        lambda folder: work(lm, task, folder),
+        expected,
+        range(12),
+    )
 
 
 @pytest.mark.slow

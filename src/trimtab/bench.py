@@ -169,9 +169,9 @@ class Bench:
     def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
         """Records of all rows of a part under the name of a steering, from a run directory, or
         None; those that are not of these rows are refused."""
-        planned = list(self.jobs[part].planned(self.language_model).values())
 
         def reason(records: list[Record]) -> str:
+            planned = list(self.jobs[part].planned(self.language_model).values())
             if len(records) != len(planned):
                 return f"it has {len(records)} records for {len(planned)} rows"
             for index, (record, wanted) in enumerate(zip(records, planned, strict=True)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,8 @@ from trimtab.trying import try_settings
 
 #: Prompts on which budgets are found, and on which the time of generation is measured.
 _BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
+#: Bytes of the longest name of a method: below what file systems take.
+_LONGEST_NAME = 200
 _ORACLE = "settings may have been chosen on the rows that they are reported on: an oracle's figures"
 
 
@@ -234,8 +237,12 @@ def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> No
     for one in candidates:
         if names.count(one.name) > 1:
             raise TrimtabError(f"two methods are called {one.name}: name them apart")
-        if "/" in one.name or one.name.startswith("."):
-            raise TrimtabError(f"{one.name!r} cannot be the name of a directory")
+        if (
+            not set(one.name).isdisjoint("/\0")
+            or one.name.startswith(".")
+            or len(os.fsencode(one.name)) > _LONGEST_NAME
+        ):
+            raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
         check_space(METHODS[one.method], one.space, one.fixed)
 
 
