@@ -22,6 +22,8 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
     missing: int = 0  # bytes that are announced and never come
     delay: float = 0.0
+    #: Seconds between the bytes of what is sent, the headers among it.
+    drip: float = 0.0
 
 
 #: The connection is closed without a word; no answer comes before the test is over.
@@ -76,6 +78,9 @@ class Service:
                 reply = service.answer(Request(self.path, headers, json.loads(body)))
                 if reply is CLOSE or reply is HANG:
                     return
+                if reply.drip:
+                    self._drip(reply)
+                    return
                 content = reply.content
                 sent = content if isinstance(content, bytes) else json.dumps(content).encode()
                 self.send_response(reply.status)
@@ -84,6 +89,12 @@ class Service:
                 self.send_header("Content-Length", str(len(sent) + reply.missing))
                 self.end_headers()
                 self.wfile.write(sent)
+
+            def _drip(self, reply: Reply) -> None:
+                for byte in reply.content:
+                    if service.over.wait(reply.drip):
+                        return
+                    self.wfile.write(bytes([byte]))
 
             def log_message(self, *args: Any) -> None:
                 pass

@@ -213,6 +213,7 @@ def test_less_of_what_is_bad_is_better(data: Path) -> None:
         "detox",
         data=str(data),
         validation_task="detox",
+        chooses=False,
         judging=Judging(Scorer()),
         settings=Settings(max_new_tokens=2),
         metric="toxicity",

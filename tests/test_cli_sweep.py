@@ -195,7 +195,8 @@ def test_a_task_without_validation_rows(trimtab: Command) -> None:
         "--max-new-tokens 2"
     )
     refused(trimtab(command), "no validation rows", "--validation-task")
-    found = trimtab(f"{command} --validation-task refusal:ask.jsonl --json").json
+    Path("tell.jsonl").write_text(json.dumps({"prompt": "Tell me"}))
+    found = trimtab(f"{command} --validation-task refusal:tell.jsonl --json").json
     assert found["metric"] == "refusal"
     assert found["best"]["n"] == 3
 
@@ -207,9 +208,11 @@ def test_the_pass_is_kept(trimtab: Command) -> None:
 
 
 def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
-    Path("ask.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in (1, 2)))
+    for verb in ("ask", "tell"):
+        lines = (json.dumps({"prompt": f"{verb} {i}"}) + "\n" for i in (1, 2))
+        Path(f"{verb}.jsonl").write_text("".join(lines))
     command = (
-        "sweep caa --model model --task refusal:ask.jsonl --validation-task refusal:ask.jsonl "
+        "sweep caa --model model --task refusal:ask.jsonl --validation-task refusal:tell.jsonl "
         "--contrast parts.jsonl --layer 0,1 --max-new-tokens 2 --judge phrases --metric "
         "'attack_success (phrases)'"
     )

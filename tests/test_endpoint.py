@@ -198,7 +198,7 @@ def pauses_before(monkeypatch: pytest.MonkeyPatch, *replies: Reply) -> list[floa
     with serving(in_turn(*replies)) as service:
         judge = endpoint(service.url, pause=1.0, tries=len(replies))
         with monkeypatch.context() as patch:
-            patch.setattr("tenacity.nap.time.sleep", lambda s: slept.append(s) if s else None)
+            patch.setattr("trimtab.endpoint._sleep", lambda _, s: slept.append(s) if s else None)
             judge.ask(asked("x"))
     return slept
 
@@ -491,7 +491,7 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://host/v1?x=1", "http://host/v1#chat"])
 def test_a_url_to_which_nothing_can_be_added_is_refused(url: str) -> None:
-    refused_in_one_line(lambda: ChatEndpoint(url, "m"), "is not a base URL")
+    refused_in_one_line(lambda: ChatEndpoint(url, "m"), "must have no user, query or fragment")
 
 
 def test_a_url_with_a_password_is_refused_unseen() -> None:
@@ -504,7 +504,7 @@ def test_a_url_with_a_password_is_refused_unseen() -> None:
 def test_a_host_that_can_be_none_is_not_tried_twice(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: pytest.fail("tried again"))
+    monkeypatch.setattr("trimtab.endpoint._sleep", lambda *pause: pytest.fail("tried again"))
     judge = endpoint(f"http://{host}")
     refused_in_one_line(lambda: judge.ask(asked("x")), "cannot be asked")
 

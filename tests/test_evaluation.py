@@ -214,8 +214,9 @@ def wilson(ones: float, n: int) -> tuple[float, float]:
 
 
 def content(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without their seconds, as JSON has them."""
-    without = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    """Records without their seconds, and the checksum over them, as JSON has them."""
+    unlike = ("seconds", "checksum")
+    without = [{k: v for k, v in record.items() if k not in unlike} for record in records]
     found: list[dict[str, Any]] = json.loads(json.dumps(without))
     return found
 

@@ -757,3 +757,14 @@ def test_a_few_rows_need_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyP
     tt.ActAdd(layer=1, pairs=3).fit(lm, contrast, cache=tmp_path)
     with pytest.raises(tt.TrimtabError, match="needs"):
         tt.ActAdd(layer=2, pairs=4).fit(lm, contrast, cache=tmp_path)
+
+
+def test_rows_exchanged_with_their_checksums_are_run_again(tmp_path: Path) -> None:
+    lm, contrast = language_model("llama"), _contrast()
+    want = Want("layers.1.resid", "last", Samples)
+    plain = collect(lm, contrast, [want], cache=tmp_path)
+    for ending, size in (("f32", ROW), ("crc", 4)):
+        (file,) = tmp_path.glob(f"*/*.{ending}")
+        content = file.read_bytes()
+        file.write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
+    _check_equal(collect(lm, contrast, [want], cache=tmp_path), plain)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -21,11 +21,12 @@ from trimtab.answering import Settings
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record, Result, estimate_of
-from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job
+from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job, misfit
 from trimtab.metrics.effect import plain_texts
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.resuming import Kept
+from trimtab.runs import SharedRun
 from trimtab.tasks import Protocol, check_protocol, find_task
 
 #: Which way a metric counts.
@@ -52,6 +53,7 @@ class Bench:
     each part (None or absent: all). `better` says which way the metric counts. `shuffle` is a
     seed for the order of the validation rows.
     `resumed` false runs all blocks for every steering. The model's weights must stay as they are.
+    `chooses` false: nothing is chosen on the validation rows, so that they may be the test rows.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Bench:
         better: Better | None = None,
         shuffle: int | None = None,
         resumed: bool = True,
+        chooses: bool = True,
     ) -> None:
         self.language_model, self.task = language_model, task
         limits = limits or {}
@@ -88,6 +91,8 @@ class Bench:
             rows: Part = "test" if part == "validation" and validation_task else part
             wanted = Wanted((protocol,), rows, limits.get(part), data)
             self.jobs[part] = _job(name, wanted, judging or Judging())
+        if chooses and validation_task is not None:
+            _refuse_shared(task, validation_task, self.jobs)
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)
@@ -160,6 +165,24 @@ class Bench:
     def recall(self, part: Part, records: Sequence[Record]) -> None:
         """Take the unsteered model's records from an earlier run, not to run it again."""
         self._unsteered[part] = list(records)
+
+    def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
+        """Records of all rows of a part under the name of a steering, from a run directory, or
+        None; those that are not of these rows are refused."""
+
+        def reason(records: list[Record]) -> str:
+            planned = list(self.jobs[part].planned(self.language_model).values())
+            if len(records) != len(planned):
+                return f"it has {len(records)} records for {len(planned)} rows"
+            for index, (record, wanted) in enumerate(zip(records, planned, strict=True)):
+                why = misfit(record, wanted if record["index"] == index else None)
+                if not why and (record["task"], record["steering"]) != (self.jobs[part].name, name):
+                    why = "it is of another task or steering"
+                if why:
+                    return f"line {index + 1}: {why}"
+            return ""
+
+        return run.scored(file, reason)
 
     def result(self, records: Sequence[Record]) -> Result:
         """The metric over some records of one steering; those without the metric do not count."""
@@ -240,6 +263,31 @@ def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob
     job = find_job(name, wanted, judging)
     assert isinstance(job, TaskJob | PreferenceJob)
     return job
+
+
+def _refuse_shared(
+    task: str, validation_task: str, jobs: Mapping[Part, TaskJob | PreferenceJob]
+) -> None:
+    """Refuse another task whose rows are among those that the choice is reported on."""
+    validation, test = jobs["validation"], jobs["test"]
+    sides = isinstance(validation, PreferenceJob) and isinstance(test, PreferenceJob)
+    known = set(_rows(test, sides))
+    shared = sum(row in known for row in _rows(validation, sides))
+    if shared:
+        raise TrimtabError(
+            f"{shared} of the {validation.rows} rows of {validation_task} are among those of "
+            f"{task}: what is chosen on rows cannot be reported on them; name another validation "
+            "task"
+        )
+
+
+def _rows(job: TaskJob | PreferenceJob, sides: bool) -> list[Any]:
+    """What tells rows apart, in whatever file they are: their prompts, with both sides of pairs."""
+    if isinstance(job, TaskJob):
+        return [example.prompt for example in job.entries[0].examples]
+    return [
+        (pair.prompt, pair.positive, pair.negative) if sides else pair.prompt for pair in job.pairs
+    ]
 
 
 def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,9 @@ from trimtab.trying import try_settings
 
 #: Prompts on which budgets are found, and on which the time of generation is measured.
 _BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
+#: Bytes of the longest name of a method: below what file systems take.
+_LONGEST_NAME = 200
+_ORACLE = "settings may have been chosen on the rows that they are reported on: an oracle's figures"
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ def compare(
     limit: int | None = FAST,
     test_limit: int | None = None,
     validation_task: str | None = None,
+    oracle: bool = False,
     metric: str | None = None,
     better: Better | None = None,
     max_cost: float | None = None,
@@ -111,8 +116,9 @@ def compare(
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
     chosen ones once more at an equal budget of so many nats at the next token. `capability` names
-    tasks on which side effects are measured (see `evaluate`). `timed` false leaves out the time of
-    generation. The other arguments are those of `sweep`.
+    tasks on which side effects are measured (see `evaluate`). `oracle` lets `validation_task` be
+    the rows that are reported on, as some papers have it, which a note says. `timed` false leaves
+    out the time of generation. The other arguments are those of `sweep`.
     """
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
@@ -132,6 +138,7 @@ def compare(
         settings=Settings(seed, batch_size, max_new_tokens),
         metric=metric,
         better=better,
+        chooses=not oracle,
     )
     texts = contrast_for(task, contrast, source)
     config = {
@@ -151,11 +158,14 @@ def compare(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "model": language_model.described,
+        **({"oracle": True} if oracle else {}),
     }
     run = SharedRun(output, config, overwrite)
     started = time.perf_counter()
     fitters, fit = _fitters(bench, texts, candidates, cache)
     rows = []
+    _ = bench.metric  # one that the task does not have is refused before anything is written
+    run.begin()
     for fitter, one in zip(fitters, candidates, strict=True):
         own = _own_run(run, one.name, config, overwrite)
         rows.append(_swept(bench, fitter, one, trials, max_cost, seed, own, timed))
@@ -198,7 +208,7 @@ def compare(
         beside,
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
-        (*bench.notes(), *_caveats(rows, between, trials)),
+        (*bench.notes(), *([_ORACLE] if oracle else []), *_caveats(rows, between, trials)),
     )
     if run.path is not None:
         from trimtab.compare_report import comparison_page  # loads matplotlib
@@ -227,8 +237,12 @@ def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> No
     for one in candidates:
         if names.count(one.name) > 1:
             raise TrimtabError(f"two methods are called {one.name}: name them apart")
-        if "/" in one.name or one.name.startswith("."):
-            raise TrimtabError(f"{one.name!r} cannot be the name of a directory")
+        if (
+            not set(one.name).isdisjoint("/\0")
+            or one.name.startswith(".")
+            or len(os.fsencode(one.name)) > _LONGEST_NAME
+        ):
+            raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
         check_space(METHODS[one.method], one.space, one.fixed)
 
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
 from trimtab.packs import cache_dir
+from trimtab.runs import checksum
 from trimtab.steering import write_whole
 
 #: Messages of a conversation, as the API has them.
@@ -33,6 +37,8 @@ _LARGEST = 1 << 20
 _LONGEST_WAIT = 60.0
 #: A longer time to wait for an answer than anyone means, in seconds.
 _LONGEST_TIMEOUT = 86400.0
+#: What is said of an answer for which nobody waits any longer.
+_LATE = "no answer in time"
 #: What a service says when it may do better the next time, besides 500 and above.
 _PASSING = (408, 429)
 
@@ -46,29 +52,72 @@ def read_key(variable: str) -> str:
 
 
 def together(
-    function: Callable[[Item], Answer], items: Iterable[Item], at_once: int
+    function: Callable[[Item, threading.Event], Answer], items: Iterable[Item], at_once: int
 ) -> list[Answer]:
-    """`function` of each item, in order, several at once; after a failure no other is begun."""
+    """`function` of each item, in order, several at once; after a failure no other is begun.
+
+    It is given an event besides, which is set when its answer is wanted no more. An interrupt ends
+    all at once: no thread holds the process.
+    """
+    waiting = deque(enumerate(items))
+    found: list[Any] = [None] * len(waiting)
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     stopped = threading.Event()
 
-    def one(item: Item) -> Any:
-        if stopped.is_set():
-            return None
-        try:
-            return function(item)
-        except BaseException:
-            stopped.set()  # here, because the next item would begin before the caller hears of it
-            raise
+    def work() -> None:
+        while not stopped.is_set():
+            try:
+                place, item = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                found[place] = function(item, stopped)
+            except BaseException as error:
+                stopped.set()  # here, because the next item would begin before the caller hears
+                ended.put(error)
+            else:
+                ended.put(None)
 
-    pool = ThreadPoolExecutor(at_once)
+    threads = [
+        threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(waiting)))
+    ]
     try:
-        futures = [pool.submit(one, item) for item in items]
-        for future in as_completed(futures):
-            future.result()  # raises what went wrong, at once
-        return [future.result() for future in futures]
+        for thread in threads:
+            thread.start()
+        for _ in found:
+            error = ended.get()
+            if error is not None:
+                for thread in threads:  # what is under way is paid for, and kept
+                    thread.join()
+                raise error
     finally:
         stopped.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    return found
+
+
+def _within(seconds: float, function: Callable[[], Answer]) -> Answer:
+    """What a function returns, if it does in time. A library's timeout is not enough: it begins
+    anew with every byte that comes."""
+    outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((function(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise _TryAgainError(_LATE) from None
+    if error is not None:
+        raise error
+    return cast(Answer, answer)
+
+
+def _sleep(stopped: threading.Event, seconds: float) -> None:
+    stopped.wait(seconds)
 
 
 class _TryAgainError(Exception):
@@ -90,25 +139,38 @@ class Address:
     pause: float = 1.0  # seconds before the second try; doubled before each further one
 
     def __post_init__(self) -> None:
+        # A URL is shown and recorded, so one that may hold a key is not even repeated here.
+        if "?" in self.url or "#" in self.url or "@" in self.url.partition("://")[2].split("/")[0]:
+            raise TrimtabError(
+                "the URL of a service must not hold a key, so it must have no user, query or "
+                "fragment: put the key in the environment variable"
+            )
         try:
             parts = urlsplit(self.url)
             named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # brackets, or a port that is no port
             named = False
         if not named:
-            raise TrimtabError(f"{self.url!r} is not the URL of a service: http://HOST:PORT/...")
-        if "@" in parts.netloc or "key" in parse_qs(parts.query):
-            # The URL is shown and recorded, so it is not even repeated here.
-            raise TrimtabError("a URL must not hold a key: put it in the environment variable")
+            said = "the URL" if "@" in self.url else repr(self.url)
+            raise TrimtabError(f"{said} is not the URL of a service: http://HOST:PORT/...")
 
-    def post(self, content: Any, read: Callable[[Any], Answer]) -> Answer:
-        """What `read` makes of the answer; where it raises, the answer was nonsense."""
+    def post(
+        self,
+        content: Any,
+        read: Callable[[Any], Answer],
+        stopped: threading.Event | None = None,
+    ) -> Answer:
+        """What `read` makes of the answer; where it raises, the answer was nonsense.
+
+        An answer is whole after `timeout` seconds or is asked for again, until `stopped` is set.
+        """
         try:
-            import requests  # noqa: F401 - for `_post_once`
+            import requests  # noqa: F401 - for `_answer`
             import tenacity
         except ImportError as error:
             raise TrimtabError("asking a service needs trimtab[eval]: pip install it") from error
 
+        stopped = stopped or threading.Event()
         growing = tenacity.wait_exponential(self.pause, _LONGEST_WAIT) + tenacity.wait_random(
             0, self.pause / 2
         )
@@ -120,39 +182,25 @@ class Address:
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_TryAgainError),
-            stop=tenacity.stop_after_attempt(self.tries),
+            stop=tenacity.stop_after_attempt(self.tries) | tenacity.stop_when_event_set(stopped),
             wait=wait,
+            sleep=partial(_sleep, stopped),
             reraise=True,
         )
         try:
-            answer: Answer = retrying(self._post_once, content, read)
+            answer: Answer = retrying(self._post_once, content, read, stopped)
             return answer
         except _TryAgainError as error:
             raise TrimtabError(
                 f"{self.url} failed {self.tries} times, the last time with: {error}"
             ) from error
 
-    def _post_once(self, content: Any, read: Callable[[Any], Answer]) -> Answer:
-        import requests
-        import urllib3
-
-        try:
-            with requests.post(
-                self.url,
-                json=content,
-                headers=dict(self.headers),
-                auth=lambda request: request,  # else a .netrc would replace the key
-                timeout=self.timeout,
-                stream=True,
-                allow_redirects=False,  # a key does not go to another host
-            ) as response:
-                status, headers = response.status_code, response.headers
-                body = response.raw.read(_LARGEST + 1, decode_content=True)
-        except ValueError as error:  # no try would go out
-            raise TrimtabError(f"{self.url} cannot be asked: {type(error).__name__}") from error
-        # Reading a body raises urllib3's own errors.
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-            raise _TryAgainError(_reason(error)) from error
+    def _post_once(
+        self, content: Any, read: Callable[[Any], Answer], stopped: threading.Event
+    ) -> Answer:
+        if stopped.is_set():  # in the pause before this try
+            raise TrimtabError(f"{self.url} was not asked again: the work was stopped")
+        status, headers, body = _within(self.timeout, partial(self._answer, content))
         if status in _PASSING or status >= 500:
             raise _TryAgainError(f"status {status}", _seconds(headers.get("Retry-After")))
         if status != 200:
@@ -163,6 +211,34 @@ class Address:
             return read(json.loads(body))
         except _NONSENSE as error:
             raise _TryAgainError("an answer that makes no sense") from error
+
+    def _answer(self, content: Any) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body; nobody waits for one that takes longer than the timeout."""
+        import requests
+        import urllib3
+
+        body, over = b"", time.monotonic() + self.timeout
+        try:
+            with requests.post(
+                self.url,
+                json=content,
+                headers=dict(self.headers),
+                auth=lambda request: request,  # else a .netrc would replace the key
+                timeout=self.timeout,
+                stream=True,
+                allow_redirects=False,  # a key does not go to another host
+            ) as response:
+                while len(body) <= _LARGEST and time.monotonic() < over:
+                    more = response.raw.read1(_LARGEST, decode_content=True)
+                    if not more:
+                        break
+                    body += more
+                return response.status_code, response.headers, body
+        except ValueError as error:  # no try would go out
+            raise TrimtabError(f"{self.url} cannot be asked: {type(error).__name__}") from error
+        # Reading a body raises urllib3's own errors.
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise _TryAgainError(_reason(error)) from error
 
     def _said(self, body: bytes) -> str:
         """The beginning of an answer, in one line, without a key that it repeats."""
@@ -182,7 +258,7 @@ def _reason(error: Exception) -> str:
     import urllib3
 
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-        return "no answer in time"
+        return _LATE
     if isinstance(error, requests.ConnectionError | urllib3.exceptions.ProtocolError):
         return "no connection"
     return type(error).__name__
@@ -244,8 +320,6 @@ class ChatEndpoint:
             raise TrimtabError(
                 f"a judge's timeout must be above 0 seconds and at most a day, not {self.timeout}"
             )
-        if "?" in self.url or "#" in self.url:
-            raise TrimtabError(f"{self.url!r} is not a base URL, as in http://localhost:8000/v1")
         self._address()  # says at once what is wrong with the URL and the key
 
     @property
@@ -271,7 +345,9 @@ class ChatEndpoint:
         files = [self._kept(address.url, asked) for asked in questions]
         distinct = dict(zip(files, questions, strict=True))
         answers = together(
-            lambda item: self._answer(address, *item), distinct.items(), self.concurrency
+            lambda item, stopped: self._answer(address, *item, stopped),
+            distinct.items(),
+            self.concurrency,
         )
         known = dict(zip(distinct, answers, strict=True))
         return [known[file] for file in files]
@@ -291,8 +367,10 @@ class ChatEndpoint:
             **self.extra,
         }
 
-    def _answer(self, address: Address, kept: Path, asked: dict[str, Any]) -> str:
-        known = _read_kept(kept)
+    def _answer(
+        self, address: Address, kept: Path, asked: dict[str, Any], stopped: threading.Event
+    ) -> str:
+        known = _read_kept(kept, asked)
         if known is not None:
             with self._lock:
                 self.usage.cached += 1
@@ -301,8 +379,9 @@ class ChatEndpoint:
             kept.parent.mkdir(parents=True, exist_ok=True)  # before the answer is paid for
         except OSError as error:
             raise TrimtabError(f"cannot write {kept.parent}: {error.strerror}") from error
-        text, read, written = address.post(asked, _completion)
-        content = json.dumps({"asked": asked, "answer": text})
+        text, read, written = address.post(asked, _completion, stopped)
+        answer = {"asked": asked, "answer": text}
+        content = json.dumps(answer | {"checksum": checksum(answer, kept.name)})
         with self._lock:  # also for the file: while it is made, the process has no umask
             self._count(read, written)
             write_whole(kept, content.encode(), overwrite=True)
@@ -335,10 +414,14 @@ def _completion(answer: Any) -> tuple[str, int, int]:
     return text, int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
 
 
-def _read_kept(path: Path) -> str | None:
-    """A kept answer; one that cannot be read is asked for again."""
+def _read_kept(path: Path, asked: dict[str, Any]) -> str | None:
+    """A kept answer; one that is damaged, or answers something else, is asked for again."""
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found = kept.pop("checksum", None)  # which older ones have not
+        if found is not None and found != checksum(kept, path.name):
+            return None
+        answer = kept["answer"] if kept["asked"] == json.loads(json.dumps(asked)) else None
     except (OSError, *_NONSENSE):
         return None
     return answer if isinstance(answer, str) else None

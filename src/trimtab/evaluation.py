@@ -7,7 +7,7 @@ interrupted and continued gives the table of one that was not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from trimtab.answering import Settings
 from trimtab.contrasts import Part, last_message
 from trimtab.errors import TrimtabError
 from trimtab.figures import Evaluation, Record, paired, summarise
-from trimtab.jobs import Judging, TaskJob, Wanted, find_job
+from trimtab.jobs import Job, Judging, TaskJob, Wanted, find_job, misfit
 from trimtab.metrics.judges import Chat, Judge
 from trimtab.metrics.pairwise import verdicts
 from trimtab.metrics.toxicity import Scorer
@@ -117,6 +117,7 @@ def evaluate(
     }
     notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
     with Run(output, config, overwrite) as run:
+        run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
             for job in jobs:
                 done = _done(run.records, job.name, name)
@@ -132,12 +133,53 @@ def evaluate(
                 elif preference is not None:
                     for records in _preferences(run.records, job.name, preference, batch_size):
                         run.append(records)
-        evaluation = summarise(run.records, dict(vars(language_model.identity)), notes)
+        ordered = _in_order(run.records, subjects, jobs, protocols)
+        evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
         run.finish(
             evaluation.as_json(),
             lambda environment: evaluation_page(evaluation, run.config, environment),
         )
     return evaluation
+
+
+def _reason(
+    language_model: LanguageModel, jobs: Sequence[Job], subjects: Mapping[str | None, Any]
+) -> Callable[[Record], str]:
+    """Why a record is none of this evaluation, or nothing."""
+    by_name = {job.name: job for job in jobs}
+    planned: dict[str, Any] = {}  # made where there are records, because it takes some work
+
+    def reason(record: Record) -> str:
+        name = record["task"].removesuffix(_COMPARED)
+        if name not in by_name:
+            return "its task is none of this run"
+        if record["steering"] not in subjects:
+            return "its steering is none of this run"
+        if name not in planned:
+            planned[name] = by_name[name].planned(language_model)
+        if planned[name] is None:
+            return ""
+        return misfit(record, planned[name].get((record["protocol"], record["index"])))
+
+    return reason
+
+
+def _in_order(
+    records: Sequence[Record],
+    subjects: Mapping[str | None, Any],
+    jobs: Sequence[Job],
+    protocols: Sequence[str],
+) -> list[Record]:
+    """Records as an uninterrupted run has them: by steering, task and protocol."""
+    names = [job.name for job in jobs]
+    order = {
+        (task, protocol, steering): (compared, i, j, k)
+        for compared, suffix in enumerate(("", _COMPARED))
+        for i, steering in enumerate(subjects)
+        for j, task in enumerate(name + suffix for name in names)
+        for k, protocol in enumerate(("", *protocols))
+    }
+    return sorted(records, key=lambda r: order[r["task"], r["protocol"], r["steering"]])
 
 
 def _done(records: Sequence[Record], task: str, steering: str | None) -> set[tuple[str, int]]:

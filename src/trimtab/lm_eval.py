@@ -34,6 +34,7 @@ from trimtab.loading import load
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Next, Reading, next_tokens, plan
 from trimtab.progress import progress
+from trimtab.runs import checksum
 from trimtab.steering import Steering, Steerings, together
 
 
@@ -385,8 +386,12 @@ class _Answers:
             raise TrimtabError(f"cannot read the answers in {path}: {error.strerror}") from error
         for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
             try:
-                self._known.update(json.loads(line))
-            except (ValueError, TypeError) as error:
+                found = dict(json.loads(line))
+                known = found.pop("checksum", None)  # which older ones have not
+                if known is not None and known != checksum(found, "answers"):
+                    raise ValueError("it was changed")
+                self._known.update(found)
+            except (ValueError, TypeError, RecursionError) as error:
                 raise TrimtabError(
                     f"{path}, line {number} does not hold answers: remove the file, or name another"
                 ) from error
@@ -403,7 +408,9 @@ class _Answers:
             return
         try:
             with self.path.open("ab") as file:
-                file.write(json.dumps(answers, ensure_ascii=False).encode() + b"\n")
+                plain = json.loads(json.dumps(answers))  # as they come back
+                line = plain | {"checksum": checksum(plain, "answers")}
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

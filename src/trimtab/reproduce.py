@@ -142,6 +142,7 @@ def reproduce(
     }
     run = SharedRun(output, config, overwrite)
     if overwrite and run.path is not None:
+        run.begin()
         shutil.rmtree(run.path / "parts", ignore_errors=True)
     found, used = {}, {}
     with progress(recipe.name, len(resolved)) as advance:
@@ -154,6 +155,7 @@ def reproduce(
                 with metered(language_model) as took:
                     found[part] = run_study(recipe.study, language_model, args, **shared)
                 used[part] = took
+            run.begin()
             advance(1)
     seconds = round(sum(one.seconds for one in used.values()), 2)
     done = Reproduction(recipe, scale, model, found, used, seconds)

@@ -4,30 +4,39 @@
 they are finished, a batch at a time; `environment.json` says on what; `results.json` is the end. A
 run that was interrupted, at any point, is opened again with the same configuration and goes on. One
 that fails before its first record leaves nothing, and loses nothing that it was to overwrite.
+
+What is missing is made again; what is damaged is refused in one line. So every record has a
+checksum over itself, its place and the configuration, is of the form that records have, and is
+there once. The checksums have no key: they tell what was damaged, edited or brought from elsewhere,
+but not who computes them anew. Records from before there were checksums are taken without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import write_whole
 
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
-#: What every record has; a line without them is not ours.
-_KEYS = {"task", "protocol", "steering", "index", "values", "seconds"}
+#: The key of a line's checksum.
+_CHECKSUM = "checksum"
+#: How long a path is at most for which the files of a run below it can be made.
+_LONGEST_PATH = 3500
 
 #: Files that runs leave in a directory, beside the pictures and the records of parts.
 _LEFT = (
@@ -39,6 +48,29 @@ _LEFT = (
     "best.safetensors",
     *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")),
 )
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Scored(BaseModel):
+    """The form of a record of an example."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    task: str
+    protocol: str
+    steering: str | None
+    index: Annotated[int, Field(ge=0)]
+    id: str
+    values: dict[str, Finite | None]
+    seconds: Annotated[Finite, Field(ge=0)]
+    prompt: Any = None
+    output: Any = None
+    prediction: Any = None
+    target: Any = None
+    weight: Annotated[Finite, Field(gt=0)] = 1.0
+    n: Annotated[int, Field(ge=0)] = 0
+    figures: dict[str, Finite] = {}
 
 
 class Run:
@@ -63,10 +95,12 @@ class Run:
         except Timeout as error:
             raise TrimtabError(f"{path} is in use by another process") from error
         except OSError as error:
+            if self._made:
+                _remove_empty(path)
             raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
         try:
             if not self._overwrite:
-                check_config(path, self.config)
+                self.config = check_config(path, self.config)
                 self.records = self._read_records(path / "records.jsonl")
         except BaseException:
             self.close()
@@ -76,26 +110,47 @@ class Run:
         """The records so far; a last line that was cut off in the middle is dropped."""
         if not file.exists():
             return []
-        whole, records = 0, []
-        content = file.read_bytes()
+        salt = _digest(self.config)
+        whole, records, places, sealed = 0, [], set(), False
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise TrimtabError(f"{file} cannot be read: {error.strerror or error}") from error
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
-            records.append(_record(line, f"{file}, line {number}", _KEYS))
-            whole += len(line) + 1
+            where = f"{file}, line {number}"
+            record, has_checksum = _read_line(line, where, salt)
+            if sealed and not has_checksum:
+                _damaged(where, "it has no checksum")
+            _check_scored(record, where)
+            place = tuple(record[key] for key in ("task", "protocol", "steering", "index"))
+            if place in places:
+                _damaged(where, "its example has another line already")
+            places.add(place)
+            records.append(record)
+            whole, sealed = whole + len(line) + 1, has_checksum
         if whole < len(content):
             with file.open("r+b") as opened:
                 opened.truncate(whole)
         return records
 
+    def check(self, reason: Callable[[dict[str, Any]], str]) -> None:
+        """Refuse records for which there is a `reason` that they do not belong to what is asked."""
+        for number, record in enumerate(self.records, 1):
+            why = reason(record)
+            if why and self.path is not None:
+                _damaged(f"{self.path / 'records.jsonl'}, line {number}", why)
+
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep the records of a batch."""
-        lines = [line_of(record) for record in records]
+        plain = [json.loads(line_of(record)) for record in records]  # as they come back
         if self.path is not None:
-            self._write_lines(lines)
-        self.records += map(json.loads, lines)  # as they come back from the file
+            self._begin()
+            salt = _digest(self.config)
+            self._write_lines([_sealed(record, salt) for record in plain])
+        self.records += plain
 
     def _write_lines(self, lines: Sequence[str]) -> None:
         assert self.path is not None
-        self._begin()
         try:
             with (self.path / "records.jsonl").open("ab") as file:
                 file.write("".join(line + "\n" for line in lines).encode())
@@ -139,9 +194,7 @@ class Run:
         if self._lock is None or self.path is None:
             return
         if self._made and not self._begun:
-            with suppress(OSError):  # what lm-eval has answered stays
-                (self.path / ".lock").unlink()
-                self.path.rmdir()
+            _remove_empty(self.path)
         self._lock.release()
 
     def __enter__(self) -> Run:
@@ -153,22 +206,40 @@ class Run:
 
 class SharedRun:
     """A run directory that several processes may work in: a file for each part of the work,
-    written whole when it is done. Without a path nothing is kept."""
+    written whole when it is done. Without a path nothing is kept.
+
+    Nothing is made before the first part is kept or `begin` is called, so that what fails or is
+    interrupted before leaves nothing.
+    """
 
     def __init__(
         self, path: str | Path | None, config: dict[str, Any], overwrite: bool = False
     ) -> None:
         self.config = json.loads(json.dumps(config))  # as it comes back from the file
         self.path = None if path is None else Path(path)
+        self._overwrite, self._begun = overwrite, False
         if self.path is None:
             return
         try:
-            _make_directory(self.path)
+            _check_path(self.path)
+            _check_writable(self.path)
+            if not overwrite:
+                self.config = check_config(self.path, self.config)
+        except OSError as error:
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
+
+    def begin(self) -> None:
+        """Before anything is kept: what was asked, and on what it runs."""
+        if self._begun or self.path is None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path / ".lock", timeout=60):
-                if overwrite:
+                if self._overwrite:
                     self._clear()
-                else:
-                    check_config(self.path, self.config)
+                else:  # another process may have begun something else meanwhile
+                    self.config = check_config(self.path, self.config)
                 if not (self.path / "config.json").exists():
                     write_json(self.path / "environment.json", environment())
                     write_json(self.path / "config.json", self.config)
@@ -177,6 +248,7 @@ class SharedRun:
         except OSError as error:
             reason = error.strerror or error
             raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
+        self._begun = True
 
     def _clear(self) -> None:
         """Take away what an earlier run left, and nothing else."""
@@ -187,23 +259,31 @@ class SharedRun:
             for file in self.path.glob(pattern):
                 file.unlink()
 
+    def file(self, name: str) -> Path | None:
+        """Where the records of a part are."""
+        return None if self.path is None else self.path / "records" / f"{name}.jsonl"
+
     def keep(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """The records of one part of the work."""
-        if self.path is None:
+        file = self.file(name)
+        if file is None:
             return
-        directory = self.path / "records"
+        plain = [json.loads(line_of(record)) for record in records]
+        self.begin()
         try:
-            directory.mkdir(exist_ok=True)
+            file.parent.mkdir(exist_ok=True)
         except OSError as error:
-            raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
-        lines = "".join(line_of(record) + "\n" for record in records)
-        write_whole(directory / f"{name}.jsonl", lines.encode(), overwrite=True)
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {file.parent}: {reason}") from error
+        places = self._places(name, len(plain))
+        lines = [_sealed(record, place) for record, place in zip(plain, places, strict=True)]
+        write_whole(file, "".join(line + "\n" for line in lines).encode(), overwrite=True)
 
     def kept(self, name: str) -> list[dict[str, Any]] | None:
         """The records of a part that is done, or None."""
-        if self.path is None:
+        file = self.file(name)
+        if file is None or (self._overwrite and not self._begun):
             return None
-        file = self.path / "records" / f"{name}.jsonl"
         try:
             lines = file.read_bytes().split(b"\n")
         except FileNotFoundError:
@@ -212,7 +292,40 @@ class SharedRun:
             raise TrimtabError(f"{file} cannot be read: {error.strerror or error}") from error
         if lines.pop():
             raise TrimtabError(f"{file} is cut off at its end: delete it, and it is made again")
-        return [_record(line, f"{file}, line {i}") for i, line in enumerate(lines, 1)]
+        places = self._places(name, len(lines))
+        read = [
+            _read_line(line, f"{file}, line {number}", place)
+            for number, (line, place) in enumerate(zip(lines, places, strict=True), 1)
+        ]
+        if len({has_checksum for _, has_checksum in read}) > 1:
+            self.refuse(name, "some of its lines have no checksum")
+        return [record for record, _ in read]
+
+    def scored(
+        self, name: str, reason: Callable[[list[dict[str, Any]]], str]
+    ) -> list[dict[str, Any]] | None:
+        """The records of examples of a part that is done, or None; those for which there is a
+        `reason` that they are not what was asked for are refused."""
+        records = self.kept(name)
+        if records is None:
+            return None
+        for number, record in enumerate(records, 1):
+            _check_scored(record, f"{self.file(name)}, line {number}")
+        why = reason(records)
+        if why:
+            self.refuse(name, why)
+        return records
+
+    def refuse(self, name: str, reason: str) -> NoReturn:
+        """Say that the records of a part are damaged."""
+        raise TrimtabError(
+            f"{self.file(name)} is damaged: {reason}; delete it, and it is made again"
+        )
+
+    def _places(self, name: str, lines: int) -> list[str]:
+        """What the checksum of each line of a part says of where it belongs."""
+        salt = _digest(self.config)
+        return [f"{salt} {name} {number}/{lines}" for number in range(1, lines + 1)]
 
     def finish(
         self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
@@ -220,6 +333,7 @@ class SharedRun:
         """Write the results, and the page that `report` makes, given the environment."""
         if self.path is None:
             return
+        self.begin()
         write_json(self.path / "results.json", results)
         if report is not None:
             page = report(environment()).encode()
@@ -228,47 +342,123 @@ class SharedRun:
 
 def _make_directory(path: Path) -> bool:
     """The directory of a run; whether it was not there."""
-    if path.exists() and not path.is_dir():
-        raise TrimtabError(f"{path} is a file: name a directory for the run")
+    _check_path(path)
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     return made
 
 
-def _record(line: bytes, where: str, keys: Set[str] = frozenset()) -> dict[str, Any]:
-    """A line of a file of records, which has these keys."""
+def _check_path(path: Path) -> None:
+    """Refuse what cannot be the directory of a run."""
+    text = str(path)
+    if "\0" in text or not _is_text(text):
+        raise TrimtabError(f"{text!r} is not UTF-8 text: name another directory")
+    if len(os.fsencode(path.absolute())) > _LONGEST_PATH:
+        raise TrimtabError(f"the path {text[:60]}... is too long: name another directory")
+    if path.exists() and not path.is_dir():
+        raise TrimtabError(f"{path} is a file: name a directory for the run")
+
+
+def _check_writable(path: Path) -> None:
+    """Say before the work that a directory cannot be made, or not be written to."""
+    there = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise TrimtabError(f"cannot write to {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: not where it is of bytes that were no text."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a directory in which there is nothing but its lock."""
+    with suppress(OSError):
+        if all(file.name == ".lock" for file in path.iterdir()):
+            (path / ".lock").unlink(missing_ok=True)
+            path.rmdir()
+
+
+# -- lines ----------------------------------------------------------------------------------------
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, allow_nan=False)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(_canonical(content).encode()).hexdigest()[:16]
+
+
+def checksum(record: Mapping[str, Any], place: str) -> str:
+    """A checksum over what comes of JSON, and the place where it belongs."""
+    return _digest([place, record])
+
+
+def _sealed(record: dict[str, Any], place: str) -> str:
+    """A record as a line, with its checksum."""
+    return line_of(record | {_CHECKSUM: checksum(record, place)})
+
+
+def _read_line(line: bytes, where: str, place: str) -> tuple[dict[str, Any], bool]:
+    """A record, and whether it has a checksum, which is right."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
+        if not isinstance(record, dict):
+            _damaged(where, "it is not a record")
+        found = record.pop(_CHECKSUM, None)
+        right = checksum(record, place)  # refuses NaN and infinity
     except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where} is damaged: {error}") from error
-    if not (isinstance(record, dict) and record.keys() >= keys):
-        raise TrimtabError(f"{where} is damaged: it is not a record")
-    return record
+        _damaged(where, str(error))
+    if found is not None and found != right:
+        _damaged(where, "it was changed, or belongs elsewhere")
+    return record, found is not None
 
 
-def check_config(path: Path, config: dict[str, Any]) -> None:
-    """Refuse to go on with a run of another configuration."""
+def _check_scored(record: dict[str, Any], where: str) -> None:
+    """Refuse what is not a record of an example."""
+    try:
+        Scored.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        _damaged(where, f"it is not a record ({key[:60]}: {first['msg'].lower()})")
+
+
+def _damaged(where: str, reason: str) -> NoReturn:
+    """Refuse a line; a record that is not there is made again."""
+    said = " ".join(reason.split())[:200]
+    raise TrimtabError(f"{where} is damaged: {said}; delete it, and it is made again")
+
+
+def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the run in a directory, which must be this one."""
     known = _read_config(path)
-    if known is None or known == config:
-        return
-    differing = sorted(
-        key for key in known.keys() | config.keys() if known.get(key) != config.get(key)
-    )
-    raise TrimtabError(
-        f"{path} holds a run with another configuration, which differs in "
-        f"{', '.join(differing)}: choose another directory, or pass --overwrite"
-    )
+    if known is None:
+        return config
+    if known != config:
+        differing = sorted(
+            key for key in known.keys() | config.keys() if known.get(key) != config.get(key)
+        )
+        raise TrimtabError(
+            f"{path} holds a run with another configuration, which differs in "
+            f"{', '.join(differing)}: choose another directory, or pass --overwrite"
+        )
+    return known
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
     if not file.exists():
-        if (path / "records.jsonl").exists():
+        names = ("records.jsonl", "records/*.jsonl", "study.db")
+        if any(list(path.glob(name)) for name in names):
             raise TrimtabError(f"{path} has records but no config.json: choose another one")
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TrimtabError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise TrimtabError(f"{file} is not a JSON object")
@@ -278,6 +468,10 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, written whole."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    if not _is_text(text):
+        raise TrimtabError(
+            f"cannot write {path}: a name in it is not UTF-8 text; name files and steerings anew"
+        )
     write_whole(path, text.encode(), overwrite=True)
 
 

@@ -10,18 +10,23 @@ seeded by its number.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
+import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab.errors import TrimtabError
+from trimtab.runs import Finite, checksum
 from trimtab.spaces import Params, Range, Space, grid, plain, shown
 
 Search = Literal["grid", "tpe", "halving"]
@@ -30,8 +35,36 @@ Search = Literal["grid", "tpe", "halving"]
 _BEAT, _DEAD = 15, 90
 #: Rungs of successive halving keep one trial in so many.
 REDUCTION = 3
+#: What reading a damaged study raises, in Optuna and in SQLAlchemy's conversions.
+_DAMAGES = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
 #: Trials that are drawn where nobody says how many.
 _DRAWN = 50
+
+
+_Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Outcome(BaseModel):
+    """The form of what a study says came of a trial."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    params: dict[str, Any]
+    state: Literal["complete", "pruned", "failed", "dear"]
+    value: Finite | None = None
+    n: _Count = 0
+    ci95: _Interval | None = None
+    test: Finite | None = None
+    test_n: _Count = 0
+    test_ci95: _Interval | None = None
+    cost: Finite | None = None
+    seconds: Annotated[Finite, Field(ge=0)] = 0.0
+    why: str = ""
+
+
+#: Who has a trial, and when a sign of life came.
+_SIGNS = TypeAdapter(tuple[str, int, str])
 
 
 class Trials:
@@ -58,17 +91,21 @@ class Trials:
         self._database = open_storage(storage)
         self._storage = self._optuna.storages.get_storage(self._database)  # with what it has read
         self._heard: dict[int, tuple[float, float]] = {}
+        self.name = name
         with self.reachable():
             if fresh:
                 with contextlib.suppress(KeyError):
                     self._optuna.delete_study(study_name=name, storage=self._storage)
-            self.name = name
-            self.study = self._optuna.create_study(
-                study_name=name,
-                storage=self._storage,
-                direction="maximize" if maximise else "minimize",
-                load_if_exists=True,
-            )
+            try:
+                self.study = self._optuna.create_study(
+                    study_name=name,
+                    storage=self._storage,
+                    direction="maximize" if maximise else "minimize",
+                    load_if_exists=True,
+                )
+                self._check()
+            except (*_DAMAGES, RecursionError) as error:
+                self._refuse(type(error).__name__)
 
     @contextlib.contextmanager
     def reachable(self) -> Iterator[None]:
@@ -78,12 +115,72 @@ class Trials:
         try:
             yield
         except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            where = _without_password(str(getattr(self._database, "url", "")))
             reason = type(error.__cause__ or error).__name__
             raise TrimtabError(
-                f"the storage {where} does not answer ({reason}): what was finished is kept, start "
-                "the same again to go on"
+                f"the storage {_where(self._database)} does not answer ({reason}): what was "
+                "finished is kept, start the same again to go on"
             ) from error
+
+    # -- what is there already --------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Refuse a study that cannot have come of this sweep."""
+        if (self.study.direction.name == "MAXIMIZE") != self.maximise:
+            self._refuse("it counts the metric the other way")
+        for trial in self.study.get_trials(deepcopy=False)[: len(self.plan)]:
+            planned = self.plan[trial.number]
+            if any(name not in self.space for name in trial.params) or any(
+                trial.params.get(name, value) != value for name, value in planned.items()
+            ):
+                self._refuse(f"trial {trial.number} has other settings than planned")
+            if trial.state.is_finished():
+                self.outcome(trial)
+            elif "worker" in trial.user_attrs:
+                _SIGNS.validate_python(trial.user_attrs["worker"])
+                float(trial.user_attrs.get("alive", 0.0))
+
+    def outcome(self, trial: Any) -> dict[str, Any]:
+        """What came of a trial that has ended; refused where it is damaged."""
+        where = f"trial {trial.number}"
+        kept = dict(trial.user_attrs.get("outcome") or {})
+        sealed, reached = kept.pop("checksum", None), kept.pop("reached", None)
+        if sealed is not None and sealed != self._checksum(trial.number, kept, reached):
+            self._refuse(f"{where} was changed, or has another's outcome")
+        try:
+            _Outcome.model_validate(kept)
+        except ValidationError as error:
+            first = error.errors()[0]
+            self._refuse(f"{where}, {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}")
+        state, value = kept["state"], kept.get("value")
+        params = {name: _choice(plain(value)) for name, value in kept["params"].items()}
+        steps = {str(step): number for step, number in trial.intermediate_values.items()}
+        if trial.state.name != self._ended(state).name:
+            self._refuse(f"{where} ended in another way than it says")
+        if state == "complete" and value is not None and trial.values != [value]:
+            self._refuse(f"{where} has another value than it says")
+        if {name: _choice(plain(value)) for name, value in trial.params.items()} != params:
+            self._refuse(f"{where} has other settings than it says")
+        if reached is not None and steps != reached:
+            self._refuse(f"{where} has reached other values than it says")
+        return kept
+
+    def has_checksum(self, trial: Any) -> bool:
+        """Whether what came of a trial has one; in studies of before there were any it has not."""
+        return "checksum" in trial.user_attrs["outcome"]
+
+    def _checksum(self, number: int, outcome: dict[str, Any], reached: Any) -> str:
+        return checksum({"outcome": outcome, "reached": reached}, f"{self.name} {number}")
+
+    def _ended(self, state: str) -> Any:
+        """Optuna's word for it."""
+        states = self._optuna.trial.TrialState
+        return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise TrimtabError(
+            f"the study in {_where(self._database)} is damaged: {reason}; choose another "
+            "directory, or pass --overwrite"
+        )
 
     # -- working ----------------------------------------------------------------------------------
 
@@ -241,17 +338,20 @@ class Trials:
 
     def finish(self, trial: Any, outcome: dict[str, Any], value: float | None) -> None:
         """What came of a trial: complete with its value, failed, or stopped for another reason."""
-        states = self._optuna.trial.TrialState
-        named = {"complete": states.COMPLETE, "failed": states.FAIL}
-        ended = named.get(outcome["state"], states.PRUNED)
-        values = [value] if ended is states.COMPLETE and value is not None else None
-        self._storage.set_trial_user_attr(trial._trial_id, "outcome", outcome)
+        ended = self._ended(outcome["state"])
+        values = [value] if outcome["state"] == "complete" and value is not None else None
+        seen = self._storage.get_trial(trial._trial_id).intermediate_values
+        reached = {str(step): number for step, number in seen.items()}
+        plain_outcome = json.loads(json.dumps(outcome))  # as it comes back
+        seal = self._checksum(trial.number, plain_outcome, reached)
+        kept = plain_outcome | {"reached": reached, "checksum": seal}
+        self._storage.set_trial_user_attr(trial._trial_id, "outcome", kept)
         self._storage.set_trial_state_values(trial._trial_id, ended, values)
 
     def same(self, params: Params) -> Any | None:
         """An earlier trial of the same settings, which a sampler may draw again."""
         for trial in self.finished() if self.search == "tpe" else ():
-            outcome = trial.user_attrs.get("outcome", {"params": None, "state": ""})
+            outcome = self.outcome(trial)
             if plain(outcome["params"]) == plain(params) and outcome["state"] != "failed":
                 return trial
         return None
@@ -320,21 +420,29 @@ def open_storage(storage: Any) -> Any:
     from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
     text = str(storage)
-    url = text if "://" in text else f"sqlite:///{Path(text).absolute()}"
+    file = None if "://" in text else Path(text).absolute()
     # Workers on one SQLite file wait for each other.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    options: dict[str, Any] = {}
+    if file is not None:  # by its name and not in a URL, in which some characters mean something
+        url = "sqlite:///study.db"
+        options = {"creator": partial(sqlite3.connect, file, timeout=60, check_same_thread=False)}
+    else:
+        url = text.replace("{", "{{").replace("}", "}}")  # else Optuna would fill them in
+        if url.startswith("sqlite"):
+            options = {"connect_args": {"timeout": 60}}
     for again in range(20):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=options)
-        except (SQLAlchemyError, ImportError, ValueError, RuntimeError) as error:
+            opened = optuna.storages.RDBStorage(url, engine_kwargs=options)
+            opened.url = text
+            return opened
+        except (SQLAlchemyError, ImportError, RuntimeError, *_DAMAGES) as error:
             # Of workers that make the tables at the same time one is first.
             if again < 19 and (isinstance(error, IntegrityError) or "already exists" in str(error)):
                 time.sleep(0.1)
                 continue
-            reason = _reason(error, url)
-            raise TrimtabError(f"cannot open the storage {_without_password(url)}{reason}") from (
-                error
-            )
+            raise TrimtabError(
+                f"cannot open the storage {_without_password(text)}{_reason(error, text)}"
+            ) from error
     raise AssertionError
 
 
@@ -343,6 +451,8 @@ def _reason(error: Exception, url: str) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
+    if "://" not in url:
+        return f": {error.__cause__ or error}".strip().splitlines()[0]
     try:
         secrets = [make_url(url).password, *make_url(url).query.values()]
     except (ArgumentError, ValueError):
@@ -354,8 +464,15 @@ def _reason(error: Exception, url: str) -> str:
     return f": {first}"
 
 
+def _where(database: Any) -> str:
+    """A storage for messages."""
+    return _without_password(str(getattr(database, "url", "memory")))
+
+
 def _without_password(url: str) -> str:
-    """A URL for messages: who and where, and nothing that could be secret."""
+    """A URL for messages: who and where, and nothing that could be secret; a path as it is."""
+    if "://" not in url:
+        return url
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 

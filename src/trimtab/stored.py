@@ -7,8 +7,8 @@ files for each pick (a site, a token rule, a form):
     layers.3.heads.-1.f32     [rows, sides, units] float32, written at the rows that were read
     layers.3.heads.-1.crc     [rows] uint32: 0 where a row is not there yet, else its checksum
 
-A row counts only if its checksum is right, so whatever moment a process is killed at, half a row is
-never taken for a whole one.
+A row counts only if its checksum is right, which is over its number too: whatever moment a process
+is killed at, half a row is never taken for a whole one, nor one row for another.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trimtab.packing import Packed
 from trimtab.steering import write_whole
 
 #: Goes into every digest: to be raised when a site or a token rule changes its meaning.
-_VERSION = 1
+_VERSION = 2
 
 #: What a configuration says of where a model came from, not of what it computes.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "architectures")
@@ -87,7 +87,10 @@ class StoredPass:
             try:
                 # The checksums come after the rows: until then the rows do not count.
                 _write_at(self._path(pick, "f32"), indices.tolist(), contents)
-                sums = [np.uint32(_checksum(content)).tobytes() for content in contents]
+                sums = [
+                    np.uint32(_checksum(place, content)).tobytes()
+                    for place, content in zip(indices.tolist(), contents, strict=True)
+                ]
                 _write_at(self._path(pick, "crc"), indices.tolist(), sums)
             except OSError as error:
                 where = f"cannot write to the cache {self._room}"
@@ -102,8 +105,8 @@ class StoredPass:
             return None
         except OSError as error:
             raise TrimtabError(f"cannot read the cache {self._room}: {_reason(error)}") from error
-        for content, checksum in zip(contents, sums, strict=True):
-            if len(content) < size or np.uint32(_checksum(content)).tobytes() != checksum:
+        for place, content, checksum in zip(indices, contents, sums, strict=True):
+            if len(content) < size or np.uint32(_checksum(place, content)).tobytes() != checksum:
                 return None
         shape = (len(indices), self._sides, self._widths[pick])
         # Through bytearray, because torch wants memory that may be written to.
@@ -169,8 +172,8 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _checksum(content: bytes) -> int:
-    return zlib.crc32(content) or 1  # 0 says that there is no row
+def _checksum(place: int, content: bytes) -> int:
+    return zlib.crc32(content, zlib.crc32(str(place).encode())) or 1  # 0 is that there is no row
 
 
 def _bytes_on_disk(path: Path) -> int:

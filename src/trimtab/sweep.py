@@ -142,9 +142,6 @@ def sweep(
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     opened = None if storage is None else open_storage(storage)
-    going_on = output is not None and Path(output).exists() and not overwrite
-    if not going_on:
-        bench.metric  # noqa: B018, refuses an unknown one before anything is written or lost
     run = SharedRun(output, config, overwrite)
     found = try_settings(
         bench,

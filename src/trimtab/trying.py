@@ -45,9 +45,11 @@ def try_settings(
 ) -> Sweep:
     """A sweep on a bench and with a fitter that may serve others too; arguments as of `sweep`."""
     for part in _PARTS:
-        kept = run.kept(f"unsteered-{part}")
+        kept = bench.kept(run, f"unsteered-{part}", part)
         if kept is not None:
             bench.recall(part, kept)
+    _ = bench.metric  # one that the task does not have is refused before anything is written
+    run.begin()
     worker = _Worker(bench, fitter, run, max_cost, oracle)
     if storage is None and run.path is not None:
         storage = run.path / "study.db"
@@ -100,7 +102,7 @@ class _Worker:
         records: dict[Part, list[Record]] = {}
         earlier = queue.same(params)
         if earlier is not None:  # drawn before
-            outcome = {**earlier.user_attrs["outcome"], "seconds": 0.0}
+            outcome = {**queue.outcome(earlier), "seconds": 0.0}
             for part in _PARTS:
                 some = self.run.kept(f"{earlier.number:05d}-{part}")
                 if some is not None:
@@ -121,7 +123,7 @@ class _Worker:
         for part, some in records.items():
             self.run.keep(f"{trial.number:05d}-{part}", some)
         if outcome["state"] == "complete":
-            known = Trial(trial.number, **outcome)
+            known = _trial(trial.number, outcome)
             if _best([*self._top, known], "value", self.bench.maximise) is known:
                 self._top, self._top_records = (known,), records
         queue.finish(trial, outcome, outcome.get("value"))
@@ -170,7 +172,11 @@ class _Worker:
     def found(self, queue: Trials, task: str) -> Sweep:
         """The best trial, run on the test rows, and everything beside it."""
         bench, fitter = self.bench, self.fitter
-        trials = [_trial(one) for one in queue.finished()]
+        ended = queue.finished()
+        trials = [_trial(one.number, queue.outcome(one)) for one in ended]
+        for one, trial in zip(ended, trials, strict=True):
+            if trial.state == "complete" and not queue.has_checksum(one):
+                self._check_kept(trial)
         complete = [trial for trial in trials if trial.state == "complete"]
         best = _best(complete, "value", bench.maximise)
         unsteered = {part: self._unsteered(part) for part in _PARTS}
@@ -181,11 +187,13 @@ class _Worker:
             steering = fitter.steering(best.params)
             tested = self._records(best, "test", steering)
             result = bench.result(tested)
+            self._check(best, "test", tested)
             best = replace(best, **_tested(result))
             compared = summarise([*unsteered["test"], *tested], {})
             flips = tuple(compared.flips())
             difference = _of(compared.comparisons, bench.metric)
             chosen = self._records(best, "validation", steering)
+            self._check(best, "validation", chosen)
             on_validation = summarise([*unsteered["validation"], *chosen], {})
             against = _of(on_validation.comparisons, bench.metric)
             if against is not None and against.p is not None:
@@ -221,23 +229,38 @@ class _Worker:
         if part in self._top_records and trial.number == self._top[0].number:
             return self._top_records[part]
         name = f"{trial.number:05d}-{part}"
-        records = self.run.kept(name)
+        called = label(self.fitter.method, trial.params)
+        records = self.bench.kept(self.run, name, part, called)
         if records is None:
-            called = label(self.fitter.method, trial.params)
             records = self.bench.records(steering, part, name=called)
             self.run.keep(name, records)
         return records
 
+    def _check(self, trial: Trial, part: Part, records: list[Record]) -> None:
+        """Refuse records that do not give what the study says of a trial."""
+        said = trial.value if part == "validation" else trial.test
+        found = self.bench.result(records).value
+        if said is not None and (found is None or not math.isclose(found, said, rel_tol=1e-9)):
+            name = f"{trial.number:05d}-{part}"
+            self.run.refuse(name, f"{self.bench.metric} is {found} in it and {said} in the study")
+
+    def _check_kept(self, trial: Trial) -> None:
+        """Refuse what a study says of a trial if its records, where they are here, do not."""
+        called = label(self.fitter.method, trial.params)
+        for part in _PARTS:
+            records = self.bench.kept(self.run, f"{trial.number:05d}-{part}", part, called)
+            if records is not None:
+                self._check(trial, part, records)
+
     def _unsteered(self, part: Part) -> list[Record]:
         records = self.bench.unsteered(part)
-        if self.run.kept(f"unsteered-{part}") is None:
+        if self.bench.kept(self.run, f"unsteered-{part}", part) is None:
             self.run.keep(f"unsteered-{part}", records)
         return records
 
 
-def _trial(frozen: Any) -> Trial:
-    outcome = frozen.user_attrs.get("outcome", {"params": {}, "state": "failed"})
-    return Trial(frozen.number, **{name: plain(value) for name, value in outcome.items()})
+def _trial(number: int, outcome: Mapping[str, Any]) -> Trial:
+    return Trial(number, **{name: plain(value) for name, value in outcome.items()})
 
 
 def _tested(result: Result) -> dict[str, Any]:

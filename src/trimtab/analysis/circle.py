@@ -3,7 +3,7 @@ angle that is chosen, what it is worth on other rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -182,20 +182,24 @@ class Study:
 
     def unsteered(self, part: Part) -> list[Record]:
         """Records of the unsteered model."""
-        kept = None if self.run is None else self.run.kept(f"unsteered-{part}")
-        if kept is None:
-            kept = self.bench.unsteered(part)
-            if self.run is not None:
-                self.run.keep(f"unsteered-{part}", kept)
-        return kept
+        return self._kept_or(f"unsteered-{part}", part, None, lambda: self.bench.unsteered(part))
 
     def _records(self, variant: Variant, theta: float, part: Part) -> list[Record]:
         """One variant at one angle, from the run directory where it is there."""
         name = f"{_file_name(variant.name)}-{theta:g}-{part}"
-        kept = None if self.run is None else self.run.kept(name)
+        label = f"{variant.name} θ={theta:g}°"
+        steering = variant.steering.at(theta)
+        return self._kept_or(
+            name, part, label, lambda: self.bench.records(steering, part, name=label)
+        )
+
+    def _kept_or(
+        self, name: str, part: Part, label: str | None, make: Callable[[], list[Record]]
+    ) -> list[Record]:
+        """Records from the run directory, or made and kept there."""
+        kept = None if self.run is None else self.bench.kept(self.run, name, part, label)
         if kept is None:
-            label = f"{variant.name} θ={theta:g}°"
-            kept = self.bench.records(variant.steering.at(theta), part, name=label)
+            kept = make()
             if self.run is not None:
                 self.run.keep(name, kept)
         return kept
@@ -208,6 +212,9 @@ class Study:
             kept = [{"task": "plain text", "id": "all", "steering": variant.name, COST: cost}]
             if self.run is not None:
                 self.run.keep(name, kept)
+        found = [record.get(COST) for record in kept]
+        if self.run is not None and [type(cost) for cost in found] != [float]:
+            self.run.refuse(name, "it is not one record of a cost")
         return float(kept[0][COST])
 
 
@@ -277,6 +284,7 @@ def study_of(
         protocol=protocol,
         limits={"validation": limit if chooses else test_limit, "test": test_limit},
         validation_task=validation_task if chooses else task,
+        chooses=chooses,
         judging=judging,
         settings=Settings(seed, batch_size, max_new_tokens),
         metric=metric,

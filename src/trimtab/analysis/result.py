@@ -39,6 +39,7 @@ def write(found: Analysis, run: SharedRun) -> None:
     """results.json, report.html and pictures/ of a run directory."""
     if run.path is None:
         return
+    run.begin()
     if found.pictures:
         save_pictures(found.pictures, run.path / "pictures")
     model = run.config["model"]

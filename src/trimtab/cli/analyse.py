@@ -7,7 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -359,11 +359,11 @@ def _run(
         **source,
         "model": language_model.described,
     }
-    with _run_of(output, config, overwrite) as run:
-        if "run" in inspect.signature(function).parameters:
-            arguments["run"] = run
-        found = function(language_model, **arguments)
-        write(found, run)
+    run = SharedRun(output, config, overwrite)
+    if "run" in inspect.signature(function).parameters:
+        arguments["run"] = run
+    found = function(language_model, **arguments)
+    write(found, run)
     if as_json:
         print_json(found.as_json() | (judging.as_json() if judging else {}))
         return
@@ -408,24 +408,6 @@ def _describe_task(arguments: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(TrimtabError):  # whether it is missed the analysis will say
             described["validation"] = job(arguments["task"], "validation", "limit")
     return described
-
-
-@contextmanager
-def _run_of(
-    output: Path | None, config: dict[str, Any], overwrite: bool
-) -> typing.Iterator[SharedRun]:
-    """The run directory; one that was made for an analysis that refuses its options goes again."""
-    fresh = output is not None and not output.exists()
-    run = SharedRun(output, config, overwrite)
-    try:
-        yield run
-    except TrimtabError:
-        if fresh and output is not None and not (output / "records").exists():
-            with suppress(OSError):
-                for name in ("config.json", "environment.json", ".lock"):
-                    (output / name).unlink(missing_ok=True)
-                output.rmdir()
-        raise
 
 
 # -- for people -----------------------------------------------------------------------------------

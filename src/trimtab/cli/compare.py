@@ -141,7 +141,8 @@ def compare_command(
         contrast=contrast,
         data=data,
         protocol=protocol,  # type: ignore[arg-type]
-        **rows,
+        limit=rows["limit"],
+        test_limit=rows["test_limit"],
         validation_task=validation_task,
         metric=metric,
         better=better,  # type: ignore[arg-type]

@@ -6,8 +6,11 @@ model, steered or not, a batch at a time, without those that are there already.
 
 from __future__ import annotations
 
+import json
+
+from trimtab.figures import Record
 from trimtab.jobs.harness import HarnessJob
-from trimtab.jobs.job import Attached, Done, Job, Judging, Wanted
+from trimtab.jobs.job import Attached, Done, Job, Judging, Planned, Wanted
 from trimtab.jobs.perplexity import PerplexityJob
 from trimtab.jobs.preference import PreferenceJob
 from trimtab.jobs.task import TaskJob
@@ -20,11 +23,23 @@ __all__ = [
     "Job",
     "Judging",
     "PerplexityJob",
+    "Planned",
     "PreferenceJob",
     "TaskJob",
     "Wanted",
     "find_job",
+    "misfit",
 ]
+
+
+def misfit(record: Record, planned: Record | None) -> str:
+    """Why a record is not that of the example that is planned in its place, or nothing."""
+    if planned is None:
+        return "it has the index of no example"
+    for key, value in planned.items():
+        if key in record and record[key] != json.loads(json.dumps(value)):
+            return f"it is not of the example with its index ({key})"
+    return ""
 
 
 def find_job(name: str, wanted: Wanted, judging: Judging) -> Job:

@@ -14,7 +14,7 @@ from typing import Any
 from trimtab.answering import Settings
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
-from trimtab.jobs.job import Attached, Done, Wanted
+from trimtab.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.model import LanguageModel
 from trimtab.tasks.data import file_digest
 
@@ -63,6 +63,9 @@ class HarnessJob:
     def notes(self) -> list[str]:
         return []
 
+    def planned(self, language_model: LanguageModel) -> Planned | None:
+        return None  # lm-eval's own, which it makes as it runs
+
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
@@ -93,6 +96,13 @@ class HarnessJob:
         seconds = (time.perf_counter() - started) / max(1, len(records))
         for record in records:
             record |= {"task": self.name, "protocol": "", "seconds": round(seconds, 4)}
+        strange = done - {("", record["index"]) for record in records}
+        if strange:
+            number = min(index for _, index in strange)
+            raise TrimtabError(
+                f"the run has a record of {self.name} with index {number}, which is none of its "
+                "examples: delete it, or choose another directory"
+            )
         yield [record for record in records if ("", record["index"]) not in done]
 
     def _answers(self) -> Path | None:

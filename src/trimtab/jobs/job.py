@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,8 @@ from trimtab.tasks import Protocol as TaskProtocol
 Attached = Steering | Steerings | None
 #: What of a job is there already: (protocol, index).
 Done = set[tuple[str, int]]
+#: What the record of each example says of it, whatever the model answers, by (protocol, index).
+Planned = Mapping[tuple[str, int], Record]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Job(Protocol):
 
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
+
+    def planned(self, language_model: LanguageModel) -> Planned | None:
+        """The examples; None where they are known only when it has run."""
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings

@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.answering import Settings
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
-from trimtab.jobs.job import Attached, Done, Wanted
+from trimtab.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.paths import user_path
@@ -61,6 +61,12 @@ class PerplexityJob:
 
     def notes(self) -> list[str]:
         return []
+
+    def planned(self, language_model: LanguageModel) -> Planned:
+        return {
+            ("", index): {"id": name, "weight": len(reading.targets or ())}
+            for index, (name, reading) in enumerate(self._windows(language_model))
+        }
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings

@@ -11,7 +11,7 @@ from trimtab.answering import Settings
 from trimtab.contrasts import Contrast, Pair
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
-from trimtab.jobs.job import Attached, Done, Wanted
+from trimtab.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.metrics.likelihood import side_readings
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import next_tokens, plan
@@ -59,6 +59,12 @@ class PreferenceJob:
 
     def notes(self) -> list[str]:
         return []
+
+    def planned(self, language_model: LanguageModel) -> Planned:
+        return {
+            ("", index): {"id": str(number), "prompt": pair.prompt, "target": pair.positive}
+            for index, (pair, number) in enumerate(zip(self.pairs, self.numbers, strict=True))
+        }
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings

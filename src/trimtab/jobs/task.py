@@ -11,7 +11,7 @@ from trimtab.answering import Entry, Measure, Settings, answer
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
-from trimtab.jobs.job import Attached, Done, Judging, Wanted
+from trimtab.jobs.job import Attached, Done, Judging, Planned, Wanted
 from trimtab.metrics.coherence import coherence
 from trimtab.metrics.judges import attack_success
 from trimtab.metrics.refusal import refuses, validate_phrases
@@ -88,6 +88,17 @@ class TaskJob:
                     f"{self.name} reads the first token of the answer, which a steering of "
                     f"generated tokens ({one.label}) never reaches: fit it for other positions"
                 )
+
+    def planned(self, language_model: LanguageModel) -> Planned:
+        return {
+            (entry.protocol, index): {
+                "id": example.id,
+                "prompt": example.prompt,
+                "target": example.target,
+            }
+            for entry in self.entries
+            for index, example in enumerate(entry.examples)
+        }
 
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings

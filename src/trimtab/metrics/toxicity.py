@@ -8,6 +8,7 @@ regression on TF-IDF, fitted in seconds on texts whose Perspective scores the us
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -170,7 +171,7 @@ class RemoteScorer:
     def scores(self, texts: Sequence[str]) -> list[float]:
         address = self._address()
 
-        def score(text: str) -> float:
+        def score(text: str, stopped: threading.Event) -> float:
             if not text.strip():
                 return 0.0
             asked = {
@@ -179,7 +180,7 @@ class RemoteScorer:
                 "requestedAttributes": {"TOXICITY": {}},
                 "doNotStore": True,
             }
-            return address.post(asked, _toxicity_in)
+            return address.post(asked, _toxicity_in, stopped)
 
         return together(score, texts, self.concurrency)
 
@@ -205,4 +206,5 @@ def find_scorer(name: str, data: str | None = None) -> Scorer:
         return DetoxifyScorer()
     if name.startswith(("http://", "https://")):
         return RemoteScorer(name)
-    raise TrimtabError(f"unknown toxicity scorer {name!r}: known are offline, detoxify, or a URL")
+    said = "" if set(name) & set("@?#/") else f" {name!r}"  # it may be a URL with a key in it
+    raise TrimtabError(f"unknown toxicity scorer{said}: known are offline, detoxify, or a URL")
