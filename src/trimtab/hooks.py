@@ -9,11 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from trimtab.anatomy import Edit, Point, experts_forward
+from trimtab.errors import TrimtabError
+
+
+class _Hook(partial[Any]):
+    """A function on a model. Whoever copies or pickles the model with it on is told: the copy would
+    stay changed for ever."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TrimtabError(
+            "cannot copy a model while it is steered or read: the copy would stay so; copy it "
+            "outside the block"
+        )
 
 
 @contextmanager
@@ -42,9 +54,9 @@ def is_hooked(model: nn.Module) -> bool:
 
 def _install(point: Point, edit: Edit) -> Callable[[], None]:
     if point.side == "output":
-        return point.module.register_forward_hook(partial(_on_output, edit)).remove
+        return point.module.register_forward_hook(_Hook(_on_output, edit)).remove
     if point.side == "input":
-        hook = partial(_on_input, edit)
+        hook = _Hook(_on_input, edit)
         return point.module.register_forward_pre_hook(hook, with_kwargs=True).remove
     return _on_experts(point.module, edit)
 
@@ -73,7 +85,7 @@ def _on_experts(block: nn.Module, edit: Edit) -> Callable[[], None]:
         edits.append(edit)
     else:
         edits = [edit]
-        object.__setattr__(block, "forward", partial(experts_forward, block, edits))
+        object.__setattr__(block, "forward", _Hook(experts_forward, block, edits))
 
     def remove() -> None:
         edits.remove(edit)
