@@ -62,7 +62,10 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding table."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        table = self.model.get_input_embeddings()
+        device = torch.device(table.weight.device)
+        # A table that accelerate keeps on disk says where it is brought to.
+        return torch.device(table._hf_hook.execution_device) if device.type == "meta" else device
 
     @property
     def batch_tokens(self) -> int:
