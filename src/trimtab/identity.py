@@ -191,9 +191,9 @@ def _adapter_settings(model: Any) -> list[Any]:
 
 def adapter_layers(model: Any) -> list[Any]:
     """The modules that peft put in place of a model's own."""
-    # transformers' own models have methods of these names.
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(type(module), "active_adapters", None), property)
-    ]
+    return [module for module in model.modules() if is_adapter_layer(module)]
+
+
+def is_adapter_layer(module: Any) -> bool:
+    # transformers' own models have methods of this name.
+    return isinstance(getattr(type(module), "active_adapters", None), property)

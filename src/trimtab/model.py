@@ -21,6 +21,7 @@ from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError
 from trimtab.identity import Weights
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
+from trimtab.plain import is_quantised
 from trimtab.progress import progress
 from trimtab.saving import save_checkpoint
 from trimtab.steering import ModelIdentity, Steering, Steerings
@@ -95,9 +96,7 @@ class LanguageModel:
     @property
     def quantised(self) -> bool:
         """Whether weights are stored in fewer bits; a GGUF model has plain ones once loaded."""
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
-        return quantizer is not None and "gguf" not in str(method).lower()
+        return is_quantised(self.model)
 
     @property
     def identity(self) -> ModelIdentity:
