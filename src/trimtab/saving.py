@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
+from trimtab.checkpoint import CheckpointError, read_model, some
 from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.plain import is_plain, is_quantised, plain_copy
@@ -62,6 +62,8 @@ def save_checkpoint(language_model: Any, directory: str | Path, overwrite: bool 
                 if old.exists():
                     old.rename(place)
                 raise
+    except CheckpointError as error:
+        raise TrimtabError(f"cannot save {name} as a plain checkpoint: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise TrimtabError(f"cannot write {target}: {reason}") from error
@@ -113,22 +115,15 @@ def _is_checkpoint(name: str) -> bool:
 
 def _check_written(model: Any, directory: Path) -> None:
     """Whether the files hold what the architecture of their configuration wants, and no more."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        # On the meta device nothing but names and shapes is read.
-        _, found = type(model).from_pretrained(
-            directory, device_map="meta", output_loading_info=True, local_files_only=True
-        )
-    finally:
-        transformers_logging.set_verbosity(level)
+    kind = type(model)
+    # On the meta device nothing but names and shapes is read.
+    _, found = read_model(kind, str(directory), device_map="meta", local_files_only=True)
     wrong = sorted(
-        [*found["missing_keys"], *found["unexpected_keys"], *(k[0] for k in found["mismatched_keys"])]
+        [*found.missing, *found.buffers, *found.unexpected, *(s[0] for s in found.sizes)]
     )
     if wrong:
-        raise TrimtabError(
-            f"cannot save this model as a {type(model).__name__}: {len(wrong)} of its tensors are "
-            f"not those of the architecture, the first is {wrong[0]}"
+        raise CheckpointError(
+            f"{len(wrong)} of its tensors are not those of a {kind.__name__}: {some(wrong)}"
         )
 
 
@@ -139,6 +134,7 @@ def _check_written(model: Any, directory: Path) -> None:
 def _work_directory(place: Path) -> Iterator[Path]:
     """A hidden directory beside the place, locked as long as this process works in it."""
     work = place.parent / f".{place.name}.partial-{os.getpid()}"
+    os.stat(place.parent)  # before the lock makes directories
     lock = FileLock(f"{work}.lock")
     with lock:
         work.mkdir()
