@@ -8,6 +8,7 @@ a model that is not all there is an error.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,7 +167,11 @@ class Misfit:
         self.missing = sorted(found["missing_keys"] & parameters)
         #: Tensors that are computed when a model is built, and usually not learnt.
         self.buffers = sorted(found["missing_keys"] - parameters)
-        self.unexpected = sorted(found["unexpected_keys"])
+        unexpected = found["unexpected_keys"]
+        patterns = {_pattern(name) for name in model.state_dict()}
+        #: Blocks and experts of which the configuration knows fewer than the files.
+        self.left_out = sorted(name for name in unexpected if _pattern(name) in patterns)
+        self.unexpected = sorted(unexpected - set(self.left_out))
         self.sizes = sorted(found["mismatched_keys"])
 
     def check(self) -> None:
@@ -182,6 +187,16 @@ class Misfit:
                 f"{_count(self.missing, 'tensor is', 'tensors are')} missing from the files: "
                 f"{some(self.missing)}"
             )
+        if self.left_out:
+            raise CheckpointError(
+                f"{_count(self.left_out, 'tensor is', 'tensors are')} left out by {CONFIG}, which "
+                f"knows fewer of their kind: {some(self.left_out)}"
+            )
+
+
+def _pattern(name: str) -> str:
+    """A tensor's name without its numbers."""
+    return re.sub(r"\d+", "#", name)
 
 
 def some(names: Sequence[str]) -> str:

@@ -42,6 +42,9 @@ Data = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Force = Annotated[
@@ -77,9 +80,11 @@ def one_steering(steerings: Sequence[Steering]) -> Steering:
     return steerings[0]
 
 
-def open_model(model: str, dtype: str, device: str) -> LanguageModel:
+def open_model(
+    model: str, dtype: str, device: str, trust_remote_code: bool = False
+) -> LanguageModel:
     """Load a model as the options say."""
-    return load(model, dtype=dtype, device=device)
+    return load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
