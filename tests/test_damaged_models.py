@@ -220,7 +220,9 @@ DAMAGES: dict[str, Damage] = {
     "a norm missing": tensors(lambda held: held.pop("model.norm.weight")),
     "a tensor under another name": tensors(lambda held: held.update({"q": held.pop(Q)})),
     "a tensor transposed": tensors(lambda held: held.update({Q: held[Q].T.contiguous()})),
-    "a tensor of one dimension": tensors(lambda held: held.update({Q: held[Q].reshape(-1).clone()})),
+    "a tensor of one dimension": tensors(
+        lambda held: held.update({Q: held[Q].reshape(-1).clone()})
+    ),
     "a tensor of no elements": tensors(lambda held: held.update({Q: torch.zeros(0, 48)})),
     "another model's tensors": tensors(lambda held: (held.clear(), held.update(a=torch.ones(2)))),
     # the tokenizer

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import is_peft_available
 
 from trimtab import packs
 from trimtab.checkpoint import (
@@ -190,12 +192,8 @@ def _read_adapter(directory: Path, options: dict[str, Any], trust: bool) -> tupl
             f"it holds a whole model and an adapter ({ADAPTER_CONFIG}): move one away"
         )
     config = check_adapter_files(directory)
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            f"it is an adapter ({ADAPTER_CONFIG}): install peft to load it"
-        ) from error
+    if not is_peft_available():
+        raise CheckpointError(f"it is an adapter ({ADAPTER_CONFIG}): install peft to load it")
     base = config.get("base_model_name_or_path")
     if not (isinstance(base, str) and base):
         raise CheckpointError(f"{ADAPTER_CONFIG} names no model that the adapter is for")
@@ -228,6 +226,19 @@ def _locate(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TrimtabError(f"{name} is not a model's directory, nor a .gguf file")
     return name
+
+
+def locations(name: str) -> list[str]:
+    """The directories that a model of this name would be read from, nothing downloaded."""
+    if name in packs.PACKS:
+        return [str(packs.location(name))]
+    path = Path(name).expanduser()
+    if not (path.is_dir() and is_adapter(path)):
+        return [str(path)]
+    with suppress(CheckpointError):
+        base = check_adapter_files(path).get("base_model_name_or_path")
+        return [str(path), str(base)]
+    return [str(path)]
 
 
 def _device(device: str) -> torch.device:

@@ -240,10 +240,11 @@ class LanguageModel:
         if per_row and len(arguments) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
         rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
-        unique = {id(steering): steering for row in rows for steering in row}.values()
-        identity = self.identity if unique else None
-        for steering in unique:
-            steering.check_fits(self.anatomy, identity, force, self.quantised)
+        unique = {id(steering): steering for row in rows for steering in row}
+        if unique:
+            identity = self.identity
+            for steering in unique.values():
+                steering.check_fits(self.anatomy, identity, force, self.quantised)
         return rows
 
     # -- running ------------------------------------------------------------------------------

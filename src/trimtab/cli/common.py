@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,12 @@ from trimtab.steering import Steering
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A pack, a directory, a .gguf file or a hub id."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A pack, a directory, a .gguf file or a hub id. Python code that comes with it runs "
+        "only with `--trust-remote-code`.",
+    ),
 ]
 Steer = Annotated[
     list[str] | None,
@@ -42,14 +48,14 @@ Data = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Allow a steering that was made for another model.")
 ]
+
+#: Whether `--trust-remote-code` is on the command line, where every command takes it.
+trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 #: For people; long lines wrap at the terminal's width, and are left whole in a pipe. Text stays as
 #: it is: in names and texts `:smile:` is no emoji and `[bold]` no style.
@@ -80,11 +86,9 @@ def one_steering(steerings: Sequence[Steering]) -> Steering:
     return steerings[0]
 
 
-def open_model(
-    model: str, dtype: str, device: str, trust_remote_code: bool = False
-) -> LanguageModel:
+def open_model(model: str, dtype: str, device: str) -> LanguageModel:
     """Load a model as the options say."""
-    return load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return load(model, dtype=dtype, device=device, trust_remote_code=trusting.get())
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
