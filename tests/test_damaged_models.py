@@ -302,11 +302,11 @@ def saved(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_tensor_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
-    """One of each kind; transformers fills in random numbers."""
+    """At the beginning, in a block, at the end; transformers fills in random numbers."""
     folder = saved(name, tmp_path / "model")
     held = load_file(folder / WEIGHTS)
-    kinds = {"".join(c for c in key if not c.isdigit()): key for key in held}
-    for key in kinds.values():
+    names = sorted(held)
+    for key in (names[0], names[len(names) // 2], names[-1]):
         save_file({k: v for k, v in held.items() if k != key}, folder / WEIGHTS, {"format": "pt"})
         message = one_line_error(folder)
         assert "missing from the files" in message

@@ -62,8 +62,8 @@ def check_files(directory: Path) -> None:
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for name in ("num_hidden_layers", "n_layer"):
-            layers = part.get(name, 0)
-            if isinstance(layers, int) and layers > len(tensors):
+            layers = part.get(name, 1)
+            if isinstance(layers, int) and not 1 <= layers <= len(tensors):
                 raise CheckpointError(
                     f"{CONFIG} says {name} {layers}, and the files hold {len(tensors)} tensors"
                 )
