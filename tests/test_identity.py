@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,11 +143,6 @@ class EightBits(nn.Module):
         return nn.functional.linear(x, self.weight * self.scale[:, None], self.bias)
 
 
-class Quantizer:
-    class quantization_config:
-        quant_method = "bitsandbytes"
-
-
 def quantised(name: str, **options: Any) -> tt.LanguageModel:
     lm = language_model(name, **options)
     head = lm.model.get_output_embeddings()
@@ -154,7 +150,8 @@ def quantised(name: str, **options: Any) -> tt.LanguageModel:
         for child, linear in list(module.named_children()):
             if type(linear) is nn.Linear and linear is not head:
                 setattr(module, child, EightBits(linear))
-    lm.model.hf_quantizer = Quantizer()
+    method = SimpleNamespace(quant_method="bitsandbytes")
+    lm.model.hf_quantizer = SimpleNamespace(quantization_config=method)
     return lm
 
 

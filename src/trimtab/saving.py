@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -133,7 +134,7 @@ def _check_written(model: Any, directory: Path) -> None:
 @contextmanager
 def _work_directory(place: Path) -> Iterator[Path]:
     """A hidden directory beside the place, locked as long as this process works in it."""
-    work = place.parent / f".{place.name}.partial-{os.getpid()}"
+    work = place.parent / f".{place.name}.partial-{uuid4().hex[:12]}"
     os.stat(place.parent)  # before the lock makes directories
     lock = FileLock(f"{work}.lock")
     with lock:
