@@ -132,7 +132,9 @@ def _merge(model: Any, name: str) -> None:
         setattr(parent, child, plain)
     if hasattr(model, "peft_config"):
         del model.peft_config
-    model._hf_peft_config_loaded = False
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False
+        model._weight_conversions = None  # the names of its tensors in the adapter's file
 
 
 def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
