@@ -338,5 +338,6 @@ def _llama_config(config: Any) -> Any:
     )  # fmt: skip
     llama = LlamaConfig(**{name: getattr(config, name) for name in kept if hasattr(config, name)})
     llama._attn_implementation = config._attn_implementation
+    llama._name_or_path = config._name_or_path
     llama.architectures = ["LlamaForCausalLM"]
     return llama

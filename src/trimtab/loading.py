@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from trimtab import packs
 from trimtab.checkpoint import (
@@ -22,7 +23,9 @@ from trimtab.checkpoint import (
     has_weights,
     is_adapter,
     not_finite,
+    one_line,
     read_config,
+    read_json,
     read_model,
     some,
 )
@@ -214,16 +217,21 @@ def _locate(name: str) -> str:
     """Where the files of a model are: a directory, or the hub id as it is."""
     if name in packs.PACKS:
         return str(packs.ensure(name))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise TrimtabError(f"no such file: {name}")
-        return str(packs.gguf_cached(path))
-    if not path.exists():
-        recover(path)  # hidden by a save that was killed
-    if path.is_dir():
-        return str(path)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    try:
+        path = Path(name).expanduser()
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise TrimtabError(f"no such file: {name}")
+            return str(packs.gguf_cached(path))
+        if not path.exists():
+            recover(path)  # hidden by a save that was killed
+        if path.is_dir():
+            return str(path)
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no such user
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise TrimtabError(f"{name} is not a model's directory: {reason}") from error
+    if there or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TrimtabError(f"{name} is not a model's directory, nor a .gguf file")
     return name
 
@@ -232,13 +240,10 @@ def locations(name: str) -> list[str]:
     """The directories that a model of this name would be read from, nothing downloaded."""
     if name in packs.PACKS:
         return [str(packs.location(name))]
-    path = Path(name).expanduser()
-    if not (path.is_dir() and is_adapter(path)):
-        return [str(path)]
-    with suppress(CheckpointError):
-        base = check_adapter_files(path).get("base_model_name_or_path")
-        return [str(path), str(base)]
-    return [str(path)]
+    found = [os.path.expanduser(name)]
+    with suppress(CheckpointError, KeyError):
+        found.append(str(read_json(Path(found[0]) / ADAPTER_CONFIG)["base_model_name_or_path"]))
+    return found
 
 
 def _device(device: str) -> torch.device:

@@ -37,8 +37,9 @@ _CHECKPOINT = re.compile(
 def save_checkpoint(language_model: Any, directory: str | Path, overwrite: bool = False) -> Path:
     """Write weights, configuration and tokenizer to a directory, which is returned."""
     target = Path(directory)
-    check_target(target, sources(language_model), overwrite)
     model, name = language_model.model, language_model.name
+    # transformers notes there which directory a model was read from.
+    check_target(target, [str(getattr(model.config, "_name_or_path", ""))], overwrite)
     if is_hooked(model):
         raise TrimtabError(
             f"cannot save {name} while it is steered: the file would hold the unsteered model; "
@@ -69,11 +70,6 @@ def save_checkpoint(language_model: Any, directory: str | Path, overwrite: bool 
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
         raise TrimtabError(f"cannot write {target}: {reason}") from error
     return target
-
-
-def sources(language_model: Any) -> list[str]:
-    """Where a model came from: its name, and what transformers noted in its configuration."""
-    return [language_model.name, str(getattr(language_model.model.config, "_name_or_path", ""))]
 
 
 def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:
@@ -149,10 +145,10 @@ def _work_directory(place: Path) -> Iterator[Path]:
 def recover(directory: Path) -> None:
     """Remove the work directories of killed processes for this directory, and put back a model that
     one of them had moved aside."""
-    place = Path(os.path.realpath(directory))
     try:
+        place = Path(os.path.realpath(directory))
         left = sorted(place.parent.glob(f".{escape(place.name)}.partial-*.lock"))
-    except OSError:
+    except (OSError, ValueError):  # no name of a directory
         return
     for lock_file in left:
         lock = FileLock(lock_file)

@@ -47,7 +47,7 @@ def bake(
 
     Example: `trimtab bake --model smollm2-135m-instruct --steer joy.safetensors@12 -o joy-model/`
     """
-    check_target(output, [model, *locations(model)], overwrite)
+    check_target(output, locations(model), overwrite)
     refuse_existing(output, overwrite)
     steerings = read_steerings(steer)
     language_model = open_model(model, dtype, device)
