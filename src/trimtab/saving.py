@@ -93,6 +93,8 @@ def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:
         raise TrimtabError(f"{target} exists: choose another name, or overwrite (--overwrite)")
     if not place.is_dir():
         raise TrimtabError(f"{target} is not a directory: choose another name")
+    if any(place.iterdir()) and not (place / "config.json").is_file():
+        raise TrimtabError(f"{target} is not a model's directory: overwriting replaces only those")
     foreign = sorted(
         file.name for file in place.iterdir() if file.is_dir() or not _is_checkpoint(file.name)
     )
@@ -102,8 +104,6 @@ def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:
             f"{target} also holds {foreign[0]}{more}, which is no part of a checkpoint and would "
             "be lost: move it away, or choose another directory"
         )
-    if any(place.iterdir()) and not (place / "config.json").is_file():
-        raise TrimtabError(f"{target} is not a model's directory: overwriting replaces only those")
 
 
 def _is_checkpoint(name: str) -> bool:
