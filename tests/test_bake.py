@@ -849,14 +849,14 @@ def test_an_existing_directory_is_not_overwritten_unasked(tmp_path: Path) -> Non
     lm = language_model("llama")
     target = tmp_path / "model"
     target.mkdir()
-    (target / "mine.txt").write_text("mine")
+    (target / "config.json").write_text("mine")
     with pytest.raises(tt.TrimtabError, match=r"exists.*--overwrite"):
         tt.bake(lm).save_pretrained(target)
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert [path.name for path in target.iterdir()] == ["config.json"]
     assert tt.bake(lm).save_pretrained(target, overwrite=True) == target
     assert (target / "model.safetensors").is_file()
     assert (target / "tokenizer.json").is_file()
-    assert not (target / "mine.txt").exists()
+    assert (target / "config.json").read_text() != "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -874,7 +874,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
     target = tmp_path / "model"
     if existing:
         target.mkdir()
-        (target / "mine.txt").write_text("mine")
+        (target / "config.json").write_text("mine")
     owner = type(lm.model if part == "model" else lm.tokenizer)
 
     def half(self: Any, folder: Path, **options: Any) -> None:
@@ -887,7 +887,7 @@ def test_a_failed_save_leaves_everything_as_it_was(
         lm.save_pretrained(target, overwrite=existing)
     assert "\n" not in str(caught.value)
     if existing:
-        assert [path.name for path in target.iterdir()] == ["mine.txt"]
+        assert [path.name for path in target.iterdir()] == ["config.json"]
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if existing else [])
 
 
@@ -911,7 +911,7 @@ def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
     lm = language_model("llama")
     target = tmp_path / "model"
     target.mkdir()
-    (target / "mine.txt").write_text("mine")
+    (target / "config.json").write_text("mine")
     rename = Path.rename
 
     def stubborn(self: Path, goal: Path) -> Any:
@@ -922,7 +922,7 @@ def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(
     monkeypatch.setattr(Path, "rename", stubborn)
     with pytest.raises(tt.TrimtabError, match="cannot write .*Input/output error"):
         lm.save_pretrained(target, overwrite=True)
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert [path.name for path in target.iterdir()] == ["config.json"]
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ def test_load_in_half_precision(saved: Path, dtype: Any) -> None:
         ("/no/such/directory", "not a model's directory"),
         ("~/no-such-directory", "not a model's directory"),
         ("missing.gguf", "no such file: missing.gguf"),
+        ("~no-such-user/model", "not a model's directory"),
+        ("n" * 300, "is not a model's directory: File name too long"),
+        ("a\0b", "cannot load the model"),
         ("one/two/three", "not a model's directory"),
         ("no-such-model", "cannot load the model 'no-such-model'"),
         ("nobody/no-such-model", "cannot load the model 'nobody/no-such-model'"),
@@ -580,12 +583,20 @@ def test_sizes_that_do_not_fit_are_never_forced(force: bool) -> None:
 
 
 def test_a_quantised_model_takes_the_steering_of_its_original() -> None:
-    """Its stored weights have another digest; the sizes are still checked."""
-    lm = language_model("llama", seed=1)
+    """Its stored weights have another digest; its norms and embeddings are the same, or it was made
+    from another model. The sizes are still checked."""
+    lm = language_model("llama")
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.up_proj.weight.neg_()
+    other = language_model("llama", seed=1)
     quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
-    lm.model.hf_quantizer = quantizer
-    with lm.steered(steer_at(language_model("llama"), "resid")):
+    lm.model.hf_quantizer = other.model.hf_quantizer = quantizer
+    steering = steer_at(language_model("llama"), "resid")
+    with lm.steered(steering):
         lm.logits(PROMPTS)
+    with pytest.raises(tt.TrimtabError, match="fit one for this model"):
+        other.logits(PROMPTS, steering=steering)
+    other.logits(PROMPTS, steering=steering, force=True)
     with pytest.raises(tt.TrimtabError, match="sizes do not fit"):
         lm.logits(PROMPTS, steering=steer_at(language_model("mistral"), "resid"))
 

@@ -246,6 +246,8 @@ class Anatomy:
             ) from error
         self.blocks = list(blocks.children())
         self.layers = len(self.blocks)
+        if not self.layers:
+            raise TrimtabError(f"this {self.name} model ({type(model).__name__}) has no blocks")
         self.hidden_size: int = self.config.hidden_size
 
     # -- sites --------------------------------------------------------------------------------
@@ -370,7 +372,14 @@ class Anatomy:
 
     def _experts(self, layer: int) -> Any:
         """The fused experts of a mixture layer, None in a dense one."""
-        return getattr(self.blocks[layer].get_submodule(self.architecture.ffn), "experts", None)
+        ffn = self.blocks[layer].get_submodule(self.architecture.ffn)
+        experts = getattr(ffn, "experts", None)
+        if hasattr(experts, "base_layer"):  # their weights alone are not what they compute
+            raise TrimtabError(
+                f"the experts of layer {layer} carry an adapter, so that their activations cannot "
+                "be shown: merge it first (merge_and_unload)"
+            )
+        return experts
 
     # -- linear maps, for baking --------------------------------------------------------------
 

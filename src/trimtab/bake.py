@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
-from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
 from trimtab.operators import LinearOperator, fold_input, fold_output
+from trimtab.plain import plain_copy
 from trimtab.steering import Intervention, Steering, Steerings
 
 #: What keeps an operator out of the weights.
@@ -67,11 +67,6 @@ def bake(
             f"{language_model.name} is quantised: baking would round the change away; attach the "
             "steering instead, or bake the unquantised model"
         )
-    if is_hooked(language_model.model):
-        raise TrimtabError(
-            f"cannot bake {language_model.name} while it is steered: the copy would stay so; bake "
-            "after the block"
-        )
     single: list[Steering] = []
     for given in steerings:
         single += given if isinstance(given, Steerings) else [given]
@@ -83,7 +78,7 @@ def bake(
                 folds.append(_fold(intervention, steering))
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
-    model = _copy(language_model.model)
+    model = plain_copy(language_model.model, language_model.name)
     missing = _missing_biases(Anatomy(model), folds)
     if missing:
         model = _with_biases(model, missing)
@@ -119,18 +114,6 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
             "activation, so no weights do it; attach it instead"
         )
     return _Fold(intervention.site, operator, steering.setting)
-
-
-def _copy(model: nn.Module) -> Any:
-    """A copy of the modules that shares the parameters: `LinearMap.write` replaces, never edits."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    copied: Any = copy.deepcopy(model, shared)
-    # A model read from GGUF is marked as quantised although its weights are plain by now.
-    if getattr(copied, "hf_quantizer", None) is not None:
-        copied.hf_quantizer = None
-        copied.is_quantized = False
-        del copied.config.quantization_config
-    return copied
 
 
 # -- which map takes which part of an operator ------------------------------------------------
@@ -216,7 +199,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
         offset = operator.offset(dial).to(factors)
         for name, shift in (("weight", torch.zeros_like(offset)), ("bias", offset)):
             old = getattr(norm, name)
-            setattr(norm, name, nn.Parameter((old.detach() * factors + shift).to(old.dtype)))
+            setattr(norm, name, _parameter(old.detach() * factors + shift, old, fold))
         return
     if how == "tables":
         _untie(anatomy)
@@ -225,7 +208,8 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             weight = table.read()
             new, offset = fold_output(operator, dial, weight, None)
             # Every token takes one row of each table, so a constant belongs to one of them.
-            table.write(new + (offset / anatomy.embedding_scale)[:, None] if last else new)
+            new = new + (offset / anatomy.embedding_scale)[:, None] if last else new
+            table.write(_parameter(new, weight, fold))
         return
     if fold.site == "final_norm":
         _untie(anatomy)
@@ -235,9 +219,21 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
         transform = fold_input if how == "input" else fold_output
         new, bias = transform(operator, dial, weight, None if old is None else old.detach())
         if not torch.equal(new.to(weight.dtype), weight):
-            linear_map.write(new)
+            linear_map.write(_parameter(new, weight, fold))
         if old is not None and linear_map.bias:
-            setattr(linear_map.owner, linear_map.bias, nn.Parameter(bias.to(old.dtype)))
+            setattr(linear_map.owner, linear_map.bias, _parameter(bias, old, fold))
+
+
+def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
+    """A new value in the dtype of the old one, which has to hold it."""
+    value = value.to(old.dtype)
+    if not torch.isfinite(value).all():
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: with the dial at {fold.dial:g} weights are NaN or "
+            f"infinite in {str(old.dtype).removeprefix('torch.')}; turn the dial down, or load the "
+            "model with a larger dtype"
+        )
+    return nn.Parameter(value)
 
 
 def _untie(anatomy: Anatomy) -> None:
@@ -342,5 +338,6 @@ def _llama_config(config: Any) -> Any:
     )  # fmt: skip
     llama = LlamaConfig(**{name: getattr(config, name) for name in kept if hasattr(config, name)})
     llama._attn_implementation = config._attn_implementation
+    llama._name_or_path = config._name_or_path
     llama.architectures = ["LlamaForCausalLM"]
     return llama

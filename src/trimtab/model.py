@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +26,10 @@ from trimtab.decoding import (
     unsound,
 )
 from trimtab.errors import TrimtabError
+from trimtab.identity import Weights
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
 from trimtab.passes import Sequences
+from trimtab.plain import is_quantised
 from trimtab.progress import progress
 from trimtab.saving import save_checkpoint
 from trimtab.steering import ModelIdentity, Steering, Steerings
@@ -65,13 +66,17 @@ class LanguageModel:
         self.name = name
         self.anatomy = Anatomy(model)
         heed_soft_cap(model)
+        self._weights = Weights(model)
 
     # -- what it is ---------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding table."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        table = self.model.get_input_embeddings()
+        device = torch.device(table.weight.device)
+        # A table that accelerate keeps on disk says where it is brought to.
+        return torch.device(table._hf_hook.execution_device) if device.type == "meta" else device
 
     @property
     def batch_tokens(self) -> int:
@@ -101,38 +106,25 @@ class LanguageModel:
     @property
     def quantised(self) -> bool:
         """Whether weights are stored in fewer bits; a GGUF model has plain ones once loaded."""
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
-        return quantizer is not None and "gguf" not in str(method).lower()
+        return is_quantised(self.model)
 
-    @cached_property
+    @property
     def identity(self) -> ModelIdentity:
-        """Name, architecture, sizes and a digest of the weights."""
+        """Name, architecture, sizes and digests of the weights as they are now."""
         anatomy = self.anatomy
         return ModelIdentity(
-            self.name, anatomy.name, anatomy.layers, anatomy.hidden_size, self._digest()
+            self.name, anatomy.name, anatomy.layers, anatomy.hidden_size, *self._weights.digests()
         )
 
     @property
     def described(self) -> dict[str, Any]:
         """For the configuration of a run: the identity and the dtype."""
-        return {**vars(self.identity), "dtype": str(self.dtype)}
+        identity = {k: v for k, v in vars(self.identity).items() if k != "plain_digest"}
+        return {**identity, "dtype": str(self.dtype)}
 
-    def _digest(self) -> str:
-        """SHA-256 over names, shapes and the signs of some weights of every tensor.
-
-        Signs are the same in every dtype, so a steering made in float32 is at home in bfloat16;
-        512 of each tensor tell models and fine-tunes apart, and take no time.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if not tensor.is_floating_point() or tensor.is_meta:
-                continue
-            flat = tensor.detach().reshape(-1)
-            chosen = flat[:: max(1, len(flat) // 512)][:512]
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(torch.signbit(chosen).cpu().numpy().tobytes())
-        return digest.hexdigest()
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        model = copy.deepcopy(self.model, memo)
+        return LanguageModel(model, copy.deepcopy(self.tokenizer, memo), self.name)
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
         """Write a plain checkpoint with its tokenizer, whole or not at all."""
@@ -297,9 +289,11 @@ class LanguageModel:
         if per_row and len(arguments) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
         rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
-        for steering in {id(steering): steering for row in rows for steering in row}.values():
-            # Quantised weights have other digests than the ones they were made from.
-            steering.check_fits(self.anatomy, self.identity, force or self.quantised)
+        unique = {id(steering): steering for row in rows for steering in row}
+        if unique:
+            identity = self.identity
+            for steering in unique.values():
+                steering.check_fits(self.anatomy, identity, force, self.quantised)
         return rows
 
     # -- running ------------------------------------------------------------------------------

@@ -84,6 +84,8 @@ class ModelIdentity:
     layers: int
     hidden_size: int
     digest: str
+    #: Of the weights that stay whole when a model is quantised; "" where it was not noted.
+    plain_digest: str = ""
 
     def __str__(self) -> str:
         name, architecture = shown(self.name), shown(self.architecture, 40)
@@ -206,8 +208,18 @@ class Steering:
 
     # -- does it fit --------------------------------------------------------------------------
 
-    def check_fits(self, anatomy: Anatomy, identity: ModelIdentity, force: bool = False) -> None:
-        """Refuse a model that this steering was not made for; `force` allows another's weights."""
+    def check_fits(
+        self,
+        anatomy: Anatomy,
+        identity: ModelIdentity,
+        force: bool = False,
+        quantised: bool = False,
+    ) -> None:
+        """Refuse a model that this steering was not made for; `force` allows another's weights.
+
+        A `quantised` model has other weights than the one it was made from, so that there the
+        weights are compared that stay whole.
+        """
         same = (self.model.architecture, self.model.layers, self.model.hidden_size)
         if same != (identity.architecture, identity.layers, identity.hidden_size):
             raise TrimtabError(
@@ -221,7 +233,16 @@ class Steering:
                     f"the sizes do not fit: {intervention.site} has {width} units in "
                     f"{shown(identity.name)}, the steering has {intervention.operator.width}"
                 )
-        if self.model.digest != identity.digest and not force:
+        if force or self.model.digest == identity.digest:
+            return
+        if quantised and not self.model.plain_digest:
+            warnings.warn(
+                f"this steering was made for {self.model}, and its file does not say whether the "
+                f"quantised {identity.name} was made from the same weights: fit and save it anew",
+                TrimtabWarning,
+                stacklevel=2,
+            )
+        elif not (quantised and self.model.plain_digest == identity.plain_digest):
             raise TrimtabError(
                 f"this steering was made for {self.model}, the model is {identity}: fit one for "
                 "this model, or use force (--force) if you know that it carries over"
@@ -441,6 +462,7 @@ class _ModelDocument(_Strict):
     layers: Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
     hidden_size: Annotated[int, Field(ge=1, le=WIDEST)]
     digest: _Word
+    plain_digest: _Word = ""
 
 
 class _CalibrationDocument(_Strict):

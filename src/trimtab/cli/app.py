@@ -30,13 +30,14 @@ from trimtab.cli import (
     strength,
     sweep,
 )
+from trimtab.cli.common import trusting
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.terminal import printable
 
 app = typer.Typer(
     name="trimtab",
     help="Steer open-weight language models at inference time. With `--debug` errors show where "
-    "they come from.",
+    "they come from; with `--trust-remote-code` Python code that comes with a model is run.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -67,6 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    # What follows `--` is a prompt, whatever it says.
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    trusting.set("--trust-remote-code" in options)
+    if trusting.get():
+        arguments.remove("--trust-remote-code")
     _open_streams()
     outputs = sys.stdout, sys.stderr  # typer wraps a broken one
     _quiet_libraries(debug)

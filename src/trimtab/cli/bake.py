@@ -21,7 +21,8 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_existing,
 )
-from trimtab.errors import TrimtabError
+from trimtab.loading import locations
+from trimtab.saving import check_target
 
 Steer = Annotated[
     list[str], typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order.")
@@ -41,11 +42,13 @@ def bake(
 ) -> None:
     """Fold steerings into the weights: a checkpoint that plain transformers loads.
 
+    With --overwrite the files of a checkpoint that is there are replaced; a directory that holds
+    anything else is refused, and so are the model's own, one inside it and one around it.
+
     Example: `trimtab bake --model smollm2-135m-instruct --steer joy.safetensors@12 -o joy-model/`
     """
+    check_target(output, locations(model), overwrite)
     refuse_existing(output, overwrite)
-    if output.exists() and not (output / "config.json").is_file():
-        raise TrimtabError(f"{output} is not a model's directory: --overwrite replaces only those")
     steerings = read_steerings(steer)
     language_model = open_model(model, dtype, device)
     baked = bake_into(language_model, *steerings, force=force)

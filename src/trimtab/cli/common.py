@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,12 @@ from trimtab.terminal import CleanConsole, is_terminal
 
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="A pack, a directory, a .gguf file or a hub id."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="A pack, a directory, a .gguf file or a hub id. Python code that comes with it runs "
+        "only with `--trust-remote-code`.",
+    ),
 ]
 Steer = Annotated[
     list[str] | None,
@@ -48,6 +54,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output 
 Force = Annotated[
     bool, typer.Option("--force", help="Allow a steering that was made for another model.")
 ]
+
+#: Whether `--trust-remote-code` is on the command line, where every command takes it.
+trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 #: For people; long lines wrap at the terminal's width, and are left whole in a pipe. Text stays as
 #: it is: in names and texts `:smile:` is no emoji and `[bold]` no style.
@@ -81,7 +90,7 @@ def one_steering(steerings: Sequence[Steering]) -> Steering:
 
 def open_model(model: str, dtype: str, device: str) -> LanguageModel:
     """Load a model as the options say."""
-    return load(model, dtype=dtype, device=device)
+    return load(model, dtype=dtype, device=device, trust_remote_code=trusting.get())
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
