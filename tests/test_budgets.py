@@ -210,7 +210,7 @@ def test_a_steering_that_does_nothing_is_unreached() -> None:
     found = budget(lm, nothing, PROMPTS, 0.1, chat=False)
     assert found.unreached == 3
     assert [row.dial for row in found.per_prompt] == [100.0] * 3
-    assert found.per_prompt[0].kl == pytest.approx(0, abs=1e-9)
+    assert found.per_prompt[0].kl == pytest.approx(0, abs=1e-6)  # what float32 rounds
     calibrated = calibrate(lm, nothing, PROMPTS, [0.1], chat=False)
     refused_in_one_line(lambda: calibrated.at(kl=0.1), "no dials of the positive side")
 

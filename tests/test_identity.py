@@ -250,7 +250,7 @@ def test_a_steered_model_is_not_copied(name: str, kind: str) -> None:
     lm = language_model(name)
     with lm.steered(steer_at(lm, kind)):
         for what in (lm, lm.model, lm.anatomy.blocks[1]):
-            refused_in_one_line(lambda what=what: copy.deepcopy(what), "copy.*outside the block")
+            refused_in_one_line(lambda what=what: copy.deepcopy(what), "copy.*after the block")
     copied = copy.deepcopy(lm)
     assert copied.identity == lm.identity
     assert torch.equal(copied.logits(PROMPTS), lm.logits(PROMPTS))
