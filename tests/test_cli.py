@@ -226,6 +226,7 @@ def test_fit_austeer(trimtab: Command, work: Path) -> None:
         "layers": 3,
         "hidden_size": 48,
         "digest": lm.identity.digest,
+        "plain_digest": lm.identity.plain_digest,
     }
     assert {i["operator"] for i in found["interventions"]} == {"Scale"}
     assert sum(i["size"] for i in found["interventions"]) == 7

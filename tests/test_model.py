@@ -98,7 +98,7 @@ def test_load_in_half_precision(saved: Path, dtype: Any) -> None:
         ("/no/such/directory", "not a model's directory"),
         ("~/no-such-directory", "not a model's directory"),
         ("missing.gguf", "no such file: missing.gguf"),
-        ("~no-such-user/model", "not a model's directory"),
+        ("~no-such-user/model", "no home directory of that name"),
         ("n" * 300, "is not a model's directory: File name too long"),
         ("a\0b", "cannot load the model"),
         ("one/two/three", "not a model's directory"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor
 
 import trimtab as tt
 from helpers import (
@@ -176,6 +178,110 @@ def test_the_cache_is_known_by_place_and_by_any_name(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("how", ["copied", "block by block", "cut"])
+def test_a_cache_tells_where_its_prompt_ended(positions: Any, how: str) -> None:
+    """Also a copy of it, in another block, and when it is cut back to go on with another prompt."""
+    lm = language_model("llama")
+    if (how, positions) == ("block by block", "generated"):
+        pytest.skip("a block that reads nothing but a prompt is refused")
+    steering, change = at(lm, positions)
+    ids = token_ids(PROMPTS[0])
+    name = cache_argument(lm.anatomy.body)
+    expected = greedy_by_hand(lm.model, ids, 5, change, positions)
+    with torch.no_grad(), lm.steered(steering):
+        first = ids if how != "cut" else ids[:4] + token_ids(PROMPTS[1])
+        output = lm.model(torch.tensor([first]), use_cache=True)
+        cache = output.past_key_values
+        if how == "copied":
+            cache = copy.deepcopy(cache)
+        if how == "cut":  # the shared beginning stays, as it was steered as part of a prompt
+            cache.crop(4 - len(first))
+            if positions == "last":
+                pytest.skip("the beginning was the same text, but not its last token")
+            output = lm.model(torch.tensor([ids[4:]]), **{name: cache}, use_cache=True)
+        written = [int(output.logits[0, -1].argmax())]
+        if how != "block by block":
+            for _ in range(4):
+                output = lm.model(torch.tensor([written[-1:]]), **{name: cache}, use_cache=True)
+                written.append(int(output.logits[0, -1].argmax()))
+    for _ in range(5 - len(written)):
+        with torch.no_grad(), lm.steered(steering):
+            output = lm.model(torch.tensor([written[-1:]]), **{name: cache}, use_cache=True)
+            written.append(int(output.logits[0, -1].argmax()))
+            lm.model(torch.tensor([ids]))  # the prompt's positions must be reached as well
+    assert written == expected
+
+
+def test_a_token_after_a_cache_that_no_block_saw_is_refused() -> None:
+    lm = language_model("llama")
+    name = cache_argument(lm.anatomy.body)
+    for positions in POSITIONS[1:]:
+        cache = lm.model(torch.tensor([token_ids(PROMPTS[0])]), use_cache=True).past_key_values
+        with lm.steered(at(lm, positions)[0]):
+            refused_in_one_line(
+                lambda: lm.model(torch.tensor([[5]]), **{name: cache}), "no steered pass has filled"
+            )
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("side", ["raw", "logits", "generate"])
+def test_what_a_processor_runs_on_the_side_is_another_text(
+    positions: Any, side: str, use_cache: bool
+) -> None:
+    lm = language_model("llama")
+    steering, change = at(lm, positions)
+    other = token_ids(PROMPTS[2])
+    expected = greedy_by_hand(lm.model, token_ids(PROMPTS[0]), 6, change, positions)
+
+    class OnTheSide(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if side == "raw":
+                lm.model(torch.tensor([other]), use_cache=use_cache)
+            elif side == "logits":
+                lm.logits([PROMPTS[2]])
+            else:
+                lm.generate([PROMPTS[2]], max_new_tokens=2, chat=False)
+            return scores
+
+    with lm.steered(steering):
+        for processors in ([], [OnTheSide()]):
+            options = {"logits_processor": processors, "use_cache": use_cache}
+            assert raw_greedy(lm, PROMPTS[:1], 6, **options) == [expected]
+
+
+def test_a_body_that_was_replaced_is_refused() -> None:
+    lm = language_model("llama")
+    steering = at(lm, "all")[0]
+    lm.model.model = copy.deepcopy(lm.model.model)
+    refused_in_one_line(lambda: lm.logits(PROMPTS, steering=steering), "was replaced")
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_dropout_is_refused_where_figures_are_made(name: str) -> None:
+    lm = language_model(name)
+    contrast = tt.Contrast.from_pairs([(p, " yes", " no it is not") for p in PROMPTS])
+    lm.model.train()
+    for action in (
+        lambda: lm.logits(PROMPTS),
+        lambda: lm.generate(PROMPTS),
+        lambda: tt.CAA(layer=1).fit(lm, contrast),
+    ):
+        refused_in_one_line(action, r"training mode.*eval\(\)")
+    lm.model.eval()
+    lm.logits(PROMPTS)
+
+
+def test_offloaded_experts_are_refused_where_their_inside_is_shown() -> None:
+    lm = tt.wrap(tiny_model("qwen3_moe"), tiny_tokenizer())
+    plain, other = steer_at(lm, "resid"), steer_at(lm, "ffn_in")
+    expected = lm.logits(PROMPTS, steering=plain)
+    cpu_offload(lm.model, torch.device("cpu"))
+    torch.testing.assert_close(lm.logits(PROMPTS, steering=plain), expected)
+    refused_in_one_line(lambda: lm.logits(PROMPTS, steering=other), "offloaded")
+
+
 def test_a_cache_of_an_unknown_kind_is_refused() -> None:
     lm = language_model("llama")
 
@@ -217,7 +323,10 @@ def test_padding_that_no_mask_tells_is_refused_where_positions_matter() -> None:
     inputs = dict(lm.tokenizer(PROMPTS, return_tensors="pt", padding=True))
     for where in POSITIONS[1:]:
         with lm.steered(at(lm, where)[0]):
-            refused_in_one_line(lambda: lm.model(inputs["input_ids"]), "padding token")
+            if (
+                where != "prompt"
+            ):  # all that is read is prompt, and padding after it reaches nothing
+                refused_in_one_line(lambda: lm.model(inputs["input_ids"]), "padding token")
             square = torch.ones(3, 1, *[inputs["input_ids"].shape[1]] * 2)
             refused_in_one_line(
                 lambda: lm.model(inputs["input_ids"], attention_mask=square), "where texts end"
@@ -226,6 +335,7 @@ def test_padding_that_no_mask_tells_is_refused_where_positions_matter() -> None:
         lm.model(inputs["input_ids"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_continuous_batching_is_right_or_refused(positions: Any) -> None:
     lm = language_model("llama")
@@ -342,6 +452,19 @@ def test_nested_blocks_act_in_their_order_before_others_hooks() -> None:
             lm.model(ids)
     change, then = (by_hand(s.interventions[0].operator) for s in (first, second))
     torch.testing.assert_close(seen[1], then(change(seen[0])))
+
+
+@pytest.mark.parametrize("kind", ["heads", "ffn_in", "attn_norm_in", "embed"])
+def test_users_hooks_on_inputs_see_what_the_steering_made(kind: str) -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, kind)
+    point = lm.anatomy.point(steering.interventions[0].site)
+    seen: list[Tensor] = []
+    point.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits_of(lm)
+    with lm.steered(steering):
+        logits_of(lm)
+    torch.testing.assert_close(seen[1], by_hand(steering.interventions[0].operator)(seen[0]))
 
 
 # -- versions of transformers -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 import threading
@@ -90,6 +91,56 @@ def test_blocks_of_one_thread_nest() -> None:
     both = lm.logits(PROMPTS, steering=a + b)
     with lm.steered(a), lm.steered(b):
         assert torch.equal(lm.logits(PROMPTS), both)
+
+
+def test_coroutines_of_one_thread_do_not_share_a_block() -> None:
+    lm = language_model("llama")
+    a, b = steer_at(lm, "resid", seed=1), steer_at(lm, "resid", seed=2)
+    expected = texts(lm, a)
+
+    async def steer(steering: tt.Steering) -> list[str]:
+        with lm.steered(steering):
+            await asyncio.sleep(0.01)
+            return texts(lm, None)
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(steer(a), steer(b), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first == expected
+    assert isinstance(second, tt.TrimtabError)
+    assert "task" in str(second)
+    with lm.steered(a):  # code without a task encloses the tasks that it runs
+        assert asyncio.run(asyncio.to_thread(lambda: 1)) == 1
+
+        async def inside() -> list[str]:
+            return texts(lm, None)
+
+        assert asyncio.run(inside()) == expected
+
+
+def test_a_block_that_begins_while_another_thread_generates_is_refused_there() -> None:
+    lm = language_model("llama")
+    started, go_on = threading.Event(), threading.Event()
+
+    def wait(*args: Any, **kwargs: Any) -> bool:
+        started.set()
+        go_on.wait(60)
+        return False
+
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            lm.model.generate, **left_padded(lm, PROMPTS[:1]), stopping_criteria=[wait], **options
+        )
+        assert started.wait(60)
+        with (
+            pytest.raises(tt.TrimtabError, match="in another thread: another thread was gener"),
+            lm.steered(steer_at(lm, "resid")),
+        ):
+            go_on.set()
+            with pytest.raises(tt.TrimtabError, match="was generating when the block began"):
+                job.result(60)
 
 
 def test_a_raw_pass_beside_another_threads_call_is_refused() -> None:

@@ -152,7 +152,7 @@ def parse_site(site: str) -> tuple[int | None, str]:
         )
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
-            f"unknown site '{shown(site, 60)}': write layers.N.KIND with a kind of "
+            f"unknown site '{shown(site, 40)}': write layers.N.KIND with a kind of "
             f"{', '.join(BLOCK_KINDS)}, or embed, or final_norm"
         )
     return int(match[1]), match[2]

@@ -237,18 +237,23 @@ def _on_model(
 ) -> Iterator[Sequences]:
     """Take the steps at every pass of the model."""
     with exclusively(anatomy.body, block):
-        positioned = any(step.positions != "all" for step in _all(steps))
+        body: Any = model.get_submodule(anatomy.architecture.body)
+        if getattr(body, "_orig_mod", body) is not anatomy.body:
+            raise TrimtabError(
+                "the model's transformer body was replaced after it was wrapped: wrap it again"
+            )
+        positions = {step.positions for step in _all(steps)}
         sequences = Sequences(
             list(inspect.signature(anatomy.body.forward).parameters),
             rows=rows,
             pad=pad,
             choose=choose,
-            positioned=positioned,
+            positions=positions,
         )
         if not steps:
             yield sequences
             return
-        placed = bool(positioned or rows or choose)
+        placed = bool(positions - {"all"} or rows or choose)
         opened = Block(sequences, placed, choose is not None, None if block else current_thread())
         edits: dict[Point, Edit] = {
             anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
@@ -264,6 +269,8 @@ def _on_model(
             on.close(opened)
             if not on.blocks:
                 _ATTACHED.pop(anatomy.body, None)
+        if opened.refused is not None:
+            raise TrimtabError(f"in another thread: {opened.refused}")
         if opened.running:
             raise TrimtabError(
                 "the block ended while the model was still running in another thread: what that "

@@ -247,4 +247,6 @@ def damage_is_said() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
+    """What an error says, in one line: the first one, with the next where that only leads to it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])

@@ -4,14 +4,18 @@ Hooks sit on the model's modules, so whatever a thread attaches, every pass of e
 would run through. All that puts something on a model therefore takes its turn here. Calls that
 hold the model for one batch (`generate`, `logits`, the passes of `fit`) wait for each other. A
 `with lm.steered(...)` block holds it for as long as its thread likes, and that thread may be
-waiting for the very one that would wait for it: others are refused until the block ends.
+waiting for the very one that would wait for it: others are refused until the block ends. So are
+other coroutines of the same thread, which would otherwise run in the middle of the block.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -19,28 +23,54 @@ from torch import nn
 from trimtab.errors import TrimtabError
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """Who runs a piece of code: a thread and, where there is one, its asyncio task."""
+
+    thread: threading.Thread
+    task: asyncio.Task[Any] | None
+
+    @classmethod
+    def here(cls) -> _Owner:
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # no loop runs in this thread
+            task = None
+        return cls(threading.current_thread(), task)
+
+    def lets(self, other: _Owner) -> bool:
+        """Whether somebody runs inside of what this owner does: in the same task, in tasks that
+        code without a task runs, or after the task, which has left its block open."""
+        if self.thread is not other.thread:
+            return False
+        return self.task in (None, other.task) or self.task.done()
+
+    def __str__(self) -> str:
+        task = "" if self.task is None else f", task {self.task.get_name()!r}"
+        return f"thread {self.thread.name!r}{task}"
+
+
 class _Turn:
     """Whose turn it is on one model."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.owner: threading.Thread | None = None
+        self.owner: _Owner | None = None
         self.depth = 0  # how many of the owner's calls and blocks are open
         self.blocks = 0  # how many of them are blocks
 
     def take(self, block: bool) -> None:
-        me = threading.current_thread()
+        me = _Owner.here()
         with self.changed:
-            while self.owner not in (None, me):
-                if self.blocks:
-                    assert self.owner is not None
+            while self.owner is not None and not self.owner.lets(me):
+                if self.blocks or self.owner.thread is me.thread:
                     raise TrimtabError(
-                        f"a `with` block of thread {self.owner.name!r} is steering this model: "
-                        "end that block first, or give generate() and logits() their steering as "
-                        "an argument in all threads, which then wait for each other"
+                        f"a `with` block of {self.owner} is steering this model: end that block "
+                        "first, or give generate() and logits() their steering as an argument in "
+                        "all threads, which then wait for each other"
                     )
                 self.changed.wait()
-            self.owner = me
+            self.owner = self.owner or me
             self.depth += 1
             self.blocks += block
 

@@ -78,7 +78,13 @@ def eager() -> Iterator[None]:
     """Run modules as they are written, also those that are compiled."""
     with _Eager.lock:
         if _Eager.blocks == 0:
-            _Eager.stance = torch.compiler.set_stance("force_eager")
+            try:
+                _Eager.stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:  # torch is compiling the caller
+                raise TrimtabError(
+                    "a model cannot be steered or read inside of a compiled function: compile "
+                    "what is inside the block, or nothing of it"
+                ) from error
         _Eager.blocks += 1
     try:
         yield
@@ -92,20 +98,22 @@ def eager() -> Iterator[None]:
 def _install(point: Point, edit: Edit) -> Callable[[], None]:
     if point.side == "output":
         handle = point.module.register_forward_hook(Hook(_on_output, edit))
-        _ours_first(point.module)
+        _ours_first(point.module._forward_hooks)
         return handle.remove
     if point.side == "input":
         hook = Hook(_on_input, edit)
-        return point.module.register_forward_pre_hook(hook, with_kwargs=True).remove
+        handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
+        _ours_first(point.module._forward_pre_hooks)
+        return handle.remove
     return _on_experts(point.module, point.side, edit)
 
 
-def _ours_first(module: nn.Module) -> None:
-    """Let others' hooks on a module's output see what ours made of it, whichever came first.
+def _ours_first(hooks: Any) -> None:
+    """Let others' hooks on a module see what ours made of an activation, whichever came first.
 
-    transformers records hidden states with hooks that it leaves on the model for good.
+    transformers records hidden states with hooks that it leaves on the model for good. `hooks` is
+    the module's OrderedDict of them.
     """
-    hooks: Any = module._forward_hooks  # an OrderedDict
     ours = [key for key, hook in hooks.items() if isinstance(hook, Hook)]
     for key in reversed(ours):  # which keeps their own order
         hooks.move_to_end(key, last=False)
@@ -128,6 +136,11 @@ def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
     """Replace a mixture's forward; a second edit joins the first one's list."""
+    if any(weight.is_meta for weight in block.parameters()):
+        raise TrimtabError(
+            "the experts of this mixture are offloaded, and their inner activations cannot be "
+            "shown there: steer another site, or load the model whole (no device_map)"
+        )
     hook = vars(block).get("forward")  # ours, somebody else's, or none
     if not (isinstance(hook, Hook) and hook.func is experts_forward):
         before, hook = hook, Hook(experts_forward, block, [])

@@ -27,7 +27,7 @@ from trimtab.decoding import (
 )
 from trimtab.errors import TrimtabError
 from trimtab.identity import Weights
-from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU
+from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
 from trimtab.passes import Sequences
 from trimtab.plain import is_quantised
 from trimtab.progress import progress
@@ -469,7 +469,8 @@ class LanguageModel:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _rows_for(self, prompts: Sequence[Any], steering: SteeringArgument) -> list[RowArgument]:
-        """One steering argument per prompt."""
+        """One steering argument per prompt; refused where no run would be like another."""
+        refuse_dropout(self.model)
         if not prompts:
             raise TrimtabError("there is no prompt")
         if steering is None or isinstance(steering, Steering | Steerings):

@@ -20,7 +20,7 @@ from trimtab.decoding import are_sound, unsound
 from trimtab.errors import TrimtabError
 from trimtab.hooks import is_hooked
 from trimtab.model import LanguageModel
-from trimtab.packing import BATCH_ROWS
+from trimtab.packing import BATCH_ROWS, refuse_dropout
 from trimtab.resuming import Kept, beginning, blocks_below, resume
 from trimtab.steering import Steering, Steerings, together
 
@@ -99,6 +99,7 @@ def next_tokens(
     the same texts. A model that is steered already runs as without: what it computes is not for
     later.
     """
+    refuse_dropout(language_model.model)
     _refuse_idle(readings, steering)
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")

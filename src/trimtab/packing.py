@@ -20,7 +20,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -189,8 +189,21 @@ def _batch(rows: tuple[Packed, ...]) -> Batch:
     return Batch(rows, tokens, positions, visible, place)
 
 
+def refuse_dropout(model: Any) -> None:
+    """Refuse a model in training mode whose dropout would make every reading another one."""
+    if not model.training:
+        return
+    drops = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    if drops or getattr(model.config.get_text_config(), "attention_dropout", False):
+        raise TrimtabError(
+            "the model is in training mode, and its dropout would make every text and figure "
+            "another: call lm.model.eval() first"
+        )
+
+
 def run_packed(batch: Batch, language_model: Any) -> Any:
     """What the transformer body puts out for a batch."""
+    refuse_dropout(language_model.model)
     with exclusively(language_model.anatomy.body), _masked_attention(language_model):
         return language_model.anatomy.body(**model_inputs(batch, language_model))
 

@@ -4,19 +4,22 @@ A pass of the transformer body tells its tokens, its padding mask and its KV cac
 the prompt ended. That is known from how the pass came about:
 
 - inside `model.generate(...)` the prompt is what generate was given, whatever a pass holds of it
-  (parts of it, or guesses of what comes after it, as in assisted decoding);
-- a pass that goes on with a KV cache goes on with the texts that the cache was filled with;
+  (parts of it, or guesses of what comes after it, as in assisted decoding); what a logits processor
+  runs on the side, with another cache or on another text, is a text of its own;
+- a pass that goes on with a KV cache goes on with the texts that the cache was filled with, which
+  is noted on the cache itself: a copy of it goes on with them too;
 - any other pass begins new texts, which end with the last token that is not padding.
 
 The cache is known by what it is: transformers has called its argument `past_key_values`, `cache`
 and `cache_params`. What cannot be known (several texts packed into a row, a cache of another kind,
-padding that no mask tells) is an error where it matters.
+padding that no mask tells, a token that goes on with a cache that no block has seen) is an error
+where it matters.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -73,15 +76,37 @@ class Pass:
 
 @dataclass
 class _Generation:
-    """One call of `generate`: how wide its prompt is (0: not known yet), and its mask."""
+    """One call of `generate`: how wide its prompt is (0: not known yet), its ids and its mask."""
 
     width: int
     rows: int | None
+    ids: Tensor | None
     mask: Tensor | None
     guided: bool
     ends: list[int] | None = None
     found: FoundDials | None = None
     passes: int = 0
+    begun: bool = False  # whether a pass of its own has run, and with which cache
+    cache: Cache | None = None
+    nested: int = 0  # calls of generate inside of it that guess how its text goes on
+
+    def begins(self, ids: Any) -> bool:
+        """Whether token ids begin with its prompt; beams and samples of it do."""
+        own = self.ids
+        if own is None or not isinstance(ids, Tensor) or ids.shape[1] < own.shape[1]:
+            return False
+        start = ids[:, : own.shape[1]]
+        if len(own) > 1 and len(start) % len(own) == 0:
+            own = own.repeat_interleave(len(start) // len(own), dim=0)
+        return own.shape[0] in (1, len(start)) and bool((start == own.to(start.device)).all())
+
+    def runs(self, cache: Cache | None, ids: Any) -> bool:
+        """Whether a pass is this call's own, by its cache; without one by what it reads."""
+        if self.nested or not self.begun:
+            return True
+        if self.cache is not None or cache is not None:
+            return cache is self.cache
+        return self.ids is None or self.begins(ids)
 
 
 @dataclass(frozen=True)
@@ -101,7 +126,7 @@ Choose = Callable[[Beginning], Tensor]
 class _Local(threading.local):
     """What each thread that runs the model does at the moment."""
 
-    generation: _Generation | None = None
+    generations: tuple[_Generation, ...] = ()  # the innermost one last
     current: Pass | None = None
     paused: bool = False
 
@@ -121,19 +146,17 @@ class Sequences:
         rows: int | None = None,
         pad: int | None = None,
         choose: Choose | None = None,
-        positioned: bool = True,
+        positions: Collection[Positions] = (),
     ) -> None:
         self.given_ends: list[int] | None = None
         self.ended_at_once = False
         self.passes = 0
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
-        self._positioned = positioned
+        self._positions = frozenset(positions) - {"all"}
         self._local = _Local()
-        #: Where the prompts of texts end that are in a KV cache, and their dials.
-        self._begun: WeakKeyDictionary[Cache, tuple[list[int], FoundDials | None]] = (
-            WeakKeyDictionary()
-        )
+        #: The dials of texts that are in a KV cache.
+        self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
 
     @property
     def current(self) -> Pass | None:
@@ -151,68 +174,87 @@ class Sequences:
 
     # -- generate -----------------------------------------------------------------------------
 
+    @property
+    def generating(self) -> bool:
+        """Whether a call of generate is under way in this thread."""
+        return bool(self._local.generations)
+
     def begin_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> bool:
-        """Note what `generate` was given; False inside another one (assisted decoding by the model
-        itself), whose prompt is the outer one's."""
-        if self._local.generation is not None or self.paused:
+        """Note what `generate` was given; False inside another one whose text it goes on with
+        (assisted decoding by the model itself), because the prompt is the outer one's."""
+        if self.paused:
             return False
         generation = _generation(args, kwargs, config)
+        outer = self._local.generations
+        if outer and outer[-1].begins(generation.ids):
+            outer[-1].nested += 1
+            return False
         if self._rows and generation.rows not in (None, self._rows):
             raise TrimtabError(
                 f"steerings were given for {self._rows} rows, but generate() has {generation.rows}"
             )
-        if generation.guided and self._positioned:
+        if generation.guided and self._positions:
             raise TrimtabError(
                 "guidance_scale makes generate() read texts beside the prompt, which the steering "
                 "cannot tell from it: steer at all positions, or leave guidance_scale out"
             )
-        self._local.generation = generation
+        self._local.generations = (*outer, generation)
         return True
 
     def end_generation(self) -> int:
         """How many passes the call of `generate` has run."""
-        generation, self._local.generation = self._local.generation, None
-        return 0 if generation is None else generation.passes
+        *outer, generation = self._local.generations
+        self._local.generations = tuple(outer)
+        return generation.passes
+
+    def end_nested(self) -> None:
+        """A call of generate has ended for which `begin_generation` was False."""
+        if self._local.generations and not self.paused:
+            self._local.generations[-1].nested -= 1
 
     # -- passes -------------------------------------------------------------------------------
 
     def count(self) -> None:
         """Another pass runs."""
         self.passes += 1
-        if self._local.generation is not None:
-            self._local.generation.passes += 1
+        for generation in self._local.generations:
+            generation.passes += 1
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a pass of the transformer body is about to read."""
         arguments = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments.get("inputs_embeds")
+        ids = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if ids is None else ids
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             raise TrimtabError(
                 "the model was run without input_ids or inputs_embeds of shape [rows, tokens], so "
                 "the steering cannot tell where its positions are: steer at all positions"
             )
         rows, length = tokens.shape[:2]
-        cache = _cache(arguments)
+        cache = _known_cache(arguments)
         start = 0 if cache is None else int(cache.get_seq_length())
-        generation = self._local.generation
+        generation = self._local.generations[-1] if self._local.generations else None
+        if generation and not generation.runs(cache, ids):
+            generation = None
         self._check_rows(rows, generation)
-        ends, found, begins = self._known(cache, start, generation)
+        ends, found = self._known(cache, start, generation)
         if self.given_ends is not None:
             ends = self.given_ends
+        begins = ends is None or bool(self._choose and found is None)
         if ends is None:
             if not generation:
                 _refuse_packed(arguments, start, length)
             ends = [start + length]
-            if self._positioned:
-                ends = _ends_by(generation, arguments, tokens, start + length, self._pad)
+            if self._positions:
+                ends = self._ends_by(generation, arguments, tokens, start)
         if begins and self._choose:
             found = FoundDials(self._chosen(arguments, tokens, start, generation))
         if generation:
             generation.ends, generation.found = ends, found
+            if not generation.nested and not generation.begun:
+                generation.begun, generation.cache = True, cache
         if cache is not None:
-            self._begun[cache] = ends, found
+            self._note(cache, ends, found)
         repeats = max(1, rows // len(ends))
         each = [end for end in ends for _ in range(repeats)] if len(ends) > 1 else ends
         self._local.current = Pass(start, length, each, found)
@@ -224,8 +266,15 @@ class Sequences:
             return
         values = output.values() if isinstance(output, Mapping) else output
         for value in values if not isinstance(values, Tensor) else ():
-            if isinstance(value, Cache) and value not in self._begun:
-                self._begun[value] = current.ends, current.found
+            if isinstance(value, Cache) and _noted_ends(value) is None:
+                self._note(value, current.ends, current.found)
+
+    def _note(self, cache: Cache, ends: list[int], found: FoundDials | None) -> None:
+        """Where the prompts end of the texts in a cache, unless only this caller says so."""
+        if self.given_ends is None and (self._positions or self._choose):
+            setattr(cache, _ENDS, ends)
+        if found is not None:
+            self._found[cache] = found
 
     def _check_rows(self, rows: int, generation: _Generation | None) -> None:
         """Rows are repeated, in place, for the beams and samples of generate, and nowhere else."""
@@ -239,14 +288,51 @@ class Sequences:
 
     def _known(
         self, cache: Cache | None, start: int, generation: _Generation | None
-    ) -> tuple[list[int] | None, FoundDials | None, bool]:
-        """Where prompts end and at which dials they are, as far as that is known from before;
-        whether new texts begin."""
+    ) -> tuple[list[int] | None, FoundDials | None]:
+        """Where prompts end and at which dials they are, as far as that is known from before."""
         if generation:
-            return generation.ends, generation.found, generation.ends is None
-        if cache is not None and start and cache in self._begun:
-            return *self._begun[cache], False
-        return None, None, True
+            return generation.ends, generation.found
+        ends = _noted_ends(cache)
+        # A cache that was cut inside of the prompt goes on with another one.
+        if cache is None or ends is None or start < max(ends):
+            return None, None
+        return ends, self._found.get(cache)
+
+    def _ends_by(
+        self,
+        generation: _Generation | None,
+        arguments: Mapping[str, Any],
+        tokens: Tensor,
+        start: int,
+    ) -> list[int]:
+        """Where the prompts end of texts that begin with this pass."""
+        mask, width = arguments.get("attention_mask"), start + tokens.shape[1]
+        plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if generation:
+            width = generation.width or width
+            if generation.mask is not None:
+                return _last_ones(generation.mask)
+            # generate makes a mask itself where it was given padding and none.
+            if plain is not None and plain.shape[1] >= width:
+                return _last_ones(plain[:, :width])
+            return [width]
+        if start and tokens.shape[1] == 1:
+            raise TrimtabError(
+                "the model goes on with a KV cache that no steered pass has filled, so the "
+                "steering cannot tell where the prompt ended: run the prompt inside a block, too, "
+                "or steer at all positions"
+            )
+        if plain is not None:
+            return _last_ones(plain)
+        if mask is not None:
+            raise TrimtabError(
+                "the attention_mask does not say where texts end, because it has more than a "
+                "number for each token: give one of shape [rows, tokens], or steer at all positions"
+            )
+        # Where all that is read is prompt, padding after it reaches nothing.
+        if self._positions != {"prompt"}:
+            _refuse_padding(arguments.get("input_ids"), self._pad)
+        return [width]
 
     def _chosen(
         self,
@@ -274,19 +360,31 @@ class Sequences:
             self._local.paused = False
 
 
-def _cache(arguments: Mapping[str, Any]) -> Cache | None:
+def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
     """The KV cache among the arguments of a body, whatever its name is."""
-    for value in arguments.values():
-        if isinstance(value, Cache):
-            return value
-    for name, value in arguments.items():
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def _known_cache(arguments: Mapping[str, Any]) -> Cache | None:
+    """The KV cache; one of another kind is refused: it does not tell where a text stands."""
+    cache = find_cache(arguments)
+    for name, value in arguments.items() if cache is None else ():
         holds = ("cache" in name or "past" in name) and not isinstance(value, bool | int | Tensor)
         if holds and value is not None:
             raise TrimtabError(
                 f"the model was run with a KV cache of a kind ({type(value).__name__}) that does "
                 "not tell where a text stands: steer at all positions, or generate with generate()"
             )
-    return None
+    return cache
+
+
+#: The attribute of a KV cache that says where the prompts of its texts end.
+_ENDS = "_trimtab_prompt_ends"
+
+
+def _noted_ends(cache: Cache | None) -> list[int] | None:
+    ends: list[int] | None = getattr(cache, _ENDS, None)
+    return ends
 
 
 def _generation(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> _Generation:
@@ -298,46 +396,23 @@ def _generation(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> _
     plain = isinstance(mask, Tensor) and mask.dim() == 2
     scales = (kwargs, vars(kwargs.get("generation_config") or config))
     guided = any(scale.get("guidance_scale") not in (None, 1) for scale in scales)
+    ids = [x for x in given[:3] if isinstance(x, Tensor) and not x.is_floating_point()]
     return _Generation(
         width=max((shape[1] for shape in shapes), default=0),
         rows=shapes[0][0] if shapes else None,
+        ids=ids[0] if ids and ids[0].dim() == 2 else None,
         mask=mask if plain else None,
         guided=guided,
     )
 
 
-def _ends_by(
-    generation: _Generation | None,
-    arguments: Mapping[str, Any],
-    tokens: Tensor,
-    width: int,
-    pad: int | None,
-) -> list[int]:
-    """Where the prompts end of texts that begin with this pass, which ends at `width`."""
-    mask = arguments.get("attention_mask")
-    plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if generation:
-        width = generation.width or width
-        if generation.mask is not None:
-            return _last_ones(generation.mask)
-        # generate makes a mask itself where it was given padding and none.
-        if plain is not None and plain.shape[1] >= width:
-            return _last_ones(plain[:, :width])
-        return [width]
-    if plain is not None:
-        return _last_ones(plain)
-    if mask is not None:
-        raise TrimtabError(
-            "the attention_mask does not say where texts end, because it has more than a number "
-            "for each token: give one of shape [rows, tokens], or steer at all positions"
-        )
-    ids = arguments.get("input_ids")
+def _refuse_padding(ids: Any, pad: int | None) -> None:
+    """Refuse rows that end with padding and come without a mask."""
     if pad is not None and isinstance(ids, Tensor) and len(ids) > 1 and (ids[:, -1] == pad).any():
         raise TrimtabError(
             "a row ends with the padding token, and no attention_mask says whether it is padding: "
             "give one, or steer at all positions"
         )
-    return [width]
 
 
 def _last_ones(mask: Tensor) -> list[int]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from trimtab.errors import TrimtabError
 from trimtab.hooks import Hook
-from trimtab.passes import Sequences
+from trimtab.passes import Sequences, find_cache
 
 
 @dataclass(eq=False)
@@ -34,6 +34,10 @@ class Block:
     #: How many passes and calls of generate each thread is in.
     running: dict[Thread, int] = field(default_factory=dict)
     generating: set[Thread] = field(default_factory=set)
+    #: Threads that have run a pass, and what one other than the block's own was refused.
+    seen: set[Thread] = field(default_factory=set)
+    refused: TrimtabError | None = None
+    opener: Thread = field(default_factory=current_thread)
 
     def enter(self, thread: Thread) -> None:
         self.running[thread] = self.running.get(thread, 0) + 1
@@ -108,12 +112,31 @@ class Attached:
                     "another thread steers this model at the moment: run it by lm.generate() or "
                     "lm.logits(), which wait, or outside of that thread's calls"
                 )
-            if block.placed:
-                block.sequences.observe(args, kwargs)
+            try:
+                self._look(block, thread, args, kwargs)
+            except TrimtabError as error:
+                if thread is not block.opener:  # where nobody may hear of it
+                    block.refused = block.refused or error
+                raise
             block.sequences.count()  # one that is not refused
             block.enter(thread)
         if body.training and torch.is_grad_enabled():
             self._watch_checkpoints()
+
+    def _look(
+        self, block: Block, thread: Thread, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note what a block's pass is about to read; refuse one that began before the block."""
+        if thread not in block.seen:
+            cache = None if thread is block.opener else find_cache({**_named(args), **kwargs})
+            if cache is not None and not block.sequences.generating and cache.get_seq_length():
+                raise TrimtabError(
+                    "another thread was generating when the block began, so that its text would "
+                    "be steered in part: begin the block first, or wait for the thread"
+                )
+            block.seen.add(thread)
+        if block.placed:
+            block.sequences.observe(args, kwargs)
 
     def _after(self, body: nn.Module, args: Any, output: Any) -> None:
         thread = current_thread()
@@ -127,19 +150,25 @@ class Attached:
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         thread, begun, passes = current_thread(), list[Block](), list[int]()
+        nested: list[Block] = []
         try:
             for block in tuple(self.blocks):
                 config = self._model.generation_config
-                if block.sequences.begin_generation(args, kwargs, config):
-                    begun.append(block)
-                    block.enter(thread)
-                    block.generating.add(thread)
+                if not block.sequences.begin_generation(args, kwargs, config):
+                    nested.append(block)
+                    continue
+                begun.append(block)
+                block.enter(thread)
+                block.generating.add(thread)
             result = original(*args, **kwargs)
         finally:
+            for block in nested:
+                block.sequences.end_nested()
             for block in begun:
                 passes.append(block.sequences.end_generation())
                 block.leave(thread)
-                block.generating.discard(thread)
+                if not block.sequences.generating:
+                    block.generating.discard(thread)
             if begun and thread in self._left:
                 self._left.discard(thread)
                 self._clear()
@@ -187,3 +216,7 @@ class Attached:
                     block.sequences.current = current
 
         return original(run, *args, **kwargs)
+
+
+def _named(args: tuple[Any, ...]) -> dict[str, Any]:
+    return {str(place): value for place, value in enumerate(args)}
