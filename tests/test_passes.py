@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,6 +250,20 @@ def test_what_a_processor_runs_on_the_side_is_another_text(
         for processors in ([], [OnTheSide()]):
             options = {"logits_processor": processors, "use_cache": use_cache}
             assert raw_greedy(lm, PROMPTS[:1], 6, **options) == [expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_dial_that_overflows_is_named_by_a_raw_generate(name: str, dtype: torch.dtype) -> None:
+    lm = language_model(name, dtype=dtype)
+    steering = steer_at(lm, "resid")
+    plain = raw_greedy(lm, PROMPTS[:2], 4)
+    for positions in ("all", "last"):
+        far = replace(steer_at(lm, "resid", positions=positions), value=3e38)
+        with lm.steered(far):
+            refused_in_one_line(lambda: raw_greedy(lm, PROMPTS[:2], 4), r"alpha=3e\+38: turn the")
+    with lm.steered(steering.at(0)):
+        assert raw_greedy(lm, PROMPTS[:2], 4) == plain
 
 
 def test_a_body_that_was_replaced_is_refused() -> None:

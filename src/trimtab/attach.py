@@ -164,7 +164,8 @@ def attached(
     """
     steps = _steps(rows)
     count = len(rows) if per_row else None
-    with _on_model(model, anatomy, steps, rows=count, pad=pad, block=block) as sequences:
+    labels = list(dict.fromkeys(steering.label for row in rows for steering in row))
+    with _on_model(model, anatomy, steps, labels, rows=count, pad=pad, block=block) as sequences:
         yield sequences
 
 
@@ -173,7 +174,7 @@ def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> I
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
     derivative, which goes on through the model."""
     steps = _turned_steps(steering, dials)
-    with _on_model(model, anatomy, steps, rows=len(dials)) as sequences:
+    with _on_model(model, anatomy, steps, [steering.label], rows=len(dials)) as sequences:
         yield sequences
 
 
@@ -184,7 +185,7 @@ def attached_by(
     """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
     While it looks, it may run the model, which is not steered then."""
     steps = _turned_steps(steering, torch.zeros(0))
-    with _on_model(model, anatomy, steps, choose=choose) as sequences:
+    with _on_model(model, anatomy, steps, [steering.label], choose=choose) as sequences:
         yield sequences
 
 
@@ -229,6 +230,7 @@ def _on_model(
     model: Any,
     anatomy: Anatomy,
     steps: dict[str, list[_Step]],
+    labels: Sequence[str],
     *,
     rows: int | None = None,
     pad: int | None = None,
@@ -254,7 +256,8 @@ def _on_model(
             yield sequences
             return
         placed = bool(positions - {"all"} or rows or choose)
-        opened = Block(sequences, placed, choose is not None, None if block else current_thread())
+        own = None if block else current_thread()
+        opened = Block(sequences, placed, choose is not None, own, labels=labels)
         edits: dict[Point, Edit] = {
             anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
         }

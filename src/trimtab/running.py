@@ -8,13 +8,13 @@ makes an error of what would otherwise pass in silence: a model that runs on aft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Thread, current_thread
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.hooks import Hook
@@ -38,6 +38,9 @@ class Block:
     seen: set[Thread] = field(default_factory=set)
     refused: TrimtabError | None = None
     opener: Thread = field(default_factory=current_thread)
+    #: The steerings, for people; whether all tokens so far were chosen from numbers that say one.
+    labels: Sequence[str] = ()
+    sound: Tensor | bool = True
 
     def enter(self, thread: Thread) -> None:
         self.running[thread] = self.running.get(thread, 0) + 1
@@ -143,8 +146,12 @@ class Attached:
         for block in self.blocks:
             if not block.sequences.paused:
                 block.leave(thread)
-                if block.placed and output is not None:
+                if output is None:  # the pass has failed
+                    continue
+                if block.placed:
                     block.sequences.finish(output)
+                if block.thread is None and block.sequences.generating:
+                    block.sound = block.sound & _is_sound(output)
 
     # -- generate -----------------------------------------------------------------------------
 
@@ -177,6 +184,13 @@ class Attached:
                 "the block that steered this call of generate() ended before it did: wait for the "
                 "thread that generates (thread.join()) inside the block"
             )
+        for block in begun:
+            if not bool(block.sound):
+                block.sound = True  # the next text may be another one
+                raise TrimtabError(
+                    "the model's last activations are not finite, or all zero, with "
+                    f"{' and '.join(block.labels)}: turn the dial towards 0"
+                )
         if 0 in passes:
             raise TrimtabError(
                 "generate() wrote a text without a steered pass: the model's own code was not run "
@@ -216,6 +230,16 @@ class Attached:
                     block.sequences.current = current
 
         return original(run, *args, **kwargs)
+
+
+def _is_sound(output: Any) -> Tensor | bool:
+    """Whether what the final norm puts out for the last tokens can tell tokens apart. A norm makes
+    zeros of activations that overflowed."""
+    hidden = getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        return True
+    size = hidden[:, -1].float().abs().amax(-1)
+    return ((size > 0) & size.isfinite()).all()
 
 
 def _named(args: tuple[Any, ...]) -> dict[str, Any]:
