@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -266,3 +267,37 @@ def test_what_somebody_works_at_is_left_alone(tmp_path: Path, monkeypatch: Any) 
     refused_in_one_line(lambda: first.save_pretrained(tmp_path / "m"), "exists")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert tt.load(tmp_path / "m", device="cpu").identity.digest == second.identity.digest
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800"])
+def test_a_name_that_cannot_be_is_one_line(name: str, tmp_path: Path) -> None:
+    lm = language_model("llama")
+    refused_in_one_line(lambda: lm.save_pretrained(tmp_path / name), "cannot write")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["words.model", "data.tiktoken", "notes.json", "x.safetensors"])
+def test_files_of_others_that_look_alike_are_not_lost(name: str, tmp_path: Path) -> None:
+    lm = language_model("llama")
+    target = lm.save_pretrained(tmp_path / "model")
+    (target / name).write_text("mine")
+    refused_in_one_line(lambda: lm.save_pretrained(target, overwrite=True), name)
+    assert (target / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"texts of mine", None])
+def test_a_steering_replaces_no_other_file(content: bytes | None, tmp_path: Path) -> None:
+    lm = language_model("llama")
+    steering = steer_at(lm, "resid")
+    path = tmp_path / "it.safetensors"
+    if content is None:  # the weights of a model
+        save_file({"x": torch.ones(2)}, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    refused_in_one_line(lambda: steering.save(path, overwrite=True), "not a steering")
+    assert path.read_bytes() == before
+    path.unlink()
+    steering.save(path)
+    steering.at(2).save(path, overwrite=True)
+    assert tt.Steering.load(path).setting == 2

@@ -896,7 +896,11 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     path.write_text("precious")
     with pytest.raises(tt.TrimtabError, match=r"exists.*--overwrite"):
         _steering().save(path)
+    with pytest.raises(tt.TrimtabError, match="not a steering, and overwriting replaces only"):
+        _steering().save(path, overwrite=True)
     assert path.read_text() == "precious"
+    path.unlink()
+    _steering().save(path)
     assert _steering().save(path, overwrite=True) == path
     _equal(Steering.load(path), replace(_steering(), date=Steering.load(path).date))
     assert [file.name for file in tmp_path.iterdir()] == ["file.safetensors"]
@@ -933,7 +937,8 @@ def test_a_failed_write_leaves_nothing(
 ) -> None:
     path = tmp_path / "file.safetensors"
     if existing:
-        path.write_text("precious")
+        _steering().save(path)
+    before = path.read_bytes() if existing else b""
     _no_replace(monkeypatch, error)
     with pytest.raises(expected) as caught:
         _steering().save(path, overwrite=True)
@@ -941,7 +946,7 @@ def test_a_failed_write_leaves_nothing(
         assert f"cannot write {path}: " in str(caught.value)
         assert str(caught.value).endswith(("No space left on device", "something else"))
     assert [file.name for file in tmp_path.iterdir()] == (["file.safetensors"] if existing else [])
-    assert not existing or path.read_text() == "precious"
+    assert not existing or path.read_bytes() == before
 
 
 def test_a_disk_that_fills_up(tmp_path: Path) -> None:

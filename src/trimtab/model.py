@@ -25,7 +25,7 @@ from trimtab.decoding import (
     stop_pattern,
     unsound,
 )
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 from trimtab.identity import Weights
 from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
 from trimtab.passes import Sequences
@@ -101,6 +101,12 @@ class LanguageModel:
             # A tokenizer without a limit says so with a number like 1e30.
             self.tokenizer.model_max_length,
         ]
+        for limit in limits:
+            if not isinstance(limit, int | float | None):
+                raise TrimtabError(
+                    f"{shown(self.name)} says that its texts have at most {shown(limit, 40)} "
+                    "tokens, which is no number: mend model_max_length in tokenizer_config.json"
+                )
         return min(int(limit) for limit in limits if limit and limit < 1e9)
 
     @property

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from trimtab.checkpoint import CheckpointError, read_model, some
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 from trimtab.hooks import is_hooked
 from trimtab.plain import is_plain, is_quantised, plain_copy
 
@@ -30,7 +30,9 @@ from trimtab.plain import is_plain, is_quantised, plain_copy
 _CHECKPOINT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template|model\.safetensors\.index)\.json"
-    r"|model(-\d+-of-\d+)?\.safetensors|merges\.txt|chat_template\.jinja|.*\.(model|tiktoken)"
+    r"|model(-\d+-of-\d+)?\.safetensors|merges\.txt|chat_template\.jinja"
+    # Sentencepiece's and tiktoken's files, by the names that tokenizers write.
+    r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe|bpe)\.model|tokenizer\.tiktoken"
 )
 
 
@@ -77,8 +79,13 @@ def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:
 
     What a killed process left there is put in order first.
     """
-    recover(target)
-    place = Path(os.path.realpath(target))
+    try:
+        recover(target)
+        place = Path(os.path.realpath(target))
+        place.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise TrimtabError(f"cannot write {shown(target)}: {reason}") from error
     for source in map(Path, filter(None, from_where)):
         if source.is_dir():
             own = Path(os.path.realpath(source))

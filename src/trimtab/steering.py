@@ -300,6 +300,8 @@ class Steering:
         # Copies, because safetensors refuses tensors that share their memory.
         own = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
         metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, own)}
+        if overwrite:
+            refuse_other_file(Path(path))
         return write_whole(Path(path), _sorted(save(own, metadata)), overwrite)
 
     @classmethod
@@ -490,6 +492,21 @@ class _Document(_Strict):
     findings: _Finite = Field(default_factory=dict)
     versions: dict[str, str]
     date: str
+
+
+def refuse_other_file(path: Path) -> None:
+    """Refuse to overwrite what is no steering: the weights of a model, the texts of a contrast."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        ours = False
+    if not ours:
+        raise TrimtabError(
+            f"{path} is not a steering, and overwriting replaces only those: choose another name"
+        )
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:

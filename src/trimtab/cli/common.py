@@ -16,7 +16,7 @@ import typer
 from trimtab.errors import TrimtabError
 from trimtab.loading import load
 from trimtab.model import LanguageModel
-from trimtab.steering import Steering
+from trimtab.steering import Steering, refuse_other_file
 from trimtab.terminal import CleanConsole, is_terminal
 
 Model = Annotated[
@@ -101,6 +101,12 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def refuse_steering_path(path: Path, overwrite: bool) -> None:
+    """As `refuse_existing`, for a steering, which replaces no other file than a steering."""
+    refuse_existing(path, overwrite)
+    refuse_other_file(path)
 
 
 def refuse_holding(directory: Path, file: str, overwrite: bool) -> None:

@@ -26,7 +26,7 @@ from trimtab.cli.common import (
     in_float32,
     open_model,
     print_json,
-    refuse_existing,
+    refuse_steering_path,
 )
 from trimtab.contrasts import Contrast
 from trimtab.describe import describe, explain
@@ -96,9 +96,9 @@ def many(
     paths = [output / name for name in _file_names(parsed)]
     for path in paths:
         if output.is_dir():
-            refuse_existing(path, overwrite)
+            refuse_steering_path(path, overwrite)
     if not output.is_dir():
-        refuse_existing(output, overwrite)
+        refuse_steering_path(output, overwrite)
     steerings = _fit(parsed, model, contrast, data, protocol, max_length, cache, dtype, device)
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
@@ -130,7 +130,7 @@ def _one(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    refuse_existing(output, overwrite)
+    refuse_steering_path(output, overwrite)
     if output.is_dir():
         raise TrimtabError(f"{output} is a directory: name a file")
     (steering,) = _fit([method], model, contrast, data, protocol, max_length, cache, dtype, device)

@@ -30,6 +30,7 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_existing,
     refuse_holding,
+    refuse_steering_path,
 )
 from trimtab.cli.curve import curve_command
 from trimtab.contrasts import last_message
@@ -85,7 +86,7 @@ def budget_command(
     texts = read_prompts(prompts or [], file)
     steering = one_steering(read_steerings(steer))
     if save_to is not None:
-        refuse_existing(save_to, overwrite)
+        refuse_steering_path(save_to, overwrite)
     elif kl and len(kl) > 1:
         raise TrimtabError("several --kl are for a calibration: give one, or --save FILE")
     language_model = open_model(model, dtype, device)
