@@ -530,6 +530,9 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
         ) from error
     if METADATA_KEY not in metadata:
         raise TrimtabError(f"{where} is a safetensors file but not a trimtab steering")
+    unknown = sorted(set(metadata) - {METADATA_KEY, CHECKSUM_KEY, "format"})
+    if unknown:  # a damaged name would hide the checksum
+        raise TrimtabError(f"{where} has metadata of an unknown name: {shown(unknown[0], 60)}")
     return metadata[METADATA_KEY], tensors, metadata.get(CHECKSUM_KEY)
 
 
