@@ -501,9 +501,12 @@ def test_options_that_spoil_the_logits_are_named(options: dict[str, Any]) -> Non
         assert message.endswith(f"look at what {next(iter(options))} makes of the logits")
 
 
-def test_the_message_of_a_chat_template_cannot_command_a_terminal() -> None:
+def test_the_message_of_a_chat_template_cannot_command_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lm = language_model("llama")
-    lm.tokenizer.chat_template = "{{ raise_exception('no \x1b[31mred\u202e\x07 roles') }}"
+    template = "{{ raise_exception('no \x1b[31mred\u202e\x07 roles') }}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
     with pytest.raises(tt.TrimtabError, match=r"no \\x1b\[31mred\\u202e\\x07 roles") as caught:
         lm.generate(["x"], chat=True)
     assert one_line(caught).isprintable()

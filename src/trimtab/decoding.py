@@ -239,7 +239,7 @@ def _refuse_no_tokens(name: str, value: Any, vocabulary: int) -> None:
     if any(isinstance(word, list | tuple) and not word for word in words):
         raise TrimtabError(f"{name} must name tokens, which {shown(repr(value))} does not")
     for token in (token for word in words if isinstance(word, list | tuple) for token in word):
-        known = isinstance(token, numbers.Integral) and 0 <= token < vocabulary
+        known = isinstance(token, numbers.Integral) and 0 <= int(token) < vocabulary
         if not known or isinstance(token, bool):
             raise TrimtabError(
                 f"{name} must be token ids 0 to {vocabulary - 1}, not {shown(repr(token))}"
