@@ -252,6 +252,15 @@ def test_sampling_repeats_by_its_seed_and_is_steered() -> None:
     assert lots == [completion.text for completion in plain]
 
 
+def test_greedy_texts_of_a_dial_are_plain_generates() -> None:
+    lm = language_model("llama")
+    options: Any = {"max_new_tokens": 6, "chat": False, "temperature": 0}
+    judge = Scripted(lambda i: True)
+    concept_curve(lm, made(lm), PROMPTS[:2], judge, [0.0], samples=2, **options)
+    plain = [one.text for one in lm.generate(PROMPTS[:2], **options)]
+    assert judge.seen == [text for text in plain for _ in range(2)]
+
+
 def test_the_judge_sees_the_steering_work() -> None:
     """A vector that makes one token almost sure, found by a judge by words."""
     lm = language_model("llama")

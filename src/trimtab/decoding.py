@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import regex  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 
 #: What `generate` takes by transformers' names beside its own arguments, and what leaves it out.
 OPTIONS: dict[str, Any] = {
@@ -36,7 +39,6 @@ OPTIONS: dict[str, Any] = {
     "sequence_bias": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
     "renormalize_logits": False,
@@ -55,6 +57,29 @@ _REAL = (
     "length_penalty",
     "max_time",
 )
+#: What an option's number must be, in words and as a check; transformers takes some others, and
+#: then does nothing.
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "no_repeat_ngram_size": ("0 or more", lambda size: size >= 0),
+    "encoder_no_repeat_ngram_size": ("0 or more", lambda size: size >= 0),
+    "min_p": ("0 to 1", lambda p: 0 <= p <= 1),
+    "top_h": ("above 0 and at most 1", lambda share: 0 < share <= 1),
+    "typical_p": ("above 0 and at most 1", lambda p: 0 < p <= 1),
+    "epsilon_cutoff": ("0 or more and below 1", lambda p: 0 <= p < 1),
+    "eta_cutoff": ("0 or more and below 1", lambda p: 0 <= p < 1),
+    "max_time": ("above 0 (seconds)", lambda seconds: seconds > 0),
+    "num_beams": ("1 to 1000", lambda beams: 1 <= beams <= 1000),
+    # A length to a higher power overflows.
+    "length_penalty": ("-10 to 10", lambda power: -10 <= power <= 10),
+    "renormalize_logits": ("True or False", lambda value: isinstance(value, bool)),
+    "early_stopping": (
+        "True, False or 'never'",
+        lambda value: isinstance(value, bool) or (isinstance(value, str) and value == "never"),
+    ),
+}
+#: Options that are lists of tokens, or of lists of tokens; forced_eos_token_id may be one token.
+_OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
+_OF_WORDS = ("bad_words_ids", "sequence_bias")
 _OF_BEAMS = ("length_penalty", "early_stopping")
 _OWN = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 _DOWNLOADED = "transformers runs it by code that it downloads"
@@ -72,6 +97,7 @@ _REFUSED = {
     "output_attentions": _TEXTS_ONLY,
     "output_hidden_states": _TEXTS_ONLY,
     "guidance_scale": "it runs the model on a second text, which would be steered as the first is",
+    "forced_bos_token_id": "it acts only on a text of one token, as an encoder-decoder begins",
     "token_healing": "it changes the prompt",
     "remove_invalid_values": "it hides logits that are not finite, which are an error",
     "penalty_alpha": _DOWNLOADED,
@@ -125,8 +151,26 @@ def left_aside(model: Any, used: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def changed(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The options among settings that are not as if they had been left out."""
+    given = {name: asked[name] for name in OPTIONS if name in asked}
+    return {
+        name: value
+        for name, value in given.items()
+        # Only options that are None when left out may be objects that do not compare plainly.
+        if value is not None and (OPTIONS[name] is None or value != OPTIONS[name])
+    }
+
+
+def not_taken(asked: Mapping[str, Any], error: Exception) -> TrimtabError:
+    """The error of options that transformers fails at."""
+    named = ", ".join(f"{name}={shown(repr(value))}" for name, value in changed(asked).items())
+    said = shown(" ".join(str(error).split()), 300) or type(error).__name__
+    return TrimtabError(f"transformers does not take {named}: {said}")
+
+
 def sampling(
-    temperature: float, top_k: int, top_p: float, options: Mapping[str, Any]
+    temperature: float, top_k: int, top_p: float, options: Mapping[str, Any], vocabulary: int
 ) -> dict[str, Any]:
     """The settings of transformers that say how tokens are chosen, after every check."""
     warmth = _real("temperature", temperature)
@@ -135,10 +179,13 @@ def sampling(
             f"temperature must be 0 or more, not {temperature!r}: 0 is greedy, and others are "
             f"{_COLDEST:g} to {_HOTTEST:g}"
         )
-    top_k, top_p = _whole("top_k", top_k), _real("top_p", top_p)
+    top_k, top_p = whole("top_k", top_k), _real("top_p", top_p)
     if top_k < 0 or not 0 < top_p <= 1:
         raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
-    given = {name: _option(name, value) for name, value in options.items()}
+    given = {name: _option(name, value, vocabulary) for name, value in options.items()}
+    if warmth == 0 and (top_k, top_p) != (0, 1):
+        idle = "top_k" if top_k else "top_p"
+        raise TrimtabError(f"{idle} narrows sampling: give a temperature above 0")
     _refuse_without_effect(given, warmth)
     if warmth == 0:
         return {"do_sample": False, **given}
@@ -146,7 +193,7 @@ def sampling(
     return {**drawn, **given}
 
 
-def _option(name: str, value: Any) -> Any:
+def _option(name: str, value: Any, vocabulary: int) -> Any:
     """The value of an option, in the type that transformers insists on."""
     if name in _REFUSED:
         raise TrimtabError(f"generate does not take {name}: {_REFUSED[name]}")
@@ -163,13 +210,80 @@ def _option(name: str, value: Any) -> Any:
     if value is None:
         return OPTIONS[name]
     if name in _WHOLE:
-        return _whole(name, value)
-    return _real(name, value) if name in _REAL else value
+        value = whole(name, value)
+    elif name in _REAL:
+        value = _real(name, value)
+    elif name in (*_OF_TOKENS, *_OF_WORDS):
+        _refuse_no_tokens(name, value, vocabulary)
+    elif name == "watermarking_config":
+        _refuse_no_watermark(value)
+    elif name == "exponential_decay_length_penalty":
+        _refuse_no_decay(value)
+    words, holds = _RANGES.get(name, ("", None))
+    if holds is not None and not holds(value):
+        raise TrimtabError(f"{name} must be {words}, not {value!r}")
+    return value
+
+
+def _refuse_no_tokens(name: str, value: Any, vocabulary: int) -> None:
+    """Refuse lists without a token, and tokens that the model does not have.
+
+    A value of another form is left to transformers, which fails at it.
+    """
+    if name in _OF_TOKENS:
+        words = [value if isinstance(value, list | tuple) else [value]]
+    elif isinstance(value, list | tuple | Mapping) and len(value):
+        words = list(_words(name, value))
+    else:
+        words = []
+    if any(isinstance(word, list | tuple) and not word for word in words):
+        raise TrimtabError(f"{name} must name tokens, which {shown(repr(value))} does not")
+    for token in (token for word in words if isinstance(word, list | tuple) for token in word):
+        known = isinstance(token, numbers.Integral) and 0 <= int(token) < vocabulary
+        if not known or isinstance(token, bool):
+            raise TrimtabError(
+                f"{name} must be token ids 0 to {vocabulary - 1}, not {shown(repr(token))}"
+            )
+
+
+def _words(name: str, value: Any) -> Iterator[Any]:
+    """The lists of tokens in bad_words_ids ([tokens, ...]) and sequence_bias ([[tokens, bias],
+    ...] or {tokens: bias})."""
+    for item in value:
+        if name == "bad_words_ids" or isinstance(value, Mapping):
+            yield item
+        elif isinstance(item, list | tuple) and len(item) == 2:
+            yield item[0]
+
+
+def _refuse_no_watermark(value: Any) -> None:
+    if isinstance(value, BaseWatermarkingConfig):
+        return
+    if not isinstance(value, Mapping):
+        raise TrimtabError(
+            f"watermarking_config must be settings by their names ({{'bias': 2.0}}), not {value!r}"
+        )
+    for read, names in (
+        (_real, ("greenlist_ratio", "bias")),
+        (whole, ("context_width", "hashing_key")),
+    ):
+        for name in names:
+            if name in value:
+                read(f"{name} of watermarking_config", value[name])
+
+
+def _refuse_no_decay(value: Any) -> None:
+    name = "exponential_decay_length_penalty"
+    if not (isinstance(value, list | tuple) and len(value) == 2):
+        raise TrimtabError(f"{name} must be two numbers, [first token, factor], not {value!r}")
+    if whole(f"the first token of {name}", value[0]) < 0:
+        raise TrimtabError(f"the first token of {name} must be 0 or more, not {value[0]!r}")
+    _real(f"the factor of {name}", value[1])
 
 
 def _refuse_without_effect(options: Mapping[str, Any], temperature: float) -> None:
     """Refuse options that would do nothing."""
-    asked = [name for name, value in options.items() if value != OPTIONS[name]]
+    asked = list(changed(options))
     idle = [name for name in asked if name in _NARROWS]
     if idle and temperature == 0:
         raise TrimtabError(f"{idle[0]} narrows sampling: give a temperature above 0")
@@ -189,11 +303,28 @@ def _real(name: str, value: Any) -> float:
     return number
 
 
-def _whole(name: str, value: Any) -> int:
-    number = _real(name, value)
-    if number != int(number):
-        raise TrimtabError(f"{name} must be a whole number, not {value!r}")
+def whole(name: str, value: Any) -> int:
+    """A whole number, also where it is of a type like float (2.0)."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # exact, however large
+    except TypeError:
+        pass
+    try:
+        number = _real(name, value)
+    except TrimtabError:
+        number = math.nan
+    if not number.is_integer():
+        raise TrimtabError(f"{name} must be a whole number, not {shown(repr(value))}")
     return int(number)
+
+
+def seed_number(seed: Any) -> int:
+    """A seed that torch takes."""
+    number = whole("seed", seed)
+    if not -(2**63) <= number < 2**64:
+        raise TrimtabError(f"seed must be -2**63 to 2**64 - 1, not {shown(number)}")
+    return number
 
 
 class StopsAt(StoppingCriteria):
@@ -267,8 +398,11 @@ def are_sound(logits: Tensor) -> Tensor:
     return highest.isfinite() & (lowest < highest)
 
 
-def unsound(text: str, labels: Sequence[str], dtype: torch.dtype) -> TrimtabError:
-    """The error of a text ("prompt 2") whose logits cannot choose a token."""
+def unsound(
+    text: str, labels: Sequence[str], dtype: torch.dtype, options: Sequence[str] = ()
+) -> TrimtabError:
+    """The error of a text ("prompt 2") whose logits cannot choose a token; `options` are the names
+    of those that changed them."""
     name = str(dtype).removeprefix("torch.")
     wide = dtype in (torch.float32, torch.float64)
     if labels:
@@ -277,6 +411,8 @@ def unsound(text: str, labels: Sequence[str], dtype: torch.dtype) -> TrimtabErro
     else:
         who = "without a steering of its own"
         remedy = "look at the model's weights" if wide else "load the model in float32"
+    if options:
+        remedy += f"; or look at what {', '.join(options)} makes of the logits"
     return TrimtabError(
         f"the logits of {text} are not finite, or all equal, in {name} {who}: {remedy}"
     )

@@ -16,14 +16,17 @@ from trimtab.anatomy import Anatomy
 from trimtab.attach import RowSteerings, attached, attached_by
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.decoding import (
-    OPTIONS,
     SoundLogits,
     StopsAt,
     are_sound,
+    changed,
     configuration,
+    not_taken,
     sampling,
+    seed_number,
     stop_pattern,
     unsound,
+    whole,
 )
 from trimtab.errors import TrimtabError, shown
 from trimtab.identity import Weights
@@ -157,7 +160,7 @@ class LanguageModel:
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program: it fails as it likes
-            said = " ".join(str(error).split()) or type(error).__name__
+            said = shown(" ".join(str(error).split()), 300) or type(error).__name__
             raise TrimtabError(
                 f"the chat template of {self.name} refuses messages with the roles "
                 f"{', '.join(role for role, _ in prompt)}: {said}; write them as it wants them "
@@ -337,10 +340,14 @@ class LanguageModel:
         cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
         prompt, in order.
         """
-        asked = sampling(temperature, top_k, top_p, options)
+        asked = sampling(temperature, top_k, top_p, options, self.anatomy.config.vocab_size)
         pattern = None if stop is None else stop_pattern(stop)
         if pattern is not None and asked.get("num_beams", 1) > 1:
             raise TrimtabError("stop ends a text while it is written; beams are compared after it")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
+        min_new_tokens = whole("min_new_tokens", min_new_tokens)
+        batch_size = whole("batch_size", batch_size)
+        seed = None if seed is None else seed_number(seed)
         if max_new_tokens < 1 or batch_size < 1:
             raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
         if not 0 <= min_new_tokens <= max_new_tokens:
@@ -375,7 +382,7 @@ class LanguageModel:
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
                     labels = tuple(steering.label for steering in _one_row(rows[i]))
                     if not is_sound:
-                        raise unsound(f"prompt {i + 1}", labels, self.dtype)
+                        raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
@@ -408,13 +415,10 @@ class LanguageModel:
                 logits_processor=[sound],
                 stopping_criteria=None if watch is None else [watch],
             )
-        except (ValueError, TypeError, IndexError) as error:
-            named = {name: asked[name] for name in OPTIONS if name in asked}
-            if not named:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            if not changed(asked):
                 raise
-            shown = ", ".join(f"{name}={value!r}" for name, value in named.items())
-            said = " ".join(str(error).split())
-            raise TrimtabError(f"transformers does not take {shown}: {said}") from error
+            raise not_taken(asked, error) from error
         new: list[list[int]] = output[:, width:].tolist()
         ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
         texts = [

@@ -189,6 +189,8 @@ def concept_curve(
         raise TrimtabError("a concept curve needs prompts, dials and 1 sample or more")
     if not all(math.isfinite(dial) for dial in dials):
         raise TrimtabError("a concept curve needs dials that are finite numbers")
+    if temperature == 0:  # greedy: nothing is left to narrow
+        top_k, top_p = 0, 1.0
     turns = sorted({float(dial) for dial in dials})
     turned = {dial: replace(steering, value=dial) for dial in turns}
     rows = [(dial, prompt) for dial in turns for prompt in prompts for _ in range(samples)]
