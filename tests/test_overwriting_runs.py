@@ -242,7 +242,7 @@ def test_an_old_record_out_of_all_bounds(changes: dict[str, Any], tmp_path: Path
 
     evaluated()
     (tmp_path / "run" / "environment.json").write_text(json.dumps(runs_module.environment()))
-    if "values" in changes and changes["values"]:
+    if changes.get("values"):
         known = json.loads((tmp_path / "run" / "records.jsonl").read_text().splitlines()[0])
         changes = {"values": dict.fromkeys(known["values"], 1e308)}
     edit(tmp_path / "run" / "records.jsonl", 0, **changes)

@@ -54,11 +54,32 @@ _LEFT = (
     "environment.json",
 )
 #: The pictures of runs, by name: those of a recipe with its part before them.
-PICTURES = (
-    "ablations coherence combinations cosines count curves dial differences footprint "
-    "gain-and-cost heatmap line masks norms overlap overview pairs panels projections "
-    "suppression tasks tokens trials units"
-).split()
+PICTURES = [
+    "ablations",
+    "coherence",
+    "combinations",
+    "cosines",
+    "count",
+    "curves",
+    "dial",
+    "differences",
+    "footprint",
+    "gain-and-cost",
+    "heatmap",
+    "line",
+    "masks",
+    "norms",
+    "overlap",
+    "overview",
+    "pairs",
+    "panels",
+    "projections",
+    "suppression",
+    "tasks",
+    "tokens",
+    "trials",
+    "units",
+]
 _PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
 #: The records of parts, by name: of trials, of the unsteered model and of dials.
 _PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
@@ -67,6 +88,8 @@ _PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text
 _HEAVIEST = 1e12
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+#: A value of which the square is finite, so that there is a variance.
+Bounded = Annotated[Finite, Field(ge=-1e150, le=1e150)]
 
 
 class Scored(BaseModel):
@@ -79,7 +102,7 @@ class Scored(BaseModel):
     steering: str | None
     index: Annotated[int, Field(ge=0)]
     id: str
-    values: dict[str, Finite | None]
+    values: dict[str, Bounded | None]
     seconds: Annotated[Finite, Field(ge=0)]
     prompt: Any = None
     output: Any = None
@@ -398,7 +421,7 @@ def _is_environment(path: Path) -> bool:
     """Whether the environment.json of a directory is a run's."""
     found = object_in(path / "environment.json")
     return found is not None and (
-        _ENVIRONMENT <= found.keys() or _ALL_SEALED.items() <= found.items()
+        found.keys() >= _ENVIRONMENT or _ALL_SEALED.items() <= found.items()
     )
 
 
