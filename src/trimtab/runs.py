@@ -406,7 +406,7 @@ def check_overwritable(path: Path) -> None:
     names = {file.name for file in path.iterdir()} - {".lock"}
     # A run that was killed as it began has an environment alone.
     begun = names == {"environment.json"}
-    known = _is_environment(path) if begun else _is_run(path)
+    known = not _has_foreign_environment(path) if begun else _is_run(path)
     if names and not known:
         raise TrimtabError(f"{path} is not a run's directory: overwriting replaces only those")
 
@@ -423,6 +423,12 @@ def _is_environment(path: Path) -> bool:
     return found is not None and (
         found.keys() >= _ENVIRONMENT or _ALL_SEALED.items() <= found.items()
     )
+
+
+def _has_foreign_environment(path: Path) -> bool:
+    """Whether there is an environment.json that no run wrote; an empty one is nobody's."""
+    file = path / "environment.json"
+    return file.exists() and file.stat().st_size > 0 and not _is_environment(path)
 
 
 def object_in(file: Path) -> dict[str, Any] | None:
@@ -578,7 +584,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         held = [name for name in _MADE if (path / name).exists()]
         if held:  # somebody's own, which would be lost at the end
             raise TrimtabError(f"{path} holds {held[0]} but no config.json: choose another one")
-        if (path / "environment.json").exists() and not _is_environment(path):
+        if _has_foreign_environment(path):
             raise TrimtabError(f"{path} holds an environment.json of no run: choose another one")
         return None
     try:
