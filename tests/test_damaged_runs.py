@@ -319,6 +319,7 @@ def test_many_damaged_evaluations(evaluated: Evaluated, tmp_path: Path) -> None:
 
 def without_checksums(folder: Path) -> None:
     """A directory as it was before there were checksums."""
+    (folder / "environment.json").write_text("{}")
     for file in folder.rglob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
         for row in rows:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.answering import Settings
-from trimtab.contrasts import Contrast, Part
+from trimtab.contrasts import Contrast, Part, last_message
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record, Result, estimate_of
 from trimtab.jobs import Attached, Judging, PreferenceJob, TaskJob, Wanted, find_job, misfit
@@ -282,12 +282,23 @@ def _refuse_shared(
 
 
 def _rows(job: TaskJob | PreferenceJob, sides: bool) -> list[Any]:
-    """What tells rows apart, in whatever file they are: their prompts, with both sides of pairs."""
+    """What tells rows apart, in whatever file they are: their prompts, with both sides of pairs.
+
+    One task asks as text what another asks in a conversation, so the last message counts.
+    """
     if isinstance(job, TaskJob):
-        return [example.prompt for example in job.entries[0].examples]
+        return [_bare(example.prompt) for example in job.entries[0].examples]
     return [
-        (pair.prompt, pair.positive, pair.negative) if sides else pair.prompt for pair in job.pairs
+        (_bare(pair.prompt), _bare(pair.positive), _bare(pair.negative))
+        if sides
+        else _bare(pair.prompt)
+        for pair in job.pairs
     ]
+
+
+def _bare(prompt: Any) -> str:
+    """A prompt's last message without the blanks that files differ in."""
+    return " ".join(last_message(prompt).split())
 
 
 def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:

@@ -37,7 +37,7 @@ from trimtab.metrics.judges import Judge
 from trimtab.metrics.significance import holm, paired_p
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel
-from trimtab.runs import SharedRun
+from trimtab.runs import SharedRun, check_overwritable
 from trimtab.spaces import (
     Fitter,
     Params,
@@ -165,9 +165,12 @@ def compare(
     fitters, fit = _fitters(bench, texts, candidates, cache)
     rows = []
     _ = bench.metric  # one that the task does not have is refused before anything is written
+    # All directories are looked at before anything in one of them is overwritten.
+    own_runs = [_own_run(run, one.name, config, overwrite) for one in candidates]
+    if overwrite and run.path is not None and capability:
+        check_overwritable(run.path / "capability")
     run.begin()
-    for fitter, one in zip(fitters, candidates, strict=True):
-        own = _own_run(run, one.name, config, overwrite)
+    for fitter, one, own in zip(fitters, candidates, own_runs, strict=True):
         rows.append(_swept(bench, fitter, one, trials, max_cost, seed, own, timed))
     chosen = {row.name: row.sweep.steering for row in rows if row.sweep and row.sweep.steering}
     records = {row.name: list(row.sweep.tested) for row in rows if row.sweep and row.sweep.tested}

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,7 +28,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import write_whole
@@ -38,18 +39,57 @@ _CHECKSUM = "checksum"
 #: How long a path is at most for which the files of a run below it can be made.
 _LONGEST_PATH = 3500
 
-#: Files that runs leave in a directory, beside the pictures and the records of parts.
+#: What a run's environment says where each of its lines has a checksum from the first on.
+_ALL_SEALED = {"records": "each line has a checksum"}
+#: Of how an environment is known, also one from before there were checksums.
+_ENVIRONMENT = {"date", "python", "platform", "packages"}
+#: What comes of the work of a run.
+_MADE = ("records.jsonl", "results.json", "report.html", "best.safetensors")
+#: Files that runs leave in a directory, beside the pictures and the records of parts. What tells
+#: that a directory is a run's goes last, for one that is interrupted meanwhile.
 _LEFT = (
+    *_MADE,
+    *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")),
     "config.json",
     "environment.json",
-    "records.jsonl",
-    "results.json",
-    "report.html",
-    "best.safetensors",
-    *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")),
 )
+#: The pictures of runs, by name: those of a recipe with its part before them.
+PICTURES = [
+    "ablations",
+    "coherence",
+    "combinations",
+    "cosines",
+    "count",
+    "curves",
+    "dial",
+    "differences",
+    "footprint",
+    "gain-and-cost",
+    "heatmap",
+    "line",
+    "masks",
+    "norms",
+    "overlap",
+    "overview",
+    "pairs",
+    "panels",
+    "projections",
+    "suppression",
+    "tasks",
+    "tokens",
+    "trials",
+    "units",
+]
+_PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
+#: The records of parts, by name: of trials, of the unsteered model and of dials.
+_PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
+
+#: The tokens of a text are its weight: more than these is no text.
+_HEAVIEST = 1e12
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+#: A value of which the square is finite, so that there is a variance.
+Bounded = Annotated[Finite, Field(ge=-1e150, le=1e150)]
 
 
 class Scored(BaseModel):
@@ -62,15 +102,22 @@ class Scored(BaseModel):
     steering: str | None
     index: Annotated[int, Field(ge=0)]
     id: str
-    values: dict[str, Finite | None]
+    values: dict[str, Bounded | None]
     seconds: Annotated[Finite, Field(ge=0)]
     prompt: Any = None
     output: Any = None
     prediction: Any = None
     target: Any = None
-    weight: Annotated[Finite, Field(gt=0)] = 1.0
+    weight: Annotated[Finite, Field(gt=0, le=_HEAVIEST)] = 1.0
     n: Annotated[int, Field(ge=0)] = 0
     figures: dict[str, Finite] = {}
+
+    @model_validator(mode="after")
+    def _figures_have_a_number(self) -> Scored:
+        """Figures over a whole task stand alone, beside how many examples they are of."""
+        if self.figures and (self.values or "n" not in self.model_fields_set):
+            raise ValueError("figures have an n, and no values beside them")
+        return self
 
 
 class Run:
@@ -84,11 +131,14 @@ class Run:
         self.records: list[dict[str, Any]] = []
         self._lock: FileLock | None = None
         self._overwrite, self._begun, self._made = overwrite, False, False
+        self._all_sealed = True
         if self.path is not None:
             self._open(self.path)
 
     def _open(self, path: Path) -> None:
         try:
+            if self._overwrite:
+                check_overwritable(path)
             self._made = _make_directory(path)
             self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
@@ -111,7 +161,8 @@ class Run:
         if not file.exists():
             return []
         salt = _digest(self.config)
-        whole, records, places, sealed = 0, [], set(), False
+        self._all_sealed = _says_all_sealed(file.parent)
+        whole, records, places, sealed = 0, [], set(), self._all_sealed
         try:
             content = file.read_bytes()
         except OSError as error:
@@ -178,7 +229,10 @@ class Run:
         if self._begun:
             return
         assert self.path is not None
-        self._write("environment.json", environment())  # fails on a full disk, with nothing lost
+        note = _ALL_SEALED if self._all_sealed else {}
+        self._write(
+            "environment.json", environment() | note
+        )  # fails on a full disk, with nothing lost
         if self._overwrite:
             for name in ("report.html", "results.json", "records.jsonl"):
                 (self.path / name).unlink(missing_ok=True)
@@ -223,7 +277,9 @@ class SharedRun:
         try:
             _check_path(self.path)
             _check_writable(self.path)
-            if not overwrite:
+            if overwrite:
+                check_overwritable(self.path)
+            else:
                 self.config = check_config(self.path, self.config)
         except OSError as error:
             reason = error.strerror or error
@@ -237,11 +293,12 @@ class SharedRun:
             self.path.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path / ".lock", timeout=60):
                 if self._overwrite:
+                    check_overwritable(self.path)  # something else may have come meanwhile
                     self._clear()
                 else:  # another process may have begun something else meanwhile
                     self.config = check_config(self.path, self.config)
                 if not (self.path / "config.json").exists():
-                    write_json(self.path / "environment.json", environment())
+                    write_json(self.path / "environment.json", environment() | _ALL_SEALED)
                     write_json(self.path / "config.json", self.config)
         except Timeout as error:
             raise TrimtabError(f"{self.path} is in use by another process") from error
@@ -253,11 +310,12 @@ class SharedRun:
     def _clear(self) -> None:
         """Take away what an earlier run left, and nothing else."""
         assert self.path is not None
-        for name in _LEFT:
-            (self.path / name).unlink(missing_ok=True)
-        for pattern in ("records/*.jsonl", "pictures/*.svg", "pictures/*.png"):
-            for file in self.path.glob(pattern):
-                file.unlink()
+        pictures = [*self.path.glob("pictures/*.svg"), *self.path.glob("pictures/*.png")]
+        parts = self.path.glob("records/*.jsonl")
+        own = [file for file in pictures if _PICTURE.fullmatch(file.stem)]
+        own += [file for file in parts if _is_part(file)]
+        for file in (*own, *(self.path / name for name in _LEFT)):
+            file.unlink(missing_ok=True)
 
     def file(self, name: str) -> Path | None:
         """Where the records of a part are."""
@@ -297,7 +355,8 @@ class SharedRun:
             _read_line(line, f"{file}, line {number}", place)
             for number, (line, place) in enumerate(zip(lines, places, strict=True), 1)
         ]
-        if len({has_checksum for _, has_checksum in read}) > 1:
+        without = sum(not has_checksum for _, has_checksum in read)
+        if without and (without < len(read) or _says_all_sealed(file.parents[1])):
             self.refuse(name, "some of its lines have no checksum")
         return [record for record, _ in read]
 
@@ -338,6 +397,71 @@ class SharedRun:
         if report is not None:
             page = report(environment()).encode()
             write_whole(self.path / "report.html", page, overwrite=True)
+
+
+def check_overwritable(path: Path) -> None:
+    """Refuse to overwrite a directory in which there is something, and not a run."""
+    if not path.is_dir():
+        return
+    names = {file.name for file in path.iterdir()} - {".lock"}
+    # A run that was killed as it began has an environment alone.
+    begun = names == {"environment.json"}
+    known = not _has_foreign_environment(path) if begun else _is_run(path)
+    if names and not known:
+        raise TrimtabError(f"{path} is not a run's directory: overwriting replaces only those")
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory is that of a run; a model's has a config.json too."""
+    config = object_in(path / "config.json")
+    return config is not None and "model_type" not in config and _is_environment(path)
+
+
+def _is_environment(path: Path) -> bool:
+    """Whether the environment.json of a directory is a run's."""
+    found = object_in(path / "environment.json")
+    return found is not None and (
+        found.keys() >= _ENVIRONMENT or _ALL_SEALED.items() <= found.items()
+    )
+
+
+def _has_foreign_environment(path: Path) -> bool:
+    """Whether there is an environment.json that no run wrote; an empty one is nobody's."""
+    file = path / "environment.json"
+    return file.exists() and file.stat().st_size > 0 and not _is_environment(path)
+
+
+def object_in(file: Path) -> dict[str, Any] | None:
+    """What a file holds, where that is a JSON object."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _says_all_sealed(path: Path) -> bool:
+    """Whether each line of a run must have a checksum; before there were any, none has."""
+    file = path / "environment.json"
+    if not file.exists():
+        return False
+    found = object_in(file)
+    if found is None:
+        raise TrimtabError(f"{file} is damaged: choose another directory, or pass --overwrite")
+    return _ALL_SEALED.items() <= found.items()
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a file is the records of a part: by its name, or by its first line."""
+    if _PART.fullmatch(file.stem):
+        return True
+    with file.open("rb") as opened:
+        line = opened.readline()
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {"task", "id", "steering"} <= record.keys()
 
 
 def _make_directory(path: Path) -> bool:
@@ -439,6 +563,8 @@ def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if known is None:
         return config
     if known != config:
+        if not _is_run(path):
+            raise TrimtabError(f"{path} is not a run's directory: choose another one")
         differing = sorted(
             key for key in known.keys() | config.keys() if known.get(key) != config.get(key)
         )
@@ -455,6 +581,11 @@ def _read_config(path: Path) -> dict[str, Any] | None:
         names = ("records.jsonl", "records/*.jsonl", "study.db")
         if any(list(path.glob(name)) for name in names):
             raise TrimtabError(f"{path} has records but no config.json: choose another one")
+        held = [name for name in _MADE if (path / name).exists()]
+        if held:  # somebody's own, which would be lost at the end
+            raise TrimtabError(f"{path} holds {held[0]} but no config.json: choose another one")
+        if _has_foreign_environment(path):
+            raise TrimtabError(f"{path} holds an environment.json of no run: choose another one")
         return None
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import typer
 from trimtab.errors import TrimtabError
 from trimtab.loading import load
 from trimtab.model import LanguageModel
+from trimtab.runs import object_in
 from trimtab.steering import Steering, refuse_other_file
 from trimtab.terminal import CleanConsole, is_terminal
 
@@ -109,17 +110,33 @@ def refuse_steering_path(path: Path, overwrite: bool) -> None:
     refuse_other_file(path)
 
 
-def refuse_holding(directory: Path, file: str, overwrite: bool) -> None:
-    """Before hours of work: a directory that has this file already, or cannot be written."""
-    if (directory / file).exists() and not overwrite:
-        raise TrimtabError(
-            f"{directory} holds {file}: choose another directory, or pass --overwrite"
-        )
+def refuse_holding(directory: Path, file: str, overwrite: bool, keys: set[str]) -> None:
+    """Before hours of work: a directory that has this file already, or cannot be written.
+
+    Overwriting is for a directory whose `file` has the `keys` that this program writes there.
+    """
+    if not overwrite and (directory / file).exists():
+        remedy = ", or pass --overwrite" if _has_keys(directory / file, keys) else ""
+        raise TrimtabError(f"{directory} holds {file}: choose another directory{remedy}")
+    if overwrite and _is_filled(directory) and not _has_keys(directory / file, keys):
+        raise TrimtabError(f"{directory} is not a run's directory: overwriting replaces only those")
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not there.is_dir():
         raise TrimtabError(f"cannot write to {directory}: {there} is a file")
     if not os.access(there, os.W_OK):
         raise TrimtabError(f"cannot write to {directory}: no permission to write in {there}")
+
+
+def _is_filled(directory: Path) -> bool:
+    try:
+        return directory.is_dir() and any(directory.iterdir())
+    except OSError as error:
+        raise TrimtabError(f"cannot read {directory}: {error.strerror or error}") from error
+
+
+def _has_keys(file: Path, keys: set[str]) -> bool:
+    found = object_in(file)
+    return found is not None and keys <= found.keys()
 
 
 def make_directory(directory: Path) -> None:

@@ -157,7 +157,7 @@ def curve_command(
     if concept is None and (words or judge):
         raise TrimtabError("--words and --judge are for a --concept")
     if output is not None:
-        refuse_holding(output, "curve.json", overwrite)
+        refuse_holding(output, "curve.json", overwrite, {"curves", "model"})
     read_text = _plain(ce_text) if ce or ce_text else []
     source = None if contrast is None else Contrast.load(contrast, data=data, seed=seed)
     labeller = _judge(concept, words, judge, judge_url, judge_key_env, dtype, device)

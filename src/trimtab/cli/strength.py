@@ -158,7 +158,7 @@ def theory_command(
     """
     from trimtab.strength.ufm_pictures import facts, lines, save_pictures
 
-    refuse_holding(output, "theory.json", overwrite)
+    refuse_holding(output, "theory.json", overwrite, {"uniform"})
     numbers = facts()
     pictures = save_pictures(output, overwrite=overwrite)
     text = json.dumps(numbers, indent=1, allow_nan=False)

@@ -39,6 +39,8 @@ def misfit(record: Record, planned: Record | None) -> str:
     for key, value in planned.items():
         if key in record and record[key] != json.loads(json.dumps(value)):
             return f"it is not of the example with its index ({key})"
+    if record.get("figures"):
+        return "it has figures of a whole task, and is of one example"
     return ""
 
 
