@@ -511,6 +511,7 @@ def test_an_untested_version_is_said(
 def test_a_soft_cap_on_attention_is_heeded_in_every_version() -> None:
     """As before 5.21, where nothing keeps Gemma 2 from running without it."""
     model = tiny_model("gemma2")
+    model.set_attn_implementation("eager")
     expected = model(torch.tensor([[1, 2, 3, 4]])).logits
     model.config._attn_implementation = "sdpa"
     with pytest.warns(tt.TrimtabWarning, match="soft-cap"):
