@@ -107,6 +107,8 @@ def tiny_model(
     # Construction draws from the global generator; all that it draws is overwritten below.
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if getattr(config, "attn_logit_softcapping", None):  # which older versions leave out elsewhere
+        model.set_attn_implementation("eager")
     # The name takes part, so that two architectures of one size do not share weights.
     _randomise(model, torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()
