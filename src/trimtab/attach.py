@@ -244,18 +244,13 @@ def _on_model(
             raise TrimtabError(
                 "the model's transformer body was replaced after it was wrapped: wrap it again"
             )
-        positions = {step.positions for step in _all(steps)}
-        sequences = Sequences(
-            list(inspect.signature(anatomy.body.forward).parameters),
-            rows=rows,
-            pad=pad,
-            choose=choose,
-            positions=positions,
-        )
         if not steps:
-            yield sequences
+            yield Sequences()
             return
+        positions = {step.positions for step in _all(steps)}
         placed = bool(positions - {"all"} or rows or choose)
+        names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
+        sequences = Sequences(names, rows=rows, pad=pad, choose=choose, positions=positions)
         own = None if block else current_thread()
         opened = Block(sequences, placed, choose is not None, own, labels=labels)
         edits: dict[Point, Edit] = {

@@ -19,7 +19,7 @@ where it matters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -360,14 +360,14 @@ class Sequences:
             self._local.paused = False
 
 
-def find_cache(arguments: Mapping[str, Any]) -> Cache | None:
+def find_cache(values: Iterable[Any]) -> Cache | None:
     """The KV cache among the arguments of a body, whatever its name is."""
-    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _known_cache(arguments: Mapping[str, Any]) -> Cache | None:
     """The KV cache; one of another kind is refused: it does not tell where a text stands."""
-    cache = find_cache(arguments)
+    cache = find_cache(arguments.values())
     for name, value in arguments.items() if cache is None else ():
         holds = ("cache" in name or "past" in name) and not isinstance(value, bool | int | Tensor)
         if holds and value is not None:

@@ -131,7 +131,7 @@ class Attached:
     ) -> None:
         """Note what a block's pass is about to read; refuse one that began before the block."""
         if thread not in block.seen:
-            cache = None if thread is block.opener else find_cache({**_named(args), **kwargs})
+            cache = None if thread is block.opener else find_cache([*args, *kwargs.values()])
             if cache is not None and not block.sequences.generating and cache.get_seq_length():
                 raise TrimtabError(
                     "another thread was generating when the block began, so that its text would "
@@ -240,7 +240,3 @@ def _is_sound(output: Any) -> Tensor | bool:
         return True
     size = hidden[:, -1].float().abs().amax(-1)
     return ((size > 0) & size.isfinite()).all()
-
-
-def _named(args: tuple[Any, ...]) -> dict[str, Any]:
-    return {str(place): value for place, value in enumerate(args)}
