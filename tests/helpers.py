@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.anatomy import KINDS
+from trimtab.calibration import Calibration
 from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 from trimtab.steering import Positions
 
@@ -35,6 +36,17 @@ TELLING = {"Scale": 1.5, "Add": 1.5, "Ablate": 3.0, "Rotate": 70.0, "Absolute": 
     "Turn": 200.0,
     "Adaptive": 200.0,
 }
+
+#: A calibration of three budgets, of which half of the prompts do not reach the largest.
+CALIBRATION = Calibration(
+    kl=(0.01, 0.1, 1.0),
+    prompts=20,
+    digest="cd" * 32,
+    positive=(2.0, 6.0, None),
+    positive_worst5=(1.0, 4.0, 9.0),
+    negative=(-3.0, -9.0, None),
+    negative_worst5=(-2.0, -5.0, -8.0),
+)
 
 #: The kinds of sites that an architecture lacks: norms before the branches, or after them.
 MISSING: dict[str, tuple[str, ...]] = {

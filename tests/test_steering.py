@@ -24,6 +24,7 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import (
+    CALIBRATION,
     PROMPTS,
     by_hand,
     language_model,
@@ -35,7 +36,6 @@ from helpers import (
 )
 from reference import reference
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.calibration import Calibration
 from trimtab.contrasts import Pair
 from trimtab.metrics.likelihood import cross_entropy, log_odds
 from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
@@ -311,16 +311,6 @@ def test_at_warns_out_of_range() -> None:
 
 
 # -- calibration ------------------------------------------------------------------------------
-
-CALIBRATION = Calibration(
-    kl=(0.01, 0.1, 1.0),
-    prompts=20,
-    digest="cd" * 32,
-    positive=(2.0, 6.0, None),
-    positive_worst5=(1.0, 4.0, 9.0),
-    negative=(-3.0, -9.0, None),
-    negative_worst5=(-2.0, -5.0, -8.0),
-)
 
 
 def test_a_calibrated_dial_by_its_budget() -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import trimtab as tt
-from helpers import basis, language_model
+from helpers import CALIBRATION, basis, language_model
 from trimtab.anatomy import BLOCK_KINDS, parse_site
 from trimtab.calibration import Calibration
 from trimtab.cli import main
@@ -30,15 +30,6 @@ from trimtab.steering import ModelIdentity, Steering
 
 LARGEST = torch.finfo(torch.float32).max
 MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)
-CALIBRATION = Calibration(
-    kl=(0.01, 0.1, 1.0),
-    prompts=20,
-    digest="cd" * 32,
-    positive=(2.0, 6.0, None),
-    positive_worst5=(1.0, 4.0, 9.0),
-    negative=(-3.0, -9.0, None),
-    negative_worst5=(-2.0, -5.0, -8.0),
-)
 
 
 def every() -> Steering:
