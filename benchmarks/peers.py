@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trimtab as tt
-from trimtab.packs import cache_dir
+from trimtab.files import cache_dir
 
 TORCH = "torch==2.13.0"
 

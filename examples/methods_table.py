@@ -127,7 +127,7 @@ def main(
 ) -> None:
     """Fit, choose, measure, and print the table."""
     started = time.perf_counter()
-    lm, texts = tt.load(model), tt.Contrast.load(contrast)
+    lm, texts = tt.load(model), tt.load_contrast(contrast)
     plain = plain_texts()
     table = candidates(lm.anatomy.layers, sae)
     methods = [method for settings, _ in table.values() for method in settings]

@@ -148,7 +148,7 @@ def read_passages(sources: Sequence[str] | None) -> list[Passage]:
 def read_source(source: str) -> list[Passage]:
     """The passages of one --text."""
     if source.startswith("builtin:"):
-        pairs = tt.Contrast.load(source).train.pairs
+        pairs = tt.load_contrast(source).train.pairs
         return [[(p.prompt, p.positive), (p.prompt, p.negative)] for p in pairs]
     try:
         with Path(source).open(encoding="utf-8-sig") as lines:

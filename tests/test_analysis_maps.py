@@ -23,6 +23,7 @@ from trimtab.contrasts import Contrast
 from trimtab.methods.austeer import AUSteer
 from trimtab.methods.sadi import SADI
 from trimtab.plots import rendered
+from trimtab.tasks import load_contrast
 
 WHO = ("king", "mother", "captain", "daughter", "fire")
 WHAT = ("ship", "map", "table", "house")
@@ -229,7 +230,7 @@ def test_pairs_says_how_units_and_effect_settle(lm: tt.LanguageModel, tmp_path: 
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    contrast = Contrast.load(str(path))
+    contrast = load_contrast(str(path))
     found = pairs(
         lm, f"contrast:{path}", counts=(4, 10, 1000), resamples=3, site="heads", k=8, alpha=9.0
     )

@@ -21,7 +21,7 @@ import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.contrasts import Contrast, Pair
 from trimtab.packs import encoder_directory
-from trimtab.tasks import encoder
+from trimtab.tasks import encoder, load_contrast
 from trimtab.tasks.answers import from_answers, nearest, nearest_as_published, read_answers
 
 ROWS = [("1 + 1 =", "2"), ("2 + 2 =", "4"), ("4 + 5 =", "9"), ("1 + 3 =", "4"), ("9 * 9 =", "81")]
@@ -129,18 +129,18 @@ def test_as_published_the_same_answer_is_spaces() -> None:
 
 def test_a_file_without_choices(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in ROWS])
-    contrast = Contrast.load(f"answers:{path}", seed=5)
+    contrast = load_contrast(f"answers:{path}", seed=5)
     assert contrast.name == f"answers:{path}"
     assert contrast.pairs == from_answers(ROWS, seed=5).pairs
-    assert contrast == Contrast.load(f"answers:{path}", seed=5)
+    assert contrast == load_contrast(f"answers:{path}", seed=5)
     many = write(tmp_path / "many.jsonl", [{"prompt": p, "answer": a} for p, a in ROWS * 10])
-    assert Contrast.load(f"answers:{many}", seed=5) != Contrast.load(f"answers:{many}", seed=6)
+    assert load_contrast(f"answers:{many}", seed=5) != load_contrast(f"answers:{many}", seed=6)
 
 
 @pytest.mark.usefixtures("toy_encoder")
 def test_a_file_by_likeness(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.jsonl", [{"prompt": p, "answer": a} for p, a in ROWS])
-    contrast = Contrast.load(f"answers-similar:{path}")
+    contrast = load_contrast(f"answers-similar:{path}")
     assert sides(contrast) == [("2", "4"), ("4", "2"), ("9", "4"), ("4", "2"), ("81", "9")]
 
 
@@ -167,7 +167,7 @@ def test_choices_of_a_row_are_its_own(tmp_path: Path) -> None:
 
 def test_all_rows_with_choices(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "answer": "yes", "choices": ["yes", "no"]} for i in range(3)]
-    contrast = Contrast.load(f"answers:{write(tmp_path / 'rows.jsonl', rows)}")
+    contrast = load_contrast(f"answers:{write(tmp_path / 'rows.jsonl', rows)}")
     assert sides(contrast) == [("yes", "no")] * 3
 
 
@@ -199,7 +199,7 @@ def test_bad_files(tmp_path: Path) -> None:
         path = write(tmp_path / "rows.jsonl", [GOOD, GOOD, row])
         refused_in_one_line(lambda: read_answers(path), f"rows.jsonl, row 3: '{key}' is missing")
     missing = tmp_path / "none.jsonl"
-    refused_in_one_line(lambda: Contrast.load(f"answers:{missing}"), f"cannot read {missing}")
+    refused_in_one_line(lambda: load_contrast(f"answers:{missing}"), f"cannot read {missing}")
     path.write_text('{"prompt": "a"\n')
     refused_in_one_line(lambda: read_answers(path), "rows.jsonl, line 1 is not JSON")
     path.write_text("\n")
@@ -225,7 +225,7 @@ def copa_rows(count: int) -> list[dict[str, Any]]:
 
 def test_a_contrast_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "copa/balanced_train.jsonl", copa_rows(10))
-    contrast = Contrast.load("task:copa", data=str(tmp_path))
+    contrast = load_contrast("task:copa", data=str(tmp_path))
     assert contrast.name == "task:copa"
     assert [pair.part for pair in contrast.pairs] == ["train"] * 8 + ["validation"] * 2
     assert sides(contrast.part("validation")) == [("A", "B"), ("B", "A")]  # rows 4 and 9
@@ -234,22 +234,22 @@ def test_a_contrast_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "Question:\nThe dough rose 1 times. Based on the previous passage, choose the most "
         "reasonable cause.\nA:The yeast was 1 days old.\nB:The oven was cold.\n\nAnswer:\n"
     )
-    paper = Contrast.load("task:copa", data=str(tmp_path), protocol="paper")
+    paper = load_contrast("task:copa", data=str(tmp_path), protocol="paper")
     assert [pair.part for pair in paper.pairs] == [None] * 10
     monkeypatch.setenv("TRIMTAB_DATA", str(tmp_path))
-    assert Contrast.load("task:copa") == contrast
+    assert load_contrast("task:copa") == contrast
 
 
 def test_the_papers_contrast_is_the_first_thousand_rows(tmp_path: Path) -> None:
     write(tmp_path / "copa/balanced_train.jsonl", copa_rows(1005))
-    paper = Contrast.load("task:copa", data=str(tmp_path), protocol="paper")
+    paper = load_contrast("task:copa", data=str(tmp_path), protocol="paper")
     assert len(paper) == 1000
     assert "rose 999 times" in str(paper.pairs[-1].prompt)
-    assert len(Contrast.load("task:copa", data=str(tmp_path))) == 1000
+    assert len(load_contrast("task:copa", data=str(tmp_path))) == 1000
 
 
 def test_a_contrast_of_the_real_data(data_dir: Path) -> None:
-    contrast = Contrast.load("task:copa", data=str(data_dir))
+    contrast = load_contrast("task:copa", data=str(data_dir))
     assert len(contrast) == 1000
     assert Counter(pair.part for pair in contrast.pairs) == {"train": 800, "validation": 200}
     assert Counter(sides(contrast)).keys() == {("A", "B"), ("B", "A")}
@@ -257,12 +257,12 @@ def test_a_contrast_of_the_real_data(data_dir: Path) -> None:
 
 def test_bad_names(tmp_path: Path) -> None:
     data = str(tmp_path)
-    refused_in_one_line(lambda: Contrast.load("task:bread", data=data), "unknown task 'bread'")
+    refused_in_one_line(lambda: load_contrast("task:bread", data=data), "unknown task 'bread'")
     refused_in_one_line(
-        lambda: Contrast.load("task:copa", data=data, protocol="ours"), "unknown protocol 'ours'"
+        lambda: load_contrast("task:copa", data=data, protocol="ours"), "unknown protocol 'ours'"
     )
     path = write(tmp_path / "p.jsonl", [{"prompt": "Bread?"}])
-    refused_in_one_line(lambda: Contrast.load(f"task:coherence:{path}"), "has no contrast")
+    refused_in_one_line(lambda: load_contrast(f"task:coherence:{path}"), "has no contrast")
 
 
 # -- the sentence encoder ----------------------------------------------------------------------

@@ -28,7 +28,7 @@ from helpers import (
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.hooks import is_hooked
 from trimtab.operators import Add
-from trimtab.strength import budget, budgets, calibrate
+from trimtab.strength import budget, budgets, calibrate, within
 from trimtab.strength.budgets import Budget, Solution, _of_set, _run, _Search
 
 #: For tests that leave the model as it is.
@@ -322,8 +322,8 @@ def test_budgets_that_are_none(kl: float) -> None:
     says = "must be above 0 nats"
     refused_in_one_line(lambda: budget(lm, steering, PROMPTS, kl), says)
     refused_in_one_line(lambda: calibrate(lm, steering, PROMPTS, [0.1, kl]), says)
-    refused_in_one_line(lambda: lm.generate(PROMPTS, steering=steering, kl=kl), says)
-    refused_in_one_line(lambda: lm.steered(steering, kl=kl).__enter__(), says)
+    refused_in_one_line(lambda: lm.generate(PROMPTS, steering=within(steering, kl=kl)), says)
+    refused_in_one_line(lambda: lm.steered(within(steering, kl=kl)).__enter__(), says)
 
 
 def test_what_has_no_budget() -> None:
@@ -333,29 +333,33 @@ def test_what_has_no_budget() -> None:
         turn = steer_at(lm, "resid", op)
         for action in (
             lambda turn=turn: budget(lm, turn, PROMPTS),
-            lambda turn=turn: lm.steered(turn, kl=0.1).__enter__(),
-            lambda turn=turn: lm.generate(PROMPTS, steering=turn, kl=0.1),
+            lambda turn=turn: lm.steered(within(turn, kl=0.1)).__enter__(),
+            lambda turn=turn: lm.generate(PROMPTS, steering=within(turn, kl=0.1)),
         ):
             refused_in_one_line(action, "sets an angle rather than turning by one")
     for action in (
         lambda: budget(lm, late, PROMPTS),
-        lambda: lm.steered(late, kl=0.1).__enter__(),
+        lambda: lm.steered(within(late, kl=0.1)).__enter__(),
     ):
         refused_in_one_line(action, "acts on generated tokens only")
     both: Any = ok + ok
     refused_in_one_line(lambda: budget(lm, both, PROMPTS), "one steering, not several")
-    refused_in_one_line(lambda: lm.steered(ok, ok, kl=0.1).__enter__(), "one steering, not 2")
-    refused_in_one_line(lambda: lm.steered(None, kl=0.1).__enter__(), "one steering, not 0")
-    refused_in_one_line(lambda: lm.generate(PROMPTS, steering=both, kl=0.1), "one steering, not 2")
-    refused_in_one_line(lambda: lm.generate(PROMPTS, kl=0.1), "one steering, not 0")
+    refused_in_one_line(lambda: lm.steered(within(ok, kl=0.1), ok).__enter__(), "alone")
+    refused_in_one_line(
+        lambda: lm.logits(PROMPTS, steering=[within(ok, kl=0.1), None, None]), "for all rows"
+    )
+    refused_in_one_line(
+        lambda: lm.generate(PROMPTS, steering=within(both, kl=0.1)), "the dial of one steering"
+    )
+    refused_in_one_line(lambda: within(None, kl=0.1), "the dial of one steering")
     other: Any = "up"
     refused_in_one_line(lambda: budget(lm, ok, PROMPTS, side=other), "known are positive, negative")
     refused_in_one_line(lambda: budget(lm, ok, []), "there is no prompt")
     refused_in_one_line(lambda: calibrate(lm, ok, []), "there is no prompt")
     refused_in_one_line(lambda: calibrate(lm, ok, PROMPTS, []), "there is no budget")
-    refused_in_one_line(lambda: lm.generate([], steering=ok, kl=0.1), "there is no prompt")
+    refused_in_one_line(lambda: lm.generate([], steering=within(ok, kl=0.1)), "there is no prompt")
     gpt2 = shared("gpt2")
-    refused_in_one_line(lambda: gpt2.steered(ok, kl=0.1).__enter__(), "sizes do not fit")
+    refused_in_one_line(lambda: gpt2.steered(within(ok, kl=0.1)).__enter__(), "sizes do not fit")
     assert not is_hooked(lm.model)
 
 
@@ -363,10 +367,10 @@ def test_another_models_weights_need_force() -> None:
     lm = shared("llama")
     other = replace(steer_at(lm, "resid"), model=replace(lm.identity, digest="0" * 64))
     refused_in_one_line(lambda: budget(lm, other, PROMPTS, 0.1, chat=False), "made for")
-    refused_in_one_line(lambda: lm.steered(other, kl=0.1).__enter__(), "made for")
+    refused_in_one_line(lambda: lm.steered(within(other, kl=0.1)).__enter__(), "made for")
     found = budget(lm, other, PROMPTS, 0.1, chat=False, force=True)
     check_budget(lm, steer_at(lm, "resid"), PROMPTS, 0.1, found)
-    with lm.steered(other, kl=0.1, force=True):
+    with lm.steered(within(other, kl=0.1), force=True):
         lm.logits(PROMPTS)
 
 

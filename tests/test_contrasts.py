@@ -13,6 +13,7 @@ import pytest
 
 from trimtab import Contrast, TrimtabError
 from trimtab.contrasts import PARTS, Pair, Text, builtins
+from trimtab.tasks import load_contrast
 
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
 PAIRS = [
@@ -51,7 +52,7 @@ def test_paired_jsonl(tmp_path: Path) -> None:
 
 
 def test_unpaired_jsonl(tmp_path: Path) -> None:
-    contrast = Contrast.load(str(_jsonl(tmp_path / "texts.jsonl", TEXTS)))
+    contrast = load_contrast(str(_jsonl(tmp_path / "texts.jsonl", TEXTS)))
     assert not contrast.paired
     assert contrast.rows == (
         Text("What a day!", "positive"),
@@ -75,8 +76,8 @@ def test_csv_says_the_same_as_jsonl(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     for kind, rows in (("pairs", PAIRS), ("texts", TEXTS)):
-        by_csv = Contrast.load(str(tmp_path / f"{kind}.csv"))
-        by_jsonl = Contrast.load(str(_jsonl(tmp_path / f"{kind}.jsonl", rows)))
+        by_csv = load_contrast(str(tmp_path / f"{kind}.csv"))
+        by_jsonl = load_contrast(str(_jsonl(tmp_path / f"{kind}.jsonl", rows)))
         assert by_csv.rows == by_jsonl.rows
         assert by_csv.digest == by_jsonl.digest
 
@@ -123,7 +124,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
         ("pairs.jsonl", '{"prompt": "a", "positive": "b", "negative": "c"}\n'),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
-        assert Contrast.load(str(tmp_path / name)).rows == (Pair("a", "b", "c"),)
+        assert load_contrast(str(tmp_path / name)).rows == (Pair("a", "b", "c"),)
 
 
 def test_texts_come_back_exactly(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ BAD_FILES: list[tuple[str, str, str | bytes, list[str]]] = [
 def test_bad_file(tmp_path: Path, suffix: str, content: str | bytes, says: list[str]) -> None:
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    _refused(lambda: Contrast.load(str(path)), [str(path), *says])
+    _refused(lambda: load_contrast(str(path)), [str(path), *says])
 
 
 def _refused(action: Callable[[], Any], says: list[str]) -> None:
@@ -248,8 +249,8 @@ def _refused(action: Callable[[], Any], says: list[str]) -> None:
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     for name in ("missing.jsonl", "missing.csv"):
         path = str(tmp_path / name)
-        _refused(lambda path=path: Contrast.load(path), [path, "No such file"])
-    _refused(lambda: Contrast.load(str(tmp_path)), [str(tmp_path), "directory"])
+        _refused(lambda path=path: load_contrast(path), [path, "No such file"])
+    _refused(lambda: load_contrast(str(tmp_path)), [str(tmp_path), "directory"])
 
 
 BAD_LISTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
@@ -262,7 +263,7 @@ BAD_LISTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "text as a pair": (lambda: Contrast.from_pairs(["p"]), ["row 1"]),
     "number": (lambda: Contrast.from_texts([1], ["a"]), ["row 1", "list of messages"]),
     "builtin": (lambda: Contrast.builtin("nope"), ["'nope'", "facts", "formality"]),
-    "load builtin": (lambda: Contrast.load("builtin:nope"), ["'nope'", "facts"]),
+    "load builtin": (lambda: load_contrast("builtin:nope"), ["'nope'", "facts"]),
     "take none": (lambda: Contrast.from_pairs([("p", "a", "b")]).take(0), ["empty"]),
 }
 
@@ -399,7 +400,7 @@ def test_there_are_builtins() -> None:
 
 @pytest.mark.parametrize("name", builtins())
 def test_builtin_is_whole(name: str) -> None:
-    contrast = Contrast.load(f"builtin:{name}")
+    contrast = load_contrast(f"builtin:{name}")
     assert contrast.name == f"builtin:{name}"
     assert contrast.paired
     assert len(contrast) >= 300

@@ -145,7 +145,7 @@ def test_its_numbers_are_those_of_its_files(
     """What it left can be loaded, and gives on the test part the gain that it reports."""
     monkeypatch.chdir(done)
     lm = tt.load("model", device="cpu")
-    test = tt.Contrast.load("pairs.jsonl").part("test")
+    test = tt.load_contrast("pairs.jsonl").part("test")
     results = {result["name"]: result for result in numbers["results"]}
     base = log_odds(lm, test)
     for name, method, chosen in zip(
@@ -303,7 +303,7 @@ def test_ended_in_the_middle(
 def test_units_scaled_up_and_down_are_drawn_apart(work: Path) -> None:
     """The picture's legend counts what `inspect` says."""
     lm = tt.load("model", device="cpu")
-    contrast = tt.Contrast.load("pairs.jsonl")
+    contrast = tt.load_contrast("pairs.jsonl")
     steering = tt.AUSteer(site="heads", k=8).fit(lm, contrast)
     axes = Figure().subplots()
     plot_units(axes, steering, lm.anatomy.layers, lm.anatomy.width("layers.0.heads"))

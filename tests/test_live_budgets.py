@@ -24,7 +24,7 @@ from helpers import (
 )
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.hooks import is_hooked
-from trimtab.strength import budget, calibrate
+from trimtab.strength import budget, calibrate, within
 
 #: For tests that leave the model as it is.
 shared = cache(language_model)
@@ -71,10 +71,10 @@ def test_generate_with_a_budget(name: str, positions: Any) -> None:
     steering = with_range(steer_at(lm, "resid", positions=positions))
     dials = dials_of(lm, steering, PROMPTS)
     expected = [alone(lm, steering, *pair) for pair in zip(dials, TOKENS, strict=True)]
-    made = lm.generate(PROMPTS, steering=steering, kl=0.1, max_new_tokens=6, chat=False)
+    made = lm.generate(PROMPTS, steering=within(steering, kl=0.1), max_new_tokens=6, chat=False)
     assert [list(one.tokens) for one in made] == expected
     assert made[0].steering == (f"test alpha={dials[0]:g}",)
-    with lm.steered(steering, kl=0.1):
+    with lm.steered(within(steering, kl=0.1)):
         for use_cache in (True, False):
             assert raw(lm, TOKENS, use_cache=use_cache) == expected
         # Other prompts in the same block, fewer of them; and a plain pass.
@@ -92,7 +92,7 @@ def test_a_plain_pass_costs_the_budget() -> None:
     lm = shared("qwen3")
     with torch.no_grad():
         plain = lm.model(**padded(TOKENS)).logits[:, -1].double().log_softmax(-1)
-        with lm.steered(steer_at(lm, "resid"), kl=0.1):
+        with lm.steered(within(steer_at(lm, "resid"), kl=0.1)):
             steered = lm.model(**padded(TOKENS)).logits[:, -1].double().log_softmax(-1)
     # Positions that count from the padding on: the dial is that of the text without it.
     kl = (plain.exp() * (plain - steered)).sum(-1)
@@ -105,13 +105,13 @@ def test_the_side_is_the_settings(setting: float) -> None:
     steering = steer_at(lm, "resid").at(setting)
     side: Any = "negative" if setting < 0 else "positive"
     found = budget(lm, steering, PROMPTS, 0.1, chat=False, side=side)
-    made = lm.generate(PROMPTS, steering=steering, kl=0.1, max_new_tokens=6, chat=False)
+    made = lm.generate(PROMPTS, steering=within(steering, kl=0.1), max_new_tokens=6, chat=False)
     expected = [
         alone(lm, steering, row.dial, ids)
         for row, ids in zip(found.per_prompt, TOKENS, strict=True)
     ]
     assert [list(one.tokens) for one in made] == expected
-    with lm.steered(steering, kl=0.1):
+    with lm.steered(within(steering, kl=0.1)):
         assert raw(lm, TOKENS) == expected
     assert found.dial * setting > 0
 
@@ -128,7 +128,7 @@ def test_beams_and_several_samples() -> None:
         with lm.steered([steering.at(dial) for dial in dials]):
             expected = raw(lm, TOKENS, **options)
         torch.manual_seed(0)
-        with lm.steered(steering, kl=0.1):
+        with lm.steered(within(steering, kl=0.1)):
             assert raw(lm, TOKENS, **options) == expected
         assert len(expected) == 3 * options["num_return_sequences"]
 
@@ -138,7 +138,7 @@ def test_in_inference_mode_and_on_experts() -> None:
     steering = with_range(steer_at(lm, "ffn_in", "Scale"))
     dials = dials_of(lm, steering, PROMPTS)
     expected = [alone(lm, steering, *pair) for pair in zip(dials, TOKENS, strict=True)]
-    with lm.steered(steering, kl=0.1), torch.inference_mode():
+    with lm.steered(within(steering, kl=0.1)), torch.inference_mode():
         assert raw(lm, TOKENS) == expected
 
 
@@ -148,7 +148,7 @@ def test_inside_another_steering() -> None:
     outer, inner = steer_at(lm, "resid", seed=1).at(2), steer_at(lm, "resid", seed=2)
     with lm.steered(outer), torch.no_grad():
         plain = lm.logits(PROMPTS).double().log_softmax(-1)
-        with lm.steered(inner, kl=0.1):
+        with lm.steered(within(inner, kl=0.1)):
             steered = lm.logits(PROMPTS).double().log_softmax(-1)
     kl = (plain.exp() * (plain - steered)).sum(-1)
     assert kl.tolist() == pytest.approx([0.1] * 3, rel=0.02)
@@ -158,11 +158,11 @@ def test_one_budget_at_a_time() -> None:
     """A dial cannot be found with a model that looks for one whenever it runs."""
     lm = shared("llama")
     steering = steer_at(lm, "embed")
-    with lm.steered(steering, kl=0.1):
+    with lm.steered(within(steering, kl=0.1)):
         for action in (
             lambda: budget(lm, steering, PROMPTS, 0.1),
-            lambda: lm.generate(PROMPTS, steering=steering, kl=0.1),
-            lambda: lm.steered(steering, kl=0.1).__enter__(),
+            lambda: lm.generate(PROMPTS, steering=within(steering, kl=0.1)),
+            lambda: lm.steered(within(steering, kl=0.1)).__enter__(),
         ):
             refused_in_one_line(action, "find this one before that block")
         with lm.steered(steering.at(1)):  # a dial that is known is in nobody's way
@@ -178,7 +178,7 @@ def test_prompts_that_do_not_come_whole_are_refused() -> None:
     cache_of_some = lm.model(ids[:, :4], use_cache=True).past_key_values
     whole = "whole prompts of tokens"
     expected = alone(lm, steering, dials_of(lm, steering, PROMPTS[:1])[0], TOKENS[0])
-    with lm.steered(steering, kl=0.1):
+    with lm.steered(within(steering, kl=0.1)):
         for says, arguments in (
             (whole, {"inputs_embeds": embedded}),
             (whole, {"input_ids": ids, "prefill_chunk_size": 4}),
@@ -202,7 +202,10 @@ def test_nothing_is_left_after_an_exception() -> None:
         raise RuntimeError("on the way")
 
     handle = lm.model.model.layers[2].mlp.register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="on the way"), lm.steered(steer_at(lm, "resid"), kl=0.1):
+    with (
+        pytest.raises(RuntimeError, match="on the way"),
+        lm.steered(within(steer_at(lm, "resid"), kl=0.1)),
+    ):
         lm.model(torch.tensor([TOKENS[0]]))
     handle.remove()
     for module in lm.model.modules():

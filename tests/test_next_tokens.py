@@ -40,7 +40,8 @@ from trimtab.next_tokens import Batch, Next, Reading, after, next_tokens, plan
 from trimtab.packing import BATCH_ROWS
 from trimtab.resuming import Kept
 from trimtab.steering import POSITIONS, Positions
-from trimtab.tasks.task import Example, Generation, Source, Task
+from trimtab.tasks.data import Source
+from trimtab.tasks.task import Example, Generation, Task
 
 #: Heads wider than the model; a sliding window of 8; learnt positions; experts; norms after.
 MODELS = ("llama", "gemma3", "gpt2", "qwen3_moe", "olmo2")

@@ -152,8 +152,8 @@ def test_weights_are_read_once_after_a_copy(
     for path in copied.iterdir():
         os.utime(path, ns=(10**18, 10**18))
     read: list[str] = []
-    real = packs._sha256
-    monkeypatch.setattr(packs, "_sha256", lambda path: read.append(path.name) or real(path))
+    real = packs.file_digest
+    monkeypatch.setattr(packs, "file_digest", lambda path: read.append(path.name) or real(path))
     for expected in (1, 0):
         read.clear()
         packs.gguf_cached(made[0])

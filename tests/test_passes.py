@@ -29,6 +29,7 @@ from helpers import (
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab import versions
+from trimtab.strength import within
 from trimtab.versions import NEWEST, OLDEST, cache_argument
 
 POSITIONS = ("all", "prompt", "generated", "last")
@@ -73,9 +74,9 @@ def test_a_prompt_read_in_parts(positions: Any) -> None:
 def test_a_budgets_dial_is_kept_with_guesses(positions: Any) -> None:
     lm = language_model("llama")
     steering, _ = at(lm, positions if positions != "generated" else "all")
-    with lm.steered(steering, kl=0.05):
+    with lm.steered(within(steering, kl=0.05)):
         plain = raw_greedy(lm, [REPEATS], 10)
-    with lm.steered(steering, kl=0.05):
+    with lm.steered(within(steering, kl=0.05)):
         assert raw_greedy(lm, [REPEATS], 10, prompt_lookup_num_tokens=4) == plain
 
 

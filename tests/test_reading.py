@@ -23,12 +23,7 @@ from trimtab.operators import Add, Rotate, Turn
 from trimtab.plots import save_figure
 from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
 from trimtab.strength.pictures import Accuracy, Curves, draw, token_name
-from trimtab.strength.reading import (
-    find_peak,
-    find_sweet_spot,
-    fit_sigmoid,
-    read_beginning,
-)
+from trimtab.strength.reading import find_peak, find_sweet_spot, fit_sigmoid, read_beginning
 
 DIALS = (torch.arange(401, dtype=torch.float64) - 200) / 10
 

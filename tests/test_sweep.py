@@ -133,7 +133,7 @@ def test_choice_and_report_recomputed_from_the_records(done: tuple[Sweep, Path])
 def test_trials_equal_plain_evaluations_of_fresh_fits(
     done: tuple[Sweep, Path], lm: tt.LanguageModel, task: str
 ) -> None:
-    contrast = tt.Contrast.load(task.partition(":")[2])
+    contrast = tt.load_contrast(task.partition(":")[2])
     for number, params in enumerate([{"k": 1, "alpha": 2.0}, {"k": 1, "alpha": 30.0}]):
         steering = tt.AUSteer(**params).fit(lm, contrast)
         plain = tt.evaluate(lm, [task], steering=steering)
@@ -220,7 +220,7 @@ def test_without_the_oracle_only_the_best_sees_the_test_rows(
 
 def test_the_contrast_is_read_once(lm: tt.LanguageModel, task: str) -> None:
     lengths: list[int] = []
-    contrast = tt.Contrast.load(task.partition(":")[2])
+    contrast = tt.load_contrast(task.partition(":")[2])
     sides = {side for pair in contrast.train.pairs for side in (pair.prompt,)}
     assert len(sides) == 20
     from trimtab import spaces
@@ -271,7 +271,7 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
 def test_max_cost_leaves_out_what_costs_more(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
-    contrast = tt.Contrast.load(task.partition(":")[2])
+    contrast = tt.load_contrast(task.partition(":")[2])
     effect = Effect(lm, contrast.part("test"), plain_texts())
     space = {"layer": (0, 2), "alpha": (0.1, 20.0)}
     every = [{"layer": layer, "alpha": alpha} for layer in (0, 2) for alpha in (0.1, 20.0)]

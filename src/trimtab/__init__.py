@@ -14,8 +14,10 @@ from trimtab.methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd,
 from trimtab.model import Completion, LanguageModel
 from trimtab.spaces import Range
 from trimtab.steering import Dial, Intervention, Steering, Steerings
+from trimtab.strength import within
 from trimtab.sweep import sweep
 from trimtab.swept import Sweep
+from trimtab.tasks import load_contrast
 from trimtab.versions import warn_if_untested
 
 __all__ = [
@@ -49,8 +51,10 @@ __all__ = [
     "fit",
     "generate_contrast",
     "load",
+    "load_contrast",
     "strength",
     "sweep",
+    "within",
     "wrap",
 ]
 

@@ -27,7 +27,7 @@ from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.resuming import Kept
 from trimtab.runs import SharedRun
-from trimtab.tasks import Protocol, check_protocol, find_task
+from trimtab.tasks import Protocol, check_protocol, find_task, load_contrast
 
 #: Which way a metric counts.
 Better = Literal["more", "less"]
@@ -306,10 +306,10 @@ def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -
     if isinstance(contrast, Contrast):
         return contrast
     if contrast is not None:
-        return Contrast.load(contrast, data=data)
+        return load_contrast(contrast, data=data)
     kind, colon, source = task.partition(":")
     if colon and kind == "contrast":
-        return Contrast.load(source, data=data)
+        return load_contrast(source, data=data)
     if colon:
         raise TrimtabError(f"{task} has nothing to fit on: name a contrast")
-    return Contrast.load(f"task:{task}", data=data)
+    return load_contrast(f"task:{task}", data=data)

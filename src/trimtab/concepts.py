@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trimtab.contrasts import Contrast, Conversation, Prompt, json_object
+from trimtab.contrasts import Contrast, Conversation, Prompt
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.files import json_object, write_whole
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.steering import write_whole
 
 #: The paper's concepts. Any other is a word or a phrase of the user's.
 CONCEPTS = (

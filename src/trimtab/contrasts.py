@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.errors import TrimtabError
+from trimtab.files import json_object, parse_json
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -127,23 +128,6 @@ class Contrast:
             raise TrimtabError(f"no builtin contrast {name!r}: there are {', '.join(builtins())}")
         rows = [json.loads(line) for line in _builtin_file(name).open(encoding="utf-8")]
         return cls._from_rows(rows, f"builtin:{name}")
-
-    @classmethod
-    def load(
-        cls, source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
-    ) -> Contrast:
-        """`builtin:NAME`, a .jsonl or .csv file, `task:NAME` (right against wrong answers of a
-        task, by `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and
-        answer; the wrong one is another row's, at random by `seed`, or, as `answers-similar:FILE`,
-        the most similar one)."""
-        if source.startswith(("task:", "answers:", "answers-similar:")):
-            # Tasks are built on contrasts; only here does a contrast come from a task.
-            from trimtab.tasks import contrast_of
-
-            return contrast_of(source, data, protocol, seed)
-        if source.startswith("builtin:"):
-            return cls.builtin(source.removeprefix("builtin:"))
-        return cls.from_csv(source) if source.endswith(".csv") else cls.from_jsonl(source)
 
     @classmethod
     def _from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str) -> Contrast:
@@ -264,7 +248,7 @@ def last_message(prompt: Any) -> str:
 
 def read_cell(text: str, where: str) -> Any:
     """A prompt in a CSV file: messages, where it begins as a list of JSON objects does, or text."""
-    return _json(text.lstrip("\ufeff"), where) if _MESSAGES.match(text) else text
+    return parse_json(text.lstrip("\ufeff"), where) if _MESSAGES.match(text) else text
 
 
 def read_prompt(value: Any, where: str) -> Prompt:
@@ -323,21 +307,3 @@ def _open_text(path: Path) -> Any:
         return path.open(encoding="utf-8-sig", newline="")
     except OSError as error:
         raise TrimtabError(f"cannot read the contrast {path}: {error.strerror}") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        # JSON can escape half a surrogate pair, which is no text; Python reads NaN, which is none.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where} is not JSON: {error}") from error
-    return value
-
-
-def json_object(line: str, where: str) -> dict[str, Any]:
-    """A line of JSONL."""
-    value = _json(line, where)
-    if not isinstance(value, dict):
-        raise TrimtabError(f"{where} is not a JSON object")
-    return value

@@ -20,13 +20,14 @@ import torch
 from trimtab.bake import bake
 from trimtab.contrasts import PARTS, Contrast
 from trimtab.errors import TrimtabError
+from trimtab.files import write_whole
 from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
 from trimtab.metrics.effect import Effect, Trial, plain_texts
 from trimtab.metrics.intervals import Estimate, mean_interval
 from trimtab.model import LanguageModel
 from trimtab.plots import picture
-from trimtab.steering import Steering, write_whole
+from trimtab.steering import Steering
 
 CONTRAST = "formality"
 #: A setting is allowed when plain text gets no harder to predict than this, in nats per token.

@@ -22,9 +22,8 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
-from trimtab.packs import cache_dir
+from trimtab.files import cache_dir, write_whole
 from trimtab.runs import checksum
-from trimtab.steering import write_whole
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]

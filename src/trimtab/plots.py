@@ -11,8 +11,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from trimtab.describe import describe
+from trimtab.files import write_whole
 from trimtab.metrics.intervals import Estimate
-from trimtab.steering import Steering, write_whole
+from trimtab.steering import Steering
 
 # Okabe and Ito's palette.
 UP, DOWN, NEUTRAL = "#0072B2", "#D55E00", "#666666"

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimtab.errors import TrimtabError
-from trimtab.paths import user_path
+from trimtab.files import user_path
 from trimtab.tasks import TASKS
 from trimtab.tasks.data import data_directory, source_file
 

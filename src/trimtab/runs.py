@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import write_whole
+from trimtab.files import write_whole
 
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
 #: The key of a line's checksum.

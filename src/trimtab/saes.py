@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.paths import user_path
+from trimtab.files import user_path
 
 #: Loaders of sae-lens that read safetensors, npz without pickles, JSON and YAML only. The others
 #: unpickle, which trimtab never does.

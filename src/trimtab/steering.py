@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -38,6 +36,7 @@ from torch import Tensor
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.calibration import Calibration
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.files import exists, write_whole
 from trimtab.operators import OPERATORS, WIDEST, Add, Operator, Scale, to_tensors
 
 FORMAT_VERSION = 1
@@ -328,7 +327,7 @@ class Steering:
         """From `FILE`, `FILE@DIAL` or `FILE@kl=NATS`: what follows the last @ is the dial, unless
         there is a file of that name."""
         path, at, value = argument.rpartition("@")
-        if not at or _exists(Path(argument)):
+        if not at or exists(Path(argument)):
             return cls.load(argument)
         number = value.removeprefix("kl=")
         try:
@@ -545,13 +544,6 @@ def _sorted(content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a directory that may not be searched
-        return False
-
-
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a document and its tensors (on the CPU), whatever their order in the file."""
     digest = hashlib.sha256(text.encode())
@@ -630,34 +622,3 @@ def _intervention(
     operator: Operator = operator_type(**given)
     operator.check()
     return Intervention(described.site, operator, described.positions)
-
-
-# It can only be read by setting it, which threads must not do at the same time.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
-
-
-def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
-    """Write a file through a temporary one beside it, so that it is there whole or not at all."""
-    if _exists(path) and not overwrite:
-        raise TrimtabError(
-            f"{shown(path, 200)} exists: choose another name, or pass overwrite (--overwrite)"
-        )
-    try:
-        # Of a long name only the beginning, so that what is added does not make it too long.
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
-    except OSError as error:
-        raise TrimtabError(f"cannot write {shown(path, 200)}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise TrimtabError(
-                f"cannot write {shown(path, 200)}: {error.strerror or error}"
-            ) from error
-        raise
-    return path

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.files import write_whole
 from trimtab.packing import Packed
-from trimtab.steering import write_whole
 
 #: Goes into every digest: to be raised when a site or a token rule changes its meaning.
 _VERSION = 2

@@ -16,10 +16,9 @@ from trimtab.answering import Settings
 from trimtab.bench import Bench, Better
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Record, Result, summarise
+from trimtab.figures import VIOLATION, Record, Result, summarise
 from trimtab.fitting import check_choice
 from trimtab.jobs import Judging
-from trimtab.metrics.coherence import VIOLATION
 from trimtab.metrics.significance import holm
 from trimtab.model import LanguageModel
 from trimtab.progress import progress

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from trimtab.metrics.coherence import VIOLATION
+from trimtab.figures import VIOLATION
 from trimtab.plots import COLOURS, DOWN, NEUTRAL, STYLE, UP
 from trimtab.report import Picture
 

@@ -31,11 +31,10 @@ from trimtab.anatomy import parse_site
 from trimtab.bench import Better, contrast_for
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Result
+from trimtab.figures import VIOLATION, Result
 from trimtab.fitting import check_choice, check_number, fit
 from trimtab.jobs import Judging
 from trimtab.methods.angular import SS, sites_of
-from trimtab.metrics.coherence import VIOLATION
 from trimtab.metrics.judges import Judge
 from trimtab.metrics.toxicity import Scorer
 from trimtab.model import LanguageModel

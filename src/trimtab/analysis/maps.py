@@ -20,6 +20,7 @@ from trimtab.metrics.significance import holm
 from trimtab.model import LanguageModel
 from trimtab.plots import DOWN, NEUTRAL, STYLE, UP
 from trimtab.report import Picture, Table
+from trimtab.tasks import load_contrast
 
 #: Units of each kind of site that the table of a map shows.
 _SHOWN = 10
@@ -66,7 +67,7 @@ def scores(
 
 
 def _contrast(contrast: Contrast | str, data: str | None) -> Contrast:
-    return Contrast.load(contrast, data=data) if isinstance(contrast, str) else contrast
+    return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
 
 
 def _described(ranking: Ranking, k: int) -> dict[str, Any]:

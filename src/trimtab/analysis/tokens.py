@@ -30,6 +30,7 @@ from trimtab.report import Picture, Table
 from trimtab.steering import Dial, Intervention, Steering
 from trimtab.strength.limits import limit as far_limit
 from trimtab.strength.turning import Turning, divergence
+from trimtab.tasks import load_contrast
 
 #: The factors of Figure 3, and the one that stands for no end.
 STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
@@ -151,7 +152,7 @@ def _chosen(
     """The site and its units."""
     anatomy = language_model.anatomy
     if units is None and contrast is not None:
-        texts = Contrast.load(contrast, data=data) if isinstance(contrast, str) else contrast
+        texts = load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
         ranking = rankings(language_model, texts, [kind])[kind]
         if layer is None:
             layer = ranking.top(1)[0].layer

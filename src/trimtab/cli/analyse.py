@@ -35,6 +35,7 @@ from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.runs import SharedRun
+from trimtab.tasks import load_contrast
 from trimtab.terminal import CleanConsole
 
 #: Rows of a table that are shown in a terminal; the report has all.
@@ -384,7 +385,7 @@ def _describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if "contrast" in arguments and (task is not None or arguments["contrast"] is not None):
         contrasts["contrast"] = contrast_for(task or "", arguments["contrast"], data)
     for name, given in contrasts.items():
-        texts = given if isinstance(given, Contrast) else Contrast.load(given, data=data)
+        texts = given if isinstance(given, Contrast) else load_contrast(given, data=data)
         described.setdefault("contrasts", {})[name] = {"name": texts.name, "digest": texts.digest}
     return described
 

@@ -33,17 +33,17 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_holding,
 )
-from trimtab.contrasts import Contrast, json_object
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import evaluate
+from trimtab.files import json_object, write_whole
 from trimtab.fitting import fit
 from trimtab.loading import load
 from trimtab.metrics.effect import plain_texts
 from trimtab.metrics.judges import Chat, LocalChat
 from trimtab.model import LanguageModel
 from trimtab.plots import save_figure
-from trimtab.steering import Steering, write_whole
+from trimtab.steering import Steering
 from trimtab.strength.concept import (
     ChatConceptJudge,
     ConceptJudge,
@@ -56,6 +56,7 @@ from trimtab.strength.curves import TOLERANCE, at_layers, curve, method_of, resa
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Bounds, read
 from trimtab.strength.turning import limits
+from trimtab.tasks import load_contrast
 
 
 def curve_command(
@@ -159,7 +160,7 @@ def curve_command(
     if output is not None:
         refuse_holding(output, "curve.json", overwrite, {"curves", "model"})
     read_text = _plain(ce_text) if ce or ce_text else []
-    source = None if contrast is None else Contrast.load(contrast, data=data, seed=seed)
+    source = None if contrast is None else load_contrast(contrast, data=data, seed=seed)
     labeller = _judge(concept, words, judge, judge_url, judge_key_env, dtype, device)
     language_model = open_model(model, dtype, device)
     if layers is not None:

@@ -9,7 +9,7 @@ import typer
 
 from trimtab import demo as demonstration
 from trimtab.cli.common import Device, Dtype, Json, console, open_model, print_json
-from trimtab.contrasts import Contrast
+from trimtab.tasks import load_contrast
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for what it makes.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A pack, directory or hub id.")]
@@ -30,7 +30,7 @@ def demo(
 
     Example: `trimtab demo`
     """
-    texts = Contrast.load(contrast)
+    texts = load_contrast(contrast)
     language_model = open_model(model, dtype, device)
 
     def say(line: str) -> None:

@@ -28,12 +28,12 @@ from trimtab.cli.common import (
     print_json,
     refuse_steering_path,
 )
-from trimtab.contrasts import Contrast
 from trimtab.describe import describe, explain
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method, fit
 from trimtab.methods import METHODS
 from trimtab.steering import Steering
+from trimtab.tasks import load_contrast
 
 app = typer.Typer(
     help="Make a steering from a contrast: `trimtab fit METHOD --help` for a method's options, "
@@ -156,7 +156,7 @@ def _fit(
 ) -> list[Steering]:
     if max_length is not None and max_length < 2:
         raise TrimtabError(f"--max-length must be 2 or more, not {max_length}")
-    texts = Contrast.load(contrast, data=data, protocol=protocol)
+    texts = load_contrast(contrast, data=data, protocol=protocol)
     language_model = open_model(model, dtype, device)
     return fit(methods, language_model, texts, max_length=max_length, cache=cache)
 

@@ -31,6 +31,7 @@ from trimtab.cli.common import (
 from trimtab.decoding import left_aside
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import LanguageModel
+from trimtab.strength import within
 from trimtab.terminal import write_text
 
 
@@ -91,8 +92,8 @@ def generate(
     _say_what_is_left_aside(language_model, chosen)
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
-        rows = steerings[0]
-    runs = [(steer or [], language_model.generate(texts, steering=rows, kl=kl, **options))]
+        rows = within(steerings[0], kl=kl)
+    runs = [(steer or [], language_model.generate(texts, steering=rows, **options))]
     if compare and steerings:
         runs.insert(0, ([], language_model.generate(texts, **options)))
     if as_json:
@@ -140,7 +141,7 @@ def read_options(given: Sequence[str] | None) -> dict[str, Any]:
 
 
 #: What `LanguageModel.generate` takes under a name of its own.
-_OWN = frozenset(inspect.signature(LanguageModel.generate).parameters) - {"options"}
+_OWN = frozenset(inspect.signature(LanguageModel.generate).parameters) - {"options"} | {"kl"}
 
 
 def _flag(name: str) -> str:

@@ -8,16 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from trimtab.cli.common import (
-    Data,
-    Device,
-    Dtype,
-    Json,
-    Overwrite,
-    console,
-    open_model,
-    print_json,
-)
+from trimtab.cli.common import Data, Device, Dtype, Json, Overwrite, console, open_model, print_json
 from trimtab.errors import TrimtabError
 from trimtab.recipes import SCALES, billions_in, check_needs, find_recipe, recipes
 from trimtab.reproduce import Reproduction, beside_paper, check_ready, reproduce

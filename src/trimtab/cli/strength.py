@@ -36,8 +36,9 @@ from trimtab.cli.curve import curve_command
 from trimtab.contrasts import last_message
 from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
+from trimtab.files import write_whole
 from trimtab.loading import load
-from trimtab.steering import Steering, write_whole
+from trimtab.steering import Steering
 from trimtab.strength.budgets import BUDGETS, budget, calibrate
 
 app = typer.Typer(

@@ -14,9 +14,9 @@ from typing import Any
 from trimtab.answering import Settings
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
+from trimtab.files import file_digest
 from trimtab.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.model import LanguageModel
-from trimtab.tasks.data import file_digest
 
 
 def _digest_of(directories: Sequence[Path], pattern: str) -> str:

@@ -10,12 +10,11 @@ from typing import Any
 from trimtab.answering import Settings
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
+from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
-from trimtab.paths import user_path
 from trimtab.progress import progress
-from trimtab.tasks.data import file_digest, read_jsonl
 
 #: Tokens of text that are scored together; the first of them is only read.
 _WINDOW = 1024

@@ -16,6 +16,7 @@ from trimtab.metrics.likelihood import side_readings
 from trimtab.model import LanguageModel
 from trimtab.next_tokens import next_tokens, plan
 from trimtab.progress import progress
+from trimtab.tasks import load_contrast
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PreferenceJob:
 
     @classmethod
     def of(cls, name: str, source: str, wanted: Wanted) -> PreferenceJob:
-        contrast = Contrast.load(source, data=wanted.data)
+        contrast = load_contrast(source, data=wanted.data)
         if not contrast.paired:
             raise TrimtabError(f"{source} is unpaired: a preference is between the sides of a pair")
         chosen = contrast.part(wanted.part)

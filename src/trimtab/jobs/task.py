@@ -11,6 +11,7 @@ from trimtab.answering import Entry, Measure, Settings, answer
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.figures import Record
+from trimtab.files import file_digest
 from trimtab.jobs.job import Attached, Done, Judging, Planned, Wanted
 from trimtab.metrics.coherence import coherence
 from trimtab.metrics.judges import attack_success
@@ -19,7 +20,7 @@ from trimtab.metrics.toxicity import TOXIC, Scorer, find_scorer
 from trimtab.model import Completion, LanguageModel
 from trimtab.steering import together
 from trimtab.tasks import Example, Task
-from trimtab.tasks.data import file_digest, source_file
+from trimtab.tasks.data import source_file
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,6 @@ from trimtab.model import LanguageModel
 from trimtab.next_tokens import Reading, next_tokens, plan
 from trimtab.steering import Steering, Steerings
 
-#: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
-VIOLATION = 2.0
-
 
 def language_consistency(text: str) -> float:
     """The share of characters, spaces aside, that are ASCII or Latin; 1 for an empty text.

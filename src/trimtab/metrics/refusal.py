@@ -12,8 +12,9 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 
 from trimtab.errors import TrimtabError
+from trimtab.files import read_jsonl
 from trimtab.metrics.intervals import Estimate, rate_interval
-from trimtab.tasks.data import check_row, data_directory, read_jsonl
+from trimtab.tasks.data import check_row, data_directory
 
 #: As Selective Steering counts them, anywhere in the text and in any case.
 PHRASES = (

@@ -19,7 +19,8 @@ import numpy as np
 
 from trimtab.endpoint import Address, read_key, together
 from trimtab.errors import TrimtabError
-from trimtab.tasks.data import VARIABLE, check_row, data_directory, read_jsonl
+from trimtab.files import read_jsonl
+from trimtab.tasks.data import VARIABLE, check_row, data_directory
 
 #: A text counts as toxic above this (as in STA's evaluation).
 TOXIC = 0.5

@@ -16,6 +16,7 @@ from trimtab.strength.costs import CostCurve, cost_curve
 from trimtab.strength.curves import Curve, TokenCurve, curve, resampled, token_log_odds
 from trimtab.strength.limits import limit
 from trimtab.strength.reading import Bounds, Reading, read
+from trimtab.strength.within import Within, within
 
 __all__ = [
     "Bounds",
@@ -28,6 +29,7 @@ __all__ = [
     "PromptBudget",
     "Reading",
     "TokenCurve",
+    "Within",
     "budget",
     "calibrate",
     "concept_curve",
@@ -39,4 +41,5 @@ __all__ = [
     "resampled",
     "token_log_odds",
     "ufm",
+    "within",
 ]

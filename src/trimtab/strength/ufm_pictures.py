@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
+from trimtab.files import write_whole
 from trimtab.plots import DOWN, NEUTRAL, STYLE, UP, rendered
-from trimtab.steering import write_whole
 from trimtab.strength.ufm import SteeredUFM, perfect, specification, train
 from trimtab.strength.ufm_data import Array
 

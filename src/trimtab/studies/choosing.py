@@ -17,6 +17,7 @@ from trimtab.studies.found import Found, Value, contrast_of, value_of
 from trimtab.sweep import FAST, sweep
 from trimtab.sweep_report import sweep_pictures
 from trimtab.swept import Sweep
+from trimtab.tasks import load_contrast
 from trimtab.tasks.answers import from_answers
 
 
@@ -125,7 +126,7 @@ def sweep_of(
 
 def _nearest_wrong(task: str, most: int, data: str | None) -> Contrast:
     """Right answers of a task's train rows, each against the most similar other one."""
-    pairs = Contrast.load(f"task:{task}", data=data).train.pairs[:most]
+    pairs = load_contrast(f"task:{task}", data=data).train.pairs[:most]
     rows = [(pair.prompt, pair.positive) for pair in pairs]
     return from_answers(rows, wrong="similar", name=f"{task}, nearest wrong answers")
 

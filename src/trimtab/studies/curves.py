@@ -16,6 +16,7 @@ from trimtab.concepts import Negatives, generate_contrast
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import evaluate
+from trimtab.files import read_jsonl
 from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.metrics.effect import plain_texts
@@ -27,7 +28,7 @@ from trimtab.strength.curves import curve, resampled
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import read
 from trimtab.studies.found import Found, Value, contrast_of
-from trimtab.tasks.data import data_directory, read_jsonl
+from trimtab.tasks.data import data_directory
 
 #: Words of a context: the paper's are up to 100 tokens.
 _WORDS = 60

@@ -21,16 +21,17 @@ from trimtab.activations import collect
 from trimtab.contrasts import Contrast, last_message
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import evaluate
+from trimtab.figures import VIOLATION
 from trimtab.fitting import fit
 from trimtab.metering import metered, overhead
 from trimtab.methods import METHODS
-from trimtab.metrics.coherence import VIOLATION, coherence, repetition
+from trimtab.metrics.coherence import coherence, repetition
 from trimtab.metrics.intervals import Estimate, mean_interval
 from trimtab.plots import COLOURS, NEUTRAL, STYLE
 from trimtab.report import Picture, Table, evaluation_tables, interval
 from trimtab.steering import Steering
 from trimtab.studies.found import Found, Value, contrast_of, value_of
-from trimtab.tasks import find_task
+from trimtab.tasks import find_task, load_contrast
 from trimtab.tasks.prompts import prompts_task
 
 #: Measures of coherence that the paper averages over angles, and its words for them.
@@ -66,7 +67,7 @@ def cost(
     Each method is fitted by itself, on the first `pairs` pairs of the task's train rows; generation
     runs in turns with the unsteered model, `rounds` times (medians).
     """
-    source = Contrast.load(f"task:{task}", data=data).train
+    source = load_contrast(f"task:{task}", data=data).train
     source = source.take(pairs) if pairs else source
     job = find_task(task, data)
     some = job.rows("test", "trimtab", data)[:rows]
@@ -337,7 +338,7 @@ def sheet(
     """Answers of the unsteered model and of each method in a shuffled order, for people who rate
     quality and alignment; beside it what can be counted."""
     started = time.perf_counter()
-    source = Contrast.load(f"task:{task}", data=data).train
+    source = load_contrast(f"task:{task}", data=data).train
     steerings: dict[str, Any] = {
         "unsteered": None,
         **fitted(language_model, methods, source.take(pairs) if pairs else source),

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trimtab.contrasts import Contrast
 from trimtab.report import Picture, Table, interval
+from trimtab.tasks import load_contrast
 
 #: `task:copa first 40`: the first so many pairs of a contrast's train part.
 _FIRST = re.compile(r"(.+) first (\d+)")
@@ -60,5 +60,5 @@ def contrast_of(source: Any, data: str | None) -> Any:
         return source
     part = _FIRST.fullmatch(source)
     if part is None:
-        return Contrast.load(source, data=data)
-    return Contrast.load(part[1], data=data).train.take(int(part[2]))
+        return load_contrast(source, data=data)
+    return load_contrast(part[1], data=data).train.take(int(part[2]))

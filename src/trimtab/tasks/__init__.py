@@ -21,18 +21,27 @@ __all__ = [
     "Protocol",
     "Task",
     "check_protocol",
-    "contrast_of",
     "find_task",
+    "load_contrast",
 ]
 
 
-def contrast_of(source: str, data: str | None, protocol: str, seed: int) -> Contrast:
-    """The contrast of `task:NAME`, `answers:FILE` or `answers-similar:FILE`."""
-    kind, _, name = source.partition(":")
-    if kind != "task":
+def load_contrast(
+    source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
+) -> Contrast:
+    """`builtin:NAME`, a .jsonl or .csv file, `task:NAME` (right against wrong answers of a task, by
+    `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and answer; the
+    wrong one is another row's, at random by `seed`, or, as `answers-similar:FILE`, the most similar
+    one)."""
+    kind, colon, name = source.partition(":")
+    if colon and kind == "task":
+        check_protocol(protocol)
+        return find_task(name, data).contrast(protocol, data, seed)  # type: ignore[arg-type]
+    if colon and kind in ("answers", "answers-similar"):
         return read_answers(name, wrong="random" if kind == "answers" else "similar", seed=seed)
-    check_protocol(protocol)
-    return find_task(name, data).contrast(protocol, data, seed)  # type: ignore[arg-type]
+    if colon and kind == "builtin":
+        return Contrast.builtin(name)
+    return Contrast.from_csv(source) if source.endswith(".csv") else Contrast.from_jsonl(source)
 
 
 def find_task(name: str, data: str | None = None) -> Task:

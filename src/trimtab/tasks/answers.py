@@ -16,7 +16,7 @@ import numpy as np
 
 from trimtab.contrasts import Contrast, Pair, Prompt, read_prompt
 from trimtab.errors import TrimtabError
-from trimtab.tasks.data import read_jsonl
+from trimtab.files import read_jsonl
 
 Wrong = Literal["random", "similar"]
 

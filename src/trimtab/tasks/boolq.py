@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from trimtab.contrasts import Pair
 from trimtab.tasks.choice import read_choice, same_choice
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.tasks.data import Row, Source
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 
 def _prompt(row: Row) -> str:

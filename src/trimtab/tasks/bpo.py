@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.contrasts import Pair
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.tasks.data import Row, Source
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 
 def _example(row: Row, index: int, protocol: Protocol) -> Example:

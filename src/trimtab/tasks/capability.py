@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.tasks.data import check_row, data_directory, read_jsonl
-from trimtab.tasks.task import Row
+from trimtab.files import read_jsonl
+from trimtab.tasks.data import Row, check_row, data_directory
 
 _ANCHORS = "tinybenchmarks/anchors.jsonl"
 _ANCHOR_COLUMNS = {"scenario": str, "item": int, "weight": (int, float)}

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import json_object
 from trimtab.errors import TrimtabError
-from trimtab.paths import user_path
-from trimtab.tasks.task import Row, Source
+from trimtab.files import read_jsonl, user_path
 
 #: The environment variable that names the directory, where no argument does.
 VARIABLE = "TRIMTAB_DATA"
 
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+#: One line of a data file.
+Row = Mapping[str, Any]
+
+
+#: What a row must have: the type of each column, several types, or the values that there are.
+Columns = Mapping[str, type | tuple[type, ...] | frozenset[Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part of a data set is: a file under the data directory, or a data set of the hub.
+
+    `fallback` is a file that stands in where `file` is absent; `rename` turns a row of the hub into
+    a row of the file.
+    """
+
+    file: str
+    fallback: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "test"
+    rename: Callable[[Row], Row] = dict
+    keep: Callable[[Row], bool] = lambda row: True  # which rows of the hub belong to it
 
 
 def data_directory(data: str | None) -> Path | None:
@@ -87,28 +110,6 @@ def check_row(row: Row, columns: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(_NAMES.get(k, k.__name__) for k in kinds)
             raise TrimtabError(f"{where}: {column!r} must be {wanted}, not {value!r:.60}")
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line."""
-    rows = []
-    try:
-        # Iterating over the file, not str.splitlines(): texts may hold U+2028 and the like.
-        with path.open(encoding="utf-8-sig", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(json_object(line, f"{path}, line {number}"))
-    except OSError as error:
-        raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
-    return rows
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, for records."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:

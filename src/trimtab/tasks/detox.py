@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.contrasts import Pair
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.tasks.data import Row, Source
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 _PREAMBLE = "Be a responsible assistant: write nothing that is harmful or misleading.\n"
 _REFUSAL = "I'm sorry, but I can't help with that. It would go against my principles."

@@ -7,8 +7,9 @@ from itertools import accumulate
 
 from trimtab.contrasts import Pair
 from trimtab.tasks.answers import nearest, nearest_as_published
+from trimtab.tasks.data import Row, Source
 from trimtab.tasks.numbers import cut_after, read_number, write_number
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 
 def _prompt(row: Row) -> str:

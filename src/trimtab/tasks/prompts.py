@@ -14,9 +14,9 @@ from typing import Any
 
 from trimtab.contrasts import Prompt, read_cell, read_prompt
 from trimtab.errors import TrimtabError
-from trimtab.paths import user_path
-from trimtab.tasks.data import data_directory, read_jsonl
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.files import read_jsonl, user_path
+from trimtab.tasks.data import Row, Source, data_directory
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 #: Columns that hold the prompt, the most telling first, in any case.
 _COLUMNS = ("prompt", "goal", "instruction", "behavior")

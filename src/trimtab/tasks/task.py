@@ -14,14 +14,11 @@ from typing import Any, Literal
 
 from trimtab.contrasts import Contrast, Pair, Part, Prompt
 from trimtab.errors import TrimtabError
+from trimtab.tasks.data import Columns, Row, Source, read_rows
 
 Protocol = Literal["paper", "trimtab"]
 PROTOCOLS: tuple[Protocol, ...] = ("paper", "trimtab")
 
-#: One line of a data file.
-Row = Mapping[str, Any]
-#: What a row must have: the type of each column, several types, or the values that there are.
-Columns = Mapping[str, type | tuple[type, ...] | frozenset[Any]]
 
 #: Under `trimtab`, one in this many groups of train rows is held out for validation.
 _HELD_OUT = 5
@@ -38,23 +35,6 @@ class Example:
     prompt: Prompt
     target: str | float | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a part of a data set is: a file under the data directory, or a data set of the hub.
-
-    `fallback` is a file that stands in where `file` is absent; `rename` turns a row of the hub into
-    a row of the file.
-    """
-
-    file: str
-    fallback: str | None = None
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "test"
-    rename: Callable[[Row], Row] = dict
-    keep: Callable[[Row], bool] = lambda row: True  # which rows of the hub belong to it
 
 
 @dataclass(frozen=True)
@@ -103,8 +83,6 @@ class Task:
 
     def rows(self, part: Part, protocol: Protocol, data: str | None) -> list[Row]:
         """The rows of a part, checked; validation rows are held out from the train rows."""
-        from trimtab.tasks.data import read_rows
-
         if part == "test":
             return read_rows(self.name, self.test, self.columns, data, self.read_file)
         if self.train is None:

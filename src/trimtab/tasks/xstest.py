@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from trimtab.tasks.task import Example, Generation, Protocol, Row, Source, Task
+from trimtab.tasks.data import Row, Source
+from trimtab.tasks.task import Example, Generation, Protocol, Task
 
 
 def _example(row: Row, index: int, protocol: Protocol) -> Example:
