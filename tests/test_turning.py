@@ -26,7 +26,14 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.operators import Ablate, Add, Rotate, Scale
 from trimtab.steering import Positions
 from trimtab.strength.budgets import variance
-from trimtab.strength.turning import Turning, check_turns, divergence, entropy, idle_dial, limits
+from trimtab.strength.turning import (
+    Turning,
+    check_turns,
+    dial_limits,
+    divergence,
+    entropy,
+    idle_dial,
+)
 
 TEXTS = [token_ids(prompt) for prompt in PROMPTS]
 #: Of each operator some dials at which it does something, and the one at which it does nothing.
@@ -311,6 +318,6 @@ def test_the_idle_dial() -> None:
 def test_limits_of_a_rotation_are_half_a_turn() -> None:
     lm = shared("llama")
     turn = steer_at(lm, "resid", "Rotate")  # -100 to 100
-    assert limits(turn) == (-100.0, 100.0)
-    assert limits(turn, 5) == (-180.0, 180.0)
-    assert limits(steer_at(lm, "resid", "Add"), 5) == (-500.0, 500.0)
+    assert dial_limits(turn) == (-100.0, 100.0)
+    assert dial_limits(turn, 5) == (-180.0, 180.0)
+    assert dial_limits(steer_at(lm, "resid", "Add"), 5) == (-500.0, 500.0)

@@ -55,7 +55,7 @@ from trimtab.strength.costs import cost_curve
 from trimtab.strength.curves import TOLERANCE, at_layers, curve, method_of, resampled
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Bounds, read
-from trimtab.strength.turning import limits
+from trimtab.strength.turning import dial_limits
 from trimtab.tasks import load_contrast
 
 
@@ -169,7 +169,7 @@ def curve_command(
         steerings = fit(methods, language_model, source)
     found = []
     for steering in steerings:
-        low, high = wide or limits(steering)
+        low, high = wide or dial_limits(steering)
         accuracy, others, cost, shown = None, [], None, None
         if task is not None:  # first, because it finds out whether there is such a task
             spaced = _spaced(low, high, task_points)

@@ -30,7 +30,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import Steering
-from trimtab.strength.turning import Turning, check_turns, divergence, idle_dial, limits
+from trimtab.strength.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 
 Side = Literal["positive", "negative"]
 
@@ -287,7 +287,7 @@ def _ends(
     """How far the dial may be turned on each of the sides that are asked for."""
     if side not in ("positive", "negative", "both"):
         raise TrimtabError(f"side is {side!r}: known are positive, negative, both")
-    low, high = limits(steering, _BEYOND if beyond_range else 1.0)
+    low, high = dial_limits(steering, _BEYOND if beyond_range else 1.0)
     both: dict[Side, float] = {"positive": high, "negative": -low}
     ends = {one: end for one, end in both.items() if end > 0 and side in (one, "both")}
     if not ends:

@@ -139,7 +139,7 @@ def idle_dial(steering: Steering) -> float | None:
     return idle.pop() if len(idle) == 1 else None
 
 
-def limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
+def dial_limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
     """The dial's range, or so many times as far; of a rotation at most half a turn either way,
     after which it comes back."""
     low, high = (times * end for end in steering.dial.range)
