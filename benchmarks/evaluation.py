@@ -17,7 +17,7 @@ import torch
 from clock import Report, interleaved, ratio
 
 import trimtab as tt
-from trimtab.tasks import TASKS
+from trimtab.evaluation.tasks import TASKS
 
 MODEL = "smollm2-135m-instruct"
 ROWS = {"copa": 48, "winogrande": 48, "boolq": 24}
@@ -69,8 +69,8 @@ def _choices(lm: tt.LanguageModel, rounds: int, n: int, say: Say) -> Report:
     """A task of lm-eval on questions about sums, with five examples in the prompt."""
     from lm_eval.models.huggingface import HFLM
 
-    from trimtab.lm_eval import TrimtabLM
-    from trimtab.lm_eval_tasks import run_task
+    from trimtab.evaluation.harness.model import TrimtabLM
+    from trimtab.evaluation.harness.run import run_task
 
     with tempfile.TemporaryDirectory() as room:
         _write_task(Path(room), n)

@@ -21,7 +21,7 @@ from clock import Report, interleaved, ratio
 from peers import PEERS, Process, running
 
 import trimtab as tt
-from trimtab import packs
+from trimtab.checkpoints import packs
 
 MODEL = "smollm2-135m-instruct"
 PAIRS = 50

@@ -15,7 +15,7 @@ from functools import partial
 from clock import Contender, Report, Times, interleaved, ratio
 
 import trimtab as tt
-from trimtab.operators import to_tensors
+from trimtab.steering.operators import to_tensors
 
 MODEL = "smollm2-135m-instruct"
 PAIRS = 48

@@ -32,9 +32,9 @@ from lockstep import Write, first_logits, lockstep, sibling
 from peers import PEERS, Process, running
 
 import trimtab as tt
-from trimtab import packs
-from trimtab.operators import Rotate
-from trimtab.steering import Intervention, Steering
+from trimtab.checkpoints import packs
+from trimtab.steering.artifact import Intervention, Steering
+from trimtab.steering.operators import Rotate
 
 MODEL = "smollm2-135m-instruct"
 PAIRS = 32

@@ -34,13 +34,13 @@ import torch
 from clock import Report, Times, interleaved, ratio, timed
 
 import trimtab as tt
-from trimtab.bench import Bench, contrast_for
-from trimtab.jobs import TaskJob
-from trimtab.resuming import blocks_below
-from trimtab.runs import SharedRun
-from trimtab.searching import Search
-from trimtab.spaces import AUSTEER_GRID, Fitter, Space, grid
-from trimtab.trying import try_settings
+from trimtab.evaluation.jobs import TaskJob
+from trimtab.reading.streams import blocks_below
+from trimtab.reports.run import SharedRun
+from trimtab.sweeps.rows import Bench, contrast_for
+from trimtab.sweeps.space import AUSTEER_GRID, Fitter, Space, grid
+from trimtab.sweeps.trials import Search
+from trimtab.sweeps.worker import try_settings
 
 MODEL = "smollm2-135m-instruct"
 TASK = "copa"

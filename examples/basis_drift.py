@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 import trimtab as tt
-from trimtab.operators import Rotate, Turn, orthonormal
+from trimtab.steering.operators import Rotate, Turn, orthonormal
 
 #: Axes of this many lengths before they are divided by them: each rounds in its own way.
 PLANES = 32

@@ -29,8 +29,8 @@ import typer
 from matplotlib.figure import Figure
 
 import trimtab as tt
-from trimtab.fitting import Method
-from trimtab.metrics.effect import Effect, plain_texts
+from trimtab.fitting.method import Method
+from trimtab.sweeps.effect import Effect, plain_texts
 
 #: The first model's steerings in one colour, the second's in another (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73")

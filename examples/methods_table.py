@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 import trimtab as tt
-from trimtab.fitting import Method
-from trimtab.metrics.effect import Effect, Trial, plain_texts
-from trimtab.metrics.intervals import Estimate, mean_interval
+from trimtab.figures.intervals import Estimate, mean_interval
+from trimtab.fitting.method import Method
+from trimtab.sweeps.effect import Effect, Trial, plain_texts
 
 COST_LIMIT = 0.1
 VALIDATION_TEXTS = 6

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.anatomy import KINDS
-from trimtab.calibration import Calibration
-from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn
-from trimtab.steering import Positions
+from trimtab.anatomy.anatomy import KINDS
+from trimtab.steering.artifact import Positions
+from trimtab.steering.calibration import Calibration
+from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
 PROMPTS = [

@@ -21,10 +21,10 @@ import trimtab as tt
 from helpers import language_model, relative
 from reference import reference
 from tiny import tiny_tokenizer
-from trimtab.activations import Want
 from trimtab.contrasts import Contrast, Text
-from trimtab.describe import describe, explain
-from trimtab.operators import Ablate
+from trimtab.fitting.activations import Want
+from trimtab.steering.contents import describe, explain
+from trimtab.steering.operators import Ablate
 
 NAMES = ("llama", "gemma2", "gpt2", "olmo2")
 WHO, WHAT = ("king", "mother", "old captain", "child"), ("ship", "map", "fire in the rain")

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 import trimtab as tt
 from helpers import relative
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.activations import Statistics, UnitLength, Want, collect
 from trimtab.contrasts import Contrast
-from trimtab.operators import to_tensors
-from trimtab.packing import batches
-from trimtab.statistics import Active, Means, Samples, Sides, SignCounts
+from trimtab.fitting.activations import Statistics, UnitLength, Want, collect
+from trimtab.fitting.statistics import Active, Means, Samples, Sides, SignCounts
+from trimtab.model.packing import batches
+from trimtab.steering.operators import to_tensors
 
 TALK = [{"role": "user", "content": "What is the best way to learn a language?"}]
 PAIRS: list[tuple[Any, str, str]] = [

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import language_model, read_last, refused_in_one_line, side_texts
-from trimtab.analysis import overlap, pairs, scores
-from trimtab.analysis.amounts import fit_subsets
-from trimtab.analysis.ranking import chance_maximum, chance_overlap
 from trimtab.contrasts import Contrast
+from trimtab.evaluation.tasks import load_contrast
 from trimtab.methods.austeer import AUSteer
 from trimtab.methods.sadi import SADI
-from trimtab.plots import rendered
-from trimtab.tasks import load_contrast
+from trimtab.papers.analyses import overlap, pairs, scores
+from trimtab.papers.austeer.amounts import fit_subsets
+from trimtab.papers.austeer.ranking import chance_maximum, chance_overlap
+from trimtab.reports.charts import rendered
 
 WHO = ("king", "mother", "captain", "daughter", "fire")
 WHAT = ("ship", "map", "table", "house")

@@ -20,16 +20,16 @@ from scipy import stats
 import trimtab as tt
 from helpers import by_hand, language_model, refused_in_one_line, token_ids
 from tiny import tiny_tokenizer
-from trimtab.analysis import ANALYSES
-from trimtab.analysis.dials import dial, masks, variants_of
-from trimtab.analysis.norms import norms
-from trimtab.analysis.planes import plane
-from trimtab.analysis.result import Analysis, write
-from trimtab.bench import Bench
 from trimtab.contrasts import Contrast
-from trimtab.operators import Rotate, Turn
-from trimtab.plots import rendered
-from trimtab.runs import SharedRun
+from trimtab.papers.analyses import ANALYSES
+from trimtab.papers.result import Analysis, write
+from trimtab.papers.rotations.dials import dial, masks, variants_of
+from trimtab.papers.rotations.norms import norms
+from trimtab.papers.rotations.planes import plane
+from trimtab.reports.charts import rendered
+from trimtab.reports.run import SharedRun
+from trimtab.steering.operators import Rotate, Turn
+from trimtab.sweeps.rows import Bench
 
 WHO, WHAT = ("king", "mother", "old captain"), ("ship", "map", "fire in the rain")
 POSITIVE = [f"The {who} saw the {what} and said: I love this" for who in WHO for what in WHAT]

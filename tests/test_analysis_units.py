@@ -29,13 +29,13 @@ from helpers import (
     steer,
     token_ids,
 )
-from trimtab.analysis import ANALYSES, ablations, count, heatmap, suppression, tokens, units
-from trimtab.analysis.measure import Rows, compare, figure
-from trimtab.analysis.tokens import unit_direction
-from trimtab.analysis.units import _agreement
-from trimtab.metrics.significance import holm
-from trimtab.operators import Scale
-from trimtab.plots import rendered
+from trimtab.figures.significance import holm
+from trimtab.papers.analyses import ANALYSES, ablations, count, heatmap, suppression, tokens, units
+from trimtab.papers.austeer.tokens import unit_direction
+from trimtab.papers.austeer.units import _agreement
+from trimtab.papers.measure import Rows, compare, figure
+from trimtab.reports.charts import rendered
+from trimtab.steering.operators import Scale
 
 WHO = ("king", "mother", "captain", "daughter")
 WHAT = ("ship", "map", "fire", "table", "house", "day")

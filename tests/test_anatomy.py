@@ -27,9 +27,9 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab import anatomy
-from trimtab.anatomy import KINDS, Anatomy, Architecture, Point
-from trimtab.hooks import hooked
+from trimtab.anatomy import anatomy
+from trimtab.anatomy.anatomy import KINDS, Anatomy, Architecture, Point
+from trimtab.anatomy.hooks import hooked
 
 IDS = token_ids(PROMPTS[0])
 

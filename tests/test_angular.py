@@ -19,11 +19,11 @@ import trimtab as tt
 from helpers import language_model, relative
 from reference import reference
 from tiny import tiny_tokenizer
-from trimtab.activations import Statistics, Want, collect
 from trimtab.contrasts import Contrast
-from trimtab.describe import describe, explain
-from trimtab.operators import Rotate, Turn
-from trimtab.statistics import Means, Sides
+from trimtab.fitting.activations import Statistics, Want, collect
+from trimtab.fitting.statistics import Means, Sides
+from trimtab.steering.contents import describe, explain
+from trimtab.steering.operators import Rotate, Turn
 
 #: The norms of a block by transformers' names and by their sites, in the order of the computation.
 _GEMMA = [

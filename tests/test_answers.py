@@ -19,10 +19,15 @@ import torch
 
 import trimtab as tt
 from helpers import refused_in_one_line
+from trimtab.checkpoints.packs import encoder_directory
 from trimtab.contrasts import Contrast, Pair
-from trimtab.packs import encoder_directory
-from trimtab.tasks import encoder, load_contrast
-from trimtab.tasks.answers import from_answers, nearest, nearest_as_published, read_answers
+from trimtab.evaluation.tasks import encoder, load_contrast
+from trimtab.evaluation.tasks.answers import (
+    from_answers,
+    nearest,
+    nearest_as_published,
+    read_answers,
+)
 
 ROWS = [("1 + 1 =", "2"), ("2 + 2 =", "4"), ("4 + 5 =", "9"), ("1 + 3 =", "4"), ("9 * 9 =", "81")]
 

@@ -40,8 +40,8 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY
-from trimtab.operators import Ablate, Rotate, Scale, Turn
-from trimtab.steering import POSITIONS, Positions
+from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering.operators import Ablate, Rotate, Scale, Turn
 
 IDS = token_ids(PROMPTS[0])
 

@@ -28,10 +28,10 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast
-from trimtab.operators import Add, Scale
-from trimtab.statistics import Means, Sides, SignCounts
+from trimtab.fitting.activations import Statistics, Want
+from trimtab.fitting.statistics import Means, Sides, SignCounts
+from trimtab.steering.operators import Add, Scale
 
 KINDS = ("heads", "ffn_out", "ffn_in", "resid")
 PAIRS = [

@@ -40,7 +40,7 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY
-from trimtab.operators import Ablate, Rotate
+from trimtab.steering.operators import Ablate, Rotate
 
 #: What is not exact, and the words that say why. Everything else bakes.
 NO_WEIGHTS = "divide by its length"  # the residual stream goes through norms only

@@ -16,18 +16,18 @@ import trimtab as tt
 from helpers import language_model, refused_in_one_line, steer_at
 from test_evaluation import Scorer, chooser, copa_rows, data, speaking, strong, wilson, write
 from test_preference import pairs_file
-from trimtab import bench as module
-from trimtab.answering import Settings
-from trimtab.bench import Bench, more_is_better
 from trimtab.contrasts import Part
-from trimtab.evaluation import evaluate
-from trimtab.figures import summarise
-from trimtab.jobs import Judging, TaskJob
-from trimtab.metrics.effect import Effect
-from trimtab.model import LanguageModel
-from trimtab.next_tokens import Next, Reading, next_tokens, plan
-from trimtab.resuming import Kept
-from trimtab.tasks import TASKS
+from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.evaluation.jobs import Judging, TaskJob
+from trimtab.evaluation.tasks import TASKS
+from trimtab.figures.records import summarise
+from trimtab.model.language_model import LanguageModel
+from trimtab.reading.next_tokens import Next, Reading, next_tokens, plan
+from trimtab.reading.streams import Kept
+from trimtab.sweeps import rows as module
+from trimtab.sweeps.effect import Effect
+from trimtab.sweeps.rows import Bench, more_is_better
 
 __all__ = ["chooser", "data"]  # fixtures, which pytest finds by their names here
 

@@ -26,8 +26,8 @@ from helpers import (
     with_range,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.hooks import is_hooked
-from trimtab.operators import Add
+from trimtab.anatomy.hooks import is_hooked
+from trimtab.steering.operators import Add
 from trimtab.strength import budget, budgets, calibrate, within
 from trimtab.strength.budgets import Budget, Solution, _of_set, _run, _Search
 

@@ -20,7 +20,7 @@ from helpers import PROMPTS, plain_logits, read_sites, refused_in_one_line, side
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast, Pair, Text
 from trimtab.methods.caa import _first_component
-from trimtab.operators import Add
+from trimtab.steering.operators import Add
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")

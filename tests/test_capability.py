@@ -22,9 +22,9 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 import trimtab as tt
-import trimtab.lm_eval_tasks
+import trimtab.evaluation.harness.run
 from helpers import language_model, operator, plain_logits, refused_in_one_line, steer, token_ids
-from trimtab.tasks.capability import local_task_files
+from trimtab.evaluation.harness.local_rows import local_task_files
 
 Row = dict[str, Any]
 
@@ -511,7 +511,9 @@ def test_without_rows_and_network_it_is_one_line(
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub\n(and a long story)")
 
     own = TaskManager(include_path=[str(HARNESS / "arc")], include_defaults=False)
-    monkeypatch.setattr(trimtab.lm_eval_tasks, "_own_manager", lambda: own)  # all of them take long
+    monkeypatch.setattr(
+        trimtab.evaluation.harness.run, "_own_manager", lambda: own
+    )  # all of them take long
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     output = tmp_path / "run"
     refused_in_one_line(

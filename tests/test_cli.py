@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import trimtab as tt
 from tiny import tiny_model, tiny_tokenizer
-from trimtab import packs
+from trimtab.checkpoints import packs
+from trimtab.checkpoints.packs import Pack
 from trimtab.cli import main
 from trimtab.cli.fit import read_method, read_numbers
 from trimtab.methods import METHODS
-from trimtab.packs import Pack
 
 PAIRS = [
     {"prompt": "Today I feel", "positive": " happy.", "negative": " sad."},
@@ -476,7 +476,7 @@ def test_fit_many(trimtab: Command) -> None:
 
 def test_fit_many_reads_the_texts_once(trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
-    from trimtab import activations
+    from trimtab.fitting import activations
 
     run = activations._run
     monkeypatch.setattr(
@@ -544,7 +544,7 @@ def test_bad_folders_for_many(trimtab: Command, work: Path, output: str, words: 
 def test_a_cache_saves_the_second_run(trimtab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert trimtab(f"fit caa {FIT} --cache kept -o one.st").text
     assert trimtab("fit", "many", "sadi k=2", *shlex.split(FIT), "--cache", "kept", "-o", "a").text
-    monkeypatch.setattr("trimtab.activations._run", failing(AssertionError("it ran again")))
+    monkeypatch.setattr("trimtab.fitting.activations._run", failing(AssertionError("it ran again")))
     assert trimtab(f"fit caa {FIT} --cache kept -o two.st").text
     assert trimtab("fit", "many", "sadi k=1", "caa", *shlex.split(FIT), "--cache", "kept", "-o",
                    "b").text  # fmt: skip
@@ -1348,8 +1348,8 @@ def test_ctrl_c_leaves_nothing_and_loses_nothing(
     stop = KeyboardInterrupt()
     for target, command in (
         ("os.replace", fit),
-        ("trimtab.activations._run", fit),
-        ("trimtab.model.LanguageModel._generate", f"{GENERATE} Hello"),
+        ("trimtab.fitting.activations._run", fit),
+        ("trimtab.model.language_model.LanguageModel._generate", f"{GENERATE} Hello"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, failing(stop))

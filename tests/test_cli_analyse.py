@@ -12,14 +12,14 @@ from typing import Any, Literal
 import pytest
 import typer.main
 
-import trimtab.analysis
+import trimtab.papers.analyses
 from test_cli import Command, home, listing, refused, trimtab, work, write_rows
-from trimtab.analysis import ANALYSES
-from trimtab.analysis.result import Analysis
 from trimtab.cli import analyse
 from trimtab.cli.app import app
 from trimtab.contrasts import Contrast
-from trimtab.report import Table
+from trimtab.papers.analyses import ANALYSES
+from trimtab.papers.result import Analysis
+from trimtab.reports.page import Table
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
@@ -161,10 +161,10 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], 
         called.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         called.__annotations__ = inspect.get_annotations(function)
         called.__doc__ = "Says nothing."
-        monkeypatch.setitem(trimtab.analysis.ANALYSES, "mine", called)
+        monkeypatch.setitem(trimtab.papers.analyses.ANALYSES, "mine", called)
         return seen
 
-    import trimtab.analysis
+    import trimtab.papers.analyses
 
     return put
 
@@ -273,8 +273,8 @@ def test_an_argument_of_no_kind_that_is_known_fails_when_it_must_be_given() -> N
 def test_an_analysis_that_fails_later_leaves_its_records(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.bench import Bench
     from trimtab.errors import TrimtabError
+    from trimtab.sweeps.rows import Bench
 
     plain, calls = Bench.records, []
 

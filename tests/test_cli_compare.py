@@ -10,8 +10,8 @@ import pytest
 from test_cli import Command, home, listing, refused, trimtab, work
 from test_compare import rows
 from trimtab.cli.compare import read_candidate
-from trimtab.compare import Candidate
-from trimtab.spaces import Range
+from trimtab.sweeps.compare_methods import Candidate
+from trimtab.sweeps.space import Range
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 

@@ -18,9 +18,9 @@ from helpers import add, steer
 from test_cli import Command, failing, listing, refused, save_model, trimtab, write_rows
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli.evaluate import _dials
-from trimtab.evaluation import evaluate
-from trimtab.model import LanguageModel
-from trimtab.tasks import TASKS
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.evaluation.tasks import TASKS
+from trimtab.model.language_model import LanguageModel
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from test_cli import Command, home, refused, trimtab, work
-from trimtab.recipes import recipes
+from trimtab.papers.recipe import recipes
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 

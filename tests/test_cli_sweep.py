@@ -15,8 +15,8 @@ from test_cli import Command, home, listing, refused, trimtab, work
 from test_sweep import write_pairs
 from trimtab.cli.sweep import read_values
 from trimtab.methods import METHODS
-from trimtab.spaces import Range
-from trimtab.sweep import sweep
+from trimtab.sweeps.space import Range
+from trimtab.sweeps.sweep_method import sweep
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 

@@ -15,14 +15,14 @@ from torch import Tensor
 import trimtab as tt
 from helpers import by_hand, language_model, operator, plain_logits, refused_in_one_line, steer
 from tiny import TINY, tiny_tokenizer
-from trimtab.metrics.coherence import (
+from trimtab.evaluation.metrics.coherence import (
     coherence,
     compression_ratio,
     language_consistency,
     perplexities,
     repetition,
 )
-from trimtab.steering import POSITIONS, Positions
+from trimtab.steering.artifact import POSITIONS, Positions
 
 # -- language ------------------------------------------------------------------------------------
 

@@ -16,10 +16,10 @@ from statsmodels.stats.multitest import multipletests
 
 import trimtab as tt
 from helpers import kl_at, language_model, refused_in_one_line
-from trimtab.compare import Candidate, compare
-from trimtab.compared import Comparison
-from trimtab.metrics.likelihood import log_odds
-from trimtab.metrics.significance import paired_p
+from trimtab.figures.significance import paired_p
+from trimtab.reading.likelihood import log_odds
+from trimtab.sweeps.compare_methods import Candidate, compare
+from trimtab.sweeps.comparison import Comparison
 
 WORDS = ("glad", "calm", "kind", "warm", "fine", "good", "nice", "bright", "gentle", "happy")
 
@@ -120,8 +120,8 @@ def test_p_are_corrected_for_their_number(compared: tuple[Comparison, Path]) -> 
 def test_side_effects(compared: tuple[Comparison, Path]) -> None:
     found, _ = compared
     lm = language_model("llama")
-    from trimtab.metrics.effect import plain_texts
-    from trimtab.metrics.likelihood import cross_entropy
+    from trimtab.reading.likelihood import cross_entropy
+    from trimtab.sweeps.effect import plain_texts
 
     for row in found.rows:
         assert row.sweep is not None
@@ -163,7 +163,7 @@ def test_one_pass_fits_all(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return collect(*args, **options)
 
     monkeypatch.setattr(module, "collect", counting)
-    monkeypatch.setattr("trimtab.spaces.collect", counting)
+    monkeypatch.setattr("trimtab.sweeps.space.collect", counting)
     compare(language_model("llama"), CANDIDATES, f"contrast:{pairs}", timed=False, limit=3)
     assert len(passes) == 1
 

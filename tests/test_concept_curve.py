@@ -15,9 +15,9 @@ import torch
 import trimtab as tt
 from helpers import PROMPTS, add, language_model, refused_in_one_line, steer
 from services import Reply, Request, serving
-from trimtab.concepts import CONCEPTS
-from trimtab.endpoint import ChatEndpoint
+from trimtab.evaluation.endpoint import ChatEndpoint
 from trimtab.strength import ChatConceptJudge, LexiconJudge, concept_curve, lexicon
+from trimtab.strength.generated import CONCEPTS
 
 # -- words ----------------------------------------------------------------------------------------
 

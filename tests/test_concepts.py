@@ -20,10 +20,10 @@ import trimtab as tt
 from helpers import language_model, read_sites, refused_in_one_line
 from services import Reply, Request, serving
 from tiny import tiny_model, tiny_tokenizer
-from trimtab import concepts
-from trimtab.concepts import CONCEPTS, batch_seed, generate_contrast, request
-from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabWarning
+from trimtab.evaluation.endpoint import ChatEndpoint
+from trimtab.strength import generated as concepts
+from trimtab.strength.generated import CONCEPTS, batch_seed, generate_contrast, request
 
 SHORT: dict[str, Any] = {"count": 5, "max_new_tokens": 6, "batch_size": 2}
 

@@ -22,9 +22,9 @@ from helpers import PROMPTS, by_hand, language_model, operator, relative, steer,
 from reference import reference
 from tiny import TINY
 from trimtab.contrasts import Pair, Text
-from trimtab.describe import describe, explain
-from trimtab.fitting import Method
+from trimtab.fitting.method import Method
 from trimtab.methods import METHODS
+from trimtab.steering.contents import describe, explain
 
 PAIRS = [
     ("Today I feel", " happy and light.", " sad."),

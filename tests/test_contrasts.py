@@ -13,7 +13,7 @@ import pytest
 
 from trimtab import Contrast, TrimtabError
 from trimtab.contrasts import PARTS, Pair, Text, builtins
-from trimtab.tasks import load_contrast
+from trimtab.evaluation.tasks import load_contrast
 
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
 PAIRS = [

@@ -28,7 +28,7 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.operators import Add
+from trimtab.steering.operators import Add
 from trimtab.strength import cost_curve, limit
 from trimtab.strength.costs import cut_into_blocks
 

@@ -22,12 +22,12 @@ import pytest
 
 import trimtab as tt
 from helpers import add, language_model, refused_in_one_line, steer
-from trimtab import runs as runs_module
-from trimtab.analysis.dials import dial
-from trimtab.compare import Candidate, compare
-from trimtab.evaluation import evaluate
-from trimtab.runs import SharedRun
-from trimtab.sweep import sweep
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.papers.rotations.dials import dial
+from trimtab.reports import run as runs_module
+from trimtab.reports.run import SharedRun
+from trimtab.sweeps.compare_methods import Candidate, compare
+from trimtab.sweeps.sweep_method import sweep
 
 WORDS = ["happy", "sad", "good", "bad", "map", "ship", "rain", "wheel", "king", "daughter", "fire"]
 
@@ -41,8 +41,8 @@ def lm() -> tt.LanguageModel:
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes most of the time and is not looked at here."""
     monkeypatch.setattr(runs_module, "environment", dict)
-    monkeypatch.setattr("trimtab.evaluation.evaluation_page", lambda *arguments: "")
-    monkeypatch.setattr("trimtab.sweep_report.sweep_page", lambda *arguments: "")
+    monkeypatch.setattr("trimtab.evaluation.evaluation.evaluation_page", lambda *arguments: "")
+    monkeypatch.setattr("trimtab.sweeps.sweep_page.sweep_page", lambda *arguments: "")
 
 
 def write_pairs(path: Path, rows: int = 36) -> str:
@@ -460,7 +460,7 @@ def dialled(lm: tt.LanguageModel, task: str, output: Path) -> Any:
 def test_a_damaged_comparison_or_analysis(
     lm: tt.LanguageModel, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.compare_report.comparison_page", lambda *arguments: "")
+    monkeypatch.setattr("trimtab.sweeps.comparison_page.comparison_page", lambda *arguments: "")
     (tmp_path / "task").mkdir()
     task = write_pairs(tmp_path / "task" / "pairs.jsonl")
     expected = work(lm, task, tmp_path / "whole")

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import trimtab as tt
 from helpers import PROMPTS, language_model, plain_logits, steer_at, token_ids
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.decoding import OPTIONS
-from trimtab.next_tokens import after, next_tokens, plan
+from trimtab.model.decoding import OPTIONS
+from trimtab.reading.next_tokens import after, next_tokens, plan
 
 #: What a generation_config.json may say, each hostile to who wants the argmax or plain samples.
 HOSTILE: dict[str, Any] = {
@@ -651,7 +651,7 @@ def test_the_watch_costs_one_reduction_a_token() -> None:
     """Operations on the vocabulary that a token takes, counted with and without the watch."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from trimtab.decoding import SoundLogits
+    from trimtab.model.decoding import SoundLogits
 
     class Count(TorchDispatchMode):
         wide = 0

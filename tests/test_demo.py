@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trimtab as tt
 from test_cli import Command, failing, listing, refused, trimtab, write_rows
 from tiny import tiny_model, tiny_tokenizer
-from trimtab import demo
+from trimtab.cli import demonstration as demo
 from trimtab.cli import main
-from trimtab.metrics.likelihood import log_odds
-from trimtab.plots import plot_units
+from trimtab.reading.likelihood import log_odds
+from trimtab.reports.charts import plot_units
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 
@@ -250,7 +250,7 @@ def test_no_permission_is_said_before_the_work(
     trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Patched, because root may write everywhere.
-    monkeypatch.setattr("trimtab.demo.os.access", lambda path, mode: False)
+    monkeypatch.setattr("trimtab.cli.demonstration.os.access", lambda path, mode: False)
     refused(trimtab(DEMO), "cannot write out", "permission")
     assert not (work / "out").exists()
 
@@ -267,8 +267,8 @@ def test_nothing_within_the_cost_limit(
 @pytest.mark.parametrize(
     ("target", "error", "status", "words"),
     [
-        ("trimtab.demo._measure", KeyboardInterrupt(), 130, "interrupted"),
-        ("trimtab.demo._bake", KeyboardInterrupt(), 130, "interrupted"),
+        ("trimtab.cli.demonstration._measure", KeyboardInterrupt(), 130, "interrupted"),
+        ("trimtab.cli.demonstration._bake", KeyboardInterrupt(), 130, "interrupted"),
         ("os.replace", KeyboardInterrupt(), 130, "interrupted"),
         ("os.replace", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "No space left"),
     ],
@@ -290,7 +290,7 @@ def test_ended_in_the_middle(
     with monkeypatch.context() as patch:
         patch.setattr(target, failing(error))
         refused(trimtab(f"{DEMO} --json"), words, status=status)
-    if target != "trimtab.demo._bake":
+    if target != "trimtab.cli.demonstration._bake":
         assert listing(work) == before
         return
     assert {path.name for path in (work / "out").iterdir()} == FILES

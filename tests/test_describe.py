@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import trimtab as tt
-from trimtab.describe import describe, explain
 from trimtab.methods import METHODS
-from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn
-from trimtab.steering import Dial, Intervention, ModelIdentity, Positions, Steering
+from trimtab.steering.artifact import Dial, Intervention, ModelIdentity, Positions, Steering
+from trimtab.steering.contents import describe, explain
+from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 
 MODEL = ModelIdentity("tiny", "llama", 12, 8, "0123456789abcdef" * 4)
 PLANE = torch.eye(8)[[1, 4]]

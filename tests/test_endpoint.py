@@ -17,8 +17,8 @@ import pytest
 
 from helpers import refused_in_one_line
 from services import CLOSE, HANG, Reply, Request, in_turn, nobody, serving
-from trimtab.endpoint import ChatEndpoint, Usage
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.endpoint import ChatEndpoint, Usage
 
 KEY = "sk-bread-and-poems-123"
 
@@ -198,7 +198,9 @@ def pauses_before(monkeypatch: pytest.MonkeyPatch, *replies: Reply) -> list[floa
     with serving(in_turn(*replies)) as service:
         judge = endpoint(service.url, pause=1.0, tries=len(replies))
         with monkeypatch.context() as patch:
-            patch.setattr("trimtab.endpoint._sleep", lambda _, s: slept.append(s) if s else None)
+            patch.setattr(
+                "trimtab.evaluation.endpoint._sleep", lambda _, s: slept.append(s) if s else None
+            )
             judge.ask(asked("x"))
     return slept
 
@@ -422,7 +424,7 @@ def test_a_cache_that_cannot_be_written_is_found_before_the_call(tmp_path: Path)
 
 def test_answers_are_written_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Writing a file takes the process's umask away for a moment; two at once could lose it.
-    from trimtab import endpoint as module
+    from trimtab.evaluation import endpoint as module
 
     writing = threading.Lock()
 
@@ -504,7 +506,9 @@ def test_a_url_with_a_password_is_refused_unseen() -> None:
 def test_a_host_that_can_be_none_is_not_tried_twice(
     host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.endpoint._sleep", lambda *pause: pytest.fail("tried again"))
+    monkeypatch.setattr(
+        "trimtab.evaluation.endpoint._sleep", lambda *pause: pytest.fail("tried again")
+    )
     judge = endpoint(f"http://{host}")
     refused_in_one_line(lambda: judge.ask(asked("x")), "cannot be asked")
 

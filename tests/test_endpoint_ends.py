@@ -15,9 +15,9 @@ import pytest
 
 from helpers import refused_in_one_line
 from services import HANG, Reply, Request, in_turn, serving
-from trimtab.endpoint import Address, ChatEndpoint, together
 from trimtab.errors import TrimtabError
-from trimtab.metrics.toxicity import RemoteScorer, find_scorer
+from trimtab.evaluation.endpoint import Address, ChatEndpoint, together
+from trimtab.evaluation.metrics.toxicity import RemoteScorer, find_scorer
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n"
 #: A service that says nothing, one that sends a byte at a time, one that puts off.

@@ -27,12 +27,12 @@ import torch
 import trimtab as tt
 from helpers import add, language_model, refused_in_one_line, steer, steer_at
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.evaluation import evaluate
-from trimtab.figures import Evaluation, summarise
-from trimtab.metrics.judges import PhraseJudge
-from trimtab.model import LanguageModel
-from trimtab.steering import Steerings
-from trimtab.tasks import TASKS
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.evaluation.metrics.judges import PhraseJudge
+from trimtab.evaluation.tasks import TASKS
+from trimtab.figures.records import Evaluation, summarise
+from trimtab.model.language_model import LanguageModel
+from trimtab.steering.artifact import Steerings
 
 WEATHER = ["in the morning", "when the rain came", "with a king", "and the wind was good"]
 CHOICES = [
@@ -459,7 +459,7 @@ def test_a_failure_to_write_leaves_the_model_unsteered(
     def full(self: Any, records: Any) -> None:
         raise tt.TrimtabError("the disk is full")
 
-    monkeypatch.setattr("trimtab.runs.Run.append", full)
+    monkeypatch.setattr("trimtab.reports.run.Run.append", full)
     try:
         tt.evaluate(chooser, "copa", steering=strong(chooser), unsteered=False, data=data)
     except tt.TrimtabError:  # whose traceback, here alive, holds on to what was under way

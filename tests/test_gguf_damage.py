@@ -19,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from test_packs import LAYERS, add_sentencepiece_tokenizer, write_tiny_llama
-from trimtab import packs
+from trimtab.checkpoints import packs
+from trimtab.checkpoints.gguf_header import DamagedError, check_header
 from trimtab.errors import TrimtabError
-from trimtab.gguf_header import DamagedError, check_header
 
 U32, U64 = 2**32 - 1, 2**64 - 1
 

@@ -112,7 +112,7 @@ def test_reading_it_again_digests_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     def never(*arguments: Any) -> Any:
         raise AssertionError("the weights were digested again")
 
-    monkeypatch.setattr("trimtab.identity.hashlib.sha256", never)
+    monkeypatch.setattr("trimtab.model.identity.hashlib.sha256", never)
     lm.logits(PROMPTS)
     lm.generate(PROMPTS, max_new_tokens=2)
     assert lm.identity == before

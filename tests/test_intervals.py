@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from trimtab.metrics import intervals
-from trimtab.metrics.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures import intervals
+from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
 
 
 def ones(count: int, n: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from helpers import (
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast, Text
-from trimtab.operators import Add
+from trimtab.steering.operators import Add
 
 HEADS = 4  # of every tiny model; the key and value heads are fewer in most
 PAIRS = [

@@ -19,8 +19,8 @@ import torch
 
 from helpers import language_model, plain_logits, refused_in_one_line
 from tiny import tiny_tokenizer
-from trimtab.endpoint import Messages
-from trimtab.metrics.judges import (
+from trimtab.evaluation.endpoint import Messages
+from trimtab.evaluation.metrics.judges import (
     HARMBENCH_TEMPLATE,
     ChatJudge,
     HarmBenchJudge,
@@ -29,8 +29,8 @@ from trimtab.metrics.judges import (
     PolyGuardJudge,
     attack_success,
 )
-from trimtab.metrics.pairwise import choices, verdicts
-from trimtab.metrics.refusal import agreement, refuses, validate_phrases
+from trimtab.evaluation.metrics.pairwise import choices, verdicts
+from trimtab.evaluation.metrics.refusal import agreement, refuses, validate_phrases
 
 # -- phrases -------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from helpers import (
     with_range,
 )
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.hooks import is_hooked
+from trimtab.anatomy.hooks import is_hooked
 from trimtab.strength import budget, calibrate, within
 
 #: For tests that leave the model as it is.

@@ -26,8 +26,8 @@ from tokenizers import processors
 from torch import Tensor
 
 import trimtab as tt
-import trimtab.lm_eval
-import trimtab.lm_eval_tasks
+import trimtab.evaluation.harness.model
+import trimtab.evaluation.harness.run
 from helpers import (
     by_hand,
     language_model,
@@ -38,9 +38,9 @@ from helpers import (
     token_ids,
 )
 from tiny import tiny_tokenizer
-from trimtab.lm_eval import TrimtabLM
-from trimtab.lm_eval_tasks import run_task
-from trimtab.steering import POSITIONS, Positions
+from trimtab.evaluation.harness.model import TrimtabLM
+from trimtab.evaluation.harness.run import run_task
+from trimtab.steering.artifact import POSITIONS, Positions
 
 
 @pytest.fixture(autouse=True)
@@ -490,7 +490,7 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """The next run dies when it wants one batch more."""
-    original = trimtab.lm_eval.next_tokens
+    original = trimtab.evaluation.harness.model.next_tokens
 
     def dying(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for number, found in enumerate(original(*args, **kwargs)):
@@ -498,7 +498,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
                 raise Killed
             yield found
 
-    monkeypatch.setattr(trimtab.lm_eval, "next_tokens", dying)
+    monkeypatch.setattr(trimtab.evaluation.harness.model, "next_tokens", dying)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])
@@ -724,13 +724,13 @@ def test_the_command_works_as_typed(
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harness without task files of its own, which take long to read."""
     monkeypatch.setattr(
-        trimtab.lm_eval_tasks,
+        trimtab.evaluation.harness.run,
         "TaskManager",
         lambda include_path=None, include_defaults=True: TaskManager(
             include_path=include_path, include_defaults=False
         ),
     )
-    trimtab.lm_eval_tasks._own_manager.cache_clear()
+    trimtab.evaluation.harness.run._own_manager.cache_clear()
 
 
 def test_every_example_leaves_a_record(lm: tt.LanguageModel, tmp_path: Path) -> None:
@@ -887,7 +887,7 @@ def test_the_harnesss_own_files_are_read_only_where_they_are_needed(
         return TaskManager(include_path=include_path, include_defaults=False)
 
     wanted: list[bool] = []
-    monkeypatch.setattr(trimtab.lm_eval_tasks, "TaskManager", manager)
+    monkeypatch.setattr(trimtab.evaluation.harness.run, "TaskManager", manager)
     write_task(tmp_path, "toy", choice_rows(2), **CHOICE)
     write_task(tmp_path, "more", choice_rows(1), **CHOICE)
     for name, parts in {"both": ["toy", "more"], "mixed": ["toy", "arc_easy"]}.items():

@@ -18,14 +18,14 @@ from tokenizers import normalizers
 import trimtab as tt
 from helpers import PROMPTS, add, language_model, refused_in_one_line, steer
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.activations import Want, collect
 from trimtab.cli.app import main
 from trimtab.contrasts import Contrast
-from trimtab.fitting import Method
-from trimtab.metrics.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.next_tokens import after, next_tokens, plan
-from trimtab.statistics import Means
-from trimtab.steering import Steering
+from trimtab.fitting.activations import Want, collect
+from trimtab.fitting.method import Method
+from trimtab.fitting.statistics import Means
+from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
+from trimtab.reading.next_tokens import after, next_tokens, plan
+from trimtab.steering.artifact import Steering
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")

@@ -10,7 +10,7 @@ import torch
 import trimtab as tt
 from helpers import language_model
 from trimtab.contrasts import Pair
-from trimtab.metering import metered, overhead
+from trimtab.sweeps.metering import metered, overhead
 
 PAIRS = tt.Contrast((Pair("I am", " glad", " sad"), Pair("It was", " good", " bad")), "moods")
 

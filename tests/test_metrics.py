@@ -19,9 +19,9 @@ import trimtab as tt
 from helpers import add, by_hand, language_model, operator, plain_logits, steer, token_ids
 from tiny import TINY, tiny_tokenizer
 from trimtab.contrasts import Text
-from trimtab.metrics.intervals import Estimate, mean_interval
-from trimtab.metrics.likelihood import cross_entropy, log_odds, preference
-from trimtab.steering import POSITIONS, Positions
+from trimtab.figures.intervals import Estimate, mean_interval
+from trimtab.reading.likelihood import cross_entropy, log_odds, preference
+from trimtab.steering.artifact import POSITIONS, Positions
 
 #: Longer and shorter than the sliding window of 8, with answers of one and of many tokens.
 PAIRS = [

@@ -34,14 +34,14 @@ from helpers import (
     token_ids,
 )
 from tiny import tiny_model, tiny_tokenizer
-from trimtab import next_tokens as module
-from trimtab.answering import Entry, Settings, answer
-from trimtab.next_tokens import Batch, Next, Reading, after, next_tokens, plan
-from trimtab.packing import BATCH_ROWS
-from trimtab.resuming import Kept
-from trimtab.steering import POSITIONS, Positions
-from trimtab.tasks.data import Source
-from trimtab.tasks.task import Example, Generation, Task
+from trimtab.evaluation.answering import Entry, Settings, answer
+from trimtab.evaluation.tasks.data import Source
+from trimtab.evaluation.tasks.task import Example, Generation, Task
+from trimtab.model.packing import BATCH_ROWS
+from trimtab.reading import next_tokens as module
+from trimtab.reading.next_tokens import Batch, Next, Reading, after, next_tokens, plan
+from trimtab.reading.streams import Kept
+from trimtab.steering.artifact import POSITIONS, Positions
 
 #: Heads wider than the model; a sliding window of 8; learnt positions; experts; norms after.
 MODELS = ("llama", "gemma3", "gpt2", "qwen3_moe", "olmo2")

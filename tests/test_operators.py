@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trimtab import TrimtabError
-from trimtab.operators import (
+from trimtab.steering.operators import (
     OPERATORS,
     Ablate,
     Add,

@@ -14,12 +14,12 @@ import pytest
 import trimtab as tt
 from helpers import language_model, refused_in_one_line
 from trimtab import TrimtabError
-from trimtab import runs as runs_module
-from trimtab.answering import Settings
-from trimtab.bench import Bench
 from trimtab.cli.common import refuse_holding
-from trimtab.evaluation import evaluate
-from trimtab.runs import Run, SharedRun
+from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.reports import run as runs_module
+from trimtab.reports.run import Run, SharedRun
+from trimtab.sweeps.rows import Bench
 
 CONFIG: dict[str, Any] = {"tasks": ["copa"], "limit": 4}
 OTHER: dict[str, Any] = {"tasks": ["copa"], "limit": 5}

@@ -23,7 +23,7 @@ from test_packs import (
     wheels,
     write_tiny_llama,
 )
-from trimtab import packs
+from trimtab.checkpoints import packs
 from trimtab.errors import TrimtabError, TrimtabWarning
 
 IDS = torch.arange(24).reshape(2, 12)

@@ -16,8 +16,8 @@ import trimtab as tt
 from helpers import PROMPTS, relative, scale, steer
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
-from trimtab.metrics.likelihood import cross_entropy, log_odds
-from trimtab.next_tokens import after, next_tokens, plan
+from trimtab.reading.likelihood import cross_entropy, log_odds
+from trimtab.reading.next_tokens import after, next_tokens, plan
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")

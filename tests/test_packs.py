@@ -19,9 +19,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trimtab import packs
+from trimtab.checkpoints import packs
+from trimtab.checkpoints.packs import Pack, Wheel
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.packs import Pack, Wheel
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS = 64, 96, 2, 4, 2
 

@@ -28,9 +28,9 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab import versions
+from trimtab.model import versions
+from trimtab.model.versions import NEWEST, OLDEST, cache_argument
 from trimtab.strength import within
-from trimtab.versions import NEWEST, OLDEST, cache_argument
 
 POSITIONS = ("all", "prompt", "generated", "last")
 #: A text that repeats itself, so that looking up what followed before finds something.

@@ -12,10 +12,10 @@ import pytest
 
 import trimtab as tt
 from helpers import add, language_model, refused_in_one_line, steer
-from trimtab.evaluation import evaluate
-from trimtab.runs import Run, SharedRun
-from trimtab.searching import open_storage
-from trimtab.sweep import sweep
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.reports.run import Run, SharedRun
+from trimtab.sweeps.sweep_method import sweep
+from trimtab.sweeps.trials import open_storage
 
 SECRET = "s3cr3t"
 

@@ -16,12 +16,12 @@ import trimtab as tt
 from helpers import add, by_hand, language_model, refused_in_one_line, steer, steer_at
 from test_cli import Command, refused, save_model, trimtab
 from tiny import tiny_tokenizer
-from trimtab.answering import Settings
-from trimtab.evaluation import evaluate
-from trimtab.jobs import Judging, PreferenceJob, Wanted, find_job
-from trimtab.metrics.likelihood import log_odds
-from trimtab.resuming import Kept
-from trimtab.steering import POSITIONS, Positions
+from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.evaluation import evaluate
+from trimtab.evaluation.jobs import Judging, PreferenceJob, Wanted, find_job
+from trimtab.reading.likelihood import log_odds
+from trimtab.reading.streams import Kept
+from trimtab.steering.artifact import POSITIONS, Positions
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 

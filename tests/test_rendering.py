@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import trimtab as tt
 from helpers import PROMPTS, language_model, plain_logits, token_ids
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.tasks.prompts import prompts_task
+from trimtab.evaluation.tasks.prompts import prompts_task
 
 
 def one_line(error: Any) -> str:

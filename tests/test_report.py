@@ -12,9 +12,9 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from trimtab.figures import summarise
-from trimtab.plots import STYLE, UP
-from trimtab.report import Picture, Table, evaluation_page, page
+from trimtab.figures.records import summarise
+from trimtab.reports.charts import STYLE, UP
+from trimtab.reports.page import Picture, Table, evaluation_page, page
 
 ENVIRONMENT = {"date": "2026-01-02T03:04:05+00:00", "python": "3.11"}
 CONFIG = {"task": "copa", "seed": 7, "text": "<b>Ünïcode</b>"}

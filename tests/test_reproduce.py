@@ -17,10 +17,9 @@ import yaml
 
 import trimtab as tt
 from helpers import language_model, plain_logits, token_ids
-from trimtab import recipes as recipes_file
-from trimtab.metering import Used
-from trimtab.metrics.effect import plain_texts
-from trimtab.recipes import (
+from trimtab.papers import recipe as recipes_file
+from trimtab.papers.found import contrast_of
+from trimtab.papers.recipe import (
     SCALES,
     Recipe,
     billions_in,
@@ -32,9 +31,10 @@ from trimtab.recipes import (
     recipes,
     resolve,
 )
-from trimtab.reproduce import Reproduction, beside_paper, reproduce
-from trimtab.studies import WITHOUT_MODEL, Found, Value, find_study, run_study
-from trimtab.studies.found import contrast_of
+from trimtab.papers.reproduction import Reproduction, beside_paper, reproduce
+from trimtab.papers.studies import WITHOUT_MODEL, Found, Value, find_study, run_study
+from trimtab.sweeps.effect import plain_texts
+from trimtab.sweeps.metering import Used
 
 NAMES = [recipe.name for recipe in recipes()]
 FEW = "builtin:formality first 6"

@@ -14,8 +14,8 @@ from torch import Tensor
 import trimtab as tt
 from helpers import PROMPTS, language_model, relative, site_kinds, steer, steer_at, token_ids
 from tiny import TINY, tiny_model
-from trimtab.operators import Add
-from trimtab.resuming import Kept, begin, blocks_below, grouped, resume
+from trimtab.reading.streams import Kept, begin, blocks_below, grouped, resume
+from trimtab.steering.operators import Add
 
 #: Three texts of different lengths, the longest beyond the sliding window, and one token.
 TEXTS = [token_ids(prompt) for prompt in PROMPTS] + [[1]]

@@ -18,8 +18,8 @@ import transformers
 
 from helpers import refused_in_one_line
 from trimtab import TrimtabError
-from trimtab import runs as runs_module
-from trimtab.runs import Run, SharedRun
+from trimtab.reports import run as runs_module
+from trimtab.reports.run import Run, SharedRun
 
 CONFIG: dict[str, Any] = {"tasks": ["copa"], "limit": 4, "protocols": ("trimtab",)}
 

@@ -30,10 +30,10 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast
-from trimtab.operators import Scale
-from trimtab.statistics import Means, Sides
+from trimtab.fitting.activations import Statistics, Want
+from trimtab.fitting.statistics import Means, Sides
+from trimtab.steering.operators import Scale
 
 #: What each variant scales.
 SITES = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}

@@ -25,7 +25,7 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model
-from trimtab.operators import Add, Scale
+from trimtab.steering.operators import Add, Scale
 
 IDS = token_ids("Today I feel sad because of the rain")
 

@@ -16,9 +16,9 @@ import pytest
 import trimtab as tt
 from helpers import refused_in_one_line
 from postgres import postgres
-from trimtab import searching
-from trimtab.searching import Trials, open_storage, plan, rungs
-from trimtab.spaces import Range
+from trimtab.sweeps import trials as searching
+from trimtab.sweeps.space import Range
+from trimtab.sweeps.trials import Trials, open_storage, plan, rungs
 
 SPACE = {"k": (1, 2, 4), "site": ("ffn_out", "heads"), "layers": ((0, 1), (2,))}
 

@@ -11,9 +11,9 @@ import pytest
 
 import trimtab as tt
 from helpers import language_model, refused_in_one_line
-from trimtab.answering import Settings
-from trimtab.bench import Bench
-from trimtab.sweep import sweep
+from trimtab.evaluation.answering import Settings
+from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.sweep_method import sweep
 
 
 @pytest.fixture(scope="module")

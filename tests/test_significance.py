@@ -10,7 +10,7 @@ import pytest
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from trimtab.metrics.significance import holm, paired_p
+from trimtab.figures.significance import holm, paired_p
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(0, 1), (3, 0), (7, 12), (20, 20), (13, 2)])

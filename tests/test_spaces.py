@@ -12,7 +12,7 @@ import torch
 import trimtab as tt
 from helpers import PROMPTS, language_model, refused_in_one_line
 from trimtab.methods import METHODS
-from trimtab.spaces import (
+from trimtab.sweeps.space import (
     Fitter,
     Range,
     check_space,

@@ -24,9 +24,9 @@ import trimtab as tt
 from helpers import language_model, relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
-from trimtab.describe import describe, explain
-from trimtab.operators import Add
-from trimtab.saes import load_features
+from trimtab.fitting.autoencoders import load_features
+from trimtab.steering.contents import describe, explain
+from trimtab.steering.operators import Add
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", good, bad)
@@ -380,7 +380,7 @@ def test_a_directory_that_has_changed_is_read_again(
 def test_what_has_not_changed_is_read_once(
     autoencoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trimtab.saes as module
+    import trimtab.fitting.autoencoders as module
 
     path, calls = str(autoencoder()), []
     load = module._load

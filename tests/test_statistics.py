@@ -11,9 +11,9 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import language_model
-from trimtab.activations import Want, collect
 from trimtab.contrasts import Contrast, Pair
-from trimtab.statistics import Active, Means, Samples, SecondMoment, Sides, SignCounts
+from trimtab.fitting.activations import Want, collect
+from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, Sides, SignCounts
 
 
 def _noise(*shape: int, seed: int = 0) -> Tensor:

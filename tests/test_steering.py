@@ -37,9 +37,9 @@ from helpers import (
 from reference import reference
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.contrasts import Pair
-from trimtab.metrics.likelihood import cross_entropy, log_odds
-from trimtab.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
-from trimtab.steering import ModelIdentity, Steering, Steerings
+from trimtab.reading.likelihood import cross_entropy, log_odds
+from trimtab.steering.artifact import ModelIdentity, Steering, Steerings
+from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
 
 _NAN, _INF = float("nan"), float("inf")
 MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)

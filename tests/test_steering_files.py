@@ -21,12 +21,12 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import CALIBRATION, basis, language_model
-from trimtab.anatomy import BLOCK_KINDS, parse_site
-from trimtab.calibration import Calibration
+from trimtab.anatomy.anatomy import BLOCK_KINDS, parse_site
 from trimtab.cli import main
 from trimtab.errors import one_line, shown
-from trimtab.operators import Ablate, Add, Rotate, Scale, Turn
-from trimtab.steering import ModelIdentity, Steering
+from trimtab.steering.artifact import ModelIdentity, Steering
+from trimtab.steering.calibration import Calibration
+from trimtab.steering.operators import Ablate, Add, Rotate, Scale, Turn
 
 LARGEST = torch.finfo(torch.float32).max
 MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)

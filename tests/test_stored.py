@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 import trimtab as tt
 from helpers import language_model, steer_at
-from trimtab.activations import Statistics, UnitLength, Want, collect
-from trimtab.operators import to_tensors
-from trimtab.statistics import Active, Means, Samples, SecondMoment, SignCounts
+from trimtab.fitting.activations import Statistics, UnitLength, Want, collect
+from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, SignCounts
+from trimtab.steering.operators import to_tensors
 
 PAIRS = [
     (f"There are {n} numbers here, and {who} said{' it' * (n % 3)}", " yes, it is.", " no!")
@@ -716,7 +716,7 @@ def test_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.stored._write_at", full)
+        patch.setattr("trimtab.fitting.stored._write_at", full)
         with pytest.raises(tt.TrimtabError, match="^cannot write to the cache .*: No space left"):
             tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
     plain = tt.CAA(layer=1).fit(lm, contrast)

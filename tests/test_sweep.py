@@ -19,11 +19,11 @@ from scipy.stats import binomtest
 import trimtab as tt
 from helpers import language_model, refused_in_one_line
 from postgres import postgres
-from trimtab.bench import Bench
-from trimtab.metrics.effect import Effect, plain_texts
-from trimtab.spaces import Range
-from trimtab.sweep import sweep
-from trimtab.swept import Sweep
+from trimtab.sweeps.effect import Effect, plain_texts
+from trimtab.sweeps.result import Sweep
+from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.space import Range
+from trimtab.sweeps.sweep_method import sweep
 
 WORDS = [
     "happy",
@@ -196,7 +196,7 @@ def test_pictures_of_one_of_three_and_of_draws(
 
 
 def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trimtab.bench.LOW", frozenset(("log_odds",)))
+    monkeypatch.setattr("trimtab.sweeps.rows.LOW", frozenset(("log_odds",)))
     found = sweep(lm, "austeer", task, SPACE, test_limit=8)
     assert not found.maximise
     values = [trial.value for trial in found.trials]
@@ -223,7 +223,7 @@ def test_the_contrast_is_read_once(lm: tt.LanguageModel, task: str) -> None:
     contrast = tt.load_contrast(task.partition(":")[2])
     sides = {side for pair in contrast.train.pairs for side in (pair.prompt,)}
     assert len(sides) == 20
-    from trimtab import spaces
+    from trimtab.sweeps import space as spaces
 
     seen = spaces.collect
     with pytest.MonkeyPatch.context() as patch:
@@ -257,7 +257,7 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
     stopped = [trial for trial in found.trials if trial.state == "pruned"]
     assert len(stopped) >= 4
     assert {trial.n for trial in stopped} <= {16, 48}
-    from trimtab.spaces import label
+    from trimtab.sweeps.space import label
 
     for trial in found.trials:
         name = label(tt.CAA, trial.params)
@@ -320,7 +320,7 @@ def test_a_full_disk_is_not_the_trials_failure(
         raise tt.TrimtabError("cannot write: no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.runs.SharedRun.keep", full)
+        patch.setattr("trimtab.reports.run.SharedRun.keep", full)
         with pytest.raises(tt.TrimtabError, match="no space left"):
             sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
     found = sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
@@ -424,7 +424,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     helper = _start(task, str(output), storage, False)
     _wait_for(output.with_suffix(".ready"))
     ran: Counter[str] = Counter()
-    from trimtab.trying import _Worker
+    from trimtab.sweeps.worker import _Worker
 
     attempt = _Worker._try
     with pytest.MonkeyPatch.context() as patch:
@@ -446,7 +446,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
 def test_a_trial_that_another_takes_last_is_waited_for(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
-    from trimtab.searching import Trials
+    from trimtab.sweeps.trials import Trials
 
     release, taken = Trials.release_dead, []
 

@@ -24,8 +24,8 @@ from torch import Tensor
 import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.contrasts import Pair
-from trimtab.tasks import PROTOCOLS, TASKS, find_task
-from trimtab.tasks.task import Protocol, Task
+from trimtab.evaluation.tasks import PROTOCOLS, TASKS, find_task
+from trimtab.evaluation.tasks.task import Protocol, Task
 
 BOOLQ = {
     "id": "b-0",
@@ -234,7 +234,7 @@ def near_in_number(texts: Sequence[str]) -> Any:
 
 @pytest.fixture
 def toy_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimtab.tasks.encoder.encode", near_in_number)
+    monkeypatch.setattr("trimtab.evaluation.tasks.encoder.encode", near_in_number)
 
 
 @pytest.mark.usefixtures("toy_encoder")

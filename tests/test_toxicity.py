@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 from helpers import refused_in_one_line
 from services import CLOSE, Reply, Request, in_turn, nobody, serving
 from trimtab.errors import TrimtabError
-from trimtab.metrics.toxicity import (
+from trimtab.evaluation.metrics.toxicity import (
     DetoxifyScorer,
     OfflineScorer,
     RemoteScorer,

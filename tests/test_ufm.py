@@ -22,8 +22,16 @@ from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 
 from trimtab.errors import TrimtabError
-from trimtab.strength import ufm_pictures
-from trimtab.strength.ufm import UFM, ConceptData, SteeredUFM, perfect, sides, specification, train
+from trimtab.strength.theory import pictures as ufm_pictures
+from trimtab.strength.theory.ufm import (
+    UFM,
+    ConceptData,
+    SteeredUFM,
+    perfect,
+    sides,
+    specification,
+    train,
+)
 
 GRID = np.linspace(-8, 8, 161)
 

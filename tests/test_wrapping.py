@@ -228,7 +228,7 @@ def test_an_adapters_directory_without_peft(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": "nowhere"})
     )
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    monkeypatch.setattr("trimtab.loading.is_peft_available", lambda: False)
+    monkeypatch.setattr("trimtab.model.loading.is_peft_available", lambda: False)
     refused_in_one_line(lambda: tt.load(tmp_path), "it is an adapter.*install peft")
 
 

@@ -34,8 +34,8 @@ from trimtab.cli.fit import read_numbers
 from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.runs import SharedRun
-from trimtab.tasks import load_contrast
+from trimtab.evaluation import load_contrast
+from trimtab.reports import SharedRun
 from trimtab.terminal import CleanConsole
 
 #: Rows of a table that are shown in a terminal; the report has all.
@@ -347,7 +347,7 @@ def _run(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from trimtab.analysis.result import write
+    from trimtab.papers import write
 
     plain = {key: value for key, value in arguments.items() if key != "data"}
     if judging is not None:
@@ -375,7 +375,7 @@ def _run(
 
 def _describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The rows and texts that an analysis is asked to run on, with their digests."""
-    from trimtab.bench import contrast_for
+    from trimtab.sweeps import contrast_for
 
     data, task = arguments.get("data"), arguments.get("task")
     described: dict[str, Any] = {}
@@ -392,7 +392,7 @@ def _describe(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_task(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The test rows, and the validation rows where the task has them."""
-    from trimtab.jobs import Judging, Wanted, find_job
+    from trimtab.evaluation import Judging, Wanted, find_job
 
     protocol = arguments.get("protocol", "trimtab")
     data, other = arguments.get("data"), arguments.get("validation_task")
@@ -437,12 +437,12 @@ class _Analyses(TyperGroup):
     a second, and other commands need not wait for it."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        from trimtab.analysis import ANALYSES
+        from trimtab.papers import ANALYSES
 
         return list(ANALYSES)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        from trimtab.analysis import ANALYSES
+        from trimtab.papers import ANALYSES
 
         if cmd_name not in ANALYSES:
             return None

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from trimtab.bake import bake as bake_into
 from trimtab.cli.common import (
     Device,
     Dtype,
@@ -21,8 +20,8 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_existing,
 )
-from trimtab.loading import locations
-from trimtab.saving import check_target
+from trimtab.model import bake as bake_into
+from trimtab.model import check_target, locations
 
 Steer = Annotated[
     list[str], typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order.")

@@ -14,9 +14,8 @@ import torch
 import typer
 
 from trimtab.errors import TrimtabError
-from trimtab.loading import load
-from trimtab.model import LanguageModel
-from trimtab.runs import object_in
+from trimtab.model import LanguageModel, load
+from trimtab.reports import object_in
 from trimtab.steering import Steering, refuse_other_file
 from trimtab.terminal import CleanConsole, is_terminal
 

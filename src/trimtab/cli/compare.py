@@ -36,14 +36,11 @@ from trimtab.cli.judging import (
     say_costs,
 )
 from trimtab.cli.sweep import Better, Protocol, read_values, row_limits
-from trimtab.compare import Candidate, compare, default_candidate
-from trimtab.compared import Comparison
 from trimtab.errors import TrimtabError
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.report import interval
-from trimtab.spaces import Range, setting
-from trimtab.sweep import FAST
+from trimtab.reports import interval
+from trimtab.sweeps import FAST, Candidate, Comparison, Range, compare, default_candidate, setting
 
 
 def compare_command(

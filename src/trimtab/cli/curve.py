@@ -33,30 +33,33 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_holding,
 )
-from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import evaluate
+from trimtab.evaluation import Chat, ChatEndpoint, LocalChat, evaluate, load_contrast
 from trimtab.files import json_object, write_whole
 from trimtab.fitting import fit
-from trimtab.loading import load
-from trimtab.metrics.effect import plain_texts
-from trimtab.metrics.judges import Chat, LocalChat
-from trimtab.model import LanguageModel
-from trimtab.plots import save_figure
+from trimtab.model import LanguageModel, load
+from trimtab.reports import save_figure
 from trimtab.steering import Steering
-from trimtab.strength.concept import (
+from trimtab.strength import (
+    TOLERANCE,
+    Accuracy,
+    Bounds,
     ChatConceptJudge,
     ConceptJudge,
+    Curves,
     LexiconJudge,
+    at_layers,
     concept_curve,
+    cost_curve,
+    curve,
+    dial_limits,
+    draw,
     lexicon,
+    method_of,
+    read,
+    resampled,
 )
-from trimtab.strength.costs import cost_curve
-from trimtab.strength.curves import TOLERANCE, at_layers, curve, method_of, resampled
-from trimtab.strength.pictures import Accuracy, Curves, draw
-from trimtab.strength.reading import Bounds, read
-from trimtab.strength.turning import dial_limits
-from trimtab.tasks import load_contrast
+from trimtab.sweeps import plain_texts
 
 
 def curve_command(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from trimtab import demo as demonstration
+from trimtab.cli import demonstration
 from trimtab.cli.common import Device, Dtype, Json, console, open_model, print_json
-from trimtab.tasks import load_contrast
+from trimtab.evaluation import load_contrast
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory for what it makes.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A pack, directory or hub id.")]

@@ -38,10 +38,9 @@ from trimtab.cli.judging import (
 )
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import evaluate
+from trimtab.evaluation import PROTOCOLS, TASKS, evaluate
 from trimtab.figures import Comparison, Evaluation, Result
 from trimtab.steering import Steering, Steerings
-from trimtab.tasks import PROTOCOLS, TASKS
 from trimtab.terminal import CleanConsole, write_text
 
 #: Tables keep their columns in a pipe, which has no width of its own.

@@ -28,12 +28,11 @@ from trimtab.cli.common import (
     print_json,
     refuse_steering_path,
 )
-from trimtab.describe import describe, explain
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import load_contrast
 from trimtab.fitting import Method, fit
 from trimtab.methods import METHODS
-from trimtab.steering import Steering
-from trimtab.tasks import load_contrast
+from trimtab.steering import Steering, describe, explain
 
 app = typer.Typer(
     help="Make a steering from a contrast: `trimtab fit METHOD --help` for a method's options, "

@@ -28,9 +28,8 @@ from trimtab.cli.common import (
     read_prompts,
     read_steerings,
 )
-from trimtab.decoding import left_aside
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, left_aside
 from trimtab.strength import within
 from trimtab.terminal import write_text
 

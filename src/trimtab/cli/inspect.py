@@ -8,9 +8,8 @@ import typer
 from rich.table import Table
 
 from trimtab.cli.common import Json, console, print_json
-from trimtab.describe import describe, explain
 from trimtab.errors import one_line
-from trimtab.steering import Steering
+from trimtab.steering import Steering, describe, explain
 
 
 def inspect(

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from trimtab.cli.common import console
-from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
-from trimtab.loading import load
-from trimtab.metrics.judges import (
+from trimtab.evaluation import (
     HARMBENCH_TEMPLATE,
     Chat,
+    ChatEndpoint,
     ChatJudge,
     HarmBenchJudge,
     Judge,
@@ -23,6 +22,7 @@ from trimtab.metrics.judges import (
     PhraseJudge,
     PolyGuardJudge,
 )
+from trimtab.model import load
 
 _PANEL = "Judges"
 

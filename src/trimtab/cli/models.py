@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab import packs
+from trimtab.checkpoints import packs
 from trimtab.cli.common import Json, console, print_json
 
 app = typer.Typer(

@@ -10,9 +10,18 @@ from rich.table import Table
 
 from trimtab.cli.common import Data, Device, Dtype, Json, Overwrite, console, open_model, print_json
 from trimtab.errors import TrimtabError
-from trimtab.recipes import SCALES, billions_in, check_needs, find_recipe, recipes
-from trimtab.reproduce import Reproduction, beside_paper, check_ready, reproduce
-from trimtab.studies import WITHOUT_MODEL
+from trimtab.papers import (
+    SCALES,
+    WITHOUT_MODEL,
+    Reproduction,
+    beside_paper,
+    billions_in,
+    check_needs,
+    check_ready,
+    find_recipe,
+    recipes,
+    reproduce,
+)
 
 
 def reproduce_command(

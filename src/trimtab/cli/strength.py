@@ -34,12 +34,12 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.curve import curve_command
 from trimtab.contrasts import last_message
-from trimtab.endpoint import ChatEndpoint
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import ChatEndpoint
 from trimtab.files import write_whole
-from trimtab.loading import load
+from trimtab.model import load
 from trimtab.steering import Steering
-from trimtab.strength.budgets import BUDGETS, budget, calibrate
+from trimtab.strength import BUDGETS, budget, calibrate
 
 app = typer.Typer(
     help="How strong a steering should be: curves over its dial, budgets, theory.",
@@ -157,7 +157,7 @@ def theory_command(
 
     Example: `trimtab strength theory -o theory`
     """
-    from trimtab.strength.ufm_pictures import facts, lines, save_pictures
+    from trimtab.strength.theory import facts, lines, save_pictures
 
     refuse_holding(output, "theory.json", overwrite, {"uniform"})
     numbers = facts()
@@ -203,7 +203,7 @@ def contrast_command(
     Example: `trimtab strength contrast --model smollm2-135m-instruct --concept joy --count 50
     -o joy.jsonl`
     """
-    from trimtab.concepts import generate_contrast
+    from trimtab.strength import generate_contrast
 
     refuse_existing(output, overwrite)
     language_model = open_model(model, dtype, device)

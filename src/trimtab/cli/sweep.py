@@ -36,9 +36,7 @@ from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
-from trimtab.spaces import Range, label, setting
-from trimtab.sweep import FAST, sweep
-from trimtab.swept import Sweep
+from trimtab.sweeps import FAST, Range, Sweep, label, setting, sweep
 
 app = typer.Typer(
     help="Try settings of a method on a task: `trimtab sweep METHOD --help` for its options.",

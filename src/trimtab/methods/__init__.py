@@ -6,8 +6,19 @@ from __future__ import annotations
 from trimtab.fitting import Method
 from trimtab.methods.ablation import Ablation
 from trimtab.methods.actadd import ActAdd
-from trimtab.methods.angular import AAS, SAS, SS
-from trimtab.methods.austeer import AUSteer
+from trimtab.methods.angular import (
+    AAS,
+    SAS,
+    SS,
+    Candidates,
+    candidate_wants,
+    candidates,
+    discriminative,
+    plane_of,
+    sites_of,
+    unit_means,
+)
+from trimtab.methods.austeer import AUSteer, rank
 from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
 from trimtab.methods.sadi import SADI
@@ -30,4 +41,12 @@ __all__ = [
     "AUSteer",
     "Ablation",
     "ActAdd",
+    "Candidates",
+    "candidate_wants",
+    "candidates",
+    "discriminative",
+    "plane_of",
+    "rank",
+    "sites_of",
+    "unit_means",
 ]

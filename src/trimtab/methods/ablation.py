@@ -33,22 +33,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Means,
     Method,
+    Statistics,
+    Want,
     check_choice,
     check_number,
     new_steering,
     validation_part,
 )
-from trimtab.metrics.likelihood import preference
-from trimtab.operators import Ablate, Add
 from trimtab.progress import progress
-from trimtab.statistics import Means
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.reading import preference
+from trimtab.steering import POSITIONS, Ablate, Add, Dial, Intervention, Positions, Steering
 
 WHERE = ("writers", "norms", "layer")
 #: Keeps the score finite where P is 0 or 1.

@@ -15,21 +15,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.activations import Statistics, Token, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Means,
     Method,
+    Statistics,
+    Token,
+    Want,
     check_choice,
     check_number,
     check_token,
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
-from trimtab.operators import Add
-from trimtab.statistics import Means
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
 @dataclass(frozen=True)

@@ -37,14 +37,31 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from trimtab.activations import Statistics, UnitLength, Want
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
-from trimtab.operators import Operator, Rotate, Turn, orthonormal
-from trimtab.statistics import Means
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Means,
+    Method,
+    Statistics,
+    UnitLength,
+    Want,
+    check_choice,
+    check_number,
+    new_steering,
+)
+from trimtab.steering import (
+    POSITIONS,
+    Dial,
+    Intervention,
+    Operator,
+    Positions,
+    Rotate,
+    Steering,
+    Turn,
+    orthonormal,
+)
 
 CANDIDATES = ("output", "input")
 SELECTIONS = ("cosine", "norm")

@@ -40,14 +40,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.activations import Statistics, Want
 from trimtab.anatomy import site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
-from trimtab.operators import Add, Operator, Scale
-from trimtab.statistics import Means, SignCounts
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Means,
+    Method,
+    SignCounts,
+    Statistics,
+    Want,
+    check_choice,
+    check_number,
+    new_steering,
+)
+from trimtab.steering import (
+    POSITIONS,
+    Add,
+    Dial,
+    Intervention,
+    Operator,
+    Positions,
+    Scale,
+    Steering,
+)
 
 SITE_KINDS = ("heads", "ffn_out", "ffn_in", "resid")
 DIRECTIONS = ("paper", "signed")

@@ -23,22 +23,24 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from trimtab.activations import Statistics, Token, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Means,
     Method,
+    SecondMoment,
+    Statistics,
+    Token,
+    Want,
     check_choice,
     check_number,
     check_token,
     new_steering,
     validation_part,
 )
-from trimtab.metrics.likelihood import preference
-from trimtab.operators import Add
-from trimtab.statistics import Means, SecondMoment
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.reading import preference
+from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 VARIANTS = ("mean", "pca")
 

@@ -27,15 +27,21 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from trimtab.activations import Statistics, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Method,
+    Samples,
+    Statistics,
+    Want,
+    check_choice,
+    check_number,
+    new_steering,
+)
 from trimtab.methods.austeer import rank
-from trimtab.operators import Add
 from trimtab.progress import progress
-from trimtab.statistics import Samples
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 DIRECTIONS = ("mean", "probe")
 

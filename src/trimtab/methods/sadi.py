@@ -27,15 +27,21 @@ from typing import Any, Literal
 
 import torch
 
-from trimtab.activations import Statistics, Want
 from trimtab.anatomy import READ_ONLY
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import POSITIONS_HELP, Method, check_choice, check_number, new_steering
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Means,
+    Method,
+    Statistics,
+    Want,
+    check_choice,
+    check_number,
+    new_steering,
+)
 from trimtab.methods.austeer import rank
-from trimtab.operators import Scale
-from trimtab.statistics import Means
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Scale, Steering
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}

@@ -27,22 +27,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.activations import Statistics, Token, Want
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Active,
+    Features,
+    Means,
     Method,
+    Statistics,
+    Token,
+    Want,
     check_choice,
     check_number,
     check_token,
+    load_features,
     new_steering,
 )
 from trimtab.methods.austeer import rank
-from trimtab.operators import Add
-from trimtab.saes import Features, load_features
-from trimtab.statistics import Active, Means
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Steering
+from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
 @dataclass(frozen=True)

@@ -1,44 +1,72 @@
 """How strong a steering should be: curves over its dial, where they end, and budgets.
 
-`trimtab.strength.ufm` is the theory behind them.
+`trimtab.strength.theory.ufm` is the theory behind them.
 """
 
-from trimtab.strength import ufm
-from trimtab.strength.budgets import Budget, PromptBudget, budget, calibrate
+from trimtab.strength import theory
+from trimtab.strength.budgets import BUDGETS, Budget, PromptBudget, budget, calibrate
 from trimtab.strength.concept import (
     ChatConceptJudge,
     ConceptCurve,
+    ConceptJudge,
     LexiconJudge,
     concept_curve,
     lexicon,
 )
 from trimtab.strength.costs import CostCurve, cost_curve
-from trimtab.strength.curves import Curve, TokenCurve, curve, resampled, token_log_odds
+from trimtab.strength.curves import (
+    TOLERANCE,
+    Curve,
+    TokenCurve,
+    at_layers,
+    curve,
+    method_of,
+    resampled,
+    token_log_odds,
+)
+from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
+from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Bounds, Reading, read
-from trimtab.strength.within import Within, within
+from trimtab.strength.rule import Within, within
+from trimtab.strength.theory import ufm
+from trimtab.strength.turning import Turning, dial_limits, divergence
 
 __all__ = [
+    "BUDGETS",
+    "TOLERANCE",
+    "Accuracy",
     "Bounds",
     "Budget",
     "ChatConceptJudge",
     "ConceptCurve",
+    "ConceptJudge",
     "CostCurve",
     "Curve",
+    "Curves",
     "LexiconJudge",
+    "Negatives",
     "PromptBudget",
     "Reading",
     "TokenCurve",
+    "Turning",
     "Within",
+    "at_layers",
     "budget",
     "calibrate",
     "concept_curve",
     "cost_curve",
     "curve",
+    "dial_limits",
+    "divergence",
+    "draw",
+    "generate_contrast",
     "lexicon",
     "limit",
+    "method_of",
     "read",
     "resampled",
+    "theory",
     "token_log_odds",
     "ufm",
     "within",

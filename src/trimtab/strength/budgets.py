@@ -24,12 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from trimtab.calibration import Calibration
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.steering import Steering
+from trimtab.steering import Calibration, Steering
 from trimtab.strength.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 
 Side = Literal["positive", "negative"]

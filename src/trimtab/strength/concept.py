@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import rate_interval
-from trimtab.metrics.judges import Chat
+from trimtab.evaluation import Chat
+from trimtab.figures import rate_interval
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.attach import turned
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import weighted_interval
-from trimtab.model import LanguageModel
+from trimtab.figures import weighted_interval
+from trimtab.model import LanguageModel, turned
 from trimtab.progress import progress
-from trimtab.resuming import begin, blocks_below, grouped, resume
+from trimtab.reading import begin, blocks_below, grouped, resume
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
 from trimtab.strength.turning import check_turns, idle_dial

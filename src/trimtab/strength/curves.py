@@ -23,7 +23,7 @@ from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.resuming import grouped, resume
+from trimtab.reading import grouped, resume
 from trimtab.steering import Steering
 from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
 

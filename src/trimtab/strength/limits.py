@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
-from trimtab.operators import Add
-from trimtab.steering import Steering
+from trimtab.steering import Add, Steering
 
 #: The size of a unit of v when it meets the final norm: the norm's eps is nothing beside it.
 _LARGE = 1e4

@@ -10,7 +10,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from trimtab.plots import COLOURS, DOWN, NEUTRAL, STYLE, UP
+from trimtab.reports import COLOURS, DOWN, NEUTRAL, STYLE, UP
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve

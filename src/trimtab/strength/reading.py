@@ -17,7 +17,7 @@ from scipy.special import expit
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.metrics.intervals import weighted_interval
+from trimtab.figures import weighted_interval
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve, TokenCurve

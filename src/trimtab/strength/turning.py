@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trimtab.attach import finds_dials, turned
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
-from trimtab.operators import Rotate
-from trimtab.resuming import begin, blocks_below, grouped, resume
-from trimtab.steering import Steering
+from trimtab.model import LanguageModel, finds_dials, turned
+from trimtab.reading import begin, blocks_below, grouped, resume
+from trimtab.steering import Rotate, Steering
 
 
 class Turning:

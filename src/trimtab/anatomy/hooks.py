@@ -1,0 +1,161 @@
+"""Puts functions on sites of a live model and takes them off again.
+
+A hook sees an activation of shape [rows, tokens, units] and returns a new one, or None to leave
+it as it is. Modules that return tuples keep their tuple; nothing is changed in place.
+
+While something is hooked, compiled code is off: what was compiled before knows nothing of a hook,
+and what would be compiled now would keep it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.anatomy.anatomy import Edit, Point, experts_forward
+from trimtab.anatomy.exclusive import exclusively
+from trimtab.errors import TrimtabError
+
+
+class Hook(partial[Any]):
+    """A function of ours on a module: known as ours, and never copied along with the module."""
+
+    #: What it stands in place of.
+    before: Any = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TrimtabError(
+            "cannot copy or pickle a model while it is steered, because the copy would stay so: "
+            "do it after the block"
+        )
+
+
+@contextmanager
+def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
+    """Run every edit at its point of the model with this transformer body while the block lasts;
+    removed whatever happens inside."""
+    removers: list[Callable[[], None]] = []
+    with exclusively(body), eager():
+        try:
+            for point, edit in edits.items():
+                removers.append(_install(point, edit))
+            yield
+        finally:
+            for remove in reversed(removers):
+                remove()
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether an edit is on the model at this moment."""
+    ours = (_on_output, _on_input, experts_forward)
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        for function in (*hooks, vars(module).get("forward")):
+            if isinstance(function, Hook) and function.func in ours:
+                return True
+    return False
+
+
+class _Eager:
+    """How many blocks need uncompiled code, and what to do when the last one ends.
+
+    The compiler's stance is one for the whole process, so blocks that overlap share it.
+    """
+
+    lock = threading.Lock()
+    blocks = 0
+    stance: Any = None
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run modules as they are written, also those that are compiled."""
+    with _Eager.lock:
+        if _Eager.blocks == 0:
+            try:
+                _Eager.stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:  # torch is compiling the caller
+                raise TrimtabError(
+                    "a model cannot be steered or read inside of a compiled function: compile "
+                    "what is inside the block, or nothing of it"
+                ) from error
+        _Eager.blocks += 1
+    try:
+        yield
+    finally:
+        with _Eager.lock:
+            _Eager.blocks -= 1
+            if _Eager.blocks == 0:
+                _Eager.stance.__exit__(None, None, None)  # back to what it was before
+
+
+def _install(point: Point, edit: Edit) -> Callable[[], None]:
+    if point.side == "output":
+        handle = point.module.register_forward_hook(Hook(_on_output, edit))
+        _ours_first(point.module._forward_hooks)
+        return handle.remove
+    if point.side == "input":
+        hook = Hook(_on_input, edit)
+        handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
+        _ours_first(point.module._forward_pre_hooks)
+        return handle.remove
+    return _on_experts(point.module, point.side, edit)
+
+
+def _ours_first(hooks: Any) -> None:
+    """Let others' hooks on a module see what ours made of an activation, whichever came first.
+
+    transformers records hidden states with hooks that it leaves on the model for good. `hooks` is
+    the module's OrderedDict of them.
+    """
+    ours = [key for key, hook in hooks.items() if isinstance(hook, Hook)]
+    for key in reversed(ours):  # which keeps their own order
+        hooks.move_to_end(key, last=False)
+
+
+def _on_output(edit: Edit, module: nn.Module, args: Any, output: Any) -> Any:
+    if not isinstance(output, tuple):
+        return edit(output)
+    edited = edit(output[0])
+    return None if edited is None else (edited, *output[1:])
+
+
+def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if args:
+        edited = edit(args[0])
+        return None if edited is None else ((edited, *args[1:]), kwargs)
+    edited = edit(kwargs["hidden_states"])
+    return None if edited is None else (args, {**kwargs, "hidden_states": edited})
+
+
+def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
+    """Replace a mixture's forward; a second edit joins the first one's list."""
+    if any(weight.is_meta for weight in block.parameters()):
+        raise TrimtabError(
+            "the experts of this mixture are offloaded, and their inner activations cannot be "
+            "shown there: steer another site, or load the model whole (no device_map)"
+        )
+    hook = vars(block).get("forward")  # ours, somebody else's, or none
+    if not (isinstance(hook, Hook) and hook.func is experts_forward):
+        before, hook = hook, Hook(experts_forward, block, [])
+        hook.before = before
+        object.__setattr__(block, "forward", hook)
+    edits: list[tuple[str, Edit]] = hook.args[1]
+    edits.append((side, edit))
+
+    def remove() -> None:
+        edits.remove((side, edit))
+        if edits:
+            return
+        if hook.before is None:
+            object.__delattr__(block, "forward")
+        else:
+            object.__setattr__(block, "forward", hook.before)
+
+    return remove

@@ -1,0 +1,247 @@
+"""Has a model answer the examples of a task, batch by batch, and judges what it wrote.
+
+Every batch is planned before the first one runs and has a seed of its own, so that a run which was
+interrupted gives the same records as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.contrasts import Prompt
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
+from trimtab.model import Completion, LanguageModel
+from trimtab.progress import progress
+from trimtab.reading import Kept, after, next_tokens, plan
+from trimtab.steering import Steering, Steerings
+
+#: Judges a batch of outputs: what is measured, by name, for each of them.
+Measure = Callable[[Sequence[Example], Sequence[Completion]], list[dict[str, float | None]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The examples of a task under one protocol."""
+
+    protocol: Protocol
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are generated where a task leaves it open."""
+
+    seed: int = 0
+    batch_size: int = 16
+    max_new_tokens: int | None = None
+    force: bool = False
+    #: What the blocks below steerings computed of one-token prompts, for the next steering.
+    kept: Kept | None = None
+
+
+def answer(
+    language_model: LanguageModel,
+    task: Task,
+    entries: Sequence[Entry],
+    steering: Steering | Steerings | None,
+    done: set[tuple[str, int]],
+    settings: Settings,
+    measure: Measure | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Records of a task, a batch at a time; batches whose records are all `done` are left out.
+
+    A prompt that several protocols share is answered once.
+    """
+    owners: dict[Prompt, list[tuple[Entry, int]]] = {}
+    for entry in entries:
+        for index, example in enumerate(entry.examples):
+            prompt = _for_model(language_model, example.prompt)
+            owners.setdefault(prompt, []).append((entry, index))
+    prompts = list(owners)
+
+    def missing(batch: Sequence[int]) -> bool:
+        return any(
+            (entry.protocol, index) not in done
+            for i in batch
+            for entry, index in owners[prompts[i]]
+        )
+
+    write = _write_one_token if task.generation.new_tokens == 1 else _write
+    with progress(task.name, len(prompts)) as advance:
+        started = time.perf_counter()
+        for batch, completions in write(language_model, task, prompts, steering, missing, settings):
+            records = []
+            for i, completion in zip(batch, completions, strict=True):
+                for entry, index in owners[prompts[i]]:
+                    example = entry.examples[index]
+                    records.append(_record(task, entry.protocol, index, example, completion))
+            if measure is not None:
+                _add_measures(records, batch, completions, owners, prompts, measure)
+            seconds = time.perf_counter() - started
+            for record in records:
+                record["seconds"] = round(seconds / len(records), 4)
+            yield [r for r in records if (r["protocol"], r["index"]) not in done]
+            advance(len(batch))
+            started = time.perf_counter()
+
+
+def _for_model(language_model: LanguageModel, prompt: Prompt) -> Prompt:
+    """A conversation as plain text where the model has no chat template."""
+    if isinstance(prompt, str) or language_model.chats:
+        return prompt
+    return "\n\n".join(content for _, content in prompt) + "\n"
+
+
+def _add_measures(
+    records: list[dict[str, Any]],
+    batch: Sequence[int],
+    completions: Sequence[Completion],
+    owners: dict[Prompt, list[tuple[Entry, int]]],
+    prompts: Sequence[Prompt],
+    measure: Measure,
+) -> None:
+    """Scores each output once, for all records that share it."""
+    firsts = [owners[prompts[i]][0] for i in batch]
+    examples = [entry.examples[index] for entry, index in firsts]
+    values = measure(examples, completions)
+    shared = [v for i, v in zip(batch, values, strict=True) for _ in owners[prompts[i]]]
+    for record, found in zip(records, shared, strict=True):
+        record["values"] |= found
+
+
+def _record(
+    task: Task, protocol: Protocol, index: int, example: Example, completion: Completion
+) -> dict[str, Any]:
+    """What is kept of one answer."""
+    values: dict[str, float | None] = {}
+    prediction = None
+    if task.read is not None:
+        prediction = task.read(completion.text, protocol)
+        answered = prediction is not None and (
+            not task.options or str(prediction).lower() in map(str.lower, task.options)
+        )
+        values = {
+            "accuracy": float(task.right(prediction, example.target)),
+            "answered": float(answered),
+        }
+    return {
+        "task": task.name,
+        "protocol": protocol,
+        "index": index,
+        "id": example.id,
+        "prompt": example.prompt,
+        "output": completion.text,
+        "prediction": prediction,
+        "target": example.target,
+        "values": values,
+    }
+
+
+_Written = Iterator[tuple[Sequence[int], list[Completion]]]
+
+
+def _write_one_token(
+    language_model: LanguageModel,
+    task: Task,
+    prompts: Sequence[Prompt],
+    steering: Steering | Steerings | None,
+    missing: Callable[[Sequence[int]], bool],
+    settings: Settings,
+) -> _Written:
+    """The most probable next token of each prompt; no more than one position is unembedded."""
+    readings = [after(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)]
+    batches = [
+        batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
+    ]
+    decode = language_model.tokenizer.decode
+    for batch, found in next_tokens(
+        language_model, readings, batches, steering, kept=settings.kept, force=settings.force
+    ):
+        tokens = [int(each.best[0]) for each in found]
+        texts = [decode([token], skip_special_tokens=True) for token in tokens]
+        yield (
+            batch.rows,
+            [
+                Completion(prompts[i], text, (token,))
+                for i, text, token in zip(batch.rows, texts, tokens, strict=True)
+            ],
+        )
+
+
+def _write(
+    language_model: LanguageModel,
+    task: Task,
+    prompts: Sequence[Prompt],
+    steering: Steering | Steerings | None,
+    missing: Callable[[Sequence[int]], bool],
+    settings: Settings,
+) -> _Written:
+    """Texts of many tokens, batched by the length of their prompts."""
+    generation: Generation = task.generation
+    new = settings.max_new_tokens or generation.tokens_for(language_model.anatomy.name)
+    lengths = [len(tokens) for tokens in language_model.encode(prompts)]
+    longest = max(lengths, default=0)
+    if longest + new > language_model.max_length:  # said before the first batch, not at the last
+        raise TrimtabError(
+            f"{task.name}: a prompt of {longest} tokens and {new} new ones exceed the "
+            f"{language_model.max_length} tokens that {language_model.name} takes: ask for fewer "
+            "new tokens (--max-new-tokens)"
+        )
+    order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
+    for start in range(0, len(order), settings.batch_size):
+        batch = order[start : start + settings.batch_size]
+        if not missing(batch):
+            continue
+        options: dict[str, Any] = {}
+        if generation.sampled:
+            options = {"temperature": 1.0, "top_k": 50, "seed": _seed(settings.seed, task, start)}
+        completions = language_model.generate(
+            [prompts[i] for i in batch],
+            chat=False,  # conversations are rendered all the same, and text is taken as it is
+            max_new_tokens=new,
+            steering=steering,
+            batch_size=settings.batch_size,
+            stop=generation.stop,
+            force=settings.force,
+            **options,
+        )
+        yield batch, completions
+
+
+def _seed(seed: int, task: Task, start: int) -> int:
+    """A seed of each batch, so that skipping batches changes nothing in the others."""
+    digest = hashlib.sha256(f"{seed}/{task.name}/{start}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _cut_left(
+    language_model: LanguageModel, name: str, prompts: Sequence[Prompt], room: int
+) -> list[list[int]]:
+    """Token ids; a prompt that leaves no room loses its beginning, never its end, and is counted.
+
+    A BOS stays.
+    """
+    limit = language_model.max_length - room
+    encoded = language_model.encode(prompts)
+    if not all(encoded):
+        raise TrimtabError(f"{name}: a prompt has no tokens")
+    cut = 0
+    for i, tokens in enumerate(encoded):
+        if len(tokens) > limit:
+            kept = tokens[:1] if tokens[0] == language_model.bos else []
+            encoded[i] = kept + tokens[len(tokens) - limit + len(kept) :]
+            cut += 1
+    if cut:
+        warnings.warn(
+            f"{name}: {cut} of {len(prompts)} prompts are longer than {limit} tokens; their "
+            "beginnings were cut",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    return encoded

@@ -1,0 +1,263 @@
+"""Evaluates a model on tasks, unsteered and steered, and compares the two on the same examples.
+
+Every example leaves a record; all figures are computed from the records, so that a run which was
+interrupted and continued gives the table of one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from trimtab.contrasts import Part, last_message
+from trimtab.errors import TrimtabError
+from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.jobs import Job, Judging, TaskJob, Wanted, find_job, misfit
+from trimtab.evaluation.metrics.judges import Chat, Judge
+from trimtab.evaluation.metrics.pairwise import verdicts
+from trimtab.evaluation.metrics.toxicity import Scorer
+from trimtab.evaluation.tasks import Protocol, check_protocol
+from trimtab.figures import Evaluation, Record, paired, summarise
+from trimtab.model import LanguageModel
+from trimtab.reports import Run, evaluation_page
+from trimtab.steering import Steering, Steerings, together
+
+#: What is evaluated: one steering (or several that act together), some alternatives, or
+#: alternatives by name.
+Alternatives = (
+    Steering
+    | Steerings
+    | None
+    | Sequence[Steering | Steerings]
+    | Mapping[str, Steering | Steerings]
+)
+
+
+def evaluate(
+    language_model: LanguageModel,
+    tasks: str | Sequence[str],
+    *,
+    steering: Alternatives = None,
+    unsteered: bool = True,
+    data: str | Path | None = None,
+    protocol: Protocol | Sequence[Protocol] = "trimtab",
+    part: Part = "test",
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    few_shot: int | None = None,
+    chat: bool = False,
+    task_files: Sequence[str | Path] = (),
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    preference: Chat | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> Evaluation:
+    """Evaluate a model on tasks, unsteered (unless `unsteered` is false) and steered.
+
+    `tasks` are names of `TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE, contrast:SOURCE
+    (pairs, named as for `load_contrast`) or lm-eval:NAME. `steering` is one steering or `a + b`;
+    a list or a mapping by name holds alternatives, each evaluated by itself.
+    `data` names the directory of data sets (default: TRIMTAB_DATA, else the hub). `limit` takes
+    the first examples of each task. `few_shot`, `chat` (through the chat template) and `task_files`
+    (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
+    or a URL; `judges` say whether a response complies (trimtab.metrics.judges); `preference` is the
+    chat model that compares answers (bpo). `output` names a run directory, in which a run that was
+    interrupted goes on.
+    """
+    names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    protocols = (protocol,) if isinstance(protocol, str) else tuple(dict.fromkeys(protocol))
+    for one in protocols:
+        check_protocol(one)
+    if not names or not protocols:
+        raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
+    if limit is not None and limit < 1:
+        raise TrimtabError(f"the limit must be 1 or more, not {limit}")
+    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+        raise TrimtabError("the batch size and the number of new tokens must be 1 or more")
+    subjects = _subjects(steering, unsteered)
+    for attached in subjects.values():
+        with language_model.steered(attached, force=force):
+            pass  # says at once what does not fit, not after hours
+    wanted = Wanted(
+        protocols,
+        part,
+        limit,
+        None if data is None else str(data),
+        few_shot,
+        chat,
+        tuple(str(directory) for directory in task_files),
+        None if output is None else Path(output),
+    )
+    judging = Judging(toxicity, tuple(judges), preference)
+    jobs = [find_job(name, wanted, judging) for name in names]
+    for job in jobs:
+        if isinstance(job, TaskJob):
+            for attached in subjects.values():
+                job.check(attached)
+    settings = Settings(seed, batch_size, max_new_tokens, force)
+    config = {
+        "tasks": [job.describe() for job in jobs],
+        "protocols": list(protocols),
+        "part": part,
+        "limit": limit,
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "preference": None if preference is None else preference.name,
+        "model": language_model.described,
+        "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
+    }
+    notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
+    with Run(output, config, overwrite) as run:
+        run.check(_reason(language_model, jobs, subjects))
+        for name, attached in subjects.items():
+            for job in jobs:
+                done = _done(run.records, job.name, name)
+                # Closed at once if writing fails, or the model would stay steered for a while.
+                with closing(job.run(language_model, attached, done, settings)) as batches:
+                    for records in batches:
+                        run.append([{"steering": name, **record} for record in records])
+        for job in jobs:
+            if isinstance(job, TaskJob) and job.task.pairwise:
+                reason = _incomparable(preference, subjects)
+                if reason:
+                    notes.append(f"{job.name}: no answers were compared; {reason}")
+                elif preference is not None:
+                    for records in _preferences(run.records, job.name, preference, batch_size):
+                        run.append(records)
+        ordered = _in_order(run.records, subjects, jobs, protocols)
+        evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
+        run.finish(
+            evaluation.as_json(),
+            lambda environment: evaluation_page(evaluation, run.config, environment),
+        )
+    return evaluation
+
+
+def _reason(
+    language_model: LanguageModel, jobs: Sequence[Job], subjects: Mapping[str | None, Any]
+) -> Callable[[Record], str]:
+    """Why a record is none of this evaluation, or nothing."""
+    by_name = {job.name: job for job in jobs}
+    planned: dict[str, Any] = {}  # made where there are records, because it takes some work
+
+    def reason(record: Record) -> str:
+        name = record["task"].removesuffix(_COMPARED)
+        if name not in by_name:
+            return "its task is none of this run"
+        if record["steering"] not in subjects:
+            return "its steering is none of this run"
+        if name not in planned:
+            planned[name] = by_name[name].planned(language_model)
+        if planned[name] is None:
+            return ""
+        return misfit(record, planned[name].get((record["protocol"], record["index"])))
+
+    return reason
+
+
+def _in_order(
+    records: Sequence[Record],
+    subjects: Mapping[str | None, Any],
+    jobs: Sequence[Job],
+    protocols: Sequence[str],
+) -> list[Record]:
+    """Records as an uninterrupted run has them: by steering, task and protocol."""
+    names = [job.name for job in jobs]
+    order = {
+        (task, protocol, steering): (compared, i, j, k)
+        for compared, suffix in enumerate(("", _COMPARED))
+        for i, steering in enumerate(subjects)
+        for j, task in enumerate(name + suffix for name in names)
+        for k, protocol in enumerate(("", *protocols))
+    }
+    return sorted(records, key=lambda r: order[r["task"], r["protocol"], r["steering"]])
+
+
+def _done(records: Sequence[Record], task: str, steering: str | None) -> set[tuple[str, int]]:
+    """(protocol, index) of what is there already."""
+    return {
+        (record["protocol"], record["index"])
+        for record in records
+        if (record["task"], record["steering"]) == (task, steering)
+    }
+
+
+def _incomparable(preference: Chat | None, subjects: Mapping[str | None, Any]) -> str:
+    """Why no pairs of answers can be judged, if so."""
+    if preference is None:
+        return "no judge was named"
+    if None not in subjects or len(subjects) == 1:
+        return "that takes a steering, and the unsteered model beside it"
+    return ""
+
+
+#: What is added to a task's name where its answers are compared.
+_COMPARED = ", compared"
+
+
+def _preferences(
+    records: Sequence[Record], task: str, chat: Chat, batch_size: int
+) -> Iterator[list[Record]]:
+    """Records of the judge's verdicts on steered against unsteered answers."""
+    judged = {
+        (record["protocol"], record["steering"], record["index"])
+        for record in records
+        if record["task"] == task + _COMPARED
+    }
+    pairs = [
+        (before, after)
+        for before, after in paired(records)
+        if after["task"] == task
+        and (after["protocol"], after["steering"], after["index"]) not in judged
+    ]
+    for start in range(0, len(pairs), batch_size):
+        some = pairs[start : start + batch_size]
+        started = time.perf_counter()
+        found = verdicts(
+            chat,
+            [(last_message(after["prompt"]), after["output"], b["output"]) for b, after in some],
+        )
+        seconds = (time.perf_counter() - started) / len(some)
+        yield [
+            {key: after[key] for key in ("steering", "protocol", "index", "id")}
+            | {"task": task + _COMPARED, "values": values, "seconds": round(seconds, 4)}
+            for (_, after), values in zip(some, found, strict=True)
+        ]
+
+
+def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
+    """What is evaluated, by name; None is the unsteered model."""
+    subjects: dict[str | None, Any] = {None: None} if unsteered else {}
+    if isinstance(steering, Mapping):
+        alternatives: list[Any] = list(steering.items())
+    elif steering is None:
+        alternatives = []
+    else:
+        single = isinstance(steering, Steering | Steerings | str)
+        several: Any = [steering] if single else steering
+        alternatives = [(getattr(one, "label", ""), one) for one in several]
+    for name, one in alternatives:
+        if not (isinstance(one, Steering | Steerings) and one):
+            shown = f"{str(one)!r:.60}"
+            raise TrimtabError(f"{shown} is not a steering: load one with Steering.load(FILE)")
+        if name in subjects:
+            raise TrimtabError(f"two steerings are called {name!r}: name them, {{name: steering}}")
+        subjects[name] = one
+    if not subjects:
+        raise TrimtabError("there is nothing to evaluate: name a steering, or the unsteered model")
+    return subjects
+
+
+def _described(steering: Steering | Steerings | None) -> list[dict[str, Any]]:
+    return [
+        {"label": one.label, "dial": one.setting, "sha256": one.digest}
+        for one in together(steering)
+    ]

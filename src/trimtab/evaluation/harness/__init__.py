@@ -1,0 +1,1 @@
+"""EleutherAI's lm-evaluation-harness: trimtab as its model, its tasks as tasks of trimtab."""

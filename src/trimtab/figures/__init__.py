@@ -1,0 +1,31 @@
+"""Numbers only: intervals, paired tests, records and what is computed from them."""
+
+from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.records import (
+    VIOLATION,
+    Comparison,
+    Evaluation,
+    Record,
+    Result,
+    estimate_of,
+    paired,
+    summarise,
+)
+from trimtab.figures.significance import holm, paired_p
+
+__all__ = [
+    "VIOLATION",
+    "Comparison",
+    "Estimate",
+    "Evaluation",
+    "Record",
+    "Result",
+    "estimate_of",
+    "holm",
+    "mean_interval",
+    "paired",
+    "paired_p",
+    "rate_interval",
+    "summarise",
+    "weighted_interval",
+]

@@ -1,0 +1,319 @@
+"""Figures of an evaluation, computed from its records: rates and means with intervals, paired
+differences, flips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from scipy import stats
+
+from trimtab.errors import TrimtabError
+from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+
+Record = dict[str, Any]
+
+#: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
+VIOLATION = 2.0
+
+#: Metrics that are means also where every value happens to be 0 or 1.
+_MEANS = frozenset(
+    (
+        "perplexity",
+        "self_perplexity",
+        "language_consistency",
+        "compression_ratio",
+        "repetition_4gram",
+        "toxicity",
+        "cross_entropy",
+        "delta_wr",
+        "first_shown",
+        "log_odds",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure: `value` over `n` examples with its 95 % interval.
+
+    `steering` is None for the unsteered model. `unclear` examples got no value and are not in n;
+    where all of them are unclear, the value is None.
+    """
+
+    task: str
+    protocol: str
+    metric: str
+    value: float | None
+    n: int
+    ci95: tuple[float, float] | None
+    steering: str | None
+    unclear: int = 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Steered minus unsteered on the same examples, with a paired bootstrap interval (95 %).
+
+    For what is right or wrong, `gained` and `lost` count the examples that flipped each way, and
+    `p` is McNemar's exact test of whether they flip both ways alike: with few flips it is to be
+    believed over the interval, which cannot draw a flip that did not occur.
+    """
+
+    task: str
+    protocol: str
+    metric: str
+    difference: float
+    ci95: tuple[float, float]
+    n: int
+    steering: str
+    gained: int | None = None
+    lost: int | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The figures of an evaluation, and the records that they were computed from."""
+
+    results: tuple[Result, ...]
+    comparisons: tuple[Comparison, ...]
+    records: tuple[Record, ...]
+    seconds: float
+    model: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def value(
+        self, task: str, metric: str = "accuracy", steering: str | None = None, **more: Any
+    ) -> Result:
+        """One result by its task, metric and steering (None: unsteered)."""
+        wanted = {"task": task, "metric": metric, "steering": steering, **more}
+        for result in self.results:
+            if all(getattr(result, key) == value for key, value in wanted.items()):
+                return result
+        raise TrimtabError(f"there is no result with {wanted}")
+
+    def flips(self, metric: str | None = None) -> list[tuple[Record, Record]]:
+        """(unsteered, steered) records of each example whose rating changed.
+
+        `metric` is by default the first that a task has and that rates examples.
+        """
+        found = []
+        for before, after in paired(self.records):
+            names = [metric] if metric else [m for m in after["values"] if m not in _MEANS]
+            name = next(iter(names), "")
+            old, new = before["values"].get(name), after["values"].get(name)
+            if None not in (old, new) and old != new and _rates(name, (old, new)):
+                found.append((before, after))
+        return found
+
+    def tables(self) -> list[tuple[str, list[tuple[Result, Comparison | None]]]]:
+        """For people: a title for each task and protocol, and its results with their comparisons.
+
+        Of each metric the unsteered figure comes first.
+        """
+        compared = {(c.task, c.protocol, c.metric, c.steering): c for c in self.comparisons}
+        groups: dict[tuple[str, str], list[Result]] = {}
+        for result in self.results:
+            groups.setdefault((result.task, result.protocol), []).append(result)
+        tables = []
+        for (task, protocol), results in groups.items():
+            title = f"{task}, {protocol}'s protocol" if protocol else task
+            rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
+            rows = [
+                (r, compared.get((task, protocol, r.metric, str(r.steering))))
+                for r in sorted(results, key=lambda r: rank[r.metric])
+            ]
+            tables.append((title, rows))
+        return tables
+
+    def as_json(self) -> dict[str, Any]:
+        """What `trimtab evaluate --json` prints."""
+        return {
+            "results": [asdict(result) for result in self.results],
+            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "seconds": self.seconds,
+            "model": self.model,
+            "notes": list(self.notes),
+        }
+
+
+def summarise(
+    records: Sequence[Record], model: dict[str, Any], notes: Sequence[str] = ()
+) -> Evaluation:
+    """All figures of a run."""
+    ordered = _in_order(records)
+    results = _results(ordered)
+    return Evaluation(
+        tuple(results),
+        tuple(_comparisons(ordered)),
+        tuple(ordered),
+        round(sum(record["seconds"] for record in records), 2),
+        model,
+        (*notes, *_over_settings(results)),
+    )
+
+
+def _in_order(records: Sequence[Record]) -> list[Record]:
+    """Tasks, protocols and steerings as they came first, examples by their index."""
+    rank: dict[tuple[Any, ...], int] = {}
+    for record in records:
+        rank.setdefault(_key(record), len(rank))
+    return sorted(records, key=lambda record: (rank[_key(record)], record["index"]))
+
+
+def _key(record: Record) -> tuple[str, str, str | None]:
+    return (record["task"], record["protocol"], record["steering"])
+
+
+def _metrics(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(metric for record in records for metric in record["values"]))
+
+
+def _results(records: Sequence[Record]) -> list[Result]:
+    groups: dict[tuple[str, str, str | None], list[Record]] = {}
+    for record in records:
+        groups.setdefault(_key(record), []).append(record)
+    found = []
+    for (task, protocol, steering), group in groups.items():
+        for metric in _metrics(group):
+            given = [record for record in group if metric in record["values"]]
+            clear = [record for record in given if record["values"][metric] is not None]
+            if not clear:
+                found.append(
+                    Result(task, protocol, metric, None, 0, None, steering, unclear=len(given))
+                )
+                continue
+            estimate = estimate_of(
+                metric, [record["values"][metric] for record in clear], _weights(clear)
+            )
+            figure = partial(Result, task, protocol, steering=steering, n=estimate.n)
+            interval = (estimate.low, estimate.high)
+            unclear = len(given) - len(clear)
+            found.append(
+                figure(metric=metric, value=estimate.value, ci95=interval, unclear=unclear)
+            )
+            if metric == "cross_entropy":
+                low, value, high = map(_exp, (estimate.low, estimate.value, estimate.high))
+                found.append(figure(metric="perplexity", value=value, ci95=(low, high)))
+        for record in group:
+            found += [
+                Result(task, protocol, metric, value, record["n"], None, steering)
+                for metric, value in record.get("figures", {}).items()
+            ]
+    return found
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _weights(records: Sequence[Record]) -> list[float] | None:
+    """What each record weighs (tokens, anchors), or None where all weigh the same."""
+    if not any("weight" in record for record in records):
+        return None
+    return [record.get("weight", 1.0) for record in records]
+
+
+def _rates(metric: str, values: Sequence[float]) -> bool:
+    """Whether these are shares of examples for which something holds."""
+    return metric not in _MEANS and all(value in (0, 1) for value in values)
+
+
+def estimate_of(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
+    """The mean of a metric: Wilson's interval for a rate, bootstrap for any other mean."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if weights is None and _rates(metric, values):
+        return rate_interval(tensor)
+    return _mean(tensor, weights)
+
+
+def _mean(values: torch.Tensor, weights: Sequence[float] | None) -> Estimate:
+    """The mean with its bootstrap interval, weighted where there are weights."""
+    if weights is None:
+        return mean_interval(values)
+    return weighted_interval(values, torch.tensor(weights, dtype=torch.float64))
+
+
+def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """Each steered record with the unsteered record of the same example."""
+    unsteered = {
+        (r["task"], r["protocol"], r["index"]): r for r in records if r["steering"] is None
+    }
+    return [
+        (unsteered[place], record)
+        for record in records
+        if record["steering"] is not None
+        and (place := (record["task"], record["protocol"], record["index"])) in unsteered
+    ]
+
+
+def _comparisons(records: Sequence[Record]) -> list[Comparison]:
+    groups: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
+    for before, after in paired(records):
+        key = (after["task"], after["protocol"], after["steering"])
+        groups.setdefault(key, []).append((before, after))
+    found = []
+    for (task, protocol, steering), pairs in groups.items():
+        for metric in _metrics([after for _, after in pairs]):
+            both = [
+                (before["values"][metric], after["values"][metric], after)
+                for before, after in pairs
+                if before["values"].get(metric) is not None
+                and after["values"].get(metric) is not None
+            ]
+            if not both:
+                continue
+            differences = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
+            estimate = _mean(differences, _weights([after for _, _, after in both]))
+            rates = _rates(metric, [value for old, new, _ in both for value in (old, new)])
+            found.append(
+                Comparison(
+                    task,
+                    protocol,
+                    metric,
+                    estimate.value,
+                    (estimate.low, estimate.high),
+                    estimate.n,
+                    steering,
+                    *(_flipped(differences) if rates else ()),
+                )
+            )
+    return found
+
+
+def _flipped(differences: torch.Tensor) -> tuple[int, int, float]:
+    """How many were gained and lost, and McNemar's exact p."""
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return gained, lost, float(p)
+
+
+def _over_settings(results: Sequence[Result]) -> list[str]:
+    """What a sweep over several dials says as a whole: violations, and the spread of coherence."""
+    notes = []
+    groups = dict.fromkeys((r.task, r.protocol) for r in results if r.metric == "self_perplexity")
+    for task, protocol in groups:
+        steered = [
+            r
+            for r in results
+            if (r.task, r.protocol) == (task, protocol) and r.steering is not None
+        ]
+        own = [r.value for r in steered if r.metric == "self_perplexity" and r.value is not None]
+        if len(own) < 2:
+            continue
+        violations = sum(value > VIOLATION for value in own)
+        spread = []
+        for metric in ("language_consistency", "compression_ratio", "repetition_4gram"):
+            known = [r.value for r in steered if r.metric == metric and r.value is not None]
+            values = torch.tensor(known)
+            spread.append(f"{metric} {values.mean():.3f} ± {values.std():.3f}")
+        notes.append(
+            f"{task}: self-perplexity above {VIOLATION:g} at {violations} of {len(own)} settings; "
+            f"over them {', '.join(spread)}"
+        )
+    return notes

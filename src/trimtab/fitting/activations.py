@@ -1,0 +1,304 @@
+"""One pass over a contrast: for every site that is asked for, running statistics.
+
+Each method says what it wants: a site, which token's activation stands for a text, and which
+statistic of the two sides. `collect` runs the model once for all of them. It keeps no activations:
+a hook picks the wanted tokens out of a batch, the statistics take them in, and they are gone, so
+memory grows with sites and units, not with texts. Neither the LM head nor any block above the
+highest wanted site is run.
+
+With a cache directory what is picked is also written there, batch by batch (see stored.py): a pass
+that was killed goes on where it stopped, and a later one runs the model only for what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError, not_finite
+from trimtab.fitting.statistics import Sides
+from trimtab.fitting.stored import StoredPass
+from trimtab.model import Batch, Packed, batches, encode_contrast, run_packed
+from trimtab.progress import progress
+
+#: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
+#: over the tokens of its answer (what follows the prompt; paired contrasts only). A negative
+#: number is a token counted from the end: -1 is the last, -2 the one before it.
+Token = Literal["last", "mean", "answer"] | int
+TOKENS = ("last", "mean", "answer")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What is read of a text: a site, whose tokens stand for the text, and in which form.
+
+    `read` maps activations [..., units] to what is wanted of them, before tokens are averaged; it
+    has a `name` that no other map has. None takes them as they are.
+    """
+
+    site: str
+    token: Token
+    read: Any = None
+
+    @property
+    def name(self) -> str:
+        """For file names."""
+        form = f".{self.read.name}" if self.read else ""
+        return f"{self.site}.{self.token}{form}"
+
+    def order(self) -> tuple[Any, str]:
+        """Sort key: in the order in which a token passes the sites."""
+        return site_order(self.site), self.name
+
+
+@dataclass(frozen=True)
+class Want:
+    """One statistic of what is picked; equal wants are served once.
+
+    `rows` limits it to some rows of the contrast.
+    """
+
+    site: str
+    token: Token
+    statistic: type[Any]
+    read: Any = None
+    rows: frozenset[int] | None = None
+
+    @property
+    def pick(self) -> Pick:
+        return Pick(self.site, -1 if self.token == "last" else self.token, self.read)
+
+
+@dataclass(frozen=True)
+class UnitLength:
+    """Reads an activation as its direction: divided by its length."""
+
+    name = "unit"
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(activation.float(), dim=-1)
+
+
+class Statistics(dict[Want, Any]):
+    """What a pass has gathered, and what methods have made of it that others of their settings
+    need too."""
+
+    def __init__(self, gathered: Mapping[Want, Any] | None = None) -> None:
+        super().__init__(gathered or {})
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], M]) -> M:
+        """What `make` makes, made once for each key."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: M = self._made[key]
+        return found
+
+    def of(self, site: str, token: Token, statistic: type[S], **more: Any) -> S:
+        found: S = self[Want(site, token, statistic, **more)]
+        return found
+
+
+S = TypeVar("S")
+M = TypeVar("M")
+
+
+class _Enough(Exception):  # noqa: N818, it is a signal and no error
+    """Raised inside a forward pass once the highest wanted site has been seen."""
+
+
+@torch.inference_mode()
+def collect(
+    language_model: Any,
+    contrast: Contrast,
+    wants: Iterable[Want],
+    *,
+    max_length: int | None = None,
+    cache: str | Path | None = None,
+) -> Statistics:
+    """Run the model once over the contrast and return every wanted statistic.
+
+    `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
+    ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
+    """
+    wanted = Statistics({want: want.statistic() for want in wants})
+    if not wanted:
+        return wanted
+    if not contrast.paired:
+        for want, statistic in wanted.items():
+            if want.token == "answer":
+                raise TrimtabError(
+                    f"{contrast.name} is unpaired, so its texts have no answers: take another "
+                    "token rule (token mean or last), or give it pairs"
+                )
+            if statistic.needs_pairs:
+                raise TrimtabError(
+                    f"{contrast.name} is unpaired, and this method compares the two sides of a "
+                    "pair: give it rows with prompt, positive and negative"
+                )
+    every = encode_contrast(language_model, contrast, max_length)
+    for want in wanted:
+        _check_lengths(contrast.name, every, want)
+    picks = sorted({want.pick for want in wanted}, key=Pick.order)
+    widths = {pick: _width(language_model, pick) for pick in picks}
+    rows = every
+    if all(want.rows is not None for want in wanted):
+        needed = frozenset().union(*(want.rows or () for want in wanted))
+        rows = [row for row in every if row.index in needed]
+    stored = None
+    if cache:
+        if is_hooked(language_model.model):
+            raise TrimtabError(
+                f"{language_model.name} is steered, and a cache keeps what it does unsteered: "
+                "leave the cache out, or fit after the block"
+            )
+        stored = StoredPass(Path(cache), language_model, every, widths, len(rows))
+    labels = None
+    if not contrast.paired:
+        labels = torch.tensor([text.label == "positive" for text in contrast.texts])
+    with progress("reading activations", len(rows)) as advance:
+        for batch in batches(rows, language_model.batch_tokens):
+            indices = torch.tensor([row.index for row in batch.rows])
+            found = stored.read(indices, language_model.device) if stored else {}
+            missing = [pick for pick in picks if pick not in found]
+            if missing:
+                fresh = _run(language_model, batch, missing)
+                if stored:
+                    stored.write(indices, fresh)
+                    # On one device, whether it was read just now or earlier.
+                    fresh = {pick: x.to(language_model.device) for pick, x in fresh.items()}
+                found |= fresh
+            _check_finite(contrast.name, language_model, indices, wanted, found)
+            for want, statistic in wanted.items():
+                statistic.update(_sides(found[want.pick], indices, labels, want.rows))
+            advance(len(batch.rows))
+    return wanted
+
+
+def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
+    """Refuse a text that has no token at the wanted place, before the model has run for an hour."""
+    token = want.pick.token
+    if not isinstance(token, int):
+        return
+    for row in rows:
+        length = row.common + min(row.sides)
+        if length < -token and (want.rows is None or row.index in want.rows):
+            raise TrimtabError(
+                f"{name}, row {row.index + 1}: a text has {length} tokens, so there is none at "
+                f"{token} from the end"
+            )
+
+
+def _check_finite(
+    name: str,
+    language_model: Any,
+    indices: Tensor,
+    wants: Iterable[Want],
+    read: Mapping[Pick, Tensor],
+) -> None:
+    """Refuse activations that are not numbers: what is made of them would be none either."""
+    device = language_model.device
+    # One question to the device for all sites together.
+    finite = torch.stack([picked.isfinite().all().to(device) for picked in read.values()])
+    if finite.all():
+        return
+    for want in sorted(wants, key=lambda want: want.pick.order()):
+        good = read[want.pick].isfinite().all(-1).all(-1).tolist()
+        for index, fine in zip(indices.tolist(), good, strict=True):
+            if not fine and (want.rows is None or index in want.rows):
+                where = f"{name}, row {index + 1}: the activation at {want.site} is not finite"
+                raise not_finite(where, language_model.dtype)
+
+
+def _width(language_model: Any, pick: Pick) -> int:
+    """How many numbers a pick has per text."""
+    width: int = language_model.anatomy.read_point(pick.site).width
+    return int(getattr(pick.read, "width", width))
+
+
+def _sides(
+    picked: Tensor, indices: Tensor, labels: Tensor | None, rows: frozenset[int] | None
+) -> Sides:
+    """What was picked, [rows, sides, units], as the two sides of the contrast."""
+    if rows is not None:
+        kept = torch.tensor([index in rows for index in indices.tolist()])
+        picked, indices = picked[kept.to(picked.device)], indices[kept]
+    if labels is None:
+        return Sides(picked[:, 0], picked[:, 1], indices, indices)
+    positive = labels[indices]
+    mask = positive.to(picked.device)
+    return Sides(picked[mask, 0], picked[~mask, 0], indices[positive], indices[~positive])
+
+
+def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Tensor]:
+    """One batch: hooks pick the wanted tokens of each site, [rows, sides, units] in float32."""
+    anatomy, device = language_model.anatomy, language_model.device
+    by_site: dict[str, list[Pick]] = {}
+    for pick in picks:
+        by_site.setdefault(pick.site, []).append(pick)
+    pickers = {token: _picker(batch, token, device) for token in {pick.token for pick in picks}}
+    last = max(by_site, key=site_order)
+    found: dict[Pick, Tensor] = {}
+
+    def reader(site: str) -> Edit:
+        def read(activation: Tensor) -> None:
+            forms: dict[Any, Tensor] = {None: activation}
+            for pick in by_site[site]:
+                picker = pickers[pick.token]
+                if isinstance(pick.token, int):  # one token: there is no need to read the others
+                    picked = picker(activation)
+                    found[pick] = pick.read(picked) if pick.read else picked
+                    continue
+                if pick.read not in forms:
+                    forms[pick.read] = pick.read(activation)
+                found[pick] = picker(forms[pick.read])
+            if site == last:
+                raise _Enough
+
+        return read
+
+    edits: dict[Point, Edit] = {anatomy.read_point(site): reader(site) for site in by_site}
+    with hooked(anatomy.body, edits), suppress(_Enough):
+        run_packed(batch, language_model)
+    for pick in picks:
+        if pick not in found:
+            raise TrimtabError(
+                f"{pick.site} was not computed when {language_model.name} ran: its code, or a "
+                "kernel that replaces it, does not go through the module that is read there"
+            )
+    return found
+
+
+def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Takes from [rows, tokens, units] what stands for each side: [rows, sides, units]."""
+    place = batch.place  # [rows, sides, longest side]
+    lengths = (place >= 0).sum(-1)
+    if isinstance(token, int):
+        # Too short are only rows that this pick is not wanted of: any token will do.
+        steps = (lengths + token).clamp(min=0)
+        columns = place.gather(-1, steps.unsqueeze(-1)).squeeze(-1).to(device)
+
+        def one(activation: Tensor) -> Tensor:
+            here = columns.to(activation.device)
+            rows = torch.arange(len(here), device=here.device)[:, None]
+            return activation[rows, here].float()
+
+        return one
+    start = torch.zeros_like(lengths)
+    if token == "answer":
+        start = torch.tensor([row.answers for row in batch.rows])
+        start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
+    steps = torch.arange(place.shape[-1])
+    taken = (steps >= start[..., None]) & (steps < lengths[..., None])
+    weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
+    weights.scatter_add_(-1, place.clamp(min=0), taken.float())
+    weights = (weights / taken.sum(-1, keepdim=True)).to(device)
+    return lambda activation: torch.bmm(weights.to(activation.device), activation.float())

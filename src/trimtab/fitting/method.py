@@ -1,0 +1,165 @@
+"""From methods to steerings: one pass over the contrast, whatever the methods want of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting.activations import TOKENS, Statistics, Token, Want, collect
+from trimtab.steering import (
+    POSITIONS,
+    Add,
+    Dial,
+    Intervention,
+    Operator,
+    Scale,
+    Steering,
+    to_tensors,
+)
+
+#: For the field that every method has.
+POSITIONS_HELP = f"Tokens to steer: {', '.join(POSITIONS)}."
+
+
+class Method(ABC):
+    """What every method has beside its hyperparameters; `name` is what the command line calls it.
+
+    A method says what it `wants` of a pass over the contrast, and `build`s a steering from that.
+    """
+
+    name: ClassVar[str]
+
+    def fit(
+        self,
+        language_model: Any,
+        contrast: Contrast,
+        *,
+        max_length: int | None = None,
+        cache: str | Path | None = None,
+    ) -> Steering:
+        """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
+        return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
+
+    @abstractmethod
+    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+        """The statistics that it needs of the contrast's train part."""
+
+    @abstractmethod
+    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+        """The steering, from what the pass gathered."""
+
+
+def fit(
+    methods: Sequence[Method],
+    language_model: Any,
+    contrast: Contrast,
+    *,
+    max_length: int | None = None,
+    cache: str | Path | None = None,
+) -> list[Steering]:
+    """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
+
+    Uses the rows of part "train", or all rows where none names a part; a method that chooses
+    something itself does so on the rows of part "validation". `max_length` is the longest text in
+    tokens (default: what the model takes). `cache` names a directory that keeps what the model
+    was run for: a pass that was interrupted goes on there, and a later one need not run again.
+    """
+    wants = [want for method in methods for want in method.wants(language_model, contrast)]
+    statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
+    return [method.build(language_model, contrast, statistics) for method in methods]
+
+
+def new_steering(
+    method: Method,
+    language_model: Any,
+    contrast: Contrast,
+    interventions: Sequence[Intervention],
+    dial: Dial,
+    tables: dict[str, Tensor] | None = None,
+    findings: dict[str, Any] | None = None,
+) -> Steering:
+    """A method's result, with where it came from; one that would change nothing is refused."""
+    _check_interventions(method.name, contrast, interventions)
+    train = contrast.train
+    return Steering(
+        method=method.name,
+        hyperparameters=_plain(asdict(method)),  # type: ignore[call-overload]
+        interventions=tuple(interventions),
+        dial=dial,
+        model=language_model.identity,
+        contrast={"name": train.name, "digest": train.digest, "rows": len(train)},
+        tables=tables or {},
+        findings=findings or {},
+    )
+
+
+def _check_interventions(
+    name: str, contrast: Contrast, interventions: Sequence[Intervention]
+) -> None:
+    """Refuse NaN and infinity, and what is zero at every site: the sides do not differ there."""
+    for intervention in interventions:
+        for tensor in to_tensors(intervention.operator)[0].values():
+            if not tensor.isfinite().all():
+                raise TrimtabError(
+                    f"{name}: what {contrast.name} gives at {intervention.site} is not finite: "
+                    "its activations are too large for float32"
+                )
+    if interventions and not any(_changes(intervention.operator) for intervention in interventions):
+        sites = interventions[0].site + (" and others" if len(interventions) > 1 else "")
+        raise TrimtabError(
+            f"{name}: the two sides of {contrast.name} do not differ at {sites}, so there is "
+            "nothing to steer: take another site or token rule, or other texts"
+        )
+
+
+def _changes(operator: Operator) -> bool:
+    """Whether an operator does anything, at any dial."""
+    if isinstance(operator, Add):
+        return bool(operator.vector.any())
+    return not isinstance(operator, Scale) or bool(operator.gain.any())
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a value that is not among the known ones."""
+    if value not in known:
+        raise TrimtabError(f"{what} is {value!r}: known are {', '.join(known)}")
+
+
+def check_number(what: str, value: float) -> None:
+    """Refuse NaN and infinity, also what is infinity in float32, in which steering runs."""
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise TrimtabError(f"{what} must be a finite number, not {value}: at most 3.4e38 in size")
+
+
+def check_token(what: str, token: Token) -> None:
+    """Refuse what is neither a rule's name nor a place counted from the end."""
+    if not (token in TOKENS or (type(token) is int and token < 0)):
+        raise TrimtabError(
+            f"{what} is {token!r}: known are {', '.join(TOKENS)}, and -1, -2 ... from the end"
+        )
+
+
+def validation_part(method: str, contrast: Contrast) -> Contrast:
+    """The rows that a method chooses on, which are not those that it is fitted on."""
+    if not any(row.part == "validation" for row in contrast.rows):
+        raise TrimtabError(
+            f"{method} chooses on validation rows, and {contrast.name} has none: name parts in its "
+            "rows, or call contrast.split()"
+        )
+    return contrast.part("validation")
+
+
+def _plain(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, as they come back from a file."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in hyperparameters.items()
+    }

@@ -1,0 +1,286 @@
+"""Puts steerings on a live model for the length of a `with` block.
+
+Every forward pass inside it is steered, also a raw `model.generate(...)`, with or without KV
+cache. Several steerings act in the order given. In a batch each row may have its own.
+
+What `positions` means: `all` is every token of every pass. `prompt` is the tokens up to the end of
+the prompt, `generated` those after it, `last` the prompt's last token and all after it, which are
+the tokens that a next token is read from. A text that is only read, not continued, is all prompt.
+With a KV cache a pass holds only the new tokens, without one it holds all of them again; both give
+the same result, because positions count from the start of the sequence.
+
+`attached` is for dials that are known, `attached_by` for dials that depend on what the model is
+about to read, and `turned` for one steering at a tensor of dials, through which derivatives go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import current_thread
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked
+from trimtab.errors import TrimtabError
+from trimtab.model.passes import Choose, Pass, Sequences
+from trimtab.model.running import Attached, Block
+from trimtab.steering import Operator, Positions, Steering
+
+#: The steerings of one row of a batch, in the order in which they act.
+RowSteerings = tuple[Steering, ...]
+
+#: What is on each model, by its transformer body.
+_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+
+
+@dataclass
+class _Step:
+    """One operator at one site, at one dial or one per row, on some of the rows."""
+
+    operator: Operator
+    positions: Positions
+    dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
+    rows: list[bool]
+    touched: int = 0  # passes in which it changed something
+    #: The operator and the rows that it changes, for each device and number of rows.
+    bound: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, now: Pass | None) -> Tensor | None:
+        """What becomes of an activation, None where nothing does; `now` is the pass that runs, as
+        far as anybody needs to know."""
+        mask = True if now is None else now.mask(self.positions, x.device)
+        if mask is False:
+            return None
+        found = None if now is None else now.found
+        bound = self.bound if found is None else found.bound
+        key = (id(self), x.device, x.shape[0])
+        if key not in bound:
+            # A plain pass with gradients may follow one in inference mode in the same block.
+            with torch.inference_mode(False):
+                bound[key] = self._bind(x, self.dials if found is None else found.values)
+        function, steered = bound[key]
+        self.touched += 1
+        changed = function(x)
+        if isinstance(mask, Tensor):
+            changed = torch.where(mask[..., None], changed, x)
+        return changed if steered is None else torch.where(steered, changed, x)
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether one dial, which stays, is for all rows."""
+        return not isinstance(self.dials, Tensor) and len(self.dials) == 1
+
+    def _bind(
+        self, x: Tensor, dials: Sequence[float] | Tensor
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        rows = self.rows
+        if self.same_for_all:
+            return self.operator.bind(float(dials[0]), x.device), None
+        # Beams and several samples per prompt repeat each row in place.
+        repeats, rest = divmod(x.shape[0], len(dials))
+        if rest:
+            raise TrimtabError(
+                f"steerings were given for {len(dials)} rows, but the batch has {x.shape[0]}"
+            )
+        per_row = torch.as_tensor(dials).repeat_interleave(repeats)
+        function = self.operator.bind(per_row[:, None], x.device)
+        if all(rows) or self.operator.identity is not None:
+            return function, None  # rows without this steering have the dial that does nothing
+        steered = torch.tensor(rows).repeat_interleave(repeats)
+        return function, steered[:, None, None].to(x.device)
+
+
+def _same_for_all(step: _Step) -> Edit:
+    """A step with one dial for all rows and tokens: only its first pass has anything to find out.
+
+    These are most steerings, and every microsecond counts in a token's pass through 30 blocks.
+    """
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def edit(x: Tensor) -> Tensor:
+        nonlocal function
+        if function is None:
+            step.touched = 1
+            # A plain pass with gradients may follow one in inference mode in the same block.
+            with torch.inference_mode(False):
+                function = step.operator.bind(float(step.dials[0]), x.device)
+        return function(x)
+
+    return edit
+
+
+def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
+    """What to do at each site, in order; one step serves all rows that share an operator."""
+    steps: dict[str, list[_Step]] = {}
+    places: dict[tuple[int, int], list[tuple[int, Steering]]] = {}
+    order: list[tuple[int, int]] = []
+    for row, steerings in enumerate(rows):
+        for rank, steering in enumerate(steerings):
+            # at() shares the interventions, so that two dials of one steering meet here.
+            key = (rank, id(steering.interventions))
+            if key not in places:
+                places[key] = []
+                order.append(key)
+            places[key].append((row, steering))
+    for key in sorted(order, key=lambda key: key[0]):
+        settings = {row: steering.setting for row, steering in places[key]}
+        for intervention in places[key][0][1].interventions:
+            idle = intervention.operator.identity
+            if idle is not None and all(value == idle for value in settings.values()):
+                continue
+            nothing = 0.0 if idle is None else idle
+            dials = [settings.get(row, nothing) for row in range(len(rows))]
+            taking = [row in settings for row in range(len(rows))]
+            step = _Step(intervention.operator, intervention.positions, dials, taking)
+            steps.setdefault(intervention.site, []).append(step)
+    return steps
+
+
+@contextmanager
+def attached(
+    model: Any,
+    anatomy: Anatomy,
+    rows: Sequence[RowSteerings],
+    *,
+    per_row: bool = False,
+    pad: int | None = None,
+    block: bool = True,
+) -> Iterator[Sequences]:
+    """Steer the model: `rows` holds one entry for all rows of any batch, or (`per_row`) one each.
+
+    Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
+    `given_ends`. `pad` is the padding token, by which padding is known that no mask tells. `block`
+    is false where the model is held for one call only (see exclusive.py). A steering that touched
+    nothing although the model ran is an error.
+    """
+    steps = _steps(rows)
+    count = len(rows) if per_row else None
+    labels = list(dict.fromkeys(steering.label for row in rows for steering in row))
+    with _on_model(model, anatomy, steps, labels, rows=count, pad=pad, block=block) as sequences:
+        yield sequences
+
+
+@contextmanager
+def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> Iterator[Sequences]:
+    """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
+    derivative, which goes on through the model."""
+    steps = _turned_steps(steering, dials)
+    with _on_model(model, anatomy, steps, [steering.label], rows=len(dials)) as sequences:
+        yield sequences
+
+
+@contextmanager
+def attached_by(
+    model: Any, anatomy: Anatomy, steering: Steering, choose: Choose
+) -> Iterator[Sequences]:
+    """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
+    While it looks, it may run the model, which is not steered then."""
+    steps = _turned_steps(steering, torch.zeros(0))
+    with _on_model(model, anatomy, steps, [steering.label], choose=choose) as sequences:
+        yield sequences
+
+
+def finds_dials(anatomy: Anatomy) -> bool:
+    """Whether a block of `attached_by` is on the model, other than one that is looking now."""
+    on = _ATTACHED.get(anatomy.body)
+    return on is not None and any(block.finds and not block.sequences.paused for block in on.blocks)
+
+
+def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
+    steps: dict[str, list[_Step]] = {}
+    for intervention in steering.interventions:
+        step = _Step(intervention.operator, intervention.positions, dials, [True])
+        steps.setdefault(intervention.site, []).append(step)
+    return steps
+
+
+def _all(steps: dict[str, list[_Step]]) -> list[_Step]:
+    return [step for chain in steps.values() for step in chain]
+
+
+def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
+    """What is done to the activation of one site."""
+    first = chain[0]
+    if len(chain) == 1 and first.positions == "all" and first.same_for_all:
+        return _same_for_all(first)
+
+    def edit(x: Tensor) -> Tensor | None:
+        if sequences.paused:
+            return None
+        now, result = sequences.current, None
+        for step in chain:
+            changed = step(x if result is None else result, now)
+            result = result if changed is None else changed
+        return result
+
+    return edit
+
+
+@contextmanager
+def _on_model(
+    model: Any,
+    anatomy: Anatomy,
+    steps: dict[str, list[_Step]],
+    labels: Sequence[str],
+    *,
+    rows: int | None = None,
+    pad: int | None = None,
+    choose: Choose | None = None,
+    block: bool = True,
+) -> Iterator[Sequences]:
+    """Take the steps at every pass of the model."""
+    with exclusively(anatomy.body, block):
+        body: Any = model.get_submodule(anatomy.architecture.body)
+        if getattr(body, "_orig_mod", body) is not anatomy.body:
+            raise TrimtabError(
+                "the model's transformer body was replaced after it was wrapped: wrap it again"
+            )
+        if not steps:
+            yield Sequences()
+            return
+        positions = {step.positions for step in _all(steps)}
+        placed = bool(positions - {"all"} or rows or choose)
+        names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
+        sequences = Sequences(names, rows=rows, pad=pad, choose=choose, positions=positions)
+        own = None if block else current_thread()
+        opened = Block(sequences, placed, choose is not None, own, labels=labels)
+        edits: dict[Point, Edit] = {
+            anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
+        }
+        on = _ATTACHED.get(anatomy.body)
+        if on is None or not on.blocks:
+            on = _ATTACHED[anatomy.body] = Attached(model, anatomy.body)
+        on.open(opened)
+        try:
+            with hooked(anatomy.body, edits):
+                yield sequences
+        finally:
+            on.close(opened)
+            if not on.blocks:
+                _ATTACHED.pop(anatomy.body, None)
+        if opened.refused is not None:
+            raise TrimtabError(f"in another thread: {opened.refused}")
+        if opened.running:
+            raise TrimtabError(
+                "the block ended while the model was still running in another thread: what that "
+                "thread writes is no longer steered; wait for it (thread.join()) inside the block"
+            )
+        _refuse_untouched(steps, sequences)
+
+
+def _refuse_untouched(steps: dict[str, list[_Step]], sequences: Sequences) -> None:
+    """A steering that does not act is an error."""
+    for site, chain in steps.items():
+        for step in chain:
+            over = step.positions == "generated" and sequences.ended_at_once
+            if sequences.passes and not step.touched and not over:
+                raise TrimtabError(
+                    f"the steering touched nothing at {site}: the model ran {sequences.passes} "
+                    "times without a token at the steering's positions reaching that site"
+                )

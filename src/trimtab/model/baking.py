@@ -1,0 +1,349 @@
+"""Folds steerings into weights: a plain checkpoint that behaves as the steered model does.
+
+An operator that is affine at a fixed dial, x -> A x + c, folds into the linear maps at its site:
+
+    attn_norm, heads, ffn_norm, ffn_in, final_norm    into the maps that read the site: W A, b + W c
+    attn_out, ffn_out                                 into the map that writes it: A W, A b + c
+    embed                                             into the embedding tables
+    resid                                             an added vector only, with the FFN's output
+    final_norm of GPT-2                               unit by unit into the norm, which has a bias
+    attn_norm_in, ffn_norm_in, *_post_norm            not: a norm reads or writes them
+
+`c` needs a bias. Where an architecture has none, its configuration may allow it (Llama's
+`attention_bias` and `mlp_bias`); Qwen2 and Mistral become Llama models, which compute the same
+and take biases. What is not exact is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
+from trimtab.errors import TrimtabError
+from trimtab.model.language_model import LanguageModel
+from trimtab.model.plain import plain_copy
+from trimtab.steering import (
+    Intervention,
+    LinearOperator,
+    Steering,
+    Steerings,
+    fold_input,
+    fold_output,
+)
+
+#: What keeps an operator out of the weights.
+_NOT_LINEAR = {
+    "Turn": "Turn, which lays activations at an absolute angle,",
+    "Scale": "a Scale that adds a multiple of |x|",
+}
+
+#: Architectures that compute what Llama computes, but for biases that they have no room for.
+_LLAMA_ALIKE = ("qwen2", "mistral")
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """An intervention at its dial, ready to be folded."""
+
+    site: str
+    operator: LinearOperator
+    dial: float
+
+    @property
+    def shifts(self) -> bool:
+        """Whether it adds something, which takes a bias."""
+        return bool(self.operator.offset(self.dial).any())
+
+
+def bake(
+    language_model: LanguageModel, *steerings: Steering | Steerings, force: bool = False
+) -> LanguageModel:
+    """A new model with the steerings in its weights; the old one stays as it is.
+
+    Weights that do not change are shared between the two. Raises TrimtabError with the reason
+    where the result would not be exact.
+    """
+    if language_model.quantised:
+        raise TrimtabError(
+            f"{language_model.name} is quantised: baking would round the change away; attach the "
+            "steering instead, or bake the unquantised model"
+        )
+    single: list[Steering] = []
+    for given in steerings:
+        single += given if isinstance(given, Steerings) else [given]
+    folds: list[_Fold] = []
+    for steering in single:
+        steering.check_fits(language_model.anatomy, language_model.identity, force)
+        for intervention in steering.interventions:
+            if intervention.operator.identity != steering.setting:
+                folds.append(_fold(intervention, steering))
+    # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
+    folds.sort(key=lambda fold: site_order(fold.site))
+    model = plain_copy(language_model.model, language_model.name)
+    missing = _missing_biases(Anatomy(model), folds)
+    if missing:
+        model = _with_biases(model, missing)
+    anatomy = Anatomy(model)
+    # W (A2 A1 x): what writes a site takes the operators in their order, what reads it the other
+    # way round. Where one map does both the two do not meet: it changes its rows and its columns.
+    reading = [fold for fold in folds if _maps(anatomy, fold)[0] == "input"]
+    if len({_maps(anatomy, fold)[0] for fold in folds if fold.site == "final_norm"}) > 1:
+        raise TrimtabError(
+            "cannot bake steerings at final_norm of which one mixes units and another does not: "
+            "they fold into different weights, and their order would be lost; attach them instead"
+        )
+    for fold in folds:
+        if fold not in reading:
+            _apply(anatomy, fold)
+    for fold in reversed(reading):
+        _apply(anatomy, fold)
+    name = " + ".join([language_model.name, *(steering.label for steering in single)])
+    return LanguageModel(model.eval(), language_model.tokenizer, name)
+
+
+def _fold(intervention: Intervention, steering: Steering) -> _Fold:
+    operator: Any = intervention.operator
+    if intervention.positions != "all":
+        raise TrimtabError(
+            f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
+            "weights act on all of them; attach it instead"
+        )
+    if not operator.linear:
+        name = type(operator).__name__
+        raise TrimtabError(
+            f"cannot bake {steering.method}: {_NOT_LINEAR.get(name, name)} is not linear in the "
+            "activation, so no weights do it; attach it instead"
+        )
+    return _Fold(intervention.site, operator, steering.setting)
+
+
+# -- which map takes which part of an operator ------------------------------------------------
+
+
+def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
+    """How a fold is taken ("input", "output", "tables", "norm") and by which linear maps."""
+    layer, kind = parse_site(fold.site)
+    if kind == "embed":
+        return "tables", anatomy.tables
+    if kind == "resid":
+        assert layer is not None
+        if not _only_adds(fold):
+            raise TrimtabError(
+                f"cannot bake at {fold.site}: the norms that read the residual stream divide by "
+                "its length, so changing it by anything but an added vector is no change of "
+                "weights; attach the steering, or fit it at ffn_out"
+            )
+        branch = anatomy.added_before_resid(layer)
+        if branch is None:
+            raise TrimtabError(
+                f"cannot bake at {fold.site}: in {anatomy.name} a norm stands between the FFN's "
+                "weights and the residual stream, so no bias adds a constant to it; attach the "
+                "steering instead"
+            )
+        return "output", [_writer(anatomy, branch)]
+    if kind in ("attn_out", "ffn_out"):
+        return "output", [_writer(anatomy, fold.site)]
+    if kind.endswith("_norm_in"):
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: the norm that reads it divides by its length, so no "
+            "change of weights is a change of what it reads; attach the steering instead"
+        )
+    if kind.endswith("_post_norm"):
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: a norm writes it straight into the residual stream, and "
+            "no linear map stands between the two; attach the steering instead"
+        )
+    if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
+        return "norm", []
+    readers = anatomy.readers(fold.site)
+    if any(reader.layout == "joint_experts" for reader in readers) and _factors(fold) is None:
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: the router weighs each expert's part of it anew for "
+            "each token, so mixing units of several experts is no change of weights; attach the "
+            "steering instead"
+        )
+    return "input", readers
+
+
+def _writer(anatomy: Anatomy, site: str) -> LinearMap:
+    writer = anatomy.writer(site)
+    assert writer is not None  # every architecture has one for attn_out and ffn_out
+    return writer
+
+
+def _factors(fold: _Fold) -> Tensor | None:
+    """What each unit is multiplied by, None where units are mixed."""
+    probe = torch.arange(1, fold.operator.width + 1, dtype=torch.float64)
+    factors = fold.operator.linear_part(torch.ones_like(probe), fold.dial)
+    alone = torch.equal(fold.operator.linear_part(probe, fold.dial), probe * factors)
+    return factors if alone else None
+
+
+def _only_adds(fold: _Fold) -> bool:
+    factors = _factors(fold)
+    return factors is not None and bool((factors == 1).all())
+
+
+def _norm_bias(anatomy: Anatomy) -> Any:
+    return getattr(anatomy.point("final_norm").module, "bias", None)
+
+
+def _apply(anatomy: Anatomy, fold: _Fold) -> None:
+    """Change the weights of one fold."""
+    operator, dial = fold.operator, fold.dial
+    how, maps = _maps(anatomy, fold)
+    if how == "norm":
+        norm: Any = anatomy.point("final_norm").module
+        factors = _factors(fold)
+        assert factors is not None  # or _maps would not have said "norm"
+        factors = factors.to(norm.bias.device)
+        offset = operator.offset(dial).to(factors)
+        for name, shift in (("weight", torch.zeros_like(offset)), ("bias", offset)):
+            old = getattr(norm, name)
+            setattr(norm, name, _parameter(old.detach() * factors + shift, old, fold))
+        return
+    if how == "tables":
+        _untie(anatomy)
+        for place, table in enumerate(maps):
+            last = place == len(maps) - 1
+            weight = table.read()
+            new, offset = fold_output(operator, dial, weight, None)
+            # Every token takes one row of each table, so a constant belongs to one of them.
+            new = new + (offset / anatomy.embedding_scale)[:, None] if last else new
+            table.write(_parameter(new, weight, fold))
+        return
+    if fold.site == "final_norm":
+        _untie(anatomy)
+    for linear_map in maps:
+        weight = linear_map.read()
+        old = getattr(linear_map.owner, linear_map.bias) if linear_map.bias else None
+        transform = fold_input if how == "input" else fold_output
+        new, bias = transform(operator, dial, weight, None if old is None else old.detach())
+        if not torch.equal(new.to(weight.dtype), weight):
+            linear_map.write(_parameter(new, weight, fold))
+        if old is not None and linear_map.bias:
+            setattr(linear_map.owner, linear_map.bias, _parameter(bias, old, fold))
+
+
+def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
+    """A new value in the dtype of the old one, which has to hold it."""
+    value = value.to(old.dtype)
+    if not torch.isfinite(value).all():
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: with the dial at {fold.dial:g} weights are NaN or "
+            f"infinite in {str(old.dtype).removeprefix('torch.')}; turn the dial down, or load the "
+            "model with a larger dtype"
+        )
+    return nn.Parameter(value)
+
+
+def _untie(anatomy: Anatomy) -> None:
+    """From here on the embedding table and the LM head are two tensors."""
+    model: Any = anatomy.model
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in {id(c): c for c in (model.config, anatomy.config)}.values():
+            config.tie_word_embeddings = False
+
+
+# -- biases that are not there yet ------------------------------------------------------------
+
+
+def _missing_biases(anatomy: Anatomy, folds: list[_Fold]) -> list[str]:
+    """Names of the bias parameters that the folds need and the model lacks."""
+    names = {id(module): name for name, module in anatomy.model.named_modules()}
+    missing = []
+    for fold in folds:
+        how, maps = _maps(anatomy, fold)
+        if not fold.shifts or how in ("tables", "norm"):
+            continue
+        for linear_map in maps:
+            owner = linear_map.owner
+            if linear_map.bias is None or (
+                not isinstance(owner, nn.Linear) and not hasattr(owner, "bias")
+            ):
+                raise TrimtabError(
+                    f"cannot bake an added vector at {fold.site}: {names[id(owner)]} in "
+                    f"{anatomy.name} takes no bias; attach the steering instead"
+                )
+            if getattr(owner, linear_map.bias) is None:
+                missing.append(f"{names[id(owner)]}.{linear_map.bias}")
+    return missing
+
+
+def _with_biases(model: Any, wanted: list[str]) -> Any:
+    """The same model with room for the wanted biases, which are zero at first."""
+    old_config = model.config
+    rehoused = old_config.model_type in _LLAMA_ALIKE
+    config = _llama_config(old_config) if rehoused else old_config
+    model_type: Any = type(model)
+    if rehoused:
+        from transformers import LlamaForCausalLM
+
+        model_type = LlamaForCausalLM
+    text = config.get_text_config()  # of a multimodal model; else the configuration itself
+    for flag, inside in (("attention_bias", "attn"), ("mlp_bias", "mlp")):
+        needed = any(inside in name for name in wanted)
+        present = any(inside in name and name.endswith(".bias") for name in model.state_dict())
+        if hasattr(text, flag) and (needed or (rehoused and present)):
+            setattr(text, flag, True)
+    # Ask the architecture itself which parameters it has under this configuration.
+    with torch.device("meta"):
+        template = model_type(config)
+    expected, state = template.state_dict(), model.state_dict()
+    for name in wanted:
+        if name not in expected:
+            raise TrimtabError(
+                f"cannot bake an added vector: {old_config.model_type} has no bias at {name} and "
+                "cannot be given one; attach the steering instead"
+            )
+    biases = {
+        name: torch.zeros(tensor.shape, dtype=model.dtype, device=model.device)
+        for name, tensor in expected.items()
+        if name not in state
+    }
+    if not rehoused:
+        for name, value in biases.items():
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, nn.Parameter(value))
+        return model
+    template.load_state_dict({**state, **biases}, assign=True)
+    if config.tie_word_embeddings:
+        template.tie_weights()
+    # Buffers that are computed, not stored, stayed on the meta device: compute them anew.
+    rotary = template.model.rotary_emb
+    template.model.rotary_emb = type(rotary)(config=config).to(model.device)
+    template.generation_config = copy.deepcopy(model.generation_config)
+    return template
+
+
+def _llama_config(config: Any) -> Any:
+    """The Llama configuration that computes what this Qwen2 or Mistral configuration does."""
+    from transformers import LlamaConfig
+
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or []
+    slides = "sliding_attention" in kinds if kinds else window is not None
+    if slides and window is not None and window < config.max_position_embeddings:
+        raise TrimtabError(
+            f"cannot bake an added vector: {config.model_type} has no biases, and its sliding "
+            f"window of {window} tokens keeps it from becoming a Llama model, which has; attach "
+            "the steering instead"
+        )
+    kept = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
+        "initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id",
+        "tie_word_embeddings", "rope_parameters", "attention_dropout", "head_dim", "dtype",
+    )  # fmt: skip
+    llama = LlamaConfig(**{name: getattr(config, name) for name in kept if hasattr(config, name)})
+    llama._attn_implementation = config._attn_implementation
+    llama._name_or_path = config._name_or_path
+    llama.architectures = ["LlamaForCausalLM"]
+    return llama

@@ -1,0 +1,510 @@
+"""A loaded model: generate, logits, and steering for the length of a `with` block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy
+from trimtab.contrasts import Prompt, read_prompt
+from trimtab.errors import TrimtabError, shown
+from trimtab.model.attach import RowSteerings, attached, attached_by
+from trimtab.model.decoding import (
+    SoundLogits,
+    StopsAt,
+    are_sound,
+    changed,
+    configuration,
+    not_taken,
+    sampling,
+    seed_number,
+    stop_pattern,
+    unsound,
+    whole,
+)
+from trimtab.model.identity import Weights
+from trimtab.model.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
+from trimtab.model.passes import Sequences
+from trimtab.model.plain import is_quantised
+from trimtab.model.rules import Rule, chooser
+from trimtab.model.saving import save_checkpoint
+from trimtab.model.versions import heed_soft_cap
+from trimtab.progress import progress
+from trimtab.steering import ModelIdentity, Steering, Steerings
+
+#: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
+#: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
+#: rows.
+RowArgument = Steering | Steerings | None | Sequence[Steering]
+SteeringArgument = Steering | Steerings | Rule | None | Sequence[RowArgument]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt: the text, and the ids of the new tokens."""
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    steering: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LanguageModel:
+    """A causal language model of transformers with its tokenizer.
+
+    `model` and `tokenizer` stay what they were and may be used directly, also inside `steered`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.anatomy = Anatomy(model)
+        heed_soft_cap(model)
+        self._weights = Weights(model)
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding table."""
+        table = self.model.get_input_embeddings()
+        device = torch.device(table.weight.device)
+        # A table that accelerate keeps on disk says where it is brought to.
+        return torch.device(table._hf_hook.execution_device) if device.type == "meta" else device
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens to run at once when texts are only read."""
+        return BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS_GPU
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def bos(self) -> int | None:
+        bos: int | None = self.tokenizer.bos_token_id
+        return bos
+
+    @property
+    def max_length(self) -> int:
+        """The longest text in tokens."""
+        limits = [
+            getattr(self.anatomy.config, "max_position_embeddings", None),
+            # A tokenizer without a limit says so with a number like 1e30.
+            self.tokenizer.model_max_length,
+        ]
+        for limit in limits:
+            if not isinstance(limit, int | float | None):
+                raise TrimtabError(
+                    f"{shown(self.name)} says that its texts have at most {shown(limit, 40)} "
+                    "tokens, which is no number: mend model_max_length in tokenizer_config.json"
+                )
+        return min(int(limit) for limit in limits if limit and limit < 1e9)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are stored in fewer bits; a GGUF model has plain ones once loaded."""
+        return is_quantised(self.model)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Name, architecture, sizes and digests of the weights as they are now."""
+        anatomy = self.anatomy
+        return ModelIdentity(
+            self.name, anatomy.name, anatomy.layers, anatomy.hidden_size, *self._weights.digests()
+        )
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """For the configuration of a run: the identity and the dtype."""
+        identity = {k: v for k, v in vars(self.identity).items() if k != "plain_digest"}
+        return {**identity, "dtype": str(self.dtype)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        model = copy.deepcopy(self.model, memo)
+        return LanguageModel(model, copy.deepcopy(self.tokenizer, memo), self.name)
+
+    def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """Write a plain checkpoint with its tokenizer, whole or not at all."""
+        return save_checkpoint(self, directory, overwrite)
+
+    # -- tokens -------------------------------------------------------------------------------
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def render(self, prompt: Prompt) -> str:
+        """A conversation through the chat template, with the generation prompt; text as it is."""
+        if isinstance(prompt, str):
+            return prompt
+        if not self.chats:
+            raise TrimtabError(
+                f"{self.name} has no chat template: give it raw text (--raw), not messages"
+            )
+        messages = [{"role": role, "content": content} for role, content in prompt]
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program: it fails as it likes
+            said = shown(" ".join(str(error).split()), 300) or type(error).__name__
+            raise TrimtabError(
+                f"the chat template of {self.name} refuses messages with the roles "
+                f"{', '.join(role for role, _ in prompt)}: {said}; write them as it wants them "
+                "(often without a system message, user and assistant in turn), or as raw text"
+            ) from error
+        if not rendered:
+            raise TrimtabError(
+                f"the chat template of {self.name} makes an empty text of messages with the roles "
+                f"{', '.join(role for role, _ in prompt)}: write them otherwise, or as raw text"
+            )
+        return rendered
+
+    def encode(
+        self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None
+    ) -> list[list[int]]:
+        """Token ids of prompts, each with its answer appended to its text as it is.
+
+        Special tokens are the tokenizer's default; none are added to what already has them (a
+        rendered chat, a text that begins with BOS), so BOS is never there twice. None are added at
+        the end, where some tokenizers put EOS: these texts go on.
+        """
+        texts = [self.render(prompt) for prompt in prompts]
+        bos = self.tokenizer.bos_token
+        bare = [
+            not isinstance(prompt, str) or bool(bos and text.startswith(bos))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        if answers is not None:
+            texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
+        encoded: list[list[int]] = [[] for _ in texts]
+        for special in (True, False):
+            chosen = [i for i, is_bare in enumerate(bare) if is_bare is not special]
+            if chosen:
+                ids = self.tokenizer(
+                    [texts[i] for i in chosen], add_special_tokens=special, verbose=False
+                )["input_ids"]
+                closing = self._closing_tokens() if special else 0
+                for i, tokens in zip(chosen, ids, strict=True):
+                    encoded[i] = tokens[: len(tokens) - closing]
+        return encoded
+
+    def _closing_tokens(self) -> int:
+        """How many special tokens the tokenizer adds after a text."""
+        bare, whole = (
+            self.tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"]
+            for special in (False, True)
+        )
+        if not bare:
+            return 0
+        added = len(whole) - len(bare)
+        before = next((i for i in range(added) if whole[i : i + len(bare)] == bare), added)
+        return added - before
+
+    def prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
+        """Prompts as text or conversations; text becomes a user's message in a chat (default:
+        where the model has a chat template)."""
+        if isinstance(prompts, str):
+            raise TrimtabError("prompts must be a list: write [prompt]")
+        chat = self.chats if chat is None else chat
+        read = [read_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
+        if not chat:
+            return read
+        return [(("user", prompt),) if isinstance(prompt, str) else prompt for prompt in read]
+
+    def fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[list[int]]:
+        """Token ids of prompts, none of them empty or too long for `new` tokens more."""
+        encoded = self.encode(prompts)
+        for prompt, tokens in zip(prompts, encoded, strict=True):
+            if not tokens:
+                raise TrimtabError(f"the prompt {prompt!r} is empty")
+            if len(tokens) + new > self.max_length:
+                more = f" and {new} new ones exceed" if new else " exceeds"
+                raise TrimtabError(
+                    f"a prompt of {len(tokens)} tokens{more} the {self.max_length} tokens that "
+                    f"{self.name} takes: shorten it"
+                )
+        return encoded
+
+    def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        longest = max(len(row) for row in tokens)
+        # Any token will do where nothing attends to it; one that the row has anyway is not taken
+        # for another one by what counts the tokens of a text (a repetition penalty).
+        ids = torch.tensor([[row[0]] * (longest - len(row)) + list(row) for row in tokens])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    # -- steering -----------------------------------------------------------------------------
+
+    @contextmanager
+    def steered(self, *steerings: SteeringArgument, force: bool = False) -> Iterator[Sequences]:
+        """Steer every pass of the model inside the block, also a raw `lm.model.generate(...)`.
+
+        `steered(a, b)` puts both on all rows, in that order; `steered([a, None, b.at(3)])` gives
+        each row of the batch its own. `force` allows a steering made for other weights of the
+        same sizes. The hooks are gone when the block ends, however it ends.
+
+        A rule chooses the dial: `steered(tt.within(a, kl=0.1))` finds, whenever the model begins to
+        read new texts, the one at which each row's next token is 0.1 nats from the unsteered
+        model's.
+
+        The block is its thread's: until it ends, other threads may run the raw model, which is
+        steered then, but `steered`, `generate` and `logits` refuse them.
+        """
+        rule = next((one for one in steerings if isinstance(one, Rule)), None)
+        if rule is not None:
+            if len(steerings) > 1:
+                raise TrimtabError("a rule (a budget) turns one dial: give it alone")
+            choose = chooser(self, rule, force)
+            with attached_by(self.model, self.anatomy, rule.steering, choose) as sequences:
+                yield sequences
+            return
+        with self._steered(steerings, force, block=True) as sequences:
+            yield sequences
+
+    def _steered(
+        self, steerings: Sequence[Any], force: bool, block: bool = False
+    ) -> AbstractContextManager[Sequences]:
+        """As `steered`; unless it is a `block`, for one call only, for which others wait."""
+        rows = self._row_steerings(steerings, force)
+        per_row = any(not _for_all_rows(argument) for argument in steerings)
+        pad = self.tokenizer.pad_token_id
+        return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+
+    def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
+        per_row = [argument for argument in arguments if not _for_all_rows(argument)]
+        if per_row and len(arguments) > 1:
+            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
+        rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
+        unique = {id(steering): steering for row in rows for steering in row}
+        if unique:
+            identity = self.identity
+            for steering in unique.values():
+                steering.check_fits(self.anatomy, identity, force, self.quantised)
+        return rows
+
+    # -- running ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        max_new_tokens: int = 64,
+        chat: bool | None = None,
+        steering: SteeringArgument = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | None = None,
+        min_new_tokens: int = 0,
+        batch_size: int = 16,
+        force: bool = False,
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue prompts: text, or lists of messages {"role", "content"}.
+
+        `chat` puts text through the chat template as a user's message (default: where the model
+        has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
+        `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
+        that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
+        for all prompts or a list with one per prompt, or a rule that finds each prompt's dial
+        (`tt.within(steering, kl=0.1)`).
+
+        Other options are those of transformers that say how tokens are chosen, by their names
+        there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
+        Of the checkpoint's own generation settings only the special tokens are used. Logits that
+        cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
+        prompt, in order.
+        """
+        asked = sampling(temperature, top_k, top_p, options, self.anatomy.config.vocab_size)
+        pattern = None if stop is None else stop_pattern(stop)
+        if pattern is not None and asked.get("num_beams", 1) > 1:
+            raise TrimtabError("stop ends a text while it is written; beams are compared after it")
+        max_new_tokens = whole("max_new_tokens", max_new_tokens)
+        min_new_tokens = whole("min_new_tokens", min_new_tokens)
+        batch_size = whole("batch_size", batch_size)
+        seed = None if seed is None else seed_number(seed)
+        if max_new_tokens < 1 or batch_size < 1:
+            raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise TrimtabError(
+                f"min_new_tokens must be 0 to {max_new_tokens}, not {min_new_tokens}"
+            )
+        wanted = self.prompts(prompts, chat)
+        tokens = self.fitting(wanted, max_new_tokens)
+        rows = self._rows_for(tokens, steering, force)
+        # Prompts of similar length share a batch, so that little is padded.
+        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
+        done: dict[int, Completion] = {}
+        with (
+            torch.random.fork_rng(enabled=seed is not None),
+            progress("generating", len(wanted)) as advance,
+        ):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
+                    texts, sound = self._generate(
+                        [tokens[i] for i in chosen], pattern, asked, max_new_tokens, min_new_tokens
+                    )
+                    sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
+                for i, new, is_sound in zip(chosen, texts, sound, strict=True):
+                    labels = tuple(steering.label for steering in _one_row(rows[i]))
+                    if not is_sound:
+                        raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
+                    text = self.tokenizer.decode(new, skip_special_tokens=True)
+                    done[i] = Completion(wanted[i], text, tuple(new), labels)
+                advance(len(chosen))
+        return [done[i] for i in range(len(wanted))]
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        tokens: list[list[int]],
+        stop: Any,
+        asked: dict[str, Any],
+        max_new_tokens: int,
+        min_new_tokens: int,
+    ) -> tuple[list[list[int]], list[bool]]:
+        """One batch: the new tokens of each row up to and without its end-of-text token, and
+        whether all of them were chosen from sound logits."""
+        inputs = self._left_padded(tokens)
+        width = inputs["input_ids"].shape[1]
+        watch = None if stop is None else StopsAt(stop, self.tokenizer, width, len(tokens))
+        sound = SoundLogits(len(tokens), sampled=asked["do_sample"])
+        lengths = {"max_length": width + max_new_tokens, "min_length": width + min_new_tokens}
+        try:
+            settings = configuration(self.model, asked, **lengths)
+            eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
+            stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+            settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
+            output = self.model.generate(
+                **inputs,
+                generation_config=settings,
+                logits_processor=[sound],
+                stopping_criteria=None if watch is None else [watch],
+            )
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            if not changed(asked):
+                raise
+            raise not_taken(asked, error) from error
+        new: list[list[int]] = output[:, width:].tolist()
+        ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
+        texts = [
+            row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
+            for row, end in zip(new, ends, strict=True)
+        ]
+        # A row that ended before its end was ended by one token more, which it was chosen to be.
+        chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
+        sound_until = zip(sound.counts(), chosen, strict=True)
+        return texts, [count >= used for count, used in sound_until]
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        prompts: Sequence[Any],
+        *,
+        chat: bool | None = False,
+        steering: SteeringArgument = None,
+        at: Literal["last", "all"] = "last",
+        batch_size: int = 16,
+        force: bool = False,
+    ) -> Any:
+        """Logits in float32: of the token after each prompt, [prompts, vocabulary]; or, with
+        `at="all"`, a list with the logits after each token of each prompt, [tokens, vocabulary].
+        Logits that are not finite, or all equal, are an error.
+        """
+        wanted = self.prompts(prompts, chat)
+        tokens = self.fitting(wanted)
+        rows = self._rows_for(tokens, steering, force)
+        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = self._left_padded([tokens[i] for i in chosen])
+            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+            with self._steered(_for_rows([rows[i] for i in chosen]), force):
+                logits = self.model(
+                    **inputs,
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=1 if at == "last" else 0,
+                ).logits.float()
+            for i, row in zip(chosen, logits, strict=True):
+                found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
+        ordered = [found[i] for i in range(len(wanted))]
+        sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
+        if not all(sound):
+            first = sound.index(False)
+            labels = [steering.label for steering in _one_row(rows[first])]
+            raise unsound(f"prompt {first + 1}", labels, self.dtype)
+        return torch.stack(ordered) if at == "last" else ordered
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 (of a float64 model in float64) from what the final norm puts out,
+        soft-capped where the model is."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _rows_for(
+        self, texts: Sequence[Sequence[int]], steering: SteeringArgument, force: bool
+    ) -> list[RowArgument]:
+        """One steering argument per text (token ids)."""
+        refuse_dropout(self.model)
+        if not texts:
+            raise TrimtabError("there is no prompt")
+        if isinstance(steering, Rule):
+            dials = steering.dials(self, texts, force)
+            return [replace(steering.steering, value=dial) for dial in dials]
+        if steering is None or isinstance(steering, Steering | Steerings):
+            return [steering] * len(texts)
+        if len(steering) != len(texts):
+            raise TrimtabError(
+                f"{len(steering)} steerings for {len(texts)} prompts: give one for all of them "
+                "or one per prompt"
+            )
+        return list(steering)
+
+
+def _for_all_rows(argument: Any) -> bool:
+    """Whether an argument of `steered` is for the whole batch, not a list with one per row."""
+    return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
+
+
+def _for_rows(rows: list[RowArgument]) -> tuple[Any, ...]:
+    """What `steered` is given for these rows; what all of them share takes less time per token."""
+    if all(row is rows[0] for row in rows):
+        return _one_row(rows[0])
+    return (rows,)
+
+
+def _one_row(argument: Any) -> RowSteerings:
+    """The steerings of one row, from None, one, or several."""
+    if argument is None:
+        return ()
+    if isinstance(argument, Steering):
+        return (argument,)
+    if isinstance(argument, list | tuple):
+        return tuple(steering for item in argument for steering in _one_row(item))
+    if isinstance(argument, Rule):
+        raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
+    raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")

@@ -1,0 +1,304 @@
+"""Turns texts into batches that a model runs without doing anything twice.
+
+The two sides of a pair share their prompt. A packed row is
+
+    common tokens | rest of the positive side | rest of the negative side
+
+in which neither rest attends to the other and both count their positions on from the common part,
+so that one forward pass gives exactly what two separate texts would. Rows are sorted by length
+and padded on the right, where a causal model does not see it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy import exclusively
+from trimtab.contrasts import Contrast, Pair, Prompt
+from trimtab.errors import TrimtabError, TrimtabWarning
+
+#: Padded tokens in one batch on a CPU: enough to keep matrix products busy, little to pad.
+BATCH_TOKENS = 512
+#: On a card, where larger products pay.
+BATCH_TOKENS_GPU = 8192
+BATCH_ROWS = 64
+#: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
+#: the hub, and of others nobody knows.
+_MASKED_ATTENTION = ("eager", "sdpa")
+#: The models of which it was said that they are read with another attention.
+_told: WeakSet[Any] = WeakSet()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One row: `common` tokens, then one stretch of tokens for each side (or none)."""
+
+    index: int  # the row of the contrast that it came from
+    tokens: tuple[int, ...]
+    common: int
+    sides: tuple[int, ...]  # how many tokens follow for each side
+    answers: tuple[int, ...]  # where in each side's own text its answer begins
+
+    def texts(self) -> list[list[int]]:
+        """Each side's own token sequence."""
+        common, rest, texts = list(self.tokens[: self.common]), self.common, []
+        for length in self.sides:
+            texts.append(common + list(self.tokens[rest : rest + length]))
+            rest += length
+        return texts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows as tensors: tokens, positions [rows, length] and what attends to what.
+
+    place[row, side, p] is the column of the token at position p of that side's text, -1 beyond
+    its end. `visible` [rows, length, length] is true where a token attends to another.
+    """
+
+    rows: tuple[Packed, ...]
+    tokens: Tensor
+    positions: Tensor
+    visible: Tensor
+    place: Tensor
+
+
+def encode_contrast(
+    language_model: Any, contrast: Contrast, max_length: int | None
+) -> list[Packed]:
+    """Tokenise a contrast and pack each pair; a text without a partner is a row of its own."""
+    limit = language_model.max_length if max_length is None else max_length
+    if limit < 1:
+        raise TrimtabError(f"the maximum length must be 1 token or more, not {limit}")
+    limit = min(limit, language_model.max_length)
+    if contrast.paired:
+        rows = _pack_pairs(language_model, contrast.pairs)
+    else:
+        rows = encode_texts(language_model, [row.text for row in contrast.texts])
+    packed = [
+        _cut_left(row, limit, language_model.bos, f"{contrast.name}, row {row.index + 1}")
+        for row in rows
+    ]
+    cut = sum(shortened is not row for shortened, row in zip(packed, rows, strict=True))
+    if cut:
+        warnings.warn(
+            f"{contrast.name}: {cut} of {len(packed)} rows are longer than {limit} tokens; "
+            "their prompts were cut on the left",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    _refuse_equal_sides(language_model, contrast, packed)
+    return packed
+
+
+def _refuse_equal_sides(language_model: Any, contrast: Contrast, rows: Sequence[Packed]) -> None:
+    """Refuse sides that the model cannot tell apart, though their texts differ: a template may drop
+    what differs, a tokenizer normalise it, a maximum length cut it off."""
+    if contrast.paired:
+        equal = [row.index + 1 for row in rows if not any(row.sides)]
+        if equal:
+            others = f", as in {len(equal) - 1} other rows" if len(equal) > 1 else ""
+            raise TrimtabError(
+                f"{contrast.name}, row {equal[0]}: the two sides are the same tokens to "
+                f"{language_model.name}{others}: change their texts, or take them out"
+            )
+        return
+    sides: dict[str, Counter[tuple[int, ...]]] = {"positive": Counter(), "negative": Counter()}
+    for row, text in zip(rows, contrast.texts, strict=True):
+        sides[text.label][row.tokens] += 1
+    shares = [
+        {tokens: count / side.total() for tokens, count in side.items()} for side in sides.values()
+    ]
+    if shares[0] == shares[1]:
+        raise TrimtabError(
+            f"{contrast.name}: the two sides do not differ: positive and negative texts are the "
+            f"same tokens to {language_model.name} (a chat template may leave out a message)"
+        )
+
+
+def _pack_pairs(language_model: Any, pairs: Sequence[Pair]) -> list[Packed]:
+    """Each pair as one row: what its sides share, then the rest of each."""
+    encode = language_model.encode
+    prompts = [pair.prompt for pair in pairs]
+    starts = encode(prompts)
+    positives = encode(prompts, [pair.positive for pair in pairs])
+    negatives = encode(prompts, [pair.negative for pair in pairs])
+    rows = []
+    for index, (start, *texts) in enumerate(zip(starts, positives, negatives, strict=True)):
+        common = _common_length(*texts)
+        rows.append(
+            Packed(
+                index,
+                tuple(texts[0] + texts[1][common:]),
+                common,
+                tuple(len(text) - common for text in texts),
+                tuple(_common_length(start, text) for text in texts),
+            )
+        )
+    return rows
+
+
+def encode_texts(language_model: Any, texts: Sequence[Prompt]) -> list[Packed]:
+    """Single texts as packed rows, none of them cut."""
+    encoded = language_model.encode(list(texts))
+    return [Packed(i, tuple(t), len(t), (0,), (len(t),)) for i, t in enumerate(encoded)]
+
+
+def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
+    """Batches of rows of similar length, longest first; no row depends on its neighbours."""
+    waiting = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
+    while waiting:
+        longest = len(waiting[0].tokens)
+        count = max(1, min(BATCH_ROWS, max_tokens // longest))
+        yield _batch(tuple(waiting[:count]))
+        waiting = waiting[count:]
+
+
+def _batch(rows: tuple[Packed, ...]) -> Batch:
+    length = max(len(row.tokens) for row in rows)
+    sides = len(rows[0].sides)
+    longest_side = max(row.common + max(row.sides) for row in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    # Segment of each token: 0 common, 1 and 2 the sides, 3 padding (which only sees itself).
+    segments = torch.full((len(rows), length), 3)
+    place = torch.full((len(rows), sides, longest_side), -1)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        positions[i, : row.common] = torch.arange(row.common)
+        segments[i, : row.common] = 0
+        start = row.common
+        for side, extra in enumerate(row.sides):
+            positions[i, start : start + extra] = torch.arange(row.common, row.common + extra)
+            segments[i, start : start + extra] = side + 1
+            place[i, side, : row.common] = torch.arange(row.common)
+            place[i, side, row.common : row.common + extra] = torch.arange(start, start + extra)
+            start += extra
+    past = torch.ones(length, length, dtype=torch.bool).tril()
+    seen, seeing = segments[:, None, :], segments[:, :, None]
+    visible = past & ((seen == seeing) | ((seen == 0) & (seeing != 3)))
+    return Batch(rows, tokens, positions, visible, place)
+
+
+def refuse_dropout(model: Any) -> None:
+    """Refuse a model in training mode whose dropout would make every reading another one."""
+    if not model.training:
+        return
+    drops = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
+    if drops or getattr(model.config.get_text_config(), "attention_dropout", False):
+        raise TrimtabError(
+            "the model is in training mode, and its dropout would make every text and figure "
+            "another: call lm.model.eval() first"
+        )
+
+
+def run_packed(batch: Batch, language_model: Any) -> Any:
+    """What the transformer body puts out for a batch."""
+    refuse_dropout(language_model.model)
+    with exclusively(language_model.anatomy.body), _masked_attention(language_model):
+        return language_model.anatomy.body(**model_inputs(batch, language_model))
+
+
+@contextmanager
+def _masked_attention(language_model: Any) -> Iterator[None]:
+    """Attention that takes the masks of packed rows, while the block lasts."""
+    model, config = language_model.model, language_model.anatomy.body.config
+    own = config._attn_implementation
+    if own is None or own in _MASKED_ATTENTION:
+        yield
+        return
+    # Only eager attention caps its scores, as Gemma 2 does.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    supported = getattr(language_model.anatomy.body, "_supports_sdpa", False)
+    instead = "sdpa" if supported and not capped else "eager"
+    if model not in _told:
+        _told.add(model)
+        warnings.warn(
+            f"{language_model.name} runs with {own}, which takes no masks of packed texts: texts "
+            f"are read with {instead}",
+            TrimtabWarning,
+            stacklevel=3,
+        )
+    config._attn_implementation = instead
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+
+
+def model_inputs(batch: Batch, language_model: Any) -> dict[str, Any]:
+    """The arguments of the transformer body for a batch, on the model's device.
+
+    Masks are additive, [rows, 1, length, length], one per kind of attention layer where the
+    architecture has several; a sliding window counts positions, not columns.
+    """
+    config, device = language_model.anatomy.config, language_model.device
+    dtype = language_model.dtype
+    visible = batch.visible.to(device)
+    positions = batch.positions.to(device)
+    lowest = torch.finfo(dtype).min
+
+    def additive(allowed: Tensor) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+        return mask.masked_fill(~allowed, lowest)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    in_window = visible
+    if window is not None:
+        distance = positions[:, :, None] - positions[:, None, :]
+        in_window = visible & (distance < window)
+    kinds = getattr(config, "layer_types", None)
+    mask: Any
+    if kinds:
+        by_kind = {"full_attention": visible, "sliding_attention": in_window}
+        mask = {kind: additive(by_kind[kind]) for kind in sorted(set(kinds))}
+    else:
+        mask = additive(in_window)
+    return {
+        "input_ids": batch.tokens.to(device),
+        "position_ids": positions,
+        "attention_mask": mask,
+        "use_cache": False,
+    }
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _cut_left(row: Packed, limit: int, bos: int | None, where: str) -> Packed:
+    """Drop tokens from the left of the common part, but not a BOS, until every side fits."""
+    if not row.common and not all(row.sides):
+        raise TrimtabError(f"{where}: a text has no tokens, so there is no activation to read")
+    excess = row.common + max(row.sides) - limit
+    if excess <= 0:
+        return row
+    kept = 1 if row.tokens[0] == bos else 0
+    # What may go: the prompt only, and at least one token before the answer stays.
+    free = min(row.common, *row.answers) - kept
+    if excess >= free:
+        raise TrimtabError(
+            f"{where}: the answer alone does not fit in {limit} tokens: shorten it, "
+            "or raise the maximum length"
+        )
+    return Packed(
+        row.index,
+        row.tokens[:kept] + row.tokens[kept + excess :],
+        row.common - excess,
+        row.sides,
+        tuple(max(0, answer - excess) for answer in row.answers),
+    )

@@ -1,0 +1,1 @@
+"""AUSteer: which units, how many, and what each part is worth."""

@@ -1,0 +1,367 @@
+"""Where the units lie that tell the sides of contrasts apart: maps of their scores over the model
+(AUSteer, Figure 11), and which of them several contrasts share (Figure 12)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import load_contrast
+from trimtab.figures import holm
+from trimtab.model import LanguageModel
+from trimtab.papers.austeer.ranking import Ranking, Unit, chance_maximum, chance_overlap, rankings
+from trimtab.papers.result import Analysis
+from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table
+
+#: Units of each kind of site that the table of a map shows.
+_SHOWN = 10
+
+
+def scores(
+    language_model: LanguageModel,
+    contrast: Contrast | str,
+    *,
+    sites: Sequence[str] = ("heads", "ffn_out"),
+    data: str | None = None,
+    k: int = 100,
+) -> Analysis:
+    """The discriminative score of every unit of some kinds of sites, from one pass (Figure 11).
+
+    Beside the scores stands what the largest of so many units reaches by chance, with half and
+    with 95 % probability. Heads are also shown one by one. `k` says of how many of the highest
+    units the layers are counted.
+    """
+    started = time.perf_counter()
+    texts = _contrast(contrast, data)
+    found = rankings(language_model, texts, sites)
+    heads = language_model.anatomy.heads
+    entries, tables, pictures = {}, [], []
+    for kind, ranking in found.items():
+        entry = _described(ranking, k)
+        pictures.append(_map(ranking, entry, texts.name, heads))
+        if kind == "heads":
+            by_head = ranking.scores.unflatten(1, (heads, -1))
+            entry["head_max"] = by_head.amax(-1).tolist()
+            entry["head_mean"] = by_head.mean(-1).tolist()
+            pictures.append(_head_map(by_head.amax(-1).numpy(), texts.name))
+        tables.append(_top_table(ranking, entry, heads))
+        entries[kind] = entry
+    return Analysis(
+        "scores",
+        f"Discriminative scores of units on {texts.name}",
+        {"contrast": {"name": texts.name, "digest": texts.digest}, "sites": entries},
+        tables,
+        pictures,
+        _score_notes(entries),
+        round(time.perf_counter() - started, 2),
+    )
+
+
+def _contrast(contrast: Contrast | str, data: str | None) -> Contrast:
+    return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
+
+
+def _described(ranking: Ranking, k: int) -> dict[str, Any]:
+    scores = ranking.scores
+    likely = chance_maximum(ranking.pairs, ranking.size)
+    rare = chance_maximum(ranking.pairs, ranking.size, 0.95)
+    top = ranking.top(k)
+    return {
+        "pairs": ranking.pairs,
+        "layers": list(ranking.layers),
+        "units_per_layer": scores.shape[1],
+        "units": ranking.size,
+        "chance_maximum": {"median": likely, "q95": rare},
+        "above_chance": int((scores > rare).sum()),
+        "layer_max": scores.amax(1).tolist(),
+        "layer_mean": scores.mean(1).tolist(),
+        "top": [_as_json(unit) for unit in top],
+        "top_by_layer": _by_layer(top, ranking.layers),
+        "scores": [[round(value, 4) for value in row] for row in scores.tolist()],
+    }
+
+
+def _as_json(unit: Unit) -> dict[str, Any]:
+    return {**vars(unit), "gamma": unit.gain}
+
+
+def _by_layer(units: Sequence[Unit], layers: Sequence[int]) -> list[int]:
+    counts = dict.fromkeys(layers, 0)
+    for unit in units:
+        counts[unit.layer] += 1
+    return list(counts.values())
+
+
+def _score_notes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    notes = []
+    for kind, entry in entries.items():
+        chance = entry["chance_maximum"]
+        notes.append(
+            f"{kind}: {entry['above_chance']:,} of {entry['units']:,} units score above "
+            f"{chance['q95']:.3f}, which the largest of as many units that know nothing of the "
+            f"contrast exceeds with 5 % probability at {entry['pairs']} pairs (half of the time it "
+            f"exceeds {chance['median']:.3f})"
+        )
+    notes.append(
+        "chance takes pairs and units as independent: pairs that resemble each other make larger "
+        "scores by luck alone, units that go together smaller ones; and a unit above chance tells "
+        "the sides apart, which is not yet to say that steering it does anything"
+    )
+    return notes
+
+
+def _map(ranking: Ranking, entry: dict[str, Any], contrast: str, heads: int) -> Picture:
+    """Scores of all units, and of each layer the largest and the mean."""
+    scores, kind = ranking.scores.numpy(), ranking.kind
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
+        drawn = left.imshow(
+            scores, aspect="auto", origin="lower", cmap="cividis", vmin=0.5, interpolation="nearest"
+        )
+        _layer_ticks(left, ranking.layers)
+        left.set(ylabel="layer", xlabel=f"unit of {kind}")
+        if kind == "heads":
+            width = scores.shape[1] // heads
+            for edge in range(1, heads):
+                left.axvline(edge * width - 0.5, color="white", linewidth=0.5)
+            left.set_xticks([(head + 0.5) * width - 0.5 for head in range(heads)], range(heads))
+            left.set(xlabel=f"head ({width} units each)")
+        bar = figure.colorbar(drawn, ax=left, fraction=0.04)
+        bar.set_label("discriminative score s")
+        places = np.arange(len(scores))
+        right.plot(scores.max(1), places, "o-", color=UP, markersize=3, label="largest")
+        right.plot(scores.mean(1), places, "s-", color=NEUTRAL, markersize=3, label="mean")
+        chance = entry["chance_maximum"]
+        right.axvline(chance["median"], color=DOWN, linestyle=":", label="chance's largest, half")
+        right.axvline(chance["q95"], color=DOWN, linestyle="--", label="chance's largest, 95 %")
+        _layer_ticks(right, ranking.layers)
+        right.set(xlabel="score s of the layer's units", ylabel="layer")
+        right.legend(
+            frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2
+        )
+        title = f"Scores at {kind} on {contrast}, {ranking.pairs} pairs"
+        figure.suptitle(title)
+    return Picture(
+        title,
+        f"scores-{kind}",
+        figure,
+        f"the discriminative score of each of {ranking.size:,} units by layer; the largest is "
+        f"{scores.max():.3f}, chance's largest {chance['median']:.3f}",
+        "A score is the share of pairs in which the unit is larger on the same side. Dashed: what "
+        "the largest of all units exceeds by luck with 5 % probability, dotted: with 50 %.",
+    )
+
+
+def _layer_ticks(axes: Any, layers: Sequence[int]) -> None:
+    step = max(1, len(layers) // 10)
+    axes.set_yticks(range(0, len(layers), step), [layers[i] for i in range(0, len(layers), step)])
+    axes.set_ylim(-0.5, len(layers) - 0.5)
+
+
+def _head_map(largest: Any, contrast: str) -> Picture:
+    """The largest score of each head's units."""
+    layers, heads = largest.shape
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(
+            figsize=(max(4.0, 1.8 + 0.3 * heads), max(3.0, 1 + 0.13 * layers)),
+            layout="constrained",
+        )
+        axes = figure.subplots()
+        drawn = axes.imshow(largest, aspect="auto", origin="lower", cmap="cividis", vmin=0.5)
+        _layer_ticks(axes, range(layers))
+        step = max(1, heads // 16)
+        axes.set_xticks(range(0, heads, step))
+        axes.set(xlabel="head", ylabel="layer")
+        bar = figure.colorbar(drawn, ax=axes)
+        bar.set_label("largest score s of the head's units")
+        title = f"Heads on {contrast}"
+        axes.set_title(title)
+    return Picture(title, "scores-by-head", figure, "the largest score of each head's units")
+
+
+def _top_table(ranking: Ranking, entry: dict[str, Any], heads: int) -> Table:
+    width = ranking.scores.shape[1] // heads
+    is_heads = ranking.kind == "heads"
+    rows = [
+        [
+            unit.rank,
+            unit.layer,
+            *([unit.unit // width] if is_heads else []),
+            unit.unit,
+            f"{unit.score:.3f}",
+            f"{unit.r_pos:.3f}",
+            f"{unit.r_neg:.3f}",
+        ]
+        for unit in ranking.top(_SHOWN)
+    ]
+    named = ["rank", "layer", *(["head"] if is_heads else []), "unit", "s", "r pos", "r neg"]
+    chance = entry["chance_maximum"]
+    return Table(
+        f"The highest units of {ranking.kind}",
+        named,
+        rows,
+        f"n = {ranking.pairs} pairs; the largest of {ranking.size:,} units by chance: "
+        f"{chance['median']:.3f} (half of the time more), {chance['q95']:.3f} (5 % of the time).",
+    )
+
+
+# -- overlap --------------------------------------------------------------------------------------
+
+
+def overlap(
+    language_model: LanguageModel,
+    contrasts: Mapping[str, Contrast | str],
+    *,
+    site: str = "ffn_out",
+    k: int = 100,
+    data: str | None = None,
+) -> Analysis:
+    """How many of the k highest units several contrasts share (Figure 12).
+
+    Beside each count stands what two random choices of k units share, of all units and of units
+    drawn in the same layers, and the probability of so many among all units (hypergeometric),
+    corrected for the number of comparisons (Holm).
+    """
+    started = time.perf_counter()
+    if len(contrasts) < 2:
+        raise TrimtabError("overlap compares contrasts: name two or more")
+    loaded = {name: _contrast(contrast, data) for name, contrast in contrasts.items()}
+    ranked = {
+        name: rankings(language_model, contrast, [site])[site] for name, contrast in loaded.items()
+    }
+    size = next(iter(ranked.values())).size
+    if not 1 <= k <= size:
+        raise TrimtabError(f"k is {k}, but {site} has 1 to {size} units here")
+    tops = {name: ranking.top(k) for name, ranking in ranked.items()}
+    compared = [
+        _shared(tops, first, second, size, ranked[first])
+        for first, second in itertools.combinations(contrasts, 2)
+    ]
+    for entry, p in zip(compared, holm([entry["p"] for entry in compared]), strict=True):
+        entry["p_corrected"] = p
+    names = list(contrasts)
+    data_found = {
+        "site": site,
+        "k": k,
+        "units": size,
+        "contrasts": {
+            name: {
+                "pairs": ranked[name].pairs,
+                "digest": loaded[name].digest,
+                "chance_maximum": chance_maximum(ranked[name].pairs, size),
+                "lowest_score": tops[name][-1].score,
+                "top": [[unit.layer, unit.unit] for unit in tops[name]],
+            }
+            for name in names
+        },
+        "shared": compared,
+    }
+    notes = [
+        f"two random choices of {k} among {size:,} units share {k * k / size:.2g}; p is the "
+        f"probability of as many or more, times Holm's factor for {len(compared)} comparisons",
+        "units of the same few layers are shared more often by chance than units of all layers: "
+        "that expectation is given too",
+    ]
+    notes += [
+        f"{name}: the last of its {k} units scores {tops[name][-1].score:.3f}, which chance "
+        "reaches too: part of its choice is luck"
+        for name in names
+        if tops[name][-1].score <= chance_maximum(ranked[name].pairs, size, 0.95)
+    ]
+    return Analysis(
+        "overlap",
+        f"Units of {site} that contrasts share",
+        data_found,
+        [_shared_table(compared, k)],
+        [_matrix(names, compared, k, size, site)],
+        notes,
+        round(time.perf_counter() - started, 2),
+    )
+
+
+def _shared(
+    tops: Mapping[str, Sequence[Unit]], first: str, second: str, size: int, ranking: Ranking
+) -> dict[str, Any]:
+    one, other = ({(u.layer, u.unit) for u in tops[name]} for name in (first, second))
+    both = sorted(one & other)
+    mean, p = chance_overlap(size, len(one), len(other), len(both))
+    width = ranking.scores.shape[1]
+    layers = ranking.layers
+    in_layers = sum(
+        a * b / width
+        for a, b in zip(
+            _by_layer(tops[first], layers), _by_layer(tops[second], layers), strict=True
+        )
+    )
+    return {
+        "first": first,
+        "second": second,
+        "shared": len(both),
+        "jaccard": len(both) / len(one | other),
+        "chance": mean,
+        "chance_same_layers": in_layers,
+        "p": p,
+        "units": [list(place) for place in both],
+    }
+
+
+def _shared_table(compared: Sequence[dict[str, Any]], k: int) -> Table:
+    rows = [
+        [
+            f"{entry['first']}, {entry['second']}",
+            entry["shared"],
+            f"{entry['jaccard']:.3f}",
+            f"{entry['chance']:.2g}",
+            f"{entry['chance_same_layers']:.2g}",
+            f"{entry['p_corrected']:.2g}",
+        ]
+        for entry in compared
+    ]
+    heads = ["contrasts", "shared", "Jaccard", "by chance", "by chance, same layers", "p corrected"]
+    return Table(f"Of the {k} highest units", heads, rows)
+
+
+def _matrix(
+    names: Sequence[str], compared: Sequence[dict[str, Any]], k: int, size: int, site: str
+) -> Picture:
+    counts = np.full((len(names), len(names)), np.nan)
+    chance = {}
+    for entry in compared:
+        i, j = names.index(entry["first"]), names.index(entry["second"])
+        counts[i, j] = counts[j, i] = entry["shared"]
+        chance[i, j] = chance[j, i] = entry["chance_same_layers"]
+    side = max(4.0, 2.2 + 0.8 * len(names))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(side + 1, side), layout="constrained")
+        axes = figure.subplots()
+        top = max(float(np.nanmax(counts)), k / 10)  # a single shared unit is no dark field
+        drawn = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top)
+        for i, j in itertools.product(range(len(names)), repeat=2):
+            words = f"{k}" if i == j else f"{counts[i, j]:.0f}\n({chance[i, j]:.1f})"
+            white = i != j and counts[i, j] > 0.6 * top
+            axes.text(j, i, words, ha="center", va="center", color="white" if white else "black")
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        bar = figure.colorbar(drawn, ax=axes, fraction=0.046)
+        bar.set_label(f"units that are among both's {k} highest")
+        title = f"Shared units of {site}, {k} of {size:,} each"
+        axes.set_title(title)
+    return Picture(
+        title,
+        "overlap",
+        figure,
+        "how many of the highest units each two contrasts share",
+        "In brackets: what random choices in the same layers would share. On the diagonal: all "
+        "units that were chosen.",
+    )

@@ -1,0 +1,180 @@
+"""Studies that choose settings on validation rows: compare and sweep, with figures by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.contrasts import Contrast
+from trimtab.evaluation import from_answers, load_contrast
+from trimtab.methods import METHODS
+from trimtab.papers.found import Found, Value, contrast_of, value_of
+from trimtab.reports import Table, cell
+from trimtab.sweeps import (
+    FAST,
+    Candidate,
+    Params,
+    Sweep,
+    comparison_pictures,
+    default_candidate,
+    effects,
+    label,
+    spent,
+    sweep,
+    sweep_pictures,
+    worth,
+)
+from trimtab.sweeps import compare as compare_methods
+
+
+def compare(
+    language_model: Any,
+    methods: Sequence[str | Mapping[str, Any]],
+    task: str,
+    *,
+    trials: int = 20,
+    limit: int | None = FAST,
+    test_limit: int | None = None,
+    contrast: str | None = None,
+    validation_task: str | None = None,
+    oracle: bool = False,
+    metric: str | None = None,
+    kl: float | None = None,
+    capability: Sequence[str] = (),
+    capability_limit: int | None = None,
+    max_new_tokens: int | None = None,
+    timed: bool = False,
+    data: str | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> Found:
+    """`trimtab.compare` with methods as a recipe writes them: a name, or {name, method, space,
+    fixed}, whose space is by default that of the method's paper."""
+    found = compare_methods(
+        language_model,
+        [_candidate(language_model, one) for one in methods],
+        task,
+        trials=trials,
+        contrast=contrast_of(contrast, data),
+        data=data,
+        limit=limit,
+        test_limit=test_limit,
+        validation_task=validation_task,
+        oracle=oracle,
+        metric=metric,
+        kl=kl,
+        capability=capability,
+        capability_limit=capability_limit,
+        max_new_tokens=max_new_tokens,
+        timed=timed,
+        seed=seed,
+        output=output,
+    )
+    values = {"unsteered": value_of(found.unsteered["test"])}
+    values |= {row.name: value_of(row.test) for row in found.rows if row.test is not None}
+    tables = [worth(found), effects(found), spent(found)]
+    return Found(found.as_json(), values, tables, comparison_pictures(found), found.notes)
+
+
+def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candidate:
+    if isinstance(one, str):
+        return one
+    given = one["method"], one.get("fixed", {}), one.get("name", "")
+    if "space" not in one:
+        return default_candidate(language_model, *given)
+    return Candidate(given[0], one["space"], *given[1:])
+
+
+def sweep_of(
+    language_model: Any,
+    method: str,
+    task: str,
+    *,
+    space: Mapping[str, Sequence[Any]] | None = None,
+    fixed: Params | None = None,
+    limit: int | None = FAST,
+    test_limit: int | None = None,
+    contrast: str | None = None,
+    nearest: int | None = None,
+    oracle: bool = True,
+    max_new_tokens: int | None = None,
+    validation_task: str | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> Found:
+    """`trimtab.sweep`; `nearest` fits on so many right answers of the task's train rows, each
+    against the nearest wrong one (AUSteer, appendix B.1)."""
+    source = contrast_of(contrast, data)
+    if nearest is not None:
+        source = _nearest_wrong(task, nearest, data)
+    found = sweep(
+        language_model,
+        method,
+        task,
+        space,
+        fixed=fixed,
+        limit=limit,
+        test_limit=test_limit,
+        contrast=source,
+        oracle=oracle,
+        max_new_tokens=max_new_tokens,
+        validation_task=validation_task,
+        data=data,
+        seed=seed,
+        output=output,
+    )
+    return Found(
+        found.as_json(), _sweep_values(found), [_sweep_table(found)], sweep_pictures(found),
+        found.notes,
+    )  # fmt: skip
+
+
+def _nearest_wrong(task: str, most: int, data: str | None) -> Contrast:
+    """Right answers of a task's train rows, each against the most similar other one."""
+    pairs = load_contrast(f"task:{task}", data=data).train.pairs[:most]
+    rows = [(pair.prompt, pair.positive) for pair in pairs]
+    return from_answers(rows, wrong="similar", name=f"{task}, nearest wrong answers")
+
+
+def _sweep_values(found: Sweep) -> dict[str, Value]:
+    values = {"unsteered": value_of(found.unsteered["test"])}
+    best = found.best
+    if best is not None:
+        values[found.method] = Value(best.test, best.test_ci95, best.test_n, True)
+        values |= {name: Value(_plain(value)) for name, value in best.params.items()}
+    if found.oracle is not None:
+        oracle = found.oracle
+        values["oracle"] = Value(oracle.test, oracle.test_ci95, oracle.test_n, True)
+        values |= {f"{name}, oracle": Value(_plain(value)) for name, value in oracle.params.items()}
+    return values
+
+
+def _plain(value: Any) -> float | str:
+    return value if isinstance(value, int | float) else str(value)
+
+
+def _sweep_table(found: Sweep) -> Table:
+    base = found.unsteered
+    rows = [
+        [
+            "unsteered",
+            "",
+            cell(base["validation"].value, base["validation"].ci95),
+            cell(base["test"].value, base["test"].ci95),
+        ]
+    ]
+    for name, trial in (("chosen on validation", found.best), ("oracle", found.oracle)):
+        if trial is not None:
+            setting = label(METHODS[found.method], trial.params)
+            value, test = cell(trial.value, trial.ci95), cell(trial.test, trial.test_ci95)
+            rows.append([name, setting, value, test])
+    heads = [
+        "",
+        "setting",
+        f"validation, n = {base['validation'].n}",
+        f"test, n = {base['test'].n}",
+    ]
+    note = f"{len(found.trials)} settings; the oracle was chosen on the test rows."
+    return Table(f"{found.metric} on {found.task}", heads, rows, note)

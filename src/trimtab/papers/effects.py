@@ -1,0 +1,378 @@
+"""Studies of what steered models write and cost: overhead, coherence over angles, tasks of the
+harness, sheets for people who rate texts."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from trimtab.contrasts import Contrast, last_message
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import (
+    coherence,
+    evaluate,
+    find_task,
+    load_contrast,
+    prompts_task,
+    repetition,
+)
+from trimtab.figures import VIOLATION, Estimate, mean_interval
+from trimtab.fitting import collect, fit
+from trimtab.methods import METHODS
+from trimtab.papers.found import Found, Value, contrast_of, value_of
+from trimtab.reports import COLOURS, NEUTRAL, STYLE, Picture, Table, evaluation_tables, interval
+from trimtab.steering import Steering
+from trimtab.sweeps import metered, overhead
+
+#: Measures of coherence that the paper averages over angles, and its words for them.
+_MEASURES = {
+    "repetition_4gram": "repetition",
+    "language_consistency": "language",
+    "compression_ratio": "compression",
+}
+
+
+def fitted(
+    language_model: Any, methods: Sequence[Mapping[str, Any]], contrast: Contrast
+) -> dict[str, Steering]:
+    """Methods as a recipe writes them, {name, method, fixed}, fitted in one pass."""
+    made = [METHODS[one["method"]](**one.get("fixed", {})) for one in methods]
+    names = [one.get("name", one["method"]) for one in methods]
+    return dict(zip(names, fit(made, language_model, contrast), strict=True))
+
+
+def cost(
+    language_model: Any,
+    methods: Sequence[Mapping[str, Any]],
+    task: str,
+    *,
+    pairs: int | None = None,
+    rows: int = 16,
+    new_tokens: int = 16,
+    rounds: int = 3,
+    data: str | None = None,
+) -> Found:
+    """Preparation and inference of methods beside the unsteered model: seconds, tokens, memory.
+
+    Each method is fitted by itself, on the first `pairs` pairs of the task's train rows; generation
+    runs in turns with the unsteered model, `rounds` times (medians).
+    """
+    source = load_contrast(f"task:{task}", data=data).train
+    source = source.take(pairs) if pairs else source
+    job = find_task(task, data)
+    some = job.rows("test", "trimtab", data)[:rows]
+    asked = [job.example(row, i, "trimtab").prompt for i, row in enumerate(some)]
+    lines: list[list[Any]] = []
+    values: dict[str, Value] = {}
+    for one in methods:
+        name, method = one.get("name", one["method"]), METHODS[one["method"]]
+        made = method(**one.get("fixed", {}))
+        with metered(language_model) as used:
+            gathered = collect(language_model, source, made.wants(language_model, source))
+            steering = made.build(language_model, source, gathered)
+        beside = overhead(language_model, steering, asked, new_tokens, rounds)
+        values |= {
+            f"{name}, preparation": Value(f"{used.seconds:.1f} s, {_memory(used.peak_bytes)}"),
+            f"{name}, inference": Value(
+                f"{beside.ratio:.3f} × unsteered, {_memory(beside.peak_bytes)}"
+            ),
+        }
+        lines.append(
+            [
+                name,
+                f"{used.seconds:.2f}",
+                f"{used.tokens:,}",
+                _memory(used.peak_bytes),
+                f"{1000 * beside.unsteered:.2f}",
+                f"{1000 * beside.steered:.2f}",
+                f"{beside.ratio:.3f}",
+                _memory(beside.peak_bytes),
+            ]
+        )
+    heads = [
+        "method",
+        "preparation, s",
+        "tokens read",
+        "memory, preparation",
+        "unsteered, ms per token",
+        "steered, ms per token",
+        "ratio",
+        "memory, steering",
+    ]
+    table = Table(
+        f"Cost on {task}: {len(source)} pairs, {len(asked)} prompts of {new_tokens} new tokens",
+        heads,
+        lines,
+        f"Memory is above what was in use before; medians of {rounds} rounds in turns.",
+    )
+    document = {"rows": [dict(zip(heads, line, strict=True)) for line in lines]}
+    return Found(document, values, [table])
+
+
+def _memory(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / 1e9:.3f} GB"
+
+
+def incoherence(
+    language_model: Any,
+    methods: Sequence[Mapping[str, Any]],
+    contrast: str,
+    *,
+    angles: Sequence[float],
+    prompts: str | None = None,
+    rows: int = 16,
+    max_new_tokens: int = 64,
+    data: str | None = None,
+) -> Found:
+    """Coherence of what rotations write, angle by angle: own perplexity, repetition, language,
+    compression. `prompts` is a file; without one the prompts of the contrast are continued."""
+    source = contrast_of(contrast, data)
+    asked, chat = _asked(source, prompts, rows, data)
+    turned: dict[str, list[tuple[float | None, Steering | None]]] = {"unsteered": [(None, None)]}
+    for name, steering in fitted(language_model, methods, source).items():
+        turned[name] = [(float(angle), replace(steering, value=float(angle))) for angle in angles]
+    curves: dict[str, list[dict[str, Estimate]]] = {}
+    lines: list[list[Any]] = []
+    values: dict[str, Value] = {}
+    document = []
+    for name, each in turned.items():
+        written = [_written(language_model, one, asked, chat, max_new_tokens) for _, one in each]
+        curves[name] = [{key: _mean(row) for key, row in one.items()} for one in written]
+        for (angle, _), means in zip(each, curves[name], strict=True):
+            plain = {key: asdict(found) for key, found in means.items()}
+            document.append({"method": name, "angle": angle, **plain})
+        over = _over_angles(written)
+        violated = sum(one["self_perplexity"].value > VIOLATION for one in curves[name])
+        values |= {f"{name}, {word}": value for word, value in over.items()}
+        values[f"{name}, violations"] = Value(violated)
+        shown = [value.shown("") for value in over.values()]
+        lines.append([name, f"{violated} of {len(each)}", *shown])
+    table = Table(
+        f"Coherence over {len(angles)} angles, {len(asked)} prompts each",
+        ["method", f"self-perplexity above {VIOLATION:g}", "4-gram repetition",
+         "language consistency", "compression ratio"],
+        lines,
+        "Means over the angles, with 95 % intervals over the prompts.",
+    )  # fmt: skip
+    with matplotlib.rc_context(STYLE):
+        drawn = _coherence_figure(angles, curves)
+    picture = Picture(
+        "Coherence over the dial", "coherence", drawn,
+        "self-perplexity and 4-gram repetition over the angle, one line for each method, with "
+        "95 % intervals",
+    )  # fmt: skip
+    return Found({"angles": document}, values, [table], [picture])
+
+
+def _asked(
+    contrast: Contrast, prompts: str | None, rows: int, data: str | None
+) -> tuple[list[Any], bool | None]:
+    """Prompts of the user's file as chat; else those of the contrast, as they are."""
+    if prompts is not None:
+        task = prompts_task("coherence", prompts, data)
+        some = task.rows("test", "trimtab", data)[:rows]
+        return [task.example(row, i, "trimtab").prompt for i, row in enumerate(some)], None
+    own = [pair.prompt for pair in contrast.pairs] or [row.text for row in contrast.texts]
+    return list(dict.fromkeys(own))[:rows], False
+
+
+def _written(
+    language_model: Any,
+    steering: Steering | None,
+    asked: Sequence[Any],
+    chat: bool | None,
+    max_new_tokens: int,
+) -> dict[str, Tensor]:
+    """Each measure of what the model writes, [prompts]; NaN where nothing was written."""
+    written = language_model.generate(
+        asked, steering=steering, max_new_tokens=max_new_tokens, chat=chat
+    )
+    found = coherence(
+        language_model,
+        [one.prompt for one in written],
+        [one.text for one in written],
+        [one.tokens for one in written],
+        steering,
+    )
+    return {
+        key: torch.tensor([nan if row[key] is None else row[key] for row in found]).double()
+        for key in ("self_perplexity", "perplexity", *_MEASURES)
+    }
+
+
+def _over_angles(written: Sequence[Mapping[str, Tensor]]) -> dict[str, Value]:
+    """The measures' means over all angles, by the paper's words, with intervals over prompts."""
+    values = {}
+    for key, word in _MEASURES.items():
+        found = _mean(torch.stack([one[key] for one in written]).nanmean(0))  # [angles, prompts]
+        values[word] = Value(found.value, (found.low, found.high), found.n)
+    return values
+
+
+def _mean(values: Tensor) -> Estimate:
+    """Over what is there."""
+    given = values[~values.isnan()]
+    if not len(given):
+        raise TrimtabError("every text that was written is empty: nothing can be measured")
+    return mean_interval(given)
+
+
+def _coherence_figure(
+    angles: Sequence[float], curves: Mapping[str, Sequence[Mapping[str, Estimate]]]
+) -> Figure:
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sides = (left, "self_perplexity"), (right, "repetition_4gram")
+    for axes, key in sides:
+        base = curves["unsteered"][0][key]
+        axes.axhspan(base.low, base.high, color=NEUTRAL, alpha=0.2, linewidth=0)
+        axes.axhline(base.value, color=NEUTRAL, linestyle="--", linewidth=1, label="unsteered")
+    turned = {name: rows for name, rows in curves.items() if name != "unsteered"}
+    for i, (name, rows) in enumerate(turned.items()):
+        for axes, key in sides:
+            found = [row[key] for row in rows]
+            ends = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+            axes.errorbar(
+                angles,
+                [one.value for one in found],
+                yerr=ends,
+                color=COLOURS[i % len(COLOURS)],
+                marker="osv^"[i % 4],
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+                label=name,
+            )
+    left.axhline(VIOLATION, color="black", linestyle=":", linewidth=1, label="violation")
+    left.set_ylim(bottom=1)
+    right.set_ylim(bottom=-0.01, top=max(0.1, right.get_ylim()[1]))
+    left.set(xlabel="θ (degrees)", ylabel="self-perplexity", title="How sure it is of its text")
+    right.set(xlabel="θ (degrees)", ylabel="4-gram repetition", title="How much it repeats")
+    left.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def harness(
+    language_model: Any,
+    methods: Sequence[Mapping[str, Any]],
+    contrast: str,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    data: str | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+) -> Found:
+    """Tasks, unsteered and with each method, all fitted on one contrast."""
+    steerings = fitted(language_model, methods, contrast_of(contrast, data))
+    done = evaluate(
+        language_model, tasks, steering=steerings, data=data, limit=limit, seed=seed, output=output
+    )
+    values: dict[str, Value] = {}
+    for task in tasks:
+        first = next(r for r in done.results if r.task == task)
+        for name in (None, *steerings):
+            found = done.value(task, first.metric, name)
+            values[f"{task.removeprefix('lm-eval:')}, {name or 'unsteered'}"] = value_of(found)
+    with matplotlib.rc_context(STYLE):
+        drawn = _tasks_figure(values, [name or "unsteered" for name in (None, *steerings)])
+    picture = Picture(
+        "Tasks, unsteered and steered", "tasks", drawn,
+        "the metric of each task, unsteered and with each method, with 95 % intervals",
+    )  # fmt: skip
+    return Found(done.as_json(), values, evaluation_tables(done), [picture], done.notes)
+
+
+def _tasks_figure(values: Mapping[str, Value], names: Sequence[str]) -> Figure:
+    tasks = list(dict.fromkeys(key.rpartition(", ")[0] for key in values))
+    figure = Figure(figsize=(6.5, 1.4 + 0.55 * len(tasks)), layout="constrained")
+    axes: Any = figure.subplots()
+    for i, name in enumerate(names):
+        rows = [values[f"{task}, {name}"] for task in tasks]
+        middle = [float(row.value or 0) for row in rows]
+        ends = [row.ci95 or (value, value) for row, value in zip(rows, middle, strict=True)]
+        errors = [
+            [value - low for value, (low, _) in zip(middle, ends, strict=True)],
+            [high - value for value, (_, high) in zip(middle, ends, strict=True)],
+        ]
+        axes.errorbar(
+            middle,
+            [place + 0.18 * (i - (len(names) - 1) / 2) for place in range(len(tasks))],
+            xerr=errors,
+            fmt="os^v"[i % 4],
+            color=COLOURS[(i - 1) % len(COLOURS)] if i else "black",
+            capsize=2,
+            markersize=5,
+            linewidth=1.2,
+            label=name,
+        )
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set(xlim=(-0.02, 1.02), xlabel="the task's metric, 95 % intervals")
+    axes.set_title("What the steering costs elsewhere")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def sheet(
+    language_model: Any,
+    methods: Sequence[Mapping[str, Any]],
+    task: str,
+    *,
+    rows: int = 50,
+    pairs: int | None = None,
+    max_new_tokens: int = 100,
+    data: str | None = None,
+    seed: int = 0,
+) -> Found:
+    """Answers of the unsteered model and of each method in a shuffled order, for people who rate
+    quality and alignment; beside it what can be counted."""
+    started = time.perf_counter()
+    source = load_contrast(f"task:{task}", data=data).train
+    steerings: dict[str, Any] = {
+        "unsteered": None,
+        **fitted(language_model, methods, source.take(pairs) if pairs else source),
+    }
+    job = find_task(task, data)
+    some = job.rows("test", "trimtab", data)[:rows]
+    if not some:
+        raise TrimtabError(f"{task} has no test rows")
+    asked = [job.example(row, i, "trimtab").prompt for i, row in enumerate(some)]
+    order = random.Random(seed)
+    texts: dict[str, list[str]] = {}
+    lines, values = [], {}
+    for name, steering in steerings.items():
+        written = language_model.generate(asked, steering=steering, max_new_tokens=max_new_tokens)
+        texts[name] = [one.text for one in written]
+        repeated = mean_interval(torch.tensor([repetition(text) for text in texts[name]]).double())
+        length = statistics.mean([len(one.tokens) for one in written])
+        values[f"{name}, repetition"] = Value(
+            repeated.value, (repeated.low, repeated.high), repeated.n
+        )
+        ends = interval((repeated.low, repeated.high))
+        lines.append([name, f"{length:.1f}", f"{repeated.value:.3f} {ends}", len(asked)])
+    blind, key = [], []
+    for i, prompt in enumerate(asked):
+        names = list(texts)
+        order.shuffle(names)
+        key.append(names)
+        blind += [[i + 1, "ABCDEFGH"[j], last_message(prompt)[:300], texts[name][i]]
+                  for j, name in enumerate(names)]  # fmt: skip
+    tables = [
+        Table("What can be counted", ["method", "tokens", "4-gram repetition", "n"], lines),
+        Table("Texts to rate, 1 to 5, without their names", ["row", "text", "prompt", "answer"],
+              blind[:60], "All of them, and which is whose (key), are in results.json."),
+    ]  # fmt: skip
+    document = {"sheet": blind, "key": key, "seconds": round(time.perf_counter() - started, 2)}
+    return Found(document, values, tables)

@@ -1,0 +1,267 @@
+"""A paper's table or figure on any model: `trimtab reproduce NAME`.
+
+A recipe (`recipe.py`) says which study runs, how large, and what the paper found; what is
+here runs it part by part, in a directory in which an interrupted run goes on, and puts the paper's
+figures beside ours.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.papers.recipe import (
+    Recipe,
+    ScaleName,
+    check_brought,
+    check_data,
+    check_needs,
+    find_recipe,
+    recipes,
+    resolve,
+)
+from trimtab.papers.result import save_pictures
+from trimtab.papers.studies import WITHOUT_MODEL, Found, Value, run_study
+from trimtab.progress import progress
+from trimtab.reports import Picture, SharedRun, Table, model_line, page
+from trimtab.sweeps import Used, metered
+
+__all__ = ["Recipe", "Reproduction", "find_recipe", "recipes", "reproduce"]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a recipe gave: for each of its parts what the study found and what it took."""
+
+    recipe: Recipe
+    scale: str
+    model: dict[str, Any] | None
+    found: dict[str, Found]
+    used: dict[str, Used]
+    seconds: float
+
+    @property
+    def values(self) -> dict[str, dict[str, Value]]:
+        """Our figures by the paper's row and column; a recipe without parts has one column."""
+        table: dict[str, dict[str, Value]] = {}
+        for column, found in self.found.items():
+            for row, value in found.values.items():
+                name = self.recipe.names.get(row, row)
+                table.setdefault(name, {})[column or "value"] = value
+        return table
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know, each thing once."""
+        own = self.recipe.scale(self.scale).note
+        said = [own] if own else []
+        # A size tells a model from words like "all".
+        papers = [one.model for one in self.recipe.published if re.search(r"\d[bB]", one.model)]
+        if self.model is not None and not any(_same(self.model["name"], one) for one in papers):
+            names = ", ".join(dict.fromkeys(papers))
+            if names:
+                said.append(
+                    f"the model is {self.model['name']}, the paper's are {names}: the figures show "
+                    "whether the finding carries over, not whether the paper's numbers are right"
+                )
+        if self.recipe.parts(self.scale) != self.recipe.parts("full"):
+            said.append(f"scale {self.scale}: fewer rows and settings than the paper's")
+        said += [note for found in self.found.values() for note in found.notes]
+        return list(dict.fromkeys([*said, *self.recipe.differences]))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `trimtab reproduce --json` prints, and results.json."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "paper": recipe.paper,
+            "item": recipe.item,
+            "shows": recipe.shows,
+            "scale": self.scale,
+            "model": self.model,
+            "values": {
+                row: {column: value.as_json() for column, value in columns.items()}
+                for row, columns in self.values.items()
+            },
+            "published": [one.model_dump() for one in recipe.published],
+            "parts": {name: found.data for name, found in self.found.items()},
+            "cost": {name: vars(used) for name, used in self.used.items()},
+            "seconds": self.seconds,
+            "notes": self.notes,
+        }
+
+
+def reproduce(
+    language_model: Any,
+    name: str,
+    *,
+    scale: ScaleName = "smoke",
+    data: str | Path | None = None,
+    output: str | Path | None = None,
+    prompts: str | None = None,
+    contrast: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    force: bool = False,
+) -> Reproduction:
+    """Run a recipe on a model (None for those that no model takes part in).
+
+    `scale` is smoke (a look whether it runs), small (minutes to an hour on a small model) or full
+    (as published). `data` names the directory of data sets; `prompts` and `contrast` are what some
+    recipes want the user to bring. `output` names a run directory, in which a run that was
+    interrupted goes on. `force` runs a recipe also where the hardware is not what it needs.
+    """
+    recipe = find_recipe(name)
+    brought = {"prompts": prompts, "contrast": contrast}
+    source = None if data is None else str(data)
+    parts = recipe.parts(scale)
+    check_ready(recipe, scale, source, brought)
+    model, layers, heads = None, None, 0
+    if language_model is None and recipe.study not in WITHOUT_MODEL:
+        raise TrimtabError(f"{name} runs on a model: name one")
+    if language_model is not None and recipe.study not in WITHOUT_MODEL:
+        identity = language_model.identity
+        size = sum(p.numel() for p in language_model.model.parameters()) / 1e9
+        check_needs(recipe, identity.name, size, force)
+        model = language_model.described
+        layers, heads = language_model.anatomy.layers, language_model.anatomy.heads
+    resolved = {part: resolve(args, brought, layers, heads) for part, args in parts.items()}
+    config = {
+        "recipe": recipe.name,
+        "study": recipe.study,
+        "scale": scale,
+        "parts": resolved,
+        "seed": seed,
+        "model": model,
+    }
+    run = SharedRun(output, config, overwrite)
+    if overwrite and run.path is not None:
+        run.begin()
+        shutil.rmtree(run.path / "parts", ignore_errors=True)
+    found, used = {}, {}
+    with progress(recipe.name, len(resolved)) as advance:
+        for part, args in resolved.items():
+            own = None if run.path is None else run.path / "parts" / (_file(part) or "all")
+            shared = {"data": source, "seed": seed, "output": own}
+            if language_model is None:
+                found[part], used[part] = run_study(recipe.study, None, args, **shared), Used()
+            else:
+                with metered(language_model) as took:
+                    found[part] = run_study(recipe.study, language_model, args, **shared)
+                used[part] = took
+            run.begin()
+            advance(1)
+    seconds = round(sum(one.seconds for one in used.values()), 2)
+    done = Reproduction(recipe, scale, model, found, used, seconds)
+    if run.path is not None:
+        pictures = _pictures(done)
+        save_pictures(pictures, run.path / "pictures")
+        run.finish(done.as_json(), lambda environment: reproduction_page(done, run, environment))
+    return done
+
+
+def check_ready(
+    recipe: Recipe, scale: str, data: str | None, brought: Mapping[str, str | None]
+) -> None:
+    """Stop before a model is loaded where something is missing that the recipe runs on."""
+    check_brought(recipe, scale, brought)
+    check_data(recipe, scale, data)
+
+
+def _same(ours: str, published: str) -> bool:
+    """Whether two names mean one model: `meta-llama/Llama-2-7b-chat-hf` is LLaMA2-7B-Chat."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (ours, published)]
+    return plain[1] in plain[0]
+
+
+def _file(part: str) -> str:
+    """A part's name as that of a directory."""
+    return re.sub(r"[^\w-]+", "-", part).strip("-")
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def reproduction_page(done: Reproduction, run: SharedRun, environment: dict[str, Any]) -> str:
+    """The paper's figures beside ours, pictures, tables of each part, cost, differences."""
+    recipe, model = done.recipe, done.model
+    where = "no model" if model is None else f"{model['name']}; {model_line(model)}"
+    blocks: list[Table | Picture] = [*beside_paper(done), *_pictures(done)]
+    for part, found in done.found.items():
+        blocks += [_named(table, part) for table in found.tables]
+    if model is not None:
+        blocks.append(_cost(done))
+    return page(
+        f"{recipe.paper}, {recipe.item}",
+        f"{recipe.shows} {where}; scale {done.scale}; {done.seconds:g} seconds",
+        blocks,
+        run.config,
+        environment,
+        notes=done.notes,
+    )
+
+
+def beside_paper(done: Reproduction) -> list[Table]:
+    """The paper's figures and ours, row by row; and what the paper says in words."""
+    recipe, ours = done.recipe, done.values
+    name = "theory" if done.model is None else done.model["name"]
+    columns = list(dict.fromkeys(
+        [column for one in recipe.published for row in one.rows.values() for column in row]
+        + [column for row in ours.values() for column in row]
+    ))  # fmt: skip
+    unit = next((one.unit for one in recipe.published if one.rows), "")
+    labels = dict.fromkeys([*(row for one in recipe.published for row in one.rows), *ours])
+    rows: list[list[Any]] = []
+    for label in labels:
+        for one in recipe.published:
+            if label in one.rows:
+                cells = [one.rows[label].get(column, "") for column in columns]
+                rows.append([label, f"paper, {one.model}", *cells])
+        if label in ours:
+            found = ours[label]
+            shown = [found[c].shown(unit) if c in found else "" for c in columns]
+            rows.append([label, f"ours, {name}", *shown])
+    tables = []
+    if rows:
+        note = "In %." if unit else ""
+        tables.append(Table("The paper's figures and ours", ["", "whose", *columns], rows, note))
+    says = [[one.model, one.says] for one in recipe.published if one.says]
+    if says:
+        tables.append(Table("What the paper says", ["model", "finding"], says))
+    return tables
+
+
+def _pictures(done: Reproduction) -> list[Picture]:
+    """The pictures of all parts, told apart by their names."""
+    return [
+        replace(
+            picture,
+            name=f"{_file(part).lower()}-{picture.name}" if part else picture.name,
+            title=f"{part}: {picture.title}" if part else picture.title,
+        )
+        for part, found in done.found.items()
+        for picture in found.pictures
+    ]
+
+
+def _named(table: Table, part: str) -> Table:
+    return replace(table, title=f"{part}: {table.title}") if part else table
+
+
+def _cost(done: Reproduction) -> Table:
+    rows: Sequence[Sequence[Any]] = [
+        [
+            part or "all",
+            f"{used.seconds:.1f}",
+            f"{used.tokens:,}",
+            "" if used.peak_bytes is None else f"{used.peak_bytes / 1e9:.2f} GB",
+        ]
+        for part, used in done.used.items()
+    ]
+    note = "Tokens that ran through the whole model; memory above what was in use before."
+    return Table("What it took", ["part", "seconds", "tokens", "peak memory"], rows, note)

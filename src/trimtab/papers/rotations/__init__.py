@@ -1,0 +1,1 @@
+"""Selective Steering: directions, planes, angles, layers."""

@@ -1,0 +1,438 @@
+"""The dial from 0 to 360 degrees, and which layers it turns: Selective Steering's two studies
+(arXiv 2601.19375) beside Angular Steering's (arXiv 2510.26243).
+
+Both turn steerings through a circle of angles on the rows of a task, choose an angle on validation
+rows and report it on test rows. The best angle on the test rows, which the authors report, is the
+oracle that nobody has; it is given apart.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from trimtab.anatomy import parse_site
+from trimtab.contrasts import Contrast, Part
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import Judge, Judging, Protocol, Scorer
+from trimtab.figures import VIOLATION, Result
+from trimtab.fitting import check_choice, check_number, fit
+from trimtab.methods import SS, sites_of
+from trimtab.model import LanguageModel
+from trimtab.papers.result import Analysis
+from trimtab.papers.rotations.circle import (
+    COST,
+    Study,
+    Turned,
+    Variant,
+    angles_of,
+    figures_of,
+    plain_figures,
+    study_of,
+)
+from trimtab.papers.rotations.dial_pictures import dial_picture, mask_picture
+from trimtab.papers.rotations.planes import ANGULAR, spans
+from trimtab.reports import SharedRun, Table, cell, interval
+from trimtab.steering import Intervention, Operator, Positions, Rotate, Steering, Turn
+from trimtab.sweeps import Better, contrast_for
+
+# -- the dial -------------------------------------------------------------------------------------
+
+
+def dial(
+    language_model: LanguageModel,
+    task: str,
+    *,
+    methods: Sequence[str] = ("ss", "sas", "aas"),
+    step: float = 30.0,
+    contrast: Contrast | str | None = None,
+    data: str | None = None,
+    part: Literal["validation", "test"] = "validation",
+    limit: int | None = 100,
+    test_limit: int | None = None,
+    validation_task: str | None = None,
+    metric: str | None = None,
+    better: Better | None = None,
+    oracle: bool = True,
+    cost: bool = True,
+    max_cost: float | None = None,
+    whole_blocks: bool = True,
+    ss_compat: bool = False,
+    positions: Positions = "all",
+    protocol: Protocol = "trimtab",
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    seed: int = 0,
+    run: SharedRun | None = None,
+) -> Analysis:
+    """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
+
+    One pass over the contrast (default: the task's train rows) fits all `methods`. `step` is in
+    degrees; the paper's is 10, and 30 for capability. `part` validation draws the circle over
+    `limit` validation rows (`validation_task` stands in for them where a task has none), chooses
+    for each method the angle at which `metric` (default: the task's first) is best (`better`: more
+    or less of it, where its name does not say), and reports it on the test rows; `oracle` turns
+    through the test rows too. Part test draws it over the test rows and chooses nothing. `cost`
+    measures what each angle costs on plain text, in nats per token, and `max_cost` leaves those out
+    of the choice that cost more. `judges` say of what is written whether it complies. At 0 degrees
+    SS does nothing, while SAS and AAS lay activations on the positive side. `run` keeps every
+    angle's records, from which an interrupted study goes on.
+    """
+    started = time.perf_counter()
+    angles = angles_of(step)
+    for name in methods:
+        check_choice("method", name, tuple(ANGULAR))
+    if not methods:
+        raise TrimtabError(f"name a method: {', '.join(ANGULAR)}")
+    study = study_of(
+        language_model,
+        task,
+        part=part,
+        data=data,
+        protocol=protocol,
+        limit=limit,
+        test_limit=test_limit,
+        validation_task=validation_task,
+        metric=metric,
+        better=better,
+        judging=Judging(toxicity, tuple(judges)),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        oracle=oracle,
+        cost=cost,
+        max_cost=max_cost,
+        run=run,
+    )
+    shared = {"ss_compat": ss_compat, "positions": positions}
+    made = [
+        ANGULAR[name](**shared, **({"whole_blocks": whole_blocks} if name == "ss" else {}))  # type: ignore[arg-type]
+        for name in dict.fromkeys(methods)
+    ]
+    texts = contrast_for(task, contrast, data)
+    steerings = fit(made, language_model, texts)
+    variants = [Variant(steering.method, steering) for steering in steerings]
+    found = study.turn(variants, angles)
+    drawn = study.unsteered("validation")
+    pictures = [
+        dial_picture(
+            {turned.variant.name: _with_cost(turned) for turned in found},
+            figures_of(drawn),
+            {turned.variant.name: turned.theta for turned in found},
+            study.bench.metric,
+            f"{task}, {len(drawn)} {part} rows",
+            chosen=study.chooses,
+        )
+    ]
+    return Analysis(
+        "dial",
+        f"The dial from 0 to 360° on {task}",
+        {
+            **_head(study, task, texts, part),
+            "step": step,
+            "methods": [turned.as_json(study.bench.metric) for turned in found],
+        },
+        [_chosen_table(study, found, "method"), _dial_table(found, part)],
+        pictures,
+        [*study.bench.notes(), *_dial_notes(study, found)],
+        round(time.perf_counter() - started, 2),
+    )
+
+
+def _with_cost(turned: Turned) -> dict[float, dict[str, Any]]:
+    """By angle, every metric as (value, interval)."""
+    return {
+        theta: {
+            **{name: (r.value, r.ci95) for name, r in found.items()},
+            **({COST: (turned.costs[theta], None)} if theta in turned.costs else {}),
+        }
+        for theta, found in turned.figures.items()
+    }
+
+
+def _head(study: Study, task: str, texts: Contrast, part: str) -> dict[str, Any]:
+    """What is said of the rows, whichever study it is."""
+    bench = study.bench
+    parts: tuple[Part, ...] = ("validation", "test") if study.chooses else ("validation",)
+    names = {"validation": part, "test": "test"}
+    return {
+        "task": task,
+        "part": part,
+        "metric": bench.metric,
+        "maximise": bench.maximise,
+        "contrast": {"name": texts.name, "digest": texts.digest, "rows": len(texts.train)},
+        "unsteered": {names[one]: plain_figures(figures_of(study.unsteered(one))) for one in parts},
+    }
+
+
+def _dial_notes(study: Study, found: Sequence[Turned]) -> list[str]:
+    notes = []
+    metric = study.bench.metric
+    base = figures_of(study.unsteered("validation"))
+    for turned in found:
+        name = turned.variant.name
+        if turned.violations is not None:
+            count, of = turned.violations
+            notes.append(
+                f"{name}: self-perplexity above {VIOLATION:g} at {count} of {of} angles "
+                f"(violations; unsteered it is {_short(base.get('self_perplexity'))})"
+            )
+        if turned.theta is None:
+            limit = "" if study.max_cost is None else f" within {study.max_cost:g} nats per token"
+            notes.append(f"{name}: no angle has a value of {metric}{limit}")
+        elif study.chooses and turned.theta == 0 and name.startswith("ss"):
+            notes.append(f"{name}: no angle beats 0°, at which it does nothing, on validation")
+    if any(turned.violations for turned in found):
+        notes.append("self-perplexity is blind to repetition: a loop is predicted perfectly")
+    if not study.chooses:
+        notes.append(
+            "the circle was drawn over the test rows: its best angle is an oracle's, and nothing "
+            "was chosen beforehand"
+        )
+    return notes
+
+
+def _chosen_table(study: Study, found: Sequence[Turned], what: str) -> Table:
+    """What each variant is worth on the test rows, beside the unsteered model."""
+    metric = study.bench.metric
+    rows: list[list[Any]] = []
+    part: Part = "test" if study.chooses else "validation"
+    base = figures_of(study.unsteered(part))
+    extra = [name for name in _extra(found) if name != metric]
+    heads = [what, "blocks", "sites", "θ", "validation", "test", "change on test", "flipped"]
+    heads += ["p, Holm", *extra, "plain text, nats/token", "oracle"]
+    drawn = figures_of(study.unsteered("validation")).get(metric) if study.chooses else None
+    rows.append(
+        ["unsteered", "", "", "", _cell(drawn), _cell(base.get(metric)), "", "", ""]
+        + [_short(base.get(name)) for name in extra]
+        + ["", ""]
+    )
+    for turned in found:
+        change, theta = turned.change, turned.theta
+        rows.append(
+            [
+                turned.variant.name,
+                spans(turned.variant.layers),
+                len(turned.variant.steering.interventions),
+                "" if theta is None else f"{theta:g}°",
+                _cell(turned.figures.get(theta or 0.0, {}).get(metric)) if study.chooses else "",
+                _cell(turned.tested.get(metric)),
+                "" if change is None else f"{change.difference:+.4g} {interval(change.ci95)}",
+                ""
+                if change is None or change.gained is None
+                else f"+{change.gained} -{change.lost}",
+                "" if turned.p_holm is None else f"{turned.p_holm:.2g}",
+                *(_short(turned.tested.get(name)) for name in extra),
+                "" if theta not in turned.costs else f"{turned.costs[theta]:+.3f}",
+                ""
+                if turned.oracle is None
+                else f"{turned.oracle[0]:g}°: {_short(turned.oracle[1])}",
+            ]
+        )
+    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in rows)]
+    note = "θ is chosen on the validation rows; the oracle's on the test rows themselves."
+    if not study.chooses:
+        note = "All on the test rows."
+    return Table(
+        f"{metric} on {study.bench.task}",
+        [heads[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+        note,
+    )
+
+
+def _extra(found: Sequence[Turned]) -> list[str]:
+    return list(dict.fromkeys(name for turned in found for name in turned.tested))
+
+
+def _dial_table(found: Sequence[Turned], part: str) -> Table:
+    names = list(
+        dict.fromkeys(name for turned in found for each in turned.figures.values() for name in each)
+    )
+    rows = [
+        [turned.variant.name, f"{theta:g}°", *(_cell(figures.get(name)) for name in names)]
+        + ([f"{turned.costs[theta]:+.3f}"] if theta in turned.costs else [])
+        for turned in found
+        for theta, figures in turned.figures.items()
+    ]
+    costs = ["plain text, nats/token"] if any(turned.costs for turned in found) else []
+    return Table(f"Every angle, {part} rows", ["method", "θ", *names, *costs], rows)
+
+
+def _cell(found: Result | None) -> str:
+    return "" if found is None else cell(found.value, found.ci95)
+
+
+def _short(found: Result | None) -> str:
+    return "" if found is None or found.value is None else f"{found.value:.4g}"
+
+
+# -- which layers ---------------------------------------------------------------------------------
+
+
+def masks(
+    language_model: LanguageModel,
+    task: str,
+    *,
+    theta: float | None = None,
+    step: float = 30.0,
+    seeds: Sequence[int] = (42, 43, 44),
+    contrast: Contrast | str | None = None,
+    data: str | None = None,
+    limit: int | None = 100,
+    test_limit: int | None = None,
+    validation_task: str | None = None,
+    metric: str | None = None,
+    better: Better | None = None,
+    cost: bool = True,
+    max_cost: float | None = None,
+    whole_blocks: bool = True,
+    ss_compat: bool = False,
+    positions: Positions = "all",
+    protocol: Protocol = "trimtab",
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    seed: int = 0,
+    run: SharedRun | None = None,
+) -> Analysis:
+    """Selective Steering with other layers and with SAS's formula: what its choice is worth.
+
+    SS's own mask; the same sites by SAS's formula; every discriminative site where the whole-block
+    rule left some out; all blocks; the first half; the second half; a random half for each of
+    `seeds` (the paper's is 42). All in SS's plane. At the angle `theta` in degrees all of them
+    are measured on the test rows; without it each gets the angle that is best on the validation
+    rows, in steps of `step`, because what is an angle to go by for SS is one to go to for SAS.
+    The other arguments are those of `dial`.
+    """
+    started = time.perf_counter()
+    if theta is not None:
+        check_number("theta", theta)
+        if validation_task is not None:
+            raise TrimtabError("with theta nothing is chosen: leave validation_task out")
+    angles = angles_of(step) if theta is None else [float(theta)]
+    part = "validation" if theta is None else "test"
+    study = study_of(
+        language_model,
+        task,
+        part=part,
+        data=data,
+        protocol=protocol,
+        limit=limit,
+        test_limit=test_limit,
+        validation_task=validation_task,
+        metric=metric,
+        better=better,
+        judging=Judging(toxicity, tuple(judges)),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        oracle=False,
+        cost=cost,
+        max_cost=max_cost,
+        run=run,
+    )
+    texts = contrast_for(task, contrast, data)
+    made = [
+        SS(whole_blocks=whole, ss_compat=ss_compat, positions=positions)
+        for whole in dict.fromkeys((whole_blocks, False))
+    ]
+    own, *alone = fit(made, language_model, texts)
+    every = sites_of(made[0], language_model.anatomy)
+    variants = variants_of(own, alone[0] if alone else own, every, seeds)
+    found = study.turn(variants, angles)
+    base = figures_of(study.unsteered("test" if study.chooses else "validation"))
+    picture = mask_picture(
+        [
+            (
+                turned.variant.name,
+                turned.variant.layers,
+                turned.theta,
+                {name: (r.value, r.ci95) for name, r in turned.tested.items()}
+                | {COST: (turned.costs.get(turned.theta or 0.0), None)},
+            )
+            for turned in found
+        ],
+        {name: result.value for name, result in base.items()},
+        language_model.anatomy.layers,
+        study.bench.metric,
+        task,
+    )
+    return Analysis(
+        "masks",
+        f"Layers of Selective Steering on {task}",
+        {
+            **_head(study, task, texts, part),
+            "theta": theta,
+            "step": step,
+            "source_site": own.findings["source_site"],
+            "masks": [turned.as_json(study.bench.metric) for turned in found],
+        },
+        [_chosen_table(study, found, "mask")],
+        [picture],
+        [*study.bench.notes(), *_mask_notes(study, found, theta)],
+        round(time.perf_counter() - started, 2),
+    )
+
+
+def variants_of(
+    own: Steering, alone: Steering, every: Sequence[str], seeds: Sequence[int]
+) -> list[Variant]:
+    """The masks of the study: `own` is SS as it is fitted, `alone` SS without the whole-block
+    rule, `every` all sites."""
+    rotate = own.interventions[0].operator
+    assert isinstance(rotate, Rotate)
+    positions = own.interventions[0].positions
+    layers = sorted({parse_site(site)[0] or 0 for site in every})
+    half = len(layers) // 2
+    steered = [one.site for one in own.interventions]
+
+    def with_sites(name: str, sites: Sequence[str], operator: Operator) -> Variant:
+        changed = tuple(Intervention(site, operator, positions) for site in sites)
+        return Variant(name, replace(own, interventions=changed))
+
+    def of_layers(name: str, chosen: Sequence[int]) -> Variant:
+        sites = [site for site in every if parse_site(site)[0] in chosen]
+        return with_sites(name, sites, rotate)
+
+    found = [
+        Variant("ss", own),
+        with_sites("ss's mask, sas's formula", steered, Turn(rotate.basis)),
+    ]
+    if len(alone.interventions) != len(steered):
+        found.append(Variant("every discriminative site", alone))
+    found += [of_layers("all blocks", layers)]
+    if half:
+        found += [
+            of_layers("first half", layers[:half]),
+            of_layers("second half", layers[half:]),
+            *(
+                of_layers(f"random half, seed {seed}", random.Random(seed).sample(layers, half))
+                for seed in dict.fromkeys(seeds)
+            ),
+        ]
+    return found
+
+
+def _mask_notes(study: Study, found: Sequence[Turned], theta: float | None) -> list[str]:
+    notes = _dial_notes(study, found) if theta is None else []
+    metric = study.bench.metric
+    drawn = [t for t in found if t.variant.name.startswith("random half") and metric in t.tested]
+    values = [value for t in drawn if (value := t.tested[metric].value) is not None]
+    if len(values) > 1:
+        mean = sum(values) / len(values)
+        notes.append(
+            f"random halves: {metric} {mean:.4g} on average over {len(values)} seeds, from "
+            f"{min(values):.4g} to {max(values):.4g}"
+        )
+    if theta is not None:
+        notes.append(
+            f"at θ = {theta:g}° for all: SS turns activations by it, SAS's formula lays them at it"
+        )
+    return notes

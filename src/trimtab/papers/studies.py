@@ -1,0 +1,84 @@
+"""Studies that recipes name: functions of a model and plain arguments, each of which gives `Found`.
+
+Those of `analyses.py` are taken as they are there; the others are in the files beside this.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.papers.choosing import compare, sweep_of
+from trimtab.papers.effects import cost, harness, incoherence, sheet
+from trimtab.papers.facts import footprint, overview, prompts, sizes
+from trimtab.papers.found import Found, Value, contrast_of
+from trimtab.papers.looks import found_of
+from trimtab.papers.strength.curves import curves
+from trimtab.papers.strength.one_layer import one_layer
+from trimtab.papers.strength.theory import theory
+from trimtab.reports import SharedRun
+
+Study = Callable[..., Any]
+
+STUDIES: dict[str, Study] = {
+    "compare": compare,
+    "sweep": sweep_of,
+    "curves": curves,
+    "one-layer": one_layer,
+    "theory": theory,
+    "sizes": sizes,
+    "prompts": prompts,
+    "footprint": footprint,
+    "overview": overview,
+    "cost": cost,
+    "coherence": incoherence,
+    "harness": harness,
+    "sheet": sheet,
+}
+#: Those that no model takes part in.
+WITHOUT_MODEL = frozenset(("theory", "sizes", "prompts"))
+
+__all__ = ["STUDIES", "WITHOUT_MODEL", "Found", "Study", "Value", "find_study", "run_study"]
+
+
+def find_study(name: str) -> Study:
+    """A study by its name: one of ours, or an analysis."""
+    if name in STUDIES:
+        return STUDIES[name]
+    from trimtab.papers.analyses import ANALYSES
+
+    if name not in ANALYSES:
+        known = ", ".join([*STUDIES, *ANALYSES])
+        raise TrimtabError(f"unknown study {name!r}: known are {known}")
+    found: Study = ANALYSES[name]
+    return found
+
+
+def run_study(name: str, language_model: Any, args: Mapping[str, Any], **shared: Any) -> Found:
+    """Run a study with its own arguments and with those of `shared` (data, seed, output) that it
+    takes."""
+    study = find_study(name)
+    takes = inspect.signature(study).parameters
+    given = {key: value for key, value in shared.items() if key in takes and key not in args}
+    own = dict(args)
+    if "run" in takes:  # an analysis that keeps what it has done
+        model = language_model.described
+        config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
+        given["run"] = SharedRun(shared.get("output"), config)
+    if name not in STUDIES:
+        own = _with_contrasts(own, shared.get("data"))
+    found = study(language_model, **own, **given)
+    return found if isinstance(found, Found) else found_of(found)
+
+
+def _with_contrasts(args: dict[str, Any], data: str | None) -> dict[str, Any]:
+    """The arguments of an analysis, its contrasts read."""
+    if "contrast" in args:
+        args["contrast"] = contrast_of(args["contrast"], data)
+    if "contrasts" in args:
+        args["contrasts"] = {
+            name: contrast_of(source, data) for name, source in args["contrasts"].items()
+        }
+    return args

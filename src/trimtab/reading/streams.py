@@ -1,0 +1,250 @@
+"""Runs a model from any block on: what the blocks below compute is computed once and kept.
+
+A steering changes nothing below its lowest site. Whoever runs the same texts at many dials, or
+under many steerings, runs the blocks below once (`begin`) and those above each time (`resume`).
+What texts begin with in common is run once for all of them (`beginning`), and they on top of its
+KV cache. The transformer body itself runs in all cases, with the other blocks handing on what they
+are given, so that masks and positions are the architecture's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from trimtab.anatomy import Anatomy, eager, exclusively, parse_site
+from trimtab.model import BATCH_ROWS, LanguageModel, cache_argument
+from trimtab.steering import Steering
+
+
+def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
+    """How many blocks run before any of the steerings changes anything."""
+    below = anatomy.layers
+    for steering in steerings:
+        for intervention in steering.interventions:
+            layer, kind = parse_site(intervention.site)
+            if layer is not None:  # a block's own output is changed after the block
+                below = min(below, layer + 1 if kind == "resid" else layer)
+            elif kind == "embed":
+                below = 0
+    return below
+
+
+def grouped(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of texts that run together, longest first: `batch_tokens` padded tokens at most."""
+    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while waiting:
+        count = max(1, min(BATCH_ROWS, batch_tokens // lengths[waiting[0]]))
+        yield waiting[:count]
+        waiting = waiting[count:]
+
+
+@torch.no_grad()
+def begin(
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    blocks: int,
+    streams: Sequence[Tensor] = (),
+    done: int = 0,
+    cache: DynamicCache | None = None,
+) -> list[Tensor]:
+    """The residual stream after the first `blocks` blocks, [tokens, units] of each text.
+
+    With 0 blocks there is nothing to keep, and the tensors are empty. `streams` are those after
+    the first `done` blocks, where these have run already. `cache` is what `beginning` made of the
+    tokens before these texts.
+    """
+    if blocks == 0:
+        return [torch.empty(0) for _ in texts]
+    if blocks == done:
+        return list(streams)
+    anatomy, found = language_model.anatomy, [torch.empty(0)] * len(texts)
+    for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
+        given = _padded([streams[i] for i in rows]) if done else None
+        with (
+            _instead(anatomy, anatomy.blocks[:done], given),
+            _instead(anatomy, anatomy.blocks[blocks:], None),
+            _watched(anatomy.blocks[blocks - 1]) as seen,
+        ):
+            anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
+        for i, stream in zip(rows, seen[0], strict=True):
+            found[i] = stream[: len(texts[i])].clone()
+    return found
+
+
+@torch.no_grad()
+def beginning(
+    language_model: LanguageModel, text: Sequence[int], stream: Tensor, done: int, blocks: int
+) -> tuple[Tensor, DynamicCache]:
+    """What texts begin with, through the blocks from `done` to `blocks`: the stream after them,
+    [tokens, units], and the cache on which the rest of each text runs through the same blocks."""
+    anatomy = language_model.anatomy
+    cache = DynamicCache(config=anatomy.config)
+    with (
+        _instead(anatomy, anatomy.blocks[:done], stream[None] if done else None),
+        _instead(anatomy, anatomy.blocks[blocks:], None),
+        _watched(anatomy.blocks[blocks - 1]) as seen,
+    ):
+        ids = torch.tensor([text], device=language_model.device)
+        anatomy.body(input_ids=ids, use_cache=True, **{cache_argument(anatomy.body): cache})
+    # Masks and positions go by the length of the first layers, also where these did not run.
+    blank = seen[0].new_zeros(1, 1, len(text), 1)
+    for layer in range(anatomy.layers):
+        if cache.get_seq_length(layer) == 0:
+            cache.update(blank, blank, layer)
+    return seen[0][0], cache
+
+
+class Kept:
+    """The residual streams of texts after the blocks at which steerings began, for later ones.
+
+    What is asked for is computed from the highest block below that is there. Beyond `limit` bytes
+    the streams that were not used for longest are dropped; they are computed again when needed.
+    The model's weights must stay as they are.
+    """
+
+    def __init__(self, language_model: LanguageModel, limit: int = 4 << 30) -> None:
+        self.language_model, self.limit = language_model, limit
+        #: By (blocks, shared, text), those that were used last at the end.
+        self._streams: OrderedDict[tuple[int, int, tuple[int, ...]], Tensor] = OrderedDict()
+        self._bytes = 0
+        #: The cache of what the last texts began with, by (tokens, done, blocks).
+        self._begun: tuple[tuple[tuple[int, ...], int, int], DynamicCache] | None = None
+
+    def after(self, texts: Sequence[tuple[int, ...]], blocks: int, shared: int = 0) -> list[Tensor]:
+        """As `begin`; a text is a tuple of token ids. All begin with the same `shared` tokens, and
+        the streams are those of the others."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        # What is missing, by how many blocks ran already, with what these put out: held here,
+        # because keeping what is computed first may drop it.
+        missing: dict[int, dict[tuple[int, ...], Tensor]] = {}
+        for text in dict.fromkeys(texts):
+            done, stream = self._highest(text, blocks, shared)
+            if done == blocks:
+                found[text] = stream
+            else:
+                missing.setdefault(done, {})[text] = stream
+        for done, known in missing.items():
+            some, rests = list(known), [text[shared:] for text in known]
+            cache = self._shared(some[0][:shared], done, blocks) if shared and blocks else None
+            before = list(known.values())
+            computed = begin(self.language_model, rests, blocks, before, done, cache)
+            for text, stream in zip(some, computed, strict=True):
+                found[text] = stream
+                self._keep(text, blocks, shared, stream)
+        return [found[text] for text in texts]
+
+    def _shared(self, start: tuple[int, ...], done: int, blocks: int) -> DynamicCache:
+        """What texts begin with, run from block `done` on, once for batches that come one after
+        another; its stream is kept too."""
+        key = (start, done, blocks)
+        if self._begun is None or self._begun[0] != key:
+            stream = self.after([start], done)[0]
+            after, cache = beginning(self.language_model, start, stream, done, blocks)
+            if (blocks, 0, start) not in self._streams:
+                self._keep(start, blocks, 0, after.clone())
+            self._begun = key, cache
+        return self._begun[1]
+
+    def _highest(self, text: tuple[int, ...], blocks: int, shared: int) -> tuple[int, Tensor]:
+        """The most of the first `blocks` blocks after which the stream is there, and the stream."""
+        for done in range(blocks, 0, -1):
+            key = (done, shared, text)
+            if key in self._streams:
+                self._streams.move_to_end(key)
+                return done, self._streams[key]
+        return 0, torch.empty(0)
+
+    def _keep(self, text: tuple[int, ...], blocks: int, shared: int, stream: Tensor) -> None:
+        self._streams[blocks, shared, text] = stream
+        self._bytes += stream.nbytes
+        while self._bytes > self.limit:
+            self._bytes -= self._streams.popitem(last=False)[1].nbytes
+
+
+def resume(
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[Tensor],
+    blocks: int,
+    cache: DynamicCache | None = None,
+) -> Tensor:
+    """What the final norm puts out for texts whose first `blocks` blocks have run already,
+    [texts, longest, units]; padding on the right. `cache` is as in `begin`."""
+    anatomy = language_model.anatomy
+    given = _padded(streams) if blocks else None
+    with _instead(anatomy, anatomy.blocks[:blocks], given):
+        hidden: Tensor = anatomy.body(**_inputs(texts, language_model, cache)).last_hidden_state
+    return hidden
+
+
+def _padded(streams: Sequence[Tensor]) -> Tensor:
+    return pad_sequence(list(streams), batch_first=True)
+
+
+def _inputs(
+    texts: Sequence[Sequence[int]], language_model: LanguageModel, cache: DynamicCache | None
+) -> dict[str, Any]:
+    """Arguments of the body; padded on the right, where a causal model does not see it."""
+    device, longest = language_model.device, max(len(text) for text in texts)
+    shared = 0 if cache is None else cache.get_seq_length()
+    ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+    ones = [torch.ones(shared + len(text), dtype=torch.long) for text in texts]
+    positions = torch.arange(shared, shared + longest).expand(len(texts), -1)
+    inputs: dict[str, Any] = {
+        "input_ids": ids.to(device),
+        "attention_mask": pad_sequence(ones, batch_first=True).to(device),
+        "position_ids": positions.to(device),
+        "use_cache": cache is not None,
+    }
+    if cache is not None:  # a copy, because the pass adds to it
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(texts))
+        inputs[cache_argument(language_model.anatomy.body)] = own
+    return inputs
+
+
+@contextmanager
+def _instead(anatomy: Anatomy, blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None]:
+    """These blocks hand on `given`, or what they are given, and compute nothing."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        return x if given is None else given.to(x.device)
+
+    with exclusively(anatomy.body), eager():
+        before = [vars(block).get("forward") for block in blocks]
+        try:
+            for block in blocks:
+                object.__setattr__(block, "forward", forward)
+            yield
+        finally:
+            for block, own in zip(blocks, before, strict=True):
+                if own is not None:
+                    object.__setattr__(block, "forward", own)
+                elif "forward" in vars(block):
+                    object.__delattr__(block, "forward")
+
+
+@contextmanager
+def _watched(block: nn.Module) -> Iterator[list[Tensor]]:
+    """What a block puts out, each time that it runs, before hooks that others have put there:
+    those change it when it is handed on."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    handle = block.register_forward_hook(see, prepend=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

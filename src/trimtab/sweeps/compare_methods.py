@@ -1,0 +1,428 @@
+"""Many methods, one contrast, one task: each with a sweep of equal budget, and one table.
+
+One pass over the contrast fits them all; one bench serves all sweeps, so that what the blocks below
+compute of the prompts is shared. Each method's setting is chosen on the validation rows; the test
+rows say what it is worth: intervals, paired differences, p corrected for their number (Holm), what
+it changes and what it costs. With a budget the chosen steerings are compared once more, each at the
+dial that changes the next token by as many nats.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.contrasts import Contrast, Prompt
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings, TaskJob, evaluate
+from trimtab.figures import Record, holm, mean_interval, paired_p
+from trimtab.fitting import collect
+from trimtab.methods import METHODS
+from trimtab.model import LanguageModel
+from trimtab.reports import SharedRun, check_overwritable
+from trimtab.steering import Steering
+from trimtab.strength import budget
+from trimtab.sweeps.comparison import Compared, Comparison, Difference
+from trimtab.sweeps.metering import Used, metered, overhead
+from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.space import (
+    Fitter,
+    Params,
+    Range,
+    Space,
+    check_space,
+    default_space,
+    described,
+    grid,
+    plain,
+    tidy,
+)
+from trimtab.sweeps.sweep_method import FAST, check_cost
+from trimtab.sweeps.worker import try_settings
+
+#: Prompts on which budgets are found, and on which the time of generation is measured.
+_BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
+#: Bytes of the longest name of a method: below what file systems take.
+_LONGEST_NAME = 200
+_ORACLE = "settings may have been chosen on the rows that they are reported on: an oracle's figures"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with the settings that are tried of it; `name` tells it from the others (default:
+    the method's)."""
+
+    method: str
+    space: Space
+    fixed: Params = field(default_factory=dict)
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise TrimtabError(f"unknown method {self.method!r}: known are {', '.join(METHODS)}")
+        fixed = {name: plain(value) for name, value in self.fixed.items()}
+        object.__setattr__(self, "space", tidy(self.space))
+        object.__setattr__(self, "fixed", fixed)
+        object.__setattr__(self, "name", self.name or self.method)
+
+
+def compare(
+    language_model: LanguageModel,
+    methods: Sequence[str | Candidate],
+    task: str,
+    *,
+    trials: int = 20,
+    contrast: Contrast | str | None = None,
+    data: str | Path | None = None,
+    protocol: Protocol = "trimtab",
+    limit: int | None = FAST,
+    test_limit: int | None = None,
+    validation_task: str | None = None,
+    oracle: bool = False,
+    metric: str | None = None,
+    better: Better | None = None,
+    max_cost: float | None = None,
+    kl: float | None = None,
+    capability: Sequence[str] = (),
+    capability_limit: int | None = None,
+    timed: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    output: str | Path | None = None,
+    cache: str | Path | None = None,
+    overwrite: bool = False,
+) -> Comparison:
+    """Compare methods on a task, each at the setting that its own sweep chose on validation rows.
+
+    `methods` are names (with the default settings of each) or `Candidate`s. A method whose
+    settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
+    chosen ones once more at an equal budget of so many nats at the next token. `capability` names
+    tasks on which side effects are measured (see `evaluate`). `oracle` lets `validation_task` be
+    the rows that are reported on, as some papers have it, which a note says. `timed` false leaves
+    out the time of generation. The other arguments are those of `sweep`.
+    """
+    candidates = [
+        one if isinstance(one, Candidate) else default_candidate(language_model, one)
+        for one in methods
+    ]
+    _check(candidates, trials, kl)
+    check_cost(max_cost)
+    source = None if data is None else str(data)
+    bench = Bench(
+        language_model,
+        task,
+        data=source,
+        protocol=protocol,
+        limits={"validation": limit, "test": test_limit},
+        validation_task=validation_task,
+        judging=Judging(toxicity, tuple(judges)),
+        settings=Settings(seed, batch_size, max_new_tokens),
+        metric=metric,
+        better=better,
+        chooses=not oracle,
+    )
+    texts = contrast_for(task, contrast, source)
+    config = {
+        "methods": [_described(one) for one in candidates],
+        "trials": trials,
+        "task": bench.describe(),
+        "contrast": {"name": texts.name, "digest": texts.digest},
+        "protocol": protocol,
+        "metric": metric,
+        "better": better,
+        "max_cost": max_cost,
+        "kl": kl,
+        "capability": [*capability],
+        "capability_limit": capability_limit,
+        "timed": timed,
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "model": language_model.described,
+        **({"oracle": True} if oracle else {}),
+    }
+    run = SharedRun(output, config, overwrite)
+    started = time.perf_counter()
+    fitters, fit = _fitters(bench, texts, candidates, cache)
+    rows = []
+    _ = bench.metric  # one that the task does not have is refused before anything is written
+    # All directories are looked at before anything in one of them is overwritten.
+    own_runs = [_own_run(run, one.name, config, overwrite) for one in candidates]
+    if overwrite and run.path is not None and capability:
+        check_overwritable(run.path / "capability")
+    run.begin()
+    for fitter, one, own in zip(fitters, candidates, own_runs, strict=True):
+        rows.append(_swept(bench, fitter, one, trials, max_cost, seed, own, timed))
+    chosen = {row.name: row.sweep.steering for row in rows if row.sweep and row.sweep.steering}
+    records = {row.name: list(row.sweep.tested) for row in rows if row.sweep and row.sweep.tested}
+    rows, between = _compared(bench, rows, records)
+    at_budget: list[Compared] = []
+    if kl is not None:
+        prompts = _prompts(bench)
+        at_budget = [_at_budget(bench, name, one, prompts, kl) for name, one in chosen.items()]
+        again = {
+            row.name: bench.records(_turned(chosen[row.name], row), "test", name=row.name)
+            for row in at_budget
+            if row.dial is not None
+        }
+        at_budget, _ = _compared(bench, at_budget, again)
+    beside = None
+    if capability and chosen:
+        beside = evaluate(
+            language_model,
+            capability,
+            steering=chosen,
+            data=data,
+            limit=capability_limit,
+            batch_size=batch_size,
+            seed=seed,
+            output=None if run.path is None else run.path / "capability",
+            overwrite=overwrite,
+        )
+    found = Comparison(
+        task,
+        bench.metric,
+        {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
+        bench.perplexity(0.0),
+        tuple(rows),
+        tuple(at_budget),
+        kl,
+        between,
+        fit,
+        beside,
+        dict(vars(language_model.identity)),
+        round(time.perf_counter() - started, 2),
+        (*bench.notes(), *([_ORACLE] if oracle else []), *_caveats(rows, between, trials)),
+    )
+    if run.path is not None:
+        from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
+
+        run.finish(found.as_json(), lambda environment: comparison_page(found, run, environment))
+    return found
+
+
+def default_candidate(
+    language_model: LanguageModel, method: str, fixed: Params | None = None, name: str = ""
+) -> Candidate:
+    """A method with the settings of its paper, but for those that are fixed."""
+    one = Candidate(method, {}, fixed or {}, name)
+    layers = language_model.anatomy.layers
+    return replace(one, space=default_space(METHODS[method], layers, one.fixed))
+
+
+def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> None:
+    if not candidates:
+        raise TrimtabError("there is no method to compare")
+    if trials < 1:
+        raise TrimtabError(f"a method has 1 trial or more, not {trials}")
+    if kl is not None and not (math.isfinite(kl) and kl > 0):
+        raise TrimtabError(f"a budget must be above 0 nats, not {kl}")
+    names = [one.name for one in candidates]
+    for one in candidates:
+        if names.count(one.name) > 1:
+            raise TrimtabError(f"two methods are called {one.name}: name them apart")
+        if (
+            not set(one.name).isdisjoint("/\0")
+            or one.name.startswith(".")
+            or len(os.fsencode(one.name)) > _LONGEST_NAME
+        ):
+            raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
+        check_space(METHODS[one.method], one.space, one.fixed)
+
+
+def _described(one: Candidate) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "method": one.method,
+        "space": described(one.space),
+        "fixed": one.fixed,
+    }
+
+
+def _fitters(
+    bench: Bench,
+    contrast: Contrast,
+    candidates: Sequence[Candidate],
+    cache: str | Path | None,
+) -> tuple[list[Fitter], Used]:
+    """Fitters that share one pass over the contrast, and what the pass took."""
+    shared: dict[Any, Any] = {}
+    lm = bench.language_model
+    fitters = [
+        Fitter(lm, METHODS[one.method], contrast, one.space, one.fixed, cache, shared)
+        for one in candidates
+    ]
+    with metered(lm) as used:
+        wants = list(dict.fromkeys(want for fitter in fitters for want in fitter.wants()))
+        if wants:
+            shared[tuple(wants)] = collect(lm, contrast.train, wants, cache=cache)
+    return fitters, used
+
+
+def _own_run(run: SharedRun, name: str, config: dict[str, Any], overwrite: bool) -> SharedRun:
+    """A directory for one method's sweep, which goes on where it stopped."""
+    path = None if run.path is None else run.path / name
+    return SharedRun(path, {**config, "method": name}, overwrite)
+
+
+def _swept(
+    bench: Bench,
+    fitter: Fitter,
+    one: Candidate,
+    trials: int,
+    max_cost: float | None,
+    seed: int,
+    run: SharedRun,
+    timed: bool,
+) -> Compared:
+    """The sweep of one method, and what its choice changes and costs."""
+    drawn = _size(one.space) > trials
+    with metered(bench.language_model) as used:
+        found = try_settings(
+            bench,
+            fitter,
+            one.space,
+            search="tpe" if drawn else "grid",
+            trials=trials if drawn else None,
+            max_cost=max_cost,
+            oracle=False,
+            seed=seed,
+            run=run,
+        )
+    if found.steering is None or found.best is None:
+        return Compared(one.name, found, swept=used, why="; ".join(found.notes))
+    if run.path is not None and found.steering.acts:  # not k = 0, the model as it is
+        found.steering.save(run.path / "best.safetensors", overwrite=True)
+    row = _effects(bench, one.name, found.steering, timed)
+    return replace(row, sweep=found, swept=used)
+
+
+def _size(space: Space) -> float:
+    """How many settings there are."""
+    if any(isinstance(values, Range) for values in space.values()):
+        return math.inf
+    return len(grid(space))
+
+
+def _effects(bench: Bench, name: str, steering: Steering, timed: bool) -> Compared:
+    """What a steering changes and what it costs, beside its figure on the task."""
+    cost = bench.cost(steering)
+    return Compared(
+        name,
+        None,
+        dial=steering.setting,
+        changed=sum(one.operator.size for one in steering.interventions),
+        cost=cost,
+        perplexity=bench.perplexity(cost),
+        overhead=overhead(bench.language_model, steering, _prompts(bench)[:_TIMED_PROMPTS])
+        if timed
+        else None,
+    )
+
+
+def _prompts(bench: Bench) -> list[Prompt]:
+    """Validation prompts, for budgets and times."""
+    job = bench.jobs["validation"]
+    if isinstance(job, TaskJob):
+        return [example.prompt for example in job.entries[0].examples][:_BUDGET_PROMPTS]
+    return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:_BUDGET_PROMPTS]
+
+
+# -- at an equal budget ---------------------------------------------------------------------------
+
+
+def _at_budget(
+    bench: Bench, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
+) -> Compared:
+    """A chosen steering at the dial whose median KL on the validation prompts is the budget, on
+    the side on which it was chosen."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
+            found = budget(
+                bench.language_model,
+                steering,
+                prompts,
+                kl,
+                side="negative" if steering.setting < 0 else "positive",
+                chat=None if any(not isinstance(prompt, str) for prompt in prompts) else False,
+            )
+    except TrimtabError as error:
+        return Compared(name, None, why=str(error))
+    row = _effects(bench, name, replace(steering, value=found.dial), timed=False)
+    reached = sum(one.reached for one in found.per_prompt)
+    short = "" if reached == len(prompts) else f"{len(prompts) - reached} prompts cost less"
+    return replace(row, why=short)
+
+
+def _turned(steering: Steering, row: Compared) -> Steering:
+    return replace(steering, value=row.dial)
+
+
+# -- differences ----------------------------------------------------------------------------------
+
+
+def _compared(
+    bench: Bench, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
+) -> tuple[list[Compared], dict[tuple[str, str], Difference]]:
+    """The rows with their figures and differences against unsteered; and between each two."""
+    base = bench.unsteered("test")
+    names = [row.name for row in rows if row.name in records]
+    against = _differences(bench, {(name, ""): (base, records[name]) for name in names})
+    between = _differences(
+        bench, {(a, b): (records[b], records[a]) for a, b in itertools.combinations(names, 2)}
+    )
+    found = [
+        replace(row, test=bench.result(records[row.name]), against=against.get((row.name, "")))
+        if row.name in records
+        else row
+        for row in rows
+    ]
+    return found, between
+
+
+def _differences(
+    bench: Bench, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
+) -> dict[tuple[str, str], Difference]:
+    """Second minus first of each pair of records, corrected for the number of pairs."""
+    metric, plain = bench.metric, {}
+    for key, (first, second) in pairs.items():
+        both = [
+            after["values"][metric] - before["values"][metric]
+            for before, after in zip(first, second, strict=True)
+            if None not in (before["values"].get(metric), after["values"].get(metric))
+        ]
+        if both:
+            plain[key] = both
+    p = [paired_p(values) for values in plain.values()]
+    found = {}
+    for (key, values), own, corrected in zip(plain.items(), p, holm(p), strict=True):
+        mean = mean_interval(torch.tensor(values, dtype=torch.float64))
+        interval = (mean.low, mean.high)
+        found[key] = Difference(mean.value, interval, own, corrected, len(values))
+    return found
+
+
+def _caveats(
+    rows: Sequence[Compared], between: Mapping[tuple[str, str], Difference], trials: int
+) -> list[str]:
+    """What a reader must know."""
+    said = [f"{row.name}: {note}" for row in rows if row.sweep for note in row.sweep.notes]
+    if between and all(found.corrected_p > 0.05 for found in between.values()):
+        said.append(
+            f"no two methods differ beyond chance (Holm's correction for {len(between)} pairs)"
+        )
+    said.append(f"each method had {trials} trials at most, on the validation rows")
+    return list(dict.fromkeys(said))

@@ -1,0 +1,299 @@
+"""What a sweep searches: values or ranges for the hyperparameters of a method, and the steerings
+that they make, all from one pass over the contrast where the values can be listed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.fitting import Method, Want, collect
+from trimtab.model import LanguageModel
+from trimtab.steering import Steering
+
+#: The numbers of units and the strengths that the AUSteer paper's grids are made of.
+AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
+#: The hyperparameter that is each method's dial.
+DIALS = {"sadi": "delta", "ablation": "amount", "sas": "theta", "aas": "theta", "ss": "theta"}
+#: More settings than this are a slip in a range.
+_MOST = 100_000
+#: Lists of settings up to this long are fitted from one pass; the others as they come.
+_LISTED = 2_000
+#: Ranges of whole numbers up to this long may be layers, each of which wants its own statistics.
+_WRITTEN_OUT = 200
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`, for searches that draw them; whole ones where both ends
+    are. `log` draws by their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise TrimtabError(f"a range goes from a number to a larger one, not {self}")
+        if self.log and self.low <= 0:
+            raise TrimtabError(f"a logarithmic range begins above 0, not at {self.low:g}")
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def __str__(self) -> str:
+        return f"{self.low}:{self.high}{':log' if self.log else ''}"
+
+
+#: Values or a range for each hyperparameter that is searched.
+Space = Mapping[str, Sequence[Any] | Range]
+
+
+def default_space(
+    method: type[Method], layers: int, fixed: Collection[str] = ()
+) -> dict[str, Sequence[Any]]:
+    """The settings of the method's paper, or what covers them, for a model of so many blocks;
+    without the hyperparameters that are fixed."""
+    every = tuple(range(layers))
+    degrees = tuple(float(angle) for angle in range(0, 360, 10))
+    spaces: dict[str, dict[str, Sequence[Any]]] = {
+        "austeer": {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))},
+        "caa": {"layer": every, "alpha": (0.5, 1.0, 2.0)},
+        "actadd": {"layer": every, "alpha": (0.5, 1.0, 2.0)},
+        "iti": {"k": (16, 32, 48, 64, 96), "alpha": (1.0, 5.0, 10.0, 15.0, 20.0)},
+        "sadi": {"k": (1, 2, 4, 6, 8, 10), "delta": (-1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 9.0, 19.0)},
+        "sta": {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)},
+        "ablation": {"layer": every[: max(1, int(0.8 * layers))], "amount": (0.25, 0.5, 1.0)},
+        "sas": {"theta": degrees},
+        "aas": {"theta": degrees},
+        "ss": {"theta": degrees},
+    }
+    if method.name not in spaces:
+        raise TrimtabError(f"{method.name} has no grid of its own: name values to search")
+    return {name: values for name, values in spaces[method.name].items() if name not in fixed}
+
+
+def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:
+    """A space as it was given, with values as plain Python has them."""
+    found: dict[str, Sequence[Any] | Range] = {}
+    for name, values in space.items():
+        given = values if isinstance(values, Range) else plain(values)
+        if isinstance(given, range):
+            given = tuple(given)
+        if not isinstance(given, Range | tuple):
+            raise TrimtabError(f"{name}: give several values in a list, or a Range, not {values!r}")
+        found[name] = given
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Arrays and lists, also in a dict, as tuples; numbers as Python has them; paths as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def dial_of(method: type[Method]) -> str:
+    """The hyperparameter that is the steering's dial."""
+    return DIALS.get(method.name, "alpha")
+
+
+def check_space(method: type[Method], space: Space, fixed: Params) -> None:
+    """Refuse what the method does not have, and what is missing."""
+    known = {item.name: item for item in fields(method)}  # type: ignore[arg-type]
+    for name in (*space, *fixed):
+        if name not in known:
+            raise TrimtabError(f"{method.name} has no {name}: it has {', '.join(known)}")
+    for name, values in space.items():
+        if name in fixed:
+            raise TrimtabError(f"{name} is both searched and set to {fixed[name]}")
+        if not isinstance(values, Range) and not values:
+            raise TrimtabError(f"{name}: there is no value to search")
+    missing = [
+        name
+        for name, item in known.items()
+        if item.default is MISSING and name not in space and name not in fixed
+    ]
+    if missing:
+        raise TrimtabError(f"{method.name} needs {missing[0]}: give it a value")
+
+
+def grid(space: Space) -> list[Params]:
+    """Every combination of the values, the last hyperparameter turning fastest."""
+    columns: list[list[Any]] = []
+    for name, values in space.items():
+        if isinstance(values, Range):
+            raise TrimtabError(
+                f"{name} is a range, {values}: a grid needs values, or search with tpe"
+            )
+        columns.append(list(dict.fromkeys(values)))
+    count = math.prod([len(column) for column in columns])
+    if count > _MOST:
+        raise TrimtabError(f"the grid has {count:,} settings: {_MOST:,} are the most")
+    return [dict(zip(space, row, strict=True)) for row in itertools.product(*columns)]
+
+
+def listed(space: Space) -> list[Params] | None:
+    """Settings that want of a pass over the contrast what all of a space want: ranges of whole
+    numbers written out, others by their ends. None where they are too many to fit at once."""
+    columns: dict[str, Sequence[Any]] = {}
+    for name, values in space.items():
+        if not isinstance(values, Range):
+            columns[name] = values
+        elif values.whole and values.high - values.low < _WRITTEN_OUT:
+            columns[name] = range(int(values.low), int(values.high) + 1)
+        else:  # a share or a number of units, of which other ones want the same
+            columns[name] = (values.low, values.high)
+    if math.prod([len(values) for values in columns.values()]) > _LISTED:
+        return None
+    return grid(columns)
+
+
+def label(method: type[Method], params: Params) -> str:
+    """`austeer k=16 alpha=8`: how a setting is written on the command line."""
+    return f"{method.name} {setting(params)}".rstrip()
+
+
+def setting(params: Params) -> str:
+    """`k=16 alpha=8`."""
+    return " ".join(f"{name}={shown(value)}" for name, value in params.items())
+
+
+def described(space: Space) -> dict[str, Any]:
+    """A space for the configuration of a run."""
+    return {
+        name: str(values) if isinstance(values, Range) else list(values)
+        for name, values in space.items()
+    }
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return ",".join(map(shown, value)) if isinstance(value, tuple | list) else str(value)
+
+
+class Fitter:
+    """Makes the steering of any setting; the model runs over the contrast once for all that can be
+    listed, and nothing is fitted again where only the dial differs. `statistics` is what passes
+    have gathered, by what was wanted; fitters that share it share the passes."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        method: type[Method],
+        contrast: Contrast,
+        space: Space,
+        fixed: Params,
+        cache: Any = None,
+        statistics: dict[tuple[Want, ...], Any] | None = None,
+    ) -> None:
+        self.language_model, self.method, self.contrast = language_model, method, contrast
+        self.fixed, self.cache = fixed, cache
+        self.dial = dial_of(method)
+        self._statistics = {} if statistics is None else statistics
+        self._built: dict[tuple[Any, ...], Steering] = {}
+        wanted: dict[str, Any] = dict(space)
+        if self.dial in space:  # one dial wants what any other wants
+            dials = space[self.dial]
+            wanted[self.dial] = (dials.low if isinstance(dials, Range) else dials[0],)
+        self._listed = listed(wanted) or []
+
+    def method_at(self, params: Params) -> Method:
+        """The method with its hyperparameters."""
+        return self.method(**self.fixed, **params)
+
+    def check(self, settings: Sequence[Params]) -> None:
+        """Before anything is run: refuse a value that the method never takes, and a list of
+        settings of which none can be fitted here."""
+        taken: set[tuple[str, Any]] = set()
+        refused: dict[tuple[str, Any], TrimtabError] = {}
+        methods: dict[tuple[Any, ...], Method] = {}
+        for params in settings:
+            try:
+                methods.setdefault(self._key(params), self.method_at(params))
+                taken |= params.items()
+            except TrimtabError as error:
+                for item in params.items():
+                    refused.setdefault(item, error)
+        for item, reason in refused.items():
+            if item not in taken:
+                raise reason
+        first: TrimtabError | None = None
+        for method in methods.values():
+            try:
+                method.wants(self.language_model, self.contrast)
+                return
+            except TrimtabError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def steering(self, params: Params) -> Steering:
+        """The steering of a setting, its dial turned to what the setting says."""
+        method, key = self.method_at(params), self._key(params)  # which checks the dial too
+        if key not in self._built:
+            self._built[key] = method.build(
+                self.language_model, self.contrast, self._gathered(method)
+            )
+        built = self._built[key]
+        if self.dial not in params:
+            return built
+        return replace(built, value=float(params[self.dial]))
+
+    def _key(self, params: Params) -> tuple[Any, ...]:
+        """What a steering is built from: the dial only where a method chooses something by it."""
+        chooses = "validation" in (*self.fixed.values(), *params.values())
+        return tuple(
+            (name, value) for name, value in params.items() if chooses or name != self.dial
+        )
+
+    def fitted(self, params: Params) -> Steering:
+        """The same as an artifact of its own: its dial's default is what the setting says."""
+        method = self.method_at(params)
+        return method.build(self.language_model, self.contrast, self._gathered(method))
+
+    def wants(self) -> list[Want]:
+        """What all settings that can be listed want of the pass."""
+        every: dict[Want, None] = {}
+        for params in self._listed:
+            # One that cannot be fitted fails when it is tried, and not the others with it.
+            with suppress(TrimtabError):
+                method = self.method_at(params)
+                every |= dict.fromkeys(method.wants(self.language_model, self.contrast))
+        return list(every)
+
+    def _gathered(self, method: Method) -> Any:
+        """The statistics that the method wants, from the pass over everything that is listed."""
+        wants = tuple(method.wants(self.language_model, self.contrast))
+        for known, statistics in self._statistics.items():
+            if set(wants) <= set(known):
+                return statistics
+        every = tuple(dict.fromkeys((*wants, *self.wants())))
+        try:
+            found = self._collect(every)
+        except TrimtabError:
+            if every == wants:
+                raise
+            self._listed = []  # something of it cannot be had: settings stand for themselves
+            every, found = wants, self._collect(wants)
+        self._statistics[every] = found
+        return found
+
+    def _collect(self, wants: Sequence[Want]) -> Any:
+        return collect(self.language_model, self.contrast.train, wants, cache=self.cache)

@@ -1,0 +1,171 @@
+"""Sweeps over a method's hyperparameters: chosen on validation rows, reported on test rows.
+
+All settings are fitted from one pass over the contrast; a trial runs only the blocks from its
+lowest intervention on, on top of what the blocks below computed of the same prompts before, and
+one-token tasks read one position. The best of all trials on the test rows is given apart: it is
+the oracle that nobody has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimtab.contrasts import Contrast
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings
+from trimtab.fitting import Method
+from trimtab.methods import METHODS
+from trimtab.model import LanguageModel
+from trimtab.reports import SharedRun
+from trimtab.sweeps.result import Sweep
+from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.space import (
+    Fitter,
+    Params,
+    Range,
+    Space,
+    check_space,
+    default_space,
+    described,
+    grid,
+    plain,
+    tidy,
+)
+from trimtab.sweeps.trials import Search, import_optuna, open_storage, plan
+from trimtab.sweeps.worker import try_settings
+
+#: Validation rows that are enough for a sweep, as the AUSteer paper's fast sweep has them.
+FAST = 100
+
+
+def sweep(
+    language_model: LanguageModel,
+    method: str | type[Method],
+    task: str,
+    space: Space | None = None,
+    *,
+    fixed: Params | None = None,
+    search: Search = "grid",
+    trials: int | None = None,
+    contrast: Contrast | str | None = None,
+    data: str | Path | None = None,
+    protocol: Protocol = "trimtab",
+    limit: int | None = FAST,
+    test_limit: int | None = None,
+    validation_task: str | None = None,
+    metric: str | None = None,
+    better: Better | None = None,
+    max_cost: float | None = None,
+    oracle: bool = True,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    toxicity: str | Scorer = "offline",
+    judges: Sequence[Judge] = (),
+    output: str | Path | None = None,
+    cache: str | Path | None = None,
+    storage: str | None = None,
+    resumed: bool = True,
+    overwrite: bool = False,
+) -> Sweep:
+    """Try settings of a method on a task, choose on its validation rows, report on its test rows.
+
+    `space` gives values (or a `Range`) for each hyperparameter that is searched (default: the
+    grid of the method's paper), `fixed` values for others. `search` is grid; tpe (Optuna's
+    sampler, `trials` of them); or halving: successive halving over growing parts of the validation
+    rows, of a grid or of random draws from ranges. `contrast` is what is fitted on (default: the
+    task's own train rows). `limit` takes so many validation rows (None: all), `test_limit` so many
+    test rows; `validation_task` is another task whose test rows stand in for the validation rows,
+    for tasks that have none. `metric` is by default the first that the task has, and `better` says
+    whether more or less of it is, where its name does not (attack success: less, unless told).
+    `max_cost` leaves out settings that cost more nats per token of plain text. `oracle` runs every
+    complete trial on the test rows too. `output` names a run directory, in which a sweep that was
+    interrupted goes on, and `cache` one that keeps the pass over the contrast (see `fit`).
+    `storage` is any Optuna storage, on which other processes and machines may work at the same
+    time. `resumed` false runs every trial through all blocks.
+    """
+    kind = METHODS.get(method) if isinstance(method, str) else method
+    if kind is None:
+        raise TrimtabError(f"unknown method {method!r}: known are {', '.join(METHODS)}")
+    if not isinstance(kind, type):
+        raise TrimtabError(f"name a method, {kind.name!r}: its hyperparameters are space and fixed")
+    own = {name: plain(value) for name, value in (fixed or {}).items()}
+    layers = language_model.anatomy.layers
+    given = tidy(default_space(kind, layers, own) if space is None else space)
+    check_space(kind, given, own)
+    plan(given, search, trials)  # refuses what it cannot plan
+    check_cost(max_cost)
+    import_optuna()
+    if storage is not None and output is None:
+        raise TrimtabError("a storage needs a run directory too: name an output")
+    source = None if data is None else str(data)
+    bench = Bench(
+        language_model,
+        task,
+        data=source,
+        protocol=protocol,
+        limits={"validation": limit, "test": test_limit},
+        validation_task=validation_task,
+        judging=Judging(toxicity, tuple(judges)),
+        settings=Settings(seed, batch_size, max_new_tokens),
+        metric=metric,
+        better=better,
+        shuffle=seed if search == "halving" else None,
+        resumed=resumed,
+    )
+    texts = contrast_for(task, contrast, source)
+    config = {
+        "method": kind.name,
+        "space": described(given),
+        "fixed": own,
+        "search": search,
+        "trials": trials,
+        "task": bench.describe(),
+        "contrast": {"name": texts.name, "digest": texts.digest},
+        "protocol": protocol,
+        "metric": metric,
+        "better": better,
+        "max_cost": max_cost,
+        "oracle": oracle,
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "model": language_model.described,
+    }
+    fitter = Fitter(language_model, kind, texts, given, own, cache=cache)
+    if not any(isinstance(values, Range) for values in given.values()):
+        fitter.check(grid(given))
+    opened = None if storage is None else open_storage(storage)
+    run = SharedRun(output, config, overwrite)
+    found = try_settings(
+        bench,
+        fitter,
+        given,
+        search=search,
+        trials=trials,
+        max_cost=max_cost,
+        oracle=oracle,
+        seed=seed,
+        run=run,
+        storage=opened,
+        fresh=overwrite,
+    )
+    if found.trials and all(trial.state == "failed" for trial in found.trials):
+        some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
+        raise TrimtabError(f"{some} failed: {found.trials[0].why}")
+    if run.path is not None:
+        from trimtab.sweeps.sweep_page import sweep_page  # loads matplotlib
+
+        # The best may be k = 0, the model as it is, which is no steering to keep.
+        if found.steering is not None and found.steering.acts:
+            found.steering.save(run.path / "best.safetensors", overwrite=True)
+        run.finish(found.as_json(), lambda environment: sweep_page(found, run, environment))
+    return found
+
+
+def check_cost(most: float | None) -> None:
+    """Refuse what is no limit of cost."""
+    if most is not None and not math.isfinite(most):
+        raise TrimtabError(f"a limit of cost is a finite number of nats per token, not {most}")

@@ -1,0 +1,315 @@
+"""Runs the trials of a sweep, together with whoever else works on its storage, and tells what came
+of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.contrasts import Part
+from trimtab.errors import TrimtabError
+from trimtab.figures import Comparison, Record, Result, summarise
+from trimtab.progress import progress
+from trimtab.reports import SharedRun, line_of
+from trimtab.steering import Steering
+from trimtab.sweeps.result import Sweep, Trial
+from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.space import Fitter, Space, label, plain
+from trimtab.sweeps.trials import Search, Trials, rungs
+
+#: Validation rows of the first rung of successive halving.
+FIRST_RUNG = 16
+_PARTS: tuple[Part, ...] = ("validation", "test")
+#: Seconds between two looks at what other workers do.
+_PATIENCE = 2.0
+
+
+def try_settings(
+    bench: Bench,
+    fitter: Fitter,
+    space: Space,
+    *,
+    search: Search,
+    trials: int | None,
+    max_cost: float | None,
+    oracle: bool,
+    seed: int,
+    run: SharedRun,
+    storage: Any = None,
+    fresh: bool = False,
+) -> Sweep:
+    """A sweep on a bench and with a fitter that may serve others too; arguments as of `sweep`."""
+    for part in _PARTS:
+        kept = bench.kept(run, f"unsteered-{part}", part)
+        if kept is not None:
+            bench.recall(part, kept)
+    _ = bench.metric  # one that the task does not have is refused before anything is written
+    run.begin()
+    worker = _Worker(bench, fitter, run, max_cost, oracle)
+    if storage is None and run.path is not None:
+        storage = run.path / "study.db"
+    queue = Trials(storage, _name(run.config), space, search, trials, bench.maximise, seed, fresh)
+    with queue.reachable():
+        worker.work(queue)
+        return worker.found(queue, bench.task)
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """The study's name: who sweeps the same joins, who sweeps something else does not."""
+    text = json.dumps(config, sort_keys=True)
+    return f"trimtab-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass
+class _Worker:
+    """Runs trials until none is left, and tells what came of them."""
+
+    bench: Bench
+    fitter: Fitter
+    run: SharedRun
+    max_cost: float | None
+    oracle: bool
+    #: The best of the trials that were run here, and its records.
+    _top: tuple[Trial, ...] = ()
+    _top_records: dict[Part, list[Record]] = field(default_factory=dict)
+
+    def work(self, queue: Trials) -> None:
+        """Until every trial has ended, here or elsewhere."""
+        with progress(f"sweep of {self.fitter.method.name}", len(queue.plan)) as advance:
+            shown = 0
+            while shown < len(queue.plan):
+                others = queue.release_dead()
+                trial = queue.claim()
+                if trial is not None:
+                    with queue.alive(trial):
+                        self._try(queue, trial)
+                elif others:
+                    time.sleep(_PATIENCE)
+                ended = len(queue.finished())
+                advance(ended - shown)
+                shown = ended
+
+    def _try(self, queue: Trials, trial: Any) -> None:
+        """Run one trial, keep its records, and say what came of it."""
+        started = time.perf_counter()
+        params = queue.params(trial)
+        outcome: dict[str, Any] = {"params": params, "state": "complete"}
+        records: dict[Part, list[Record]] = {}
+        earlier = queue.same(params)
+        if earlier is not None:  # drawn before
+            outcome = {**queue.outcome(earlier), "seconds": 0.0}
+            for part in _PARTS:
+                some = self.run.kept(f"{earlier.number:05d}-{part}")
+                if some is not None:
+                    self.run.keep(f"{trial.number:05d}-{part}", some)
+            queue.finish(trial, outcome, outcome.get("value"))
+            return
+        try:
+            steering = self.fitter.steering(params)
+            self._measure(queue, trial, steering, outcome, records)
+            for record in (record for part in records.values() for record in part):
+                line_of(record)  # refuses what is not a number
+        except TrimtabError as error:
+            outcome = {"params": params, "state": "failed", "why": str(error)}
+        outcome["seconds"] = round(time.perf_counter() - started, 3)
+        if outcome["state"] == "failed":
+            queue.finish(trial, outcome, None)
+            return
+        for part, some in records.items():
+            self.run.keep(f"{trial.number:05d}-{part}", some)
+        if outcome["state"] == "complete":
+            known = _trial(trial.number, outcome)
+            if _best([*self._top, known], "value", self.bench.maximise) is known:
+                self._top, self._top_records = (known,), records
+        queue.finish(trial, outcome, outcome.get("value"))
+
+    def _measure(
+        self,
+        queue: Trials,
+        trial: Any,
+        steering: Steering,
+        outcome: dict[str, Any],
+        records: dict[Part, list[Record]],
+    ) -> None:
+        """Fill in what a steering costs and what it is worth, and the records that say so."""
+        bench, name = self.bench, label(self.fitter.method, outcome["params"])
+        if self.max_cost is not None:
+            cost = bench.cost(steering)
+            if not math.isfinite(cost):
+                raise TrimtabError("its cost is no finite number: the model's numbers overflow")
+            outcome["cost"] = cost
+            if cost > self.max_cost:
+                outcome["state"] = "dear"
+                return
+        halving = queue.search == "halving"
+        rows = bench.rows("validation")
+        done: list[Record] = []
+        for rung, stop in enumerate(rungs(rows, FIRST_RUNG) if halving else [rows]):
+            done += bench.records(steering, "validation", len(done), stop, name)
+            records["validation"] = done
+            result = bench.result(done)
+            outcome |= {"value": result.value, "n": result.n, "ci95": result.ci95}
+            if result.value is None:
+                continue
+            if not math.isfinite(result.value):
+                raise TrimtabError(f"{bench.metric} is no finite number")
+            if stop < rows and queue.report(trial, result.value, rung):
+                outcome["state"] = "pruned"
+                return
+        if outcome["value"] is None:
+            raise TrimtabError("no answer was clear")
+        if self.oracle:
+            records["test"] = bench.records(steering, "test", name=name)
+            outcome |= _tested(bench.result(records["test"]))
+
+    # -- what was found ---------------------------------------------------------------------------
+
+    def found(self, queue: Trials, task: str) -> Sweep:
+        """The best trial, run on the test rows, and everything beside it."""
+        bench, fitter = self.bench, self.fitter
+        ended = queue.finished()
+        trials = [_trial(one.number, queue.outcome(one)) for one in ended]
+        for one, trial in zip(ended, trials, strict=True):
+            if trial.state == "complete" and not queue.has_checksum(one):
+                self._check_kept(trial)
+        complete = [trial for trial in trials if trial.state == "complete"]
+        best = _best(complete, "value", bench.maximise)
+        unsteered = {part: self._unsteered(part) for part in _PARTS}
+        difference, chosen_p, steering = None, None, None
+        flips: tuple[tuple[Record, Record], ...] = ()
+        tested: list[Record] | None = None
+        if best is not None:
+            steering = fitter.steering(best.params)
+            tested = self._records(best, "test", steering)
+            result = bench.result(tested)
+            self._check(best, "test", tested)
+            best = replace(best, **_tested(result))
+            compared = summarise([*unsteered["test"], *tested], {})
+            flips = tuple(compared.flips())
+            difference = _of(compared.comparisons, bench.metric)
+            chosen = self._records(best, "validation", steering)
+            self._check(best, "validation", chosen)
+            on_validation = summarise([*unsteered["validation"], *chosen], {})
+            against = _of(on_validation.comparisons, bench.metric)
+            if against is not None and against.p is not None:
+                chosen_p = min(1.0, against.p * sum(trial.n > 0 for trial in trials))
+            steering = fitter.fitted(best.params)
+        with_test = [best if best and t.number == best.number else t for t in trials]
+        oracle = None
+        if self.oracle:
+            oracle = _best([t for t in with_test if t.state == "complete"], "test", bench.maximise)
+        figures: dict[str, Result] = {p: bench.result(some) for p, some in unsteered.items()}
+        return Sweep(
+            method=fitter.method.name,
+            task=task,
+            metric=bench.metric,
+            maximise=bench.maximise,
+            space=dict(queue.space),
+            trials=tuple(with_test),
+            best=best,
+            oracle=oracle,
+            unsteered=figures,
+            difference=difference,
+            chosen_p=chosen_p,
+            steering=steering,
+            flips=flips,
+            model=dict(vars(bench.language_model.identity)),
+            seconds=round(sum(trial.seconds for trial in trials), 2),
+            notes=(*bench.notes(), *_caveats(trials, best, figures, bench.maximise, chosen_p)),
+            tested=tuple(tested or ()),
+        )
+
+    def _records(self, trial: Trial, part: Part, steering: Steering) -> list[Record]:
+        """The records of a trial on a part; run here where another machine has them, or nobody."""
+        if part in self._top_records and trial.number == self._top[0].number:
+            return self._top_records[part]
+        name = f"{trial.number:05d}-{part}"
+        called = label(self.fitter.method, trial.params)
+        records = self.bench.kept(self.run, name, part, called)
+        if records is None:
+            records = self.bench.records(steering, part, name=called)
+            self.run.keep(name, records)
+        return records
+
+    def _check(self, trial: Trial, part: Part, records: list[Record]) -> None:
+        """Refuse records that do not give what the study says of a trial."""
+        said = trial.value if part == "validation" else trial.test
+        found = self.bench.result(records).value
+        if said is not None and (found is None or not math.isclose(found, said, rel_tol=1e-9)):
+            name = f"{trial.number:05d}-{part}"
+            self.run.refuse(name, f"{self.bench.metric} is {found} in it and {said} in the study")
+
+    def _check_kept(self, trial: Trial) -> None:
+        """Refuse what a study says of a trial if its records, where they are here, do not."""
+        called = label(self.fitter.method, trial.params)
+        for part in _PARTS:
+            records = self.bench.kept(self.run, f"{trial.number:05d}-{part}", part, called)
+            if records is not None:
+                self._check(trial, part, records)
+
+    def _unsteered(self, part: Part) -> list[Record]:
+        records = self.bench.unsteered(part)
+        if self.bench.kept(self.run, f"unsteered-{part}", part) is None:
+            self.run.keep(f"unsteered-{part}", records)
+        return records
+
+
+def _trial(number: int, outcome: Mapping[str, Any]) -> Trial:
+    return Trial(number, **{name: plain(value) for name, value in outcome.items()})
+
+
+def _tested(result: Result) -> dict[str, Any]:
+    return {"test": result.value, "test_n": result.n, "test_ci95": result.ci95}
+
+
+def _best(trials: Sequence[Trial], part: str, maximise: bool) -> Trial | None:
+    """The first of the trials that are best on a part."""
+    known = [trial for trial in trials if getattr(trial, part) is not None]
+    sign = -1 if maximise else 1
+    return min(known, key=lambda t: (sign * getattr(t, part), t.number), default=None)
+
+
+def _of(comparisons: Sequence[Comparison], metric: str) -> Comparison | None:
+    return next((found for found in comparisons if found.metric == metric), None)
+
+
+def _caveats(
+    trials: Sequence[Trial],
+    best: Trial | None,
+    unsteered: Mapping[str, Result],
+    maximise: bool,
+    chosen_p: float | None,
+) -> list[str]:
+    """What a reader of the figures must know."""
+    states = [trial.state for trial in trials]
+    said = []
+    for state, words in (
+        ("pruned", "were stopped early"),
+        ("dear", "cost more than the limit and were not run"),
+        ("failed", "failed"),
+    ):
+        if state in states:
+            said.append(f"{states.count(state)} of {len(trials)} trials {words}")
+    reasons = dict.fromkeys(trial.why for trial in trials if trial.why)
+    said += list(reasons)[:3]
+    base = unsteered["validation"].value
+    if best is None:
+        said.append("no trial has a value: there is nothing to choose")
+        costs = [trial.cost for trial in trials if trial.cost is not None]
+        if costs:
+            said.append(f"the cheapest trial costs {min(costs):.3g} nats per token of plain text")
+    elif base is not None and best.value is not None:
+        if (best.value <= base) if maximise else (best.value >= base):
+            said.append("no setting beats the unsteered model on the validation rows")
+        elif chosen_p is not None and chosen_p > 0.05:
+            ran = sum(trial.n > 0 for trial in trials)
+            said.append(
+                f"the best of {ran} trials on the validation rows could be luck: McNemar's "
+                f"p, times the number of trials, is {chosen_p:.2g}"
+            )
+    return said
