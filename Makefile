@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ends lint bench clean
+.PHONY: help demo test test-all test-ends lint docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-ends the tests of steering with the oldest and the newest transformers"
 	@echo "make lint      lint and type check only"
+	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
 	@echo "make clean     remove what these commands made, .venv included"
 
@@ -61,6 +62,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python docs/house.py --check
+
+docs-house: $(INSTALLED)
+	$(BIN)/python docs/house.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
