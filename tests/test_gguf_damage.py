@@ -318,7 +318,7 @@ def converted(sources: list[Path], room: Path, seed: int, count: int) -> None:
     results = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert len(results) == count
     for name, said, seconds in results:
-        assert seconds < 2, name
+        assert seconds < 10, name  # of the processor; a good file of this size takes a tenth
         if said is not None:
             in_one_line(said)
             continue
