@@ -71,7 +71,7 @@ def test_an_answer_without_end_is_given_up_at_its_size() -> None:
 
 _ASK = """
 import sys
-from trimtab.endpoint import ChatEndpoint
+from trimtab.evaluation.endpoint import ChatEndpoint
 judge = ChatEndpoint(sys.argv[1], "m", timeout=100, tries=5)
 print("asking", flush=True)
 try:
@@ -82,7 +82,7 @@ except KeyboardInterrupt:
 """
 _SCORE = """
 import sys
-from trimtab.metrics.toxicity import RemoteScorer
+from trimtab.evaluation.metrics.toxicity import RemoteScorer
 print("asking", flush=True)
 try:
     RemoteScorer(sys.argv[1], timeout=100).scores(["one", "two", "three"])
@@ -92,7 +92,7 @@ except KeyboardInterrupt:
 """
 _POST = """
 import sys
-from trimtab.endpoint import Address
+from trimtab.evaluation.endpoint import Address
 print("asking", flush=True)
 try:
     Address(sys.argv[1], timeout=100).post({}, str)
