@@ -52,15 +52,15 @@ VARIANTS = {
     "iti-probe": "iti --k 2 --direction probe --no-scale --seed 3",
     "sadi-head": "sadi --variant head --k 2",
     "sadi-resid": "sadi --variant resid --k 3 --positions last",
-    "sta-mean": "sta --sae sae --token mean --alpha 2",
-    "ablation-norms": "ablation --where norms --tokens -1,-2",
+    "sta-mean": "sta --sae sae --token mean --p 0.9",
+    "ablation-norms": "ablation --where norms --tokens -1,-2 --kl 50",
     "ablation-writers": "ablation --where writers --layer 2 --amount 0.5",
     "sas-input": "sas --candidates input --selection norm",
     "aas-generated": "aas --positions generated",
     "ss-own-angle": "ss --ss-compat --no-whole-blocks",
     "austeer-heads": "austeer --site heads --k 7 --direction signed --clamp-sign --layers 0,2",
     "austeer-random": "austeer --site ffn_in --k 6 --locate random --seed 2 --change absolute",
-    "austeer-least": "austeer --k 4 --choose least --strength fixed --locate difference",
+    "austeer-least": "austeer --k 4 --choose least --locate difference",
     "austeer-vector": "austeer --site resid --k all --change vector",
 }
 #: Those that choose on validation rows.

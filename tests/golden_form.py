@@ -1,0 +1,241 @@
+"""The form of golden files: what is left out, how it is written, and when two of them are equal.
+
+Words, whole numbers and keys are exact; other numbers are equal within a small tolerance, because
+processors and numbers of threads round differently, also where a number stands within a text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-6
+#: Of a list of numbers, in which small ones are differences of large ones: a share of the largest.
+OF_LARGEST = 2e-6
+#: What differs from run to run and from machine to machine; `sha256` is that of rounded numbers.
+LEFT_OUT = "(not compared)"
+_KEYS = {
+    *("seconds", "date", "versions", "trimtab_sha256", "checksum", "environment"),
+    *("installed", "location", "bytes_on_disk"),
+}
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
+
+
+# -- what is recorded -----------------------------------------------------------------------------
+
+
+def settled(value: Any, key: str = "") -> Any:
+    """What comes of JSON, without what is not compared; numbers to eight digits."""
+    if key in _KEYS:
+        return LEFT_OUT
+    if isinstance(value, dict):
+        if {"label", "dial", "sha256"} <= value.keys():  # a steering: of numbers, not of words
+            value = {**value, "sha256": LEFT_OUT}
+        return {name: settled(one, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [settled(one) for one in value]
+    return float(f"{value:.8g}") if isinstance(value, float) else value
+
+
+def lines(text: str) -> list[str]:
+    """A text for people: its words, without the width of columns."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def tensor_summary(tensor: Tensor) -> dict[str, Any]:
+    """What tells a tensor from another: its form, its size, some values or all of a short one."""
+    flat = tensor.double().flatten()
+    chosen = flat[:: max(1, len(flat) // 12)][:12]
+    norms = [float(flat.norm()), float(flat.abs().sum())]
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "norms": settled(norms),
+        "values": settled(chosen.tolist()),
+    }
+
+
+def tensor_file(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, and what it says of itself."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: tensor_summary(file.get_tensor(name)) for name in sorted(file.keys())}
+        about = {name: _read(text) for name, text in (file.metadata() or {}).items()}
+    return {"metadata": settled(about), "tensors": tensors}
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def run_directory(path: Path, printed: Any) -> dict[str, Any]:
+    """The files that a command left: their names, and what is in those that are read again."""
+    files = {
+        str(file.relative_to(path)): file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+    found: dict[str, Any] = {"names": list(files)}
+    for name, file in files.items():
+        if file.suffix == ".json" and file.name != "environment.json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            same = file.name == "results.json" and settled(content) == settled(printed)
+            found[name] = "what --json prints" if same else settled(content)
+        elif file.suffix == ".jsonl":
+            found[name] = [settled(json.loads(line)) for line in _lines_of(file)]
+        elif file.suffix == ".safetensors":
+            found[name] = tensor_file(file)
+        elif file.suffix == ".html":
+            found[name] = outline(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _lines_of(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+class _Outline(HTMLParser):
+    """Collects headings, paragraphs, and the rows of tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._text = ""
+        self._cells: list[str] = []
+        self._heads: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        if tag == "img":
+            self.found.append(f"picture: {dict(attributes).get('alt')}")
+        if tag == "tr":
+            self._cells = []
+        self._text = ""
+
+    def handle_data(self, data: str) -> None:
+        self._text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        text = " ".join(self._text.split())
+        if tag in ("th", "td"):
+            self._cells.append(text)
+        elif tag == "tr":
+            self.found.append(self._row())
+        elif tag in ("h1", "h2", "p", "li", "summary"):
+            dated = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
+            self.found.append(f"{tag}: " + re.sub(r"[\d.e-]+ seconds", "N seconds", dated))
+        self._text = ""
+
+    def _row(self) -> str:
+        if self.get_starttag_text() is not None and self.lasttag == "th":
+            self._heads = self._cells
+            return " | ".join(self._cells)
+        timed = [name in ("seconds", "time") for name in self._heads]
+        pairs = zip(self._cells, timed, strict=True)
+        return " | ".join("N" if is_time and cell else cell for cell, is_time in pairs)
+
+
+def outline(page: str) -> list[str]:
+    """The words of a page: headings, paragraphs and tables, without the times."""
+    parser = _Outline()
+    parser.feed(page)
+    return parser.found
+
+
+# -- comparing ------------------------------------------------------------------------------------
+
+
+def differences(expected: Any, actual: Any, where: str = "") -> list[str]:
+    """Every place at which two recordings differ."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        found = [f"{where}: {name} is gone" for name in expected if name not in actual]
+        found += [f"{where}: {name} is new" for name in actual if name not in expected]
+        for name in expected.keys() & actual.keys():
+            found += differences(expected[name], actual[name], f"{where}.{name}")
+        return found
+    if isinstance(expected, list) and isinstance(actual, list):
+        if len(expected) != len(actual):
+            return [f"{where}: {len(actual)} instead of {len(expected)}"]
+        sizes = [abs(x) for x in expected if isinstance(x, float) and math.isfinite(x)]
+        floor = OF_LARGEST * max(sizes, default=0.0)
+        found = []
+        for i, (old, new) in enumerate(zip(expected, actual, strict=True)):
+            if not (_both_numbers(old, new) and abs(old - new) <= floor):
+                found += differences(old, new, f"{where}[{i}]")
+        return found
+    return [] if _equal(expected, actual) else [f"{where}: {actual!r} instead of {expected!r}"]
+
+
+def _both_numbers(old: Any, new: Any) -> bool:
+    return isinstance(old, float) and isinstance(new, float)
+
+
+def _equal(old: Any, new: Any) -> bool:
+    if type(old) is not type(new):
+        return False
+    if isinstance(old, float):
+        return math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    if isinstance(old, str):
+        return old == new or _same_text(old, new)
+    return bool(old == new)
+
+
+def _same_text(old: str, new: str) -> bool:
+    """Whether two texts have the same words, and numbers that may be rounded differently."""
+    if _NUMBER.sub("#", old) != _NUMBER.sub("#", new):
+        return False
+    pairs = zip(_NUMBER.findall(old), _NUMBER.findall(new), strict=True)
+    return all(a == b or _rounded_alike(a, b) for a, b in pairs)
+
+
+def _rounded_alike(old: str, new: str) -> bool:
+    if "." not in old + new:  # a whole number
+        return False
+    finest = min(_last_place(old), _last_place(new))
+    return abs(float(old) - float(new)) <= max(1.5 * finest, RELATIVE * abs(float(old)))
+
+
+def _last_place(number: str) -> float:
+    """What one more in the last digit is worth."""
+    digits, _, exponent = number.partition("e")
+    return float(10.0 ** (int(exponent or 0) - len(digits.partition(".")[2])))
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+_WIDTH = 100
+
+
+def pretty(value: Any, indent: int = 0) -> str:
+    """JSON for people: what is short stands on one line, and many numbers on few."""
+    text = json.dumps(value, ensure_ascii=False)
+    if len(text) + indent <= _WIDTH or not isinstance(value, dict | list):
+        return text
+    pad = " " * (indent + 1)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(k)}: {pretty(v, indent + 1)}" for k, v in value.items()]
+    elif all(isinstance(one, float | int) or one is None for one in value):
+        parts = _filled([json.dumps(one) for one in value], _WIDTH - indent)
+    else:
+        parts = [pretty(one, indent + 1) for one in value]
+    ends = "{}" if isinstance(value, dict) else "[]"
+    inside = f",\n{pad}".join(parts)
+    return f"{ends[0]}\n{pad}{inside}\n{' ' * indent}{ends[1]}"
+
+
+def _filled(items: list[str], width: int) -> list[str]:
+    rows = [""]
+    for item in items:
+        if rows[-1] and len(rows[-1]) + len(item) + 2 > width:
+            rows.append(item)
+        else:
+            rows[-1] += f", {item}" if rows[-1] else item
+    return rows
