@@ -52,7 +52,7 @@ VARIANTS = {
     "iti-probe": "iti --k 2 --direction probe --no-scale --seed 3",
     "sadi-head": "sadi --variant head --k 2",
     "sadi-resid": "sadi --variant resid --k 3 --positions last",
-    "sta-mean": "sta --sae sae --token mean --p 0.9",
+    "sta-mean": "sta --sae sae --token last --alpha 2 --positions generated",
     "ablation-norms": "ablation --where norms --tokens -1,-2 --kl 50",
     "ablation-writers": "ablation --where writers --layer 2 --amount 0.5",
     "sas-input": "sas --candidates input --selection norm",
@@ -60,16 +60,19 @@ VARIANTS = {
     "ss-own-angle": "ss --ss-compat --no-whole-blocks",
     "austeer-heads": "austeer --site heads --k 7 --direction signed --clamp-sign --layers 0,2",
     "austeer-random": "austeer --site ffn_in --k 6 --locate random --seed 2 --change absolute",
-    "austeer-least": "austeer --k 4 --choose least --locate difference",
-    "austeer-vector": "austeer --site resid --k all --change vector",
+    "austeer-least": "austeer --k 4 --choose least --locate difference --alpha 0.5",
+    "austeer-vector": "austeer --site resid --k 10 --change vector",
 }
 #: Those that choose on validation rows.
 CHOOSING = ("caa-validation", "ablation-norms")
 #: Those that are tried on architectures that differ much from Llama.
-ELSEWHERE = ("caa", "sadi", "ss", "aas", "ablation", "austeer")
+ELSEWHERE = {
+    "gemma": ("caa", "sadi", "ss", "aas", "ablation", "austeer"),
+    "experts": ("caa", "ss", "austeer"),
+}
 
 PROMPTS = '"Today I feel" "She looked at the map and"'
-QUICK = "--limit 4 --test-limit 6"
+QUICK = "--limit 3 --test-limit 4"
 PARTS = f"--model model --task contrast:parts.jsonl {QUICK}"
 
 
@@ -80,8 +83,8 @@ def _commands() -> dict[str, str]:
     for name, options in {**FITS, **VARIANTS}.items():
         line = fit.replace("pairs", "parts") if name in CHOOSING else fit
         found[f"fit/{name}"] = f"fit {options} {line} -o {name}.safetensors"
-    for other in ("gemma", "experts"):
-        for name in ELSEWHERE:
+    for other, names in ELSEWHERE.items():
+        for name in names:
             line = fit.replace("--model model", f"--model {other}")
             found[f"fit/{other}-{name}"] = f"fit {FITS[name]} {line} -o {other}-{name}.safetensors"
     found["fit/many"] = f'fit many "caa layer=1" "austeer k=3 site=heads" sadi {fit} -o many'
@@ -115,10 +118,10 @@ def _generate() -> dict[str, str]:
         found[f"generate/{name}"] = f"{line} {more}"
     for name in FITS:
         found[f"generate/{name}"] = f"{line} --raw --steer {name}.safetensors"
-    for other in ("gemma", "experts"):
+    for other, names in ELSEWHERE.items():
         line = f"generate --model {other} --max-new-tokens 8 {PROMPTS} --raw --json"
         found[f"generate/{other}"] = line
-        for name in ELSEWHERE:
+        for name in names:
             found[f"generate/{other}-{name}"] = f"{line} --steer {other}-{name}.safetensors"
     found["generate/said"] = (
         f"generate --model model --max-new-tokens 5 --raw --steer caa.safetensors --compare "
@@ -209,7 +212,7 @@ def _search() -> dict[str, str]:
     pair = "'caa layer=0,1 alpha=1,4' 'late: caa layer=1 alpha=2,8' 'sas theta=0,90'"
     return {
         "sweep/grid": (
-            f"sweep austeer {sweep} --k 0,2,5 --alpha 1,8 --site heads --max-cost 5 -o out-grid"
+            f"sweep austeer {sweep} --k 0,5 --alpha 1,8 --site heads --max-cost 5 -o out-grid"
         ),
         "sweep/copa": (
             "sweep caa --model speaker --data data --task copa --layer 0,1 --alpha 4,12 "
@@ -234,7 +237,7 @@ def _analyse() -> dict[str, str]:
     own = "--model model --contrast pairs.jsonl --json"
     task = "--model model --task contrast:parts.jsonl --json"
     return {
-        "analyse/plane": f"analyse plane {own} -o out-plane",
+        "analyse/plane": f"analyse plane {own}",
         "analyse/norms": f"analyse norms {own} --kinds resid,ffn_norm",
         "analyse/scores": f"analyse scores {own} --sites heads,ffn_out --k 4",
         "analyse/overlap": (
@@ -246,12 +249,11 @@ def _analyse() -> dict[str, str]:
         "analyse/units": f"analyse units {task} --layer 1 --site heads --head 1 --count 4",
         "analyse/count": f"analyse count {task} --ks 1,5,all --alpha 1 --limit 4",
         "analyse/dial": (
-            f"analyse dial {task} --methods sas,ss --step 120 --limit 4 --no-cost -o out-dial"
+            f"analyse dial {task} --methods sas,ss --step 180 --limit 3 --no-cost -o out-dial"
         ),
         "analyse/heatmap": f"analyse heatmap {task} --ks 2,4 --alphas 1,4 {QUICK}",
         "reproduce/list": "reproduce --list --json",
         "reproduce/plane": "reproduce ss-plane --model model -o out-ss-plane --json",
-        "reproduce/theory": "reproduce strength-fig5 -o out-fig5 --json",
     }
 
 

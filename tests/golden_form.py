@@ -23,8 +23,9 @@ OF_LARGEST = 2e-6
 LEFT_OUT = "(not compared)"
 _KEYS = {
     *("seconds", "date", "versions", "trimtab_sha256", "checksum", "environment"),
-    *("installed", "location", "bytes_on_disk"),
+    *("installed", "location", "bytes_on_disk", "peak_bytes"),
 }
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -32,7 +33,7 @@ _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def settled(value: Any, key: str = "") -> Any:
-    """What comes of JSON, without what is not compared; numbers to eight digits."""
+    """What comes of JSON, without what is not compared; numbers to seven digits."""
     if key in _KEYS:
         return LEFT_OUT
     if isinstance(value, dict):
@@ -41,7 +42,9 @@ def settled(value: Any, key: str = "") -> Any:
         return {name: settled(one, name) for name, one in value.items()}
     if isinstance(value, list):
         return [settled(one) for one in value]
-    return float(f"{value:.8g}") if isinstance(value, float) else value
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return f"{value[:16]}..."
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def lines(text: str) -> list[str]:
@@ -49,24 +52,23 @@ def lines(text: str) -> list[str]:
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def tensor_summary(tensor: Tensor) -> dict[str, Any]:
-    """What tells a tensor from another: its form, its size, some values or all of a short one."""
+def tensor_summary(tensor: Tensor, samples: int = 12) -> list[Any]:
+    """What tells a tensor from another: its form, two norms, all values or some at even distances.
+
+    Norms, because sums of either sign are lost to rounding.
+    """
     flat = tensor.double().flatten()
-    chosen = flat[:: max(1, len(flat) // 12)][:12]
-    norms = [float(flat.norm()), float(flat.abs().sum())]
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "norms": settled(norms),
-        "values": settled(chosen.tolist()),
-    }
+    chosen = flat[:: max(1, len(flat) // samples)][:samples].tolist()
+    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return [kind, *settled([float(flat.norm()), float(flat.abs().sum()), *chosen])]
 
 
-def tensor_file(path: Path) -> dict[str, Any]:
+def tensor_file(path: Path, samples: int = 12) -> dict[str, Any]:
     """The tensors of a safetensors file, and what it says of itself."""
     with safe_open(path, "pt") as file:
-        tensors = {name: tensor_summary(file.get_tensor(name)) for name in sorted(file.keys())}
-        about = {name: _read(text) for name, text in (file.metadata() or {}).items()}
+        names = sorted(file.keys())
+        tensors = {name: tensor_summary(file.get_tensor(name), samples) for name in names}
+        about = {name: _read(text) for name, text in sorted((file.metadata() or {}).items())}
     return {"metadata": settled(about), "tensors": tensors}
 
 
@@ -85,22 +87,33 @@ def run_directory(path: Path, printed: Any) -> dict[str, Any]:
         if file.is_file() and file.name != ".lock"
     }
     found: dict[str, Any] = {"names": list(files)}
+    parts = 0
     for name, file in files.items():
         if file.suffix == ".json" and file.name != "environment.json":
-            content = json.loads(file.read_text(encoding="utf-8"))
-            same = file.name == "results.json" and settled(content) == settled(printed)
-            found[name] = "what --json prints" if same else settled(content)
+            content = settled(json.loads(file.read_text(encoding="utf-8")))
+            found[name] = _beside(settled(printed), content) if name == "results.json" else content
         elif file.suffix == ".jsonl":
-            found[name] = [settled(json.loads(line)) for line in _lines_of(file)]
+            records = [settled(json.loads(line)) for line in file.open(encoding="utf-8")]
+            found[name] = [_brief(record) for record in records] if parts else records
+            parts += 1
         elif file.suffix == ".safetensors":
-            found[name] = tensor_file(file)
+            found[name] = tensor_file(file, 4)
         elif file.suffix == ".html":
             found[name] = outline(file.read_text(encoding="utf-8"))
     return found
 
 
-def _lines_of(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8").splitlines()
+def _beside(printed: Any, kept: Any) -> Any:
+    """The results of a run, where they are not those that were printed."""
+    if all(printed[key] == kept[key] for key in printed.keys() & kept.keys()):
+        return {"as printed": True, "keys": list(kept)}
+    return kept
+
+
+def _brief(record: Any) -> Any:
+    """What the records of a part have of their own: the texts are those of the first part."""
+    keys = ("index", "id", "steering", "output", "prediction", "values")
+    return {"keys": " ".join(record)} | {key: record[key] for key in keys if key in record}
 
 
 class _Outline(HTMLParser):
@@ -158,7 +171,9 @@ def differences(expected: Any, actual: Any, where: str = "") -> list[str]:
     if isinstance(expected, dict) and isinstance(actual, dict):
         found = [f"{where}: {name} is gone" for name in expected if name not in actual]
         found += [f"{where}: {name} is new" for name in actual if name not in expected]
-        for name in expected.keys() & actual.keys():
+        if not found and list(expected) != list(actual):
+            found = [f"{where}: the keys are in another order, {', '.join(actual)}"]
+        for name in (name for name in expected if name in actual):
             found += differences(expected[name], actual[name], f"{where}.{name}")
         return found
     if isinstance(expected, list) and isinstance(actual, list):

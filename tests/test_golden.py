@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from golden_commands import COMMANDS, HELP, furnish, inside, run
+from golden_commands import COMMANDS, FITS, HELP, furnish, inside, run
 from golden_form import differences, lines, pretty, run_directory, settled, tensor_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -46,9 +46,11 @@ def _left(line: str, printed: Any) -> dict[str, Any]:
         return {}
     path = Path(words[words.index("-o") + 1])
     if path.suffix == ".safetensors" and path.exists():
-        return {f"steerings/{path.stem}": tensor_file(path)}
+        whole = path.stem in FITS
+        content = tensor_file(path, 12 if whole else 4)
+        return {f"steerings/{path.stem}": content if whole else content["tensors"]}
     if path.name.startswith("baked-"):
-        weights = tensor_file(path / "model.safetensors")
+        weights = tensor_file(path / "model.safetensors", 3)
         return {f"runs/{path}": {"names": sorted(x.name for x in path.iterdir()), **weights}}
     return {f"runs/{path}": run_directory(path, printed)} if path.is_dir() else {}
 
