@@ -134,9 +134,7 @@ def _generate() -> dict[str, str]:
     }.items():
         steers = " ".join(f"--steer {one}" for one in steered.split())
         found[f"bake/{name}"] = f"bake --model model {steers} -o baked-{name} --json"
-    found["bake/generate"] = (
-        f"generate --model baked-caa --max-new-tokens 8 {PROMPTS} --raw --json"
-    )
+    found["bake/generate"] = f"generate --model baked-caa --max-new-tokens 8 {PROMPTS} --raw --json"
     return found
 
 
@@ -165,8 +163,8 @@ def _strength() -> dict[str, str]:
         ),
         "strength/curve-layers": f"{curve} --top 2 --contrast pairs.jsonl --layers 2 --json",
         "strength/curve-angle": (
-            f"strength curve --model model --steer ss.safetensors --raw {PROMPTS} --points 7 "
-            "--top 2 --json"
+            f"strength curve --model model --steer ss.safetensors --raw {PROMPTS} --points 6 "
+            "--range -100:150 --top 2 --json"
         ),
         "strength/curve-said": f"{curve} --top 2",
         "strength/theory": "strength theory -o out-theory --json",
@@ -301,18 +299,21 @@ def _save(folder: Path, model: Any, longest: int = 0, chat: bool = True) -> None
     tiny_tokenizer().save_pretrained(folder)
     if longest:
         config = folder / "tokenizer_config.json"
-        config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": longest}))
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), "model_max_length": longest})
+        )
     if not chat:
         (folder / "chat_template.jinja").unlink()
 
 
 def _autoencoder(folder: Path) -> None:
-    """A random sparse autoencoder of 40 features in the format of sae-lens."""
+    """A random sparse autoencoder of 40 features in the format of sae-lens; its numbers are of few
+    digits, so that their digest is the same everywhere."""
     folder.mkdir()
     draw = torch.Generator().manual_seed(7)
 
     def random(*shape: int) -> torch.Tensor:
-        return 0.5 * torch.randn(shape, generator=draw)
+        return (64 * torch.randn(shape, generator=draw)).round() / 128
 
     weights = {"W_enc": random(48, 40), "W_dec": random(40, 48), "b_enc": random(40)}
     save_file({**weights, "b_dec": random(48)}, folder / "sae_weights.safetensors")
