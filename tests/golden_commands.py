@@ -255,19 +255,17 @@ def _analyse() -> dict[str, str]:
     }
 
 
+_ANALYSES = (
+    *("units", "tokens", "scores", "overlap", "pairs", "count", "suppression"),
+    *("ablations", "heatmap", "plane", "norms", "dial", "masks"),
+)
 #: The commands that have help of their own.
 HELP = (
-    ("", "demo", "models", "models pull", "generate", "inspect", "bake", "evaluate", "strength")
-    + ("strength budget", "strength curve", "strength contrast", "strength theory", "reproduce")
-    + ("compare", "fit", "fit many", "sweep", "analyse", "models list", "models remove")
-    + tuple(f"{command} {name}" for command in ("fit", "sweep") for name in FITS)
-    + tuple(
-        f"analyse {name}"
-        for name in (
-            *("units", "tokens", "scores", "overlap", "pairs", "count", "suppression"),
-            *("ablations", "heatmap", "plane", "norms", "dial", "masks"),
-        )
-    )
+    *("", "demo", "models", "models list", "models pull", "models remove", "generate", "inspect"),
+    *("bake", "evaluate", "strength", "strength budget", "strength curve", "strength contrast"),
+    *("strength theory", "reproduce", "compare", "fit", "fit many", "sweep", "analyse"),
+    *(f"{command} {name}" for command in ("fit", "sweep") for name in FITS),
+    *(f"analyse {name}" for name in _ANALYSES),
 )
 
 COMMANDS = _commands()
