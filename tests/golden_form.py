@@ -51,8 +51,9 @@ def settled(value: Any, key: str = "") -> Any:
 
 
 def lines(text: str) -> list[str]:
-    """A text for people: its words, without the width of columns."""
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    """A text for people: its words, without the width of columns, lines between them and times."""
+    words = (" ".join(line.split()) for line in text.splitlines())
+    return [re.sub(r"\b[\d.]+ s\b", "N s", line) for line in words if line.strip("─━┄ ")]
 
 
 def tensor_summary(tensor: Tensor, samples: int = 12) -> list[Any]:
