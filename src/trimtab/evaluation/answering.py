@@ -16,9 +16,9 @@ from typing import Any
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.model import Completion, LanguageModel
+from trimtab.model import Completion, LanguageModel, batches_by_length
 from trimtab.progress import progress
-from trimtab.reading import Kept, after, next_tokens, plan
+from trimtab.reading import StreamCache, next_tokens, plan, prompt_reading
 from trimtab.steering import Steering, Steerings
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
@@ -42,7 +42,7 @@ class Settings:
     max_new_tokens: int | None = None
     force: bool = False
     #: What the blocks below steerings computed of one-token prompts, for the next steering.
-    kept: Kept | None = None
+    kept: StreamCache | None = None
 
 
 def answer(
@@ -155,7 +155,9 @@ def _write_one_token(
     settings: Settings,
 ) -> _Written:
     """The most probable next token of each prompt; no more than one position is unembedded."""
-    readings = [after(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)]
+    readings = [
+        prompt_reading(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)
+    ]
     batches = [
         batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
     ]
@@ -193,14 +195,16 @@ def _write(
             f"{language_model.max_length} tokens that {language_model.name} takes: ask for fewer "
             "new tokens (--max-new-tokens)"
         )
-    order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), settings.batch_size):
-        batch = order[start : start + settings.batch_size]
+    for number, batch in enumerate(batches_by_length(lengths, rows=settings.batch_size)):
         if not missing(batch):
             continue
         options: dict[str, Any] = {}
         if generation.sampled:
-            options = {"temperature": 1.0, "top_k": 50, "seed": _seed(settings.seed, task, start)}
+            options = {
+                "temperature": 1.0,
+                "top_k": 50,
+                "seed": _seed(settings.seed, task, number * settings.batch_size),
+            }
         completions = language_model.generate(
             [prompts[i] for i in batch],
             chat=False,  # conversations are rendered all the same, and text is taken as it is

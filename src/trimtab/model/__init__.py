@@ -3,13 +3,20 @@
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.decoding import OPTIONS, are_sound, left_aside, unsound
-from trimtab.model.language_model import Completion, LanguageModel, SteeringArgument
+from trimtab.model.language_model import (
+    Completion,
+    LanguageModel,
+    SteeringArgument,
+    per_text,
+    row_steerings,
+)
 from trimtab.model.loading import load, locations, wrap
 from trimtab.model.packing import (
     BATCH_ROWS,
     Batch,
     Packed,
     batches,
+    batches_by_length,
     encode_contrast,
     encode_texts,
     refuse_dropout,
@@ -29,6 +36,7 @@ __all__ = [
     "are_sound",
     "bake",
     "batches",
+    "batches_by_length",
     "cache_argument",
     "check_target",
     "encode_contrast",
@@ -37,7 +45,9 @@ __all__ = [
     "left_aside",
     "load",
     "locations",
+    "per_text",
     "refuse_dropout",
+    "row_steerings",
     "run_packed",
     "turned",
     "unsound",

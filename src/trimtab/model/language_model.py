@@ -30,7 +30,12 @@ from trimtab.model.decoding import (
     whole,
 )
 from trimtab.model.identity import Weights
-from trimtab.model.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
+from trimtab.model.packing import (
+    BATCH_TOKENS,
+    BATCH_TOKENS_GPU,
+    batches_by_length,
+    refuse_dropout,
+)
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
 from trimtab.model.rules import Rule, chooser
@@ -282,15 +287,15 @@ class LanguageModel:
     ) -> AbstractContextManager[Sequences]:
         """As `steered`; unless it is a `block`, for one call only, for which others wait."""
         rows = self._row_steerings(steerings, force)
-        per_row = any(not _for_all_rows(argument) for argument in steerings)
+        per_row = any(not _is_for_all(argument) for argument in steerings)
         pad = self.tokenizer.pad_token_id
         return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
 
     def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
-        per_row = [argument for argument in arguments if not _for_all_rows(argument)]
+        per_row = [argument for argument in arguments if not _is_for_all(argument)]
         if per_row and len(arguments) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
-        rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
+        rows = [row_steerings(row) for row in per_row[0]] if per_row else [row_steerings(arguments)]
         unique = {id(steering): steering for row in rows for steering in row}
         if unique:
             identity = self.identity
@@ -349,8 +354,6 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
         rows = self._rows_for(tokens, steering, force)
-        # Prompts of similar length share a batch, so that little is padded.
-        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}
         with (
             torch.random.fork_rng(enabled=seed is not None),
@@ -358,15 +361,14 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
                 with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
                     texts, sound = self._generate(
                         [tokens[i] for i in chosen], pattern, asked, max_new_tokens, min_new_tokens
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
-                    labels = tuple(steering.label for steering in _one_row(rows[i]))
+                    labels = tuple(steering.label for steering in row_steerings(rows[i]))
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -434,10 +436,8 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
-        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         found: dict[int, Tensor] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
             inputs = self._left_padded([tokens[i] for i in chosen])
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             with self._steered(_for_rows([rows[i] for i in chosen]), force):
@@ -453,7 +453,7 @@ class LanguageModel:
         sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
         if not all(sound):
             first = sound.index(False)
-            labels = [steering.label for steering in _one_row(rows[first])]
+            labels = [steering.label for steering in row_steerings(rows[first])]
             raise unsound(f"prompt {first + 1}", labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
@@ -475,36 +475,44 @@ class LanguageModel:
         if isinstance(steering, Rule):
             dials = steering.dials(self, texts, force)
             return [replace(steering.steering, value=dial) for dial in dials]
-        if steering is None or isinstance(steering, Steering | Steerings):
-            return [steering] * len(texts)
-        if len(steering) != len(texts):
-            raise TrimtabError(
-                f"{len(steering)} steerings for {len(texts)} prompts: give one for all of them "
-                "or one per prompt"
-            )
-        return list(steering)
+        own = per_text(steering, len(texts), "prompts")
+        return [steering] * len(texts) if own is None else own  # type: ignore[list-item]
 
 
-def _for_all_rows(argument: Any) -> bool:
-    """Whether an argument of `steered` is for the whole batch, not a list with one per row."""
+def _is_for_all(argument: Any) -> bool:
+    """Whether a `steering` argument is for all rows, not a list with one per row."""
     return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
+
+
+def per_text(
+    steering: SteeringArgument, count: int, what: str = "texts"
+) -> list[RowArgument] | None:
+    """A `steering` argument that has one for each of so many texts, None where one is for all."""
+    if _is_for_all(steering):
+        return None
+    own = list(steering)  # type: ignore[arg-type]
+    if len(own) != count:
+        raise TrimtabError(
+            f"{len(own)} steerings for {count} {what}: give one for all of them or one for each"
+        )
+    return own
 
 
 def _for_rows(rows: list[RowArgument]) -> tuple[Any, ...]:
     """What `steered` is given for these rows; what all of them share takes less time per token."""
     if all(row is rows[0] for row in rows):
-        return _one_row(rows[0])
+        return row_steerings(rows[0])
     return (rows,)
 
 
-def _one_row(argument: Any) -> RowSteerings:
-    """The steerings of one row, from None, one, or several."""
+def row_steerings(argument: Any) -> RowSteerings:
+    """The steerings of one row, from None, one, or several; of all rows, from a list of such."""
     if argument is None:
         return ()
     if isinstance(argument, Steering):
         return (argument,)
     if isinstance(argument, list | tuple):
-        return tuple(steering for item in argument for steering in _one_row(item))
+        return tuple(steering for item in argument for steering in row_steerings(item))
     if isinstance(argument, Rule):
         raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
     raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")

@@ -153,14 +153,29 @@ def encode_texts(language_model: Any, texts: Sequence[Prompt]) -> list[Packed]:
     return [Packed(i, tuple(t), len(t), (0,), (len(t),)) for i, t in enumerate(encoded)]
 
 
-def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Batches of rows of similar length, longest first; no row depends on its neighbours."""
-    waiting = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
+def batches_by_length(
+    lengths: Sequence[int], tokens: int | None = None, rows: int = BATCH_ROWS
+) -> Iterator[list[int]]:
+    """Indices of texts of similar length that run together, at most `rows` of them.
+
+    Texts that are read have at most so many padded `tokens` together, or are alone; the longest
+    come first, so that memory that does not suffice is missed at once. Without `tokens` the
+    shortest come first.
+    """
+    sign = 1 if tokens is None else -1
+    waiting = sorted(range(len(lengths)), key=lambda i: sign * lengths[i])
     while waiting:
-        longest = len(waiting[0].tokens)
-        count = max(1, min(BATCH_ROWS, max_tokens // longest))
-        yield _batch(tuple(waiting[:count]))
+        count = rows
+        if tokens is not None:
+            count = max(1, min(rows, tokens // lengths[waiting[0]]))
+        yield waiting[:count]
         waiting = waiting[count:]
+
+
+def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
+    """Batches of rows of similar length; no row depends on its neighbours."""
+    for indices in batches_by_length([len(row.tokens) for row in rows], max_tokens):
+        yield _batch(tuple(rows[i] for i in indices))
 
 
 def _batch(rows: tuple[Packed, ...]) -> Batch:

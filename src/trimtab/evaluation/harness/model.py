@@ -29,7 +29,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import OPTIONS, LanguageModel, load
+from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
 from trimtab.progress import progress
 from trimtab.reading import Next, Reading, next_tokens, plan
 from trimtab.reports import checksum
@@ -254,11 +254,10 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
             keys.append(_digest(["text", self._who, context, asked.about, seed, seen[context]]))
             seen[context] += bool(asked.sampling)
         wanted = dict(zip(keys, contexts, strict=True))
-        lengths = map(len, self.language_model.encode(list(wanted.values())))
-        length_of = dict(zip(wanted, lengths, strict=True))
-        order = sorted(wanted, key=lambda key: (length_of[key], key))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        order = sorted(wanted)  # of texts as long as each other, whatever the order of requests
+        lengths = [len(tokens) for tokens in self.language_model.encode([wanted[k] for k in order])]
+        for number, indices in enumerate(batches_by_length(lengths, rows=self.batch_size)):
+            batch = [order[i] for i in indices]
             if all(key in self._answers for key in batch):
                 continue
             written = self.language_model.generate(
@@ -269,7 +268,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 stop=asked.stop,
                 batch_size=self.batch_size,
                 force=self.force,
-                seed=(seed + start) % (1 << 32) if asked.sampling else None,
+                seed=(seed + number * self.batch_size) % (1 << 32) if asked.sampling else None,
                 **asked.sampling,
                 **asked.options,
             )
