@@ -13,7 +13,7 @@ from torch import Tensor
 import trimtab as tt
 from helpers import by_hand
 from trimtab.reading.next_tokens import Batch, Next, Reading, next_tokens, plan
-from trimtab.reading.streams import Kept
+from trimtab.reading.streams import StreamCache
 from trimtab.steering.artifact import Positions
 
 #: Heads wider than the model; a sliding window of 8; learnt positions; experts; norms after.
@@ -48,7 +48,7 @@ def found_by(
     steering: Any = None,
     batches: Sequence[Batch] | None = None,
     batch_tokens: int = 60,
-    kept: Kept | None = None,
+    kept: StreamCache | None = None,
 ) -> dict[int, Next]:
     if batches is None:
         batches = plan(readings, batch_tokens)
