@@ -28,7 +28,7 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Statistics, UnitLength, Want, collect
 from trimtab.fitting.statistics import Active, Means, Samples, SignCounts
-from trimtab.model.packing import batches
+from trimtab.reading.packing import batches, encode_contrast
 
 __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here
 
@@ -390,7 +390,7 @@ def test_a_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _batches(language_model: Any, contrast: Contrast, size: int) -> list[Any]:
-    return list(batches(tt.packing.encode_contrast(language_model, contrast, None), size))
+    return list(batches(encode_contrast(language_model, contrast, None), size))
 
 
 class _Wide:

@@ -29,7 +29,7 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.model.packing import BATCH_ROWS
+from trimtab.model.batching import BATCH_ROWS
 from trimtab.reading.next_tokens import Reading, next_tokens, plan, prompt_reading
 from trimtab.steering.artifact import POSITIONS, Positions
 

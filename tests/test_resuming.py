@@ -14,7 +14,7 @@ from torch import Tensor
 import trimtab as tt
 from helpers import PROMPTS, language_model, relative, site_kinds, steer, steer_at, token_ids
 from tiny import TINY, tiny_model
-from trimtab.model.packing import batches_by_length
+from trimtab.model.batching import batches_by_length
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
 from trimtab.steering.operators import Add
 

@@ -6,8 +6,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError, shown
 from trimtab.model.attach import RowSteerings, attached, attached_by
+from trimtab.model.batching import (
+    BATCH_TOKENS,
+    BATCH_TOKENS_GPU,
+    batches_by_length,
+    refuse_dropout,
+)
 from trimtab.model.decoding import (
     SoundLogits,
     StopsAt,
@@ -30,19 +37,28 @@ from trimtab.model.decoding import (
     whole,
 )
 from trimtab.model.identity import Weights
-from trimtab.model.packing import (
-    BATCH_TOKENS,
-    BATCH_TOKENS_GPU,
-    batches_by_length,
-    refuse_dropout,
-)
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
-from trimtab.model.rules import Rule, chooser
+from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.versions import heed_soft_cap
 from trimtab.progress import progress
 from trimtab.steering import ModelIdentity, Steering, Steerings
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A steering whose dial is found for each row, from the tokens that the row begins with."""
+
+    @property
+    def steering(self) -> Steering:
+        """What is steered with; its own dial may say on which side."""
+
+    def dials(
+        self, language_model: LanguageModel, texts: Sequence[Sequence[int]], force: bool
+    ) -> list[float]:
+        """The dial of each text (token ids); with no text it only says what would be wrong."""
+
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
 #: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
@@ -144,7 +160,7 @@ class LanguageModel:
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
         """Write a plain checkpoint with its tokenizer, whole or not at all."""
-        return save_checkpoint(self, directory, overwrite)
+        return save_checkpoint(self.model, self.tokenizer, self.name, directory, overwrite)
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -275,7 +291,7 @@ class LanguageModel:
         if rule is not None:
             if len(steerings) > 1:
                 raise TrimtabError("a rule (a budget) turns one dial: give it alone")
-            choose = chooser(self, rule, force)
+            choose = chooser(partial(rule.dials, self, force=force))
             with attached_by(self.model, self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return

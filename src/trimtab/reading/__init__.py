@@ -10,14 +10,27 @@ from trimtab.reading.next_tokens import (
     prompt_reading,
     read_columns,
 )
+from trimtab.reading.packing import (
+    Batch,
+    Packed,
+    batches,
+    encode_contrast,
+    encode_texts,
+    run_packed,
+)
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
 
 __all__ = [
+    "Batch",
     "Next",
+    "Packed",
     "Reading",
     "StreamCache",
+    "batches",
     "blocks_below",
     "cross_entropy",
+    "encode_contrast",
+    "encode_texts",
     "last_logits",
     "log_odds",
     "next_tokens",
@@ -26,6 +39,7 @@ __all__ = [
     "prompt_reading",
     "read_columns",
     "run_lower",
+    "run_packed",
     "run_upper",
     "side_readings",
 ]

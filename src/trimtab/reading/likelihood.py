@@ -13,17 +13,7 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import Batch as PackedBatch
-from trimtab.model import (
-    LanguageModel,
-    Packed,
-    SteeringArgument,
-    batches,
-    encode_contrast,
-    encode_texts,
-    per_text,
-    run_packed,
-)
+from trimtab.model import LanguageModel, SteeringArgument, per_text
 from trimtab.progress import progress
 from trimtab.reading.next_tokens import (
     Reading,
@@ -31,6 +21,14 @@ from trimtab.reading.next_tokens import (
     plan,
     read_columns,
     refuse_unsound,
+)
+from trimtab.reading.packing import (
+    Batch,
+    Packed,
+    batches,
+    encode_contrast,
+    encode_texts,
+    run_packed,
 )
 from trimtab.reading.streams import StreamCache
 
@@ -68,7 +66,7 @@ def log_odds(
     return odds
 
 
-def _answer_tokens(batch: PackedBatch) -> tuple[list[list[int]], list[list[int]]]:
+def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
     """Of each packed row the columns that answer tokens are predicted from, and these tokens: the
     positive side's, then the negative side's."""
     columns: list[list[int]] = [[] for _ in batch.rows]
