@@ -29,7 +29,7 @@ from steering_documents import (
     in_one_line,
     refused,
 )
-from trimtab.anatomy.anatomy import parse_site
+from trimtab.anatomy import parse_site
 from trimtab.cli import main
 from trimtab.errors import one_line, shown
 from trimtab.steering.artifact import Steering

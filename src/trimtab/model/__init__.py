@@ -3,7 +3,7 @@
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
-from trimtab.model.decoding import OPTIONS, are_sound, left_aside, unsound
+from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
 from trimtab.model.language_model import (
     Completion,
     LanguageModel,
@@ -18,6 +18,7 @@ from trimtab.model.versions import cache_argument, warn_if_untested
 __all__ = [
     "BATCH_TOKENS",
     "OPTIONS",
+    "SAMPLING",
     "Completion",
     "LanguageModel",
     "SteeringArgument",

@@ -24,7 +24,9 @@ from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from trimtab.errors import TrimtabError, shown
 
-#: What `generate` takes by transformers' names beside its own arguments, and what leaves it out.
+#: How tokens are drawn, and what makes it greedy from the whole distribution.
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+#: What `generate` takes by transformers' names beside these, and what leaves it out.
 OPTIONS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
@@ -81,7 +83,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
 _OF_WORDS = ("bad_words_ids", "sequence_bias")
 _OF_BEAMS = ("length_penalty", "early_stopping")
-_OWN = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+_OWN = ("max_new_tokens", "min_new_tokens", *SAMPLING, "seed", "stop")
 _DOWNLOADED = "transformers runs it by code that it downloads"
 _TEXTS_ONLY = "generate returns texts and their tokens; lm.logits returns logits"
 #: Settings of transformers that `generate` has in another way, or cannot have.
@@ -169,10 +171,10 @@ def not_taken(asked: Mapping[str, Any], error: Exception) -> TrimtabError:
     return TrimtabError(f"transformers does not take {named}: {said}")
 
 
-def sampling(
-    temperature: float, top_k: int, top_p: float, options: Mapping[str, Any], vocabulary: int
-) -> dict[str, Any]:
+def sampling(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     """The settings of transformers that say how tokens are chosen, after every check."""
+    others = {**SAMPLING, **options}
+    temperature, top_k, top_p = (others.pop(name) for name in SAMPLING)
     warmth = _real("temperature", temperature)
     if warmth != 0 and not _COLDEST <= warmth <= _HOTTEST:
         raise TrimtabError(
@@ -182,7 +184,7 @@ def sampling(
     top_k, top_p = whole("top_k", top_k), _real("top_p", top_p)
     if top_k < 0 or not 0 < top_p <= 1:
         raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
-    given = {name: _option(name, value, vocabulary) for name, value in options.items()}
+    given = {name: _option(name, value, vocabulary) for name, value in others.items()}
     if warmth == 0 and (top_k, top_p) != (0, 1):
         idle = "top_k" if top_k else "top_p"
         raise TrimtabError(f"{idle} narrows sampling: give a temperature above 0")

@@ -328,12 +328,8 @@ class LanguageModel:
         max_new_tokens: int = 64,
         chat: bool | None = None,
         steering: SteeringArgument = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int | None = None,
         stop: str | None = None,
-        min_new_tokens: int = 0,
         batch_size: int = 16,
         force: bool = False,
         **options: Any,
@@ -341,24 +337,23 @@ class LanguageModel:
         """Continue prompts: text, or lists of messages {"role", "content"}.
 
         `chat` puts text through the chat template as a user's message (default: where the model
-        has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
-        `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
-        that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
-        for all prompts or a list with one per prompt, or a rule that finds each prompt's dial
-        (`tt.within(steering, kl=0.1)`).
+        has one). `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with
+        the token that completes a match of it. `steering` is one for all prompts or a list with one
+        per prompt, or a rule that finds each prompt's dial (`tt.within(steering, kl=0.1)`).
 
-        Other options are those of transformers that say how tokens are chosen, by their names
-        there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
-        Of the checkpoint's own generation settings only the special tokens are used. Logits that
-        cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
-        prompt, in order.
+        `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
+        all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
+        transformers by their names there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4`
+        (`decoding.OPTIONS` has all). Of the checkpoint's own generation settings only the special
+        tokens are used. Logits that cannot choose a token (not finite, or all equal) are an error.
+        Returns one `Completion` per prompt, in order.
         """
-        asked = sampling(temperature, top_k, top_p, options, self.anatomy.config.vocab_size)
+        min_new_tokens = whole("min_new_tokens", options.pop("min_new_tokens", 0))
+        asked = sampling(options, self.anatomy.config.vocab_size)
         pattern = None if stop is None else stop_pattern(stop)
         if pattern is not None and asked.get("num_beams", 1) > 1:
             raise TrimtabError("stop ends a text while it is written; beams are compared after it")
         max_new_tokens = whole("max_new_tokens", max_new_tokens)
-        min_new_tokens = whole("min_new_tokens", min_new_tokens)
         batch_size = whole("batch_size", batch_size)
         seed = None if seed is None else seed_number(seed)
         if max_new_tokens < 1 or batch_size < 1:
