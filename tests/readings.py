@@ -14,7 +14,7 @@ import trimtab as tt
 from helpers import by_hand
 from trimtab.reading.next_tokens import Batch, Next, Reading, next_tokens, plan
 from trimtab.reading.streams import StreamCache
-from trimtab.steering.artifact import Positions
+from trimtab.steering import Positions
 
 #: Heads wider than the model; a sliding window of 8; learnt positions; experts; norms after.
 MODELS = ("llama", "gemma3", "gpt2", "qwen3_moe", "olmo2")

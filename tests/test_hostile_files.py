@@ -32,7 +32,7 @@ from steering_documents import (
 from trimtab.anatomy import parse_site
 from trimtab.cli import main
 from trimtab.errors import one_line, shown
-from trimtab.steering.artifact import Steering
+from trimtab.steering import Steering
 
 __all__ = ["good"]  # fixtures, which pytest finds by their names here
 

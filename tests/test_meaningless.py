@@ -25,7 +25,7 @@ from trimtab.fitting.method import Method
 from trimtab.fitting.statistics import Means
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
 from trimtab.reading.next_tokens import next_tokens, plan, prompt_reading
-from trimtab.steering.artifact import Steering
+from trimtab.steering import Steering
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")

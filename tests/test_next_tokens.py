@@ -31,7 +31,7 @@ from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, som
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.model.batching import BATCH_ROWS
 from trimtab.reading.next_tokens import Reading, next_tokens, plan, prompt_reading
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 # -- the same as one text at a time ------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, som
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.reading.next_tokens import Batch, next_tokens, plan, prompt_reading
 from trimtab.reading.streams import StreamCache
-from trimtab.steering.artifact import POSITIONS
+from trimtab.steering import POSITIONS
 
 # -- on top of what the blocks below put out before ---------------------------------------------
 

@@ -21,7 +21,7 @@ from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import Judging, PreferenceJob, Wanted, find_job
 from trimtab.reading.likelihood import log_odds
 from trimtab.reading.streams import StreamCache
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 

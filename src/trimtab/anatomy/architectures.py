@@ -33,6 +33,8 @@ class Architecture:
     #: Norms between a branch and the residual stream: an added vector does not pass them.
     attn_post_norm: str | None = None
     ffn_post_norm: str | None = None
+    #: Whether it computes what Llama computes, but has no room for some of its biases.
+    llama_alike: bool = False
 
 
 _GEMMA = Architecture(
@@ -44,8 +46,8 @@ _GEMMA = Architecture(
 
 _ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
+    "mistral": Architecture(llama_alike=True),
+    "qwen2": Architecture(llama_alike=True),
     "qwen3": Architecture(),
     "qwen3_moe": Architecture(),
     "gemma2": _GEMMA,
