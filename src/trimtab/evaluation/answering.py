@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
 from trimtab.model import Completion, LanguageModel, batches_by_length
 from trimtab.progress import progress
-from trimtab.reading import StreamCache, next_tokens, plan, prompt_reading
+from trimtab.reading import StreamCache, predictions, prompt_reading
 from trimtab.steering import Steering, Steerings
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
@@ -65,12 +65,8 @@ def answer(
             owners.setdefault(prompt, []).append((entry, index))
     prompts = list(owners)
 
-    def missing(batch: Sequence[int]) -> bool:
-        return any(
-            (entry.protocol, index) not in done
-            for i in batch
-            for entry, index in owners[prompts[i]]
-        )
+    def missing(i: int) -> bool:
+        return any((entry.protocol, index) not in done for entry, index in owners[prompts[i]])
 
     write = _write_one_token if task.generation.new_tokens == 1 else _write
     with progress(task.name, len(prompts)) as advance:
@@ -151,27 +147,29 @@ def _write_one_token(
     task: Task,
     prompts: Sequence[Prompt],
     steering: Steering | Steerings | None,
-    missing: Callable[[Sequence[int]], bool],
+    missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:
     """The most probable next token of each prompt; no more than one position is unembedded."""
     readings = [
         prompt_reading(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)
     ]
-    batches = [
-        batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
-    ]
     decode = language_model.tokenizer.decode
-    for batch, found in next_tokens(
-        language_model, readings, batches, steering, kept=settings.kept, force=settings.force
+    for rows, found in predictions(
+        language_model,
+        readings,
+        steering,
+        missing=missing,
+        kept=settings.kept,
+        force=settings.force,
     ):
         tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]
         yield (
-            batch.rows,
+            rows,
             [
                 Completion(prompts[i], text, (token,))
-                for i, text, token in zip(batch.rows, texts, tokens, strict=True)
+                for i, text, token in zip(rows, texts, tokens, strict=True)
             ],
         )
 
@@ -181,7 +179,7 @@ def _write(
     task: Task,
     prompts: Sequence[Prompt],
     steering: Steering | Steerings | None,
-    missing: Callable[[Sequence[int]], bool],
+    missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:
     """Texts of many tokens, batched by the length of their prompts."""
@@ -196,7 +194,7 @@ def _write(
             "new tokens (--max-new-tokens)"
         )
     for number, batch in enumerate(batches_by_length(lengths, rows=settings.batch_size)):
-        if not missing(batch):
+        if not any(map(missing, batch)):
             continue
         options: dict[str, Any] = {}
         if generation.sampled:

@@ -7,6 +7,7 @@ from trimtab.reading.next_tokens import (
     last_logits,
     next_tokens,
     plan,
+    predictions,
     prompt_reading,
     read_columns,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "log_odds",
     "next_tokens",
     "plan",
+    "predictions",
     "preference",
     "prompt_reading",
     "read_columns",

@@ -9,7 +9,7 @@ alone, so that a run which was interrupted goes on with the very batches that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,6 +88,30 @@ def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
         for batch in batches_by_length(lengths, batch_tokens):
             batches.append(Batch(shared, tuple(order[i] for i in batch)))
     return batches
+
+
+def predictions(
+    language_model: LanguageModel,
+    readings: Sequence[Reading],
+    steering: SteeringArgument = None,
+    *,
+    missing: Callable[[int], bool] | None = None,
+    kept: StreamCache | None = None,
+    force: bool = False,
+) -> Iterator[tuple[tuple[int, ...], list[Next]]]:
+    """What a model expects at the positions of readings: a batch at a time which readings (by
+    their index) ran together, and what was found of each.
+
+    Batches without a reading that is `missing` (by its index) are left out; the others are those
+    that they would have been. The other arguments are as in `next_tokens`.
+    """
+    batches = plan(readings, language_model.batch_tokens)
+    if missing is not None:
+        batches = [batch for batch in batches if any(map(missing, batch.rows))]
+    for batch, found in next_tokens(
+        language_model, readings, batches, steering, kept=kept, force=force
+    ):
+        yield batch.rows, found
 
 
 def next_tokens(

@@ -31,7 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
 from trimtab.progress import progress
-from trimtab.reading import Next, Reading, next_tokens, plan
+from trimtab.reading import Next, Reading, predictions
 from trimtab.reports import checksum
 from trimtab.steering import Steering, Steerings, together
 
@@ -184,25 +184,28 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         for i, reading in enumerate(readings):
             texts.setdefault((reading.tokens, reading.prompt), []).append(i)
         merged = [_merge([readings[i] for i in owners]) for owners in texts.values()]
-        batches = plan(merged, self.language_model.batch_tokens)
         owners_of = list(texts.values())
         keys = [
             _digest(["likelihood", self._who, one.tokens, one.positions, one.targets])
             for one in merged
         ]
-        missing = [b for b in batches if any(keys[i] not in self._answers for i in b.rows)]
+        waiting = {i for i, key in enumerate(keys) if key not in self._answers}
         with progress("scoring", len(merged)) as advance:
-            advance(len(merged) - sum(len(batch.rows) for batch in missing))
-            for batch, found in next_tokens(
-                self.language_model, merged, missing, self.steering, force=self.force
+            advance(len(merged) - len(waiting))
+            for rows, found in predictions(
+                self.language_model,
+                merged,
+                self.steering,
+                missing=waiting.__contains__,
+                force=self.force,
             ):
                 self._answers.keep(
                     {
                         keys[i]: _sums(merged[i], each, len(owners_of[i]))
-                        for i, each in zip(batch.rows, found, strict=True)
+                        for i, each in zip(rows, found, strict=True)
                     }
                 )
-                advance(len(batch.rows))
+                advance(len(waiting.intersection(rows)))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(readings)
         for key, owners in zip(keys, owners_of, strict=True):
             for i, (total, greedy) in zip(owners, self._answers[key], strict=True):
