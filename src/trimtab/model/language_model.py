@@ -292,7 +292,7 @@ class LanguageModel:
             if len(steerings) > 1:
                 raise TrimtabError("a rule (a budget) turns one dial: give it alone")
             choose = chooser(partial(rule.dials, self, force=force))
-            with attached_by(self.model, self.anatomy, rule.steering, choose) as sequences:
+            with attached_by(self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return
         with self._steered(steerings, force, block=True) as sequences:
@@ -305,7 +305,7 @@ class LanguageModel:
         rows = self._row_steerings(steerings, force)
         per_row = any(not _is_for_all(argument) for argument in steerings)
         pad = self.tokenizer.pad_token_id
-        return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+        return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
 
     def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
         per_row = [argument for argument in arguments if not _is_for_all(argument)]

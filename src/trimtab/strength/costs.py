@@ -170,7 +170,7 @@ def _nll(
                     hidden = run_upper(lm, texts, streams, below)
                 else:
                     turns = torch.full((len(texts),), dial, dtype=torch.float64)
-                    with turned(lm.model, lm.anatomy, steering, turns) as sequences:
+                    with turned(lm.anatomy, steering, turns) as sequences:
                         sequences.given_ends = [1 if from_first else len(text) for text in texts]
                         hidden = run_upper(lm, texts, streams, below)
                 read = read_columns(lm, hidden, columns, targets)

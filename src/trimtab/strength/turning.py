@@ -85,7 +85,7 @@ class Turning:
 
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
         lm = self.language_model
-        with turned(lm.model, lm.anatomy, self.steering, dials) as sequences:
+        with turned(lm.anatomy, self.steering, dials) as sequences:
             sequences.given_ends = [len(self.texts[text]) for text in texts]
             return self._logits(texts)
 
