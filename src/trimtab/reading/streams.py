@@ -58,7 +58,7 @@ def run_lower(
         return [torch.empty(0) for _ in texts]
     if blocks == done:
         return list(streams)
-    anatomy, found = language_model.anatomy, [torch.empty(0)] * len(texts)
+    anatomy, after = language_model.anatomy, [torch.empty(0)] * len(texts)
     for rows in batches_by_length([len(t) for t in texts], language_model.batch_tokens):
         given = _padded([streams[i] for i in rows]) if done else None
         with (
@@ -68,8 +68,8 @@ def run_lower(
         ):
             anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
         for i, stream in zip(rows, seen[0], strict=True):
-            found[i] = stream[: len(texts[i])].clone()
-    return found
+            after[i] = stream[: len(texts[i])].clone()
+    return after
 
 
 @torch.no_grad()
@@ -87,7 +87,9 @@ def run_prefix(
     ):
         ids = torch.tensor([text], device=language_model.device)
         anatomy.body(input_ids=ids, use_cache=True, **{cache_argument(anatomy.body): cache})
-    # Masks and positions go by the length of the first layers, also where these did not run.
+    # transformers takes masks and positions from the length of the cache at its first layers.
+    # Blocks that were left out here, below or above, have put nothing there. They get blank
+    # entries of the right length, which nothing attends to, because these blocks stay left out.
     blank = seen[0].new_zeros(1, 1, len(text), 1)
     for layer in range(anatomy.layers):
         if cache.get_seq_length(layer) == 0:
@@ -116,29 +118,34 @@ class StreamCache:
     ) -> list[Tensor]:
         """As the function `run_lower`; a text is a tuple of token ids. All begin with the same
         `shared` tokens, and the streams are those of the others."""
-        found: dict[tuple[int, ...], Tensor] = {}
+        streams: dict[tuple[int, ...], Tensor] = {}
         # What is missing, by how many blocks ran already, with what these put out: held here,
         # because keeping what is computed first may drop it.
         missing: dict[int, dict[tuple[int, ...], Tensor]] = {}
         for text in dict.fromkeys(texts):
             done, stream = self._highest(text, blocks, shared)
             if done == blocks:
-                found[text] = stream
+                streams[text] = stream
             else:
                 missing.setdefault(done, {})[text] = stream
         for done, known in missing.items():
-            some, rests = list(known), [text[shared:] for text in known]
-            cache = self._shared(some[0][:shared], done, blocks) if shared and blocks else None
-            before = list(known.values())
+            rests, before = [text[shared:] for text in known], list(known.values())
+            start = next(iter(known))[:shared]
+            cache = self._shared(start, done, blocks) if shared and blocks else None
             computed = run_lower(self.language_model, rests, blocks, before, done, cache)
-            for text, stream in zip(some, computed, strict=True):
-                found[text] = stream
+            for text, stream in zip(known, computed, strict=True):
+                streams[text] = stream
                 self._keep(text, blocks, shared, stream)
-        return [found[text] for text in texts]
+        return [streams[text] for text in texts]
 
     def _shared(self, start: tuple[int, ...], done: int, blocks: int) -> DynamicCache:
-        """What texts begin with, run from block `done` on, once for batches that come one after
-        another; its stream is kept too."""
+        """The KV cache of what texts begin with, in the blocks from `done` to `blocks`.
+
+        Batches of texts that begin alike come one after another, so that the last cache is enough.
+        The stream after these blocks is kept as that of a text without shared tokens, because the
+        blocks above will be asked to run the beginning on from there. The cache itself is copied
+        by whoever runs on it, and stays as it is.
+        """
         key = (start, done, blocks)
         if self._begun is None or self._begun[0] != key:
             stream = self.run_lower([start], done)[0]
@@ -200,9 +207,9 @@ def _inputs(
         "use_cache": cache is not None,
     }
     if cache is not None:  # a copy, because the pass adds to it
-        own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(len(texts))
-        inputs[cache_argument(language_model.anatomy.body)] = own
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(len(texts))
+        inputs[cache_argument(language_model.anatomy.body)] = copied
     return inputs
 
 
