@@ -323,6 +323,52 @@ def seed_number(seed: Any) -> int:
     return number
 
 
+@torch.inference_mode()
+def written(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    asked: Mapping[str, Any],
+    stop: Any,
+    lengths: tuple[int, int],
+) -> tuple[list[list[int]], list[bool]]:
+    """One batch: the new tokens of each row up to and without its end-of-text token, and whether
+    all of them were chosen from sound logits.
+
+    `asked` is what `sampling` made, `stop` a pattern or None, `lengths` the fewest and the most new
+    tokens.
+    """
+    rows, width = inputs["input_ids"].shape
+    fewest, most = (width + length for length in lengths)
+    watch = None if stop is None else StopsAt(stop, tokenizer, width, rows)
+    sound = SoundLogits(rows, sampled=asked["do_sample"])
+    try:
+        settings = configuration(model, asked, min_length=fewest, max_length=most)
+        eos, pad = settings.eos_token_id, tokenizer.pad_token_id
+        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
+        output = model.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=[sound],
+            stopping_criteria=None if watch is None else [watch],
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if not changed(asked):
+            raise
+        raise not_taken(asked, error) from error
+    new: list[list[int]] = output[:, width:].tolist()
+    ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
+    texts = [
+        row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
+        for row, end in zip(new, ends, strict=True)
+    ]
+    # A row that ended before its end was ended by one token more, which it was chosen to be.
+    chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
+    sound_until = zip(sound.counts(), chosen, strict=True)
+    return texts, [count >= used for count, used in sound_until]
+
+
 class StopsAt(StoppingCriteria):
     """Ends each row of a batch with the token that completes a match of a pattern."""
 

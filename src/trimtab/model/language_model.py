@@ -24,17 +24,14 @@ from trimtab.model.batching import (
     refuse_dropout,
 )
 from trimtab.model.decoding import (
-    SoundLogits,
-    StopsAt,
     are_sound,
     changed,
-    configuration,
-    not_taken,
     sampling,
     seed_number,
     stop_pattern,
     unsound,
     whole,
+    written,
 )
 from trimtab.model.identity import Weights
 from trimtab.model.passes import Sequences
@@ -362,6 +359,7 @@ class LanguageModel:
             raise TrimtabError(
                 f"min_new_tokens must be 0 to {max_new_tokens}, not {min_new_tokens}"
             )
+        lengths = (min_new_tokens, max_new_tokens)
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
         rows = self._rows_for(tokens, steering, force)
@@ -374,8 +372,9 @@ class LanguageModel:
                 torch.manual_seed(seed)
             for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
                 with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
-                    texts, sound = self._generate(
-                        [tokens[i] for i in chosen], pattern, asked, max_new_tokens, min_new_tokens
+                    inputs = self._left_padded([tokens[i] for i in chosen])
+                    texts, sound = written(
+                        self.model, self.tokenizer, inputs, asked, pattern, lengths
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
@@ -386,48 +385,6 @@ class LanguageModel:
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
-
-    @torch.inference_mode()
-    def _generate(
-        self,
-        tokens: list[list[int]],
-        stop: Any,
-        asked: dict[str, Any],
-        max_new_tokens: int,
-        min_new_tokens: int,
-    ) -> tuple[list[list[int]], list[bool]]:
-        """One batch: the new tokens of each row up to and without its end-of-text token, and
-        whether all of them were chosen from sound logits."""
-        inputs = self._left_padded(tokens)
-        width = inputs["input_ids"].shape[1]
-        watch = None if stop is None else StopsAt(stop, self.tokenizer, width, len(tokens))
-        sound = SoundLogits(len(tokens), sampled=asked["do_sample"])
-        lengths = {"max_length": width + max_new_tokens, "min_length": width + min_new_tokens}
-        try:
-            settings = configuration(self.model, asked, **lengths)
-            eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
-            stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-            settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
-            output = self.model.generate(
-                **inputs,
-                generation_config=settings,
-                logits_processor=[sound],
-                stopping_criteria=None if watch is None else [watch],
-            )
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            if not changed(asked):
-                raise
-            raise not_taken(asked, error) from error
-        new: list[list[int]] = output[:, width:].tolist()
-        ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
-        texts = [
-            row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
-            for row, end in zip(new, ends, strict=True)
-        ]
-        # A row that ended before its end was ended by one token more, which it was chosen to be.
-        chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
-        sound_until = zip(sound.counts(), chosen, strict=True)
-        return texts, [count >= used for count, used in sound_until]
 
     @torch.inference_mode()
     def logits(
