@@ -12,7 +12,7 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import by_hand
-from trimtab.reading.next_tokens import Batch, Next, Reading, next_tokens, plan
+from trimtab.reading.next_tokens import Batch, Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import Positions
 
@@ -54,7 +54,7 @@ def found_by(
         batches = plan(readings, batch_tokens)
     return {
         i: each
-        for batch, rows in next_tokens(lm, readings, batches, steering, kept=kept)
+        for batch, rows in run_batches(lm, readings, batches, steering, kept=kept)
         for i, each in zip(batch.rows, rows, strict=True)
     }
 

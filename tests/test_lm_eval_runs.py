@@ -93,7 +93,7 @@ class Killed(BaseException):
 
 def killed_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     """The next run dies when it wants one batch more."""
-    original = trimtab.evaluation.harness.model.predictions
+    original = trimtab.evaluation.harness.model.next_tokens
 
     def dying(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for number, found in enumerate(original(*args, **kwargs)):
@@ -101,7 +101,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
                 raise Killed
             yield found
 
-    monkeypatch.setattr(trimtab.evaluation.harness.model, "predictions", dying)
+    monkeypatch.setattr(trimtab.evaluation.harness.model, "next_tokens", dying)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3])

@@ -30,7 +30,7 @@ from helpers import (
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.model.batching import BATCH_ROWS
-from trimtab.reading.next_tokens import Reading, next_tokens, plan, prompt_reading
+from trimtab.reading.next_tokens import Reading, plan, prompt_reading, run_batches
 from trimtab.steering import POSITIONS, Positions
 
 # -- the same as one text at a time ------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_few_logits_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     lm = language_model("gemma2")  # its logits are capped
     readings = some_readings(30)
     whole = found_by(lm, readings)
-    monkeypatch.setattr(sys.modules[next_tokens.__module__], "_LOGITS", 1000)  # two positions
+    monkeypatch.setattr(sys.modules[run_batches.__module__], "_LOGITS", 1000)  # two positions
     parts = found_by(lm, readings)
     for i, reading in enumerate(readings):
         assert torch.equal(whole[i].best, parts[i].best)
@@ -227,7 +227,7 @@ def test_hooks_are_gone_when_reading_stops_early() -> None:
     lm = language_model("llama")
     before = plain_logits(lm.model, token_ids(PROMPTS[0]))
     readings = some_readings(30)
-    reading = next_tokens(lm, readings, plan(readings, 60), steer_at(lm, "resid"))
+    reading = run_batches(lm, readings, plan(readings, 60), steer_at(lm, "resid"))
     next(reading)
     assert not torch.equal(plain_logits(lm.model, token_ids(PROMPTS[0])), before)
     reading.close()

@@ -23,7 +23,7 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.reading.next_tokens import Batch, next_tokens, plan, prompt_reading
+from trimtab.reading.next_tokens import Batch, plan, prompt_reading, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import POSITIONS
 
@@ -178,7 +178,7 @@ def test_hooks_are_gone_when_reading_on_what_is_kept_stops_early() -> None:
     before = plain_logits(lm.model, token_ids(PROMPTS[0]))
     readings = some_readings(5)
     batches = plan(readings, 60)
-    reading = next_tokens(lm, readings, batches, steer_at(lm, "resid"), kept=StreamCache(lm))
+    reading = run_batches(lm, readings, batches, steer_at(lm, "resid"), kept=StreamCache(lm))
     next(reading)
     reading.close()
     assert torch.equal(plain_logits(lm.model, token_ids(PROMPTS[0])), before)

@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
 from trimtab.model import Completion, LanguageModel, batches_by_length
 from trimtab.progress import progress
-from trimtab.reading import StreamCache, predictions, prompt_reading
+from trimtab.reading import StreamCache, next_tokens, prompt_reading
 from trimtab.steering import Steering, Steerings
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
@@ -155,7 +155,7 @@ def _write_one_token(
         prompt_reading(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)
     ]
     decode = language_model.tokenizer.decode
-    for rows, found in predictions(
+    for batch, found in next_tokens(
         language_model,
         readings,
         steering,
@@ -166,10 +166,10 @@ def _write_one_token(
         tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]
         yield (
-            rows,
+            batch.rows,
             [
                 Completion(prompts[i], text, (token,))
-                for i, text, token in zip(rows, texts, tokens, strict=True)
+                for i, text, token in zip(batch.rows, texts, tokens, strict=True)
             ],
         )
 

@@ -6,8 +6,6 @@ from trimtab.reading.next_tokens import (
     Reading,
     last_logits,
     next_tokens,
-    plan,
-    predictions,
     prompt_reading,
     read_columns,
 )
@@ -35,8 +33,6 @@ __all__ = [
     "last_logits",
     "log_odds",
     "next_tokens",
-    "plan",
-    "predictions",
     "preference",
     "prompt_reading",
     "read_columns",

@@ -15,7 +15,7 @@ from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument, per_text
 from trimtab.progress import progress
-from trimtab.reading.next_tokens import Reading, predictions, read_columns, refuse_unsound
+from trimtab.reading.next_tokens import Reading, next_tokens, read_columns, refuse_unsound
 from trimtab.reading.packing import (
     Batch,
     Packed,
@@ -149,7 +149,7 @@ def cross_entropy(
         raise TrimtabError("there is no text to score")
     nll = torch.zeros(len(readings), dtype=torch.float64)
     with progress("scoring", len(readings)) as advance:
-        for rows, found in predictions(language_model, readings, steering, kept=kept, force=force):
-            nll[list(rows)] = torch.stack([-each.log_p.mean() for each in found])
-            advance(len(rows))
+        for batch, found in next_tokens(language_model, readings, steering, kept=kept, force=force):
+            nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in found])
+            advance(len(batch.rows))
     return nll, torch.tensor([len(reading.positions) for reading in readings])

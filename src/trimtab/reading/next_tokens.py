@@ -90,7 +90,7 @@ def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
     return batches
 
 
-def predictions(
+def next_tokens(
     language_model: LanguageModel,
     readings: Sequence[Reading],
     steering: SteeringArgument = None,
@@ -98,60 +98,40 @@ def predictions(
     missing: Callable[[int], bool] | None = None,
     kept: StreamCache | None = None,
     force: bool = False,
-) -> Iterator[tuple[tuple[int, ...], list[Next]]]:
-    """What a model expects at the positions of readings: a batch at a time which readings (by
-    their index) ran together, and what was found of each.
+) -> Iterator[tuple[Batch, list[Next]]]:
+    """What a model expects at the positions of readings, a batch at a time.
 
-    Batches without a reading that is `missing` (by its index) are left out; the others are those
-    that they would have been. The other arguments are as in `next_tokens`.
+    `steering` is one for all texts, or a list with one per text. Batches without a reading that is
+    `missing` (by its index) are left out, and the others are those that they would have been. With
+    `kept` only the blocks from the steering's lowest on are run, on top of what is kept of the same
+    texts. A model that is steered already runs as without: what it computes is not for later.
     """
+    own = per_text(steering, len(readings))
     batches = plan(readings, language_model.batch_tokens)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
-    for batch, found in next_tokens(
-        language_model, readings, batches, steering, kept=kept, force=force
-    ):
-        yield batch.rows, found
-
-
-def next_tokens(
-    language_model: LanguageModel,
-    readings: Sequence[Reading],
-    batches: Sequence[Batch],
-    steering: SteeringArgument = None,
-    *,
-    kept: StreamCache | None = None,
-    force: bool = False,
-) -> Iterator[tuple[Batch, list[Next]]]:
-    """Run planned batches in order. `steering` is one for all texts, or a list with one per text.
-
-    With `kept` only the blocks from the steering's lowest on are run, on top of what is kept of
-    the same texts. A model that is steered already runs as without: what it computes is not for
-    later.
-    """
-    _refuse_idle(readings, row_steerings(steering))
-    own = per_text(steering, len(readings))
     if own is None:
-        yield from _read(language_model, readings, batches, steering, kept, force)
+        yield from run_batches(language_model, readings, batches, steering, kept, force)
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
         alone, rows = Batch(0, batch.rows), [own[i] for i in batch.rows]
-        yield from _read(language_model, readings, [alone], rows, kept, force)
+        yield from run_batches(language_model, readings, [alone], rows, kept, force)
 
 
 @torch.inference_mode()
-def _read(
+def run_batches(
     language_model: LanguageModel,
     readings: Sequence[Reading],
     batches: Sequence[Batch],
-    steering: SteeringArgument,
-    kept: StreamCache | None,
-    force: bool,
+    steering: SteeringArgument = None,
+    kept: StreamCache | None = None,
+    force: bool = False,
 ) -> Iterator[tuple[Batch, list[Next]]]:
-    """Batches under one steering, or a batch under a list with one per row."""
+    """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
     steerings = row_steerings(steering)
+    _refuse_idle(readings, steerings)
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0

@@ -31,7 +31,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
 from trimtab.progress import progress
-from trimtab.reading import Next, Reading, predictions
+from trimtab.reading import Next, Reading, next_tokens
 from trimtab.reports import checksum
 from trimtab.steering import Steering, Steerings, together
 
@@ -192,7 +192,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         waiting = {i for i, key in enumerate(keys) if key not in self._answers}
         with progress("scoring", len(merged)) as advance:
             advance(len(merged) - len(waiting))
-            for rows, found in predictions(
+            for batch, found in next_tokens(
                 self.language_model,
                 merged,
                 self.steering,
@@ -202,10 +202,10 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 self._answers.keep(
                     {
                         keys[i]: _sums(merged[i], each, len(owners_of[i]))
-                        for i, each in zip(rows, found, strict=True)
+                        for i, each in zip(batch.rows, found, strict=True)
                     }
                 )
-                advance(len(waiting.intersection(rows)))
+                advance(len(waiting.intersection(batch.rows)))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(readings)
         for key, owners in zip(keys, owners_of, strict=True):
             for i, (total, greedy) in zip(owners, self._answers[key], strict=True):

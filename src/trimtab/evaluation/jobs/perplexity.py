@@ -14,7 +14,7 @@ from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.reading import Reading, predictions
+from trimtab.reading import Reading, next_tokens
 
 #: Tokens of text that are scored together; the first of them is only read.
 _WINDOW = 1024
@@ -74,14 +74,14 @@ class PerplexityJob:
         readings = [reading for _, reading in windows]
         with progress(self.name, len(windows)) as advance:
             started = time.perf_counter()
-            for rows, found in predictions(
+            for batch, found in next_tokens(
                 language_model,
                 readings,
                 steering,
                 missing=lambda i: ("", i) not in done,
                 force=settings.force,
             ):
-                seconds = (time.perf_counter() - started) / len(rows)
+                seconds = (time.perf_counter() - started) / len(batch.rows)
                 yield [
                     {
                         "task": self.name,
@@ -92,10 +92,10 @@ class PerplexityJob:
                         "values": {"cross_entropy": -float(each.log_p.mean())},
                         "seconds": round(seconds, 4),
                     }
-                    for i, each in zip(rows, found, strict=True)
+                    for i, each in zip(batch.rows, found, strict=True)
                     if ("", i) not in done
                 ]
-                advance(len(rows))
+                advance(len(batch.rows))
                 started = time.perf_counter()
 
     def _windows(self, language_model: LanguageModel) -> list[tuple[str, Reading]]:

@@ -15,7 +15,7 @@ from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.reading import predictions, side_readings
+from trimtab.reading import next_tokens, side_readings
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class PreferenceJob:
         scores: dict[int, float] = {}
         with progress(self.name, len(missing)) as advance:
             started = time.perf_counter()
-            for rows, found in predictions(
+            for batch, found in next_tokens(
                 language_model,
                 readings,
                 steering,
@@ -84,11 +84,13 @@ class PreferenceJob:
                 kept=settings.kept,
                 force=settings.force,
             ):
-                scores |= {i: float(each.log_p.sum()) for i, each in zip(rows, found, strict=True)}
+                scores |= {
+                    i: float(each.log_p.sum()) for i, each in zip(batch.rows, found, strict=True)
+                }
                 # The sides of a pair may be in different batches.
                 ready = [
                     i
-                    for i in sorted({row // 2 for row in rows} & missing)
+                    for i in sorted({row // 2 for row in batch.rows} & missing)
                     if 2 * i in scores and 2 * i + 1 in scores
                 ]
                 if ready:
