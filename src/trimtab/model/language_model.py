@@ -292,29 +292,32 @@ class LanguageModel:
             with attached_by(self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return
-        with self._steered(steerings, force, block=True) as sequences:
+        lists = [argument for argument in steerings if not _is_for_all(argument)]
+        if lists and len(steerings) > 1:
+            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
+        rows = list(map(row_steerings, lists[0])) if lists else [row_steerings(steerings)]
+        with self._attached(rows, bool(lists), force, block=True) as sequences:
             yield sequences
 
-    def _steered(
-        self, steerings: Sequence[Any], force: bool, block: bool = False
+    def _attached(
+        self, rows: Sequence[RowSteerings], per_row: bool, force: bool, block: bool = False
     ) -> AbstractContextManager[Sequences]:
-        """As `steered`; unless it is a `block`, for one call only, for which others wait."""
-        rows = self._row_steerings(steerings, force)
-        per_row = any(not _is_for_all(argument) for argument in steerings)
-        pad = self.tokenizer.pad_token_id
-        return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
-
-    def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
-        per_row = [argument for argument in arguments if not _is_for_all(argument)]
-        if per_row and len(arguments) > 1:
-            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
-        rows = [row_steerings(row) for row in per_row[0]] if per_row else [row_steerings(arguments)]
+        """One entry of `rows` for all rows of a batch, or (`per_row`) one each. Unless it is a
+        `block`, the model is held for one call only, for which others wait."""
         unique = {id(steering): steering for row in rows for steering in row}
         if unique:
             identity = self.identity
             for steering in unique.values():
                 steering.check_fits(self.anatomy, identity, force, self.quantised)
-        return rows
+        pad = self.tokenizer.pad_token_id
+        return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+
+    def _for_call(
+        self, rows: Sequence[RowSteerings], force: bool
+    ) -> AbstractContextManager[Sequences]:
+        """The rows of one batch; what all of them share takes less time per token."""
+        alike = all(row == rows[0] for row in rows)
+        return self._attached(rows[:1] if alike else rows, not alike, force)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -371,14 +374,14 @@ class LanguageModel:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
-                with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
+                with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
                     texts, sound = written(
                         self.model, self.tokenizer, inputs, asked, pattern, lengths
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
-                    labels = tuple(steering.label for steering in row_steerings(rows[i]))
+                    labels = tuple(steering.label for steering in rows[i])
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -408,7 +411,7 @@ class LanguageModel:
         for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
             inputs = self._left_padded([tokens[i] for i in chosen])
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            with self._steered(_for_rows([rows[i] for i in chosen]), force):
+            with self._for_call([rows[i] for i in chosen], force):
                 logits = self.model(
                     **inputs,
                     position_ids=positions,
@@ -421,7 +424,7 @@ class LanguageModel:
         sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
         if not all(sound):
             first = sound.index(False)
-            labels = [steering.label for steering in row_steerings(rows[first])]
+            labels = [steering.label for steering in rows[first]]
             raise unsound(f"prompt {first + 1}", labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
@@ -435,16 +438,16 @@ class LanguageModel:
 
     def _rows_for(
         self, texts: Sequence[Sequence[int]], steering: SteeringArgument, force: bool
-    ) -> list[RowArgument]:
-        """One steering argument per text (token ids)."""
+    ) -> list[RowSteerings]:
+        """The steerings of each text (token ids)."""
         refuse_dropout(self.model)
         if not texts:
             raise TrimtabError("there is no prompt")
         if isinstance(steering, Rule):
             dials = steering.dials(self, texts, force)
-            return [replace(steering.steering, value=dial) for dial in dials]
+            return [(replace(steering.steering, value=dial),) for dial in dials]
         own = per_text(steering, len(texts), "prompts")
-        return [steering] * len(texts) if own is None else own  # type: ignore[list-item]
+        return [row_steerings(steering)] * len(texts) if own is None else own
 
 
 def _is_for_all(argument: Any) -> bool:
@@ -452,25 +455,16 @@ def _is_for_all(argument: Any) -> bool:
     return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
 
 
-def per_text(
-    steering: SteeringArgument, count: int, what: str = "texts"
-) -> list[RowArgument] | None:
-    """A `steering` argument that has one for each of so many texts, None where one is for all."""
+def per_text(steering: Any, count: int, what: str = "texts") -> list[RowSteerings] | None:
+    """Of a `steering` argument with one for each of so many texts what each has; None where one is
+    for all of them."""
     if _is_for_all(steering):
         return None
-    own = list(steering)  # type: ignore[arg-type]
-    if len(own) != count:
+    if len(steering) != count:
         raise TrimtabError(
-            f"{len(own)} steerings for {count} {what}: give one for all of them or one for each"
+            f"{len(steering)} steerings for {count} {what}: give one for all or one for each"
         )
-    return own
-
-
-def _for_rows(rows: list[RowArgument]) -> tuple[Any, ...]:
-    """What `steered` is given for these rows; what all of them share takes less time per token."""
-    if all(row is rows[0] for row in rows):
-        return row_steerings(rows[0])
-    return (rows,)
+    return [row_steerings(row) for row in steering]
 
 
 def row_steerings(argument: Any) -> RowSteerings:

@@ -233,7 +233,7 @@ def refuse_unsound(
     if bad:
         first = min(bad, key=lambda place: indices[place])
         own = per_text(steering, len(found))
-        labels = [each.label for each in row_steerings(steering if own is None else own[first])]
+        labels = [each.label for each in (row_steerings(steering) if own is None else own[first])]
         raise unsound(f"text {indices[first] + 1}", labels, language_model.dtype)
 
 
