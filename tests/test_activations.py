@@ -28,7 +28,7 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Statistics, UnitLength, Want, collect
 from trimtab.fitting.statistics import Active, Means, Samples, SignCounts
-from trimtab.model.packing import batches, encode_contrast
+from trimtab.reading.packing import batches, encode_contrast
 
 __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here
 

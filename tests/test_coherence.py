@@ -22,7 +22,7 @@ from trimtab.evaluation.metrics.coherence import (
     perplexities,
     repetition,
 )
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 # -- language ------------------------------------------------------------------------------------
 

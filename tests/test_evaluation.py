@@ -33,7 +33,7 @@ from tiny import tiny_model, tiny_tokenizer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.tasks import TASKS
 from trimtab.model.language_model import LanguageModel
-from trimtab.steering.artifact import Steerings
+from trimtab.steering import Steerings
 
 __all__ = ["chooser", "data", "talker"]  # fixtures, which pytest finds by their names here
 

@@ -42,7 +42,7 @@ from helpers import (
 )
 from tiny import tiny_tokenizer
 from trimtab.evaluation.harness.model import TrimtabLM
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 __all__ = ["lm", "no_survey"]  # fixtures, which pytest finds by their names here
 

@@ -30,7 +30,7 @@ from tiny import TINY
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.statistics import Means, Sides, SignCounts
-from trimtab.model.packing import batches, encode_contrast
+from trimtab.reading.packing import batches, encode_contrast
 from trimtab.steering.operators import to_tensors
 
 __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 import trimtab as tt
 from helpers import CALIBRATION, basis, language_model
 from steering_documents import LARGEST, MODEL, as_of_old, content, document_of, every, good, refused
-from trimtab.anatomy.anatomy import BLOCK_KINDS, parse_site
-from trimtab.steering.artifact import Steering
+from trimtab.anatomy.sites import BLOCK_KINDS, parse_site
+from trimtab.steering import Steering
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.operators import Ablate, Add, Scale
 

@@ -33,7 +33,7 @@ from stored_passes import (
 )
 from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.statistics import Means, Samples
-from trimtab.model.packing import encode_contrast
+from trimtab.reading.packing import encode_contrast
 
 __all__ = ["small_batches"]  # fixtures, which pytest finds by their names here
 
