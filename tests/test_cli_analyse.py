@@ -41,6 +41,7 @@ def _texts(work: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_object_with_json_and_tables_without(trimtab: Command) -> None:
     found = trimtab(f"{PLANE} --json").json
     assert found["analysis"] == "plane"
@@ -104,6 +105,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert listing(Path()) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_prompts_of_ones_own_need_something_to_fit_on(trimtab: Command) -> None:
     write_rows("asked.jsonl", [{"prompt": "She looked at the map"}])
     line = "analyse dial --model model --task refusal:asked.jsonl"
@@ -270,6 +272,7 @@ def test_an_argument_of_no_kind_that_is_known_fails_when_it_must_be_given() -> N
         analyse.options_of("odd", odd)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_analysis_that_fails_later_leaves_its_records(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ def parts(work: Path) -> None:
     write_pairs(work / "parts.jsonl")
 
 
-pytestmark = pytest.mark.usefixtures("parts")
+pytestmark = pytest.mark.usefixtures("parts", "undrawn")
 
 
 def test_help_has_examples_and_the_methods_options(trimtab: Command) -> None:

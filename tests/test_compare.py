@@ -68,6 +68,7 @@ def odds(lm: tt.LanguageModel, pairs: str, part: Any, steering: Any) -> torch.Te
     return log_odds(lm, tt.Contrast.from_jsonl(pairs).part(part), steering)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_is_chosen_on_validation_and_reported_on_test(
     compared: tuple[Comparison, Path], pairs: str
 ) -> None:

@@ -359,7 +359,14 @@ def test_weights_that_are_not_finite_are_warned_about(
 
 
 @pytest.mark.parametrize(
-    "kind", ["a tensor missing", "hidden size a text", "type a list", "config deep", "layers fewer"]
+    "kind",
+    [
+        "a tensor missing",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("hidden size a text", "type a list", "config deep", "layers fewer")
+        ),
+    ],
 )
 def test_the_command_line_says_it_in_one_line(whole: Path, tmp_path: Path, kind: str) -> None:
     folder = damaged(whole, tmp_path / "model", DAMAGES[kind])
@@ -393,7 +400,7 @@ def with_code(folder: Path, marker: Path, model_type: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(written))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "made_up"])
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "made_up"])
 def test_no_code_of_a_directory_runs(whole: Path, tmp_path: Path, model_type: str) -> None:
     """Neither with yes on standard input, nor without. Where transformers has the architecture
     itself, its own code is used."""

@@ -207,6 +207,7 @@ def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch
     assert found.oracle.number == tests.index(min(tests))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_oracle_only_the_best_sees_the_test_rows(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
             assert trial.value == pytest.approx(whole.trials[trial.number].value, abs=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_max_cost_leaves_out_what_costs_more(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_max_cost_leaves_out_what_costs_more(
     assert any("the cheapest trial costs" in note for note in nothing.notes)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failures_stay_with_their_trials(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     found = sweep(lm, "caa", task, {"layer": (99, 1)}, test_limit=4, output=tmp_path / "run")
     assert [trial.state for trial in found.trials] == ["failed", "complete"]
@@ -311,6 +314,7 @@ def test_numbers_that_overflow_are_failures(lm: tt.LanguageModel, task: str) -> 
     json.dumps(found.as_json(), allow_nan=False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_is_not_the_trials_failure(
     lm: tt.LanguageModel, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +357,7 @@ class Interrupted:
         patch.setattr(Bench, "records", watched)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("search", SEARCHES)
 def test_an_interrupted_sweep_ends_as_one_that_was_not(
     lm: tt.LanguageModel, task: str, tmp_path: Path, search: str
@@ -443,6 +448,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     assert len(list((output / "records").glob("0*-validation.jsonl"))) == 6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_another_takes_last_is_waited_for(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -465,6 +471,7 @@ def test_a_trial_that_another_takes_last_is_waited_for(
     assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["failed"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_processes_on_one_sqlite_file(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     _shared(lm, task, tmp_path / "run", None)
 
@@ -509,6 +516,7 @@ def test_mistakes_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_runs_are_not_mixed_nor_lost(
     done: tuple[Sweep, Path], lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
