@@ -203,9 +203,7 @@ def test_bfloat16(name: str) -> None:
 KINDS = ("heads", "ffn_out")
 
 
-@pytest.fixture(
-    scope="module", params=[("facts", 16), pytest.param(("formality", 64), marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=[("facts", 16), ("formality", 64)])
 def real(
     smollm2: Any, request: pytest.FixtureRequest
 ) -> tuple[Contrast, list[dict[tuple[str, str], Tensor]], Statistics]:
@@ -224,6 +222,7 @@ def real(
     return contrast, by_hand, statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_model(smollm2: Any, real: Any, kind: str) -> None:
     contrast, by_hand, statistics = real

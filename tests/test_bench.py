@@ -395,6 +395,7 @@ def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> Non
     assert unlike == count  # each of them changes something
 
 
+@pytest.mark.slow
 def test_resumed_from_a_layer_it_is_the_same(smollm2: LanguageModel, data_dir: Path) -> None:
     resumed_is_full(smollm2, data_dir, rows=4, count=4)
 

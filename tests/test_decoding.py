@@ -155,7 +155,7 @@ def test_a_pattern_that_never_ends_is_given_up(pattern: str) -> None:
     with pytest.raises(tt.TrimtabError, match="takes more than 1 s to search") as caught:
         lm.generate(["x"], max_new_tokens=4, chat=False, stop=pattern)
     assert "repeats inside repeats" in one_line(caught)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # it would take years
 
 
 class Says:

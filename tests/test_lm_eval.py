@@ -56,6 +56,7 @@ def rolling(model: Any, texts: Sequence[str]) -> list[float]:
 # -- the harness's own model says the same -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_on_smollm2_is_scored_as_by_hf(smollm2: Any, tmp_path: Path) -> None:
     manager = write_task(tmp_path, "toy", choice_rows(50), **CHOICE)
     ours = evaluated(TrimtabLM(smollm2), "toy", manager)

@@ -168,6 +168,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert seen == []
 
 
+@pytest.mark.slow
 def test_a_real_model_on_a_builtin_contrast(smollm2: tt.LanguageModel) -> None:
     """Conversations through the template, BOS once, merges at the seam."""
     for source in ("builtin:formality", "builtin:facts"):
