@@ -72,21 +72,21 @@ def prompt_reading(tokens: Sequence[int]) -> Reading:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """Readings (by their index) that run together; their first `shared` tokens are the same."""
 
     shared: int
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
+def plan(readings: Sequence[Reading], batch_tokens: int) -> list[PlannedBatch]:
     """Batches of similar length, group by group of texts that share their beginning."""
     batches = []
     for shared, group in _groups(readings):
         order = sorted(group)
         lengths = [len(readings[i].tokens) - shared for i in order]
         for batch in batches_by_length(lengths, batch_tokens):
-            batches.append(Batch(shared, tuple(order[i] for i in batch)))
+            batches.append(PlannedBatch(shared, tuple(order[i] for i in batch)))
     return batches
 
 
@@ -98,7 +98,7 @@ def next_tokens(
     missing: Callable[[int], bool] | None = None,
     kept: StreamCache | None = None,
     force: bool = False,
-) -> Iterator[tuple[Batch, list[Next]]]:
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """What a model expects at the positions of readings, a batch at a time.
 
     `steering` is one for all texts, or a list with one per text. Batches without a reading that is
@@ -115,7 +115,7 @@ def next_tokens(
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
-        alone, rows = Batch(0, batch.rows), [own[i] for i in batch.rows]
+        alone, rows = PlannedBatch(0, batch.rows), [own[i] for i in batch.rows]
         yield from run_batches(language_model, readings, [alone], rows, kept, force)
 
 
@@ -123,11 +123,11 @@ def next_tokens(
 def run_batches(
     language_model: LanguageModel,
     readings: Sequence[Reading],
-    batches: Sequence[Batch],
+    batches: Sequence[PlannedBatch],
     steering: SteeringArgument = None,
     kept: StreamCache | None = None,
     force: bool = False,
-) -> Iterator[tuple[Batch, list[Next]]]:
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
     steerings = row_steerings(steering)
