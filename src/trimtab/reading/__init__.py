@@ -18,26 +18,3 @@ from trimtab.reading.packing import (
     run_packed,
 )
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
-
-__all__ = [
-    "Batch",
-    "Next",
-    "Packed",
-    "Reading",
-    "StreamCache",
-    "batches",
-    "blocks_below",
-    "cross_entropy",
-    "encode_contrast",
-    "encode_texts",
-    "last_logits",
-    "log_odds",
-    "next_tokens",
-    "preference",
-    "prompt_reading",
-    "read_columns",
-    "run_lower",
-    "run_packed",
-    "run_upper",
-    "side_readings",
-]
