@@ -14,7 +14,6 @@ from trimtab.reading.packing import (
     Packed,
     batches,
     encode_contrast,
-    encode_texts,
     run_packed,
 )
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
