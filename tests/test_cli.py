@@ -27,7 +27,8 @@ from tiny import tiny_model, tiny_tokenizer
 from trimtab.checkpoints import packs
 from trimtab.checkpoints.packs import Pack
 from trimtab.cli import main
-from trimtab.cli.fit import read_method, read_numbers
+from trimtab.cli.fit import read_method
+from trimtab.cli.values import read_numbers
 from trimtab.methods import METHODS
 
 PAIRS = [
@@ -354,7 +355,7 @@ def test_every_option_reaches_the_method(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("trimtab.cli.fit._one", lambda made, **rest: given.append(made))
+    monkeypatch.setattr("trimtab.cli.fit._one", lambda made, *rest: given.append(made))
     for option, values in OPTIONS[method].items():
         for text, value in values:
             wanted: dict[str, Any] = {**NEEDED.get((method, option), {}), option: value}
@@ -1200,7 +1201,7 @@ BAD = {
     "unknown command": ("dance", "'dance'"),
     "unknown command of models": ("models dance", "'dance'"),
     "file too many": ("inspect au.safetensors caa.safetensors", "caa.safetensors"),
-    "no file": ("inspect", "Missing argument"),
+    "no file": ("inspect", "missing argument"),
     "name too long": (f"inspect {'x' * 300}", "too long"),
     "unknown pack": ("models pull dance", "'dance'", "smollm2-135m-instruct"),
     "unknown pack to remove": ("models remove dance", "'dance'"),

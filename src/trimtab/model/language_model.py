@@ -36,6 +36,7 @@ from trimtab.model.plain import is_quantised
 from trimtab.model.rules import Rule, chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.versions import heed_soft_cap
+from trimtab.options import Decoding, flat
 from trimtab.progress import progress
 from trimtab.steering import ModelIdentity, Steering, Steerings
 
@@ -300,17 +301,14 @@ class LanguageModel:
 
     # -- running ------------------------------------------------------------------------------
 
+    @flat
     def generate(
         self,
         prompts: Sequence[Any],
         *,
-        max_new_tokens: int = 64,
-        chat: bool | None = None,
         steering: SteeringArgument = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
+        chat: bool | None = None,
+        decoding: Decoding = Decoding(),
         stop: str | None = None,
         min_new_tokens: int = 0,
         batch_size: int = 16,
@@ -332,14 +330,20 @@ class LanguageModel:
         cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
         prompt, in order.
         """
-        asked = sampling(temperature, top_k, top_p, options, self.anatomy.config.vocab_size)
+        asked = sampling(
+            decoding.temperature,
+            decoding.top_k,
+            decoding.top_p,
+            options,
+            self.anatomy.config.vocab_size,
+        )
         pattern = None if stop is None else stop_pattern(stop)
         if pattern is not None and asked.get("num_beams", 1) > 1:
             raise TrimtabError("stop ends a text while it is written; beams are compared after it")
-        max_new_tokens = whole("max_new_tokens", max_new_tokens)
+        max_new_tokens = whole("max_new_tokens", decoding.max_new_tokens)
         min_new_tokens = whole("min_new_tokens", min_new_tokens)
         batch_size = whole("batch_size", batch_size)
-        seed = None if seed is None else seed_number(seed)
+        seed = None if decoding.seed is None else seed_number(decoding.seed)
         if max_new_tokens < 1 or batch_size < 1:
             raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
         if not 0 <= min_new_tokens <= max_new_tokens:

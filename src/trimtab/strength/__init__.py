@@ -15,7 +15,6 @@ from trimtab.strength.concept import (
 )
 from trimtab.strength.costs import CostCurve, cost_curve
 from trimtab.strength.curves import (
-    TOLERANCE,
     Curve,
     TokenCurve,
     at_layers,
@@ -24,23 +23,34 @@ from trimtab.strength.curves import (
     resampled,
     token_log_odds,
 )
+from trimtab.strength.follow import (
+    Beside,
+    ConceptAsked,
+    CostAsked,
+    Refits,
+    TaskAsked,
+    document,
+    follow,
+    spaced,
+)
 from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
 from trimtab.strength.pictures import Accuracy, Curves, draw
-from trimtab.strength.reading import Bounds, Reading, read
+from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within
 from trimtab.strength.theory import ufm
 from trimtab.strength.turning import Turning, dial_limits, divergence
 
 __all__ = [
     "BUDGETS",
-    "TOLERANCE",
     "Accuracy",
-    "Bounds",
+    "Beside",
     "Budget",
     "ChatConceptJudge",
+    "ConceptAsked",
     "ConceptCurve",
     "ConceptJudge",
+    "CostAsked",
     "CostCurve",
     "Curve",
     "Curves",
@@ -48,6 +58,8 @@ __all__ = [
     "Negatives",
     "PromptBudget",
     "Reading",
+    "Refits",
+    "TaskAsked",
     "TokenCurve",
     "Turning",
     "Within",
@@ -59,13 +71,16 @@ __all__ = [
     "curve",
     "dial_limits",
     "divergence",
+    "document",
     "draw",
+    "follow",
     "generate_contrast",
     "lexicon",
     "limit",
     "method_of",
     "read",
     "resampled",
+    "spaced",
     "theory",
     "token_log_odds",
     "ufm",
