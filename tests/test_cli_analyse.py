@@ -6,13 +6,14 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 import trimtab.papers.analyses
-from test_cli import Command, home, listing, refused, trimtab, work, write_rows
+from commands import Command, home, listing, refused, trimtab, work, write_rows
 from trimtab.cli.app import build
 from trimtab.contrasts import Contrast
 from trimtab.papers.analyses import ANALYSES
@@ -133,15 +134,16 @@ def test_every_analysis_has_help_with_an_example_and_all_its_options(
     own = {
         argument.name: argument
         for argument in build(["analyse", name])["analyse"][name].assemble_argument_collection()
+        if argument.parse
     }
-    arguments = set(inspect.signature(inspect.unwrap(ANALYSES[name])).parameters)
-    named = {f"--{argument.replace('_', '-')}" for argument in arguments}
-    groups = {"--asked", "--rows", "--measured", "--circle", "--place", "--combined", "--scales"}
-    spelt = {"--contrasts": "--contrast"}
-    expected = named - groups - {"--language-model", "--run"}
-    assert {spelt.get(flag, flag) for flag in expected} <= own.keys()
-    assert all(argument.parameter.help for argument in own.values() if argument.parse)
-    assert ("--judge" in own) == ("measured" in arguments)
+    taken = inspect.signature(ANALYSES[name]).parameters  # the fields of groups among them
+    groups = {each.name for each in taken.values() if is_dataclass(each.default)}
+    without = {"language_model", "run", "judges", "preference", *groups}
+    flags = {f"--{argument.replace('_', '-')}" for argument in taken if argument not in without}
+    assert flags - {"--contrasts"} <= own.keys()
+    assert ("--contrast" in own) == bool({"contrast", "contrasts"} & taken.keys())
+    assert all(argument.parameter.help for argument in own.values())
+    assert ("--judge" in own) == ("judges" in taken)
 
 
 def test_the_group_lists_them(trimtab: Command) -> None:

@@ -72,9 +72,7 @@ def flat(function: Callable[..., Returned]) -> Callable[..., Returned]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
         for name, value in flat_values(parameter.default for _, parameter in groups).items()
     ]
-    own = list(signature.parameters.values())
-    rest = [own.pop()] if own[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-    shown = [*own, *keywords, *rest]
+    shown = [*signature.parameters.values(), *keywords]
     called.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return called
 
@@ -163,17 +161,6 @@ class Answering:
     seed: int = option("For whatever is drawn.", 0, least=0)
     batch_size: int = option("Prompts that are answered at once.", 16)
     max_new_tokens: int | None = option("Tokens of an answer (default: the task's).", None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How the tokens of a continuation are chosen."""
-
-    max_new_tokens: int = option("Longest continuation.", 64)
-    temperature: float = option("0 is greedy.", 0.0)
-    top_k: int = option("Sample among the k most likely (0: all).", 0)
-    top_p: float = option("Sample within this probability mass.", 1.0)
-    seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

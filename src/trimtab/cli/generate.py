@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.options import Decoding, option
+from trimtab.options import option
 from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
@@ -28,9 +29,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chosen(Decoding):
+class Decoding:
     """How tokens are chosen."""
 
+    max_new_tokens: int = option("Longest continuation.", 64)
+    temperature: float = option("0 is greedy.", 0.0)
+    top_k: int = option("Sample among the k most likely (0: all).", 0)
+    top_p: float = option("Sample within this probability mass.", 1.0)
+    seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
     more: Sequence[str] = option(
         "NAME=VALUE: what else says how tokens are chosen, as transformers names it "
         "(repetition_penalty=1.2, min_p=0.1); repeat.",
@@ -54,7 +60,7 @@ def generate(
         float | None,
         Parameter(help="Turn the dial for each prompt, to so many nats at its next token."),
     ] = None,
-    choosing: Chosen = Chosen(),
+    decoding: Decoding = Decoding(),
     batch_size: Annotated[int, Parameter(help="Prompts per batch.")] = 16,
     force: Force = False,
     as_json: Json = False,
@@ -72,7 +78,7 @@ def generate(
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
     language_model = open_model(opened)
-    options = asdict(choosing)
+    options = asdict(decoding)
     options |= read_options(options.pop("more"))
     _say_what_is_left_aside(language_model, options)
     options |= {"chat": chats, "batch_size": batch_size, "force": force}
@@ -120,17 +126,18 @@ def read_options(given: Sequence[str]) -> dict[str, Any]:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
-    own = next((name for name in options if name in _OWN), None)
+    own = next((name for name in options if name in _own_options()), None)
     if own:
         raise TrimtabError(f"--option {own}: it is an option by itself, {_flag(own)}")
     return options
 
 
-#: What `LanguageModel.generate` takes under a name of its own.
-_OWN = {
-    "prompts", "max_new_tokens", "chat", "steering", "temperature", "top_k", "top_p", "seed",
-    "stop", "min_new_tokens", "batch_size", "force", "kl",
-}  # fmt: skip
+def _own_options() -> set[str]:
+    """What has an option of its own on the command line."""
+    from trimtab.model import SAMPLING, LanguageModel
+
+    named = inspect.signature(LanguageModel.generate).parameters
+    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options"}
 
 
 def _flag(name: str) -> str:

@@ -40,7 +40,7 @@ HEADINGS = {
     "Circle": "Circle",
     "Answering": "Answering",
     "Prompting": "Prompts",
-    "Chosen": "Decoding",
+    "Decoding": "Decoding",
     "Judges": "Judges",
     "Harness": "lm-eval",
     "Turned": "Steerings",
