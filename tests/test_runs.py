@@ -544,7 +544,7 @@ def test_no_permission_is_said_in_one_line(
 
 _SHARING = """
 import json, sys
-from trimtab.runs import SharedRun
+from trimtab.reports.run import SharedRun
 config, records = json.loads(sys.stdin.readline())
 print("ready", flush=True)
 sys.stdin.readline()
