@@ -403,10 +403,10 @@ def with_code(folder: Path, marker: Path, model_type: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "answers"),
     [
-        ("made_up", "y\n" * 99),
-        pytest.param("made_up", "", marks=pytest.mark.slow),
-        pytest.param("llama", "y\n" * 99, marks=pytest.mark.slow),
-        pytest.param("llama", "", marks=pytest.mark.slow),
+        pytest.param("made_up", "y\n" * 99, id="made_up-yes"),
+        pytest.param("made_up", "", id="made_up-silence", marks=pytest.mark.slow),
+        pytest.param("llama", "y\n" * 99, id="llama-yes", marks=pytest.mark.slow),
+        pytest.param("llama", "", id="llama-silence", marks=pytest.mark.slow),
     ],
 )
 def test_no_code_of_a_directory_runs(
