@@ -25,7 +25,7 @@ from helpers import add, language_model, refused_in_one_line, steer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.papers.rotations.dials import dial
 from trimtab.reports import run as runs_module
-from trimtab.reports.run import SharedRun
+from trimtab.reports.run import Run
 from trimtab.sweeps.compare_methods import Candidate, compare
 from trimtab.sweeps.sweep_method import sweep
 
@@ -451,7 +451,7 @@ def compared(lm: tt.LanguageModel, task: str, output: Path) -> Any:
 
 
 def dialled(lm: tt.LanguageModel, task: str, output: Path) -> Any:
-    run = SharedRun(output, {"analysis": "dial", "model": {}})
+    run = Run(output, {"analysis": "dial", "model": {}})
     found = dial(lm, task, methods=("ss",), step=180, run=run)
     return without_times(json.loads(json.dumps(found.as_json())))
 

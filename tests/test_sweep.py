@@ -320,7 +320,7 @@ def test_a_full_disk_is_not_the_trials_failure(
         raise tt.TrimtabError("cannot write: no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.reports.run.SharedRun.keep", full)
+        patch.setattr("trimtab.reports.run.Run.keep", full)
         with pytest.raises(tt.TrimtabError, match="no space left"):
             sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
     found = sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)

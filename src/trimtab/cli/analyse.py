@@ -35,7 +35,7 @@ from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import load_contrast
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.terminal import CleanConsole
 
 #: Rows of a table that are shown in a terminal; the report has all.
@@ -360,7 +360,7 @@ def _run(
         **source,
         "model": language_model.described,
     }
-    run = SharedRun(output, config, overwrite)
+    run = Run(output, config, overwrite)
     if "run" in inspect.signature(function).parameters:
         arguments["run"] = run
     found = function(language_model, **arguments)

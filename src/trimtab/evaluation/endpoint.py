@@ -22,8 +22,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
-from trimtab.files import cache_dir, write_whole
-from trimtab.reports import checksum
+from trimtab.files import cache_dir, checksum, write_whole
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]

@@ -115,7 +115,7 @@ def evaluate(
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
-    with Run(output, config, overwrite) as run:
+    with Run(output, config, overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
             for job in jobs:

@@ -28,7 +28,7 @@ from trimtab.figures import Record, holm, mean_interval, paired_p
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.reports import SharedRun, check_overwritable
+from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
 from trimtab.sweeps.comparison import Compared, Comparison, Difference
@@ -153,7 +153,7 @@ def compare(
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
     }
-    run = SharedRun(output, config, overwrite)
+    run = Run(output, config, overwrite)
     started = time.perf_counter()
     fitters, fit = _fitters(bench, texts, candidates, cache)
     rows = []
@@ -271,10 +271,10 @@ def _fitters(
     return fitters, used
 
 
-def _own_run(run: SharedRun, name: str, config: dict[str, Any], overwrite: bool) -> SharedRun:
+def _own_run(run: Run, name: str, config: dict[str, Any], overwrite: bool) -> Run:
     """A directory for one method's sweep, which goes on where it stopped."""
     path = None if run.path is None else run.path / name
-    return SharedRun(path, {**config, "method": name}, overwrite)
+    return Run(path, {**config, "method": name}, overwrite)
 
 
 def _swept(
@@ -284,7 +284,7 @@ def _swept(
     trials: int,
     max_cost: float | None,
     seed: int,
-    run: SharedRun,
+    run: Run,
     timed: bool,
 ) -> Compared:
     """The sweep of one method, and what its choice changes and costs."""

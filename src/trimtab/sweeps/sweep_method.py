@@ -18,7 +18,7 @@ from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import Bench, Better, contrast_for
 from trimtab.sweeps.space import (
@@ -138,7 +138,7 @@ def sweep(
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     opened = None if storage is None else open_storage(storage)
-    run = SharedRun(output, config, overwrite)
+    run = Run(output, config, overwrite)
     found = try_settings(
         bench,
         fitter,

@@ -26,7 +26,8 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab.errors import TrimtabError
-from trimtab.reports import Finite, checksum
+from trimtab.files import checksum
+from trimtab.reports import Finite
 from trimtab.sweeps.space import Params, Range, Space, grid, plain, shown
 
 Search = Literal["grid", "tpe", "halving"]

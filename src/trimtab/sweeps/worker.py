@@ -15,7 +15,7 @@ from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Comparison, Record, Result, summarise
 from trimtab.progress import progress
-from trimtab.reports import SharedRun, line_of
+from trimtab.reports import Run, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import Bench
@@ -39,7 +39,7 @@ def try_settings(
     max_cost: float | None,
     oracle: bool,
     seed: int,
-    run: SharedRun,
+    run: Run,
     storage: Any = None,
     fresh: bool = False,
 ) -> Sweep:
@@ -71,7 +71,7 @@ class _Worker:
 
     bench: Bench
     fitter: Fitter
-    run: SharedRun
+    run: Run
     max_cost: float | None
     oracle: bool
     #: The best of the trials that were run here, and its records.

@@ -29,10 +29,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.files import checksum
 from trimtab.model import OPTIONS, LanguageModel, load
 from trimtab.progress import progress
 from trimtab.reading import Next, Reading, next_tokens, plan
-from trimtab.reports import checksum
 from trimtab.steering import Steering, Steerings, together
 
 

@@ -19,7 +19,7 @@ from trimtab.fitting import check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.measure import Change, compare
 from trimtab.progress import progress
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.steering import Steering
 from trimtab.sweeps import Bench, Better
 
@@ -112,7 +112,7 @@ class Study:
     """
 
     bench: Bench
-    run: SharedRun | None
+    run: Run | None
     chooses: bool
     oracle: bool
     cost: bool
@@ -264,7 +264,7 @@ def study_of(
     oracle: bool,
     cost: bool,
     max_cost: float | None,
-    run: SharedRun | None,
+    run: Run | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, ("validation", "test"))

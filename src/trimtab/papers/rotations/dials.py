@@ -35,7 +35,7 @@ from trimtab.papers.rotations.circle import (
 )
 from trimtab.papers.rotations.dial_pictures import dial_picture, mask_picture
 from trimtab.papers.rotations.planes import ANGULAR, spans
-from trimtab.reports import SharedRun, Table, cell, interval
+from trimtab.reports import Run, Table, cell, interval
 from trimtab.steering import Intervention, Operator, Positions, Rotate, Steering, Turn
 from trimtab.sweeps import Better, contrast_for
 
@@ -68,7 +68,7 @@ def dial(
     toxicity: str | Scorer = "offline",
     judges: Sequence[Judge] = (),
     seed: int = 0,
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> Analysis:
     """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
 
@@ -300,7 +300,7 @@ def masks(
     toxicity: str | Scorer = "offline",
     judges: Sequence[Judge] = (),
     seed: int = 0,
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> Analysis:
     """Selective Steering with other layers and with SAS's formula: what its choice is worth.
 
