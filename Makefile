@@ -45,7 +45,8 @@ test-all: lint
 # The ends of the range that versions.py names, each beside the other packages of .venv. What each
 # needs of huggingface_hub stands after the colon.
 ENDS := 5.16.1:1.29.0 5.24.0:2.4.0
-OF_STEERING := anatomy attach bake compiled model next_tokens operators passes resuming threads
+OF_STEERING := anatomy* attach* bake* compiled hooks model model_generate next_tokens* operators* \
+	passes resuming threads
 
 test-ends: $(INSTALLED)
 	@for end in $(ENDS); do \

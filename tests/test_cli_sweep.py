@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import trimtab as tt
+from commands import Command, home, listing, refused, trimtab, work
 from helpers import write_pairs
-from test_cli import Command, home, listing, refused, trimtab, work
 from trimtab.cli.sweep import read_values
 from trimtab.methods import METHODS
 from trimtab.sweeps.space import Range

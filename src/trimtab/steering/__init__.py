@@ -1,18 +1,9 @@
 """The artifact and its algebra: operators, interventions, one dial, calibration."""
 
-from trimtab.steering.artifact import (
-    POSITIONS,
-    Dial,
-    Intervention,
-    ModelIdentity,
-    Positions,
-    Steering,
-    Steerings,
-    refuse_other_file,
-    together,
-)
+from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.contents import describe, explain
+from trimtab.steering.document import refuse_other_file
 from trimtab.steering.operators import (
     Ablate,
     Add,
@@ -26,6 +17,7 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
+from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
 
 __all__ = [
     "POSITIONS",
