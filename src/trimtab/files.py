@@ -57,6 +57,33 @@ def exists(path: Path) -> bool:
         return False
 
 
+def check_output(path: Path, overwrite: bool) -> None:
+    """Before hours of work, not after: an output that exists, or that cannot be written."""
+    if path.exists() and not overwrite:
+        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
+    if not path.absolute().parent.is_dir():
+        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def check_directory(path: Path) -> None:
+    """Before the work, too: a directory that cannot be made, or not be written to."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise TrimtabError(f"cannot write to {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
+
+
+def make_directory(path: Path) -> None:
+    """A directory, with those that it is in."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
 # It can only be read by setting it, which threads must not do at the same time.
 _UMASK = os.umask(0)
 os.umask(_UMASK)

@@ -18,8 +18,8 @@ from trimtab.cli.common import (
     open_model,
     print_json,
     read_steerings,
-    refuse_existing,
 )
+from trimtab.files import check_output
 from trimtab.model import bake as bake_into
 from trimtab.model import check_target, locations
 
@@ -47,7 +47,7 @@ def bake(
     Example: `trimtab bake --model smollm2-135m-instruct --steer joy.safetensors@12 -o joy-model/`
     """
     check_target(output, locations(model), overwrite)
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     steerings = read_steerings(steer)
     language_model = open_model(model, dtype, device)
     baked = bake_into(language_model, *steerings, force=force)

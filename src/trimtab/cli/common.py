@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -14,6 +13,7 @@ import torch
 import typer
 
 from trimtab.errors import TrimtabError
+from trimtab.files import check_directory, check_output
 from trimtab.model import LanguageModel, load
 from trimtab.reports import object_in
 from trimtab.steering import Steering, refuse_other_file
@@ -93,19 +93,9 @@ def open_model(model: str, dtype: str, device: str) -> LanguageModel:
     return load(model, dtype=dtype, device=device, trust_remote_code=trusting.get())
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Before hours of work, not after: an output that exists, or that cannot be written."""
-    if path.exists() and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
-
-
 def refuse_steering_path(path: Path, overwrite: bool) -> None:
-    """As `refuse_existing`, for a steering, which replaces no other file than a steering."""
-    refuse_existing(path, overwrite)
+    """Before the work: a steering replaces no other file than a steering."""
+    check_output(path, overwrite)
     refuse_other_file(path)
 
 
@@ -119,11 +109,7 @@ def refuse_holding(directory: Path, file: str, overwrite: bool, keys: set[str]) 
         raise TrimtabError(f"{directory} holds {file}: choose another directory{remedy}")
     if overwrite and _is_filled(directory) and not _has_keys(directory / file, keys):
         raise TrimtabError(f"{directory} is not a run's directory: overwriting replaces only those")
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise TrimtabError(f"cannot write to {directory}: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise TrimtabError(f"cannot write to {directory}: no permission to write in {there}")
+    check_directory(directory)
 
 
 def _is_filled(directory: Path) -> bool:
@@ -136,13 +122,6 @@ def _is_filled(directory: Path) -> bool:
 def _has_keys(file: Path, keys: set[str]) -> bool:
     found = object_in(file)
     return found is not None and keys <= found.keys()
-
-
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:

@@ -25,7 +25,6 @@ from trimtab.cli.common import (
     Steer,
     as_chats,
     console,
-    make_directory,
     one_steering,
     open_model,
     print_json,
@@ -35,7 +34,7 @@ from trimtab.cli.common import (
 )
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Chat, ChatEndpoint, LocalChat, evaluate, load_contrast
-from trimtab.files import json_object, write_whole
+from trimtab.files import json_object, make_directory, write_whole
 from trimtab.fitting import fit
 from trimtab.model import LanguageModel, load
 from trimtab.reports import save_figure

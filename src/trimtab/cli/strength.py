@@ -28,7 +28,6 @@ from trimtab.cli.common import (
     print_json,
     read_prompts,
     read_steerings,
-    refuse_existing,
     refuse_holding,
     refuse_steering_path,
 )
@@ -36,7 +35,7 @@ from trimtab.cli.curve import curve_command
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import ChatEndpoint
-from trimtab.files import write_whole
+from trimtab.files import check_output, write_whole
 from trimtab.model import load
 from trimtab.steering import Steering
 from trimtab.strength import BUDGETS, budget, calibrate
@@ -205,7 +204,7 @@ def contrast_command(
     """
     from trimtab.strength import generate_contrast
 
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     language_model = open_model(model, dtype, device)
     author: Any = None
     if writer is not None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
-from trimtab.files import cache_dir, checksum, json_digest, write_whole
+from trimtab.files import cache_dir, checksum, json_digest, make_directory, write_whole
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]
@@ -372,10 +372,7 @@ class ChatEndpoint:
             with self._lock:
                 self.usage.cached += 1
             return known
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)  # before the answer is paid for
-        except OSError as error:
-            raise TrimtabError(f"cannot write {kept.parent}: {error.strerror}") from error
+        make_directory(kept.parent)  # before the answer is paid for
         text, read, written = address.post(asked, _completion, stopped)
         answer = {"asked": asked, "answer": text}
         content = json.dumps(answer | {"checksum": checksum(answer, kept.name)})

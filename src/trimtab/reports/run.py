@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.errors import TrimtabError
-from trimtab.files import Journal, json_digest, write_whole
+from trimtab.files import Journal, check_directory, json_digest, make_directory, write_whole
 
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
 #: How long a path is at most for which the files of a run below it can be made.
@@ -117,7 +117,7 @@ class Run:
             return
         with self._one_line():
             _check_path(self.path)
-            _check_writable(self.path)
+            check_directory(self.path)
             self._check(self.path)
         self._lock = FileLock(self.path / ".lock")
         self._journal = Journal(self.path / "records.jsonl", self._salt)
@@ -238,11 +238,7 @@ class Run:
             return
         plain = [json.loads(line_of(record)) for record in records]
         self.begin()
-        try:
-            part.path.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise TrimtabError(f"cannot write to {part.path.parent}: {reason}") from error
+        make_directory(part.path.parent)
         part.replace(plain)
 
     def kept(self, name: str) -> list[dict[str, Any]] | None:
@@ -370,14 +366,6 @@ def _is_part(file: Path) -> bool:
     return isinstance(record, dict) and {"task", "id", "steering"} <= record.keys()
 
 
-def _make_directory(path: Path) -> bool:
-    """The directory of a run; whether it was not there."""
-    _check_path(path)
-    made = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    return made
-
-
 def _check_path(path: Path) -> None:
     """Refuse what cannot be the directory of a run."""
     text = str(path)
@@ -387,15 +375,6 @@ def _check_path(path: Path) -> None:
         raise TrimtabError(f"the path {text[:60]}... is too long: name another directory")
     if path.exists() and not path.is_dir():
         raise TrimtabError(f"{path} is a file: name a directory for the run")
-
-
-def _check_writable(path: Path) -> None:
-    """Say before the work that a directory cannot be made, or not be written to."""
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise TrimtabError(f"cannot write to {path}: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
 
 
 def _is_text(text: str) -> bool:

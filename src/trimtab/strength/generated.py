@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Literal
 from trimtab.contrasts import Contrast, Conversation, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import ChatEndpoint
-from trimtab.files import Journal, write_whole
+from trimtab.files import Journal, check_output, write_whole
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 
@@ -142,7 +141,11 @@ def generate_contrast(
         raise TrimtabError(f"count must be 1 or more, not {count}")
     sides = _sides(language_model, concept, negatives, language_model if writer is None else writer)
     settings = _settings(concept, negatives, count, sampling, sides)
-    target = None if output is None else _writable(Path(output), overwrite)
+    target = None if output is None else Path(output)
+    if target is not None:
+        if target.is_dir():
+            raise TrimtabError(f"{target} is a directory: name a file")
+        check_output(target, overwrite)
     work = _Work(target, settings, overwrite)
 
     texts: dict[str, list[str]] = {}
@@ -318,19 +321,6 @@ def _described(writer: Writer) -> dict[str, Any]:
         return {"url": writer.url, "model": writer.model, "extra": dict(writer.extra)}
     identity = writer.identity
     return {"model": identity.name, "digest": identity.digest, "dtype": str(writer.dtype)}
-
-
-def _writable(path: Path, overwrite: bool) -> Path:
-    """Before hours of work, not after: an output that exists, or that cannot be written."""
-    if path.is_dir():
-        raise TrimtabError(f"{path} is a directory: name a file")
-    if path.exists() and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
-    if not path.absolute().parent.is_dir():
-        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
-    return path
 
 
 class _Work:
