@@ -12,20 +12,3 @@ from trimtab.figures.records import (
     summarise,
 )
 from trimtab.figures.significance import holm, paired_p
-
-__all__ = [
-    "VIOLATION",
-    "Comparison",
-    "Estimate",
-    "Evaluation",
-    "Record",
-    "Result",
-    "estimate_of",
-    "holm",
-    "mean_interval",
-    "paired",
-    "paired_p",
-    "rate_interval",
-    "summarise",
-    "weighted_interval",
-]

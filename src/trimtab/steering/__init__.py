@@ -18,29 +18,3 @@ from trimtab.steering.operators import (
     to_tensors,
 )
 from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
-
-__all__ = [
-    "POSITIONS",
-    "Ablate",
-    "Add",
-    "Calibration",
-    "Dial",
-    "Intervention",
-    "LinearOperator",
-    "ModelIdentity",
-    "Operator",
-    "Positions",
-    "Rotate",
-    "Scale",
-    "Steering",
-    "Steerings",
-    "Turn",
-    "describe",
-    "explain",
-    "fold_input",
-    "fold_output",
-    "orthonormal",
-    "refuse_other_file",
-    "to_tensors",
-    "together",
-]

@@ -507,12 +507,14 @@ def _without_password(url: str) -> str:
 
 
 def _one_by_one(database: Any) -> contextlib.AbstractContextManager[Any]:
-    """A lock beside the file of an SQLite database; others lock their own rows."""
+    """The lock in the directory of an SQLite file, as runs have it; others lock their own rows."""
     from sqlalchemy.engine import make_url
 
     url = str(getattr(database, "url", ""))
     file = url if "://" not in url else (make_url(url).database if "sqlite" in url else None)
-    return FileLock(f"{file}.lock") if file and file != ":memory:" else contextlib.nullcontext()
+    if not file or file == ":memory:":
+        return contextlib.nullcontext()
+    return FileLock(Path(file).parent / ".lock")
 
 
 # -- workers --------------------------------------------------------------------------------------
