@@ -105,7 +105,7 @@ def test_no_permission_is_said_before_the_work(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Patched, because root may write everywhere.
-    monkeypatch.setattr("trimtab.cli.common.os.access", lambda path, mode: False)
+    monkeypatch.setattr("trimtab.files.os.access", lambda path, mode: False)
     refused(trimtab(f"fit caa {FIT} -o new.st"), "cannot write new.st", "permission")
     refused(trimtab("bake -m model -s au.safetensors -o new"), "cannot write new", "permission")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 
 import trimtab as tt
-from helpers import language_model, refused_in_one_line
+from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
 from trimtab.sweeps.effect import Effect, plain_texts
 from trimtab.sweeps.result import Sweep
@@ -25,36 +24,7 @@ from trimtab.sweeps.rows import Bench
 from trimtab.sweeps.space import Range
 from trimtab.sweeps.sweep_method import sweep
 
-WORDS = [
-    "happy",
-    "sad",
-    "good",
-    "bad",
-    "map",
-    "ship",
-    "rain",
-    "wheel",
-    "king",
-    "daughter",
-    "fire",
-    "house",
-    "children",
-]
 SPACE = {"k": (1, 3, 9), "alpha": (2.0, 30.0)}
-
-
-def write_pairs(path: Path, rows: int = 60, seed: int = 0) -> str:
-    """Pairs in three parts, as a task."""
-    draw, lines = random.Random(seed), []
-    for i in range(rows):
-        positive, negative = draw.sample(WORDS, 2)
-        row = {
-            "prompt": f"Today {draw.choice(WORDS)} {i}",
-            "part": ("train", "validation", "test")[i % 3],
-        }
-        lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
-    path.write_text("\n".join(lines))
-    return f"contrast:{path}"
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +294,7 @@ def test_a_full_disk_is_not_the_trials_failure(
         raise tt.TrimtabError("cannot write: no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.reports.run.SharedRun.keep", full)
+        patch.setattr("trimtab.reports.run.Run.keep", full)
         with pytest.raises(tt.TrimtabError, match="no space left"):
             sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
     found = sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.reports import Picture, SharedRun, Table, model_line, page, save_figure
+from trimtab.reports import Picture, Run, Table, model_line, page, save_figure
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Analysis:
         }
 
 
-def write(found: Analysis, run: SharedRun) -> None:
+def write(found: Analysis, run: Run) -> None:
     """results.json, report.html and pictures/ of a run directory."""
     if run.path is None:
         return

@@ -25,9 +25,7 @@ from trimtab.reports.page import (
 from trimtab.reports.run import (
     Finite,
     Run,
-    SharedRun,
     check_overwritable,
-    checksum,
     line_of,
     object_in,
 )
@@ -41,11 +39,9 @@ __all__ = [
     "Finite",
     "Picture",
     "Run",
-    "SharedRun",
     "Table",
     "cell",
     "check_overwritable",
-    "checksum",
     "evaluation_page",
     "evaluation_tables",
     "interval",

@@ -14,7 +14,7 @@ from trimtab.reports import (
     COLOURS,
     STYLE,
     Picture,
-    SharedRun,
+    Run,
     Table,
     cell,
     evaluation_tables,
@@ -33,7 +33,7 @@ _LEVEL = 0.05
 _MARKERS = "os^vDPX*"
 
 
-def comparison_page(found: Comparison, run: SharedRun, environment: dict[str, Any]) -> str:
+def comparison_page(found: Comparison, run: Run, environment: dict[str, Any]) -> str:
     """The page of a comparison; its pictures are also saved beside it."""
     pictures = comparison_pictures(found)
     if run.path is not None:

@@ -36,7 +36,7 @@ from trimtab.figures import Record, Result, estimate_of
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.sweeps.effect import plain_texts
 
 #: Metrics of which less is better, unless the user says otherwise.
@@ -179,7 +179,7 @@ class Bench:
         """Take the unsteered model's records from an earlier run, not to run it again."""
         self._unsteered[part] = list(records)
 
-    def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
+    def kept(self, run: Run, file: str, part: Part, name: Any = None) -> list[Record] | None:
         """Records of all rows of a part under the name of a steering, from a run directory, or
         None; those that are not of these rows are refused."""
 

@@ -18,7 +18,7 @@ from trimtab.reports import (
     STYLE,
     UP,
     Picture,
-    SharedRun,
+    Run,
     Table,
     cell,
     interval,
@@ -35,7 +35,7 @@ _UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
 _MARKERS = {"complete": "o", "pruned": "x"}
 
 
-def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str:
+def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     """The page of a sweep; its pictures are also saved beside it."""
     blocks: list[Table | Picture] = [_chosen(found)]
     pictures = sweep_pictures(found)

@@ -19,7 +19,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
 from trimtab.papers.measure import Change, compare
 from trimtab.progress import progress
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.steering import Positions, Steering
 from trimtab.sweeps import Bench, Measured
 
@@ -123,7 +123,7 @@ class Study:
     """
 
     bench: Bench
-    run: SharedRun | None
+    run: Run | None
     chooses: bool
     oracle: bool
     cost: bool
@@ -265,7 +265,7 @@ def study_of(
     *,
     oracle: bool,
     cost: bool,
-    run: SharedRun | None,
+    run: Run | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, ("validation", "test"))

@@ -36,7 +36,7 @@ from trimtab.papers.rotations.circle import (
 )
 from trimtab.papers.rotations.dial_pictures import dial_picture, mask_picture
 from trimtab.papers.rotations.planes import ANGULAR, spans
-from trimtab.reports import SharedRun, Table, cell, interval
+from trimtab.reports import Run, Table, cell, interval
 from trimtab.steering import Intervention, Operator, Rotate, Steering, Turn
 from trimtab.sweeps import Measured, contrast_for
 
@@ -55,7 +55,7 @@ def dial(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> Analysis:
     """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
 
@@ -257,7 +257,7 @@ def masks(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> Analysis:
     """Selective Steering with other layers and with SAS's formula: what its choice is worth.
 
