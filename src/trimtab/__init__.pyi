@@ -4,13 +4,13 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .figures import Comparison, Evaluation, Result
+from .figures import Difference, Evaluation, Result
 from .fitting import fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
 from .steering import Dial, Intervention, Steering, Steerings
 from .strength import generate_contrast, within
-from .sweeps import Range, Sweep, compare, sweep
+from .sweeps import Comparison, Range, Sweep, compare, sweep
 
 __all__ = [
     "AAS",
@@ -27,6 +27,7 @@ __all__ = [
     "Completion",
     "Contrast",
     "Dial",
+    "Difference",
     "Evaluation",
     "Intervention",
     "LanguageModel",

@@ -218,7 +218,7 @@ def _show(found: Comparison, output: Path | None) -> None:
             row.name,
             setting(best.params),
             f"{row.test.value:.4g} {interval(row.test.ci95)}",
-            "" if gain is None else f"{gain.value:+.4g} {interval(gain.ci95)}",
+            "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
             "" if gain is None else f"{gain.corrected_p:.2g}",
             "" if row.cost is None else f"{row.cost:+.3f}",
             "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
@@ -235,7 +235,7 @@ def _show(found: Comparison, output: Path | None) -> None:
             equal.add_row(
                 row.name,
                 "" if row.dial is None else f"{row.dial:.4g}",
-                "" if gain is None else f"{gain.value:+.4g} {interval(gain.ci95)}",
+                "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
                 "" if row.cost is None else f"{row.cost:+.3f}",
                 row.why,
             )

@@ -39,7 +39,7 @@ from trimtab.cli.judging import (
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import PROTOCOLS, TASKS, evaluate
-from trimtab.figures import Comparison, Evaluation, Result
+from trimtab.figures import Difference, Evaluation, Result
 from trimtab.steering import Steering, Steerings
 from trimtab.terminal import CleanConsole, write_text
 
@@ -278,7 +278,7 @@ def _value(result: Result) -> str:
     return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"
 
 
-def _difference(comparison: Comparison | None) -> list[str]:
+def _difference(comparison: Difference | None) -> list[str]:
     if comparison is None:
         return ["", ""]
     low, high = comparison.ci95

@@ -3,7 +3,6 @@
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
 from trimtab.figures.records import (
     VIOLATION,
-    Comparison,
     Evaluation,
     Record,
     Result,
@@ -11,19 +10,27 @@ from trimtab.figures.records import (
     paired,
     summarise,
 )
-from trimtab.figures.significance import holm, paired_p
+from trimtab.figures.significance import (
+    Difference,
+    corrected,
+    holm,
+    paired_difference,
+    paired_p,
+)
 
 __all__ = [
     "VIOLATION",
-    "Comparison",
+    "Difference",
     "Estimate",
     "Evaluation",
     "Record",
     "Result",
+    "corrected",
     "estimate_of",
     "holm",
     "mean_interval",
     "paired",
+    "paired_difference",
     "paired_p",
     "rate_interval",
     "summarise",

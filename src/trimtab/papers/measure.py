@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Settings, TaskJob
-from trimtab.figures import Estimate, estimate_of, mean_interval, paired_p
+from trimtab.figures import Difference, Estimate, estimate_of, paired_difference
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, next_tokens, plan, side_readings
 from trimtab.sweeps import Bench, more_is_better
@@ -26,22 +26,6 @@ from trimtab.sweeps import Bench, more_is_better
 FINE = "log_odds"
 #: Values of each metric, row by row; NaN where an answer was not clear.
 Values = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Change:
-    """One steering against another on the same rows, with a paired bootstrap interval (95 %).
-
-    Of a metric that is right or wrong `gained` and `lost` count the flips and `p` is McNemar's
-    exact test; of another one `p` is Wilcoxon's signed-rank test.
-    """
-
-    difference: float
-    ci95: tuple[float, float]
-    n: int
-    p: float
-    gained: int | None = None
-    lost: int | None = None
 
 
 class Rows:
@@ -149,7 +133,7 @@ class Rows:
                 ahead[i] = each.log_p[0] - each.log_p[1]
         return {"accuracy": right, FINE: ahead}
 
-    def change(self, values: Values, metric: str, part: Part = "validation") -> Change:
+    def change(self, values: Values, metric: str, part: Part = "validation") -> Difference:
         """Against the unsteered model."""
         return compare(self.unsteered(part)[metric], values[metric])
 
@@ -203,18 +187,13 @@ def figure(metric: str, values: Tensor) -> Estimate:
     return estimate_of(metric, clear.tolist(), None)
 
 
-def compare(before: Tensor, after: Tensor) -> Change:
+def compare(before: Tensor, after: Tensor) -> Difference:
     """Paired: `after` minus `before`, [rows] each."""
     both = ~(before.isnan() | after.isnan())
     if not both.any():
         raise TrimtabError("no row is clear with and without steering: there is nothing to compare")
-    differences = (after - before)[both]
-    found = mean_interval(differences)
-    ends, p = (found.low, found.high), paired_p(differences.tolist())
-    if is_rate(before) and is_rate(after):
-        gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
-        return Change(found.value, ends, found.n, p, gained, lost)
-    return Change(found.value, ends, found.n, p)
+    flips = is_rate(before) and is_rate(after)
+    return paired_difference((after - before)[both], flips=flips)
 
 
 # -- choosing on validation rows ------------------------------------------------------------------
@@ -238,6 +217,6 @@ def chosen(rows: Rows, settings: Sequence[Setting]) -> Setting:
     return min(settings, key=lambda setting: sign * setting.figure(rows.metric).value)
 
 
-def plain(change: Change | Estimate) -> dict[str, Any]:
+def plain(figure: Difference | Estimate) -> dict[str, Any]:
     """For JSON."""
-    return asdict(change)
+    return figure.as_json() if isinstance(figure, Difference) else asdict(figure)

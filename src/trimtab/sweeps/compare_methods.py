@@ -24,14 +24,14 @@ import torch
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings, TaskJob, evaluate
-from trimtab.figures import Record, holm, mean_interval, paired_p
+from trimtab.figures import Difference, Record, corrected, paired_difference
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.reports import SharedRun, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
-from trimtab.sweeps.comparison import Compared, Comparison, Difference
+from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Bench, Better, contrast_for
 from trimtab.sweeps.space import (
@@ -406,13 +406,13 @@ def _differences(
         ]
         if both:
             plain[key] = both
-    p = [paired_p(values) for values in plain.values()]
-    found = {}
-    for (key, values), own, corrected in zip(plain.items(), p, holm(p), strict=True):
-        mean = mean_interval(torch.tensor(values, dtype=torch.float64))
-        interval = (mean.low, mean.high)
-        found[key] = Difference(mean.value, interval, own, corrected, len(values))
-    return found
+    found = {
+        key: paired_difference(
+            torch.tensor(values, dtype=torch.float64), flips=set(values) <= {-1, 0, 1}
+        )
+        for key, values in plain.items()
+    }
+    return dict(zip(found, corrected(list(found.values())), strict=True))
 
 
 def _caveats(
@@ -420,7 +420,7 @@ def _caveats(
 ) -> list[str]:
     """What a reader must know."""
     said = [f"{row.name}: {note}" for row in rows if row.sweep for note in row.sweep.notes]
-    if between and all(found.corrected_p > 0.05 for found in between.values()):
+    if between and all((found.corrected_p or 0.0) > 0.05 for found in between.values()):
         said.append(
             f"no two methods differ beyond chance (Holm's correction for {len(between)} pairs)"
         )

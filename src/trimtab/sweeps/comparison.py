@@ -5,21 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Evaluation, Result
+from trimtab.figures import Difference, Evaluation, Result
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference on the test rows, 95 % interval, p, and p corrected for all p of its
-    kind in the comparison."""
-
-    value: float
-    ci95: tuple[float, float]
-    p: float
-    corrected_p: float
-    n: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,7 @@ class Comparison:
             "methods": [_row_json(row) for row in self.rows],
             "at_budget": {"kl": self.kl, "methods": [_row_json(row) for row in self.at_budget]},
             "between": [
-                {"first": first, "second": second, **asdict(found)}
+                {"first": first, "second": second, **_difference_json(found)}
                 for (first, second), found in self.between.items()
             ],
             "fit": asdict(self.fit),
@@ -85,6 +73,16 @@ class Comparison:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+
+def _difference_json(found: Difference) -> dict[str, Any]:
+    return {
+        "value": found.difference,
+        "ci95": found.ci95,
+        "p": found.p,
+        "corrected_p": found.corrected_p,
+        "n": found.n,
+    }
 
 
 def _row_json(row: Compared) -> dict[str, Any]:
@@ -98,7 +96,7 @@ def _row_json(row: Compared) -> dict[str, Any]:
         "test": None if row.test is None else row.test.value,
         "n": 0 if row.test is None else row.test.n,
         "ci95": None if row.test is None else row.test.ci95,
-        "against_unsteered": None if row.against is None else asdict(row.against),
+        "against_unsteered": row.against and _difference_json(row.against),
         "dial": row.dial,
         "changed": row.changed,
         "cost": row.cost,

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from trimtab.figures import Estimate
+from trimtab.figures import Difference, Estimate
 from trimtab.reports import (
     COLOURS,
     STYLE,
@@ -24,7 +24,7 @@ from trimtab.reports import (
     plot_effects,
     save_figure,
 )
-from trimtab.sweeps.comparison import Compared, Comparison, Difference
+from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.metering import Used
 from trimtab.sweeps.space import setting
 
@@ -154,8 +154,8 @@ def spent(found: Comparison) -> Table:
 def comparison_pictures(found: Comparison) -> list[Picture]:
     """Differences with their intervals, and gain against cost."""
     against = {row.name: row.against for row in found.rows if row.against is not None}
-    gains = {name: Estimate(one.value, *one.ci95, one.n) for name, one in against.items()}
-    clear = [name for name, one in against.items() if one.corrected_p < _LEVEL]
+    gains = {name: Estimate(one.difference, *one.ci95, one.n) for name, one in against.items()}
+    clear = [name for name, one in against.items() if (one.corrected_p or 0.0) < _LEVEL]
     if not gains:
         return []
     with matplotlib.rc_context(STYLE):
@@ -191,8 +191,8 @@ def _plane(found: Comparison) -> Picture:
             gain = mine.against
             axes.errorbar(
                 mine.cost,
-                gain.value,
-                yerr=[[gain.value - gain.ci95[0]], [gain.ci95[1] - gain.value]],
+                gain.difference,
+                yerr=[[gain.difference - gain.ci95[0]], [gain.ci95[1] - gain.difference]],
                 color=COLOURS[i % len(COLOURS)],
                 marker=_MARKERS[i % len(_MARKERS)],
                 linestyle="none",
@@ -254,7 +254,7 @@ def _between(found: Comparison) -> Table:
 def _cells(found: Difference | None) -> list[str]:
     if found is None:
         return ["", "", ""]
-    value = f"{found.value:+.4g} {interval(found.ci95)}"
+    value = f"{found.difference:+.4g} {interval(found.ci95)}"
     return [value, f"{found.p:.2g}", f"{found.corrected_p:.2g}"]
 
 

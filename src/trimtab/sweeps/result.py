@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Comparison, Record, Result
+from trimtab.figures import Difference, Record, Result
 from trimtab.steering import Steering
 from trimtab.sweeps.space import Params
 
@@ -52,7 +52,7 @@ class Sweep:
     best: Trial | None
     oracle: Trial | None
     unsteered: dict[str, Result]
-    difference: Comparison | None
+    difference: Difference | None
     chosen_p: float | None
     steering: Steering | None
     flips: tuple[tuple[Record, Record], ...]
@@ -86,7 +86,7 @@ class Sweep:
                 part: {"value": r.value, "n": r.n, "ci95": r.ci95}
                 for part, r in self.unsteered.items()
             },
-            "difference": None if self.difference is None else asdict(self.difference),
+            "difference": None if self.difference is None else self.difference.as_json(),
             "trials": [asdict(trial) for trial in self.trials],
             "model": self.model,
             "seconds": self.seconds,

@@ -13,7 +13,7 @@ from typing import Any
 
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Comparison, Record, Result, summarise
+from trimtab.figures import Difference, Record, Result, summarise
 from trimtab.progress import progress
 from trimtab.reports import SharedRun, line_of
 from trimtab.steering import Steering
@@ -274,7 +274,7 @@ def _best(trials: Sequence[Trial], part: str, maximise: bool) -> Trial | None:
     return min(known, key=lambda t: (sign * getattr(t, part), t.number), default=None)
 
 
-def _of(comparisons: Sequence[Comparison], metric: str) -> Comparison | None:
+def _of(comparisons: Sequence[Difference], metric: str) -> Difference | None:
     return next((found for found in comparisons if found.metric == metric), None)
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.figures import holm
+from trimtab.figures import Difference, holm
 from trimtab.model import LanguageModel
 from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import Ranking, Unit, rankings, scaling
@@ -29,7 +29,7 @@ from trimtab.papers.austeer.units_shown import (
     notes_of,
     units_table,
 )
-from trimtab.papers.measure import Change, Rows, Values, compare
+from trimtab.papers.measure import Rows, Values, compare
 from trimtab.papers.result import Analysis
 from trimtab.progress import progress
 from trimtab.steering import Steering
@@ -91,7 +91,7 @@ def units(
     alone, values = _each_alone(rows, asked, steering)
     deciding = rows.rate or rows.metric
     corrected = {
-        metric: holm([one.changes[metric].p for one in alone]) for metric in alone[0].changes
+        metric: holm([one.changes[metric].p or 0.0 for one in alone]) for metric in alone[0].changes
     }
     verdicts = {
         metric: [_verdict(one.changes[metric], p) for one, p in zip(alone, ps, strict=True)]
@@ -227,7 +227,7 @@ def _each_alone(
     return [one for one, _ in ordered], [values for _, values in ordered]
 
 
-def _verdict(change: Change, p: float) -> str:
+def _verdict(change: Difference, p: float) -> str:
     if p >= LEVEL or not change.difference:
         return "neutral"
     return "beneficial" if change.difference > 0 else "harmful"

@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.contrasts import Part
+from trimtab.figures import Difference
 from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import Ranking, Unit
-from trimtab.papers.measure import Change, Rows
+from trimtab.papers.measure import Rows
 from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table, interval
 
 #: A change is called one where chance alone makes it with less than this probability.
@@ -29,7 +30,7 @@ class Alone:
 
     unit: Unit
     chosen: str  # block, ranked or random
-    changes: dict[str, Change]
+    changes: dict[str, Difference]
 
 
 def notes_of(

@@ -4,7 +4,7 @@ angle that is chosen, what it is worth on other rows."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Judging, Protocol, Settings
-from trimtab.figures import VIOLATION, Record, Result, holm, summarise
+from trimtab.figures import VIOLATION, Difference, Record, Result, corrected, summarise
 from trimtab.fitting import check_choice
 from trimtab.model import LanguageModel
-from trimtab.papers.measure import Change, compare
+from trimtab.papers.measure import compare
 from trimtab.progress import progress
 from trimtab.reports import SharedRun
 from trimtab.steering import Steering
@@ -55,7 +55,7 @@ class Turned:
     costs: dict[float, float] = field(default_factory=dict)
     theta: float | None = None
     tested: dict[str, Result] = field(default_factory=dict)
-    change: Change | None = None
+    change: Difference | None = None
     p_holm: float | None = None
     oracle: tuple[float, Result] | None = None
 
@@ -78,7 +78,7 @@ class Turned:
                 "test": found.value,
                 "n": found.n,
                 "ci95": found.ci95,
-                "change": self.change and asdict(self.change),
+                "change": self.change and self.change.as_json(),
                 "p_holm": self.p_holm,
                 "metrics": plain_figures(self.tested),
                 COST: self.costs.get(self.theta),
@@ -132,9 +132,9 @@ class Study:
                     advance(1)
                 self._choose(turned, angles, advance)
         changed = [turned for turned in found if turned.change is not None]
-        corrected = holm([turned.change.p for turned in changed if turned.change])
-        for turned, p in zip(changed, corrected, strict=True):
-            turned.p_holm = p
+        changes = [turned.change for turned in changed if turned.change is not None]
+        for turned, change in zip(changed, corrected(changes), strict=True):
+            turned.p_holm = change.corrected_p
         return found
 
     def _choose(self, turned: Turned, angles: Sequence[float], advance: Any) -> None:
@@ -223,7 +223,7 @@ def figures_of(records: Sequence[Record]) -> dict[str, Result]:
     return {found.metric: found for found in summarise(records, {}).results}
 
 
-def _change(before: Sequence[Record], after: Sequence[Record], metric: str) -> Change | None:
+def _change(before: Sequence[Record], after: Sequence[Record], metric: str) -> Difference | None:
     old, new = _values(before, metric), _values(after, metric)
     if bool((old.isnan() | new.isnan()).all()):
         return None
