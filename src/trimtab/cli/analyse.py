@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from trimtab.cli.common import (
@@ -32,14 +31,12 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.fit import read_numbers
 from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
+from trimtab.cli.tables import show
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import load_contrast
 from trimtab.reports import SharedRun
-from trimtab.terminal import CleanConsole
 
-#: Rows of a table that are shown in a terminal; the report has all.
-_SHOWN = 30
 _PLAIN = (int, float, str, bool, int | None, float | None, str | None)
 _REQUIRED = inspect.Parameter.empty
 
@@ -368,7 +365,8 @@ def _run(
     if as_json:
         print_json(found.as_json() | (judging.as_json() if judging else {}))
         return
-    _show(found, output)
+    console.print(found.title, style="bold")
+    show(found.tables, found.notes, output, ["report.html", "results.json", "pictures/"])
     if judging is not None:
         say_costs(judging)
 
@@ -409,27 +407,6 @@ def _describe_task(arguments: Mapping[str, Any]) -> dict[str, Any]:
         with suppress(TrimtabError):  # whether it is missed the analysis will say
             described["validation"] = job(arguments["task"], "validation", "limit")
     return described
-
-
-# -- for people -----------------------------------------------------------------------------------
-
-
-def _show(found: Any, output: Path | None) -> None:
-    console.print(found.title, style="bold")
-    # Intervals make tables wide; where no terminal ends the line they need not be folded.
-    wide = console if console.is_terminal else CleanConsole(width=200)
-    for table in found.tables:
-        shown = Table(*map(str, table.heads), title=table.title, title_justify="left")
-        for row in table.rows[:_SHOWN]:
-            shown.add_row(*map(str, row))
-        wide.print(shown)
-        if len(table.rows) > _SHOWN:
-            more = f"{_SHOWN} of {len(table.rows)} rows"
-            console.print(f"{more}{'; the report has all' if output else ''}", style="dim")
-    for note in found.notes:
-        console.print(f"note: {note}")
-    if output is not None:
-        console.print(f"{output}: report.html, results.json, pictures/", style="dim")
 
 
 class _Analyses(TyperGroup):

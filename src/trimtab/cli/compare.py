@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from trimtab.cli.common import (
     Data,
@@ -18,7 +17,6 @@ from trimtab.cli.common import (
     Json,
     Model,
     Overwrite,
-    console,
     open_model,
     print_json,
 )
@@ -36,11 +34,11 @@ from trimtab.cli.judging import (
     say_costs,
 )
 from trimtab.cli.sweep import Better, Protocol, read_values, row_limits
+from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.reports import interval
-from trimtab.sweeps import FAST, Candidate, Comparison, Range, compare, default_candidate, setting
+from trimtab.sweeps import FAST, Candidate, Range, compare, default_candidate
 
 
 def compare_command(
@@ -160,7 +158,7 @@ def compare_command(
     if as_json:
         print_json(found.as_json() | judging.as_json())
         return
-    _show(found, output)
+    show(found.tables(), found.notes, output, ["report.html", "results.json"])
     say_costs(judging)
 
 
@@ -201,46 +199,3 @@ def read_candidate(text: str) -> Candidate:
 def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
     """The grid of the paper where nothing is varied."""
     return one if one.space else default_candidate(language_model, one.method, one.fixed, one.name)
-
-
-def _show(found: Comparison, output: Path | None) -> None:
-    base = found.unsteered["test"]
-    table = Table("method", "setting", "test", "against unsteered", "p, corrected", "cost", "time")
-    value = "" if base.value is None else f"{base.value:.4g} {interval(base.ci95)}"
-    table.add_row("unsteered", "", value, "", "", "", "")
-    for row in found.rows:
-        best = None if row.sweep is None else row.sweep.best
-        if best is None or row.test is None or row.test.value is None:
-            table.add_row(row.name, row.why, "", "", "", "", "")
-            continue
-        gain = row.against
-        table.add_row(
-            row.name,
-            setting(best.params),
-            f"{row.test.value:.4g} {interval(row.test.ci95)}",
-            "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
-            "" if gain is None else f"{gain.corrected_p:.2g}",
-            "" if row.cost is None else f"{row.cost:+.3f}",
-            "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
-        )
-    table.caption = (
-        f"{found.metric} on {found.task}, n = {base.n}; cost in nats per token of plain text; time "
-        "to generate, times unsteered"
-    )
-    console.print(table)
-    if found.at_budget:
-        equal = Table("method", f"dial at {found.kl:g} nats", "against unsteered", "cost", "")
-        for row in found.at_budget:
-            gain = row.against
-            equal.add_row(
-                row.name,
-                "" if row.dial is None else f"{row.dial:.4g}",
-                "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
-                "" if row.cost is None else f"{row.cost:+.3f}",
-                row.why,
-            )
-        console.print(equal)
-    for note in found.notes:
-        console.print(f"note: {note}", highlight=False)
-    if output is not None:
-        console.print(f"{output}: report.html, results.json", style="dim")

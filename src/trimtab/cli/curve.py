@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,10 +33,10 @@ from trimtab.cli.common import (
     refuse_holding,
 )
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Chat, ChatEndpoint, LocalChat, evaluate, load_contrast
+from trimtab.evaluation import Chat, ChatEndpoint, LocalChat, load_contrast
 from trimtab.files import json_object, write_whole
 from trimtab.fitting import fit
-from trimtab.model import LanguageModel, load
+from trimtab.model import load
 from trimtab.reports import save_figure
 from trimtab.steering import Steering
 from trimtab.strength import (
@@ -48,6 +47,7 @@ from trimtab.strength import (
     ConceptJudge,
     Curves,
     LexiconJudge,
+    accuracy_curve,
     at_layers,
     concept_curve,
     cost_curve,
@@ -58,6 +58,7 @@ from trimtab.strength import (
     method_of,
     read,
     resampled,
+    spaced,
 )
 from trimtab.sweeps import plain_texts
 
@@ -175,8 +176,10 @@ def curve_command(
         low, high = wide or dial_limits(steering)
         accuracy, others, cost, shown = None, [], None, None
         if task is not None:  # first, because it finds out whether there is such a task
-            spaced = _spaced(low, high, task_points)
-            accuracy = _accuracy(language_model, steering, task, spaced, data, limit, force)
+            dials = spaced((low, high), task_points)
+            accuracy = accuracy_curve(
+                language_model, steering, task, dials, data=data, limit=limit, force=force
+            )
         if resamples:
             assert source is not None
             others = resampled(language_model, method_of(steering), source, resamples, seed)
@@ -198,7 +201,7 @@ def curve_command(
                 language_model,
                 steering,
                 read_text,
-                _denser(_spaced(low, high, ce_points)),
+                _denser(spaced((low, high), ce_points)),
                 limit_tokens=ce_tokens,
                 force=force,
             )
@@ -208,7 +211,7 @@ def curve_command(
                 steering,
                 texts,
                 labeller,
-                _spaced(*(concept_wide or (low, high)), concept_points),
+                spaced(concept_wide or (low, high), concept_points),
                 samples=samples,
                 max_new_tokens=max_new_tokens,
                 any_of=any_of,
@@ -218,7 +221,7 @@ def curve_command(
             )
         reading = read(tokens, cost, shown, bounds)
         found.append(Curves(_name(steering), reading, tokens, cost, shown, accuracy))
-    documents = [_document(one) for one in found]
+    documents = [{**one.as_json(), "words": one.reading.lines()} for one in found]
     about: dict[str, Any] = {"model": dict(vars(language_model.identity)), "prompts": texts}
     pictures = _write(found, {"curves": documents, **about}, output) if output else []
     if as_json:
@@ -261,21 +264,11 @@ def _span(text: str | None, option: str) -> tuple[float, float] | None:
     return low, high
 
 
-def _spaced(low: float, high: float, points: int) -> list[float]:
-    """Evenly spaced dials, and 0 where it lies between them."""
-    if points < 2:
-        raise TrimtabError(f"a curve needs 2 points or more, not {points}")
-    spaced = [low + (high - low) * i / (points - 1) for i in range(points)]
-    near = 1e-9 * (high - low)
-    inner = [dial for dial in spaced if abs(dial) > near]
-    return sorted([*inner, 0.0]) if low <= 0 <= high else spaced
-
-
-def _denser(spaced: list[float]) -> list[float]:
+def _denser(dials: list[float]) -> list[float]:
     """The dials and some more around 0, where the cost's curvature is read."""
-    step = spaced[1] - spaced[0]
+    step = dials[1] - dials[0]
     near = [side * step / 2**i for i in range(1, 5) for side in (-1, 1)]
-    return sorted({*spaced, *(dial for dial in near if spaced[0] < dial < spaced[-1])})
+    return sorted({*dials, *(dial for dial in near if dials[0] < dial < dials[-1])})
 
 
 def _plain(path: Path | None) -> list[str]:
@@ -322,44 +315,13 @@ def _judge(
     return ChatConceptJudge(chat, concept)
 
 
-def _accuracy(
-    language_model: LanguageModel,
-    steering: Steering,
-    task: str,
-    dials: Sequence[float],
-    data: str | None,
-    limit: int | None,
-    force: bool,
-) -> Accuracy:
-    """A task's first metric at each dial."""
-    # Not at(), which warns of each dial that is outside the sensible range.
-    alternatives = {f"{dial:.12g}": replace(steering, value=dial) for dial in dials}
-    done = evaluate(
-        language_model, task, steering=alternatives, data=data, limit=limit, force=force
-    )
-    first = done.results[0]
-    rows = [done.value(first.task, first.metric, name) for name in alternatives]
-    if any(row.value is None for row in rows):
-        raise TrimtabError(f"{task} gave no clear answer at one of the dials: narrow --range")
-    pairs = [row.ci95 or (row.value, row.value) for row in rows]
-    return Accuracy(
-        first.task,
-        first.metric,
-        tuple(dials),
-        tuple(float(row.value or 0) for row in rows),
-        tuple(float(low or 0) for low, _ in pairs),
-        tuple(float(high or 0) for _, high in pairs),
-        rows[0].n,
-        float(done.value(first.task, first.metric).value or 0),
-    )
-
-
 def _accuracy_line(found: Accuracy) -> str:
-    best = max(range(len(found.dials)), key=lambda i: found.value[i])
+    pairs = zip(found.figures, found.dials, strict=True)
+    best, dial = max(pairs, key=lambda pair: pair[0].value)
     return (
         f"{found.task}, {found.metric}: {found.unsteered:.3g} unsteered, at best "
-        f"{found.value[best]:.3g} [{found.low[best]:.3g}, {found.high[best]:.3g}] at "
-        f"{found.dials[best]:g} (n {found.n}; chosen on what it is shown on)"
+        f"{best.value:.3g} [{best.low:.3g}, {best.high:.3g}] at {dial:g} (n {best.n}; chosen on "
+        "what it is shown on)"
     )
 
 
@@ -367,20 +329,6 @@ def _name(steering: Steering) -> str:
     sites = [intervention.site for intervention in steering.interventions]
     where = sites[0] if len(sites) == 1 else f"{len(sites)} sites"
     return f"{steering.method} at {where}"
-
-
-def _document(found: Curves) -> dict[str, Any]:
-    """All curves of one steering as JSON."""
-    assert found.tokens is not None
-    return {
-        "name": found.name,
-        "curve": found.tokens.as_json(),
-        "cost": None if found.cost is None else found.cost.as_json(),
-        "concept": None if found.concept is None else found.concept.as_json(),
-        "accuracy": None if found.accuracy is None else found.accuracy.as_json(),
-        "reading": found.reading.as_json(),
-        "words": found.reading.lines(),
-    }
 
 
 def _write(found: Sequence[Curves], document: dict[str, Any], output: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from trimtab.cli.common import Data, Device, Dtype, Json, Overwrite, console, open_model, print_json
+from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.papers import (
     SCALES,
@@ -115,12 +116,4 @@ def _show(done: Reproduction, output: Path | None) -> None:
     """For people: the paper's figures beside ours, and what to know."""
     recipe = done.recipe
     console.print(f"{recipe.paper}, {recipe.item}: {recipe.shows}", style="bold")
-    for found in beside_paper(done):
-        table = Table(*found.heads, title=found.title, title_justify="left")
-        for row in found.rows:
-            table.add_row(*map(str, row))
-        console.print(table)
-    for note in done.notes:
-        console.print(f"note: {note}")
-    if output is not None:
-        console.print(f"{output}: report.html, results.json, pictures/", style="dim")
+    show(beside_paper(done), done.notes, output, ["report.html", "results.json", "pictures/"])

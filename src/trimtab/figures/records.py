@@ -55,6 +55,13 @@ class Result:
     steering: str | None
     unclear: int = 0
 
+    @property
+    def estimate(self) -> Estimate | None:
+        """The figure, where there is one; without an interval it is as narrow as can be."""
+        if self.value is None:
+            return None
+        return Estimate(self.value, *(self.ci95 or (self.value, self.value)), self.n)
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -26,7 +26,7 @@ from trimtab.strength.curves import (
 )
 from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
-from trimtab.strength.pictures import Accuracy, Curves, draw
+from trimtab.strength.pictures import Accuracy, Curves, accuracy_curve, draw, spaced
 from trimtab.strength.reading import Bounds, Reading, read
 from trimtab.strength.rule import Within, within
 from trimtab.strength.theory import ufm
@@ -51,6 +51,7 @@ __all__ = [
     "TokenCurve",
     "Turning",
     "Within",
+    "accuracy_curve",
     "at_layers",
     "budget",
     "calibrate",
@@ -66,6 +67,7 @@ __all__ = [
     "method_of",
     "read",
     "resampled",
+    "spaced",
     "theory",
     "token_log_odds",
     "ufm",

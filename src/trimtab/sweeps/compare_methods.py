@@ -33,7 +33,7 @@ from trimtab.steering import Steering
 from trimtab.strength import budget
 from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
-from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.rows import Better, TaskRows, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -120,7 +120,7 @@ def compare(
     _check(candidates, trials, kl)
     check_cost(max_cost)
     source = None if data is None else str(data)
-    bench = Bench(
+    bench = TaskRows(
         language_model,
         task,
         data=source,
@@ -252,7 +252,7 @@ def _described(one: Candidate) -> dict[str, Any]:
 
 
 def _fitters(
-    bench: Bench,
+    bench: TaskRows,
     contrast: Contrast,
     candidates: Sequence[Candidate],
     cache: str | Path | None,
@@ -278,7 +278,7 @@ def _own_run(run: SharedRun, name: str, config: dict[str, Any], overwrite: bool)
 
 
 def _swept(
-    bench: Bench,
+    bench: TaskRows,
     fitter: Fitter,
     one: Candidate,
     trials: int,
@@ -316,7 +316,7 @@ def _size(space: Space) -> float:
     return len(grid(space))
 
 
-def _effects(bench: Bench, name: str, steering: Steering, timed: bool) -> Compared:
+def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Compared:
     """What a steering changes and what it costs, beside its figure on the task."""
     cost = bench.cost(steering)
     return Compared(
@@ -332,7 +332,7 @@ def _effects(bench: Bench, name: str, steering: Steering, timed: bool) -> Compar
     )
 
 
-def _prompts(bench: Bench) -> list[Prompt]:
+def _prompts(bench: TaskRows) -> list[Prompt]:
     """Validation prompts, for budgets and times."""
     job = bench.jobs["validation"]
     if isinstance(job, TaskJob):
@@ -344,7 +344,7 @@ def _prompts(bench: Bench) -> list[Prompt]:
 
 
 def _at_budget(
-    bench: Bench, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
+    bench: TaskRows, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
 ) -> Compared:
     """A chosen steering at the dial whose median KL on the validation prompts is the budget, on
     the side on which it was chosen."""
@@ -375,7 +375,7 @@ def _turned(steering: Steering, row: Compared) -> Steering:
 
 
 def _compared(
-    bench: Bench, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
+    bench: TaskRows, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
 ) -> tuple[list[Compared], dict[tuple[str, str], Difference]]:
     """The rows with their figures and differences against unsteered; and between each two."""
     base = bench.unsteered("test")
@@ -394,7 +394,7 @@ def _compared(
 
 
 def _differences(
-    bench: Bench, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
+    bench: TaskRows, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
 ) -> dict[tuple[str, str], Difference]:
     """Second minus first of each pair of records, corrected for the number of pairs."""
     metric, plain = bench.metric, {}

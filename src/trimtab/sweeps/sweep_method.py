@@ -20,7 +20,7 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.reports import SharedRun
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.rows import Better, TaskRows, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -101,7 +101,7 @@ def sweep(
     if storage is not None and output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
     source = None if data is None else str(data)
-    bench = Bench(
+    bench = TaskRows(
         language_model,
         task,
         data=source,

@@ -18,7 +18,7 @@ from trimtab.progress import progress
 from trimtab.reports import SharedRun, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Fitter, Space, label, plain
 from trimtab.sweeps.trials import Search, Trials, rungs
 
@@ -30,7 +30,7 @@ _PATIENCE = 2.0
 
 
 def try_settings(
-    bench: Bench,
+    bench: TaskRows,
     fitter: Fitter,
     space: Space,
     *,
@@ -69,7 +69,7 @@ def _name(config: Mapping[str, Any]) -> str:
 class _Worker:
     """Runs trials until none is left, and tells what came of them."""
 
-    bench: Bench
+    bench: TaskRows
     fitter: Fitter
     run: SharedRun
     max_cost: float | None

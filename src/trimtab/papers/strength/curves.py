@@ -8,17 +8,16 @@ every position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import data_directory, evaluate
+from trimtab.evaluation import data_directory
 from trimtab.files import read_jsonl
 from trimtab.fitting import fit
 from trimtab.methods import CAA
-from trimtab.papers.found import Found, Value, contrast_of
+from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.reports import Picture, Table
 from trimtab.steering import Steering
 from trimtab.strength import (
@@ -27,6 +26,7 @@ from trimtab.strength import (
     Curves,
     LexiconJudge,
     Negatives,
+    accuracy_curve,
     concept_curve,
     cost_curve,
     curve,
@@ -35,6 +35,7 @@ from trimtab.strength import (
     lexicon,
     read,
     resampled,
+    spaced,
 )
 from trimtab.sweeps import plain_texts
 
@@ -65,7 +66,7 @@ def curves(
     data: str | None = None,
     seed: int = 0,
     output: Path | None = None,
-) -> Found:
+) -> StudyResult:
     """Curves of one steering for each of `depths` (0 is the first block, 1 the last).
 
     `contrast` is a source, or `concept:NAME`: `texts` texts a side of `text_tokens` tokens that the
@@ -99,7 +100,7 @@ def curves(
         lines = [[line] for line in reading.lines()]
         tables.append(Table(f"Block {layer} in words", ["what the curves say"], lines))
         values |= _values(one, f"block {layer}, " if len(layers) > 1 else "")
-        documents.append(_document(one))
+        documents.append(one.as_json())
     picture = Picture(
         "Curves over the strength α",
         "curves",
@@ -108,7 +109,7 @@ def curves(
         f"Means over {len(prompts)} contexts.",
     )
     notes = [f"the steering was fitted on {source.name}, {len(source.train)} rows"]
-    return Found({"curves": documents}, values, tables, [picture], notes)
+    return StudyResult({"curves": documents}, values, tables, [picture], notes)
 
 
 def _contrast(
@@ -136,19 +137,12 @@ def _contrast(
     )  # fmt: skip
 
 
-def _spaced(span: Sequence[float], points: int) -> list[float]:
-    """Evenly spaced dials, 0 among them."""
-    low, high = span
-    spaced = {low + (high - low) * i / (points - 1) for i in range(points)}
-    return sorted({*spaced, 0.0}) if low <= 0 <= high else sorted(spaced)
-
-
 def _cost(language_model: Any, steering: Steering, asked: Mapping[str, Any], data: Any) -> Any:
     return cost_curve(
         language_model,
         steering,
         plain_corpus(data, asked["tokens"]),
-        _spaced(asked["span"], asked["points"]),
+        spaced(asked["span"], asked["points"]),
         limit_tokens=asked["tokens"],
     )
 
@@ -177,7 +171,7 @@ def _concept(language_model: Any, steering: Steering, asked: Mapping[str, Any], 
         steering,
         prompts,
         judge,
-        _spaced(asked["span"], asked["points"]),
+        spaced(asked["span"], asked["points"]),
         samples=asked["samples"],
         max_new_tokens=asked["max_new_tokens"],
         chat=False,
@@ -186,26 +180,9 @@ def _concept(language_model: Any, steering: Steering, asked: Mapping[str, Any], 
 
 
 def _task(language_model: Any, steering: Steering, asked: Mapping[str, Any], data: Any) -> Accuracy:
-    """A task's first metric at each strength."""
-    dials = _spaced(asked["span"], asked["points"])
-    # Not at(), which warns of each dial that is outside the sensible range.
-    alternatives = {f"{dial:.12g}": replace(steering, value=dial) for dial in dials}
-    done = evaluate(
-        language_model, asked["name"], steering=alternatives, data=data, limit=asked.get("limit")
-    )
-    first = done.results[0]
-    rows = [done.value(first.task, first.metric, name) for name in alternatives]
-    ends = [row.ci95 or (row.value or 0.0, row.value or 0.0) for row in rows]
-    return Accuracy(
-        first.task,
-        first.metric,
-        tuple(dials),
-        tuple(float(row.value or 0) for row in rows),
-        tuple(float(low) for low, _ in ends),
-        tuple(float(high) for _, high in ends),
-        rows[0].n,
-        float(first.value or 0),
-    )
+    dials = spaced(asked["span"], asked["points"])
+    limit = asked.get("limit")
+    return accuracy_curve(language_model, steering, asked["name"], dials, data=data, limit=limit)
 
 
 def _values(found: Curves, prefix: str) -> dict[str, Value]:
@@ -230,17 +207,6 @@ def _values(found: Curves, prefix: str) -> dict[str, Value]:
         values["lowest ΔCE"] = Value(min(delta))
     if found.accuracy is not None:
         values["accuracy, unsteered"] = Value(found.accuracy.unsteered, share=True)
-        values["accuracy, lowest α"] = Value(found.accuracy.value[0], share=True)
-        values["accuracy, highest α"] = Value(found.accuracy.value[-1], share=True)
+        values["accuracy, lowest α"] = Value(found.accuracy.figures[0].value, share=True)
+        values["accuracy, highest α"] = Value(found.accuracy.figures[-1].value, share=True)
     return {prefix + name: value for name, value in values.items()}
-
-
-def _document(found: Curves) -> dict[str, Any]:
-    parts = {
-        "curve": found.tokens, "cost": found.cost, "concept": found.concept,
-        "accuracy": found.accuracy, "reading": found.reading,
-    }  # fmt: skip
-    return {
-        "name": found.name,
-        **{name: None if part is None else part.as_json() for name, part in parts.items()},
-    }

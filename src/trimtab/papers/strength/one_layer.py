@@ -14,7 +14,7 @@ from trimtab.contrasts import Contrast
 from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.model import LanguageModel, wrap
-from trimtab.papers.found import Found, Value
+from trimtab.papers.result import StudyResult, Value
 from trimtab.papers.strength.curves import plain_corpus
 from trimtab.progress import progress
 from trimtab.reports import Picture, Table
@@ -37,7 +37,7 @@ def one_layer(
     contexts: int = 4,
     data: str | None = None,
     seed: int = 0,
-) -> Found:
+) -> StudyResult:
     """Train one block of `width` units on plain text, every other piece of it in capitals, and
     steer it from text as it is toward capitals. The model lends its tokenizer only."""
     texts = plain_corpus(data, text_tokens)
@@ -71,7 +71,7 @@ def one_layer(
     table = Table("In words", ["what the curves say"], [[line] for line in reading.lines()])
     notes = [f"trained here: {size / 1e6:.1f} million parameters, {steps} steps, loss {loss:.2f}"]
     document = {"curve": followed.as_json(), "reading": reading.as_json(), "loss": loss}
-    return Found(document, values, [table], [picture], notes)
+    return StudyResult(document, values, [table], [picture], notes)
 
 
 def _trained(

@@ -1,0 +1,36 @@
+"""What a result says to people in a terminal: its tables, its notes, and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table as RichTable
+
+from trimtab.cli.common import console
+from trimtab.reports import Table
+from trimtab.terminal import CleanConsole
+
+#: Rows of a table that are shown in a terminal; the report has all.
+_SHOWN = 20
+
+
+def show(
+    tables: Sequence[Table], notes: Sequence[str], output: Path | None, files: Sequence[str]
+) -> None:
+    """The tables of a result with at most so many rows, what to know, and the files it left."""
+    # Intervals make tables wide; where no terminal ends the line they need not be folded.
+    wide = console if console.is_terminal else CleanConsole(width=200)
+    for table in tables:
+        shown = RichTable(*map(str, table.heads), title=table.title, title_justify="left")
+        for row in table.rows[:_SHOWN]:
+            shown.add_row(*map(str, row))
+        wide.print(shown)
+        if len(table.rows) > _SHOWN:
+            more = f"{_SHOWN} of {len(table.rows)} rows"
+            console.print(f"{more}{'; the report has all' if output else ''}", style="dim")
+    for note in notes:
+        console.print(f"note: {note}")
+    if output is not None:
+        left = [name for name in files if (output / name).exists()]
+        console.print(f"{output}: {', '.join(left)}", style="dim")
