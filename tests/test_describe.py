@@ -12,7 +12,7 @@ import torch
 
 import trimtab as tt
 from trimtab.methods import METHODS
-from trimtab.steering.artifact import Dial, Intervention, ModelIdentity, Positions, Steering
+from trimtab.steering import Dial, Intervention, ModelIdentity, Positions, Steering
 from trimtab.steering.contents import describe, explain
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 

@@ -1,30 +1,8 @@
 """Where the sites of a model are, and hooks on them."""
 
-from trimtab.anatomy.anatomy import (
-    KINDS,
-    READ_ONLY,
-    Anatomy,
-    Edit,
-    LinearMap,
-    Point,
-    parse_site,
-    site_order,
-)
+from trimtab.anatomy.anatomy import Anatomy
+from trimtab.anatomy.architectures import Architecture, known, register
 from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
-
-__all__ = [
-    "KINDS",
-    "READ_ONLY",
-    "Anatomy",
-    "Edit",
-    "Hook",
-    "LinearMap",
-    "Point",
-    "eager",
-    "exclusively",
-    "hooked",
-    "is_hooked",
-    "parse_site",
-    "site_order",
-]
+from trimtab.anatomy.maps import LinearMap
+from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order

@@ -35,37 +35,3 @@ from trimtab.evaluation.tasks import (
 from trimtab.evaluation.tasks.answers import from_answers
 from trimtab.evaluation.tasks.data import data_directory, source_file
 from trimtab.evaluation.tasks.prompts import prompts_task
-
-__all__ = [
-    "HARMBENCH_TEMPLATE",
-    "PROTOCOLS",
-    "TASKS",
-    "Attached",
-    "Chat",
-    "ChatEndpoint",
-    "ChatJudge",
-    "HarmBenchJudge",
-    "Judge",
-    "Judging",
-    "LocalChat",
-    "PhraseJudge",
-    "PolyGuardJudge",
-    "PreferenceJob",
-    "Protocol",
-    "Scorer",
-    "Settings",
-    "TaskJob",
-    "Wanted",
-    "check_protocol",
-    "coherence",
-    "data_directory",
-    "evaluate",
-    "find_job",
-    "find_task",
-    "from_answers",
-    "load_contrast",
-    "misfit",
-    "prompts_task",
-    "repetition",
-    "source_file",
-]

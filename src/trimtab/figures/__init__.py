@@ -17,22 +17,3 @@ from trimtab.figures.significance import (
     paired_difference,
     paired_p,
 )
-
-__all__ = [
-    "VIOLATION",
-    "Difference",
-    "Estimate",
-    "Evaluation",
-    "Record",
-    "Result",
-    "corrected",
-    "estimate_of",
-    "holm",
-    "mean_interval",
-    "paired",
-    "paired_difference",
-    "paired_p",
-    "rate_interval",
-    "summarise",
-    "weighted_interval",
-]

@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting.activations import TOKENS, Statistics, Token, Want, collect
+from trimtab.model import LanguageModel
 from trimtab.steering import (
     POSITIONS,
     Add,
@@ -39,7 +40,7 @@ class Method(ABC):
 
     def fit(
         self,
-        language_model: Any,
+        language_model: LanguageModel,
         contrast: Contrast,
         *,
         max_length: int | None = None,
@@ -49,17 +50,19 @@ class Method(ABC):
         return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
 
     @abstractmethod
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         """The statistics that it needs of the contrast's train part."""
 
     @abstractmethod
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         """The steering, from what the pass gathered."""
 
 
 def fit(
     methods: Sequence[Method],
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     *,
     max_length: int | None = None,
@@ -79,7 +82,7 @@ def fit(
 
 def new_steering(
     method: Method,
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     interventions: Sequence[Intervention],
     dial: Dial,

@@ -13,8 +13,8 @@ token to the first tokens of the text; here the vector acts wherever `positions`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -30,6 +30,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
+from trimtab.model import LanguageModel
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
@@ -61,7 +62,7 @@ class ActAdd(Method):
         if self.pairs < 1:
             raise TrimtabError(f"actadd: pairs must be 1 or more, not {self.pairs}")
 
-    def _want(self, anatomy: Any, contrast: Contrast) -> Want:
+    def _want(self, anatomy: Anatomy, contrast: Contrast) -> Want:
         train = contrast.train
         if train.paired:
             sides = [list(range(len(train)))]
@@ -81,10 +82,12 @@ class ActAdd(Method):
         (site,) = residual_sites(anatomy, self.layer)
         return Want(site, self.token, Means, rows=rows)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return [self._want(language_model.anatomy, contrast)]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         want = self._want(language_model.anatomy, contrast)
         vector = statistics[want].difference.float()
         interventions = [Intervention(want.site, Add(vector), self.positions)]

@@ -35,12 +35,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import site_order
+from trimtab.anatomy import Anatomy, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
@@ -54,6 +54,7 @@ from trimtab.fitting import (
     check_number,
     new_steering,
 )
+from trimtab.model import LanguageModel
 from trimtab.steering import (
     POSITIONS,
     Add,
@@ -150,11 +151,11 @@ class AUSteer(Method):
         if self.strength == "fixed" and self.change == "vector":
             raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
 
-    def sites(self, anatomy: Any) -> list[str]:
+    def sites(self, anatomy: Anatomy) -> list[str]:
         """Where units are chosen from, each site once and from the lowest layer up."""
         return sorted(set(anatomy.sites(self.site, self.layers)), key=site_order)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         sites = self.sites(language_model.anatomy)
         units = sum(language_model.anatomy.width(site) for site in sites)
         if self.k != "all" and self.k > units:
@@ -168,7 +169,9 @@ class AUSteer(Method):
     def _needs_means(self) -> bool:
         return self.direction == "signed" or self.locate == "difference" or self.change == "vector"
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = self.sites(anatomy)
         widths = [anatomy.width(site) for site in sites]

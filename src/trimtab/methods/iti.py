@@ -19,7 +19,7 @@ position is steered, which is `"all"`, the default, and can be baked.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -40,6 +41,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
@@ -73,14 +75,16 @@ class ITI(Method):
         if self.seed < 0:
             raise TrimtabError(f"iti: seed must be 0 or more, not {self.seed}")
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         heads = anatomy.layers * anatomy.heads
         if self.k > heads:
             raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
         return [Want(site, "last", Samples) for site in anatomy.sites("heads")]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         own = ("iti", self.direction, self.scale, self.held_out, self.seed)
         accuracies, shifts, deviations = statistics.once(
@@ -108,7 +112,7 @@ class ITI(Method):
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     def _probes(
-        self, anatomy: Any, paired: bool, statistics: Statistics
+        self, anatomy: Anatomy, paired: bool, statistics: Statistics
     ) -> tuple[list[float], list[Tensor], list[Tensor]]:
         """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
         sites = anatomy.sites("heads")

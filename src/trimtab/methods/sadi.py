@@ -23,7 +23,7 @@ were without steering; here the model runs on from what was changed, at all `pos
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -41,6 +41,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.model import LanguageModel
 from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Scale, Steering
 
 #: Site kind of each variant.
@@ -71,7 +72,7 @@ class SADI(Method):
         if not isinstance(self.k, int) or self.k < 0:
             raise TrimtabError(f"sadi: k must be 0 or more, not {self.k}")
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"
@@ -87,7 +88,9 @@ class SADI(Method):
         measured = site.removesuffix(kind) + MEASURED.get(self.variant, kind)
         return Want(measured, "last", Means)
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"

@@ -22,7 +22,6 @@ is added to the residual stream that the autoencoder reads.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +44,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.model import LanguageModel
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
@@ -73,7 +73,7 @@ class STA(Method):
         if not 0 < self.p <= 1:
             raise TrimtabError(f"sta: p must be above 0 and at most 1, not {self.p}")
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         features = load_features(self.sae)
         width = language_model.anatomy.width(features.site)  # refuses a layer out of range
         if features.decoder.shape[1] != width:
@@ -87,7 +87,9 @@ class STA(Method):
             Want(features.site, self.token, Means),
         ]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         features = load_features(self.sae)
         means, active, stream = (statistics[want] for want in self.wants(language_model, contrast))
         amplitude, frequency = means.difference, active.difference

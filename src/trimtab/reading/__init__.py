@@ -1,22 +1,19 @@
 """A model over many texts, with nothing computed twice."""
 
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.reading.next_tokens import Next, Reading, after, next_tokens, plan
-from trimtab.reading.streams import Kept, begin, blocks_below, grouped, resume
-
-__all__ = [
-    "Kept",
-    "Next",
-    "Reading",
-    "after",
-    "begin",
-    "blocks_below",
-    "cross_entropy",
-    "grouped",
-    "log_odds",
-    "next_tokens",
-    "plan",
-    "preference",
-    "resume",
-    "side_readings",
-]
+from trimtab.reading.next_tokens import (
+    Next,
+    Reading,
+    last_logits,
+    next_tokens,
+    prompt_reading,
+    read_columns,
+)
+from trimtab.reading.packing import (
+    Batch,
+    Packed,
+    batches,
+    encode_contrast,
+    run_packed,
+)
+from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper

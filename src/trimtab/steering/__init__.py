@@ -1,18 +1,9 @@
 """The artifact and its algebra: operators, interventions, one dial, calibration."""
 
-from trimtab.steering.artifact import (
-    POSITIONS,
-    Dial,
-    Intervention,
-    ModelIdentity,
-    Positions,
-    Steering,
-    Steerings,
-    refuse_other_file,
-    together,
-)
+from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.contents import describe, explain
+from trimtab.steering.document import refuse_other_file
 from trimtab.steering.operators import (
     Ablate,
     Add,
@@ -26,29 +17,4 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
-
-__all__ = [
-    "POSITIONS",
-    "Ablate",
-    "Add",
-    "Calibration",
-    "Dial",
-    "Intervention",
-    "LinearOperator",
-    "ModelIdentity",
-    "Operator",
-    "Positions",
-    "Rotate",
-    "Scale",
-    "Steering",
-    "Steerings",
-    "Turn",
-    "describe",
-    "explain",
-    "fold_input",
-    "fold_output",
-    "orthonormal",
-    "refuse_other_file",
-    "to_tensors",
-    "together",
-]
+from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions

@@ -21,37 +21,3 @@ from trimtab.sweeps.rows import (
 from trimtab.sweeps.space import AUSTEER_GRID, Params, Range, label, setting, shown
 from trimtab.sweeps.sweep_method import FAST, sweep
 from trimtab.sweeps.sweep_page import sweep_pictures
-
-__all__ = [
-    "AUSTEER_GRID",
-    "FAST",
-    "FINE",
-    "Better",
-    "Candidate",
-    "Comparison",
-    "Effect",
-    "Params",
-    "Range",
-    "Sweep",
-    "TaskRows",
-    "Trial",
-    "Used",
-    "Values",
-    "choose",
-    "compare",
-    "comparison_pictures",
-    "contrast_for",
-    "default_candidate",
-    "difference_of",
-    "label",
-    "mean_of",
-    "metered",
-    "more_is_better",
-    "overhead",
-    "plain_texts",
-    "setting",
-    "shown",
-    "sweep",
-    "sweep_pictures",
-    "values_of",
-]

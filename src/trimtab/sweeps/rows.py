@@ -42,7 +42,7 @@ from trimtab.figures import (
     paired_difference,
 )
 from trimtab.model import LanguageModel
-from trimtab.reading import Kept, Reading, next_tokens, plan, side_readings
+from trimtab.reading import Reading, StreamCache, next_tokens, side_readings
 from trimtab.reports import SharedRun
 from trimtab.sweeps.effect import plain_texts
 
@@ -100,7 +100,7 @@ class TaskRows:
         for part, limit in limits.items():
             if limit is not None and limit < 1:
                 raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
-        kept = Kept(language_model) if resumed else None
+        kept = StreamCache(language_model) if resumed else None
         self.settings = replace(settings or Settings(), kept=kept)
         if better not in (None, "more", "less"):
             raise TrimtabError(f"better is more or less, not {better!r}")
@@ -263,8 +263,7 @@ class TaskRows:
         read: Any = task.read
         right = torch.zeros(len(readings), dtype=torch.float64)
         ahead = torch.zeros(len(readings), dtype=torch.float64)
-        batches = plan(readings, lm.batch_tokens)
-        for batch, answers in next_tokens(lm, readings, batches, steering, kept=kept):
+        for batch, answers in next_tokens(lm, readings, steering, kept=kept):
             for i, answer in zip(batch.rows, answers, strict=True):
                 text = lm.tokenizer.decode([int(answer.best[0])], skip_special_tokens=True)
                 right[i] = task.right(read(text, entry.protocol), entry.examples[i].target)
@@ -330,11 +329,8 @@ class TaskRows:
     def _nll(self, steering: Attached) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats."""
         kept = self.settings.kept
-        batches = plan(self._readings, self.language_model.batch_tokens)
         found = torch.zeros(len(self._readings), dtype=torch.float64)
-        for batch, some in next_tokens(
-            self.language_model, self._readings, batches, steering, kept=kept
-        ):
+        for batch, some in next_tokens(self.language_model, self._readings, steering, kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
 

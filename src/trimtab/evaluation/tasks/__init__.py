@@ -14,17 +14,6 @@ TASKS: dict[str, Task] = {
     for module in (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest)
 }
 
-__all__ = [
-    "PROTOCOLS",
-    "TASKS",
-    "Example",
-    "Protocol",
-    "Task",
-    "check_protocol",
-    "find_task",
-    "load_contrast",
-]
-
 
 def load_contrast(
     source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
