@@ -152,7 +152,7 @@ def test_of_a_run_only_what_a_run_makes_goes(tmp_path: Path) -> None:
 def test_every_picture_is_known_by_its_name() -> None:
     """Each name that a Picture is made with in the sources is one that overwriting takes away."""
     names = []
-    for file in Path(runs_module.__file__).parent.rglob("*.py"):
+    for file in Path(runs_module.__file__).parents[1].rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Picture":
                 name = node.args[1]

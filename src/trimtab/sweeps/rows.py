@@ -212,13 +212,16 @@ class TaskRows:
         self, run: SharedRun | None, file: str, steering: Attached, part: Part, name: Any = None
     ) -> list[Record]:
         """Records of all rows of a part, from a run directory, or made and kept there."""
-        if run is None:
-            return self.records(steering, part, name=name) if steering else self.unsteered(part)
-        kept = self.kept(run, file, part, name)
-        if kept is None:
-            kept = self.records(steering, part, name=name) if steering else self.unsteered(part)
-            run.keep(file, kept)
-        return kept
+        kept = None if run is None else self.kept(run, file, part, name)
+        if kept is not None:
+            return kept
+        if steering is None:
+            made = self.unsteered(part)
+        else:
+            made = self.records(steering, part, name=name)
+        if run is not None:
+            run.keep(file, made)
+        return made
 
     def result(self, records: Sequence[Record]) -> Result:
         """The metric over some records of one steering; those without the metric do not count."""
