@@ -51,7 +51,9 @@ def interval(ci95: tuple[float, float] | None) -> str:
 
 def difference_cell(difference: Difference | None) -> str:
     """A difference with its sign and interval, or nothing."""
-    return (difference and f"{difference.difference:+.4g} {interval(difference.ci95)}") or ""
+    if difference is None:
+        return ""
+    return f"{difference.difference:+.4g} {interval(difference.ci95)}"
 
 
 def flips_cell(difference: Difference | None) -> str:
