@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.table import Table as RichTable
+from typing import TYPE_CHECKING
 
 from trimtab.cli.common import console
-from trimtab.reports import Table
 from trimtab.terminal import CleanConsole
 
+if TYPE_CHECKING:
+    from trimtab.reports import Table
+
 #: Rows of a table that are shown in a terminal; the report has all.
-_SHOWN = 20
+_SHOWN = 30
 
 
 def show(
-    tables: Sequence[Table], notes: Sequence[str], output: Path | None, files: Sequence[str]
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    output: str | Path | None,
+    files: Sequence[str] = ("report.html", "results.json", "pictures/"),
 ) -> None:
     """The tables of a result with at most so many rows, what to know, and the files it left."""
+    from rich.table import Table as RichTable
+
     # Intervals make tables wide; where no terminal ends the line they need not be folded.
     wide = console if console.is_terminal else CleanConsole(width=200)
     for table in tables:
@@ -32,5 +38,5 @@ def show(
     for note in notes:
         console.print(f"note: {note}")
     if output is not None:
-        left = [name for name in files if (output / name).exists()]
+        left = [name for name in files if Path(output, name).exists()]
         console.print(f"{output}: {', '.join(left)}", style="dim")

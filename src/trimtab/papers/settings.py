@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from trimtab import options
 from trimtab.contrasts import Part
-from trimtab.evaluation import Settings
 from trimtab.figures import Difference, Estimate, corrected
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.reports import Line, Table, cell, tested_cell
 from trimtab.steering import Steering
-from trimtab.sweeps import FINE, TaskRows, Values, choose, mean_of, more_is_better, shown
+from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, more_is_better, shown
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,11 @@ class Tried:
 
 
 def rows_of(
-    language_model: LanguageModel,
-    task: str,
-    *,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
-    seed: int = 0,
+    language_model: LanguageModel, task: str, asked: options.Rows = options.Rows(), seed: int = 0
 ) -> TaskRows:
-    """The rows of a task, so many of each part."""
-    limits: dict[Part, int | None] = {"validation": limit, "test": test_limit}
-    return TaskRows(language_model, task, data=data, limits=limits, settings=Settings(seed))
+    """The rows of a task that an analysis measures on."""
+    measured = Measured(answering=options.Answering(seed=seed))
+    return TaskRows(language_model, task, asked, measured)
 
 
 def means(values: Values) -> dict[str, Figure]:

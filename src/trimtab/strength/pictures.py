@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from trimtab.errors import TrimtabError
-from trimtab.evaluation import evaluate
 from trimtab.figures import Estimate
-from trimtab.model import LanguageModel
 from trimtab.reports import (
     COLOURS,
     DOWN,
@@ -25,7 +22,6 @@ from trimtab.reports import (
     panels,
     styled,
 )
-from trimtab.steering import Steering
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
@@ -67,53 +63,6 @@ class Curves:
     cost: CostCurve | None = None
     concept: ConceptCurve | None = None
     accuracy: Accuracy | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Each curve that there is, and what they say."""
-        parts = {
-            "curve": self.tokens,
-            "cost": self.cost,
-            "concept": self.concept,
-            "accuracy": self.accuracy,
-            "reading": self.reading,
-        }
-        known = {name: None if part is None else part.as_json() for name, part in parts.items()}
-        return {"name": self.name, **known}
-
-
-def spaced(span: Sequence[float], points: int) -> list[float]:
-    """Evenly spaced dials, and 0 where it lies between them."""
-    if points < 2:
-        raise TrimtabError(f"a curve needs 2 points or more, not {points}")
-    low, high = span
-    every = [low + (high - low) * i / (points - 1) for i in range(points)]
-    near = 1e-9 * (high - low)
-    inner = [dial for dial in every if abs(dial) > near]
-    return sorted([*inner, 0.0]) if low <= 0 <= high else every
-
-
-def accuracy_curve(
-    language_model: LanguageModel,
-    steering: Steering,
-    task: str,
-    dials: Sequence[float],
-    *,
-    data: str | None = None,
-    limit: int | None = None,
-    force: bool = False,
-) -> Accuracy:
-    """A task's first metric at each dial."""
-    # Not at(), which warns of each dial that is outside the sensible range.
-    alternatives = {f"{dial:.12g}": replace(steering, value=dial) for dial in dials}
-    done = evaluate(
-        language_model, task, steering=alternatives, data=data, limit=limit, force=force
-    )
-    first = done.results[0]
-    results = [done.value(first.task, first.metric, name).estimate for name in alternatives]
-    clear = tuple(result for result in results if result is not None)
-    if len(clear) < len(results):
-        raise TrimtabError(f"{task} gave no clear answer at one of the dials: narrow the range")
-    return Accuracy(first.task, first.metric, tuple(dials), clear, float(first.value or 0))
 
 
 @styled

@@ -8,7 +8,7 @@ from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import (
     FINE,
-    Better,
+    Measured,
     TaskRows,
     Values,
     choose,
@@ -19,5 +19,5 @@ from trimtab.sweeps.rows import (
     values_of,
 )
 from trimtab.sweeps.space import AUSTEER_GRID, Params, Range, label, setting, shown
-from trimtab.sweeps.sweep_method import FAST, sweep
+from trimtab.sweeps.sweep_method import sweep
 from trimtab.sweeps.sweep_page import sweep_pictures

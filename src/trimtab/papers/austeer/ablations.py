@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, corrected
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import (
     Figures,
@@ -99,15 +101,14 @@ class Variant:
         }
 
 
+@flat
 @timed
 def ablations(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     site: str = "ffn_out",
     ks: Sequence[int] = (16, 64),
@@ -123,21 +124,21 @@ def ablations(
     """
     if seeds < 1 or not ks or not alphas:
         raise TrimtabError("ablations take at least one k, one alpha and one random draw")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     draws: list[tuple[str, dict[str, Any]]] = []
-    for name, options in VARIANTS.items():
-        random = options.get("locate") == "random"
+    for name, changed in VARIANTS.items():
+        random = changed.get("locate") == "random"
         drawn = [{"seed": seed + i} for i in range(seeds)] if random else [{}]
-        draws += [(name, {**options, **more}) for more in drawn]
+        draws += [(name, {**changed, **more}) for more in drawn]
     methods = [
-        AUSteer(site=site, k=k, alpha=float(alphas[0]), **options)
-        for _, options in draws
+        AUSteer(site=site, k=k, alpha=float(alphas[0]), **changed)
+        for _, changed in draws
         for k in ks
     ]
     fitted = iter(fit(methods, language_model, texts))
-    rows = rows_of(language_model, task, data=data, limit=limit, test_limit=test_limit, seed=seed)
+    rows = rows_of(language_model, task, asked, seed)
     variants = {name: Variant(name) for name in VARIANTS}
-    for name, options in draws:
+    for name, changed in draws:
         steerings = {k: next(fitted) for k in ks}
         settings = [
             ({"k": k, "alpha": float(alpha)}, replace(steering, value=float(alpha)))
@@ -145,7 +146,7 @@ def ablations(
             for alpha in alphas
         ]
         best = best_of(rows, measured(rows, settings))
-        variants[name].seeds.append(options.get("seed"))
+        variants[name].seeds.append(changed.get("seed"))
         variants[name].chosen.append(best)
         variants[name].draws.append(rows.values(best.steering, "test"))
     found = list(variants.values())
@@ -248,15 +249,14 @@ def _picture(
 # -- k and alpha ----------------------------------------------------------------------------------
 
 
+@flat
 @timed
 def heatmap(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     ks: Sequence[int] = AUSTEER_GRID,
     alphas: Sequence[float] = AUSTEER_GRID,
@@ -276,9 +276,7 @@ def heatmap(
         {"k": tuple(ks), "alpha": tuple(map(float, alphas))},
         fixed={"site": site},
         contrast=contrast,
-        data=data,
-        limit=limit,
-        test_limit=test_limit,
+        rows=asked,
         oracle=False,
         seed=seed,
     )

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import Estimate
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers.austeer.ranking import site_units
 from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import (
@@ -46,14 +48,14 @@ COUNTS: tuple[int | Literal["all"], ...] = (
 # -- how many pairs -------------------------------------------------------------------------------
 
 
+@flat
 @timed
 def pairs(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
+    asked: options.ValidationRows = options.ValidationRows(),
     seed: int = 0,
     counts: Sequence[int] = PAIRS,
     resamples: int = 5,
@@ -70,7 +72,7 @@ def pairs(
     """
     if resamples < 1:
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     train = texts.train
     method = AUSteer(site=site, k=k, alpha=alpha)
     sizes = sorted({count for count in counts if 0 < count < len(train)})
@@ -78,7 +80,7 @@ def pairs(
     everything = frozenset(range(len(train)))
     subsets = [everything, *(each for two in drawn.values() for pair in two for each in pair)]
     steerings = fit_subsets(language_model, method, train, subsets)
-    rows = rows_of(language_model, task, data=data, limit=limit, test_limit=1, seed=seed)
+    rows = _rows(language_model, task, asked, seed)
     unsteered, metric = means(rows.values(None)), rows.first
     all_units = _places(steerings[everything])
     groups = []
@@ -259,27 +261,35 @@ def _ranges(label: str, groups: Mapping[int, Sequence[float]], colour: str) -> L
     return Line(label, list(full), ranges, colour)
 
 
+def _rows(
+    language_model: LanguageModel, task: str, asked: options.ValidationRows, seed: int
+) -> TaskRows:
+    """The validation rows; of the test rows, on which nothing is measured, one."""
+    one = options.Rows(data=asked.data, limit=asked.limit, test_limit=1)
+    return rows_of(language_model, task, one, seed)
+
+
 # -- how many units -------------------------------------------------------------------------------
 
 
+@flat
 @timed
 def count(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
+    asked: options.ValidationRows = options.ValidationRows(),
     seed: int = 0,
     ks: Sequence[int | Literal["all"]] = COUNTS,
-    alpha: float | Sequence[float] = 8.0,
+    alpha: float | Sequence[float] = (8.0,),
     site: str = "ffn_out",
     direction: Literal["paper", "signed"] = "paper",
 ) -> StudyResult:
     """AUSteer with more and more units, up to all of them (Table 12), at one strength or several;
     all fitted from one pass and measured on the same validation rows."""
     alphas = [float(each) for each in ([alpha] if isinstance(alpha, int | float) else alpha)]
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     total = site_units(language_model, site)
     wanted: list[int | Literal["all"]] = [k for k in ks if k == "all" or k < total]
     wanted += ["all"] if any(k != "all" and k >= total for k in ks) and "all" not in ks else []
@@ -287,7 +297,7 @@ def count(
         raise TrimtabError("there is no number of units, or no strength, to try")
     methods = [AUSteer(site=site, k=k, alpha=alphas[0], direction=direction) for k in wanted]
     fitted = fit(methods, language_model, texts)
-    rows = rows_of(language_model, task, data=data, limit=limit, test_limit=1, seed=seed)
+    rows = _rows(language_model, task, asked, seed)
     settings = [
         ({"k": len(steering.tables["unit"]), "alpha": each}, replace(steering, value=each))
         for each in alphas

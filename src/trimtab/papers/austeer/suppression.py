@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, Estimate, holm
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers.austeer.ranking import site_units
 from trimtab.papers.result import StudyResult, timed, value_of
 from trimtab.papers.settings import (
@@ -72,15 +74,14 @@ class _Way:
         }
 
 
+@flat
 @timed
 def suppression(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     shares: Sequence[float] = SHARES,
     shrink: Sequence[float] = SHRINK,
@@ -97,7 +98,7 @@ def suppression(
     """
     if not all(0 < share <= 1 for share in shares) or not shares or not shrink:
         raise TrimtabError("shares of units lie above 0 and up to 1: 0.9 is 90 %")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     total = site_units(language_model, site)
     numbers = {share: max(1, round(share * total)) for share in shares}
     methods = [AUSteer(site=site, k=k, alpha=0.5, choose="least") for k in numbers.values()]
@@ -114,7 +115,7 @@ def suppression(
             for alpha in alphas
         ],
     }
-    rows = rows_of(language_model, task, data=data, limit=limit, test_limit=test_limit, seed=seed)
+    rows = rows_of(language_model, task, asked, seed)
     metric = rows.first
     ways = _ways(rows, {name: settings for name, settings in groups.items() if settings})
     parts: tuple[Part, ...] = ("validation", "test")

@@ -10,18 +10,29 @@ from typing import Any
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Judging, Protocol, Settings
 from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected, summarise
 from trimtab.fitting import check_choice
 from trimtab.model import LanguageModel
+from trimtab.options import Rows, option
 from trimtab.papers.result import Value, value_of
 from trimtab.progress import progress
 from trimtab.reports import SharedRun
-from trimtab.steering import Steering
-from trimtab.sweeps import Better, TaskRows, choose, difference_of, values_of
+from trimtab.steering import Positions, Steering
+from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
 
 #: What plain text costs, beside the metrics of the task.
 COST = "plain_text_cost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """How steerings are turned, and what else is measured at each angle."""
+
+    step: float = option("Degrees from one angle to the next; 10 in the paper.", 30.0)
+    cost: bool = option("Measure what plain text costs, in nats per token.", True)
+    whole_blocks: bool = option("SS steers a block only if all of its norms discriminate.", True)
+    ss_compat: bool = option("Steer all norms of a block, also those on the branches.", False)
+    positions: Positions = option("Tokens to steer.", "all")
 
 
 @dataclass(frozen=True)
@@ -252,44 +263,25 @@ def angles_of(step: float) -> list[float]:
 def study_of(
     language_model: LanguageModel,
     task: str,
-    *,
     part: str,
-    data: str | None,
-    protocol: Protocol,
-    limit: int | None,
-    test_limit: int | None,
-    validation_task: str | None,
-    metric: str | None,
-    better: Better | None,
-    judging: Judging,
-    max_new_tokens: int | None,
-    batch_size: int,
-    seed: int,
+    rows: Rows,
+    measured: Measured,
+    *,
     oracle: bool,
     cost: bool,
-    max_cost: float | None,
     run: SharedRun | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, ("validation", "test"))
-    chooses = part == "validation"
-    if max_cost is not None and not cost:
+    chooses, choosing = part == "validation", measured.choosing
+    if choosing.max_cost is not None and not cost:
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")
-    if not chooses and validation_task is not None:
-        raise TrimtabError("on the test part nothing is chosen: leave validation_task out")
-    rows = TaskRows(
-        language_model,
-        task,
-        data=data,
-        protocol=protocol,
-        limits={"validation": limit if chooses else test_limit, "test": test_limit},
-        validation_task=validation_task if chooses else task,
-        chooses=chooses,
-        judging=judging,
-        settings=Settings(seed, batch_size, max_new_tokens),
-        metric=metric,
-        better=better,
-    )
-    study = Study(rows, run, chooses, oracle, cost, max_cost)
-    _ = rows.metric  # one that the task does not have is refused before the work begins
+    if not chooses:
+        if choosing.validation_task is not None:
+            raise TrimtabError("on the test part nothing is chosen: leave validation_task out")
+        rows = replace(rows, limit=rows.test_limit)
+        measured = replace(measured, choosing=replace(choosing, validation_task=task))
+    found = TaskRows(language_model, task, rows, measured, chooses=chooses)
+    study = Study(found, run, chooses, oracle, cost, choosing.max_cost)
+    _ = found.metric  # one that the task does not have is refused before the work begins
     return study
