@@ -95,8 +95,8 @@ def test_each_is_chosen_on_validation_and_reported_on_test(
         assert row.sweep.best.value == pytest.approx(means[best], abs=1e-5)
         gains = odds(lm, pairs, "test", fitted[best]) - base
         assert row.against is not None
-        assert row.against.value == pytest.approx(float(gains.mean()), abs=1e-5)
-        assert row.against.ci95[0] <= row.against.value <= row.against.ci95[1]
+        assert row.against.difference == pytest.approx(float(gains.mean()), abs=1e-5)
+        assert row.against.ci95[0] <= row.against.difference <= row.against.ci95[1]
         assert row.against.p == pytest.approx(paired_p(gains.tolist()), abs=0.02)
         assert row.test is not None
         assert row.test.n == row.against.n == 14
@@ -114,8 +114,8 @@ def test_p_are_corrected_for_their_number(compared: tuple[Comparison, Path]) -> 
     first, second = (row.against for row in found.rows[:2])
     assert first is not None
     assert second is not None
-    between = found.between["caa", "actadd"].value
-    assert between == pytest.approx(first.value - second.value, abs=1e-9)
+    between = found.between["caa", "actadd"].difference
+    assert between == pytest.approx(first.difference - second.difference, abs=1e-9)
 
 
 def test_side_effects(compared: tuple[Comparison, Path]) -> None:

@@ -19,7 +19,7 @@ from trimtab.cli.common import refuse_holding
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.reports import run as runs_module
 from trimtab.reports.run import Run
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 
 #: A run that one process has alone.
 alone = partial(Run, alone=True)
@@ -270,8 +270,8 @@ def test_rows_are_the_same_in_tasks_of_any_kind_and_with_any_blanks(tmp_path: Pa
         text = "".join(json.dumps(row) + "\n" for row in rows)
         return f"contrast:{fill(tmp_path, {name: text}) / name}"
 
-    def bench(task: str, other: str) -> Bench:
-        return Bench(lm, task, validation_task=other, max_new_tokens=2)
+    def bench(task: str, other: str) -> TaskRows:
+        return TaskRows(lm, task, validation_task=other, max_new_tokens=2)
 
     own = ["Say it", "Tell me more"]
     same = [" Say  it\n", "Another"]

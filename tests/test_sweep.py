@@ -20,7 +20,7 @@ from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
 from trimtab.sweeps.effect import Effect, plain_texts
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Range
 from trimtab.sweeps.sweep_method import sweep
 
@@ -214,15 +214,15 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
     task = write_pairs(tmp_path / "pairs.jsonl", 180)  # 60 for validation: rungs of 16, 48, 60
     space = {"layer": (0, 1, 2), "alpha": (0.5, 4.0, 16.0, -8.0)}
     asked: Counter[str] = Counter()
-    records = Bench.records
+    records = TaskRows.records
 
-    def counted(self: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+    def counted(self: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
         found = records(self, steering, part, *rest, **more)
         asked[f"{found[0]['steering']} {part}"] += len(found)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "records", counted)
+        patch.setattr(TaskRows, "records", counted)
         found = sweep(lm, "caa", task, space, search="halving", test_limit=4)
     whole = sweep(lm, "caa", task, space, test_limit=4)
     stopped = [trial for trial in found.trials if trial.state == "pruned"]
@@ -315,16 +315,16 @@ class Interrupted:
 
     def __init__(self, patch: pytest.MonkeyPatch, nth: int) -> None:
         seen: list[int] = []
-        records = Bench.records
+        records = TaskRows.records
 
-        def watched(bench: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+        def watched(bench: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
             if steering is not None and part == "test":
                 seen.append(1)
                 if len(seen) == nth:
                     raise KeyboardInterrupt
             return records(bench, steering, part, *rest, **more)
 
-        patch.setattr(Bench, "records", watched)
+        patch.setattr(TaskRows, "records", watched)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -351,9 +351,9 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(
 def _work(task: str, output: str, storage: str | None, slow: bool) -> None:
     """A worker in a process of its own; a slow one stops in its third trial, and says so."""
     torch.set_num_threads(1)
-    records, tried = Bench.records, []
+    records, tried = TaskRows.records, []
 
-    def watched(bench: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+    def watched(bench: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
         if steering is not None and part == "test":
             tried.append(1)
             if len(tried) == 3:
@@ -362,7 +362,7 @@ def _work(task: str, output: str, storage: str | None, slow: bool) -> None:
         return records(bench, steering, part, *rest, **more)
 
     if slow:
-        Bench.records = watched  # type: ignore[method-assign]
+        TaskRows.records = watched  # type: ignore[method-assign]
     else:
         Path(output).with_suffix(".ready").touch()
     sweep(language_model("llama"), "austeer", task, SPACE, output=output, storage=storage)

@@ -3,7 +3,6 @@
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
 from trimtab.figures.records import (
     VIOLATION,
-    Comparison,
     Evaluation,
     Record,
     Result,
@@ -11,4 +10,10 @@ from trimtab.figures.records import (
     paired,
     summarise,
 )
-from trimtab.figures.significance import holm, paired_p
+from trimtab.figures.significance import (
+    Difference,
+    corrected,
+    holm,
+    paired_difference,
+    paired_p,
+)

@@ -26,7 +26,7 @@ from trimtab.papers.recipe import (
     resolve,
 )
 from trimtab.papers.result import save_pictures
-from trimtab.papers.studies import WITHOUT_MODEL, Found, Value, run_study
+from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, run_study
 from trimtab.progress import progress
 from trimtab.reports import Picture, Run, Table, model_line, page
 from trimtab.sweeps import Used, metered
@@ -41,7 +41,7 @@ class Reproduction:
     recipe: Recipe
     scale: str
     model: dict[str, Any] | None
-    found: dict[str, Found]
+    found: dict[str, StudyResult]
     used: dict[str, Used]
     seconds: float
 
@@ -89,7 +89,7 @@ class Reproduction:
                 for row, columns in self.values.items()
             },
             "published": [one.model_dump() for one in recipe.published],
-            "parts": {name: found.data for name, found in self.found.items()},
+            "parts": {name: found.as_json() for name, found in self.found.items()},
             "cost": {name: vars(used) for name, used in self.used.items()},
             "seconds": self.seconds,
             "notes": self.notes,

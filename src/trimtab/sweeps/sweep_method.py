@@ -17,7 +17,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench, Measured, contrast_for
+from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -80,7 +80,7 @@ def sweep(
     import_optuna()
     if searching.storage is not None and keep.output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
-    bench = Bench(
+    bench = TaskRows(
         language_model,
         task,
         rows,
