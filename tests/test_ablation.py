@@ -23,7 +23,7 @@ from reference import reference
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast, Text
 from trimtab.fitting.activations import Want
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 from trimtab.steering.operators import Ablate
 
 NAMES = ("llama", "gemma2", "gpt2", "olmo2")

@@ -24,7 +24,7 @@ from tiny import TINY
 from trimtab.contrasts import Pair, Text
 from trimtab.fitting.method import Method
 from trimtab.methods import METHODS
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 
 PAIRS = [
     ("Today I feel", " happy and light.", " sad."),

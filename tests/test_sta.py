@@ -25,7 +25,7 @@ from helpers import language_model, relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.autoencoders import load_features
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 from trimtab.steering.operators import Add
 
 PAIRS = [

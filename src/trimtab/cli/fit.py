@@ -31,8 +31,8 @@ from trimtab.cli.common import (
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import load_contrast
 from trimtab.fitting import Method, fit
-from trimtab.methods import METHODS
-from trimtab.steering import Steering, describe, explain
+from trimtab.methods import METHODS, describe, explain
+from trimtab.steering import Steering
 
 app = typer.Typer(
     help="Make a steering from a contrast: `trimtab fit METHOD --help` for a method's options, "

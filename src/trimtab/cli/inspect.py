@@ -9,7 +9,8 @@ from rich.table import Table
 
 from trimtab.cli.common import Json, console, print_json
 from trimtab.errors import one_line
-from trimtab.steering import Steering, describe, explain
+from trimtab.methods import describe, explain
+from trimtab.steering import Steering
 
 
 def inspect(

@@ -22,6 +22,7 @@ from trimtab.steering import (
     Operator,
     Scale,
     Steering,
+    operators_in_words,
     to_tensors,
 )
 
@@ -36,6 +37,23 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    #: The hyperparameter that is the steering's dial.
+    dial: ClassVar[str] = "alpha"
+    #: Columns that the tables of its steerings always have, beside the one that numbers the units,
+    #: heads or features it chose.
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        """What a sweep tries by default, on a model of so many blocks: the values of its paper, or
+        what covers them. Empty: the user names values."""
+        return {}
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        """What a steering of its does, in sentences for someone who meets the method for the first
+        time. A file may lack what they need: a KeyError or TypeError then does no harm."""
+        return operators_in_words(steering)
 
     def fit(
         self,

@@ -46,6 +46,7 @@ from trimtab.fitting import (
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import read_at
 from trimtab.progress import progress
 from trimtab.reading import preference
 from trimtab.steering import POSITIONS, Ablate, Add, Dial, Intervention, Positions, Steering
@@ -87,6 +88,7 @@ class Ablation(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ablation"
+    dial = "amount"
 
     def __post_init__(self) -> None:
         check_choice("ablation: where", self.where, WHERE)
@@ -106,6 +108,10 @@ class Ablation(Method):
             raise TrimtabError(f"ablation: targets must be several: write ({self.targets!r},)")
         if not 0 < self.depth <= 1:
             raise TrimtabError(f"ablation: depth must lie between 0 and 1, not {self.depth}")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(max(1, int(0.8 * layers)))), "amount": (0.25, 0.5, 1.0)}
 
     # -- what it reads ------------------------------------------------------------------------
 
@@ -235,6 +241,33 @@ class Ablation(Method):
             "candidates": len(differences),
         }
         return (best["layer"], best["token"]), findings
+
+    # -- in words -----------------------------------------------------------------------------
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found, dial = steering.findings, steering.dial.name
+        count = sum(isinstance(each.operator, Ablate) for each in steering.interventions)
+        where = {
+            "writers": f"everything that is written to the residual stream ({count} sites)",
+            "norms": f"what attention and FFN read ({count} sites)",
+            "layer": "the residual stream at one place",
+        }[str(steering.hyperparameters.get("where", "writers"))]
+        lines = [
+            f"Directional ablation takes one direction out of {where}: at {dial} 1 nothing is left "
+            "along it, at -1 what is there is doubled.",
+            "The direction leads from the negative texts' mean to the positive ones', read at "
+            f"{found['source_site']}, {read_at(found['token'])}: what sets the positive texts "
+            "apart is what the model loses.",
+        ]
+        chosen = found.get("chosen")
+        if chosen:
+            lines.append(
+                f"It was chosen among {found['candidates']} on validation rows: ablating it takes "
+                f"the behaviour's score (log-odds) from {found['unsteered_score']:.2f} to "
+                f"{chosen['score']:.2f}, and changes other text by {chosen['kl']:.3f} nats (KL)."
+            )
+        return lines
 
 
 class _Scored:

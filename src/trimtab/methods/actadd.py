@@ -12,6 +12,7 @@ token to the first tokens of the text; here the vector acts wherever `positions`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
+from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
@@ -61,6 +63,10 @@ class ActAdd(Method):
         if self.pairs < 1:
             raise TrimtabError(f"actadd: pairs must be 1 or more, not {self.pairs}")
 
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
+
     def _want(self, anatomy: Any, contrast: Contrast) -> Want:
         train = contrast.train
         if train.paired:
@@ -90,3 +96,12 @@ class ActAdd(Method):
         interventions = [Intervention(want.site, Add(vector), self.positions)]
         dial = Dial("alpha", self.alpha, (-20.0, 20.0))
         return new_steering(self, language_model, contrast, interventions, dial)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        token, pairs = steering.hyperparameters["token"], steering.hyperparameters["pairs"]
+        what = f"{difference_read_at(token)}; of each side the first {pairs} are used"
+        if pairs == 1:
+            first = f"the activation of the first positive text, {read_at(token)}"
+            what = f"{first}, minus that of the first negative one"
+        return adds_vectors("ActAdd", steering, what)

@@ -29,7 +29,7 @@ otherwise what attention and FFN read is steered (OLMo 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ from trimtab.fitting import (
     check_number,
     new_steering,
 )
+from trimtab.methods.words import ranges
 from trimtab.steering import (
     POSITIONS,
     Dial,
@@ -61,8 +62,11 @@ from trimtab.steering import (
     Steering,
     Turn,
     orthonormal,
+    steered_blocks,
 )
 
+#: The angles that a sweep tries.
+DEGREES = tuple(float(angle) for angle in range(0, 360, 10))
 CANDIDATES = ("output", "input")
 SELECTIONS = ("cosine", "norm")
 #: Two sides that differ by less than this share of their length differ by rounding: where all texts
@@ -91,9 +95,14 @@ class SAS(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sas"
+    dial = "theta"
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"theta": DEGREES}
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
         return list(candidate_wants(self, language_model.anatomy).values())
@@ -105,12 +114,28 @@ class SAS(Method):
             self, language_model, contrast, plane, sites_of(self, language_model.anatomy), turn
         )
 
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of every activation that lies in the plane to the dial's angle, "
+            "wherever it pointed before: 0 is the positive side, 180 the opposite"
+        )
+        return _in_words(steering, "Standard Angular Steering", does)
+
 
 @dataclass(frozen=True)
 class AAS(SAS):
     """Adaptive Angular Steering: the same, where an activation points to the positive side."""
 
     name = "aas"
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of an activation that lies in the plane to the dial's angle, but only "
+            "where it points to the positive side, which is 0; the opposite is 180"
+        )
+        return _in_words(steering, "Adaptive Angular Steering", does)
 
 
 @dataclass(frozen=True)
@@ -137,9 +162,14 @@ class SS(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ss"
+    dial = "theta"
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"theta": DEGREES}
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
         wants = list(candidate_wants(self, language_model.anatomy).values())
@@ -163,6 +193,21 @@ class SS(Method):
             theta = _angle_between(plane.basis, [sides[site] for site in sites])
         rotate = Rotate(plane.basis.float())
         return _steering(self, language_model, contrast, plane, sites, rotate, theta)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of every activation that lies in the plane by the dial's angle, so "
+            "that at 0 nothing happens"
+        )
+        lines = _in_words(steering, "Selective Steering", does)
+        whole = steering.hyperparameters["whole_blocks"]
+        which = "blocks all of whose norms see" if whole else "norms that see"
+        lines.append(
+            f"It steers only {which} the positive texts on one side of zero along the first axis, "
+            "on average, and the negative ones on the other."
+        )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -307,3 +352,16 @@ def _steering(
     dial = Dial("theta", default, (-360.0, 360.0), "°")
     findings = {"source_site": plane.source, "mean_cosine": plane.mean_cosine}
     return new_steering(method, language_model, contrast, interventions, dial, findings=findings)
+
+
+def _in_words(steering: Steering, name: str, does: str) -> list[str]:
+    """Where a method acts, what it does there, and which plane it works in."""
+    sites, blocks = len(steering.interventions), ranges(steered_blocks(steering))
+    read = "in what enters" if steering.hyperparameters["candidates"] == "input" else "at"
+    return [
+        f"{name} works in one plane, the same at {sites} norms in blocks {blocks}. It {does}. No "
+        "activation changes its length.",
+        "The plane's first axis leads from the negative texts to the positive ones, as read "
+        f"{read} {steering.findings['source_site']}; the second is where such directions vary "
+        "most.",
+    ]

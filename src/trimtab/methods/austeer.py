@@ -34,6 +34,7 @@ not linear, so it cannot be baked.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ from trimtab.fitting import (
     check_number,
     new_steering,
 )
+from trimtab.methods.words import counted, percent
 from trimtab.steering import (
     POSITIONS,
     Add,
@@ -63,8 +65,11 @@ from trimtab.steering import (
     Positions,
     Scale,
     Steering,
+    chosen,
 )
 
+#: The numbers of units and the strengths that the paper's grids are made of.
+AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
 SITE_KINDS = ("heads", "ffn_out", "ffn_in", "resid")
 DIRECTIONS = ("paper", "signed")
 LOCATE = ("momentum", "difference", "random")
@@ -113,6 +118,7 @@ class AUSteer(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "austeer"
+    columns = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
 
     def __post_init__(self) -> None:
         check_choice("austeer: site", self.site, SITE_KINDS)
@@ -149,6 +155,10 @@ class AUSteer(Method):
             raise TrimtabError(f"austeer: clamp_sign is for scaling, not for change {self.change}")
         if self.strength == "fixed" and self.change == "vector":
             raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))}
 
     def sites(self, anatomy: Any) -> list[str]:
         """Where units are chosen from, each site once and from the lowest layer up."""
@@ -250,6 +260,49 @@ class AUSteer(Method):
         if self.change == "vector":
             return Add(torch.zeros(width).index_copy(0, units, gains))
         return Scale(units, gains, width, self.clamp_sign, absolute=self.change == "absolute")
+
+    # -- in words -----------------------------------------------------------------------------
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        units = chosen(steering, cls.columns).get("units", [])
+        if not units:
+            return ["AUSteer with k = 0: no unit is changed."]
+        options, dial = steering.hyperparameters, steering.dial.name
+        least = options.get("choose") == "least"
+        change = str(options.get("change", "scale"))
+        formula = {
+            "scale": "each activation x becomes (1 + gamma) x",
+            "absolute": "each activation x becomes x + gamma |x|",
+            "vector": f"to each {dial} times the mean difference of the two sides is added",
+        }[change]
+        if least:
+            formula = f"each activation x becomes (1 - {dial}) x"
+        best = "least" if least else "most"
+        reason = {
+            "momentum": f"They were chosen because they tell the two sides apart {best} reliably: "
+            f"in the same direction on {percent([unit['score'] for unit in units])} of the pairs.",
+            "difference": f"They were chosen because their mean differs {best} between the two "
+            "sides.",
+            "random": "They were drawn at random, for comparison.",
+        }[options.get("locate", "momentum")]
+        lines = [
+            f"AUSteer {'shrinks' if least else 'changes'} {len(units)} single units of "
+            f"{options.get('site')}, in {counted(units)}: {formula}.",
+            reason,
+        ]
+        if least:
+            return lines
+        up, down = (sum(sign * unit["gamma"] > 0 for unit in units) for sign in (1, -1))
+        verbs = ("scaled up", "down") if change == "scale" else ("raised", "lowered")
+        lines.append(f"{up} are {verbs[0]}, {down} {verbs[1]}.")
+        flipped = sum(unit["gamma"] < -1 for unit in units)
+        if change == "scale" and flipped and not options.get("clamp_sign", False):
+            lines.append(
+                f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
+                "is how the method is defined."
+            )
+        return lines
 
 
 def rank(score: Tensor) -> Tensor:

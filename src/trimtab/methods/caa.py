@@ -16,6 +16,7 @@ the one that agrees with v.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from trimtab.fitting import (
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.reading import preference
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
@@ -84,6 +86,10 @@ class CAA(Method):
                 raise TrimtabError(
                     "caa: alpha is 0, at which layer validation has no effect to see"
                 )
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
     def sites(self, anatomy: Any) -> list[str]:
         """The sites to steer, or those to choose from."""
@@ -133,6 +139,22 @@ class CAA(Method):
             moment = statistics.of(site, self.token, SecondMoment).sum
             vector = length * _first_component(moment, vector)
         return (vector / length if self.unit_norm and length > 0 else vector).float()
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        options = steering.hyperparameters
+        what = difference_read_at(options["token"])
+        if options.get("variant") == "pca":
+            read = read_at(options["token"])
+            what = f"the direction in which the pairs differ most (PCA), {read}"
+        lines = adds_vectors("CAA", steering, what)
+        gains = steering.findings.get("validation_gain")
+        if gains:
+            lines.append(
+                f"The block was chosen among {len(gains)} on validation rows: there it moves the "
+                f"model most toward the positive side, by {max(gains.values()):.2f} nats."
+            )
+        return lines
 
 
 def residual_sites(anatomy: Any, layer: Any) -> list[str]:

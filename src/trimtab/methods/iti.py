@@ -18,6 +18,7 @@ position is steered, which is `"all"`, the default, and can be baked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,8 +41,9 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.methods.words import counted, percent
 from trimtab.progress import progress
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering, chosen
 
 DIRECTIONS = ("mean", "probe")
 
@@ -61,6 +63,7 @@ class ITI(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "iti"
+    columns = ("layer", "head", "accuracy", "sigma")
 
     def __post_init__(self) -> None:
         check_choice("iti: direction", self.direction, DIRECTIONS)
@@ -72,6 +75,10 @@ class ITI(Method):
             raise TrimtabError(f"iti: held_out must lie between 0 and 1, not {self.held_out}")
         if self.seed < 0:
             raise TrimtabError(f"iti: seed must be 0 or more, not {self.seed}")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"k": (16, 32, 48, 64, 96), "alpha": (1.0, 5.0, 10.0, 15.0, 20.0)}
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
@@ -148,6 +155,25 @@ class ITI(Method):
             drawn = torch.from_numpy(generator.permutation(len(own))[:count])
             held |= torch.isin(rows, own[drawn])
         return held
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        heads = chosen(steering, cls.columns).get("heads", [])
+        if not heads:
+            return ["ITI with k = 0: no head is changed."]
+        options, dial = steering.hyperparameters, steering.dial.name
+        by = "times the texts' standard deviation along it" if options["scale"] else "long"
+        along = {
+            "mean": "from the mean of the negative texts to that of the positive ones",
+            "probe": "where a classifier says that texts are positive",
+        }[options["direction"]]
+        right = percent([head["accuracy"] for head in heads])
+        return [
+            f"ITI adds a vector to the output of {len(heads)} attention heads, in "
+            f"{counted(heads)}: it leads {along} and is {dial} {by}.",
+            "They are the heads from which a classifier tells the two sides apart best: it is "
+            f"right on {right} of texts that it was not trained on.",
+        ]
 
 
 def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:

@@ -21,6 +21,7 @@ is added to the residual stream that the autoencoder reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.methods.words import adds_vectors, read_at
 from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
 
 
@@ -62,6 +64,7 @@ class STA(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sta"
+    columns = ("feature", "amplitude", "frequency")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sae", str(self.sae))  # a Path is as good, but no JSON
@@ -72,6 +75,10 @@ class STA(Method):
         check_number("sta: alpha", self.alpha)
         if not 0 < self.p <= 1:
             raise TrimtabError(f"sta: p must be above 0 and at most 1, not {self.p}")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)}
 
     def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
         features = load_features(self.sae)
@@ -115,6 +122,16 @@ class STA(Method):
         agreeing = torch.where(agree, frequency, 0)
         large = [_largest(size.abs().double(), self.p) for size in (amplitude, agreeing)]
         return agree & large[0] & large[1] & (amplitude != 0)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found = steering.findings
+        what = (
+            f"the sum of {found['kept']} of {found['features']} features of a sparse autoencoder, "
+            "those that set the two sides apart, made as long as the difference of the two sides' "
+            f"mean activations, {read_at(steering.hyperparameters['token'])}"
+        )
+        return adds_vectors("STA", steering, what)
 
 
 def _largest(sizes: Tensor, p: float) -> Tensor:

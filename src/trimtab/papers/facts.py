@@ -16,7 +16,7 @@ from trimtab.fitting import fit
 from trimtab.methods import METHODS, AUSteer
 from trimtab.papers.found import Found, Value, contrast_of
 from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table, plot_units
-from trimtab.steering import describe
+from trimtab.steering import chosen
 
 
 def sizes(language_model: Any = None, *, tasks: Sequence[str], data: str | None = None) -> Found:
@@ -103,7 +103,7 @@ def overview(
     """AUSteer step by step: the k highest scores, their shares, the factors that follow."""
     source = contrast_of(contrast, data)
     steering = AUSteer(site=site, k=k, alpha=alpha).fit(language_model, source)
-    units = describe(steering)["units"]
+    units = chosen(steering)["units"]
     if not units:
         raise TrimtabError(f"no unit of {site} tells the two sides apart")
     width = int(language_model.anatomy.width(units[0]["site"]))

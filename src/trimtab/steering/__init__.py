@@ -12,7 +12,6 @@ from trimtab.steering.artifact import (
     together,
 )
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.contents import describe, explain
 from trimtab.steering.operators import (
     Ablate,
     Add,
@@ -26,6 +25,7 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
+from trimtab.steering.tables import chosen, operators_in_words, steered_blocks
 
 __all__ = [
     "POSITIONS",
@@ -43,12 +43,13 @@ __all__ = [
     "Steering",
     "Steerings",
     "Turn",
-    "describe",
-    "explain",
+    "chosen",
     "fold_input",
     "fold_output",
+    "operators_in_words",
     "orthonormal",
     "refuse_other_file",
+    "steered_blocks",
     "to_tensors",
     "together",
 ]

@@ -7,12 +7,11 @@ from trimtab.sweeps.effect import Effect, Trial, plain_texts
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import Bench, Better, contrast_for, more_is_better
-from trimtab.sweeps.space import AUSTEER_GRID, Params, Range, label, setting, shown
+from trimtab.sweeps.space import Params, Range, label, setting, shown
 from trimtab.sweeps.sweep_method import FAST, sweep
 from trimtab.sweeps.sweep_page import sweep_pictures
 
 __all__ = [
-    "AUSTEER_GRID",
     "FAST",
     "Bench",
     "Better",

@@ -17,14 +17,14 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import holm
 from trimtab.fitting import fit
-from trimtab.methods import AUSteer
+from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.papers import measure
 from trimtab.papers.measure import Rows, Values, chosen, compare, figure
 from trimtab.papers.result import Analysis
 from trimtab.papers.settings import base_figures, figure_cell, measured, named
 from trimtab.reports import NEUTRAL, STYLE, UP, Picture, Table, interval
-from trimtab.sweeps import AUSTEER_GRID, contrast_for, setting
+from trimtab.sweeps import contrast_for, setting
 
 #: Table 3's rows, by the options of AUSteer that make them.
 VARIANTS: dict[str, dict[str, Any]] = {
