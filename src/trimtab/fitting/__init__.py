@@ -2,12 +2,10 @@
 
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import Features, load_features
+from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.method import (
     POSITIONS_HELP,
     Method,
-    check_choice,
-    check_number,
-    check_token,
     fit,
     new_steering,
     validation_part,
@@ -17,22 +15,25 @@ from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, Sig
 __all__ = [
     "POSITIONS_HELP",
     "Active",
+    "BetweenZeroAndOne",
+    "Count",
     "Features",
     "Means",
     "Method",
+    "Number",
     "Samples",
+    "Says",
     "SecondMoment",
     "SignCounts",
     "Statistics",
     "Token",
     "UnitLength",
     "Want",
-    "check_choice",
     "check_number",
-    "check_token",
     "collect",
     "fit",
     "load_features",
     "new_steering",
+    "plain",
     "validation_part",
 ]

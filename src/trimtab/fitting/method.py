@@ -8,12 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting.activations import TOKENS, Statistics, Token, Want, collect
+from trimtab.fitting.activations import Statistics, Want, collect
+from trimtab.fitting.fields import validate
 from trimtab.steering import (
     POSITIONS,
     Add,
@@ -42,6 +42,14 @@ class Method(ABC):
     #: Columns that the tables of its steerings always have, beside the one that numbers the units,
     #: heads or features it chose.
     columns: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        validate(self, self.name)
+        self.check()
+
+    def check(self) -> None:  # noqa: B027, most methods have nothing to add
+        """Refuse hyperparameters that do not go together; each by itself is held to its
+        annotation."""
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -143,26 +151,6 @@ def _changes(operator: Operator) -> bool:
     if isinstance(operator, Add):
         return bool(operator.vector.any())
     return not isinstance(operator, Scale) or bool(operator.gain.any())
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a value that is not among the known ones."""
-    if value not in known:
-        raise TrimtabError(f"{what} is {value!r}: known are {', '.join(known)}")
-
-
-def check_number(what: str, value: float) -> None:
-    """Refuse NaN and infinity, also what is infinity in float32, in which steering runs."""
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        raise TrimtabError(f"{what} must be a finite number, not {value}: at most 3.4e38 in size")
-
-
-def check_token(what: str, token: Token) -> None:
-    """Refuse what is neither a rule's name nor a place counted from the end."""
-    if not (token in TOKENS or (type(token) is int and token < 0)):
-        raise TrimtabError(
-            f"{what} is {token!r}: known are {', '.join(TOKENS)}, and -1, -2 ... from the end"
-        )
 
 
 def validation_part(method: str, contrast: Contrast) -> Contrast:

@@ -28,9 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
@@ -39,21 +40,27 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
     validation_part,
 )
 from trimtab.methods.words import read_at
 from trimtab.progress import progress
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Ablate, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
 
-WHERE = ("writers", "norms", "layer")
 #: Keeps the score finite where P is 0 or 1.
 _EPSILON = 1e-8
+
+FromEnd = Annotated[
+    tuple[Annotated[int, Field(lt=0)], ...],
+    Says("are counted from the end, -1 the last: {value!r}"),
+]
+Texts = Annotated[tuple[str, ...], Says("must be several: write ({value!r},)")]
+Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Ablation(Method):
         default=None,
         metadata={"help": "Block whose input gives the direction (default: by validation)."},
     )
-    tokens: tuple[int, ...] | None = field(
+    tokens: FromEnd | None = field(
         default=None,
         metadata={
             "help": "Tokens to read it at, from the end, as in -1,-2 (default: all that the chat "
@@ -74,40 +81,27 @@ class Ablation(Method):
     where: Literal["writers", "norms", "layer"] = field(
         default="writers", metadata={"help": "Where to ablate: writers, norms, or layer."}
     )
-    targets: tuple[str, ...] | None = field(
+    targets: Texts | None = field(
         default=None,
         metadata={"help": "How the behaviour begins, as in I,Sorry; for unpaired contrasts."},
     )
-    kl: float = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
-    depth: float = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
+    kl: Number = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
+    depth: Depth = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
     typical: bool = field(
         default=False,
         metadata={"help": "Use only texts on which the score's sign is the label's (targets)."},
     )
-    amount: float = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
+    amount: Number = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ablation"
     dial = "amount"
 
-    def __post_init__(self) -> None:
-        check_choice("ablation: where", self.where, WHERE)
-        check_choice("ablation: positions", self.positions, POSITIONS)
-        check_number("ablation: amount", self.amount)
-        check_number("ablation: kl", self.kl)
-        for token in () if self.tokens is None else self.tokens:
-            if type(token) is not int or token >= 0:
-                raise TrimtabError(
-                    f"ablation: tokens are counted from the end, -1 the last: {token!r}"
-                )
+    def check(self) -> None:
         if self.layer is not None and len(self.tokens or ()) > 1:
             raise TrimtabError("ablation: with a layer, tokens must name one")
         if self.tokens == () or self.targets == ():
             raise TrimtabError("ablation: tokens and targets must name some, or be left out")
-        if isinstance(self.targets, str):
-            raise TrimtabError(f"ablation: targets must be several: write ({self.targets!r},)")
-        if not 0 < self.depth <= 1:
-            raise TrimtabError(f"ablation: depth must lie between 0 and 1, not {self.depth}")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

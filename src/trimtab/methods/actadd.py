@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
@@ -22,17 +24,18 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+
+OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class ActAdd(Method):
         default=None,
         metadata={"help": "Block whose output is steered; negative from the end (default: 40%)."},
     )
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
-    pairs: int = field(default=1, metadata={"help": "How many pairs, from the first on."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    pairs: OneOrMore = field(default=1, metadata={"help": "How many pairs, from the first on."})
     token: Token = field(
         default="mean",
         metadata={"help": "What stands for a text: mean, last, answer, or -2 and so on."},
@@ -55,13 +58,6 @@ class ActAdd(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "actadd"
-
-    def __post_init__(self) -> None:
-        check_token("actadd: token", self.token)
-        check_choice("actadd: positions", self.positions, POSITIONS)
-        check_number("actadd: alpha", self.alpha)
-        if self.pairs < 1:
-            raise TrimtabError(f"actadd: pairs must be 1 or more, not {self.pairs}")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

@@ -44,16 +44,14 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
     Statistics,
     UnitLength,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
 from trimtab.methods.words import ranges
 from trimtab.steering import (
-    POSITIONS,
     Dial,
     Intervention,
     Operator,
@@ -67,8 +65,6 @@ from trimtab.steering import (
 
 #: The angles that a sweep tries.
 DEGREES = tuple(float(angle) for angle in range(0, 360, 10))
-CANDIDATES = ("output", "input")
-SELECTIONS = ("cosine", "norm")
 #: Two sides that differ by less than this share of their length differ by rounding: where all texts
 #: end with the same token, the first norm reads the same on both.
 _ROUNDING = 1e-5
@@ -82,7 +78,7 @@ _COMPAT_HELP = "Steer all norms of a block, also those on the branches."
 class SAS(Method):
     """Standard Angular Steering: lay activations at an angle in one plane, at every norm."""
 
-    theta: float = field(
+    theta: Number = field(
         default=0.0, metadata={"help": "Angle in degrees, the dial's default; 0 is positive."}
     )
     candidates: Literal["output", "input"] = field(
@@ -96,9 +92,6 @@ class SAS(Method):
 
     name = "sas"
     dial = "theta"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -142,7 +135,7 @@ class AAS(SAS):
 class SS(Method):
     """Selective Steering: turn activations by an angle, where the two sides are opposite."""
 
-    theta: float | None = field(
+    theta: Number | None = field(
         default=None,
         metadata={
             "help": "Angle in degrees, the dial's default (default: what takes the negative side's "
@@ -163,9 +156,6 @@ class SS(Method):
 
     name = "ss"
     dial = "theta"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -235,14 +225,6 @@ class Plane:
     basis: Tensor
     source: str
     mean_cosine: float
-
-
-def _check(method: Any) -> None:
-    check_choice(f"{method.name}: candidates", method.candidates, CANDIDATES)
-    check_choice(f"{method.name}: selection", method.selection, SELECTIONS)
-    check_choice(f"{method.name}: positions", method.positions, POSITIONS)
-    if method.theta is not None:
-        check_number(f"{method.name}: theta", method.theta)
 
 
 def sites_of(method: Any, anatomy: Any) -> list[str]:

@@ -36,7 +36,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,18 +46,18 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Count,
     Means,
     Method,
+    Number,
+    Says,
     SignCounts,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
 from trimtab.methods.words import counted, percent
 from trimtab.steering import (
-    POSITIONS,
     Add,
     Dial,
     Intervention,
@@ -70,12 +70,7 @@ from trimtab.steering import (
 
 #: The numbers of units and the strengths that the paper's grids are made of.
 AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
-SITE_KINDS = ("heads", "ffn_out", "ffn_in", "resid")
-DIRECTIONS = ("paper", "signed")
-LOCATE = ("momentum", "difference", "random")
-CHANGES = ("scale", "absolute", "vector")
-STRENGTHS = ("adaptive", "fixed")
-CHOOSE = ("most", "least")
+CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -85,13 +80,11 @@ class AUSteer(Method):
     It needs a paired contrast.
     """
 
-    site: str = field(
+    site: Literal["heads", "ffn_out", "ffn_in", "resid"] = field(
         default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
-    k: int | Literal["all"] = field(
-        default=16, metadata={"help": "How many units to steer, or all."}
-    )
-    alpha: float = field(default=8.0, metadata={"help": "Strength; the dial's default."})
+    k: CountOrAll = field(default=16, metadata={"help": "How many units to steer, or all."})
+    alpha: Number = field(default=8.0, metadata={"help": "Strength; the dial's default."})
     direction: Literal["paper", "signed"] = field(
         default="paper", metadata={"help": "Sign of gamma: paper, or signed by the unit's mean."}
     )
@@ -120,17 +113,7 @@ class AUSteer(Method):
     name = "austeer"
     columns = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
 
-    def __post_init__(self) -> None:
-        check_choice("austeer: site", self.site, SITE_KINDS)
-        check_choice("austeer: direction", self.direction, DIRECTIONS)
-        check_choice("austeer: locate", self.locate, LOCATE)
-        check_choice("austeer: choose", self.choose, CHOOSE)
-        check_choice("austeer: change", self.change, CHANGES)
-        check_choice("austeer: strength", self.strength, STRENGTHS)
-        check_choice("austeer: positions", self.positions, POSITIONS)
-        check_number("austeer: alpha", self.alpha)
-        if self.k != "all" and (not isinstance(self.k, int) or self.k < 0):
-            raise TrimtabError(f"austeer: k must be 0 or more, or all, not {self.k}")
+    def check(self) -> None:
         if self.layers is not None and not self.layers:
             raise TrimtabError("austeer: layers is empty: name some, or leave it out for all")
         if self.choose == "least":

@@ -30,21 +30,17 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
     SecondMoment,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     new_steering,
     validation_part,
 )
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
-
-VARIANTS = ("mean", "pca")
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class CAA(Method):
             "validation: the one that does most on validation rows at alpha (default: 40%)."
         },
     )
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
         default="last",
         metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
@@ -73,19 +69,11 @@ class CAA(Method):
 
     name = "caa"
 
-    def __post_init__(self) -> None:
-        check_token("caa: token", self.token)
-        check_choice("caa: variant", self.variant, VARIANTS)
-        check_choice("caa: positions", self.positions, POSITIONS)
-        check_number("caa: alpha", self.alpha)
+    def check(self) -> None:
         if self.layer == ():
             raise TrimtabError("caa: layer is empty: name some, or leave it out")
-        if isinstance(self.layer, str):
-            check_choice("caa: layer", self.layer, ("validation",))
-            if self.alpha == 0:
-                raise TrimtabError(
-                    "caa: alpha is 0, at which layer validation has no effect to see"
-                )
+        if self.layer == "validation" and self.alpha == 0:
+            raise TrimtabError("caa: alpha is 0, at which layer validation has no effect to see")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

@@ -33,17 +33,17 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Count,
     Means,
     Method,
+    Number,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import counted
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Scale, Steering, chosen
+from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
@@ -58,8 +58,8 @@ class SADI(Method):
     variant: Literal["head", "neuron", "hidden", "resid"] = field(
         default="head", metadata={"help": "What to scale: head, neuron, hidden or resid."}
     )
-    k: int = field(default=8, metadata={"help": "How many heads or units (K)."})
-    delta: float = field(
+    k: Count = field(default=8, metadata={"help": "How many heads or units (K)."})
+    delta: Number = field(
         default=1.0, metadata={"help": "Strength, the dial's default: activations times 1 + delta."}
     )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
@@ -67,13 +67,6 @@ class SADI(Method):
     name = "sadi"
     dial = "delta"
     columns = ("layer", "score")
-
-    def __post_init__(self) -> None:
-        check_choice("sadi: variant", self.variant, tuple(VARIANTS))
-        check_choice("sadi: positions", self.positions, POSITIONS)
-        check_number("sadi: delta", self.delta)
-        if not isinstance(self.k, int) or self.k < 0:
-            raise TrimtabError(f"sadi: k must be 0 or more, not {self.k}")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

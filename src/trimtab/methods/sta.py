@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
@@ -36,18 +37,19 @@ from trimtab.fitting import (
     Features,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     load_features,
     new_steering,
 )
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import adds_vectors, read_at
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+
+Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class STA(Method):
     """STA: add up the features of a sparse autoencoder that set the two sides apart."""
 
     sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
-    p: float = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    p: Share = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
         default="answer",
         metadata={"help": "What stands for a text: answer, mean, last, or -2 and so on."},
@@ -66,15 +68,9 @@ class STA(Method):
     name = "sta"
     columns = ("feature", "amplitude", "frequency")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sae", str(self.sae))  # a Path is as good, but no JSON
+    def check(self) -> None:
         if not self.sae:
             raise TrimtabError("sta: name an autoencoder (sae): a directory, or RELEASE:ID")
-        check_token("sta: token", self.token)
-        check_choice("sta: positions", self.positions, POSITIONS)
-        check_number("sta: alpha", self.alpha)
-        if not 0 < self.p <= 1:
-            raise TrimtabError(f"sta: p must be above 0 and at most 1, not {self.p}")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ _MOST_LAYERS = 100_000  # more than the name of a site can tell apart
 #: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
 #: that a next token is read from, the prompt's last and the generated ones.
 Positions = Literal["all", "prompt", "generated", "last"]
-POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated", "last")
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 @dataclass(frozen=True)

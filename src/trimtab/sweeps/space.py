@@ -9,12 +9,12 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method, Want, collect
+from trimtab.fitting import plain as plain
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 
@@ -77,17 +77,6 @@ def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:
             raise TrimtabError(f"{name}: give several values in a list, or a Range, not {values!r}")
         found[name] = given
     return found
-
-
-def plain(value: Any) -> Any:
-    """Arrays and lists, also in a dict, as tuples; numbers as Python has them; paths as text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return tuple(map(plain, value))
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 def check_space(method: type[Method], space: Space, fixed: Params) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Judging, Protocol, Settings
 from trimtab.figures import VIOLATION, Record, Result, holm, summarise
-from trimtab.fitting import check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.measure import Change, compare
 from trimtab.progress import progress
@@ -267,7 +266,7 @@ def study_of(
     run: SharedRun | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
-    check_choice("part", part, ("validation", "test"))
+    check_choice("part", part, Literal["validation", "test"])
     chooses = part == "validation"
     if max_cost is not None and not cost:
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")

@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Judge, Judging, Protocol, Scorer
 from trimtab.figures import VIOLATION, Result
-from trimtab.fitting import check_choice, check_number, fit
+from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
 from trimtab.papers.result import Analysis
@@ -86,7 +86,7 @@ def dial(
     started = time.perf_counter()
     angles = angles_of(step)
     for name in methods:
-        check_choice("method", name, tuple(ANGULAR))
+        check_choice("method", name, Literal["ss", "sas", "aas"])
     if not methods:
         raise TrimtabError(f"name a method: {', '.join(ANGULAR)}")
     study = study_of(

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from trimtab.anatomy import hooked, parse_site
 from trimtab.contrasts import Contrast, Text
-from trimtab.errors import TrimtabError
-from trimtab.fitting import check_choice
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import Batch, LanguageModel, batches, encode_contrast, run_packed
 from trimtab.papers.result import Analysis
 from trimtab.progress import progress
@@ -60,7 +59,7 @@ def norms(
     more than `massive` times as long as that of the site's median token (such tokens, mostly the
     first one, take up attention that has nowhere to go).
     """
-    check_choice("token", token, ("last", "mean"))
+    check_choice("token", token, Literal["last", "mean"])
     if not massive > 1:
         raise TrimtabError(f"massive is a factor above 1, not {massive:g}")
     started = time.perf_counter()
