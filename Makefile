@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ends lint bench clean
+.PHONY: help demo test test-all test-ends lint docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-ends the tests of steering with the oldest and the newest transformers"
 	@echo "make lint      lint and type check only"
+	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
 	@echo "make clean     remove what these commands made, .venv included"
 
@@ -44,7 +45,8 @@ test-all: lint
 # The ends of the range that versions.py names, each beside the other packages of .venv. What each
 # needs of huggingface_hub stands after the colon.
 ENDS := 5.16.1:1.29.0 5.24.0:2.4.0
-OF_STEERING := anatomy attach bake compiled model next_tokens operators passes resuming threads
+OF_STEERING := anatomy* attach* bake* compiled hooks model model_generate next_tokens* operators* \
+	passes resuming threads
 
 test-ends: $(INSTALLED)
 	@for end in $(ENDS); do \
@@ -60,6 +62,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python docs/house.py --check
+
+docs-house: $(INSTALLED)
+	$(BIN)/python docs/house.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py

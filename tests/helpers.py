@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
@@ -73,6 +74,23 @@ def plain_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Logits of one unpadded sequence, [tokens, vocabulary]."""
     with torch.no_grad():
         return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def without_bos() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer as models have it that add no special token: an empty text is empty."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer().backend_tokenizer).from_str(
+            tiny_tokenizer().backend_tokenizer.to_str()
+        ),
+        eos_token="</s>",
+        model_max_length=256,
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    return tokenizer
+
+
+#: The tokens of the first prompt.
+IDS = token_ids(PROMPTS[0])
 
 
 #: Module and side of a site in a block: by Llama's names, and by GPT-2's.
@@ -223,6 +241,11 @@ def steer_at(
     return steer(lm, (site, made), positions=positions)
 
 
+def turned(steering: tt.Steering, op: str, times: float = 1.0) -> tt.Steering:
+    """At a dial at which its operator shows; degrees are beyond alpha's range, so not by `at`."""
+    return replace(steering, value=times * TELLING[op])
+
+
 def relative(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, as a share of the largest expected value."""
     actual, expected = actual.double(), expected.double()
@@ -234,6 +257,14 @@ def refused_in_one_line(action: Callable[[], Any], says: str) -> None:
     with pytest.raises(tt.TrimtabError, match=says) as caught:
         action()
     assert "\n" not in str(caught.value)
+
+
+def one_line(error: Any) -> str:
+    """The message of an error that was caught, which is one line."""
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
 
 
 def kl_at(

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import trimtab as tt
+from evaluations import Scorer, chooser, copa_rows, data, speaking, strong, wilson, write
 from helpers import language_model, refused_in_one_line, steer_at
-from test_evaluation import Scorer, chooser, copa_rows, data, speaking, strong, wilson, write
 from test_preference import pairs_file
 from trimtab.contrasts import Part
 from trimtab.evaluation.answering import Settings

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 import trimtab.papers.analyses
-from test_cli import Command, home, listing, refused, trimtab, work, write_rows
+from commands import Command, home, listing, refused, trimtab, work, write_rows
 from trimtab.cli import analyse
 from trimtab.cli.app import app
 from trimtab.contrasts import Contrast

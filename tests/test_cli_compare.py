@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from test_cli import Command, home, listing, refused, trimtab, work
+from commands import Command, home, listing, refused, trimtab, work
 from test_compare import rows
 from trimtab.cli.compare import read_candidate
 from trimtab.sweeps.compare_methods import Candidate

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import trimtab as tt
+from commands import Command, failing, listing, refused, save_model, trimtab, write_rows
 from helpers import add, steer
-from test_cli import Command, failing, listing, refused, save_model, trimtab, write_rows
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli.evaluate import _dials
 from trimtab.evaluation.evaluation import evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_cli import Command, home, refused, trimtab, work
+from commands import Command, home, refused, trimtab, work
 from trimtab.papers.recipe import recipes
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 import trimtab as tt
-from services import Reply, Request, serving
-from test_cli import (
+from commands import (
     Command,
     failing,
     home,
@@ -23,6 +22,7 @@ from test_cli import (
     warnings_of,
     work,
 )
+from services import Reply, Request, serving
 from trimtab.strength import budget, curve
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here

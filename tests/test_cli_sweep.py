@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from test_cli import Command, home, listing, refused, trimtab, work
+from commands import Command, home, listing, refused, trimtab, work
 from test_sweep import write_pairs
 from trimtab.cli.sweep import read_values
 from trimtab.methods import METHODS

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
-from test_cli import Command, failing, listing, refused, trimtab, write_rows
+from commands import Command, failing, listing, refused, trimtab, write_rows
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import demonstration as demo
 from trimtab.cli import main

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from test_packs import LAYERS, add_sentencepiece_tokenizer, write_tiny_llama
+from tiny_packs import LAYERS, add_sentencepiece_tokenizer, write_tiny_llama
 from trimtab.checkpoints import packs
 from trimtab.checkpoints.gguf_header import DamagedError, check_header
 from trimtab.errors import TrimtabError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from test_cli import Command, home, trimtab, work, write_rows
+from commands import Command, home, trimtab, work, write_rows
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 

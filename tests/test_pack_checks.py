@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from test_packs import (
+from tiny_packs import (
     cache,
     only_pip,
     quick,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
+from commands import Command, refused, save_model, trimtab
 from helpers import add, by_hand, language_model, refused_in_one_line, steer, steer_at
-from test_cli import Command, refused, save_model, trimtab
 from tiny import tiny_tokenizer
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.evaluation import evaluate

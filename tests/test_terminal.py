@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import trimtab as tt
-from test_cli import FIT, GENERATE, Command, home, listing, refused, trimtab, warnings_of, work
+from commands import FIT, GENERATE, Command, home, listing, refused, trimtab, warnings_of, work
 from trimtab.cli import main
 from trimtab.progress import progress
 from trimtab.terminal import printable

@@ -4,13 +4,15 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .figures import Comparison, Evaluation, Result
-from .fitting import fit
+from .figures import Comparison, Evaluation, Result, mean_interval
+from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
+from .papers import recipes, reproduce
+from .reading import cross_entropy, log_odds
 from .steering import Dial, Intervention, Steering, Steerings
 from .strength import generate_contrast, within
-from .sweeps import Range, Sweep, compare, sweep
+from .sweeps import Candidate, Range, Sweep, compare, sweep
 
 __all__ = [
     "AAS",
@@ -23,6 +25,7 @@ __all__ = [
     "AUSteer",
     "Ablation",
     "ActAdd",
+    "Candidate",
     "Comparison",
     "Completion",
     "Contrast",
@@ -30,6 +33,7 @@ __all__ = [
     "Evaluation",
     "Intervention",
     "LanguageModel",
+    "Method",
     "Range",
     "Result",
     "Steering",
@@ -39,11 +43,16 @@ __all__ = [
     "TrimtabWarning",
     "bake",
     "compare",
+    "cross_entropy",
     "evaluate",
     "fit",
     "generate_contrast",
     "load",
     "load_contrast",
+    "log_odds",
+    "mean_interval",
+    "recipes",
+    "reproduce",
     "strength",
     "sweep",
     "within",

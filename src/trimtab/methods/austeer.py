@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.anatomy import site_order
@@ -70,6 +71,11 @@ from trimtab.steering import (
 
 #: The numbers of units and the strengths that the paper's grids are made of.
 AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
+SiteKind = Annotated[
+    str,
+    Field(pattern="^(heads|ffn_out|ffn_in|resid)$"),
+    Says("is {value!r}: known are heads, ffn_out, ffn_in, resid"),
+]
 CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, not {value}")]
 
 
@@ -80,7 +86,7 @@ class AUSteer(Method):
     It needs a paired contrast.
     """
 
-    site: Literal["heads", "ffn_out", "ffn_in", "resid"] = field(
+    site: SiteKind = field(
         default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
     k: CountOrAll = field(default=16, metadata={"help": "How many units to steer, or all."})

@@ -1,0 +1,98 @@
+"""Operators written out by hand, as formulas and as matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trimtab.steering.operators import Ablate, Add, Rotate, Scale, Turn
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+DIALS = st.floats(-30, 30, width=32)
+SEEDS = st.integers(0, 2**32 - 1)
+SHAPES = st.sampled_from([(), (3,), (2, 5), (4, 1)])  # what comes before the units
+
+PLANES = st.sampled_from(["Rotate", "Turn", "Adaptive"])
+DEGREES = st.floats(-720, 720, width=32)
+
+# Enough to find what fails for whole ranges of input, and quick.
+quick = settings(max_examples=50, deadline=None)
+
+
+def random_operator(kind: str, seed: int, width: int = 12) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "Add":
+        return Add(torch.randn(width, generator=generator))
+    if kind in ("Ablate", "Rotate", "Turn", "Adaptive"):
+        # float32 rows as a file holds them; the oracles make them exact again, by another way.
+        rows = exactly(torch.randn(2, width, generator=generator)).float()
+        if kind == "Ablate":
+            return Ablate(rows[0])
+        return Rotate(rows) if kind == "Rotate" else Turn(rows, adaptive=kind == "Adaptive")
+    units = torch.randperm(width, generator=generator)[: seed % (width + 1)]
+    gain = torch.randn(len(units), generator=generator)
+    return Scale(units, gain, width, clamp_sign=kind == "clamped", absolute=kind == "Absolute")
+
+
+def exactly(rows: Tensor) -> Tensor:
+    """Rows made orthonormal in float64 by Householder's way; the first keeps its direction."""
+    q, r = torch.linalg.qr(rows.double().T)
+    return (q * r.diagonal().sign()).T
+
+
+def activation(seed: int, shape: tuple[int, ...] = (2, 5), width: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return 3 * torch.randn(*shape, width, generator=generator)
+
+
+def matrix_of(operator: Any, dial: float) -> tuple[Tensor, Tensor]:
+    """A and c of x -> A x + c in float64, from the formulas at the head of operators.py."""
+    linear = torch.eye(operator.width, dtype=torch.float64)
+    offset = torch.zeros(operator.width, dtype=torch.float64)
+    if isinstance(operator, Ablate):
+        r = operator.direction.double() / operator.direction.double().norm()
+        return linear - dial * torch.outer(r, r), offset
+    if isinstance(operator, Rotate):
+        b1, b2 = exactly(operator.basis)
+        cos, sin = math.cos(math.radians(dial)), math.sin(math.radians(dial))
+        linear = linear + (cos - 1) * (torch.outer(b1, b1) + torch.outer(b2, b2))
+        return linear + sin * (torch.outer(b2, b1) - torch.outer(b1, b2)), offset
+    if isinstance(operator, Add):
+        return linear, dial * operator.vector.double()
+    for unit, gain in zip(operator.units.tolist(), operator.gain.tolist(), strict=True):
+        factor = 1 + dial * gain
+        linear[unit, unit] = max(factor, 0.0) if operator.clamp_sign else factor
+    return linear, offset
+
+
+def formula(operator: Any, x: Tensor, dial: float) -> Tensor:
+    """What any operator makes of one or more activations, token by token, in float64."""
+    if isinstance(operator, Turn):
+        b1, b2 = exactly(operator.basis)
+        angle = math.radians(dial)
+        flat = []
+        for h in x.double().reshape(-1, operator.width):
+            first, second = float(h @ b1), float(h @ b2)
+            length = math.hypot(first, second)
+            rest = h - first * b1 - second * b2
+            laid = rest + length * (math.cos(angle) * b1 + math.sin(angle) * b2)
+            flat.append(h if operator.adaptive and not first > 0 else laid)
+        return torch.stack(flat).reshape(x.shape)
+    if isinstance(operator, Scale) and operator.absolute:
+        result = x.double().clone()
+        for unit, gain in zip(operator.units.tolist(), operator.gain.tolist(), strict=True):
+            result[..., unit] += dial * gain * x[..., unit].double().abs()
+        return result
+    linear, offset = matrix_of(operator, dial)
+    return x.double() @ linear.T + offset
+
+
+def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert actual.shape == expected.shape
+    difference = (actual.double() - expected.double()).abs().max() if actual.numel() else 0
+    assert difference <= tolerance * (1 + expected.double().abs().max())
