@@ -16,11 +16,8 @@ from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
 from trimtab.steering import (
     POSITIONS,
-    Add,
     Dial,
     Intervention,
-    Operator,
-    Scale,
     Steering,
     operators_in_words,
     to_tensors,
@@ -138,19 +135,12 @@ def _check_interventions(
                     f"{name}: what {contrast.name} gives at {intervention.site} is not finite: "
                     "its activations are too large for float32"
                 )
-    if interventions and not any(_changes(intervention.operator) for intervention in interventions):
+    if interventions and not any(intervention.operator.acts for intervention in interventions):
         sites = interventions[0].site + (" and others" if len(interventions) > 1 else "")
         raise TrimtabError(
             f"{name}: the two sides of {contrast.name} do not differ at {sites}, so there is "
             "nothing to steer: take another site or token rule, or other texts"
         )
-
-
-def _changes(operator: Operator) -> bool:
-    """Whether an operator does anything, at any dial."""
-    if isinstance(operator, Add):
-        return bool(operator.vector.any())
-    return not isinstance(operator, Scale) or bool(operator.gain.any())
 
 
 def validation_part(method: str, contrast: Contrast) -> Contrast:

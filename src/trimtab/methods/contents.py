@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from trimtab.methods.known import METHODS
-from trimtab.steering import Rotate, Steering, Turn, chosen, operators_in_words, steered_blocks
+from trimtab.steering import Steering, chosen, operators_in_words, steered_blocks
 
 _TOKENS = {
     "all": "every token",
@@ -53,9 +53,10 @@ def describe(steering: Steering) -> dict[str, Any]:
         "date": steering.date,
     }
     described |= chosen(steering, () if method is None else method.columns)
-    planes = [i.operator for i in steering.interventions if isinstance(i.operator, Rotate | Turn)]
-    if planes:
-        basis = planes[0].basis.double()
+    planes = [intervention.operator.plane for intervention in steering.interventions]
+    plane = next((plane for plane in planes if plane is not None), None)
+    if plane is not None:
+        basis = plane.double()
         described["plane"] = {
             "source_site": steering.findings.get("source_site"),
             "basis_norms": basis.norm(dim=-1).tolist(),

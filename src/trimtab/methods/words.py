@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.anatomy import parse_site
-from trimtab.steering import Add, Steering, steered_blocks
+from trimtab.steering import Steering, steered_blocks
 
 
 def adds_vectors(name: str, steering: Steering, what: str) -> list[str]:
     """Of a method that adds vectors to the residual stream: where, how long, and what they are."""
-    operators = [intervention.operator for intervention in steering.interventions]
-    lengths = [float(each.vector.norm()) for each in operators if isinstance(each, Add)]
+    added = [intervention.operator.added for intervention in steering.interventions]
+    lengths = [float(vector.norm()) for vector in added if vector is not None]
     blocks = steered_blocks(steering)
     at_one = f"at {steering.dial.name} 1"
     if len(lengths) == 1:

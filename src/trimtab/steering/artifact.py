@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists, write_whole
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import OPERATORS, WIDEST, Add, Operator, Scale, to_tensors
+from trimtab.steering.operators import WIDEST, Operator, from_tensors, to_tensors
 
 FORMAT_VERSION = 1
 METADATA_KEY = "trimtab"
@@ -190,7 +190,7 @@ class Steering:
     def acts(self) -> bool:
         """Whether it changes anything at any dial: with no unit chosen, or only zeros to add, it
         does not."""
-        return any(_acts(intervention.operator) for intervention in self.interventions)
+        return any(intervention.operator.acts for intervention in self.interventions)
 
     @property
     def digest(self) -> str:
@@ -371,7 +371,7 @@ class Steering:
                 interventions.append(_intervention(described, own, document.model.layers))
             except TrimtabError as error:
                 raise TrimtabError(f"{source}, {shown(described.site, 60)}: {error}") from error
-        if not any(_acts(intervention.operator) for intervention in interventions):
+        if not any(intervention.operator.acts for intervention in interventions):
             raise TrimtabError(
                 f"{source} does nothing: it has no intervention that changes an activation"
             )
@@ -587,38 +587,11 @@ def _calibration(columns: dict[str, Any], source: str) -> Calibration:
     return calibration
 
 
-def _acts(operator: Operator) -> bool:
-    """Whether an operator changes an activation at any dial."""
-    if isinstance(operator, Scale):
-        return bool(operator.gain.any())
-    return not isinstance(operator, Add) or bool(operator.vector.any())
-
-
-#: Fields of operators that the first files lack; without one they mean its default.
-_CAME_LATER = {"absolute"}
-
-
 def _intervention(
     described: _InterventionDocument, tensors: dict[str, Tensor], layers: int
 ) -> Intervention:
     layer, _ = parse_site(described.site)
     if layer is not None and layer >= layers:
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
-    operator_type = OPERATORS.get(described.operator)
-    if operator_type is None:
-        raise TrimtabError(f"unknown operator '{shown(described.operator)}'")
-    expected = {item.name: item.type for item in fields(operator_type)}
-    given = {**tensors, **described.fields}
-    if not set(expected) - _CAME_LATER <= set(given) <= set(expected):
-        raise TrimtabError(
-            f"{described.operator} needs {', '.join(expected)}; "
-            f"the file has {shown(', '.join(given)) or 'nothing'}"
-        )
-    # Types are annotations in text: "Tensor", "int", "bool".
-    kinds = {"Tensor": Tensor, "int": int, "bool": bool, "float": float, "str": str}
-    for name, value in given.items():
-        if type(value) is not kinds[str(expected[name])]:
-            raise TrimtabError(f"{name} of {described.operator} has the wrong type")
-    operator: Operator = operator_type(**given)
-    operator.check()
+    operator = from_tensors(described.operator, {**tensors, **described.fields})
     return Intervention(described.site, operator, described.positions)
