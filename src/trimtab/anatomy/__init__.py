@@ -4,10 +4,12 @@ from trimtab.anatomy.anatomy import (
     KINDS,
     READ_ONLY,
     Anatomy,
+    Architecture,
     Edit,
     LinearMap,
     Point,
     parse_site,
+    register,
     site_order,
 )
 from trimtab.anatomy.exclusive import exclusively
@@ -17,6 +19,7 @@ __all__ = [
     "KINDS",
     "READ_ONLY",
     "Anatomy",
+    "Architecture",
     "Edit",
     "Hook",
     "LinearMap",
@@ -26,5 +29,6 @@ __all__ = [
     "hooked",
     "is_hooked",
     "parse_site",
+    "register",
     "site_order",
 ]

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError, shown
+from trimtab.plugins import Extended
 
 #: What a hook does to an activation [rows, tokens, units]: a new one, or None to leave it.
 Edit = Callable[[Tensor], Tensor | None]
@@ -126,6 +127,12 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+#: Architectures that installed packages add.
+_ADDED = Extended(
+    "architecture", _ARCHITECTURES, lambda added, name: isinstance(added, Architecture)
+)
+
+
 def register(model_type: str, architecture: Architecture) -> None:
     """Teach trimtab an architecture: `model_type` is what the model's config.json says.
 
@@ -136,7 +143,7 @@ def register(model_type: str, architecture: Architecture) -> None:
 
 def known() -> list[str]:
     """The model types that have an anatomy, sorted."""
-    return sorted(_ARCHITECTURES)
+    return sorted({*_ARCHITECTURES, *_ADDED})
 
 
 def parse_site(site: str) -> tuple[int | None, str]:
@@ -227,13 +234,14 @@ class Anatomy:
         self.model = model
         config: Any = model.config
         self.name: str = config.model_type
-        if self.name not in _ARCHITECTURES:
+        architecture = _ARCHITECTURES.get(self.name) or _ADDED.get(self.name)
+        if architecture is None:
             raise TrimtabError(
                 f"unknown architecture {self.name!r}: known are {', '.join(known())}; "
                 f"register it with trimtab.anatomy.register({self.name!r}, "
                 "trimtab.anatomy.Architecture(...)), naming the modules that differ from Llama's"
             )
-        self.architecture = _ARCHITECTURES[self.name]
+        self.architecture = architecture
         self.config: Any = config.get_text_config()
         try:
             self.body = model.get_submodule(self.architecture.body)

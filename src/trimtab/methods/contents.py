@@ -5,9 +5,12 @@ A file of a method that is not known here is described by its operators.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from trimtab.errors import TrimtabError
+from trimtab.fitting import Method
 from trimtab.methods.known import METHODS
 from trimtab.steering import Steering, chosen, operators_in_words, steered_blocks
 
@@ -25,7 +28,7 @@ def describe(steering: Steering) -> dict[str, Any]:
     Methods that choose units, heads or features list them in rank order (gamma at the dial where
     it stands); rotations have their plane and the layers that they steer.
     """
-    method = METHODS.get(steering.method)
+    method = _method(steering)
     described: dict[str, Any] = {
         "method": steering.method,
         "hyperparameters": steering.hyperparameters,
@@ -94,10 +97,17 @@ def explain(steering: Steering) -> list[str]:
 
 def _what_it_does(steering: Steering) -> list[str]:
     """The method's own words where it is known here, else what its operators are."""
-    method = METHODS.get(steering.method)
+    method = _method(steering)
     if method is not None:
         try:
             return method.explain(steering)
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             pass  # a file may carry a method's name without what that method knows
     return operators_in_words(steering)
+
+
+def _method(steering: Steering) -> type[Method] | None:
+    """The steering's method, where it is known here and its package can be loaded."""
+    with suppress(TrimtabError):  # which was said when the package was read
+        return METHODS.get(steering.method)
+    return None

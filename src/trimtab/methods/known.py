@@ -1,6 +1,9 @@
-"""The methods by the names that the command line uses."""
+"""The methods by the names that the command line uses: trimtab's own, and installed packages'."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from trimtab.fitting import Method
 from trimtab.methods.ablation import Ablation
@@ -11,7 +14,15 @@ from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
+from trimtab.plugins import Extended
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer)
-}
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer)
+
+
+def _is_method(added: Any, name: str) -> bool:
+    return isinstance(added, type) and issubclass(added, Method) and added.name == name
+
+
+METHODS: Mapping[str, type[Method]] = Extended(
+    "method", {method.name: method for method in _OWN}, _is_method
+)

@@ -19,14 +19,15 @@ one dial per row of x [rows, tokens, units]. Arithmetic runs in float32 or bette
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, shown
+from trimtab.plugins import Extended
 
 Dial = float | Tensor
 
@@ -385,9 +386,16 @@ class Turn(_InPlane):
         return turn
 
 
-OPERATORS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Scale, Add, Ablate, Rotate, Turn)
-}
+def _is_operator(added: Any, name: str) -> bool:
+    return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
+
+
+#: Operators by the names that steering files have.
+OPERATORS: Mapping[str, type[Any]] = Extended(
+    "operator",
+    {kind.__name__: kind for kind in (Scale, Add, Ablate, Rotate, Turn)},
+    _is_operator,
+)
 
 
 def apply(operator: Operator, x: Tensor, dial: Dial) -> Tensor:
@@ -437,7 +445,9 @@ def from_tensors(name: str, given: dict[str, Any]) -> Operator:
     """An operator from its name and what `to_tensors` gives, after every check."""
     kind = OPERATORS.get(name)
     if kind is None:
-        raise TrimtabError(f"unknown operator '{shown(name)}'")
+        raise TrimtabError(
+            f"unknown operator '{shown(name)}': install the package that adds it, if there is one"
+        )
     types = get_type_hints(kind)
     known = [item.name for item in fields(kind)]
     needed = {item.name for item in fields(kind) if not item.metadata.get("came_later")}
