@@ -27,7 +27,7 @@ from torch import Tensor
 import trimtab as tt
 from trimtab.fitting.activations import collect
 from trimtab.fitting.statistics import SignCounts
-from trimtab.model.packing import encode_contrast
+from trimtab.reading.packing import encode_contrast
 
 METHODS = (tt.AUSteer(site="heads"), tt.AUSteer(site="ffn_out"))
 FLOOR_BATCH_TOKENS = (256, 512, 1024, 2048)

@@ -33,7 +33,7 @@ from peers import PEERS, Process, running
 
 import trimtab as tt
 from trimtab.checkpoints import packs
-from trimtab.steering.artifact import Intervention, Steering
+from trimtab.steering import Intervention, Steering
 from trimtab.steering.operators import Rotate
 
 MODEL = "smollm2-135m-instruct"

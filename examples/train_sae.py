@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import trimtab as tt
-from trimtab.anatomy.anatomy import parse_site
+from trimtab.anatomy import parse_site
 from trimtab.anatomy.hooks import hooked
 from trimtab.cli.common import refuse_existing
 from trimtab.contrasts import Prompt, builtins

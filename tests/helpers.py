@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.anatomy.anatomy import KINDS
-from trimtab.steering.artifact import Positions
+from trimtab.anatomy import KINDS
+from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import by_hand
-from trimtab.reading.next_tokens import Batch, Next, Reading, next_tokens, plan
-from trimtab.reading.streams import Kept
-from trimtab.steering.artifact import Positions
+from trimtab.reading.next_tokens import Batch, Next, Reading, plan, run_batches
+from trimtab.reading.streams import StreamCache
+from trimtab.steering import Positions
 
 #: Heads wider than the model; a sliding window of 8; learnt positions; experts; norms after.
 MODELS = ("llama", "gemma3", "gpt2", "qwen3_moe", "olmo2")
@@ -48,13 +48,13 @@ def found_by(
     steering: Any = None,
     batches: Sequence[Batch] | None = None,
     batch_tokens: int = 60,
-    kept: Kept | None = None,
+    kept: StreamCache | None = None,
 ) -> dict[int, Next]:
     if batches is None:
         batches = plan(readings, batch_tokens)
     return {
         i: each
-        for batch, rows in next_tokens(lm, readings, batches, steering, kept=kept)
+        for batch, rows in run_batches(lm, readings, batches, steering, kept=kept)
         for i, each in zip(batch.rows, rows, strict=True)
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from helpers import IDS, MISSING
 from reference import reference
 from tiny import tiny_model
-from trimtab.anatomy.anatomy import KINDS, Anatomy
+from trimtab.anatomy import KINDS, Anatomy
 from trimtab.anatomy.hooks import hooked
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import CALIBRATION, basis
-from trimtab.steering.artifact import ModelIdentity, Steering
+from trimtab.steering import ModelIdentity, Steering
 from trimtab.steering.operators import Ablate, Add, Rotate, Scale, Turn
 
 LARGEST = torch.finfo(torch.float32).max

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import trimtab as tt
-from trimtab.steering.artifact import ModelIdentity, Steering
+from trimtab.steering import ModelIdentity, Steering
 from trimtab.steering.operators import Add, Scale, apply
 
 NAN, INF = float("nan"), float("inf")

@@ -28,7 +28,7 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Statistics, UnitLength, Want, collect
 from trimtab.fitting.statistics import Active, Means, Samples, SignCounts
-from trimtab.model.packing import batches
+from trimtab.reading.packing import batches, encode_contrast
 
 __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here
 
@@ -203,9 +203,7 @@ def test_bfloat16(name: str) -> None:
 KINDS = ("heads", "ffn_out")
 
 
-@pytest.fixture(
-    scope="module", params=[("facts", 16), pytest.param(("formality", 64), marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=[("facts", 16), ("formality", 64)])
 def real(
     smollm2: Any, request: pytest.FixtureRequest
 ) -> tuple[Contrast, list[dict[tuple[str, str], Tensor]], Statistics]:
@@ -224,6 +222,7 @@ def real(
     return contrast, by_hand, statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_model(smollm2: Any, real: Any, kind: str) -> None:
     contrast, by_hand, statistics = real
@@ -390,7 +389,7 @@ def test_a_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _batches(language_model: Any, contrast: Contrast, size: int) -> list[Any]:
-    return list(batches(tt.packing.encode_contrast(language_model, contrast, None), size))
+    return list(batches(encode_contrast(language_model, contrast, None), size))
 
 
 class _Wide:

@@ -565,6 +565,7 @@ def test_they_are_listed() -> None:
 # -- a real model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_formality_in_smollm2(smollm2: Any) -> None:
     contrast = Contrast.builtin("formality")
     few = Contrast(contrast.train.rows[:12], "formality")

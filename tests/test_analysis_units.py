@@ -255,6 +255,7 @@ def test_no_clear_answer_is_said() -> None:
     refused_in_one_line(lambda: figure("accuracy", torch.full((3,), math.nan)), "no answer was")
 
 
+@pytest.mark.slow
 def test_choices_are_measured_in_one_pass_as_a_plain_loop_does(
     smollm2: Any, data_dir: Path
 ) -> None:

@@ -26,8 +26,7 @@ from helpers import (
 from reference import reference
 from sites_by_hand import both, capture
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.anatomy import anatomy
-from trimtab.anatomy.anatomy import KINDS, Anatomy, Point
+from trimtab.anatomy import KINDS, Anatomy, Point, anatomy
 from trimtab.anatomy.hooks import hooked
 
 # -- every architecture, every kind -----------------------------------------------------------

@@ -15,8 +15,8 @@ import trimtab as tt
 from helpers import IDS
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.anatomy import anatomy
-from trimtab.anatomy.anatomy import KINDS, Anatomy, Architecture, Point
+from trimtab import anatomy
+from trimtab.anatomy import KINDS, Anatomy, Architecture, Point, architectures
 from trimtab.anatomy.hooks import hooked
 
 # -- names, ranges, errors --------------------------------------------------------------------
@@ -122,7 +122,7 @@ class _MadeUp(nn.Module):
 
 
 def test_a_made_up_architecture_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anatomy, "_ARCHITECTURES", dict(anatomy._ARCHITECTURES))
+    monkeypatch.setattr(architectures, "_ARCHITECTURES", dict(architectures._ARCHITECTURES))
     model = _MadeUp()
     with pytest.raises(tt.TrimtabError, match="unknown architecture 'made_up'"):
         Anatomy(model)

@@ -556,6 +556,7 @@ def test_only_train_rows_make_the_plane() -> None:
 # -- a real model -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plane_of_a_real_model_is_the_same_every_time(smollm2: Any) -> None:
     contrast = replace(CHAT, rows=(*CHAT.rows[:2], *CHAT.rows[-2:]))
     one, other = (tt.SS(whole_blocks=False).fit(smollm2, contrast) for _ in range(2))

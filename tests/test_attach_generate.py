@@ -30,7 +30,7 @@ from helpers import (
 )
 from reference import reference
 from tiny import TINY
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 from trimtab.steering.operators import Scale
 
 # -- prompt and generated tokens --------------------------------------------------------------

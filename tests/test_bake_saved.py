@@ -226,7 +226,13 @@ def fitted(smollm2: tt.LanguageModel) -> dict[str, tt.Steering]:
     return dict(zip(METHODS, steerings, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method == "caa" else pytest.param(method, marks=pytest.mark.slow)
+        for method in METHODS
+    ],
+)
 def test_smollm2_baked_equals_attached(
     smollm2: tt.LanguageModel, fitted: dict[str, tt.Steering], method: str
 ) -> None:

@@ -23,8 +23,8 @@ from trimtab.evaluation.jobs import Judging, TaskJob
 from trimtab.evaluation.tasks import TASKS
 from trimtab.figures.records import summarise
 from trimtab.model.language_model import LanguageModel
-from trimtab.reading.next_tokens import Next, Reading, next_tokens, plan
-from trimtab.reading.streams import Kept
+from trimtab.reading.next_tokens import Next, Reading, plan, run_batches
+from trimtab.reading.streams import StreamCache
 from trimtab.sweeps import rows as module
 from trimtab.sweeps.effect import Effect
 from trimtab.sweeps.rows import Bench, more_is_better
@@ -375,11 +375,11 @@ def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> Non
         readings.append(Reading(tuple(tokens), (end, end), len(tokens), tuple(options)))
     contrast = TASKS["copa"].contrast(data=str(data)).take(12)
     steerings = tt.fit(random_methods(lm, count), lm, contrast)
-    kept = Kept(lm)
+    kept = StreamCache(lm)
 
-    def found(steering: tt.Steering, kept: Kept | None) -> dict[int, Next]:
+    def found(steering: tt.Steering, kept: StreamCache | None) -> dict[int, Next]:
         batches = plan(readings, lm.batch_tokens)
-        read = next_tokens(lm, readings, batches, steering, kept=kept)
+        read = run_batches(lm, readings, batches, steering, kept=kept)
         return {i: each for batch, some in read for i, each in zip(batch.rows, some, strict=True)}
 
     unlike = 0
@@ -395,6 +395,7 @@ def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> Non
     assert unlike == count  # each of them changes something
 
 
+@pytest.mark.slow
 def test_resumed_from_a_layer_it_is_the_same(smollm2: LanguageModel, data_dir: Path) -> None:
     resumed_is_full(smollm2, data_dir, rows=4, count=4)
 

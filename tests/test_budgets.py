@@ -409,11 +409,13 @@ def check_real(lm: tt.LanguageModel, method: str, nats: Sequence[float]) -> None
         before = [abs(row.dial) for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["caa", "ss"])
 def test_a_budget_on_smollm2(smollm2: Any, method: str) -> None:
     check_real(smollm2, method, [0.1])
 
 
+@pytest.mark.slow
 def test_a_budget_on_gemma3(gemma3: Any) -> None:
     check_real(gemma3, "austeer", [0.1])
 

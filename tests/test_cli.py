@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_nothing_and_loses_nothing(
     for target, command in (
         ("os.replace", fit),
         ("trimtab.fitting.activations._run", fit),
-        ("trimtab.model.language_model.LanguageModel._generate", f"{GENERATE} Hello"),
+        ("trimtab.model.language_model.written", f"{GENERATE} Hello"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, failing(stop))

@@ -22,7 +22,7 @@ from trimtab.evaluation.metrics.coherence import (
     perplexities,
     repetition,
 )
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 # -- language ------------------------------------------------------------------------------------
 
@@ -323,6 +323,7 @@ def test_another_model_s_steering_is_refused_unless_forced() -> None:
 # -- a real model --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["all", "generated"])
 def test_perplexity_of_what_a_steered_model_wrote(smollm2: Any, positions: Positions) -> None:
     model, tokenizer = smollm2.model, smollm2.tokenizer

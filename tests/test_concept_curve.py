@@ -16,6 +16,8 @@ import trimtab as tt
 from helpers import PROMPTS, add, language_model, refused_in_one_line, steer
 from services import Reply, Request, serving
 from trimtab.evaluation.endpoint import ChatEndpoint
+from trimtab.model import Completion
+from trimtab.steering.operators import Add
 from trimtab.strength import ChatConceptJudge, LexiconJudge, concept_curve, lexicon
 from trimtab.strength.generated import CONCEPTS
 
@@ -200,7 +202,7 @@ def test_long_texts_are_cut_for_one_label(monkeypatch: pytest.MonkeyPatch) -> No
 
     def generate(prompts: Sequence[Any], **options: Any) -> list[Any]:
         texts = [f"{i}" * 1000 for i in range(len(prompts))]
-        return [tt.model.Completion(prompts[0], text, (), ()) for text in texts]
+        return [Completion(prompts[0], text, (), ()) for text in texts]
 
     monkeypatch.setattr(lm, "generate", generate)
     judge = Scripted(lambda i: True)
@@ -266,7 +268,7 @@ def test_the_judge_sees_the_steering_work() -> None:
     lm = language_model("llama")
     token = lm.tokenizer(" day", add_special_tokens=False).input_ids[0]
     v = lm.model.lm_head.weight[token].detach().clone()
-    steering = steer(lm, ("layers.2.resid", tt.operators.Add(v / v.norm())))
+    steering = steer(lm, ("layers.2.resid", Add(v / v.norm())))
     with torch.no_grad():
         lm.model.model.norm.weight.fill_(1.0)
         lm.model.lm_head.weight.mul_(4)

@@ -357,6 +357,7 @@ def test_a_steering_is_the_difference_of_the_mean_texts(name: str, tmp_path: Pat
     assert vector.norm() > 0.01
 
 
+@pytest.mark.slow
 def test_a_real_model_writes_what_it_is_asked_for(smollm2: Any) -> None:
     contrast = generate_contrast(smollm2, "joy", count=3, max_new_tokens=16, batch_size=3)
     positive = " ".join(texts_of(contrast, "positive")).lower()

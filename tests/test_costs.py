@@ -243,6 +243,7 @@ def test_json_of_costs() -> None:
     assert document["plateaus"] == list(found.plateaus or ())
 
 
+@pytest.mark.slow
 def test_cost_is_convex_at_zero_on_a_real_model(smollm2: Any) -> None:
     """Its slope need not vanish: the model is not a perfect one."""
     steering = tt.CAA(layer=15).fit(smollm2, tt.Contrast.builtin("formality").take(6))

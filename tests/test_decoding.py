@@ -16,7 +16,7 @@ import trimtab as tt
 from helpers import PROMPTS, language_model, one_line, plain_logits, steer_at, token_ids
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.model.decoding import OPTIONS
-from trimtab.reading.next_tokens import after, next_tokens, plan
+from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
 
 #: What a generation_config.json may say, each hostile to who wants the argmax or plain samples.
 HOSTILE: dict[str, Any] = {
@@ -155,7 +155,7 @@ def test_a_pattern_that_never_ends_is_given_up(pattern: str) -> None:
     with pytest.raises(tt.TrimtabError, match="takes more than 1 s to search") as caught:
         lm.generate(["x"], max_new_tokens=4, chat=False, stop=pattern)
     assert "repeats inside repeats" in one_line(caught)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60  # it would take years
 
 
 class Says:
@@ -215,17 +215,17 @@ def test_weights_that_are_not_finite_are_said(value: float, temperature: float) 
     one_line(caught)
     with pytest.raises(tt.TrimtabError, match="without a steering of its own"):
         lm.logits(PROMPTS)
-    readings = [after(token_ids(prompt)) for prompt in PROMPTS]
+    readings = [prompt_reading(token_ids(prompt)) for prompt in PROMPTS]
     with pytest.raises(tt.TrimtabError, match="without a steering of its own"):
-        list(next_tokens(lm, readings, plan(readings, 100)))
+        list(run_batches(lm, readings, plan(readings, 100)))
 
 
 def test_what_is_only_read_names_the_dial_too() -> None:
     lm = language_model("llama", dtype=torch.float16)
     far = replace(steer_at(lm, "ffn_out"), value=3e38)
-    readings = [after(token_ids(prompt)) for prompt in PROMPTS]
+    readings = [prompt_reading(token_ids(prompt)) for prompt in PROMPTS]
     with pytest.raises(tt.TrimtabError, match="not finite") as caught:
-        list(next_tokens(lm, readings, plan(readings, 100), far))
+        list(run_batches(lm, readings, plan(readings, 100), far))
     assert f"with {far.label}: turn the dial" in one_line(caught)
 
 

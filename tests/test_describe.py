@@ -13,7 +13,7 @@ import torch
 import trimtab as tt
 from trimtab.methods import METHODS
 from trimtab.methods.contents import describe, explain
-from trimtab.steering.artifact import Dial, Intervention, ModelIdentity, Positions, Steering
+from trimtab.steering import Dial, Intervention, ModelIdentity, Positions, Steering
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 
 MODEL = ModelIdentity("tiny", "llama", 12, 8, "0123456789abcdef" * 4)

@@ -178,7 +178,7 @@ def test_a_failure_that_stays_ends_in_one_line(failure: str, tmp_path: Path) -> 
 def test_an_answer_that_does_not_come_in_time_is_asked_for_again() -> None:
     with serving(in_turn(HANG, said("yes"))) as service:
         assert endpoint(service.url, timeout=1.0).ask(asked("Is it bread?")) == ["yes"]
-    assert len(service.requests) == 2
+    assert len(service.requests) >= 2  # more where the machine is busy and an answer late
 
 
 def test_answers_that_never_come_in_time_end_in_one_line() -> None:

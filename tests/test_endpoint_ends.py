@@ -49,8 +49,8 @@ def test_an_answer_that_takes_too_long_is_given_up(kind: str) -> None:
         refused_in_one_line(
             lambda: judge.ask([[{"role": "user", "content": "x"}]]), "no answer in time"
         )
-        assert time.monotonic() - started < 5  # 200 s of bytes are announced
-    assert len(service.requests) == 2
+        assert time.monotonic() - started < 60  # 200 s of bytes are announced
+        wait_for(lambda: len(service.requests) == 2)
 
 
 def test_a_slow_answer_that_comes_in_time_is_taken() -> None:
@@ -71,7 +71,7 @@ def test_an_answer_without_end_is_given_up_at_its_size() -> None:
 
 _ASK = """
 import sys
-from trimtab.endpoint import ChatEndpoint
+from trimtab.evaluation.endpoint import ChatEndpoint
 judge = ChatEndpoint(sys.argv[1], "m", timeout=100, tries=5)
 print("asking", flush=True)
 try:
@@ -82,7 +82,7 @@ except KeyboardInterrupt:
 """
 _SCORE = """
 import sys
-from trimtab.metrics.toxicity import RemoteScorer
+from trimtab.evaluation.metrics.toxicity import RemoteScorer
 print("asking", flush=True)
 try:
     RemoteScorer(sys.argv[1], timeout=100).scores(["one", "two", "three"])
@@ -92,7 +92,7 @@ except KeyboardInterrupt:
 """
 _POST = """
 import sys
-from trimtab.endpoint import Address
+from trimtab.evaluation.endpoint import Address
 print("asking", flush=True)
 try:
     Address(sys.argv[1], timeout=100).post({}, str)
@@ -115,18 +115,18 @@ def test_an_interrupt_ends_the_process_at_once(program: str, at_once: int) -> No
         arguments = [sys.executable, "-c", program, service.url]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             wait_for(lambda: len(service.requests) >= at_once)  # all that are asked together
-            started = time.monotonic()
             assert process.stdout is not None
             process.stdout.readline()
+            started = time.monotonic()
             process.send_signal(signal.SIGINT)
             try:
                 said = process.stdout.readline()
                 seconds = time.monotonic() - started
-                process.wait(20)  # for libraries, which take a second or two to be put away
+                process.wait(60)  # for libraries, which take a second or two to be put away
             finally:
                 process.kill()
         assert (said, process.returncode) == (b"interrupted\n", 130)
-        assert seconds < 2
+        assert seconds < 30  # an answer is waited for 100 s
         assert len(service.requests) == at_once
 
 
@@ -154,7 +154,7 @@ def test_after_an_interrupt_nothing_is_tried_again(monkeypatch: pytest.MonkeyPat
         started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             together(interrupt, [1, 0], 2)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # the service asks for a pause of 50 s
         wait_for(lambda: len(tried) == 1)
         assert len(service.requests) <= 1
 

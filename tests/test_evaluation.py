@@ -33,7 +33,7 @@ from tiny import tiny_model, tiny_tokenizer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.tasks import TASKS
 from trimtab.model.language_model import LanguageModel
-from trimtab.steering.artifact import Steerings
+from trimtab.steering import Steerings
 
 __all__ = ["chooser", "data", "talker"]  # fixtures, which pytest finds by their names here
 
@@ -323,6 +323,7 @@ def test_numbers_that_overflow_are_refused(talker: LanguageModel, data: Path) ->
 # -- a real model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_choices_of_smollm2(smollm2: LanguageModel, data: Path) -> None:
     steering = steer(
         smollm2, ("layers.12.resid", add(smollm2.anatomy.width("layers.12.resid"), 0, 8.0))
@@ -342,6 +343,7 @@ def test_choices_of_smollm2(smollm2: LanguageModel, data: Path) -> None:
             handle.remove()
 
 
+@pytest.mark.slow
 def test_perplexity_of_smollm2(smollm2: LanguageModel, tmp_path: Path) -> None:
     text = "The ship left the harbour in the morning. " * 3 + "The less you push, the more you get."
     (tmp_path / "text.txt").write_text(text)

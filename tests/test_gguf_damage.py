@@ -275,7 +275,7 @@ def test_headers_damaged_at_random(good: list[Path], tmp_path: Path) -> None:
         except DamagedError as error:
             in_one_line(str(error))
             refused += 1
-        assert time.process_time() - began < 1
+        assert time.process_time() - began < 5
     assert 1000 < refused < 2900
 
 
@@ -283,10 +283,10 @@ def test_headers_damaged_at_random(good: list[Path], tmp_path: Path) -> None:
 CONVERT = """
 import json, resource, sys, time, warnings
 from pathlib import Path
-from trimtab import packs
+from trimtab.checkpoints import packs
 from trimtab.errors import TrimtabError
 import torch, transformers, gguf
-from trimtab import gguf_files
+import trimtab.checkpoints.gguf
 warnings.simplefilter("ignore")
 transformers.utils.logging.set_verbosity(60)
 room = Path(sys.argv[1])
@@ -318,7 +318,7 @@ def converted(sources: list[Path], room: Path, seed: int, count: int) -> None:
     results = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert len(results) == count
     for name, said, seconds in results:
-        assert seconds < 2, name
+        assert seconds < 10, name  # of the processor; a good file of this size takes a tenth
         if said is not None:
             in_one_line(said)
             continue

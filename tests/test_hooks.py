@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helpers import IDS, relative
 from sites_by_hand import both
 from tiny import tiny_model
-from trimtab.anatomy.anatomy import Anatomy, Point
+from trimtab.anatomy import Anatomy, Point
 from trimtab.anatomy.hooks import hooked
 
 # -- experts ----------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ from steering_documents import (
     in_one_line,
     refused,
 )
-from trimtab.anatomy.anatomy import parse_site
+from trimtab.anatomy import parse_site
 from trimtab.cli import main
 from trimtab.errors import one_line, shown
-from trimtab.steering.artifact import Steering
+from trimtab.steering import Steering
 
 __all__ = ["good"]  # fixtures, which pytest finds by their names here
 

@@ -42,7 +42,7 @@ from helpers import (
 )
 from tiny import tiny_tokenizer
 from trimtab.evaluation.harness.model import TrimtabLM
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 __all__ = ["lm", "no_survey"]  # fixtures, which pytest finds by their names here
 
@@ -56,6 +56,7 @@ def rolling(model: Any, texts: Sequence[str]) -> list[float]:
 # -- the harness's own model says the same -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_task_on_smollm2_is_scored_as_by_hf(smollm2: Any, tmp_path: Path) -> None:
     manager = write_task(tmp_path, "toy", choice_rows(50), **CHOICE)
     ours = evaluated(TrimtabLM(smollm2), "toy", manager)

@@ -24,8 +24,8 @@ from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.method import Method
 from trimtab.fitting.statistics import Means
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.reading.next_tokens import after, next_tokens, plan
-from trimtab.steering.artifact import Steering
+from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
+from trimtab.steering import Steering
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")
@@ -267,20 +267,20 @@ def test_next_tokens_of_a_dial_that_overflows(scored: bool, far: float) -> None:
     if scored:
         readings = side_readings(lm, CONTRAST)
     else:
-        readings = [after(tokens) for tokens in lm.encode(PROMPTS)]
+        readings = [prompt_reading(tokens) for tokens in lm.encode(PROMPTS)]
     batches = plan(readings, 512)
     says = rf"not finite, or all equal, in float32 with \S+ \w+{re.escape(f'={far:g}')}: turn"
-    refused_in_one_line(lambda: list(next_tokens(lm, readings, batches, _pushed(lm, far))), says)
-    assert list(next_tokens(lm, readings, batches, _pushed(lm, 1.0)))
+    refused_in_one_line(lambda: list(run_batches(lm, readings, batches, _pushed(lm, far))), says)
+    assert list(run_batches(lm, readings, batches, _pushed(lm, 1.0)))
 
 
 def test_logits_beyond_float16() -> None:
     lm = _overflowing()
     says = r"text 3 are not finite, or all equal, in float16 .*: load the model in float32"
     refused_in_one_line(lambda: log_odds(lm, MARKED), says)
-    readings = [after(tokens) for tokens in lm.encode([PAIRS[0][0], PAIRS[0][0] + "!"])]
+    readings = [prompt_reading(tokens) for tokens in lm.encode([PAIRS[0][0], PAIRS[0][0] + "!"])]
     refused_in_one_line(
-        lambda: list(next_tokens(lm, readings, plan(readings, 512))),
+        lambda: list(run_batches(lm, readings, plan(readings, 512))),
         "are not finite, or all equal, in float16.*: load the model in float32",
     )
     assert log_odds(_overflowing(dtype=torch.bfloat16), MARKED).isfinite().all()

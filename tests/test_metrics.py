@@ -21,7 +21,7 @@ from tiny import TINY, tiny_tokenizer
 from trimtab.contrasts import Text
 from trimtab.figures.intervals import Estimate, mean_interval
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.steering import POSITIONS, Positions
 
 #: Longer and shorter than the sliding window of 8, with answers of one and of many tokens.
 PAIRS = [

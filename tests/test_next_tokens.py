@@ -6,6 +6,7 @@ the oracle is transformers alone with plain hooks. Then the plans, by their prop
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 
 import pytest
@@ -28,10 +29,9 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.model.packing import BATCH_ROWS
-from trimtab.reading import next_tokens as module
-from trimtab.reading.next_tokens import Reading, after, next_tokens, plan
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.model.batching import BATCH_ROWS
+from trimtab.reading.next_tokens import Reading, plan, prompt_reading, run_batches
+from trimtab.steering import POSITIONS, Positions
 
 # -- the same as one text at a time ------------------------------------------------------------
 
@@ -92,7 +92,7 @@ def test_every_kind_of_site_is_steered_as_logits_are(name: str) -> None:
     lm = language_model(name)
     start = "When the rain came, the children ran into the house and sat by the fire. "
     texts = [start + prompt for prompt in PROMPTS] + PROMPTS
-    readings = [after(tokens) for tokens in lm.encode(texts)]
+    readings = [prompt_reading(tokens) for tokens in lm.encode(texts)]
     batches = plan(readings, 40)
     assert max(batch.shared for batch in batches) > 20
     for kind in site_kinds(lm):
@@ -156,7 +156,7 @@ def test_one_position_may_be_asked_about_several_tokens() -> None:
 def test_readings_with_and_without_targets_in_one_batch() -> None:
     lm = language_model("llama")
     ids = [tuple(token_ids(prompt)) for prompt in PROMPTS[:2]]
-    readings = [after(ids[0]), Reading(ids[1], (2, 3), 3, (50, 60))]
+    readings = [prompt_reading(ids[0]), Reading(ids[1], (2, 3), 3, (50, 60))]
     found = found_by(lm, readings)
     log_p = plain_logits(lm.model, list(ids[1])).double().log_softmax(-1)
     wanted = torch.stack([log_p[2, 50], log_p[3, 60]])
@@ -168,7 +168,7 @@ def test_few_logits_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     lm = language_model("gemma2")  # its logits are capped
     readings = some_readings(30)
     whole = found_by(lm, readings)
-    monkeypatch.setattr(module, "_LOGITS", 1000)  # two positions
+    monkeypatch.setattr(sys.modules[run_batches.__module__], "_LOGITS", 1000)  # two positions
     parts = found_by(lm, readings)
     for i, reading in enumerate(readings):
         assert torch.equal(whole[i].best, parts[i].best)
@@ -227,7 +227,7 @@ def test_hooks_are_gone_when_reading_stops_early() -> None:
     lm = language_model("llama")
     before = plain_logits(lm.model, token_ids(PROMPTS[0]))
     readings = some_readings(30)
-    reading = next_tokens(lm, readings, plan(readings, 60), steer_at(lm, "resid"))
+    reading = run_batches(lm, readings, plan(readings, 60), steer_at(lm, "resid"))
     next(reading)
     assert not torch.equal(plain_logits(lm.model, token_ids(PROMPTS[0])), before)
     reading.close()
@@ -236,14 +236,14 @@ def test_hooks_are_gone_when_reading_stops_early() -> None:
 
 def test_a_steering_of_answers_that_meets_only_prompts_is_an_error() -> None:
     lm = language_model("llama")
-    readings = [after(token_ids(prompt)) for prompt in PROMPTS]
+    readings = [prompt_reading(token_ids(prompt)) for prompt in PROMPTS]
     steering = steer_at(lm, "resid", positions="generated")
     refused_in_one_line(lambda: found_by(lm, readings, steering), "touched nothing")
 
 
 def test_a_steering_of_answers_that_meets_an_answer_is_none() -> None:
     lm = language_model("llama")
-    readings = [*some_readings(30), after(token_ids(PROMPTS[0]))]
+    readings = [*some_readings(30), prompt_reading(token_ids(PROMPTS[0]))]
     steering = steer_at(lm, "resid", positions="generated")
     assert len(found_by(lm, readings, steering)) == len(readings)
     # At the dial that does nothing there is nothing to miss.
@@ -304,8 +304,10 @@ def test_plans_hold_every_reading_once_and_share_only_what_is_equal(
 def test_unlike_texts_are_not_held_to_what_all_of_them_share() -> None:
     """Two questions with four long options each, and texts that have nothing in common."""
     first, second = [BOS, *range(10, 60)], [BOS, *range(60, 110)]
-    readings = [after([*start, 200 + i, 201]) for start in (first, second) for i in range(4)]
-    readings += [after([BOS, 300 + i, 301, 302]) for i in range(4)]
+    readings = [
+        prompt_reading([*start, 200 + i, 201]) for start in (first, second) for i in range(4)
+    ]
+    readings += [prompt_reading([BOS, 300 + i, 301, 302]) for i in range(4)]
     shared = {i: batch.shared for batch in plan(readings, 10**6) for i in batch.rows}
     assert [shared[i] for i in range(8)] == [51] * 8
     assert [shared[i] for i in range(8, 12)] == [0] * 4
@@ -319,7 +321,7 @@ def test_unlike_texts_are_not_held_to_what_all_of_them_share() -> None:
 def test_a_text_that_is_the_beginning_of_others() -> None:
     lm = language_model("llama")
     whole = [BOS, *range(10, 60)]
-    readings = [after(whole[:length]) for length in range(20, 51, 5)]
+    readings = [prompt_reading(whole[:length]) for length in range(20, 51, 5)]
     assert plan(readings, 1000)[0].shared == 19
     for i, each in found_by(lm, readings).items():
         assert int(each.best[0]) == int(plain_logits(lm.model, whole[: 20 + 5 * i])[-1].argmax())

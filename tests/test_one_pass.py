@@ -30,7 +30,7 @@ from tiny import TINY
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.statistics import Means, Sides, SignCounts
-from trimtab.model.packing import batches
+from trimtab.reading.packing import batches, encode_contrast
 from trimtab.steering.operators import to_tensors
 
 __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here
@@ -56,7 +56,7 @@ def test_only_what_is_wanted_is_run(name: str) -> None:
         assert counts["head"] == 0
         return counts
 
-    rows = len(list(batches(tt.packing.encode_contrast(language_model, contrast, None))))
+    rows = len(list(batches(encode_contrast(language_model, contrast, None))))
     counts = run("layers.1.heads", "layers.0.resid")
     # Once over the contrast: a row per pair, not per text, and all sites in one pass.
     assert counts == {"body": rows, "block 0": rows, "block 1": rows}

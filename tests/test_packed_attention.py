@@ -17,7 +17,7 @@ from helpers import PROMPTS, relative, scale, steer
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.reading.likelihood import cross_entropy, log_odds
-from trimtab.reading.next_tokens import after, next_tokens, plan
+from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")
@@ -109,9 +109,9 @@ def test_figures_are_the_same(name: str, attention: str) -> None:
         assert relative(found, expected) < 1e-4
         assert lm.model.config._attn_implementation == attention
         # What needs no packed rows runs with the model's own attention.
-        readings = [after(tokens) for tokens in lm.encode(PROMPTS)]
+        readings = [prompt_reading(tokens) for tokens in lm.encode(PROMPTS)]
         both = [
-            [int(token) for _, some in next_tokens(each, readings, plan(readings, 512), steering)
+            [int(token) for _, some in run_batches(each, readings, plan(readings, 512), steering)
              for one in some for token in one.best]
             for each in (lm, masked)
         ]  # fmt: skip

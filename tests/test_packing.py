@@ -16,7 +16,7 @@ from torch import Tensor
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
-from trimtab.model.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
+from trimtab.reading.packing import Packed, batches, encode_contrast, encode_texts, model_inputs
 
 PAIRS = [
     # Long enough to leave a window of 8 tokens, with sides of very different lengths.

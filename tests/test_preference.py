@@ -20,8 +20,8 @@ from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import Judging, PreferenceJob, Wanted, find_job
 from trimtab.reading.likelihood import log_odds
-from trimtab.reading.streams import Kept
-from trimtab.steering.artifact import POSITIONS, Positions
+from trimtab.reading.streams import StreamCache
+from trimtab.steering import POSITIONS, Positions
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 
@@ -86,7 +86,7 @@ def job(path: str, part: Any = "test", limit: int | None = None) -> PreferenceJo
 
 
 def records(
-    lm: tt.LanguageModel, of: PreferenceJob, steering: Any = None, kept: Kept | None = None
+    lm: tt.LanguageModel, of: PreferenceJob, steering: Any = None, kept: StreamCache | None = None
 ) -> list[dict[str, Any]]:
     found = [r for some in of.run(lm, steering, set(), Settings(kept=kept)) for r in some]
     return sorted(found, key=lambda record: record["index"])
@@ -102,7 +102,7 @@ def test_each_pair_is_what_a_plain_loop_finds(name: str, tmp_path: Path) -> None
     edits = {None: None, 1.0: by_hand(operator), -2.0: by_hand(operator, -2.0)}
     steering = steer(lm, ("layers.1.resid", operator))
     wanted = [i for i, part in enumerate(PARTS) if part == "test"]
-    kept = Kept(lm)
+    kept = StreamCache(lm)
     signs = set()
     for dial, edit in edits.items():
         steered = None if dial is None else steering.at(dial)
@@ -125,7 +125,7 @@ def test_each_pair_is_what_a_plain_loop_finds(name: str, tmp_path: Path) -> None
 def test_each_pair_is_what_log_odds_says(positions: Positions, tmp_path: Path) -> None:
     lm = shared("llama")
     contrast = tt.Contrast.from_pairs([PAIRS[i] for i in range(7) if PARTS[i] == "test"])
-    kept = Kept(lm)
+    kept = StreamCache(lm)
     for kind, layer in (("ffn_out", 2), ("heads", 1)):
         steering = steer_at(lm, kind, layer=layer, positions=positions)
         expected = log_odds(lm, contrast, steering).tolist()
@@ -168,6 +168,7 @@ def test_what_is_done_is_not_run_again(tmp_path: Path) -> None:
     assert seen == []
 
 
+@pytest.mark.slow
 def test_a_real_model_on_a_builtin_contrast(smollm2: tt.LanguageModel) -> None:
     """Conversations through the template, BOS once, merges at the seam."""
     for source in ("builtin:formality", "builtin:facts"):

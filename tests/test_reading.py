@@ -20,6 +20,7 @@ from torch import Tensor
 import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.reports.charts import save_figure
+from trimtab.steering.artifact import ModelIdentity
 from trimtab.steering.operators import Add, Rotate, Turn
 from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
 from trimtab.strength.pictures import Accuracy, Curves, draw, token_name
@@ -34,7 +35,7 @@ def steering(op: Any = None, name: str = "alpha", unit: str = "") -> tt.Steering
         {},
         (tt.Intervention("layers.1.resid", Add(torch.ones(8)) if op is None else op),),
         tt.Dial(name, 1.0, (-20.0, 20.0), unit),
-        tt.steering.ModelIdentity("model", "llama", 3, 8, "0" * 64),
+        ModelIdentity("model", "llama", 3, 8, "0" * 64),
     )
 
 

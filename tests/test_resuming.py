@@ -14,7 +14,8 @@ from torch import Tensor
 import trimtab as tt
 from helpers import PROMPTS, language_model, relative, site_kinds, steer, steer_at, token_ids
 from tiny import TINY, tiny_model
-from trimtab.reading.streams import Kept, begin, blocks_below, grouped, resume
+from trimtab.model.batching import batches_by_length
+from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
 from trimtab.steering.operators import Add
 
 #: Three texts of different lengths, the longest beyond the sliding window, and one token.
@@ -65,12 +66,12 @@ def test_resumed_is_plain_at_every_depth(name: str) -> None:
     expected = [plain(lm.model, text) for text in TEXTS]
     before = own(lm.model)
     for depth in range(lm.anatomy.layers + 1):
-        streams = begin(lm, TEXTS, depth)
+        streams = run_lower(lm, TEXTS, depth)
         if depth:
             for stream, (_, seen) in zip(streams, expected, strict=True):
                 assert relative(stream, seen[depth - 1]) < 1e-5, depth
         with torch.no_grad():
-            hidden = resume(lm, TEXTS, streams, depth)
+            hidden = run_upper(lm, TEXTS, streams, depth)
         assert hidden.shape[:2] == (len(TEXTS), max(map(len, TEXTS)))
         for text, row, (alone, _) in zip(TEXTS, hidden, expected, strict=True):
             assert relative(row[: len(text)], alone) < 1e-5, depth
@@ -79,10 +80,10 @@ def test_resumed_is_plain_at_every_depth(name: str) -> None:
 
 def test_rows_may_be_resumed_in_any_order_and_several_times() -> None:
     lm = shared("gemma3")
-    streams = begin(lm, TEXTS, 2)
+    streams = run_lower(lm, TEXTS, 2)
     rows = [1, 1, 0, 3]
     with torch.no_grad():
-        hidden = resume(lm, [TEXTS[i] for i in rows], [streams[i] for i in rows], 2)
+        hidden = run_upper(lm, [TEXTS[i] for i in rows], [streams[i] for i in rows], 2)
     for i, row in zip(rows, hidden, strict=True):
         assert relative(row[: len(TEXTS[i])], plain(lm.model, TEXTS[i])[0]) < 1e-5
 
@@ -92,11 +93,11 @@ def test_each_block_runs_in_one_of_the_two_only() -> None:
     ran: list[int] = []
     for layer, block in enumerate(blocks(lm.model)):
         block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.append(layer))
-    streams = begin(lm, TEXTS[:1], 2)
+    streams = run_lower(lm, TEXTS[:1], 2)
     assert ran == [0, 1]
     ran.clear()
     with torch.no_grad():
-        resume(lm, TEXTS[:1], streams, 2)
+        run_upper(lm, TEXTS[:1], streams, 2)
     assert ran == [2]
 
 
@@ -105,7 +106,7 @@ def test_texts_in_many_batches() -> None:
     lm = shared("llama")
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(7, 300, (1 + 7 * i % 60,), generator=generator) for i in range(40)]
-    streams = begin(lm, [text.tolist() for text in texts], 1)
+    streams = run_lower(lm, [text.tolist() for text in texts], 1)
     for text, stream in zip(texts, streams, strict=True):
         assert stream.shape == (len(text), lm.anatomy.hidden_size)
         assert relative(stream, plain(lm.model, text.tolist())[1][0]) < 1e-5
@@ -113,10 +114,10 @@ def test_texts_in_many_batches() -> None:
 
 def test_bfloat16_keeps_its_dtype() -> None:
     lm = tt.wrap(tiny_model("gemma2", dtype=torch.bfloat16), shared("gemma2").tokenizer, "gemma2")
-    streams = begin(lm, TEXTS[:1], 2)  # alone: in few bits padding shows in the rounding
+    streams = run_lower(lm, TEXTS[:1], 2)  # alone: in few bits padding shows in the rounding
     assert streams[0].dtype == torch.bfloat16
     with torch.no_grad():
-        hidden = resume(lm, TEXTS[:1], streams, 2)
+        hidden = run_upper(lm, TEXTS[:1], streams, 2)
     assert relative(hidden[0], plain(lm.model, TEXTS[0])[0]) < 0.02
 
 
@@ -134,26 +135,26 @@ def test_what_somebody_put_on_a_block_is_applied_once_and_stays() -> None:
     expected = plain(lm.model, TEXTS[0])[0]
     for depth in range(4):
         with torch.no_grad():
-            hidden = resume(lm, TEXTS[:1], begin(lm, TEXTS[:1], depth), depth)
+            hidden = run_upper(lm, TEXTS[:1], run_lower(lm, TEXTS[:1], depth), depth)
         assert relative(hidden[0], expected) < 1e-5, depth
     assert vars(lm.model.model.layers[0])["forward"] is forward
 
 
-@pytest.mark.parametrize("stage", ["begin", "resume"])
+@pytest.mark.parametrize("stage", ["run_lower", "run_upper"])
 def test_nothing_is_left_after_an_exception(stage: str) -> None:
     lm = language_model("gpt2")
-    streams = begin(lm, TEXTS[:1], 2)
+    streams = run_lower(lm, TEXTS[:1], 2)
 
     def fail(*args: Any) -> None:
         raise RuntimeError("on the way")
 
-    blocks(lm.model)[0 if stage == "begin" else 2].mlp.register_forward_hook(fail)
+    blocks(lm.model)[0 if stage == "run_lower" else 2].mlp.register_forward_hook(fail)
     before = own(lm.model)
     with pytest.raises(RuntimeError, match="on the way"):
-        if stage == "begin":
-            begin(lm, TEXTS[:1], 2)
+        if stage == "run_lower":
+            run_lower(lm, TEXTS[:1], 2)
         else:
-            resume(lm, TEXTS[:1], streams, 2)
+            run_upper(lm, TEXTS[:1], streams, 2)
     assert own(lm.model) == before
 
 
@@ -196,7 +197,7 @@ def test_the_lowest_of_several_sites_and_steerings_counts() -> None:
 
 def test_groups_hold_every_text_once_and_keep_to_their_size() -> None:
     lengths = [5, 400, 3, 3, 90, 700, 12] * 30
-    groups = list(grouped(lengths, 512))
+    groups = list(batches_by_length(lengths, 512))
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
         longest = max(lengths[i] for i in group)
@@ -226,7 +227,7 @@ def test_what_is_kept_is_what_plain_transformers_has(name: str) -> None:
     """Whatever was asked for before: deeper, higher, the same, nothing."""
     lm = shared(name)
     last = lm.anatomy.layers
-    kept = Kept(lm)
+    kept = StreamCache(lm)
     with torch.no_grad():
         plain_states = [
             lm.model(torch.tensor([text]), output_hidden_states=True, use_cache=False).hidden_states
@@ -235,7 +236,7 @@ def test_what_is_kept_is_what_plain_transformers_has(name: str) -> None:
     # transformers puts the final norm on the last of its states: that one is taken from the block.
     tops = [plain(lm.model, text)[1][-1] for text in KEPT]
     for depth in (2, 0, 1, last, 2, last, 1):
-        found = kept.after(KEPT, depth)
+        found = kept.run_lower(KEPT, depth)
         assert len(found) == len(KEPT)
         for text, stream, states, top in zip(KEPT, found, plain_states, tops, strict=True):
             if depth == 0:
@@ -249,7 +250,7 @@ def test_what_is_kept_is_what_plain_transformers_has(name: str) -> None:
 def test_what_is_kept_is_computed_once_and_from_the_highest_block_below() -> None:
     lm = language_model("llama")
     ran = counted(lm)
-    kept = Kept(lm)
+    kept = StreamCache(lm)
     some, more = KEPT[:2], KEPT[2:4]
     for texts, depth, expected in (
         (some, 1, [0]),
@@ -263,7 +264,7 @@ def test_what_is_kept_is_computed_once_and_from_the_highest_block_below() -> Non
         (some + more, 0, []),
     ):
         ran.clear()
-        kept.after(texts, depth)
+        kept.run_lower(texts, depth)
         assert ran == expected, (len(texts), depth)
 
 
@@ -271,7 +272,7 @@ def test_a_text_that_is_asked_for_twice_runs_once() -> None:
     lm = language_model("llama")
     seen: list[int] = []
     blocks(lm.model)[0].mlp.register_forward_hook(lambda m, a, o: seen.append(o.shape[0]))
-    Kept(lm).after([KEPT[0], KEPT[1], KEPT[0]], 1)
+    StreamCache(lm).run_lower([KEPT[0], KEPT[1], KEPT[0]], 1)
     assert seen == [2]
 
 
@@ -281,7 +282,7 @@ def test_a_small_limit_costs_time_and_nothing_else(rows: float) -> None:
     lm = shared("llama")
     longest = max(map(len, KEPT))
     limit = int(rows * longest * lm.anatomy.hidden_size * 4)
-    kept = Kept(lm, limit)
+    kept = StreamCache(lm, limit)
     expected = [plain(lm.model, text)[1] for text in KEPT]
     for chosen, depth in (
         ([0, 1], 1),
@@ -292,7 +293,7 @@ def test_a_small_limit_costs_time_and_nothing_else(rows: float) -> None:
         ([0, 1, 2], 1),
         ([2, 0, 3], 2),
     ):
-        found = kept.after([KEPT[i] for i in chosen], depth)
+        found = kept.run_lower([KEPT[i] for i in chosen], depth)
         for i, stream in zip(chosen, found, strict=True):
             assert relative(stream, expected[i][depth - 1]) < 1e-5
         held = sum(stream.nbytes for stream in kept._streams.values())
@@ -303,23 +304,23 @@ def test_what_was_not_used_for_longest_is_dropped() -> None:
     lm = language_model("llama")
     text_bytes = 6 * lm.anatomy.hidden_size * 4
     a, b, c = ((10 + i,) * 6 for i in range(3))
-    kept = Kept(lm, 2 * text_bytes)
-    kept.after([a], 1)
-    kept.after([b], 1)
-    kept.after([a], 1)  # used again: b is the oldest now
-    kept.after([c], 1)
+    kept = StreamCache(lm, 2 * text_bytes)
+    kept.run_lower([a], 1)
+    kept.run_lower([b], 1)
+    kept.run_lower([a], 1)  # used again: b is the oldest now
+    kept.run_lower([c], 1)
     ran = counted(lm)
-    kept.after([a, c], 1)
+    kept.run_lower([a, c], 1)
     assert ran == []
-    kept.after([b], 1)
+    kept.run_lower([b], 1)
     assert ran == [0]
 
 
 def test_what_is_kept_of_bfloat16_is_bfloat16() -> None:
     lm = tt.wrap(tiny_model("gemma2", dtype=torch.bfloat16), shared("gemma2").tokenizer, "gemma2")
-    kept = Kept(lm)
+    kept = StreamCache(lm)
     for depth in (1, 2):
-        (stream,) = kept.after(KEPT[:1], depth)
+        (stream,) = kept.run_lower(KEPT[:1], depth)
         assert stream.dtype == torch.bfloat16
         assert torch.equal(stream, plain(lm.model, KEPT[0])[1][depth - 1])
     assert kept._bytes == 2 * len(KEPT[0]) * lm.anatomy.hidden_size * 2

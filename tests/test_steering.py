@@ -24,7 +24,7 @@ import trimtab as tt
 from helpers import CALIBRATION, refused_in_one_line
 from steerings import INF, MODEL, NAN, content_of, document_of, equal_steerings, some_steering
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.steering.artifact import Steering
+from trimtab.steering import Steering
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn, apply
 
 # -- save and load ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import trimtab as tt
 from steerings import INF, NAN, content_of, document_of, equal_steerings, some_steering
-from trimtab.steering.artifact import Steering
+from trimtab.steering import Steering
 from trimtab.steering.operators import apply
 
 # -- bad files --------------------------------------------------------------------------------

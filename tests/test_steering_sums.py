@@ -15,7 +15,7 @@ from reference import reference
 from steerings import some_steering
 from trimtab.contrasts import Pair
 from trimtab.reading.likelihood import cross_entropy, log_odds
-from trimtab.steering.artifact import Steering, Steerings
+from trimtab.steering import Steering, Steerings
 
 # -- several steerings ------------------------------------------------------------------------
 

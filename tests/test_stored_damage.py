@@ -33,6 +33,7 @@ from stored_passes import (
 )
 from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.statistics import Means, Samples
+from trimtab.reading.packing import encode_contrast
 
 __all__ = ["small_batches"]  # fixtures, which pytest finds by their names here
 
@@ -214,7 +215,7 @@ def test_damaged_rows_are_run_again(what: str, tmp_path: Path) -> None:
     ending, damage, lost = DAMAGES[what]
     (file,) = tmp_path.glob(f"*/layers.1.resid.-1.{ending}")
     damage(file)
-    order = tt.packing.encode_contrast(lm, contrast, None)
+    order = encode_contrast(lm, contrast, None)
     texts = {row.tokens: row.index for row in order}
     batches = [{texts[_bare(row, texts)] for row in batch} for batch in run.batches]
     with watched(lm) as run:

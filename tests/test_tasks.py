@@ -404,6 +404,7 @@ def predictions_agree(
     assert apart.amin(1).max() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_HAND)
 def test_some_predictions_equal_a_plain_loop(
     smollm2: Any, data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch

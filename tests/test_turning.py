@@ -23,7 +23,7 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.steering.artifact import Positions
+from trimtab.steering import Positions
 from trimtab.steering.operators import Ablate, Add, Rotate, Scale
 from trimtab.strength.budgets import variance
 from trimtab.strength.turning import (

@@ -1,19 +1,11 @@
 """Where the sites of a model are, and hooks on them."""
 
-from trimtab.anatomy.anatomy import (
-    KINDS,
-    READ_ONLY,
-    Anatomy,
-    Architecture,
-    Edit,
-    LinearMap,
-    Point,
-    parse_site,
-    register,
-    site_order,
-)
+from trimtab.anatomy.anatomy import Anatomy
+from trimtab.anatomy.architectures import Architecture, known, register
 from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
+from trimtab.anatomy.maps import LinearMap
+from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order
 
 __all__ = [
     "KINDS",
@@ -28,6 +20,7 @@ __all__ = [
     "exclusively",
     "hooked",
     "is_hooked",
+    "known",
     "parse_site",
     "register",
     "site_order",

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.anatomy.anatomy import Edit, Point, experts_forward
 from trimtab.anatomy.exclusive import exclusively
+from trimtab.anatomy.experts import experts_forward
+from trimtab.anatomy.sites import Edit, Point
 from trimtab.errors import TrimtabError
 
 

@@ -29,7 +29,7 @@ from trimtab.cli.common import (
     read_steerings,
 )
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import LanguageModel, left_aside
+from trimtab.model import SAMPLING, LanguageModel, left_aside
 from trimtab.strength import within
 from trimtab.terminal import write_text
 
@@ -139,8 +139,10 @@ def read_options(given: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
-#: What `LanguageModel.generate` takes under a name of its own.
-_OWN = frozenset(inspect.signature(LanguageModel.generate).parameters) - {"options"} | {"kl"}
+#: What has an option of its own on the command line.
+_OWN = frozenset(
+    {*inspect.signature(LanguageModel.generate).parameters, *SAMPLING, "min_new_tokens", "kl"}
+) - {"options"}
 
 
 def _flag(name: str) -> str:

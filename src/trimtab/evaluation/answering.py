@@ -16,9 +16,9 @@ from typing import Any
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.model import Completion, LanguageModel
+from trimtab.model import Completion, LanguageModel, batches_by_length
 from trimtab.progress import progress
-from trimtab.reading import Kept, after, next_tokens, plan
+from trimtab.reading import StreamCache, next_tokens, prompt_reading
 from trimtab.steering import Steering, Steerings
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
@@ -42,7 +42,7 @@ class Settings:
     max_new_tokens: int | None = None
     force: bool = False
     #: What the blocks below steerings computed of one-token prompts, for the next steering.
-    kept: Kept | None = None
+    kept: StreamCache | None = None
 
 
 def answer(
@@ -65,12 +65,8 @@ def answer(
             owners.setdefault(prompt, []).append((entry, index))
     prompts = list(owners)
 
-    def missing(batch: Sequence[int]) -> bool:
-        return any(
-            (entry.protocol, index) not in done
-            for i in batch
-            for entry, index in owners[prompts[i]]
-        )
+    def missing(i: int) -> bool:
+        return any((entry.protocol, index) not in done for entry, index in owners[prompts[i]])
 
     write = _write_one_token if task.generation.new_tokens == 1 else _write
     with progress(task.name, len(prompts)) as advance:
@@ -151,17 +147,21 @@ def _write_one_token(
     task: Task,
     prompts: Sequence[Prompt],
     steering: Steering | Steerings | None,
-    missing: Callable[[Sequence[int]], bool],
+    missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:
     """The most probable next token of each prompt; no more than one position is unembedded."""
-    readings = [after(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)]
-    batches = [
-        batch for batch in plan(readings, language_model.batch_tokens) if missing(batch.rows)
+    readings = [
+        prompt_reading(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)
     ]
     decode = language_model.tokenizer.decode
     for batch, found in next_tokens(
-        language_model, readings, batches, steering, kept=settings.kept, force=settings.force
+        language_model,
+        readings,
+        steering,
+        missing=missing,
+        kept=settings.kept,
+        force=settings.force,
     ):
         tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]
@@ -179,7 +179,7 @@ def _write(
     task: Task,
     prompts: Sequence[Prompt],
     steering: Steering | Steerings | None,
-    missing: Callable[[Sequence[int]], bool],
+    missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:
     """Texts of many tokens, batched by the length of their prompts."""
@@ -193,14 +193,16 @@ def _write(
             f"{language_model.max_length} tokens that {language_model.name} takes: ask for fewer "
             "new tokens (--max-new-tokens)"
         )
-    order = sorted(range(len(prompts)), key=lambda i: (lengths[i], i))
-    for start in range(0, len(order), settings.batch_size):
-        batch = order[start : start + settings.batch_size]
-        if not missing(batch):
+    for number, batch in enumerate(batches_by_length(lengths, rows=settings.batch_size)):
+        if not any(map(missing, batch)):
             continue
         options: dict[str, Any] = {}
         if generation.sampled:
-            options = {"temperature": 1.0, "top_k": 50, "seed": _seed(settings.seed, task, start)}
+            options = {
+                "temperature": 1.0,
+                "top_k": 50,
+                "seed": _seed(settings.seed, task, number * settings.batch_size),
+            }
         completions = language_model.generate(
             [prompts[i] for i in batch],
             chat=False,  # conversations are rendered all the same, and text is taken as it is

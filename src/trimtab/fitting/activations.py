@@ -28,8 +28,9 @@ from trimtab.errors import TrimtabError, not_finite
 from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
-from trimtab.model import Batch, Packed, batches, encode_contrast, run_packed
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
+from trimtab.reading import Batch, Packed, batches, encode_contrast, run_packed
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
 #: over the tokens of its answer (what follows the prompt; paired contrasts only). A negative
@@ -121,7 +122,7 @@ class _Enough(Exception):  # noqa: N818, it is a signal and no error
 
 @torch.inference_mode()
 def collect(
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     wants: Iterable[Want],
     *,
@@ -203,7 +204,7 @@ def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
 
 def _check_finite(
     name: str,
-    language_model: Any,
+    language_model: LanguageModel,
     indices: Tensor,
     wants: Iterable[Want],
     read: Mapping[Pick, Tensor],
@@ -222,7 +223,7 @@ def _check_finite(
                 raise not_finite(where, language_model.dtype)
 
 
-def _width(language_model: Any, pick: Pick) -> int:
+def _width(language_model: LanguageModel, pick: Pick) -> int:
     """How many numbers a pick has per text."""
     width: int = language_model.anatomy.read_point(pick.site).width
     return int(getattr(pick.read, "width", width))
@@ -242,7 +243,7 @@ def _sides(
     return Sides(picked[mask, 0], picked[~mask, 0], indices[positive], indices[~positive])
 
 
-def _run(language_model: Any, batch: Batch, picks: list[Pick]) -> dict[Pick, Tensor]:
+def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict[Pick, Tensor]:
     """One batch: hooks pick the wanted tokens of each site, [rows, sides, units] in float32."""
     anatomy, device = language_model.anatomy, language_model.device
     by_site: dict[str, list[Pick]] = {}

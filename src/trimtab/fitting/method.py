@@ -14,6 +14,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
+from trimtab.model import LanguageModel
 from trimtab.steering import (
     POSITIONS,
     Dial,
@@ -62,7 +63,7 @@ class Method(ABC):
 
     def fit(
         self,
-        language_model: Any,
+        language_model: LanguageModel,
         contrast: Contrast,
         *,
         max_length: int | None = None,
@@ -72,17 +73,19 @@ class Method(ABC):
         return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
 
     @abstractmethod
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         """The statistics that it needs of the contrast's train part."""
 
     @abstractmethod
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         """The steering, from what the pass gathered."""
 
 
 def fit(
     methods: Sequence[Method],
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     *,
     max_length: int | None = None,
@@ -102,7 +105,7 @@ def fit(
 
 def new_steering(
     method: Method,
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     interventions: Sequence[Intervention],
     dial: Dial,
@@ -135,7 +138,7 @@ def _check_interventions(
                     f"{name}: what {contrast.name} gives at {intervention.site} is not finite: "
                     "its activations are too large for float32"
                 )
-    if interventions and not any(intervention.operator.acts for intervention in interventions):
+    if interventions and not any(intervention.acts for intervention in interventions):
         sites = interventions[0].site + (" and others" if len(interventions) > 1 else "")
         raise TrimtabError(
             f"{name}: the two sides of {contrast.name} do not differ at {sites}, so there is "

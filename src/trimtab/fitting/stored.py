@@ -28,7 +28,8 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files import write_whole
-from trimtab.model import Packed
+from trimtab.model import LanguageModel
+from trimtab.reading import Packed
 
 #: Goes into every digest: to be raised when a site or a token rule changes its meaning.
 _VERSION = 2
@@ -49,7 +50,7 @@ class StoredPass:
     def __init__(
         self,
         cache: Path,
-        language_model: Any,
+        language_model: LanguageModel,
         rows: Sequence[Packed],
         widths: Mapping[Any, int],
         count: int,
@@ -133,7 +134,7 @@ class StoredPass:
             )
 
 
-def _digest(language_model: Any, rows: Sequence[Packed]) -> str:
+def _digest(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
     """What a pass depends on: every weight, the configuration, every token with its place.
 
     A model's identity is not enough: it is the same in each dtype, and a baked model, or one that

@@ -2,43 +2,38 @@
 
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
-from trimtab.model.decoding import OPTIONS, are_sound, left_aside, unsound
-from trimtab.model.language_model import Completion, LanguageModel, SteeringArgument
-from trimtab.model.loading import load, locations, wrap
-from trimtab.model.packing import (
-    BATCH_ROWS,
-    Batch,
-    Packed,
-    batches,
-    encode_contrast,
-    encode_texts,
-    refuse_dropout,
-    run_packed,
+from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
+from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
+from trimtab.model.language_model import (
+    Completion,
+    LanguageModel,
+    SteeringArgument,
+    per_text,
+    row_steerings,
 )
+from trimtab.model.loading import load, locations, wrap
 from trimtab.model.saving import check_target
 from trimtab.model.versions import cache_argument, warn_if_untested
 
 __all__ = [
-    "BATCH_ROWS",
+    "BATCH_TOKENS",
     "OPTIONS",
-    "Batch",
+    "SAMPLING",
     "Completion",
     "LanguageModel",
-    "Packed",
     "SteeringArgument",
     "are_sound",
     "bake",
-    "batches",
+    "batches_by_length",
     "cache_argument",
     "check_target",
-    "encode_contrast",
-    "encode_texts",
     "finds_dials",
     "left_aside",
     "load",
     "locations",
+    "per_text",
     "refuse_dropout",
-    "run_packed",
+    "row_steerings",
     "turned",
     "unsound",
     "warn_if_untested",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import current_thread
 from typing import Any
@@ -97,9 +97,12 @@ class _Step:
 
 
 def _same_for_all(step: _Step) -> Edit:
-    """A step with one dial for all rows and tokens: only its first pass has anything to find out.
+    """A step with one dial for all rows and all tokens, which is what most steerings are.
 
-    These are most steerings, and every microsecond counts in a token's pass through 30 blocks.
+    The general way asks at every pass which tokens to change and looks up what was bound for the
+    number of rows; here both answers stay the same, so that the first pass binds the operator and
+    later ones only call it. Every microsecond counts, because each token passes 30 blocks. That the
+    step touched something is noted once, which is all that is asked of it.
     """
     function: Callable[[Tensor], Tensor] | None = None
 
@@ -142,16 +145,14 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
     return steps
 
 
-@contextmanager
 def attached(
-    model: Any,
     anatomy: Anatomy,
     rows: Sequence[RowSteerings],
     *,
     per_row: bool = False,
     pad: int | None = None,
     block: bool = True,
-) -> Iterator[Sequences]:
+) -> AbstractContextManager[Sequences]:
     """Steer the model: `rows` holds one entry for all rows of any batch, or (`per_row`) one each.
 
     Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
@@ -159,37 +160,35 @@ def attached(
     is false where the model is held for one call only (see exclusive.py). A steering that touched
     nothing although the model ran is an error.
     """
-    steps = _steps(rows)
     count = len(rows) if per_row else None
     labels = list(dict.fromkeys(steering.label for row in rows for steering in row))
-    with _on_model(model, anatomy, steps, labels, rows=count, pad=pad, block=block) as sequences:
-        yield sequences
+    return _on_model(anatomy, _steps(rows), labels, rows=count, pad=pad, block=block)
 
 
-@contextmanager
-def turned(model: Any, anatomy: Anatomy, steering: Steering, dials: Tensor) -> Iterator[Sequences]:
+def turned(
+    anatomy: Anatomy, steering: Steering, dials: Tensor
+) -> AbstractContextManager[Sequences]:
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
     derivative, which goes on through the model."""
     steps = _turned_steps(steering, dials)
-    with _on_model(model, anatomy, steps, [steering.label], rows=len(dials)) as sequences:
-        yield sequences
+    return _on_model(anatomy, steps, [steering.label], rows=len(dials))
 
 
-@contextmanager
 def attached_by(
-    model: Any, anatomy: Anatomy, steering: Steering, choose: Choose
-) -> Iterator[Sequences]:
+    anatomy: Anatomy, steering: Steering, choose: Choose
+) -> AbstractContextManager[Sequences]:
     """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
     While it looks, it may run the model, which is not steered then."""
     steps = _turned_steps(steering, torch.zeros(0))
-    with _on_model(model, anatomy, steps, [steering.label], choose=choose) as sequences:
-        yield sequences
+    return _on_model(anatomy, steps, [steering.label], choose=choose)
 
 
 def finds_dials(anatomy: Anatomy) -> bool:
     """Whether a block of `attached_by` is on the model, other than one that is looking now."""
     on = _ATTACHED.get(anatomy.body)
-    return on is not None and any(block.finds and not block.sequences.paused for block in on.blocks)
+    return on is not None and any(
+        block.finds and not block.sequences.here.paused for block in on.blocks
+    )
 
 
 def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
@@ -200,10 +199,6 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     return steps
 
 
-def _all(steps: dict[str, list[_Step]]) -> list[_Step]:
-    return [step for chain in steps.values() for step in chain]
-
-
 def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
@@ -211,9 +206,9 @@ def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
         return _same_for_all(first)
 
     def edit(x: Tensor) -> Tensor | None:
-        if sequences.paused:
+        if sequences.here.paused:
             return None
-        now, result = sequences.current, None
+        now, result = sequences.here.current, None
         for step in chain:
             changed = step(x if result is None else result, now)
             result = result if changed is None else changed
@@ -224,7 +219,6 @@ def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
 
 @contextmanager
 def _on_model(
-    model: Any,
     anatomy: Anatomy,
     steps: dict[str, list[_Step]],
     labels: Sequence[str],
@@ -236,7 +230,7 @@ def _on_model(
 ) -> Iterator[Sequences]:
     """Take the steps at every pass of the model."""
     with exclusively(anatomy.body, block):
-        body: Any = model.get_submodule(anatomy.architecture.body)
+        body: Any = anatomy.model.get_submodule(anatomy.architecture.body)
         if getattr(body, "_orig_mod", body) is not anatomy.body:
             raise TrimtabError(
                 "the model's transformer body was replaced after it was wrapped: wrap it again"
@@ -244,7 +238,7 @@ def _on_model(
         if not steps:
             yield Sequences()
             return
-        positions = {step.positions for step in _all(steps)}
+        positions = {step.positions for chain in steps.values() for step in chain}
         placed = bool(positions - {"all"} or rows or choose)
         names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
         sequences = Sequences(names, rows=rows, pad=pad, choose=choose, positions=positions)
@@ -255,7 +249,7 @@ def _on_model(
         }
         on = _ATTACHED.get(anatomy.body)
         if on is None or not on.blocks:
-            on = _ATTACHED[anatomy.body] = Attached(model, anatomy.body)
+            on = _ATTACHED[anatomy.body] = Attached(anatomy.model, anatomy.body)
         on.open(opened)
         try:
             with hooked(anatomy.body, edits):

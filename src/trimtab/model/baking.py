@@ -36,9 +36,6 @@ from trimtab.steering import (
     fold_output,
 )
 
-#: Architectures that compute what Llama computes, but for biases that they have no room for.
-_LLAMA_ALIKE = ("qwen2", "mistral")
-
 
 @dataclass(frozen=True)
 class _Fold:
@@ -78,11 +75,10 @@ def bake(
                 folds.append(_fold(intervention, steering))
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
-    model = plain_copy(language_model.model, language_model.name)
-    missing = _missing_biases(Anatomy(model), folds)
+    anatomy = Anatomy(plain_copy(language_model.model, language_model.name))
+    missing = _missing_biases(anatomy, folds)
     if missing:
-        model = _with_biases(model, missing)
-    anatomy = Anatomy(model)
+        anatomy = Anatomy(_with_biases(anatomy, missing))
     # W (A2 A1 x): what writes a site takes the operators in their order, what reads it the other
     # way round. Where one map does both the two do not meet: it changes its rows and its columns.
     reading = [fold for fold in folds if _maps(anatomy, fold)[0] == "input"]
@@ -97,7 +93,7 @@ def bake(
     for fold in reversed(reading):
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in single)])
-    return LanguageModel(model.eval(), language_model.tokenizer, name)
+    return LanguageModel(anatomy.model.eval(), language_model.tokenizer, name)
 
 
 def _fold(intervention: Intervention, steering: Steering) -> _Fold:
@@ -270,10 +266,11 @@ def _missing_biases(anatomy: Anatomy, folds: list[_Fold]) -> list[str]:
     return missing
 
 
-def _with_biases(model: Any, wanted: list[str]) -> Any:
+def _with_biases(anatomy: Anatomy, wanted: list[str]) -> Any:
     """The same model with room for the wanted biases, which are zero at first."""
+    model: Any = anatomy.model
     old_config = model.config
-    rehoused = old_config.model_type in _LLAMA_ALIKE
+    rehoused = anatomy.architecture.llama_alike
     config = _llama_config(old_config) if rehoused else old_config
     model_type: Any = type(model)
     if rehoused:

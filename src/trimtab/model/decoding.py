@@ -14,7 +14,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import regex  # type: ignore[import-untyped]
 import torch
@@ -24,64 +24,60 @@ from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from trimtab.errors import TrimtabError, shown
 
-#: What `generate` takes by transformers' names beside its own arguments, and what leaves it out.
-OPTIONS: dict[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "renormalize_logits": False,
-    "watermarking_config": None,
-    "max_time": None,
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-}
-_WHOLE = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_beams")
-_NARROWS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_REAL = (
-    *_NARROWS,
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "length_penalty",
-    "max_time",
-)
-#: What an option's number must be, in words and as a check; transformers takes some others, and
-#: then does nothing.
-_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "no_repeat_ngram_size": ("0 or more", lambda size: size >= 0),
-    "encoder_no_repeat_ngram_size": ("0 or more", lambda size: size >= 0),
-    "min_p": ("0 to 1", lambda p: 0 <= p <= 1),
-    "top_h": ("above 0 and at most 1", lambda share: 0 < share <= 1),
-    "typical_p": ("above 0 and at most 1", lambda p: 0 < p <= 1),
-    "epsilon_cutoff": ("0 or more and below 1", lambda p: 0 <= p < 1),
-    "eta_cutoff": ("0 or more and below 1", lambda p: 0 <= p < 1),
-    "max_time": ("above 0 (seconds)", lambda seconds: seconds > 0),
-    "num_beams": ("1 to 1000", lambda beams: 1 <= beams <= 1000),
+#: How tokens are drawn, and what makes it greedy from the whole distribution.
+SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+
+
+class _Option(NamedTuple):
+    """What leaves an option out, what it is (a whole number, a real one, tokens, or none of
+    these), and what its value must be, in words and as a check; transformers takes some other
+    values, and then does nothing."""
+
+    default: Any
+    kind: Literal["whole", "real", "tokens", ""] = ""
+    words: str = ""
+    holds: Callable[[Any], bool] = lambda value: True
+
+
+_SHARE: tuple[Any, ...] = ("above 0 and at most 1", lambda share: 0 < share <= 1)
+_CUTOFF: tuple[Any, ...] = ("0 or more and below 1", lambda p: 0 <= p < 1)
+_SIZE: tuple[Any, ...] = ("0 or more", lambda size: size >= 0)
+_OPTIONS = {
+    "repetition_penalty": _Option(1.0, "real"),
+    "encoder_repetition_penalty": _Option(1.0, "real"),
+    "no_repeat_ngram_size": _Option(0, "whole", *_SIZE),
+    "encoder_no_repeat_ngram_size": _Option(0, "whole", *_SIZE),
+    "min_p": _Option(None, "real", "0 to 1", lambda p: 0 <= p <= 1),
+    "top_h": _Option(None, "real", *_SHARE),
+    "typical_p": _Option(1.0, "real", *_SHARE),
+    "epsilon_cutoff": _Option(0.0, "real", *_CUTOFF),
+    "eta_cutoff": _Option(0.0, "real", *_CUTOFF),
+    "bad_words_ids": _Option(None, "tokens"),
+    "sequence_bias": _Option(None, "tokens"),
+    "suppress_tokens": _Option(None, "tokens"),
+    "begin_suppress_tokens": _Option(None, "tokens"),
+    "forced_eos_token_id": _Option(None, "tokens"),
+    "exponential_decay_length_penalty": _Option(None),
+    "renormalize_logits": _Option(False, "", "True or False", lambda x: isinstance(x, bool)),
+    "watermarking_config": _Option(None),
+    "max_time": _Option(None, "real", "above 0 (seconds)", lambda seconds: seconds > 0),
+    "num_beams": _Option(1, "whole", "1 to 1000", lambda beams: 1 <= beams <= 1000),
     # A length to a higher power overflows.
-    "length_penalty": ("-10 to 10", lambda power: -10 <= power <= 10),
-    "renormalize_logits": ("True or False", lambda value: isinstance(value, bool)),
-    "early_stopping": (
+    "length_penalty": _Option(1.0, "real", "-10 to 10", lambda power: -10 <= power <= 10),
+    "early_stopping": _Option(
+        False,
+        "",
         "True, False or 'never'",
-        lambda value: isinstance(value, bool) or (isinstance(value, str) and value == "never"),
+        lambda x: isinstance(x, bool) or (isinstance(x, str) and x == "never"),
     ),
 }
-#: Options that are lists of tokens, or of lists of tokens; forced_eos_token_id may be one token.
+#: What `generate` takes by transformers' names beside these, and what leaves it out.
+OPTIONS: dict[str, Any] = {name: option.default for name, option in _OPTIONS.items()}
+_NARROWS = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+#: Lists of tokens (or one token); the other options of tokens are lists of such lists.
 _OF_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id")
-_OF_WORDS = ("bad_words_ids", "sequence_bias")
 _OF_BEAMS = ("length_penalty", "early_stopping")
-_OWN = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+_OWN = ("max_new_tokens", "min_new_tokens", *SAMPLING, "seed", "stop")
 _DOWNLOADED = "transformers runs it by code that it downloads"
 _TEXTS_ONLY = "generate returns texts and their tokens; lm.logits returns logits"
 #: Settings of transformers that `generate` has in another way, or cannot have.
@@ -169,10 +165,10 @@ def not_taken(asked: Mapping[str, Any], error: Exception) -> TrimtabError:
     return TrimtabError(f"transformers does not take {named}: {said}")
 
 
-def sampling(
-    temperature: float, top_k: int, top_p: float, options: Mapping[str, Any], vocabulary: int
-) -> dict[str, Any]:
+def sampling(options: Mapping[str, Any], vocabulary: int) -> dict[str, Any]:
     """The settings of transformers that say how tokens are chosen, after every check."""
+    others = {**SAMPLING, **options}
+    temperature, top_k, top_p = (others.pop(name) for name in SAMPLING)
     warmth = _real("temperature", temperature)
     if warmth != 0 and not _COLDEST <= warmth <= _HOTTEST:
         raise TrimtabError(
@@ -182,7 +178,7 @@ def sampling(
     top_k, top_p = whole("top_k", top_k), _real("top_p", top_p)
     if top_k < 0 or not 0 < top_p <= 1:
         raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
-    given = {name: _option(name, value, vocabulary) for name, value in options.items()}
+    given = {name: _option(name, value, vocabulary) for name, value in others.items()}
     if warmth == 0 and (top_k, top_p) != (0, 1):
         idle = "top_k" if top_k else "top_p"
         raise TrimtabError(f"{idle} narrows sampling: give a temperature above 0")
@@ -207,21 +203,21 @@ def _option(name: str, value: Any, vocabulary: int) -> Any:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise TrimtabError(f"generate has no option {name!r}: {hint}")
+    option = _OPTIONS[name]
     if value is None:
-        return OPTIONS[name]
-    if name in _WHOLE:
+        return option.default
+    if option.kind == "whole":
         value = whole(name, value)
-    elif name in _REAL:
+    elif option.kind == "real":
         value = _real(name, value)
-    elif name in (*_OF_TOKENS, *_OF_WORDS):
+    elif option.kind == "tokens":
         _refuse_no_tokens(name, value, vocabulary)
     elif name == "watermarking_config":
         _refuse_no_watermark(value)
     elif name == "exponential_decay_length_penalty":
         _refuse_no_decay(value)
-    words, holds = _RANGES.get(name, ("", None))
-    if holds is not None and not holds(value):
-        raise TrimtabError(f"{name} must be {words}, not {value!r}")
+    if not option.holds(value):
+        raise TrimtabError(f"{name} must be {option.words}, not {value!r}")
     return value
 
 
@@ -325,6 +321,52 @@ def seed_number(seed: Any) -> int:
     if not -(2**63) <= number < 2**64:
         raise TrimtabError(f"seed must be -2**63 to 2**64 - 1, not {shown(number)}")
     return number
+
+
+@torch.inference_mode()
+def written(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    asked: Mapping[str, Any],
+    stop: Any,
+    lengths: tuple[int, int],
+) -> tuple[list[list[int]], list[bool]]:
+    """One batch: the new tokens of each row up to and without its end-of-text token, and whether
+    all of them were chosen from sound logits.
+
+    `asked` is what `sampling` made, `stop` a pattern or None, `lengths` the fewest and the most new
+    tokens.
+    """
+    rows, width = inputs["input_ids"].shape
+    fewest, most = (width + length for length in lengths)
+    watch = None if stop is None else StopsAt(stop, tokenizer, width, rows)
+    sound = SoundLogits(rows, sampled=asked["do_sample"])
+    try:
+        settings = configuration(model, asked, min_length=fewest, max_length=most)
+        eos, pad = settings.eos_token_id, tokenizer.pad_token_id
+        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
+        output = model.generate(
+            **inputs,
+            generation_config=settings,
+            logits_processor=[sound],
+            stopping_criteria=None if watch is None else [watch],
+        )
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if not changed(asked):
+            raise
+        raise not_taken(asked, error) from error
+    new: list[list[int]] = output[:, width:].tolist()
+    ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
+    texts = [
+        row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
+        for row, end in zip(new, ends, strict=True)
+    ]
+    # A row that ended before its end was ended by one token more, which it was chosen to be.
+    chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
+    sound_until = zip(sound.counts(), chosen, strict=True)
+    return texts, [count >= used for count, used in sound_until]
 
 
 class StopsAt(StoppingCriteria):

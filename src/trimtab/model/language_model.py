@@ -6,8 +6,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,28 +17,45 @@ from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Prompt, read_prompt
 from trimtab.errors import TrimtabError, shown
 from trimtab.model.attach import RowSteerings, attached, attached_by
+from trimtab.model.batching import (
+    BATCH_TOKENS,
+    BATCH_TOKENS_GPU,
+    batches_by_length,
+    refuse_dropout,
+)
 from trimtab.model.decoding import (
-    SoundLogits,
-    StopsAt,
     are_sound,
     changed,
-    configuration,
-    not_taken,
     sampling,
     seed_number,
     stop_pattern,
     unsound,
     whole,
+    written,
 )
 from trimtab.model.identity import Weights
-from trimtab.model.packing import BATCH_TOKENS, BATCH_TOKENS_GPU, refuse_dropout
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
-from trimtab.model.rules import Rule, chooser
+from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.versions import heed_soft_cap
 from trimtab.progress import progress
 from trimtab.steering import ModelIdentity, Steering, Steerings
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A steering whose dial is found for each row, from the tokens that the row begins with."""
+
+    @property
+    def steering(self) -> Steering:
+        """What is steered with; its own dial may say on which side."""
+
+    def dials(
+        self, language_model: LanguageModel, texts: Sequence[Sequence[int]], force: bool
+    ) -> list[float]:
+        """The dial of each text (token ids); with no text it only says what would be wrong."""
+
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
 #: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
@@ -139,7 +157,7 @@ class LanguageModel:
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
         """Write a plain checkpoint with its tokenizer, whole or not at all."""
-        return save_checkpoint(self, directory, overwrite)
+        return save_checkpoint(self.model, self.tokenizer, self.name, directory, overwrite)
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -270,33 +288,36 @@ class LanguageModel:
         if rule is not None:
             if len(steerings) > 1:
                 raise TrimtabError("a rule (a budget) turns one dial: give it alone")
-            choose = chooser(self, rule, force)
-            with attached_by(self.model, self.anatomy, rule.steering, choose) as sequences:
+            choose = chooser(partial(rule.dials, self, force=force))
+            with attached_by(self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return
-        with self._steered(steerings, force, block=True) as sequences:
+        lists = [argument for argument in steerings if not _is_for_all(argument)]
+        if lists and len(steerings) > 1:
+            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
+        rows = list(map(row_steerings, lists[0])) if lists else [row_steerings(steerings)]
+        with self._attached(rows, bool(lists), force, block=True) as sequences:
             yield sequences
 
-    def _steered(
-        self, steerings: Sequence[Any], force: bool, block: bool = False
+    def _attached(
+        self, rows: Sequence[RowSteerings], per_row: bool, force: bool, block: bool = False
     ) -> AbstractContextManager[Sequences]:
-        """As `steered`; unless it is a `block`, for one call only, for which others wait."""
-        rows = self._row_steerings(steerings, force)
-        per_row = any(not _for_all_rows(argument) for argument in steerings)
-        pad = self.tokenizer.pad_token_id
-        return attached(self.model, self.anatomy, rows, per_row=per_row, pad=pad, block=block)
-
-    def _row_steerings(self, arguments: Sequence[Any], force: bool) -> list[RowSteerings]:
-        per_row = [argument for argument in arguments if not _for_all_rows(argument)]
-        if per_row and len(arguments) > 1:
-            raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
-        rows = [_one_row(row) for row in per_row[0]] if per_row else [_one_row(arguments)]
+        """One entry of `rows` for all rows of a batch, or (`per_row`) one each. Unless it is a
+        `block`, the model is held for one call only, for which others wait."""
         unique = {id(steering): steering for row in rows for steering in row}
         if unique:
             identity = self.identity
             for steering in unique.values():
                 steering.check_fits(self.anatomy, identity, force, self.quantised)
-        return rows
+        pad = self.tokenizer.pad_token_id
+        return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+
+    def _for_call(
+        self, rows: Sequence[RowSteerings], force: bool
+    ) -> AbstractContextManager[Sequences]:
+        """The rows of one batch; what all of them share takes less time per token."""
+        alike = all(row == rows[0] for row in rows)
+        return self._attached(rows[:1] if alike else rows, not alike, force)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -307,12 +328,8 @@ class LanguageModel:
         max_new_tokens: int = 64,
         chat: bool | None = None,
         steering: SteeringArgument = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int | None = None,
         stop: str | None = None,
-        min_new_tokens: int = 0,
         batch_size: int = 16,
         force: bool = False,
         **options: Any,
@@ -320,24 +337,23 @@ class LanguageModel:
         """Continue prompts: text, or lists of messages {"role", "content"}.
 
         `chat` puts text through the chat template as a user's message (default: where the model
-        has one). Temperature 0 is greedy; `top_k` 0 and `top_p` 1 leave the distribution whole;
-        `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with the token
-        that completes a match of it; before `min_new_tokens` none ends by itself. `steering` is one
-        for all prompts or a list with one per prompt, or a rule that finds each prompt's dial
-        (`tt.within(steering, kl=0.1)`).
+        has one). `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with
+        the token that completes a match of it. `steering` is one for all prompts or a list with one
+        per prompt, or a rule that finds each prompt's dial (`tt.within(steering, kl=0.1)`).
 
-        Other options are those of transformers that say how tokens are chosen, by their names
-        there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4` (`decoding.OPTIONS` has all).
-        Of the checkpoint's own generation settings only the special tokens are used. Logits that
-        cannot choose a token (not finite, or all equal) are an error. Returns one `Completion` per
-        prompt, in order.
+        `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
+        all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
+        transformers by their names there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4`
+        (`decoding.OPTIONS` has all). Of the checkpoint's own generation settings only the special
+        tokens are used. Logits that cannot choose a token (not finite, or all equal) are an error.
+        Returns one `Completion` per prompt, in order.
         """
-        asked = sampling(temperature, top_k, top_p, options, self.anatomy.config.vocab_size)
+        min_new_tokens = whole("min_new_tokens", options.pop("min_new_tokens", 0))
+        asked = sampling(options, self.anatomy.config.vocab_size)
         pattern = None if stop is None else stop_pattern(stop)
         if pattern is not None and asked.get("num_beams", 1) > 1:
             raise TrimtabError("stop ends a text while it is written; beams are compared after it")
         max_new_tokens = whole("max_new_tokens", max_new_tokens)
-        min_new_tokens = whole("min_new_tokens", min_new_tokens)
         batch_size = whole("batch_size", batch_size)
         seed = None if seed is None else seed_number(seed)
         if max_new_tokens < 1 or batch_size < 1:
@@ -346,11 +362,10 @@ class LanguageModel:
             raise TrimtabError(
                 f"min_new_tokens must be 0 to {max_new_tokens}, not {min_new_tokens}"
             )
+        lengths = (min_new_tokens, max_new_tokens)
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
         rows = self._rows_for(tokens, steering, force)
-        # Prompts of similar length share a batch, so that little is padded.
-        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         done: dict[int, Completion] = {}
         with (
             torch.random.fork_rng(enabled=seed is not None),
@@ -358,63 +373,21 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                with self._steered(_for_rows([rows[i] for i in chosen]), force) as sequences:
-                    texts, sound = self._generate(
-                        [tokens[i] for i in chosen], pattern, asked, max_new_tokens, min_new_tokens
+            for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
+                with self._for_call([rows[i] for i in chosen], force) as sequences:
+                    inputs = self._left_padded([tokens[i] for i in chosen])
+                    texts, sound = written(
+                        self.model, self.tokenizer, inputs, asked, pattern, lengths
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
                 for i, new, is_sound in zip(chosen, texts, sound, strict=True):
-                    labels = tuple(steering.label for steering in _one_row(rows[i]))
+                    labels = tuple(steering.label for steering in rows[i])
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
-
-    @torch.inference_mode()
-    def _generate(
-        self,
-        tokens: list[list[int]],
-        stop: Any,
-        asked: dict[str, Any],
-        max_new_tokens: int,
-        min_new_tokens: int,
-    ) -> tuple[list[list[int]], list[bool]]:
-        """One batch: the new tokens of each row up to and without its end-of-text token, and
-        whether all of them were chosen from sound logits."""
-        inputs = self._left_padded(tokens)
-        width = inputs["input_ids"].shape[1]
-        watch = None if stop is None else StopsAt(stop, self.tokenizer, width, len(tokens))
-        sound = SoundLogits(len(tokens), sampled=asked["do_sample"])
-        lengths = {"max_length": width + max_new_tokens, "min_length": width + min_new_tokens}
-        try:
-            settings = configuration(self.model, asked, **lengths)
-            eos, pad = settings.eos_token_id, self.tokenizer.pad_token_id
-            stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-            settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
-            output = self.model.generate(
-                **inputs,
-                generation_config=settings,
-                logits_processor=[sound],
-                stopping_criteria=None if watch is None else [watch],
-            )
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            if not changed(asked):
-                raise
-            raise not_taken(asked, error) from error
-        new: list[list[int]] = output[:, width:].tolist()
-        ends = [len(row) for row in new] if watch is None else watch.ends(len(new[0]))
-        texts = [
-            row[: next((i for i, token in enumerate(row[:end]) if token in stops), end)]
-            for row, end in zip(new, ends, strict=True)
-        ]
-        # A row that ended before its end was ended by one token more, which it was chosen to be.
-        chosen = [len(text) + (len(text) < end) for text, end in zip(texts, ends, strict=True)]
-        sound_until = zip(sound.counts(), chosen, strict=True)
-        return texts, [count >= used for count, used in sound_until]
 
     @torch.inference_mode()
     def logits(
@@ -434,13 +407,11 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
-        order = sorted(range(len(wanted)), key=lambda i: len(tokens[i]))
         found: dict[int, Tensor] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
             inputs = self._left_padded([tokens[i] for i in chosen])
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-            with self._steered(_for_rows([rows[i] for i in chosen]), force):
+            with self._for_call([rows[i] for i in chosen], force):
                 logits = self.model(
                     **inputs,
                     position_ids=positions,
@@ -453,7 +424,7 @@ class LanguageModel:
         sound = torch.stack([are_sound(row).all() for row in ordered]).tolist()
         if not all(sound):
             first = sound.index(False)
-            labels = [steering.label for steering in _one_row(rows[first])]
+            labels = [steering.label for steering in rows[first]]
             raise unsound(f"prompt {first + 1}", labels, self.dtype)
         return torch.stack(ordered) if at == "last" else ordered
 
@@ -467,44 +438,43 @@ class LanguageModel:
 
     def _rows_for(
         self, texts: Sequence[Sequence[int]], steering: SteeringArgument, force: bool
-    ) -> list[RowArgument]:
-        """One steering argument per text (token ids)."""
+    ) -> list[RowSteerings]:
+        """The steerings of each text (token ids)."""
         refuse_dropout(self.model)
         if not texts:
             raise TrimtabError("there is no prompt")
         if isinstance(steering, Rule):
             dials = steering.dials(self, texts, force)
-            return [replace(steering.steering, value=dial) for dial in dials]
-        if steering is None or isinstance(steering, Steering | Steerings):
-            return [steering] * len(texts)
-        if len(steering) != len(texts):
-            raise TrimtabError(
-                f"{len(steering)} steerings for {len(texts)} prompts: give one for all of them "
-                "or one per prompt"
-            )
-        return list(steering)
+            return [(replace(steering.steering, value=dial),) for dial in dials]
+        own = per_text(steering, len(texts), "prompts")
+        return [row_steerings(steering)] * len(texts) if own is None else own
 
 
-def _for_all_rows(argument: Any) -> bool:
-    """Whether an argument of `steered` is for the whole batch, not a list with one per row."""
+def _is_for_all(argument: Any) -> bool:
+    """Whether a `steering` argument is for all rows, not a list with one per row."""
     return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
 
 
-def _for_rows(rows: list[RowArgument]) -> tuple[Any, ...]:
-    """What `steered` is given for these rows; what all of them share takes less time per token."""
-    if all(row is rows[0] for row in rows):
-        return _one_row(rows[0])
-    return (rows,)
+def per_text(steering: Any, count: int, what: str = "texts") -> list[RowSteerings] | None:
+    """Of a `steering` argument with one for each of so many texts what each has; None where one is
+    for all of them."""
+    if _is_for_all(steering):
+        return None
+    if len(steering) != count:
+        raise TrimtabError(
+            f"{len(steering)} steerings for {count} {what}: give one for all or one for each"
+        )
+    return [row_steerings(row) for row in steering]
 
 
-def _one_row(argument: Any) -> RowSteerings:
-    """The steerings of one row, from None, one, or several."""
+def row_steerings(argument: Any) -> RowSteerings:
+    """The steerings of one row, from None, one, or several; of all rows, from a list of such."""
     if argument is None:
         return ()
     if isinstance(argument, Steering):
         return (argument,)
     if isinstance(argument, list | tuple):
-        return tuple(steering for item in argument for steering in _one_row(item))
+        return tuple(steering for item in argument for steering in row_steerings(item))
     if isinstance(argument, Rule):
         raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
     raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")

@@ -126,8 +126,11 @@ Choose = Callable[[Beginning], Tensor]
 class _Local(threading.local):
     """What each thread that runs the model does at the moment."""
 
-    generations: tuple[_Generation, ...] = ()  # the innermost one last
+    #: The calls of generate that are under way, the innermost one last.
+    generations: tuple[_Generation, ...] = ()
+    #: The pass that runs, None where nobody needs to know where it stands.
     current: Pass | None = None
+    #: Whether passes run as if nothing were attached.
     paused: bool = False
 
 
@@ -154,38 +157,19 @@ class Sequences:
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
         self._positions = frozenset(positions) - {"all"}
-        self._local = _Local()
+        self.here = _Local()
         #: The dials of texts that are in a KV cache.
         self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
 
-    @property
-    def current(self) -> Pass | None:
-        """The pass that runs in this thread, None where nobody needs to know where it stands."""
-        return self._local.current
-
-    @current.setter
-    def current(self, value: Pass | None) -> None:
-        self._local.current = value
-
-    @property
-    def paused(self) -> bool:
-        """Whether passes in this thread run as if nothing were attached."""
-        return self._local.paused
-
     # -- generate -----------------------------------------------------------------------------
-
-    @property
-    def generating(self) -> bool:
-        """Whether a call of generate is under way in this thread."""
-        return bool(self._local.generations)
 
     def begin_generation(self, args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> bool:
         """Note what `generate` was given; False inside another one whose text it goes on with
         (assisted decoding by the model itself), because the prompt is the outer one's."""
-        if self.paused:
+        if self.here.paused:
             return False
         generation = _generation(args, kwargs, config)
-        outer = self._local.generations
+        outer = self.here.generations
         if outer and outer[-1].begins(generation.ids):
             outer[-1].nested += 1
             return False
@@ -198,26 +182,26 @@ class Sequences:
                 "guidance_scale makes generate() read texts beside the prompt, which the steering "
                 "cannot tell from it: steer at all positions, or leave guidance_scale out"
             )
-        self._local.generations = (*outer, generation)
+        self.here.generations = (*outer, generation)
         return True
 
     def end_generation(self) -> int:
         """How many passes the call of `generate` has run."""
-        *outer, generation = self._local.generations
-        self._local.generations = tuple(outer)
+        *outer, generation = self.here.generations
+        self.here.generations = tuple(outer)
         return generation.passes
 
     def end_nested(self) -> None:
         """A call of generate has ended for which `begin_generation` was False."""
-        if self._local.generations and not self.paused:
-            self._local.generations[-1].nested -= 1
+        if self.here.generations and not self.here.paused:
+            self.here.generations[-1].nested -= 1
 
     # -- passes -------------------------------------------------------------------------------
 
     def count(self) -> None:
         """Another pass runs."""
         self.passes += 1
-        for generation in self._local.generations:
+        for generation in self.here.generations:
             generation.passes += 1
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -233,7 +217,7 @@ class Sequences:
         rows, length = tokens.shape[:2]
         cache = _known_cache(arguments)
         start = 0 if cache is None else int(cache.get_seq_length())
-        generation = self._local.generations[-1] if self._local.generations else None
+        generation = self.here.generations[-1] if self.here.generations else None
         if generation and not generation.runs(cache, ids):
             generation = None
         self._check_rows(rows, generation)
@@ -257,11 +241,11 @@ class Sequences:
             self._note(cache, ends, found)
         repeats = max(1, rows // len(ends))
         each = [end for end in ends for _ in range(repeats)] if len(ends) > 1 else ends
-        self._local.current = Pass(start, length, each, found)
+        self.here.current = Pass(start, length, each, found)
 
     def finish(self, output: Any) -> None:
         """A pass has run: what it put into a cache of its own goes on from where it stands."""
-        current = self._local.current
+        current = self.here.current
         if current is None:
             return
         values = output.values() if isinstance(output, Mapping) else output
@@ -353,11 +337,11 @@ class Sequences:
             mask[:, :width] if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
             start == 0 and tokens.shape[1] >= width,
         )
-        self._local.paused = True
+        self.here.paused = True
         try:
             return self._choose(beginning)
         finally:
-            self._local.paused = False
+            self.here.paused = False
 
 
 def find_cache(values: Iterable[Any]) -> Cache | None:

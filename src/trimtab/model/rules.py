@@ -1,44 +1,28 @@
-"""Rules: what decides a row's dial when the model begins to read."""
+"""What decides a row's dial when the model begins to read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.model.passes import Beginning, Choose
-from trimtab.steering import Steering
 
-if TYPE_CHECKING:
-    from trimtab.model.language_model import LanguageModel
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """A steering whose dial is found for each row, from the tokens that the row begins with."""
-
-    @property
-    def steering(self) -> Steering:
-        """What is steered with; its own dial may say on which side."""
-
-    def dials(
-        self, language_model: LanguageModel, texts: Sequence[Sequence[int]], force: bool
-    ) -> list[float]:
-        """The dial of each text (token ids); with no text it only says what would be wrong."""
+#: The dial of each text (token ids); with no text it only says what would be wrong.
+FindDials = Callable[[Sequence[Sequence[int]]], list[float]]
 
 
-def chooser(language_model: LanguageModel, rule: Rule, force: bool) -> Choose:
+def chooser(find: FindDials) -> Choose:
     """What finds the dial of each row of a batch, from the arguments of the transformer body."""
-    rule.dials(language_model, [], force)  # says at once what is wrong
+    find([])  # says at once what is wrong
 
     def choose(beginning: Beginning) -> Tensor:
         rows = _texts(beginning)
         distinct = sorted(set(rows))  # samples and beams of one prompt are equal rows
-        found = dict(zip(distinct, rule.dials(language_model, distinct, force), strict=True))
-        return torch.tensor([found[row] for row in rows], dtype=torch.float64)
+        dials = dict(zip(distinct, find(distinct), strict=True))
+        return torch.tensor([dials[row] for row in rows], dtype=torch.float64)
 
     return choose
 

@@ -8,6 +8,7 @@ makes an error of what would otherwise pass in silence: a model that runs on aft
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Thread, current_thread
@@ -32,7 +33,7 @@ class Block:
     finds: bool = False
     thread: Thread | None = None
     #: How many passes and calls of generate each thread is in.
-    running: dict[Thread, int] = field(default_factory=dict)
+    running: Counter[Thread] = field(default_factory=Counter)
     generating: set[Thread] = field(default_factory=set)
     #: Threads that have run a pass, and what one other than the block's own was refused.
     seen: set[Thread] = field(default_factory=set)
@@ -42,15 +43,11 @@ class Block:
     labels: Sequence[str] = ()
     sound: Tensor | bool = True
 
-    def enter(self, thread: Thread) -> None:
-        self.running[thread] = self.running.get(thread, 0) + 1
-
     def leave(self, thread: Thread) -> None:
-        depth = self.running.get(thread, 0) - 1
-        if depth > 0:
-            self.running[thread] = depth
-        else:
-            self.running.pop(thread, None)
+        """A pass or a call of generate has ended, which another one may be inside of."""
+        self.running[thread] -= 1
+        if self.running[thread] <= 0:
+            del self.running[thread]
 
 
 class Attached:
@@ -108,7 +105,7 @@ class Attached:
                 "that generates (thread.join()) inside the block"
             )
         for block in self.blocks:
-            if block.sequences.paused:
+            if block.sequences.here.paused:
                 continue
             if block.thread not in (None, thread):
                 raise TrimtabError(
@@ -122,7 +119,7 @@ class Attached:
                     block.refused = block.refused or error
                 raise
             block.sequences.count()  # one that is not refused
-            block.enter(thread)
+            block.running[thread] += 1
         if body.training and torch.is_grad_enabled():
             self._watch_checkpoints()
 
@@ -132,7 +129,11 @@ class Attached:
         """Note what a block's pass is about to read; refuse one that began before the block."""
         if thread not in block.seen:
             cache = None if thread is block.opener else find_cache([*args, *kwargs.values()])
-            if cache is not None and not block.sequences.generating and cache.get_seq_length():
+            if (
+                cache is not None
+                and not block.sequences.here.generations
+                and cache.get_seq_length()
+            ):
                 raise TrimtabError(
                     "another thread was generating when the block began, so that its text would "
                     "be steered in part: begin the block first, or wait for the thread"
@@ -144,13 +145,13 @@ class Attached:
     def _after(self, body: nn.Module, args: Any, output: Any) -> None:
         thread = current_thread()
         for block in self.blocks:
-            if not block.sequences.paused:
+            if not block.sequences.here.paused:
                 block.leave(thread)
                 if output is None:  # the pass has failed
                     continue
                 if block.placed:
                     block.sequences.finish(output)
-                if block.thread is None and block.sequences.generating:
+                if block.thread is None and block.sequences.here.generations:
                     block.sound = block.sound & _is_sound(output)
 
     # -- generate -----------------------------------------------------------------------------
@@ -165,7 +166,7 @@ class Attached:
                     nested.append(block)
                     continue
                 begun.append(block)
-                block.enter(thread)
+                block.running[thread] += 1
                 block.generating.add(thread)
             result = original(*args, **kwargs)
         finally:
@@ -174,7 +175,7 @@ class Attached:
             for block in begun:
                 passes.append(block.sequences.end_generation())
                 block.leave(thread)
-                if not block.sequences.generating:
+                if not block.sequences.here.generations:
                     block.generating.discard(thread)
             if begun and thread in self._left:
                 self._left.discard(thread)
@@ -212,7 +213,7 @@ class Attached:
     def _checkpointed(
         self, original: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        then = [(block, block.sequences.current) for block in self.blocks]
+        then = [(block, block.sequences.here.current) for block in self.blocks]
 
         def run(*inputs: Any, **options: Any) -> Any:
             if self.blocks != [block for block, _ in then]:
@@ -220,14 +221,14 @@ class Attached:
                     "gradient checkpointing runs the model again in backward(), but the steering "
                     "is no longer that of the forward pass: call backward() inside the block"
                 )
-            before = [block.sequences.current for block in self.blocks]
+            before = [block.sequences.here.current for block in self.blocks]
             for block, current in then:
-                block.sequences.current = current
+                block.sequences.here.current = current
             try:
                 return function(*inputs, **options)
             finally:
                 for block, current in zip(self.blocks, before, strict=True):
-                    block.sequences.current = current
+                    block.sequences.here.current = current
 
         return original(run, *args, **kwargs)
 

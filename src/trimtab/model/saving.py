@@ -36,10 +36,11 @@ _CHECKPOINT = re.compile(
 )
 
 
-def save_checkpoint(language_model: Any, directory: str | Path, overwrite: bool = False) -> Path:
+def save_checkpoint(
+    model: Any, tokenizer: Any, name: str, directory: str | Path, overwrite: bool = False
+) -> Path:
     """Write weights, configuration and tokenizer to a directory, which is returned."""
     target = Path(directory)
-    model, name = language_model.model, language_model.name
     # transformers notes there which directory a model was read from.
     check_target(target, [str(getattr(model.config, "_name_or_path", ""))], overwrite)
     if is_hooked(model):
@@ -54,7 +55,7 @@ def save_checkpoint(language_model: Any, directory: str | Path, overwrite: bool 
         with _work_directory(place) as work:
             inside, old = work / "model", work / "old"
             model.save_pretrained(inside)
-            language_model.tokenizer.save_pretrained(inside)
+            tokenizer.save_pretrained(inside)
             if not is_quantised(model):
                 _check_written(model, inside)
             if place.exists():

@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Settings, TaskJob
 from trimtab.figures import Estimate, estimate_of, mean_interval, paired_p
 from trimtab.model import LanguageModel
-from trimtab.reading import Reading, next_tokens, plan, side_readings
+from trimtab.reading import Reading, next_tokens, side_readings
 from trimtab.sweeps import Bench, more_is_better
 
 #: How far the right answer is ahead of the wrong one, in nats.
@@ -141,8 +141,7 @@ class Rows:
         read: Any = task.read
         right = torch.zeros(len(readings), dtype=torch.float64)
         ahead = torch.zeros(len(readings), dtype=torch.float64)
-        batches = plan(readings, lm.batch_tokens)
-        for batch, found in next_tokens(lm, readings, batches, steering, kept=kept):
+        for batch, found in next_tokens(lm, readings, steering, kept=kept):
             for i, each in zip(batch.rows, found, strict=True):
                 text = lm.tokenizer.decode([int(each.best[0])], skip_special_tokens=True)
                 right[i] = task.right(read(text, entry.protocol), entry.examples[i].target)

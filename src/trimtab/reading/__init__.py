@@ -1,22 +1,43 @@
 """A model over many texts, with nothing computed twice."""
 
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.reading.next_tokens import Next, Reading, after, next_tokens, plan
-from trimtab.reading.streams import Kept, begin, blocks_below, grouped, resume
+from trimtab.reading.next_tokens import (
+    Next,
+    Reading,
+    last_logits,
+    next_tokens,
+    prompt_reading,
+    read_columns,
+)
+from trimtab.reading.packing import (
+    Batch,
+    Packed,
+    batches,
+    encode_contrast,
+    encode_texts,
+    run_packed,
+)
+from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
 
 __all__ = [
-    "Kept",
+    "Batch",
     "Next",
+    "Packed",
     "Reading",
-    "after",
-    "begin",
+    "StreamCache",
+    "batches",
     "blocks_below",
     "cross_entropy",
-    "grouped",
+    "encode_contrast",
+    "encode_texts",
+    "last_logits",
     "log_odds",
     "next_tokens",
-    "plan",
     "preference",
-    "resume",
+    "prompt_reading",
+    "read_columns",
+    "run_lower",
+    "run_packed",
+    "run_upper",
     "side_readings",
 ]

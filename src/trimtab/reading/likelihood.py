@@ -7,29 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import (
-    LanguageModel,
+from trimtab.model import LanguageModel, SteeringArgument, per_text
+from trimtab.progress import progress
+from trimtab.reading.next_tokens import Reading, next_tokens, read_columns, refuse_unsound
+from trimtab.reading.packing import (
+    Batch,
     Packed,
-    SteeringArgument,
-    are_sound,
     batches,
     encode_contrast,
     encode_texts,
     run_packed,
-    unsound,
 )
-from trimtab.progress import progress
-from trimtab.reading.next_tokens import Reading
-from trimtab.steering import Steering, Steerings, together
+from trimtab.reading.streams import StreamCache
 
 
+@torch.inference_mode()
 def log_odds(
     language_model: LanguageModel,
     contrast: Contrast,
@@ -39,12 +37,39 @@ def log_odds(
 ) -> Tensor:
     """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats.
 
-    `steering` is one for all pairs or a list with one per pair.
+    `steering` is one for all pairs or a list with one per pair. The two sides of a pair share
+    their prompt in one packed row, however short it is.
     """
-    sums = _log_likelihoods(
-        language_model, _scored_pairs(language_model, contrast), steering, force
-    )
-    return sums[:, 0] - sums[:, 1]
+    rows = _scored_pairs(language_model, contrast)
+    own = per_text(steering, len(rows))
+    odds = torch.zeros(len(rows), dtype=torch.float64)
+    with progress("scoring", len(rows)) as advance:
+        for batch in batches(rows, language_model.batch_tokens):
+            indices = [row.index for row in batch.rows]
+            here = steering if own is None else [own[i] for i in indices]
+            with language_model.steered(here, force=force) as sequences:
+                sequences.given_ends = [row.answers[0] for row in batch.rows]
+                hidden = run_packed(batch, language_model).last_hidden_state
+            columns, targets = _answer_tokens(batch)
+            found = read_columns(language_model, hidden, columns, targets)
+            refuse_unsound(language_model, found, indices, here)
+            for row, each in zip(batch.rows, found, strict=True):
+                first = row.common + row.sides[0] - row.answers[0]
+                odds[row.index] = each.log_p[:first].sum() - each.log_p[first:].sum()
+            advance(len(batch.rows))
+    return odds
+
+
+def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each packed row the columns that answer tokens are predicted from, and these tokens: the
+    positive side's, then the negative side's."""
+    columns: list[list[int]] = [[] for _ in batch.rows]
+    targets: list[list[int]] = [[] for _ in batch.rows]
+    for i, row in enumerate(batch.rows):
+        for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
+            columns[i] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
+            targets[i] += text[start:]
+    return columns, targets
 
 
 def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Reading]:
@@ -100,14 +125,15 @@ def cross_entropy(
     texts: Sequence[Prompt],
     steering: SteeringArgument = None,
     *,
+    kept: StreamCache | None = None,
     force: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Of texts or chats: the mean negative log-likelihood per token in nats, and how many tokens.
 
     Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt;
-    it is one for all texts or a list with one per text.
+    it is one for all texts or a list with one per text. `kept` is as in `next_tokens`.
     """
-    rows = []
+    readings = []
     for row in encode_texts(language_model, texts):
         if row.common < 2:
             raise TrimtabError(f"text {row.index + 1} has no token to score: it is too short")
@@ -116,61 +142,14 @@ def cross_entropy(
                 f"text {row.index + 1} has {row.common} tokens, the model takes "
                 f"{language_model.max_length}: cut it into several"
             )
-        rows.append(Packed(row.index, row.tokens, row.common, row.sides, (1,)))
-    scored = torch.tensor([row.common - 1 for row in rows])
-    sums = _log_likelihoods(language_model, rows, steering, force, all_prompt=True)
-    return -sums[:, 0] / scored, scored
-
-
-@torch.inference_mode()
-def _log_likelihoods(
-    language_model: LanguageModel,
-    rows: Sequence[Packed],
-    steering: SteeringArgument,
-    force: bool,
-    all_prompt: bool = False,
-) -> Tensor:
-    """Summed log-likelihood of each side's answer, [rows, sides] in float64."""
-    if not rows:
+        # The last token is read too: to a steering of the last token it is the one.
+        asked = tuple(range(row.common - 1))
+        readings.append(Reading(row.tokens, asked, row.common, row.tokens[1:]))
+    if not readings:
         raise TrimtabError("there is no text to score")
-    shared = steering is None or isinstance(steering, Steering | Steerings)
-    per_row: Any = None if shared else steering
-    if per_row is not None and len(per_row) != len(rows):
-        raise TrimtabError(f"{len(per_row)} steerings for {len(rows)} texts: give one for each")
-    sums = torch.zeros(len(rows), len(rows[0].sides), dtype=torch.float64)
-    with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens):
-            here = steering if per_row is None else [per_row[row.index] for row in batch.rows]
-            with language_model.steered(here, force=force) as sequences:
-                sequences.given_ends = (
-                    [batch.tokens.shape[1]]
-                    if all_prompt
-                    else [row.answers[0] for row in batch.rows]
-                )
-                hidden = run_packed(batch, language_model).last_hidden_state
-            row, side, column, target = _scored_tokens(batch.rows, batch.place)
-            picked = hidden[row.to(hidden.device), column.to(hidden.device)]
-            logits: Any = language_model.unembed(picked)
-            log_p = logits.log_softmax(-1).cpu().gather(-1, target[:, None]).squeeze(-1).double()
-            index = torch.tensor([packed.index for packed in batch.rows])[row]
-            sound = are_sound(logits).cpu()
-            if not sound.all():
-                first = int(index[~sound].min())
-                own: Any = steering if per_row is None else per_row[first]
-                labels = [one.label for one in together(own)]
-                raise unsound(f"text {first + 1}", labels, language_model.dtype)
-            sums.index_put_((index, side), log_p, accumulate=True)
+    nll = torch.zeros(len(readings), dtype=torch.float64)
+    with progress("scoring", len(readings)) as advance:
+        for batch, found in next_tokens(language_model, readings, steering, kept=kept, force=force):
+            nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in found])
             advance(len(batch.rows))
-    return sums
-
-
-def _scored_tokens(rows: Sequence[Packed], place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each answer token: its row, its side, the column it is predicted from, and its id."""
-    found: list[tuple[int, int, int, int]] = []
-    columns = place.tolist()
-    for i, row in enumerate(rows):
-        for side, text in enumerate(row.texts()):
-            for position in range(row.answers[side], len(text)):
-                found.append((i, side, columns[i][side][position - 1], text[position]))
-    row_of, side_of, column, target = torch.tensor(found).T
-    return row_of, side_of, column, target
+    return nll, torch.tensor([len(reading.positions) for reading in readings])

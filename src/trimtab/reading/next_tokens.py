@@ -9,7 +9,7 @@ alone, so that a run which was interrupted goes on with the very batches that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,9 +18,18 @@ from torch import Tensor
 
 from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
-from trimtab.model import BATCH_ROWS, LanguageModel, are_sound, refuse_dropout, unsound
-from trimtab.reading.streams import Kept, beginning, blocks_below, resume
-from trimtab.steering import Steering, Steerings, together
+from trimtab.model import (
+    LanguageModel,
+    SteeringArgument,
+    are_sound,
+    batches_by_length,
+    per_text,
+    refuse_dropout,
+    row_steerings,
+    unsound,
+)
+from trimtab.reading.streams import StreamCache, blocks_below, run_prefix, run_upper
+from trimtab.steering import Steering
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
 _WORTH_A_PASS = 64
@@ -49,14 +58,16 @@ class Reading:
 @dataclass(frozen=True)
 class Next:
     """At each position that was asked for: the most probable token, and the log-probability of the
-    target in nats (float64; nothing where there were no targets)."""
+    target in nats (float64; nothing where there were no targets). `sound` says whether all logits
+    can choose a token."""
 
     best: Tensor
     log_p: Tensor
+    sound: bool = True
 
 
-def after(tokens: Sequence[int]) -> Reading:
-    """What comes after a text that is all prompt."""
+def prompt_reading(tokens: Sequence[int]) -> Reading:
+    """A text that is all prompt, of which the token after it is asked for."""
     return Reading(tuple(tokens), (len(tokens) - 1,), len(tokens))
 
 
@@ -72,74 +83,98 @@ def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
     """Batches of similar length, group by group of texts that share their beginning."""
     batches = []
     for shared, group in _groups(readings):
-        waiting = sorted(group, key=lambda i: (-len(readings[i].tokens), i))
-        while waiting:
-            longest = len(readings[waiting[0]].tokens) - shared
-            count = max(1, min(BATCH_ROWS, batch_tokens // longest))
-            batches.append(Batch(shared, tuple(waiting[:count])))
-            waiting = waiting[count:]
+        order = sorted(group)
+        lengths = [len(readings[i].tokens) - shared for i in order]
+        for batch in batches_by_length(lengths, batch_tokens):
+            batches.append(Batch(shared, tuple(order[i] for i in batch)))
     return batches
 
 
-@torch.inference_mode()
 def next_tokens(
     language_model: LanguageModel,
     readings: Sequence[Reading],
-    batches: Sequence[Batch],
-    steering: Steering | Steerings | None = None,
+    steering: SteeringArgument = None,
     *,
-    kept: Kept | None = None,
+    missing: Callable[[int], bool] | None = None,
+    kept: StreamCache | None = None,
     force: bool = False,
 ) -> Iterator[tuple[Batch, list[Next]]]:
-    """Run planned batches in order. `steering` is one for all texts.
+    """What a model expects at the positions of readings, a batch at a time.
 
-    With `kept` only the blocks from the steering's lowest on are run, on top of what is kept of
-    the same texts. A model that is steered already runs as without: what it computes is not for
-    later.
+    `steering` is one for all texts, or a list with one per text. Batches without a reading that is
+    `missing` (by its index) are left out, and the others are those that they would have been. With
+    `kept` only the blocks from the steering's lowest on are run, on top of what is kept of the same
+    texts. A model that is steered already runs as without: what it computes is not for later.
     """
+    own = per_text(steering, len(readings))
+    batches = plan(readings, language_model.batch_tokens)
+    if missing is not None:
+        batches = [batch for batch in batches if any(map(missing, batch.rows))]
+    if own is None:
+        yield from run_batches(language_model, readings, batches, steering, kept, force)
+        return
+    for batch in batches:
+        # Texts that begin alike go apart from there on, when each has a steering of its own.
+        alone, rows = Batch(0, batch.rows), [own[i] for i in batch.rows]
+        yield from run_batches(language_model, readings, [alone], rows, kept, force)
+
+
+@torch.inference_mode()
+def run_batches(
+    language_model: LanguageModel,
+    readings: Sequence[Reading],
+    batches: Sequence[Batch],
+    steering: SteeringArgument = None,
+    kept: StreamCache | None = None,
+    force: bool = False,
+) -> Iterator[tuple[Batch, list[Next]]]:
+    """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
-    _refuse_idle(readings, steering)
+    steerings = row_steerings(steering)
+    _refuse_idle(readings, steerings)
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0
     if kept is not None and not is_hooked(language_model.model):
-        below = blocks_below(language_model.anatomy, together(steering))
-    streams_of = (kept or Kept(language_model)).after  # where no block is below it keeps nothing
+        below = blocks_below(language_model.anatomy, steerings)
+    kept = kept or StreamCache(language_model)  # where no block is below it keeps nothing
     start: tuple[int, ...] = ()
     cache = None
     with language_model.steered(steering, force=force) as sequences:
         for batch in batches:
             rows = [readings[i] for i in batch.rows]
             texts = [row.tokens for row in rows]
-            # What texts begin with is all prompt. The other blocks that run here are below the
-            # steering: to its hooks above, which see rows that nobody reads, it is all one.
+            # The tokens that all texts of a batch begin with run once, as a text of one row, and
+            # leave a KV cache; each text then runs from there on, on a copy of it. To a steering
+            # they are all prompt, because no position that is read is among them. The blocks
+            # below the steering run apart, and what they put out is kept for the next one; hooks
+            # further up see those passes too, but nothing reads what they make of them.
             sequences.given_ends = [_FAR]
-            streams = streams_of(texts, below, batch.shared)
+            streams = kept.run_lower(texts, below, batch.shared)
             if texts[0][: batch.shared] != start:
                 start, cache = texts[0][: batch.shared], None
                 if start:
-                    stream = streams_of([start], below)[0]
+                    stream = kept.run_lower([start], below)[0]
                     layers = language_model.anatomy.layers
-                    cache = beginning(language_model, start, stream, below, layers)[1]
+                    cache = run_prefix(language_model, start, stream, below, layers)[1]
             sequences.given_ends = [row.prompt for row in rows]
             rests = [text[batch.shared :] for text in texts]
-            hidden = resume(language_model, rests, streams, below, cache)
-            found, sound = _read(rows, hidden, batch.shared, language_model)
-            if not all(sound):
-                labels = [one.label for one in together(steering)]
-                text = f"text {batch.rows[sound.index(False)] + 1}"
-                raise unsound(text, labels, language_model.dtype)
+            hidden = run_upper(language_model, rests, streams, below, cache)
+            columns = [[position - batch.shared for position in row.positions] for row in rows]
+            targets = [row.targets or () for row in rows]
+            found = read_columns(language_model, hidden, columns, targets)
+            refuse_unsound(language_model, found, batch.rows, steering)
             yield batch, found
 
 
-def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | None) -> None:
+def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> None:
     """Refuse a steering of generated tokens for texts that are all prompt, which it leaves as they
     are. Hooks do not notice: to them the padding after a prompt is generated."""
     if not readings or any(reading.prompt < len(reading.tokens) for reading in readings):
         return
-    for one in together(steering):
-        for intervention in one.interventions:
-            acts = intervention.operator.identity != one.setting
+    for steering in steerings:
+        for intervention in steering.interventions:
+            acts = intervention.operator.identity != steering.setting
             if acts and intervention.positions == "generated":
                 raise TrimtabError(
                     f"the steering touched nothing at {intervention.site}: it acts on generated "
@@ -147,33 +182,73 @@ def _refuse_idle(readings: Sequence[Reading], steering: Steering | Steerings | N
                 )
 
 
-def _read(
-    rows: Sequence[Reading], hidden: Tensor, shared: int, language_model: LanguageModel
-) -> tuple[list[Next], list[bool]]:
-    """Unembeds only the positions that are asked for, as many at once as fit. Also whether all
-    logits of each row are sound."""
-    places = [(i, position - shared) for i, row in enumerate(rows) for position in row.positions]
+def read_columns(
+    language_model: LanguageModel,
+    hidden: Tensor,
+    columns: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+) -> list[Next]:
+    """What comes after some columns of each row of what the final norm put out,
+    [rows, columns, units]; `targets` are their tokens of each row, or none.
+
+    Only these columns are unembedded, as many at once as fit.
+    """
+    places = [(row, column) for row, own in enumerate(columns) for column in own]
     asked = torch.tensor(places, device=hidden.device)
-    scored = any(row.targets for row in rows)
-    targets = [target for row in rows for target in row.targets or [0] * len(row.positions)]
-    wanted = torch.tensor(targets, device=hidden.device)
+    scored = any(targets)
+    wanted = torch.tensor(
+        [t for own, row in zip(columns, targets, strict=True) for t in row or [0] * len(own)],
+        device=hidden.device,
+    )
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
-    best, log_p, choosing = [], [], []
-    for some in torch.arange(len(places), device=hidden.device).split(
+    best, log_p, sound = [], [], []
+    for chunk in torch.arange(len(places), device=hidden.device).split(
         max(1, _LOGITS // vocabulary)
     ):
-        row_of, column = asked[some].T
-        logits = language_model.unembed(hidden[row_of, column])
+        row, column = asked[chunk].T
+        logits = language_model.unembed(hidden[row, column])
         best.append(logits.argmax(-1).cpu())
-        choosing.append(are_sound(logits).cpu())
+        sound.append(are_sound(logits).cpu())
         if scored:
             every = logits.log_softmax(-1)
-            log_p.append(every.gather(-1, wanted[some, None]).squeeze(-1).cpu().double())
-    counts = [len(row.positions) for row in rows]
-    bests = torch.cat(best).split(counts)
-    log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(rows)
-    sound = [bool(each.all()) for each in torch.cat(choosing).split(counts)]
-    return [Next(*pair) for pair in zip(bests, log_ps, strict=True)], sound
+            log_p.append(every.gather(-1, wanted[chunk, None]).squeeze(-1).cpu().double())
+    counts = [len(own) for own in columns]
+    bests, sounds = (torch.cat(parts).split(counts) for parts in (best, sound))
+    log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(columns)
+    return [
+        Next(tokens, values, bool(good.all()))
+        for tokens, values, good in zip(bests, log_ps, sounds, strict=True)
+    ]
+
+
+def refuse_unsound(
+    language_model: LanguageModel,
+    found: Sequence[Next],
+    indices: Sequence[int],
+    steering: SteeringArgument,
+) -> None:
+    """Refuse logits that cannot choose a token, of the first text (by its index) that has some;
+    `steering` is one for all of these texts, or a list with one per text."""
+    bad = [place for place, each in enumerate(found) if not each.sound]
+    if bad:
+        first = min(bad, key=lambda place: indices[place])
+        own = per_text(steering, len(found))
+        labels = [each.label for each in (row_steerings(steering) if own is None else own[first])]
+        raise unsound(f"text {indices[first] + 1}", labels, language_model.dtype)
+
+
+def last_logits(
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[Tensor] = (),
+    blocks: int = 0,
+) -> Tensor:
+    """Logits of the token after each text, [texts, vocabulary] in float32 or wider; `streams` are
+    those after the first `blocks` blocks, as `run_lower` gives them."""
+    hidden = run_upper(language_model, texts, streams, blocks)
+    rows = torch.arange(len(texts), device=hidden.device)
+    last = torch.tensor([len(text) - 1 for text in texts], device=hidden.device)
+    return language_model.unembed(hidden[rows, last])
 
 
 # -- which texts share their beginning ------------------------------------------------------------

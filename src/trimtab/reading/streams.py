@@ -1,10 +1,11 @@
 """Runs a model from any block on: what the blocks below compute is computed once and kept.
 
 A steering changes nothing below its lowest site. Whoever runs the same texts at many dials, or
-under many steerings, runs the blocks below once (`begin`) and those above each time (`resume`).
-What texts begin with in common is run once for all of them (`beginning`), and they on top of its
-KV cache. The transformer body itself runs in all cases, with the other blocks handing on what they
-are given, so that masks and positions are the architecture's own.
+under many steerings, runs the blocks below once (`run_lower`) and those above each time
+(`run_upper`). Tokens that many texts begin with run once for all of them (`run_prefix`), and the
+rest of each text runs on top of their KV cache. The transformer body itself runs in all cases,
+with the other blocks handing on what they are given, so that masks and positions are the
+architecture's own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from trimtab.anatomy import Anatomy, eager, exclusively, parse_site
-from trimtab.model import BATCH_ROWS, LanguageModel, cache_argument
+from trimtab.model import LanguageModel, batches_by_length, cache_argument
 from trimtab.steering import Steering
 
 
@@ -38,17 +39,8 @@ def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
     return below
 
 
-def grouped(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of texts that run together, longest first: `batch_tokens` padded tokens at most."""
-    waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while waiting:
-        count = max(1, min(BATCH_ROWS, batch_tokens // lengths[waiting[0]]))
-        yield waiting[:count]
-        waiting = waiting[count:]
-
-
 @torch.no_grad()
-def begin(
+def run_lower(
     language_model: LanguageModel,
     texts: Sequence[Sequence[int]],
     blocks: int,
@@ -59,15 +51,15 @@ def begin(
     """The residual stream after the first `blocks` blocks, [tokens, units] of each text.
 
     With 0 blocks there is nothing to keep, and the tensors are empty. `streams` are those after
-    the first `done` blocks, where these have run already. `cache` is what `beginning` made of the
+    the first `done` blocks, where these have run already. `cache` is what `run_prefix` made of the
     tokens before these texts.
     """
     if blocks == 0:
         return [torch.empty(0) for _ in texts]
     if blocks == done:
         return list(streams)
-    anatomy, found = language_model.anatomy, [torch.empty(0)] * len(texts)
-    for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
+    anatomy, after = language_model.anatomy, [torch.empty(0)] * len(texts)
+    for rows in batches_by_length([len(t) for t in texts], language_model.batch_tokens):
         given = _padded([streams[i] for i in rows]) if done else None
         with (
             _instead(anatomy, anatomy.blocks[:done], given),
@@ -76,12 +68,12 @@ def begin(
         ):
             anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
         for i, stream in zip(rows, seen[0], strict=True):
-            found[i] = stream[: len(texts[i])].clone()
-    return found
+            after[i] = stream[: len(texts[i])].clone()
+    return after
 
 
 @torch.no_grad()
-def beginning(
+def run_prefix(
     language_model: LanguageModel, text: Sequence[int], stream: Tensor, done: int, blocks: int
 ) -> tuple[Tensor, DynamicCache]:
     """What texts begin with, through the blocks from `done` to `blocks`: the stream after them,
@@ -95,7 +87,9 @@ def beginning(
     ):
         ids = torch.tensor([text], device=language_model.device)
         anatomy.body(input_ids=ids, use_cache=True, **{cache_argument(anatomy.body): cache})
-    # Masks and positions go by the length of the first layers, also where these did not run.
+    # transformers takes masks and positions from the length of the cache at its first layers.
+    # Blocks that were left out here, below or above, have put nothing there. They get blank
+    # entries of the right length, which nothing attends to, because these blocks stay left out.
     blank = seen[0].new_zeros(1, 1, len(text), 1)
     for layer in range(anatomy.layers):
         if cache.get_seq_length(layer) == 0:
@@ -103,7 +97,7 @@ def beginning(
     return seen[0][0], cache
 
 
-class Kept:
+class StreamCache:
     """The residual streams of texts after the blocks at which steerings began, for later ones.
 
     What is asked for is computed from the highest block below that is there. Beyond `limit` bytes
@@ -119,36 +113,43 @@ class Kept:
         #: The cache of what the last texts began with, by (tokens, done, blocks).
         self._begun: tuple[tuple[tuple[int, ...], int, int], DynamicCache] | None = None
 
-    def after(self, texts: Sequence[tuple[int, ...]], blocks: int, shared: int = 0) -> list[Tensor]:
-        """As `begin`; a text is a tuple of token ids. All begin with the same `shared` tokens, and
-        the streams are those of the others."""
-        found: dict[tuple[int, ...], Tensor] = {}
+    def run_lower(
+        self, texts: Sequence[tuple[int, ...]], blocks: int, shared: int = 0
+    ) -> list[Tensor]:
+        """As the function `run_lower`; a text is a tuple of token ids. All begin with the same
+        `shared` tokens, and the streams are those of the others."""
+        streams: dict[tuple[int, ...], Tensor] = {}
         # What is missing, by how many blocks ran already, with what these put out: held here,
         # because keeping what is computed first may drop it.
         missing: dict[int, dict[tuple[int, ...], Tensor]] = {}
         for text in dict.fromkeys(texts):
             done, stream = self._highest(text, blocks, shared)
             if done == blocks:
-                found[text] = stream
+                streams[text] = stream
             else:
                 missing.setdefault(done, {})[text] = stream
         for done, known in missing.items():
-            some, rests = list(known), [text[shared:] for text in known]
-            cache = self._shared(some[0][:shared], done, blocks) if shared and blocks else None
-            before = list(known.values())
-            computed = begin(self.language_model, rests, blocks, before, done, cache)
-            for text, stream in zip(some, computed, strict=True):
-                found[text] = stream
+            rests, before = [text[shared:] for text in known], list(known.values())
+            start = next(iter(known))[:shared]
+            cache = self._shared(start, done, blocks) if shared and blocks else None
+            computed = run_lower(self.language_model, rests, blocks, before, done, cache)
+            for text, stream in zip(known, computed, strict=True):
+                streams[text] = stream
                 self._keep(text, blocks, shared, stream)
-        return [found[text] for text in texts]
+        return [streams[text] for text in texts]
 
     def _shared(self, start: tuple[int, ...], done: int, blocks: int) -> DynamicCache:
-        """What texts begin with, run from block `done` on, once for batches that come one after
-        another; its stream is kept too."""
+        """The KV cache of what texts begin with, in the blocks from `done` to `blocks`.
+
+        Batches of texts that begin alike come one after another, so that the last cache is enough.
+        The stream after these blocks is kept as that of a text without shared tokens, because the
+        blocks above will be asked to run the beginning on from there. The cache itself is copied
+        by whoever runs on it, and stays as it is.
+        """
         key = (start, done, blocks)
         if self._begun is None or self._begun[0] != key:
-            stream = self.after([start], done)[0]
-            after, cache = beginning(self.language_model, start, stream, done, blocks)
+            stream = self.run_lower([start], done)[0]
+            after, cache = run_prefix(self.language_model, start, stream, done, blocks)
             if (blocks, 0, start) not in self._streams:
                 self._keep(start, blocks, 0, after.clone())
             self._begun = key, cache
@@ -170,7 +171,7 @@ class Kept:
             self._bytes -= self._streams.popitem(last=False)[1].nbytes
 
 
-def resume(
+def run_upper(
     language_model: LanguageModel,
     texts: Sequence[Sequence[int]],
     streams: Sequence[Tensor],
@@ -178,7 +179,7 @@ def resume(
     cache: DynamicCache | None = None,
 ) -> Tensor:
     """What the final norm puts out for texts whose first `blocks` blocks have run already,
-    [texts, longest, units]; padding on the right. `cache` is as in `begin`."""
+    [texts, longest, units]; padding on the right. `cache` is as in `run_lower`."""
     anatomy = language_model.anatomy
     given = _padded(streams) if blocks else None
     with _instead(anatomy, anatomy.blocks[:blocks], given):
@@ -206,9 +207,9 @@ def _inputs(
         "use_cache": cache is not None,
     }
     if cache is not None:  # a copy, because the pass adds to it
-        own = copy.deepcopy(cache)
-        own.batch_repeat_interleave(len(texts))
-        inputs[cache_argument(language_model.anatomy.body)] = own
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(len(texts))
+        inputs[cache_argument(language_model.anatomy.body)] = copied
     return inputs
 
 

@@ -1,17 +1,8 @@
 """The artifact and its algebra: operators, interventions, one dial, calibration."""
 
-from trimtab.steering.artifact import (
-    POSITIONS,
-    Dial,
-    Intervention,
-    ModelIdentity,
-    Positions,
-    Steering,
-    Steerings,
-    refuse_other_file,
-    together,
-)
+from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import Calibration
+from trimtab.steering.document import refuse_other_file
 from trimtab.steering.operators import (
     Ablate,
     Add,
@@ -27,6 +18,7 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
+from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
 from trimtab.steering.tables import chosen, operators_in_words, steered_blocks
 
 __all__ = [

@@ -16,15 +16,12 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.figures import weighted_interval
-from trimtab.model import LanguageModel, turned
+from trimtab.model import LanguageModel, batches_by_length, turned
 from trimtab.progress import progress
-from trimtab.reading import begin, blocks_below, grouped, resume
+from trimtab.reading import blocks_below, read_columns, run_lower, run_upper
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
 from trimtab.strength.turning import check_turns, idle_dial
-
-#: Logits in float32 that are held at once.
-_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -164,35 +161,22 @@ def _nll(
     from_first = any(one.positions == "last" for one in steering.interventions)
     found = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
-        for rows in grouped([len(one) for one in blocks], lm.batch_tokens):
+        for rows in batches_by_length([len(one) for one in blocks], lm.batch_tokens):
             texts = [blocks[i] for i in rows]
-            streams = begin(lm, texts, below)
+            columns, targets = [range(len(t) - 1) for t in texts], [t[1:] for t in texts]
+            streams = run_lower(lm, texts, below)
             for place, dial in enumerate(dials):
                 if dial is None:
-                    hidden = resume(lm, texts, streams, below)
+                    hidden = run_upper(lm, texts, streams, below)
                 else:
                     turns = torch.full((len(texts),), dial, dtype=torch.float64)
-                    with turned(lm.model, lm.anatomy, steering, turns) as sequences:
+                    with turned(lm.anatomy, steering, turns) as sequences:
                         sequences.given_ends = [1 if from_first else len(text) for text in texts]
-                        hidden = resume(lm, texts, streams, below)
-                found[place, rows] = _mean_nll(lm, texts, hidden)
+                        hidden = run_upper(lm, texts, streams, below)
+                read = read_columns(lm, hidden, columns, targets)
+                found[place, rows] = torch.stack([-each.log_p.mean() for each in read])
                 advance(len(rows))
     return found
-
-
-def _mean_nll(lm: LanguageModel, texts: Sequence[list[int]], hidden: Tensor) -> Tensor:
-    """Per token of each text, [texts] in float64."""
-    row = torch.cat([torch.full((len(text) - 1,), i) for i, text in enumerate(texts)])
-    column = torch.cat([torch.arange(len(text) - 1) for text in texts])
-    target = torch.cat([torch.tensor(text[1:]) for text in texts])
-    sums = torch.zeros(len(texts), dtype=torch.float64)
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
-    for some in torch.arange(len(row)).split(max(1, _LOGITS // vocabulary)):
-        picked = hidden[row[some].to(hidden.device), column[some].to(hidden.device)]
-        log_p = lm.unembed(picked).log_softmax(-1)
-        scored = log_p.gather(-1, target[some, None].to(log_p.device)).squeeze(-1)
-        sums.index_add_(0, row[some], -scored.cpu().double())
-    return sums / torch.tensor([len(text) - 1 for text in texts], dtype=torch.float64)
 
 
 def _plateau(

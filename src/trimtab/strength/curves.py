@@ -21,9 +21,9 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, batches_by_length
 from trimtab.progress import progress
-from trimtab.reading import grouped, resume
+from trimtab.reading import last_logits
 from trimtab.steering import Steering
 from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
 
@@ -440,11 +440,8 @@ def token_log_odds(
     means = []
     for side in sides:
         texts, total = [text[:max_length] for text in side], torch.zeros(())
-        for rows in grouped([len(text) for text in texts], language_model.batch_tokens):
-            chosen = [texts[i] for i in rows]
-            hidden = resume(language_model, chosen, [], 0)
-            last = torch.tensor([len(text) - 1 for text in chosen], device=hidden.device)
-            logits = language_model.unembed(hidden[torch.arange(len(chosen)), last])
+        for rows in batches_by_length([len(text) for text in texts], language_model.batch_tokens):
+            logits = last_logits(language_model, [texts[i] for i in rows])
             total = total + logits.double().log_softmax(-1).sum(0).cpu()
         means.append(total / len(texts))
     return means[0] - means[1]

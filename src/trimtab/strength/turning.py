@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, finds_dials, turned
-from trimtab.reading import begin, blocks_below, grouped, resume
+from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned
+from trimtab.reading import blocks_below, last_logits, run_lower
 from trimtab.steering import Steering
 
 
@@ -41,7 +41,7 @@ class Turning:
         self.language_model, self.steering = language_model, steering
         self.texts = texts
         self.blocks = blocks_below(language_model.anatomy, [steering])
-        self._streams = begin(language_model, texts, self.blocks)
+        self._streams = run_lower(language_model, texts, self.blocks)
         #: Rows that have run, and the tokens in them: what all of this costs.
         self.rows = 0
         self.base = self._base()
@@ -50,7 +50,7 @@ class Turning:
     def _base(self) -> Tensor:
         lengths = [len(text) for text in self.texts]
         found: list[Tensor] = [torch.empty(0)] * len(lengths)
-        for rows in grouped(lengths, self.language_model.batch_tokens):
+        for rows in batches_by_length(lengths, self.language_model.batch_tokens):
             for i, logits in zip(rows, self._logits(rows), strict=True):
                 found[i] = logits.log_softmax(-1)
         return torch.stack(found)
@@ -81,12 +81,12 @@ class Turning:
     ) -> Iterator[tuple[list[int], list[int], Tensor]]:
         lengths = [len(self.texts[text]) for text in texts]
         turns = torch.tensor(dials, dtype=torch.float64)
-        for places in grouped(lengths, self.language_model.batch_tokens):
+        for places in batches_by_length(lengths, self.language_model.batch_tokens):
             yield places, [texts[place] for place in places], turns[places]
 
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
         lm = self.language_model
-        with turned(lm.model, lm.anatomy, self.steering, dials) as sequences:
+        with turned(lm.anatomy, self.steering, dials) as sequences:
             sequences.given_ends = [len(self.texts[text]) for text in texts]
             return self._logits(texts)
 
@@ -94,9 +94,8 @@ class Turning:
         """Of the token after each text, [texts, vocabulary] in float32 or wider."""
         lm, chosen = self.language_model, [self.texts[text] for text in texts]
         self.rows += len(chosen)
-        hidden = resume(lm, chosen, [self._streams[text] for text in texts], self.blocks)
-        last = torch.tensor([len(text) - 1 for text in chosen], device=hidden.device)
-        return lm.unembed(hidden[torch.arange(len(chosen), device=hidden.device), last])
+        streams = [self._streams[text] for text in texts]
+        return last_logits(lm, chosen, streams, self.blocks)
 
 
 @contextmanager

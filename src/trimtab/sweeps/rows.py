@@ -35,7 +35,7 @@ from trimtab.evaluation import (
 )
 from trimtab.figures import Record, Result, estimate_of
 from trimtab.model import LanguageModel
-from trimtab.reading import Kept, Reading, next_tokens, plan
+from trimtab.reading import Reading, StreamCache, next_tokens
 from trimtab.reports import SharedRun
 from trimtab.sweeps.effect import plain_texts
 
@@ -88,7 +88,7 @@ class Bench:
         for part, limit in limits.items():
             if limit is not None and limit < 1:
                 raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
-        kept = Kept(language_model) if resumed else None
+        kept = StreamCache(language_model) if resumed else None
         self.settings = replace(settings or Settings(), kept=kept)
         if better not in (None, "more", "less"):
             raise TrimtabError(f"better is more or less, not {better!r}")
@@ -237,11 +237,8 @@ class Bench:
     def _nll(self, steering: Attached) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats."""
         kept = self.settings.kept
-        batches = plan(self._readings, self.language_model.batch_tokens)
         found = torch.zeros(len(self._readings), dtype=torch.float64)
-        for batch, some in next_tokens(
-            self.language_model, self._readings, batches, steering, kept=kept
-        ):
+        for batch, some in next_tokens(self.language_model, self._readings, steering, kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
 

@@ -29,9 +29,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import OPTIONS, LanguageModel, load
+from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
 from trimtab.progress import progress
-from trimtab.reading import Next, Reading, next_tokens, plan
+from trimtab.reading import Next, Reading, next_tokens
 from trimtab.reports import checksum
 from trimtab.steering import Steering, Steerings, together
 
@@ -184,17 +184,20 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         for i, reading in enumerate(readings):
             texts.setdefault((reading.tokens, reading.prompt), []).append(i)
         merged = [_merge([readings[i] for i in owners]) for owners in texts.values()]
-        batches = plan(merged, self.language_model.batch_tokens)
         owners_of = list(texts.values())
         keys = [
             _digest(["likelihood", self._who, one.tokens, one.positions, one.targets])
             for one in merged
         ]
-        missing = [b for b in batches if any(keys[i] not in self._answers for i in b.rows)]
+        waiting = {i for i, key in enumerate(keys) if key not in self._answers}
         with progress("scoring", len(merged)) as advance:
-            advance(len(merged) - sum(len(batch.rows) for batch in missing))
+            advance(len(merged) - len(waiting))
             for batch, found in next_tokens(
-                self.language_model, merged, missing, self.steering, force=self.force
+                self.language_model,
+                merged,
+                self.steering,
+                missing=waiting.__contains__,
+                force=self.force,
             ):
                 self._answers.keep(
                     {
@@ -202,7 +205,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                         for i, each in zip(batch.rows, found, strict=True)
                     }
                 )
-                advance(len(batch.rows))
+                advance(len(waiting.intersection(batch.rows)))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(readings)
         for key, owners in zip(keys, owners_of, strict=True):
             for i, (total, greedy) in zip(owners, self._answers[key], strict=True):
@@ -254,11 +257,10 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
             keys.append(_digest(["text", self._who, context, asked.about, seed, seen[context]]))
             seen[context] += bool(asked.sampling)
         wanted = dict(zip(keys, contexts, strict=True))
-        lengths = map(len, self.language_model.encode(list(wanted.values())))
-        length_of = dict(zip(wanted, lengths, strict=True))
-        order = sorted(wanted, key=lambda key: (length_of[key], key))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
+        order = sorted(wanted)  # of texts as long as each other, whatever the order of requests
+        lengths = [len(tokens) for tokens in self.language_model.encode([wanted[k] for k in order])]
+        for number, indices in enumerate(batches_by_length(lengths, rows=self.batch_size)):
+            batch = [order[i] for i in indices]
             if all(key in self._answers for key in batch):
                 continue
             written = self.language_model.generate(
@@ -269,7 +271,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 stop=asked.stop,
                 batch_size=self.batch_size,
                 force=self.force,
-                seed=(seed + start) % (1 << 32) if asked.sampling else None,
+                seed=(seed + number * self.batch_size) % (1 << 32) if asked.sampling else None,
                 **asked.sampling,
                 **asked.options,
             )

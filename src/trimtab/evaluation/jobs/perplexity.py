@@ -14,7 +14,7 @@ from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.reading import Reading, next_tokens, plan
+from trimtab.reading import Reading, next_tokens
 
 #: Tokens of text that are scored together; the first of them is only read.
 _WINDOW = 1024
@@ -72,15 +72,14 @@ class PerplexityJob:
     ) -> Generator[list[Record]]:
         windows = self._windows(language_model)
         readings = [reading for _, reading in windows]
-        batches = [
-            batch
-            for batch in plan(readings, language_model.batch_tokens)
-            if any(("", i) not in done for i in batch.rows)
-        ]
         with progress(self.name, len(windows)) as advance:
             started = time.perf_counter()
             for batch, found in next_tokens(
-                language_model, readings, batches, steering, force=settings.force
+                language_model,
+                readings,
+                steering,
+                missing=lambda i: ("", i) not in done,
+                force=settings.force,
             ):
                 seconds = (time.perf_counter() - started) / len(batch.rows)
                 yield [

@@ -15,7 +15,7 @@ from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.reading import next_tokens, plan, side_readings
+from trimtab.reading import next_tokens, side_readings
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,14 @@ class PreferenceJob:
         if not missing:
             return
         readings = side_readings(language_model, Contrast(self.pairs, self.name))
-        batches = [
-            batch
-            for batch in plan(readings, language_model.batch_tokens)
-            if any(i // 2 in missing for i in batch.rows)
-        ]
         scores: dict[int, float] = {}
         with progress(self.name, len(missing)) as advance:
             started = time.perf_counter()
             for batch, found in next_tokens(
                 language_model,
                 readings,
-                batches,
                 steering,
+                missing=lambda i: i // 2 in missing,
                 kept=settings.kept,
                 force=settings.force,
             ):
@@ -99,7 +94,7 @@ class PreferenceJob:
                     if 2 * i in scores and 2 * i + 1 in scores
                 ]
                 if ready:
-                    missing -= set(ready)
+                    missing.difference_update(ready)
                     seconds = (time.perf_counter() - started) / len(ready)
                     yield [
                         self._record(i, scores[2 * i] - scores[2 * i + 1], seconds) for i in ready

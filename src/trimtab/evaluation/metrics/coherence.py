@@ -17,7 +17,7 @@ import torch
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
-from trimtab.reading import Reading, next_tokens, plan
+from trimtab.reading import Reading, next_tokens
 from trimtab.steering import Steering, Steerings
 
 
@@ -80,8 +80,7 @@ def perplexities(
             Reading((*prompt, *new), tuple(range(start - 1, start - 1 + len(new))), start, new)
         )
     found: list[float | None] = [None] * len(prompts)
-    batches = plan(readings, language_model.batch_tokens)
-    for batch, rows in next_tokens(language_model, readings, batches, steering, force=force):
+    for batch, rows in next_tokens(language_model, readings, steering, force=force):
         for i, row in zip(batch.rows, rows, strict=True):
             # Beyond e^700 a float ends; such a text is as odd as any.
             found[written[i]] = float(torch.exp((-row.log_p.mean()).clamp(max=700)))

@@ -21,9 +21,10 @@ from torch import Tensor
 from trimtab.anatomy import hooked, parse_site
 from trimtab.contrasts import Contrast, Text
 from trimtab.errors import TrimtabError, check_choice
-from trimtab.model import Batch, LanguageModel, batches, encode_contrast, run_packed
+from trimtab.model import LanguageModel
 from trimtab.papers.result import Analysis
 from trimtab.progress import progress
+from trimtab.reading import Batch, batches, encode_contrast, run_packed
 from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table
 from trimtab.sweeps import contrast_for
 

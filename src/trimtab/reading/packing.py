@@ -20,17 +20,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.anatomy import exclusively
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.model import BATCH_TOKENS, LanguageModel, batches_by_length, refuse_dropout
 
-#: Padded tokens in one batch on a CPU: enough to keep matrix products busy, little to pad.
-BATCH_TOKENS = 512
-#: On a card, where larger products pay.
-BATCH_TOKENS_GPU = 8192
-BATCH_ROWS = 64
 #: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
 #: the hub, and of others nobody knows.
 _MASKED_ATTENTION = ("eager", "sdpa")
@@ -73,7 +69,7 @@ class Batch:
 
 
 def encode_contrast(
-    language_model: Any, contrast: Contrast, max_length: int | None
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None
 ) -> list[Packed]:
     """Tokenise a contrast and pack each pair; a text without a partner is a row of its own."""
     limit = language_model.max_length if max_length is None else max_length
@@ -100,7 +96,9 @@ def encode_contrast(
     return packed
 
 
-def _refuse_equal_sides(language_model: Any, contrast: Contrast, rows: Sequence[Packed]) -> None:
+def _refuse_equal_sides(
+    language_model: LanguageModel, contrast: Contrast, rows: Sequence[Packed]
+) -> None:
     """Refuse sides that the model cannot tell apart, though their texts differ: a template may drop
     what differs, a tokenizer normalise it, a maximum length cut it off."""
     if contrast.paired:
@@ -125,7 +123,7 @@ def _refuse_equal_sides(language_model: Any, contrast: Contrast, rows: Sequence[
         )
 
 
-def _pack_pairs(language_model: Any, pairs: Sequence[Pair]) -> list[Packed]:
+def _pack_pairs(language_model: LanguageModel, pairs: Sequence[Pair]) -> list[Packed]:
     """Each pair as one row: what its sides share, then the rest of each."""
     encode = language_model.encode
     prompts = [pair.prompt for pair in pairs]
@@ -147,20 +145,16 @@ def _pack_pairs(language_model: Any, pairs: Sequence[Pair]) -> list[Packed]:
     return rows
 
 
-def encode_texts(language_model: Any, texts: Sequence[Prompt]) -> list[Packed]:
+def encode_texts(language_model: LanguageModel, texts: Sequence[Prompt]) -> list[Packed]:
     """Single texts as packed rows, none of them cut."""
     encoded = language_model.encode(list(texts))
     return [Packed(i, tuple(t), len(t), (0,), (len(t),)) for i, t in enumerate(encoded)]
 
 
 def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Batches of rows of similar length, longest first; no row depends on its neighbours."""
-    waiting = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
-    while waiting:
-        longest = len(waiting[0].tokens)
-        count = max(1, min(BATCH_ROWS, max_tokens // longest))
-        yield _batch(tuple(waiting[:count]))
-        waiting = waiting[count:]
+    """Batches of rows of similar length; no row depends on its neighbours."""
+    for indices in batches_by_length([len(row.tokens) for row in rows], max_tokens):
+        yield _batch(tuple(rows[i] for i in indices))
 
 
 def _batch(rows: tuple[Packed, ...]) -> Batch:
@@ -189,19 +183,7 @@ def _batch(rows: tuple[Packed, ...]) -> Batch:
     return Batch(rows, tokens, positions, visible, place)
 
 
-def refuse_dropout(model: Any) -> None:
-    """Refuse a model in training mode whose dropout would make every reading another one."""
-    if not model.training:
-        return
-    drops = any(m.training and m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout))
-    if drops or getattr(model.config.get_text_config(), "attention_dropout", False):
-        raise TrimtabError(
-            "the model is in training mode, and its dropout would make every text and figure "
-            "another: call lm.model.eval() first"
-        )
-
-
-def run_packed(batch: Batch, language_model: Any) -> Any:
+def run_packed(batch: Batch, language_model: LanguageModel) -> Any:
     """What the transformer body puts out for a batch."""
     refuse_dropout(language_model.model)
     with exclusively(language_model.anatomy.body), _masked_attention(language_model):
@@ -209,9 +191,10 @@ def run_packed(batch: Batch, language_model: Any) -> Any:
 
 
 @contextmanager
-def _masked_attention(language_model: Any) -> Iterator[None]:
+def _masked_attention(language_model: LanguageModel) -> Iterator[None]:
     """Attention that takes the masks of packed rows, while the block lasts."""
-    model, config = language_model.model, language_model.anatomy.body.config
+    model: Any = language_model.model
+    config: Any = language_model.anatomy.body.config
     own = config._attn_implementation
     if own is None or own in _MASKED_ATTENTION:
         yield
@@ -235,7 +218,7 @@ def _masked_attention(language_model: Any) -> Iterator[None]:
         config._attn_implementation = own
 
 
-def model_inputs(batch: Batch, language_model: Any) -> dict[str, Any]:
+def model_inputs(batch: Batch, language_model: LanguageModel) -> dict[str, Any]:
     """The arguments of the transformer body for a batch, on the model's device.
 
     Masks are additive, [rows, 1, length, length], one per kind of attention layer where the

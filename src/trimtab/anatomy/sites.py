@@ -1,0 +1,100 @@
+"""Names of sites, and where a hook sees one.
+
+A *site* is a place where an activation can be read or changed, written `layers.12.ffn_out`,
+`embed` or `final_norm`. In the order in which a token passes them:
+
+    embed           what the first block receives (embedding, GPT-2's positions, Gemma's scaling)
+    attn_norm_in    what the norm before attention reads: the residual stream, seen by that norm
+                    only, so that a change there leaves the stream alone (OLMo 2 has no such norm)
+    attn_norm       what attention reads: the output of that norm (OLMo 2: attention's own input)
+    heads           input of the attention output projection: all heads side by side, which is
+                    n_heads * head_dim units and not always hidden_size
+    attn_out        output of that projection (before Gemma's and OLMo 2's norm on the branch)
+    attn_post_norm  output of that norm on the branch (Gemma and OLMo 2 only)
+    ffn_norm_in     what the norm before the FFN reads: the stream between attention and FFN
+    ffn_norm        what the FFN reads (OLMo 2: the FFN's own input)
+    ffn_in          input of the FFN down projection; with experts, all experts side by side, zero
+                    where a token was not routed
+    ffn_out         output of the FFN (before Gemma's and OLMo 2's norm on the branch)
+    ffn_post_norm   output of that norm on the branch (Gemma and OLMo 2 only)
+    resid           output of the block
+    final_norm      what the unembedding reads
+
+One place can be read and not steered, which is what SADI ranks units by:
+
+    ffn_act         output of the FFN's activation function: of a gated FFN act(gate), which is
+                    multiplied by another map to give `ffn_in`; with experts as `ffn_in`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from trimtab.errors import TrimtabError, shown
+
+#: Site kinds inside a block, in the order of the computation.
+BLOCK_KINDS = (
+    "attn_norm_in", "attn_norm", "heads", "attn_out", "attn_post_norm",
+    "ffn_norm_in", "ffn_norm", "ffn_in", "ffn_out", "ffn_post_norm", "resid",
+)  # fmt: skip
+#: All site kinds.
+KINDS = ("embed", *BLOCK_KINDS, "final_norm")
+#: What a block has that can be read and is no site; `ffn_act` comes just before `ffn_in`.
+READ_ONLY = "ffn_act"
+
+#: What a hook does to an activation [rows, tokens, units]: a new one, or None to leave it.
+Edit = Callable[[Tensor], Tensor | None]
+
+
+def parse_site(site: str) -> tuple[int | None, str]:
+    """`layers.12.ffn_out` -> (12, "ffn_out"); `embed` -> (None, "embed")."""
+    if site in ("embed", "final_norm"):
+        return None, site
+    # One spelling for each site: no 007, and no digits but these ten.
+    match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,4})\.([a-z_]+)", site)
+    if match is not None and match[2] == READ_ONLY:
+        raise TrimtabError(
+            f"{site} can be read and not steered: steer layers.{match[1]}.ffn_in, where scaling a "
+            "unit does the same"
+        )
+    if match is None or match[2] not in BLOCK_KINDS:
+        raise TrimtabError(
+            f"unknown site '{shown(site, 40)}': write layers.N.KIND with a kind of "
+            f"{', '.join(BLOCK_KINDS)}, or embed, or final_norm"
+        )
+    return int(match[1]), match[2]
+
+
+def site_order(site: str) -> tuple[float, float]:
+    """Sort key: sites, and what can only be read, in the order in which a token passes them."""
+    if site.endswith(f".{READ_ONLY}"):
+        layer, place = site_order(ffn_in_after(site))
+        return (layer, place - 0.5)
+    number, kind = parse_site(site)
+    if number is None:
+        return (-1, 0) if kind == "embed" else (float("inf"), 0)
+    return (number, BLOCK_KINDS.index(kind))
+
+
+def ffn_in_after(site: str) -> str:
+    """The site that follows an `ffn_act`, of the same width."""
+    return site.removesuffix(READ_ONLY) + "ffn_in"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a hook goes to see one site: a module's input or output, of `width` units.
+
+    `side="experts"` is the input of a mixture's down projections, which no module boundary shows,
+    and "expert_acts" what its activation functions put out, which an edit can only read.
+    """
+
+    site: str
+    module: nn.Module
+    side: Literal["input", "output", "experts", "expert_acts"]
+    width: int

@@ -1,0 +1,300 @@
+"""The file of a steering: how it is written, read, and checked before anything of it is used.
+
+One .safetensors file holds the operators' tensors, and in its metadata one JSON document and a
+checksum of all that. Nothing is ever unpickled. Here a steering is a dictionary of its fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trimtab.anatomy import parse_site
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.files import write_whole
+from trimtab.steering.calibration import Calibration
+from trimtab.steering.operators import from_tensors, to_tensors
+from trimtab.steering.parts import (
+    STRICT,
+    Dial,
+    Intervention,
+    ModelIdentity,
+    Number,
+    Positions,
+    Word,
+)
+
+FORMAT_VERSION = 1
+METADATA_KEY = "trimtab"
+#: SHA-256 of the document and the tensors. Beside the document, so that older versions, which know
+#: no checksum, still read the file; files of theirs have none.
+CHECKSUM_KEY = "trimtab_sha256"
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(value, allow_nan=False)  # a ValueError says where there is NaN or infinity
+    return value
+
+
+_Finite = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
+class _InterventionDocument(BaseModel):
+    model_config = STRICT
+
+    site: str = Field(max_length=100)
+    operator: Word
+    positions: Positions
+    fields: dict[str, Any]
+
+
+class _CalibrationDocument(BaseModel):
+    model_config = STRICT
+
+    kl: tuple[Number, ...]
+    prompts: NonNegativeInt
+    digest: Word
+    positive: tuple[Number | None, ...]
+    positive_worst5: tuple[Number | None, ...]
+    negative: tuple[Number | None, ...]
+    negative_worst5: tuple[Number | None, ...]
+
+
+class _Document(BaseModel):
+    """The JSON document in the file's metadata."""
+
+    model_config = STRICT
+
+    format: Literal[1] = Field(description="FORMAT_VERSION")
+    method: Word
+    hyperparameters: _Finite
+    dial: Dial
+    value: Number | None
+    calibration: _CalibrationDocument | None = None
+    interventions: list[_InterventionDocument]
+    model: ModelIdentity
+    contrast: _Finite
+    findings: _Finite = Field(default_factory=dict)
+    versions: dict[str, str]
+    date: str
+
+
+def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
+    """Write the fields of a steering as one file, whole or not at all; it passes what `read`
+    checks."""
+    tensors: dict[str, Tensor] = {}
+    interventions = []
+    for number, intervention in enumerate(steering["interventions"]):
+        of_operator, others = to_tensors(intervention.operator)
+        tensors |= {f"{number}.{name}": tensor for name, tensor in of_operator.items()}
+        interventions.append(
+            {
+                "site": intervention.site,
+                "operator": type(intervention.operator).__name__,
+                "positions": intervention.positions,
+                "fields": others,
+            }
+        )
+    tensors |= {f"table.{name}": tensor for name, tensor in steering["tables"].items()}
+    dial, value, calibration = (steering[name] for name in ("dial", "value", "calibration"))
+    low, high = dial.range
+    document = {name: value for name, value in steering.items() if name != "tables"} | {
+        "format": FORMAT_VERSION,
+        # Floats, as they come back: a file that is loaded and saved again stays as it is.
+        "dial": asdict(dial) | {"default": float(dial.default), "range": [float(low), float(high)]},
+        "value": None if value is None else float(value),
+        "calibration": None if calibration is None else asdict(calibration),
+        "interventions": interventions,
+        "model": asdict(steering["model"]),
+    }
+    try:
+        text = json.dumps(document, sort_keys=True, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TrimtabError(
+            f"this steering cannot be saved: what it says of itself must be JSON, and "
+            f"{shown(error, 150)}"
+        ) from error
+    _parse(text, tensors, "this steering")
+    # Copies, because safetensors refuses tensors that share their memory.
+    copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
+    metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, copies)}
+    if overwrite:
+        refuse_other_file(path)
+    return write_whole(path, _sorted(save(copies, metadata)), overwrite)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The fields of the steering in a file, after every check."""
+    text, tensors, checksum = _content(path)
+    steering = _parse(text, tensors, shown(path, 200))
+    # Last, because what is wrong with a value says more than that something was changed.
+    if checksum is not None and checksum != _checksum(text, tensors):
+        raise TrimtabError(
+            f"{shown(path, 200)} is damaged: what it holds is not what was saved (its checksum "
+            "differs); copy or fit it again"
+        )
+    return steering
+
+
+def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
+    """The fields of a steering from its JSON document and its tensors."""
+    try:
+        document = _Document.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its document"
+        raise TrimtabError(
+            f"{source} is not a trimtab steering of format {FORMAT_VERSION}: "
+            f"{shown(where)}: {shown(first['msg'])}"
+        ) from error
+    calibration = None
+    if document.calibration is not None:
+        try:
+            calibration = _calibration(document.calibration.model_dump(), source)
+        except TrimtabError as error:
+            raise TrimtabError(f"{source}: {error}") from error
+    low, high = document.dial.range
+    if low > high:
+        raise TrimtabError(f"{source}: the dial's range is {low:g} to {high:g}")
+    for name, tensor in tensors.items():
+        _check_tensor(f"{source}: tensor '{shown(name)}'", tensor)
+    owners = _by_owner(tensors)
+    interventions = []
+    for number, described in enumerate(document.interventions):
+        own = owners.pop(str(number), {})
+        try:
+            interventions.append(_intervention(described, own, document.model.layers))
+        except TrimtabError as error:
+            raise TrimtabError(f"{source}, {shown(described.site, 60)}: {error}") from error
+    if not any(intervention.acts for intervention in interventions):
+        raise TrimtabError(
+            f"{source} does nothing: it has no intervention that changes an activation"
+        )
+    tables = owners.pop("table", {})
+    if owners:
+        of_owners = {id(tensor) for own in owners.values() for tensor in own.values()}
+        foreign = min(name for name, tensor in tensors.items() if id(tensor) in of_owners)
+        raise TrimtabError(f"{source}: unexpected tensor '{shown(foreign)}'")
+    given = {name: getattr(document, name) for name in _Document.model_fields if name != "format"}
+    return given | {
+        "interventions": tuple(interventions),
+        "tables": tables,
+        "calibration": calibration,
+    }
+
+
+def refuse_other_file(path: Path) -> None:
+    """Refuse to overwrite what is no steering: the weights of a model, the texts of a contrast."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = METADATA_KEY in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        ours = False
+    if not ours:
+        raise TrimtabError(
+            f"{path} is not a steering, and overwriting replaces only those: choose another name"
+        )
+
+
+def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
+    """The JSON text and the tensors of a file, and its checksum where it has one."""
+    where = shown(path, 200)
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long, a directory that may not be searched
+        raise TrimtabError(f"cannot read {where}: {error.strerror or error}") from error
+    if not there:
+        raise TrimtabError(f"no such steering file: {where}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # The last three are torch's, for shapes that pass safetensors' own checks.
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(
+            f"{where} is not a safetensors file, or it is truncated: {shown(reason)}"
+        ) from error
+    if METADATA_KEY not in metadata:
+        raise TrimtabError(f"{where} is a safetensors file but not a trimtab steering")
+    unknown = sorted(set(metadata) - {METADATA_KEY, CHECKSUM_KEY, "format"})
+    if unknown:  # a damaged name would hide the checksum
+        raise TrimtabError(f"{where} has metadata of an unknown name: {shown(unknown[0], 60)}")
+    return metadata[METADATA_KEY], tensors, metadata.get(CHECKSUM_KEY)
+
+
+def _sorted(content: bytes) -> bytes:
+    """A safetensors file with its header in order: safetensors writes metadata in any order, and
+    one steering should be one file, byte by byte."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a document and its tensors (on the CPU), whatever their order in the file."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.int64):
+        raise TrimtabError(f"{name} is {tensor.dtype}, not float32 or int64")
+    # torch fails on more than 64 dimensions, and on empty shapes with huge strides.
+    if tensor.dim() > 8 or (tensor.dim() > 1 and not tensor.numel()):
+        raise TrimtabError(f"{name} has shape {shown(list(tensor.shape))}")
+    # numpy, because a file may have thousands of small tensors, on which it is faster.
+    if not np.isfinite(tensor.detach().cpu().numpy()).all():
+        raise TrimtabError(f"{name} holds NaN or infinity")
+
+
+def _by_owner(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by what comes before the first dot of their names (an intervention's number, or
+    `table`; nothing without a dot) and by what follows it."""
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, dot, own = name.partition(".")
+        owners.setdefault(owner if dot else "", {})[own] = tensor
+    return owners
+
+
+def _calibration(columns: dict[str, Any], source: str) -> Calibration:
+    calibration = Calibration.rising(**columns)
+    if asdict(calibration) != columns:  # earlier versions did not see to it
+        warnings.warn(
+            f"{source}: the calibration's dials did not rise with their budgets; those that fell "
+            "are taken to be the ones before them",
+            TrimtabWarning,
+            stacklevel=4,
+        )
+    return calibration
+
+
+def _intervention(
+    described: _InterventionDocument, tensors: dict[str, Tensor], layers: int
+) -> Intervention:
+    layer, _ = parse_site(described.site)
+    if layer is not None and layer >= layers:
+        raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
+    operator = from_tensors(described.operator, {**tensors, **described.fields})
+    return Intervention(described.site, operator, described.positions)

@@ -1,0 +1,81 @@
+"""What a steering is made of: interventions, a dial, and the model that it was made for.
+
+The types say what a file may hold of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args
+
+import torch
+from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
+
+from trimtab.errors import shown
+from trimtab.steering.operators import WIDEST, Operator
+
+#: Steering runs in float32, where a larger number is infinity.
+LARGEST = torch.finfo(torch.float32).max
+_MOST_LAYERS = 100_000  # more than the name of a site can tell apart
+
+
+def _float32(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"{value:g} is beyond float32, in which steering runs")
+    return value
+
+
+Number = Annotated[FiniteFloat, AfterValidator(_float32)]
+Word = Annotated[str, Field(max_length=200)]
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+#: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
+#: that a next token is read from, the prompt's last and the generated ones.
+Positions = Literal["all", "prompt", "generated", "last"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+
+
+@dataclass(frozen=True)
+class Dial:
+    """The one number that a user turns."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Word
+    default: Number
+    range: tuple[Number, Number]
+    unit: Word = ""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """An operator at a site, at some positions."""
+
+    site: str
+    operator: Operator
+    positions: Positions = "all"
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes an activation at any dial: with no unit chosen, or only zeros to add,
+        it does not."""
+        return self.operator.acts
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model a steering was made for."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    architecture: Word
+    layers: Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
+    hidden_size: Annotated[int, Field(ge=1, le=WIDEST)]
+    digest: Word
+    #: Of the weights that stay whole when a model is quantised; "" where it was not noted.
+    plain_digest: Word = ""
+
+    def __str__(self) -> str:
+        name, architecture = shown(self.name), shown(self.architecture, 40)
+        return f"{name} ({architecture}, {self.layers} layers, {shown(self.digest[:8])})"
