@@ -1,6 +1,7 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.metrics import METRICS, Metric, bare_name, metric_of
 from trimtab.figures.records import (
     VIOLATION,
     Comparison,
@@ -14,15 +15,19 @@ from trimtab.figures.records import (
 from trimtab.figures.significance import holm, paired_p
 
 __all__ = [
+    "METRICS",
     "VIOLATION",
     "Comparison",
     "Estimate",
     "Evaluation",
+    "Metric",
     "Record",
     "Result",
+    "bare_name",
     "estimate_of",
     "holm",
     "mean_interval",
+    "metric_of",
     "paired",
     "paired_p",
     "rate_interval",

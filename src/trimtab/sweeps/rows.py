@@ -33,7 +33,7 @@ from trimtab.evaluation import (
     load_contrast,
     misfit,
 )
-from trimtab.figures import Record, Result, estimate_of
+from trimtab.figures import Record, Result, bare_name, estimate_of, metric_of
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, StreamCache, next_tokens
 from trimtab.reports import SharedRun
@@ -41,18 +41,6 @@ from trimtab.sweeps.effect import plain_texts
 
 #: Which way a metric counts.
 Better = Literal["more", "less"]
-#: Metrics of which less is better, unless the user says otherwise.
-LOW = frozenset(
-    (
-        "attack_success",
-        "cross_entropy",
-        "perplexity",
-        "self_perplexity",
-        "toxicity",
-        "over_refusal",
-        "repetition_4gram",
-    )
-)
 
 
 class Bench:
@@ -132,7 +120,7 @@ class Bench:
             return known[0]
         if self._asked in known:
             return self._asked
-        named = [name for name in known if bare(name) == self._asked]
+        named = [name for name in known if bare_name(name) == self._asked]
         if len(named) != 1:
             raise TrimtabError(
                 f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"
@@ -245,12 +233,7 @@ class Bench:
 
 def more_is_better(metric: str) -> bool:
     """Whether more of a metric is better."""
-    return bare(metric) not in LOW
-
-
-def bare(metric: str) -> str:
-    """A metric's name without the brackets, in which it may say whose it is."""
-    return metric.partition(" (")[0]
+    return metric_of(metric).better == "more"
 
 
 def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from trimtab.figures import metric_of
 from trimtab.reports import (
     DOWN,
     NEUTRAL,
@@ -31,7 +32,6 @@ from trimtab.sweeps.space import Range, setting, shown
 
 #: Trials in the page's table; the records have all.
 _MOST_ROWS = 400
-_UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
 _MARKERS = {"complete": "o", "pruned": "x"}
 
 
@@ -280,8 +280,9 @@ def _unsteered_line(
 
 def _quantity(found: Sweep) -> str:
     """The metric with its unit, for an axis."""
-    unit = _UNITS.get(found.metric)
-    return found.metric if unit is None else f"{found.metric} [{unit}]"
+    metric = metric_of(found.metric)
+    shows = metric.unit and metric.kind == "mean"  # that a rate is a share goes without saying
+    return f"{found.metric} [{metric.unit}]" if shows else found.metric
 
 
 def _n(found: Sweep) -> int:

@@ -10,36 +10,12 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from trimtab.figures import VIOLATION
+from trimtab.figures import VIOLATION, metric_of
 from trimtab.reports import COLOURS, DOWN, NEUTRAL, STYLE, UP, Picture
 
 #: A figure with its 95 % interval, if it has one.
 Valued = tuple[float | None, tuple[float, float] | None]
 
-#: Units of the metrics that are no shares.
-_UNITS = {
-    "log_odds": "nats",
-    "plain_text_cost": "nats per token",
-    "perplexity": "by the unsteered model",
-    "self_perplexity": "by the steered model",
-    "compression_ratio": "bytes/byte",
-    "repetition_4gram": "share",
-    "language_consistency": "share",
-    "toxicity": "0 to 1",
-}
-#: Metrics that a collapse sends up by orders of magnitude.
-_WIDE = ("perplexity", "self_perplexity")
-#: Metrics that go from 0 to 1.
-_SHARES = (
-    "accuracy",
-    "answered",
-    "prefers",
-    "refusal",
-    "over_refusal",
-    "refusal_of_unsafe",
-    "not_toxic",
-    "language_consistency",
-)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _MARKERS = "os^D"
 
@@ -168,9 +144,10 @@ def _reach(
             assert value is not None
             values += [value, *(interval or ())]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if name in _SHARES:
+    metric = metric_of(name)
+    if metric.range == (0.0, 1.0):
         return -0.06, 1.06, False  # room for what lies on the rim or in the centre
-    if name in _WIDE and low > 0 and high / low > 20:
+    if metric.unbounded and low > 0 and high / low > 20:
         return low / 1.5, high * 1.5, True
     room = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
     if 0 <= low < 0.6 * high:
@@ -180,7 +157,7 @@ def _reach(
 
 def labelled(name: str) -> str:
     """A metric with its unit."""
-    unit = _UNITS.get(name, "share" if name in _SHARES else "")
+    unit = metric_of(name).unit
     return f"{name} ({unit})" if unit else name
 
 
@@ -252,11 +229,10 @@ def _dots(axes: Any, masks: Sequence[Mask], name: str, base: float | None) -> No
             every += interval
     if base is not None:
         axes.axvline(base, color=NEUTRAL, linestyle="--", linewidth=1)
-    if name in _WIDE and min(every) > 0 and max(every) / min(every) > 20:
+    if metric_of(name).unbounded and min(every) > 0 and max(every) / min(every) > 20:
         axes.set_xscale("log")
     axes.grid(axis="y", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.set_title(name, fontsize=9)
-    unit = _UNITS.get(name, "share" if name in _SHARES else "")
-    axes.set_xlabel(unit, fontsize=8)
+    axes.set_xlabel(metric_of(name).unit, fontsize=8)
