@@ -20,7 +20,7 @@ from torch import Tensor
 import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.reports.charts import save_figure
-from trimtab.steering.artifact import ModelIdentity
+from trimtab.steering import ModelIdentity
 from trimtab.steering.operators import Add, Rotate, Turn
 from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
 from trimtab.strength.pictures import Accuracy, Curves, draw, token_name

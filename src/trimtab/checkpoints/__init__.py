@@ -18,22 +18,3 @@ from trimtab.checkpoints.directory import (
     some,
 )
 from trimtab.checkpoints.packs import encoder_directory
-
-__all__ = [
-    "ADAPTER_CONFIG",
-    "CheckpointError",
-    "Misfit",
-    "check_adapter_files",
-    "check_files",
-    "damage_is_said",
-    "encoder_directory",
-    "first_line",
-    "has_weights",
-    "is_adapter",
-    "not_finite",
-    "packs",
-    "read_config",
-    "read_json",
-    "read_model",
-    "some",
-]

@@ -13,24 +13,3 @@ from trimtab.figures.records import (
     summarise,
 )
 from trimtab.figures.significance import holm, paired_p
-
-__all__ = [
-    "METRICS",
-    "VIOLATION",
-    "Comparison",
-    "Estimate",
-    "Evaluation",
-    "Metric",
-    "Record",
-    "Result",
-    "bare_name",
-    "estimate_of",
-    "holm",
-    "mean_interval",
-    "metric_of",
-    "paired",
-    "paired_p",
-    "rate_interval",
-    "summarise",
-    "weighted_interval",
-]

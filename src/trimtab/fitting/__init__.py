@@ -11,29 +11,3 @@ from trimtab.fitting.method import (
     validation_part,
 )
 from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, SignCounts
-
-__all__ = [
-    "POSITIONS_HELP",
-    "Active",
-    "BetweenZeroAndOne",
-    "Count",
-    "Features",
-    "Means",
-    "Method",
-    "Number",
-    "Samples",
-    "Says",
-    "SecondMoment",
-    "SignCounts",
-    "Statistics",
-    "Token",
-    "UnitLength",
-    "Want",
-    "check_number",
-    "collect",
-    "fit",
-    "load_features",
-    "new_steering",
-    "plain",
-    "validation_part",
-]

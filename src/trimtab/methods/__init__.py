@@ -25,28 +25,3 @@ from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
-
-__all__ = [
-    "AAS",
-    "AUSTEER_GRID",
-    "CAA",
-    "ITI",
-    "METHODS",
-    "SADI",
-    "SAS",
-    "SS",
-    "STA",
-    "AUSteer",
-    "Ablation",
-    "ActAdd",
-    "Candidates",
-    "candidate_wants",
-    "candidates",
-    "describe",
-    "discriminative",
-    "explain",
-    "plane_of",
-    "rank",
-    "sites_of",
-    "unit_means",
-]

@@ -34,6 +34,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -48,6 +49,7 @@ from trimtab.fitting import (
     validation_part,
 )
 from trimtab.methods.words import read_at
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.reading import preference
 from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
@@ -109,7 +111,7 @@ class Ablation(Method):
 
     # -- what it reads ------------------------------------------------------------------------
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer is None:
             validation_part(self.name, contrast)
             if not contrast.paired and self.targets is None:
@@ -119,7 +121,9 @@ class Ablation(Method):
                 )
         return list(self._candidates(language_model, contrast).values())
 
-    def _candidates(self, language_model: Any, contrast: Contrast) -> dict[tuple[int, int], Want]:
+    def _candidates(
+        self, language_model: LanguageModel, contrast: Contrast
+    ) -> dict[tuple[int, int], Want]:
         """What gives the direction of each (block, token)."""
         anatomy = language_model.anatomy
         if self.layer is None:
@@ -139,7 +143,7 @@ class Ablation(Method):
             for token in tokens
         }
 
-    def _typical(self, language_model: Any, contrast: Contrast) -> Tensor:
+    def _typical(self, language_model: LanguageModel, contrast: Contrast) -> Tensor:
         """Which texts the model itself treats as labelled, [texts]."""
         if contrast.paired or self.targets is None:
             raise TrimtabError("ablation: typical needs an unpaired contrast, and targets")
@@ -155,7 +159,9 @@ class Ablation(Method):
 
     # -- what it makes ------------------------------------------------------------------------
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         candidates = self._candidates(language_model, contrast)
         differences = {place: statistics[want].difference for place, want in candidates.items()}
         findings: dict[str, Any] = {}
@@ -171,7 +177,9 @@ class Ablation(Method):
         dial = Dial("amount", self.amount, (-1.0, 1.0))
         return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
 
-    def _interventions(self, anatomy: Any, layer: int, difference: Tensor) -> list[Intervention]:
+    def _interventions(
+        self, anatomy: Anatomy, layer: int, difference: Tensor
+    ) -> list[Intervention]:
         ablate = Ablate((difference / difference.norm()).float())
         if self.where == "writers":
             sites = anatomy.stream_writers
@@ -183,7 +191,10 @@ class Ablation(Method):
         return [Intervention(site, ablate, self.positions) for site in sites]
 
     def _select(
-        self, language_model: Any, contrast: Contrast, differences: dict[tuple[int, int], Tensor]
+        self,
+        language_model: LanguageModel,
+        contrast: Contrast,
+        differences: dict[tuple[int, int], Tensor],
     ) -> tuple[tuple[int, int], dict[str, Any]]:
         """The (block, token) whose direction lowers the score most, and what was measured."""
         anatomy = language_model.anatomy
@@ -268,7 +279,7 @@ class _Scored:
     """What is measured of a direction on validation rows."""
 
     def __init__(
-        self, language_model: Any, validation: Contrast, targets: tuple[str, ...] | None
+        self, language_model: LanguageModel, validation: Contrast, targets: tuple[str, ...] | None
     ) -> None:
         self.language_model, self.validation, self.targets = language_model, validation, targets
         self.shown: list[Prompt]
@@ -301,14 +312,19 @@ class _Scored:
         return float((self.base.exp() * (self.base - steered)).sum(-1).mean())
 
 
-def _log_p(language_model: Any, prompts: Sequence[Prompt], steering: Any = None) -> Tensor:
+def _log_p(
+    language_model: LanguageModel, prompts: Sequence[Prompt], steering: Any = None
+) -> Tensor:
     """Log-probabilities of the token after each prompt, [prompts, vocabulary]."""
     logits: Tensor = language_model.logits(prompts, steering=steering)
     return logits.log_softmax(-1)
 
 
 def _scores(
-    language_model: Any, prompts: Sequence[Prompt], targets: Sequence[str], steering: Any = None
+    language_model: LanguageModel,
+    prompts: Sequence[Prompt],
+    targets: Sequence[str],
+    steering: Any = None,
 ) -> Tensor:
     """log P - log(1 - P) of the next token being the first one of a target, [prompts]."""
     ids = _first_tokens(language_model, targets)
@@ -318,7 +334,7 @@ def _scores(
     return torch.log(p + _EPSILON) - torch.log(1 - p + _EPSILON)
 
 
-def _first_tokens(language_model: Any, targets: Sequence[str]) -> list[int]:
+def _first_tokens(language_model: LanguageModel, targets: Sequence[str]) -> list[int]:
     """The token that each target begins with, each once."""
     encoded = [language_model.tokenizer.encode(t, add_special_tokens=False) for t in targets]
     if not all(encoded):
@@ -326,7 +342,7 @@ def _first_tokens(language_model: Any, targets: Sequence[str]) -> list[int]:
     return sorted({tokens[0] for tokens in encoded})
 
 
-def _after_text(language_model: Any, contrast: Contrast) -> tuple[int, ...]:
+def _after_text(language_model: LanguageModel, contrast: Contrast) -> tuple[int, ...]:
     """The tokens, from the end, that a chat template puts after what the user says; else the last.
 
     Found by rendering two messages: their last tokens are the same as far as the template goes.

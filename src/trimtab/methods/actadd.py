@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -33,6 +34,7 @@ from trimtab.fitting import (
 )
 from trimtab.methods.caa import residual_sites
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
+from trimtab.model import LanguageModel
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
@@ -63,7 +65,7 @@ class ActAdd(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
-    def _want(self, anatomy: Any, contrast: Contrast) -> Want:
+    def _want(self, anatomy: Anatomy, contrast: Contrast) -> Want:
         train = contrast.train
         if train.paired:
             sides = [list(range(len(train)))]
@@ -83,10 +85,12 @@ class ActAdd(Method):
         (site,) = residual_sites(anatomy, self.layer)
         return Want(site, self.token, Means, rows=rows)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return [self._want(language_model.anatomy, contrast)]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         want = self._want(language_model.anatomy, contrast)
         vector = statistics[want].difference.float()
         interventions = [Intervention(want.site, Add(vector), self.positions)]

@@ -37,7 +37,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from trimtab.anatomy import parse_site
+from trimtab.anatomy import Anatomy, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -51,6 +51,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.words import ranges
+from trimtab.model import LanguageModel
 from trimtab.steering import (
     Dial,
     Intervention,
@@ -97,10 +98,12 @@ class SAS(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"theta": DEGREES}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return list(candidate_wants(self, language_model.anatomy).values())
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         turn = Turn(plane.basis.float(), adaptive=self.name == "aas")
         return _steering(
@@ -161,11 +164,13 @@ class SS(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"theta": DEGREES}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         wants = list(candidate_wants(self, language_model.anatomy).values())
         return wants + [unit_means(site) for site in sites_of(self, language_model.anatomy)]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         sides = {
             site: (statistics[unit_means(site)].positive, statistics[unit_means(site)].negative)
@@ -227,7 +232,7 @@ class Plane:
     mean_cosine: float
 
 
-def sites_of(method: Any, anatomy: Any) -> list[str]:
+def sites_of(method: Any, anatomy: Anatomy) -> list[str]:
     """The norms to steer, in the order of the computation."""
     kinds = ["attn_norm", "ffn_norm"]
     if method.ss_compat:
@@ -242,7 +247,7 @@ def unit_means(site: str) -> Want:
     return Want(site, "last", Means, read=UnitLength())
 
 
-def candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
+def candidate_wants(method: Any, anatomy: Anatomy) -> dict[str, Want]:
     """What each site's candidate is computed from, by the site's name."""
     wants = {}
     for site in sites_of(method, anatomy):
@@ -258,7 +263,7 @@ def candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
     return wants
 
 
-def candidates(method: Any, anatomy: Any, statistics: Statistics) -> Candidates:
+def candidates(method: Any, anatomy: Anatomy, statistics: Statistics) -> Candidates:
     """The candidate directions of all norms, from what `candidate_wants` asked for."""
     wants = candidate_wants(method, anatomy)
     differences = []
@@ -322,7 +327,7 @@ def _angle_between(basis: Tensor, sides: list[tuple[Tensor, Tensor]]) -> float:
 
 def _steering(
     method: Any,
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     plane: Plane,
     sites: list[str],

@@ -42,7 +42,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.anatomy import site_order
+from trimtab.anatomy import Anatomy, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
@@ -58,6 +58,7 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.words import counted, percent
+from trimtab.model import LanguageModel
 from trimtab.steering import (
     Add,
     Dial,
@@ -149,11 +150,11 @@ class AUSteer(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))}
 
-    def sites(self, anatomy: Any) -> list[str]:
+    def sites(self, anatomy: Anatomy) -> list[str]:
         """Where units are chosen from, each site once and from the lowest layer up."""
         return sorted(set(anatomy.sites(self.site, self.layers)), key=site_order)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         sites = self.sites(language_model.anatomy)
         units = sum(language_model.anatomy.width(site) for site in sites)
         if self.k != "all" and self.k > units:
@@ -167,7 +168,9 @@ class AUSteer(Method):
     def _needs_means(self) -> bool:
         return self.direction == "signed" or self.locate == "difference" or self.change == "vector"
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = self.sites(anatomy)
         widths = [anatomy.width(site) for site in sites]

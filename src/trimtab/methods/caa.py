@@ -24,6 +24,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -39,6 +40,7 @@ from trimtab.fitting import (
     validation_part,
 )
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
+from trimtab.model import LanguageModel
 from trimtab.reading import preference
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
@@ -79,14 +81,14 @@ class CAA(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
-    def sites(self, anatomy: Any) -> list[str]:
+    def sites(self, anatomy: Anatomy) -> list[str]:
         """The sites to steer, or those to choose from."""
         if self.layer == "validation":
             every: list[str] = anatomy.sites("resid")
             return every
         return residual_sites(anatomy, self.layer)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer == "validation":
             validation_part(self.name, contrast)
             if not contrast.paired and self.positions in ("generated", "last"):
@@ -100,7 +102,9 @@ class CAA(Method):
             wants += [Want(site, self.token, SecondMoment) for site in sites]
         return wants
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         dial = Dial("alpha", self.alpha, (-20.0, 20.0))
         interventions = [
             Intervention(site, Add(self._vector(statistics, site)), self.positions)
@@ -145,7 +149,7 @@ class CAA(Method):
         return lines
 
 
-def residual_sites(anatomy: Any, layer: Any) -> list[str]:
+def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:
     """Outputs of one block or of several; without a number, of the one at 40 % of the depth."""
     if layer is None:
         layer = int(0.4 * anatomy.layers)  # CAA's best layers lie around 13 of 32

@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
@@ -43,6 +44,7 @@ from trimtab.fitting import (
 )
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import counted, percent
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
 
@@ -70,14 +72,16 @@ class ITI(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"k": (16, 32, 48, 64, 96), "alpha": (1.0, 5.0, 10.0, 15.0, 20.0)}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         heads = anatomy.layers * anatomy.heads
         if self.k > heads:
             raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
         return [Want(site, "last", Samples) for site in anatomy.sites("heads")]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         own = ("iti", self.direction, self.scale, self.held_out, self.seed)
         accuracies, shifts, deviations = statistics.once(
@@ -105,7 +109,7 @@ class ITI(Method):
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     def _probes(
-        self, anatomy: Any, paired: bool, statistics: Statistics
+        self, anatomy: Anatomy, paired: bool, statistics: Statistics
     ) -> tuple[list[float], list[Tensor], list[Tensor]]:
         """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
         sites = anatomy.sites("heads")

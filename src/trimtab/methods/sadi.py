@@ -43,6 +43,7 @@ from trimtab.fitting import (
 )
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import counted
+from trimtab.model import LanguageModel
 from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
 
 #: Site kind of each variant.
@@ -72,7 +73,7 @@ class SADI(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"k": (1, 2, 4, 6, 8, 10), "delta": (-1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 9.0, 19.0)}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"
@@ -88,7 +89,9 @@ class SADI(Method):
         measured = site.removesuffix(kind) + MEASURED.get(self.variant, kind)
         return Want(measured, "last", Means)
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"

@@ -47,6 +47,7 @@ from trimtab.fitting import (
 )
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import adds_vectors, read_at
+from trimtab.model import LanguageModel
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
@@ -76,7 +77,7 @@ class STA(Method):
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         features = load_features(self.sae)
         width = language_model.anatomy.width(features.site)  # refuses a layer out of range
         if features.decoder.shape[1] != width:
@@ -90,7 +91,9 @@ class STA(Method):
             Want(features.site, self.token, Means),
         ]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         features = load_features(self.sae)
         means, active, stream = (statistics[want] for want in self.wants(language_model, contrast))
         amplitude, frequency = means.difference, active.difference

@@ -20,32 +20,3 @@ from trimtab.steering.operators import (
 )
 from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
 from trimtab.steering.tables import chosen, operators_in_words, steered_blocks
-
-__all__ = [
-    "POSITIONS",
-    "Ablate",
-    "Add",
-    "Calibration",
-    "Dial",
-    "Intervention",
-    "LinearDefaults",
-    "LinearOperator",
-    "ModelIdentity",
-    "Operator",
-    "OperatorDefaults",
-    "Positions",
-    "Rotate",
-    "Scale",
-    "Steering",
-    "Steerings",
-    "Turn",
-    "chosen",
-    "fold_input",
-    "fold_output",
-    "operators_in_words",
-    "orthonormal",
-    "refuse_other_file",
-    "steered_blocks",
-    "to_tensors",
-    "together",
-]

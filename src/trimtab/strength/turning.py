@@ -49,11 +49,11 @@ class Turning:
     @torch.no_grad()
     def _base(self) -> Tensor:
         lengths = [len(text) for text in self.texts]
-        found: list[Tensor] = [torch.empty(0)] * len(lengths)
+        base: list[Tensor] = [torch.empty(0)] * len(lengths)
         for rows in batches_by_length(lengths, self.language_model.batch_tokens):
             for i, logits in zip(rows, self._logits(rows), strict=True):
-                found[i] = logits.log_softmax(-1)
-        return torch.stack(found)
+                base[i] = logits.log_softmax(-1)
+        return torch.stack(base)
 
     @torch.no_grad()
     def log_p(

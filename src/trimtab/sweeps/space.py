@@ -13,8 +13,7 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Method, Want, collect
-from trimtab.fitting import plain as plain
+from trimtab.fitting import Method, Want, collect, plain
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 

@@ -32,20 +32,6 @@ TASKS: Mapping[str, Task] = Extended(
     "task", {module.TASK.name: module.TASK for module in _OWN}, _is_task
 )
 
-__all__ = [
-    "PROTOCOLS",
-    "TASKS",
-    "Example",
-    "Generation",
-    "Protocol",
-    "Row",
-    "Source",
-    "Task",
-    "check_protocol",
-    "find_task",
-    "load_contrast",
-]
-
 
 def load_contrast(
     source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
