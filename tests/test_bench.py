@@ -17,9 +17,8 @@ from evaluations import Scorer, chooser, copa_rows, data, speaking, strong, wils
 from helpers import language_model, refused_in_one_line, steer_at
 from test_preference import pairs_file
 from trimtab.contrasts import Part
-from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.evaluation import evaluate
-from trimtab.evaluation.jobs import Judging, TaskJob
+from trimtab.evaluation.jobs import TaskJob
 from trimtab.evaluation.tasks import TASKS
 from trimtab.figures.records import summarise
 from trimtab.model.language_model import LanguageModel
@@ -72,7 +71,7 @@ def test_records_are_those_of_an_evaluation(
 def test_texts_of_many_tokens_are_those_of_an_evaluation(data: Path) -> None:
     lm = speaking(*"0123456789 ")
     write(data / "svamp" / "train.jsonl", json_rows(data / "svamp" / "test.jsonl") * 2)
-    bench = Bench(lm, "svamp", data=str(data), settings=Settings(0, 4, 3), limits={"test": 5})
+    bench = Bench(lm, "svamp", data=str(data), batch_size=4, max_new_tokens=3, test_limit=5)
     found = bench.records(strong(lm), "test", name="s")
     expected = evaluate(
         lm,
@@ -153,18 +152,17 @@ def test_the_validation_rows_are_shuffled_by_the_seed(chooser: LanguageModel, da
     assert ids("validation", shuffle=1) == shuffled != ids("validation", shuffle=2)
     assert ids("test", shuffle=1) == ids("test")
     # The first rows are taken before they are shuffled: the same rows whatever the seed.
-    assert sorted(ids("validation", shuffle=1, limits={"validation": 4})) == sorted(plain[:4])
+    assert sorted(ids("validation", shuffle=1, limit=4)) == sorted(plain[:4])
 
 
 def test_limits_are_of_each_part(chooser: LanguageModel, data: Path) -> None:
-    limits: dict[Part, int | None] = {"validation": 3, "test": None}
-    bench = Bench(chooser, "copa", data=str(data), limits=limits)
+    bench = Bench(chooser, "copa", data=str(data), limit=3)
     assert (bench.rows("validation"), bench.rows("test")) == (3, 24)
     assert len(bench.records(None, "validation")) == 3
     assert bench.describe()["validation"]["rows"] == 3
     for wrong in (0, -1):
         refused_in_one_line(
-            lambda wrong=wrong: Bench(chooser, "copa", data=str(data), limits={"test": wrong}),
+            lambda wrong=wrong: Bench(chooser, "copa", data=str(data), test_limit=wrong),
             f"limit of test rows must be 1 or more, not {wrong}",
         )
 
@@ -177,7 +175,7 @@ def test_another_task_stands_in_for_the_validation_rows(data: Path) -> None:
         lm,
         f"refusal:{data / 'ours.jsonl'}",
         validation_task=f"refusal:{data / 'theirs.jsonl'}",
-        settings=Settings(max_new_tokens=2),
+        max_new_tokens=2,
     )
     assert (bench.rows("validation"), bench.rows("test")) == (3, 4)
     (prompt,) = {str(r["prompt"]).rpartition(" ")[2] for r in bench.unsteered("validation")}
@@ -214,10 +212,11 @@ def test_less_of_what_is_bad_is_better(data: Path) -> None:
         data=str(data),
         validation_task="detox",
         chooses=False,
-        judging=Judging(Scorer()),
-        settings=Settings(max_new_tokens=2),
+        toxicity=Scorer(),
+        max_new_tokens=2,
         metric="toxicity",
-        limits={"validation": 3, "test": 3},
+        limit=3,
+        test_limit=3,
     )
     assert bench.maximise is False
     value = bench.result(bench.unsteered("test")).value
@@ -364,7 +363,7 @@ def random_methods(lm: LanguageModel, count: int, seed: int = 0) -> list[Any]:
 
 def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> None:
     """The same most probable token of every prompt, and log-probabilities of A and B to 1e-4."""
-    bench = Bench(lm, "copa", data=str(data), limits={"test": rows})
+    bench = Bench(lm, "copa", data=str(data), test_limit=rows)
     job = bench.jobs["test"]
     assert isinstance(job, TaskJob)
     prompts = [example.prompt for example in job.entries[0].examples]

@@ -6,16 +6,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import typer.main
 
 import trimtab.papers.analyses
 from commands import Command, home, listing, refused, trimtab, work, write_rows
-from trimtab.cli import analyse
-from trimtab.cli.app import app
+from trimtab.cli.app import build
 from trimtab.contrasts import Contrast
 from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.result import Analysis
@@ -132,14 +131,19 @@ def test_every_analysis_has_help_with_an_example_and_all_its_options(
 ) -> None:
     said = trimtab("analyse", name, "--help").text
     assert f"trimtab analyse {name} --model" in " ".join(said.replace("│", " ").split())
-    made = {option.name for option in analyse.options_of(name, ANALYSES[name])}
-    arguments = list(inspect.signature(ANALYSES[name]).parameters)[1:]
-    assert set(arguments) - {"run", "output", "judges"} == made
-    command: Any = typer.main.get_command(app)
-    group = command.commands["analyse"]
-    own = {one.name: one for one in group.get_command(None, name).params}
-    assert all(own[argument].help for argument in made)
-    assert ("judge" in own) == ("judges" in arguments)
+    own = {
+        argument.name: argument
+        for argument in build(["analyse", name])["analyse"][name].assemble_argument_collection()
+        if argument.parse
+    }
+    taken = inspect.signature(ANALYSES[name]).parameters  # the fields of groups among them
+    groups = {each.name for each in taken.values() if is_dataclass(each.default)}
+    without = {"language_model", "run", "judges", "preference", *groups}
+    flags = {f"--{argument.replace('_', '-')}" for argument in taken if argument not in without}
+    assert flags - {"--contrasts"} <= own.keys()
+    assert ("--contrast" in own) == bool({"contrast", "contrasts"} & taken.keys())
+    assert all(argument.parameter.help for argument in own.values())
+    assert ("--judge" in own) == ("judges" in taken)
 
 
 def test_the_group_lists_them(trimtab: Command) -> None:
@@ -261,13 +265,6 @@ def test_a_new_analysis_gets_its_command(
     assert set(digests) == {"parts", "other"}
     refused(trimtab(f"{line} --alpha 1,x"), "--alpha", "x")
     refused(trimtab(f"{line} --some 1,every"), "--some", "all")
-
-
-def test_an_argument_of_no_kind_that_is_known_fails_when_it_must_be_given() -> None:
-    def odd(language_model: Any, thing: object) -> Analysis: ...
-
-    with pytest.raises(TypeError, match="thing"):
-        analyse.options_of("odd", odd)
 
 
 def test_an_analysis_that_fails_later_leaves_its_records(

@@ -27,7 +27,7 @@ from commands import (
     work,
     write_rows,
 )
-from trimtab.cli.fit import read_numbers
+from trimtab.cli.values import read_numbers
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
@@ -272,7 +272,7 @@ BAD = {
     "unknown command": ("dance", "'dance'"),
     "unknown command of models": ("models dance", "'dance'"),
     "file too many": ("inspect au.safetensors caa.safetensors", "caa.safetensors"),
-    "no file": ("inspect", "Missing argument"),
+    "no file": ("inspect", "missing argument"),
     "name too long": (f"inspect {'x' * 300}", "too long"),
     "unknown pack": ("models pull dance", "'dance'", "smollm2-135m-instruct"),
     "unknown pack to remove": ("models remove dance", "'dance'"),

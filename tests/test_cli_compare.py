@@ -95,7 +95,7 @@ def test_mistakes_get_one_line(trimtab: Command, formal: str) -> None:
         (f"compare caa --model model {formal} --protocol x", "unknown protocol 'x'"),
         (f"compare caa --model model {formal} --judge oracle", "--judge oracle: known are"),
         (f"compare caa --model model {formal} --metric taste", "no metric 'taste'"),
-        (f"compare --model model {formal}", "Missing argument"),
+        (f"compare --model model {formal}", "name methods"),
     ):
         refused(trimtab(arguments), *says)
 

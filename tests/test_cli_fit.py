@@ -197,7 +197,7 @@ def test_every_option_reaches_the_method(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("trimtab.cli.fit._one", lambda made, **rest: given.append(made))
+    monkeypatch.setattr("trimtab.cli.fit._one", lambda made, *rest: given.append(made))
     for option, values in OPTIONS[method].items():
         for text, value in values:
             wanted: dict[str, Any] = {**NEEDED.get((method, option), {}), option: value}

@@ -13,7 +13,7 @@ import pytest
 import trimtab as tt
 from commands import Command, home, listing, refused, trimtab, work
 from test_sweep import write_pairs
-from trimtab.cli.sweep import read_values
+from trimtab.cli.values import read_values
 from trimtab.methods import METHODS
 from trimtab.sweeps.space import Range
 from trimtab.sweeps.sweep_method import sweep
@@ -142,7 +142,7 @@ def test_two_workers(trimtab: Command) -> None:
         ("--k 4,5 --protocol nosuch", ["unknown protocol 'nosuch'"]),
         ("--k 4,5 --judge oracle", ["--judge oracle: known are phrases"]),
         ("--k 4,5 --judge chat:wise", ["needs --judge-url"]),
-        ("--kk 4", ["No such option"]),
+        ("--kk 4", ["unknown option", "Did you mean --k"]),
     ],
 )
 def test_mistakes_in_one_line(trimtab: Command, work: Path, options: str, words: list[str]) -> None:

@@ -15,7 +15,6 @@ import trimtab as tt
 from helpers import language_model, refused_in_one_line
 from trimtab import TrimtabError
 from trimtab.cli.common import refuse_holding
-from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.reports import run as runs_module
 from trimtab.reports.run import Run, SharedRun
@@ -269,7 +268,7 @@ def test_rows_are_the_same_in_tasks_of_any_kind_and_with_any_blanks(tmp_path: Pa
         return f"contrast:{fill(tmp_path, {name: text}) / name}"
 
     def bench(task: str, other: str) -> Bench:
-        return Bench(lm, task, validation_task=other, settings=Settings(max_new_tokens=2))
+        return Bench(lm, task, validation_task=other, max_new_tokens=2)
 
     own = ["Say it", "Tell me more"]
     same = [" Say  it\n", "Another"]

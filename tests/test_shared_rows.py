@@ -11,7 +11,6 @@ import pytest
 
 import trimtab as tt
 from helpers import language_model, refused_in_one_line
-from trimtab.evaluation.answering import Settings
 from trimtab.sweeps.rows import Bench
 from trimtab.sweeps.sweep_method import sweep
 
@@ -31,9 +30,8 @@ def asks(numbers: range) -> list[dict[str, Any]]:
 
 
 def bench(lm: tt.LanguageModel, task: Any, other: Any, **options: Any) -> Bench:
-    settings = Settings(max_new_tokens=2)
     return Bench(
-        lm, f"refusal:{task}", validation_task=f"refusal:{other}", settings=settings, **options
+        lm, f"refusal:{task}", validation_task=f"refusal:{other}", max_new_tokens=2, **options
     )
 
 
@@ -48,9 +46,7 @@ def test_the_same_file_by_any_path_is_refused(lm: tt.LanguageModel, tmp_path: Pa
             lambda other=other: bench(lm, own, other), "4 of the 4 rows of refusal:.* are among"
         )
     refused_in_one_line(lambda: bench(lm, own, overlapping), "1 of the 6 rows of refusal:")
-    refused_in_one_line(
-        lambda: bench(lm, overlapping, own, limits={"validation": 4}), "1 of the 4 rows of refusal:"
-    )
+    refused_in_one_line(lambda: bench(lm, overlapping, own, limit=4), "1 of the 4 rows of refusal:")
 
 
 def test_other_rows_are_taken(lm: tt.LanguageModel, tmp_path: Path) -> None:
@@ -59,7 +55,7 @@ def test_other_rows_are_taken(lm: tt.LanguageModel, tmp_path: Path) -> None:
     assert bench(lm, own, other).rows("validation") == 2
     # The rows that are shared are not used.
     overlapping = write(tmp_path / "some.jsonl", asks(range(2, 6)))
-    assert bench(lm, own, overlapping, limits={"test": 2}).rows("test") == 2
+    assert bench(lm, own, overlapping, test_limit=2).rows("test") == 2
 
 
 def test_pairs_are_told_apart_by_their_sides(lm: tt.LanguageModel, tmp_path: Path) -> None:

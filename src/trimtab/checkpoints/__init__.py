@@ -1,20 +1,9 @@
-"""Where weights come from: packs, GGUF files, directories."""
+"""Where weights come from: packs, GGUF files, directories.
 
-from trimtab.checkpoints import packs
-from trimtab.checkpoints.directory import (
-    ADAPTER_CONFIG,
-    CheckpointError,
-    Misfit,
-    check_adapter_files,
-    check_files,
-    damage_is_said,
-    first_line,
-    has_weights,
-    is_adapter,
-    not_finite,
-    read_config,
-    read_json,
-    read_model,
-    some,
-)
-from trimtab.checkpoints.packs import encoder_directory
+The names stand in __init__.pyi; each is loaded when it is asked for, so that packs can be listed
+without PyTorch.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

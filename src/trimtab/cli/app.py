@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import io
 import logging
 import os
@@ -11,55 +12,78 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
-import typer
-
-from trimtab.cli import (
-    analyse,
-    bake,
-    compare,
-    demo,
-    evaluate,
-    fit,
-    generate,
-    inspect,
-    models,
-    reproduce,
-    strength,
-    sweep,
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnusedCliTokensError,
 )
-from trimtab.cli.common import trusting
-from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.terminal import printable
 
-app = typer.Typer(
-    name="trimtab",
-    help="Steer open-weight language models at inference time. With `--debug` errors show where "
-    "they come from; with `--trust-remote-code` Python code that comes with a model is run.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from trimtab.cli.common import trusting
+from trimtab.cli.making import as_typed, prepared, strict, summary
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.terminal import CleanConsole, printable
+
+#: The commands in the order of the list, and the groups of commands among them. A module of the
+#: same name has each: the function that is the command, or `commands`, which makes the group.
+COMMANDS = (
+    "demo", "models", "fit", "generate", "inspect", "bake", "evaluate", "strength", "sweep",
+    "reproduce", "compare", "analyse",
+)  # fmt: skip
+GROUPS = ("models", "fit", "strength", "sweep", "analyse")
+_ABOUT = (
+    "Steer open-weight language models at inference time. With `--debug` errors show where they "
+    "come from; with `--trust-remote-code` Python code that comes with a model is run. "
+    "`--install-completion` lets the shell complete commands and options."
 )
 #: The exit status of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED = 130
 _NOT_READ = 1
 
-app.command()(demo.demo)
-app.add_typer(models.app, name="models")
-app.add_typer(fit.app, name="fit")
-app.command()(generate.generate)
-app.command()(inspect.inspect)
-app.command()(bake.bake)
-app.command("evaluate")(evaluate.evaluate_command)
-app.add_typer(strength.app, name="strength")
-app.add_typer(sweep.app, name="sweep")
-app.command("reproduce")(reproduce.reproduce_command)
-app.command("compare")(compare.compare_command)
-app.add_typer(analyse.app, name="analyse")
+
+def build(words: Sequence[str] | None) -> App:
+    """The commands for some words of a command line: the command that they name is imported, the
+    others are there by name and summary. None imports all, for completion."""
+    app = App(
+        name="trimtab",
+        help=_ABOUT,
+        version_flags=[],
+        help_format="markdown",
+        console=CleanConsole(),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+        default_parameter=Parameter(
+            negative_iterable=(),
+            negative_none=(),
+            allow_leading_hyphen=True,
+            allow_repeating=True,  # the last one counts
+            show_default=as_typed,
+            converter=strict,
+        ),
+    )
+    first = next((word for word in words or () if not word.startswith("-")), None)
+    for order, name in enumerate(COMMANDS):
+        module, function = f"trimtab.cli.{name}", "commands" if name in GROUPS else name
+        if words is not None and name != first:
+            app.command(App(name=name, help=summary(module, function), sort_key=order))
+        elif name in GROUPS:
+            commands = import_module(module).commands
+            group = App(name=name, help=inspect.getdoc(commands), sort_key=order)
+            commands(group)
+            app.command(group)
+        else:
+            command = getattr(import_module(module), function)
+            app.command(prepared(command), name=name, sort_key=order)
+    if words is None:
+        app.register_install_completion_command()
+    return app
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,31 +98,32 @@ def main(arguments: list[str] | None = None) -> None:
     if trusting.get():
         arguments.remove("--trust-remote-code")
     _open_streams()
-    outputs = sys.stdout, sys.stderr  # typer wraps a broken one
     _quiet_libraries(debug)
-    sys.exit(_written_out(_run(arguments, debug), outputs))
+    sys.exit(_written_out(_run(arguments, debug), (sys.stdout, sys.stderr)))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
     """The exit status of one command; what went wrong is said."""
     try:
-        status = app(arguments, prog_name="trimtab", standalone_mode=False)
+        _called(arguments)
     except KeyboardInterrupt:
-        status = _INTERRUPTED
+        _say("interrupted")
+        return _INTERRUPTED
     except BrokenPipeError:
-        status = _NOT_READ
-    except SystemExit as exit_now:  # typer leaves so when nobody reads its output
-        status = exit_now.code
+        return _NOT_READ
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message = _one_line(error)
-        if message:  # or no arguments: the help has been shown
-            _say(message)
+        _say(_one_line(error))
         return 2
-    if status == _INTERRUPTED:  # which is also what typer makes of Ctrl-C
-        _say("interrupted")
-    return status if isinstance(status, int) else 0
+    # Nothing to do but to show what there is: a command is missing.
+    return 2 if arguments in ([], *([group] for group in GROUPS if group != "models")) else 0
+
+
+def _called(arguments: Sequence[str]) -> None:
+    app = build(None if "--install-completion" in arguments else arguments)
+    # cyclopts takes a lone - for an option; a prompt it is.
+    app([" -" if word == "-" else word for word in arguments])
 
 
 def _say(message: str) -> None:
@@ -140,12 +165,11 @@ def _written_out(status: int, outputs: Sequence[TextIO]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What went wrong and what to do, for a person; empty where all is said already."""
+    """What went wrong and what to do, for a person."""
     if isinstance(error, TrimtabError):
         return " ".join(str(error).splitlines())
-    if hasattr(error, "format_message"):  # the command line itself was wrong
-        message = " ".join(error.format_message().split())
-        return message and f"{message} (see --help)"
+    if isinstance(error, CycloptsError):  # the command line itself was wrong
+        return f"{' '.join(_mistake(error).split())} (see --help)"
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # as pathlib says it
         return "a path begins with ~ and the name of no user: write it in full"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -158,6 +182,18 @@ def _one_line(error: Exception) -> str:
     return f"internal error, {type(error).__name__}: {first} (run again with --debug)"
 
 
+def _mistake(error: CycloptsError) -> str:
+    if isinstance(error, MissingArgumentError) and error.argument and not error.tokens_so_far:
+        argument = error.argument
+        if not argument.name.startswith("-"):
+            return f"missing argument {argument.name}"
+        return f"missing option {argument.name}"
+    if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        return f"unexpected argument {error.unused_tokens[0]!r}"
+    said = str(error).replace('"', "'")
+    return said[:1].lower() + said[1:]
+
+
 def _quiet_libraries(debug: bool) -> None:
     """Our own warnings as one line each; those of libraries only on request."""
 
@@ -168,10 +204,14 @@ def _quiet_libraries(debug: bool) -> None:
     warnings.showwarning = show
     warnings.simplefilter("always", TrimtabWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not debug:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if debug:
+        return
+    # What is not imported yet reads the environment: a command imports it only to run a model.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    if "transformers" in sys.modules:
         from transformers.utils import logging as transformers_logging
 
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

@@ -5,36 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from cyclopts import Parameter
 
 from trimtab.cli.common import (
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    Overwrite,
     console,
     open_model,
     print_json,
     read_steerings,
     refuse_existing,
 )
-from trimtab.model import bake as bake_into
-from trimtab.model import check_target, locations
-
-Steer = Annotated[
-    list[str], typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order.")
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")]
+from trimtab.cli.options import Force, Json, OpenedOnCpu, Overwrite, Steer
 
 
 def bake(
-    model: Model,
+    *,
+    opened: OpenedOnCpu,
     steer: Steer,
-    output: Output,
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The directory to write.")],
     overwrite: Overwrite = False,
     force: Force = False,
     as_json: Json = False,
@@ -46,10 +33,13 @@ def bake(
 
     Example: `trimtab bake --model smollm2-135m-instruct --steer joy.safetensors@12 -o joy-model/`
     """
-    check_target(output, locations(model), overwrite)
+    from trimtab.model import bake as bake_into
+    from trimtab.model import check_target, locations
+
+    check_target(output, locations(opened.model), overwrite)
     refuse_existing(output, overwrite)
     steerings = read_steerings(steer)
-    language_model = open_model(model, dtype, device)
+    language_model = open_model(opened)
     baked = bake_into(language_model, *steerings, force=force)
     baked.save_pretrained(output, overwrite)
     if as_json:

@@ -1,4 +1,7 @@
-"""What commands share: options, reading steerings and prompts, printing."""
+"""What commands share: opening models, reading steerings and prompts, refusing outputs, printing.
+
+Commands import the package's doors where they run, so that `--help` and mistakes need not wait.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import typer
-
+from trimtab.cli.options import Opened, Prompting
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, load
-from trimtab.reports import object_in
-from trimtab.steering import Steering, refuse_other_file
 from trimtab.terminal import CleanConsole, is_terminal
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A pack, a directory, a .gguf file or a hub id. Python code that comes with it runs "
-        "only with `--trust-remote-code`.",
-    ),
-]
-Steer = Annotated[
-    list[str] | None,
-    typer.Option("--steer", "-s", help="FILE or FILE@DIAL; repeat to combine, in order."),
-]
-Prompts = Annotated[
-    list[str] | None, typer.Argument(help="Prompts; - reads one per line from standard input.")
-]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option("--prompts", help="File of prompts: text lines, or JSONL with `prompt`."),
-]
-Raw = Annotated[bool, typer.Option("--raw", help="Take prompts as they are.")]
-AsChat = Annotated[
-    bool, typer.Option("--chat", help="Use the chat template (the default where there is one).")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Directory of data sets (default: the environment's TRIMTAB_DATA)."),
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
-Force = Annotated[
-    bool, typer.Option("--force", help="Allow a steering that was made for another model.")
-]
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+    from trimtab.steering import Steering
 
 #: Whether `--trust-remote-code` is on the command line, where every command takes it.
 trusting: ContextVar[bool] = ContextVar("trusting", default=False)
@@ -69,16 +35,18 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False))
 
 
-def as_chats(raw: bool, chat: bool) -> bool | None:
+def as_chats(prompting: Prompting) -> bool | None:
     """What --raw and --chat say together; None is the model's own way."""
-    if raw and chat:
+    if prompting.raw and prompting.chat:
         raise TrimtabError("choose one of --raw and --chat")
-    return True if chat else False if raw else None
+    return True if prompting.chat else False if prompting.raw else None
 
 
-def read_steerings(arguments: Sequence[str] | None) -> list[Steering]:
+def read_steerings(arguments: Sequence[str]) -> list[Steering]:
     """Steerings from `FILE` or `FILE@DIAL`."""
-    return [Steering.read(argument) for argument in arguments or ()]
+    from trimtab.steering import Steering
+
+    return [Steering.read(argument) for argument in arguments]
 
 
 def one_steering(steerings: Sequence[Steering]) -> Steering:
@@ -88,9 +56,12 @@ def one_steering(steerings: Sequence[Steering]) -> Steering:
     return steerings[0]
 
 
-def open_model(model: str, dtype: str, device: str) -> LanguageModel:
+def open_model(opened: Opened) -> LanguageModel:
     """Load a model as the options say."""
-    return load(model, dtype=dtype, device=device, trust_remote_code=trusting.get())
+    from trimtab.model import load
+
+    trusted = trusting.get()
+    return load(opened.model, dtype=opened.dtype, device=opened.device, trust_remote_code=trusted)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -105,6 +76,8 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 def refuse_steering_path(path: Path, overwrite: bool) -> None:
     """As `refuse_existing`, for a steering, which replaces no other file than a steering."""
+    from trimtab.steering import refuse_other_file
+
     refuse_existing(path, overwrite)
     refuse_other_file(path)
 
@@ -134,6 +107,8 @@ def _is_filled(directory: Path) -> bool:
 
 
 def _has_keys(file: Path, keys: set[str]) -> bool:
+    from trimtab.reports import object_in
+
     found = object_in(file)
     return found is not None and keys <= found.keys()
 
@@ -149,7 +124,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:
     """Prompts from the command line, from standard input, from a file."""
     texts: list[Any] = []
     for text in given:
-        if text == "-":
+        if text.strip() == "-":
             texts += [line for _, line in _lines(sys.stdin, "standard input")]
         elif text.strip():
             texts.append(text)
@@ -188,23 +163,3 @@ def _prompt(line: str, file: Path, number: int) -> Any:
         return json.loads(line)["prompt"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error
-
-
-def in_float32(what: str, value: float) -> float:
-    """A number that steering, which runs in float32, can hold."""
-    largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).smallest_normal
-    if not (value == 0 or smallest <= abs(value) <= largest):
-        raise TrimtabError(
-            f"{what}: {value!r} is beyond what float32 holds, {smallest:.2g} to {largest:.2g} on "
-            "either side of 0"
-        )
-    return value
-
-
-def rows_or_all(name: str, rows: int | None) -> int | None:
-    """How many rows an option of this name takes; 0 is all."""
-    if rows is not None and rows < 0:
-        raise TrimtabError(
-            f"--{name.replace('_', '-')} must be 1 or more, or 0 for all, not {rows}"
-        )
-    return rows or None

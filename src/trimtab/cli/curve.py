@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import (
-    AsChat,
-    Data,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    Overwrite,
-    PromptFile,
-    Prompts,
-    Raw,
-    Steer,
     as_chats,
     console,
     make_directory,
@@ -33,111 +19,204 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_holding,
 )
+from trimtab.cli.options import Json, Opened, Prompting, Prompts
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Chat, ChatEndpoint, LocalChat, evaluate, load_contrast
 from trimtab.files import json_object, write_whole
-from trimtab.fitting import fit
-from trimtab.model import LanguageModel, load
-from trimtab.reports import save_figure
-from trimtab.steering import Steering
-from trimtab.strength import (
-    TOLERANCE,
-    Accuracy,
-    Bounds,
-    ChatConceptJudge,
-    ConceptJudge,
-    Curves,
-    LexiconJudge,
-    at_layers,
-    concept_curve,
-    cost_curve,
-    curve,
-    dial_limits,
-    draw,
-    lexicon,
-    method_of,
-    read,
-    resampled,
-)
-from trimtab.sweeps import plain_texts
+from trimtab.options import TOLERANCE, Bounds, Keep, Sampling, Tracing, option
+
+if TYPE_CHECKING:
+    from trimtab.contrasts import Contrast
+    from trimtab.model import LanguageModel
+    from trimtab.steering import Steering
+    from trimtab.strength import (
+        Accuracy,
+        ConceptAsked,
+        ConceptJudge,
+        CostAsked,
+        Curves,
+        Refits,
+        TaskAsked,
+    )
+
+#: More points than this are a slip of the finger.
+_MOST_POINTS = 10_000
+Span = tuple[float, float]
 
 
-def curve_command(
-    model: Model,
-    prompts: Prompts = None,
-    steer: Steer = None,
-    file: PromptFile = None,
-    raw: Raw = False,
-    chat: AsChat = False,
-    span: Annotated[
-        str | None, typer.Option("--range", help="LOW:HIGH of the dial (default: its own range).")
-    ] = None,
-    points: Annotated[int, typer.Option(help="Dials of the next-token curve.")] = 1025,
-    tolerance: Annotated[
-        float, typer.Option(help="Error in probability between measured dials; 0 measures all.")
-    ] = TOLERANCE,
-    token: Annotated[
-        list[str] | None,
-        typer.Option(help="A token to follow, with its space: ' happy'; repeat."),
-    ] = None,
-    top: Annotated[int, typer.Option(help="Follow the most probable ones at the end.")] = 8,
-    contrast: Annotated[
-        str | None,
-        typer.Option(help="The steering's contrast: log-odds of tokens, --resamples, --layers."),
-    ] = None,
-    resamples: Annotated[
-        int, typer.Option(min=0, help="Fit so often on resampled rows, for error bars.")
-    ] = 0,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Fit at so many layers, from the first to the last.")
-    ] = None,
-    max_kl: Annotated[float, typer.Option(help="KL in the sweet spot, nats.")] = 1.0,
-    min_entropy: Annotated[
-        float, typer.Option(help="Entropy in the sweet spot, as a share of the unsteered.")
-    ] = 0.5,
-    max_entropy: Annotated[float, typer.Option(help="The same from above.")] = 1.5,
-    ce: Annotated[bool, typer.Option("--ce", help="Cross-entropy of plain text too.")] = False,
-    ce_text: Annotated[
-        Path | None, typer.Option(help="Text for it: plain, or JSONL with `text`.")
-    ] = None,
-    ce_tokens: Annotated[int, typer.Option(help="So many tokens of it.")] = 4096,
-    ce_points: Annotated[int, typer.Option(help="Dials of the curve of cross-entropy.")] = 33,
-    concept: Annotated[
-        str | None, typer.Option(help="Sample completions and judge whether they show this.")
-    ] = None,
-    words: Annotated[
-        str | None, typer.Option(help="Words that show it, for a judge by words: dear,formal*.")
-    ] = None,
-    judge: Annotated[
-        str | None, typer.Option(help="local:MODEL, or chat:NAME at --judge-url.")
-    ] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Base URL of the API.")] = None,
-    judge_key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the API's key.")
-    ] = "OPENAI_API_KEY",
-    any_of: Annotated[
-        bool, typer.Option("--any-of", help="One label for all samples of a prompt.")
-    ] = False,
-    samples: Annotated[int, typer.Option(help="Completions per prompt and dial.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a completion.")] = 100,
-    concept_points: Annotated[int, typer.Option(help="Dials of the concept's curve.")] = 41,
-    concept_range: Annotated[
-        str | None, typer.Option(help="LOW:HIGH of the concept's curve (default: --range).")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", "-t", help="Accuracy of a task over the dial.")
-    ] = None,
-    task_points: Annotated[int, typer.Option(help="Dials at which the task is evaluated.")] = 9,
-    limit: Annotated[int | None, typer.Option(help="Only the first examples of it.")] = None,
-    data: Data = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory for pictures and JSON.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="For sampling and resampling.")] = 0,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    force: Force = False,
+@dataclass(frozen=True, kw_only=True)
+class Turned:
+    """The steering that is turned."""
+
+    steer: Sequence[str] = option(
+        "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
+    )
+    force: bool = option("Allow a steering that was made for another model.", False, flag="--force")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What of the next token is followed over the dial, and how closely."""
+
+    span: str | None = option(
+        "LOW:HIGH of the dial (default: its own range).", None, flag="--range"
+    )
+    points: int = option("Dials of the next-token curve.", 1025)
+    tolerance: float = option(
+        "Error in probability between measured dials; 0 measures all.", TOLERANCE
+    )
+    token: Sequence[str] = option("A token to follow, with its space: ' happy'; repeat.", ())
+    top: int = option("Follow the most probable ones at the end.", 8)
+
+    def tracing(self, ends: Span) -> Tracing:
+        """Between two ends of the dial."""
+        tokens = self.token or self.top
+        return Tracing(span=ends, points=self.points, tokens=tokens, tolerance=self.tolerance)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refitted:
+    """What is fitted anew."""
+
+    contrast: str | None = option(
+        "The steering's contrast: log-odds of tokens, --resamples, --layers.", None
+    )
+    resamples: int = option("Fit so often on resampled rows, for error bars.", 0, least=0)
+    layers: int | None = option("Fit at so many layers, from the first to the last.", None, least=1)
+    seed: int = option("For sampling and resampling.", 0, least=0)
+
+    def refits(
+        self, language_model: LanguageModel, steering: Steering, source: Contrast | None
+    ) -> Refits:
+        """The resampled steerings beside one, and what its tokens' log-odds are read off."""
+        from trimtab.strength import Refits, method_of, resampled
+
+        if not self.resamples or source is None:
+            return Refits((), source)
+        method = method_of(steering)
+        others = resampled(language_model, method, source, self.resamples, self.seed)
+        return Refits(others, source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What plain text costs over the dial."""
+
+    ce: bool = option("Cross-entropy of plain text too.", False, flag="--ce")
+    ce_text: Path | None = option("Text for it: plain, or JSONL with `text`.", None)
+    ce_tokens: int = option("So many tokens of it.", 4096)
+    ce_points: int = option("Dials of the curve of cross-entropy.", 33)
+
+    def texts(self) -> list[str]:
+        """What is read: nothing where no cost is asked for."""
+        return _plain(self.ce_text) if self.ce or self.ce_text else []
+
+    def asked(self, texts: Sequence[str], ends: Span) -> CostAsked | None:
+        """The texts and their dials."""
+        from trimtab.strength import CostAsked, spaced
+
+        if not texts:
+            return None
+        return CostAsked(texts, _denser(spaced(*ends, self.ce_points)), self.ce_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """How often completions show a concept over the dial."""
+
+    concept: str | None = option("Sample completions and judge whether they show this.", None)
+    words: str | None = option("Words that show it, for a judge by words: dear,formal*.", None)
+    judge: str | None = option("local:MODEL, or chat:NAME at --judge-url.", None)
+    judge_url: str | None = option("Base URL of the API.", None)
+    judge_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
+    any_of: bool = option("One label for all samples of a prompt.", False, flag="--any-of")
+    samples: int = option("Completions per prompt and dial.", 32)
+    max_new_tokens: int = option("Tokens of a completion.", 100)
+    concept_points: int = option("Dials of the concept's curve.", 41)
+    concept_range: str | None = option("LOW:HIGH of the concept's curve (default: --range).", None)
+
+    def __post_init__(self) -> None:
+        if self.concept is None and (self.words or self.judge):
+            raise TrimtabError("--words and --judge are for a --concept")
+        if self.words is not None and self.judge is not None:
+            raise TrimtabError("choose one of --words and --judge")
+
+    def labeller(self, opened: Opened) -> ConceptJudge | None:
+        """The judge that the options name; words where there is no model to ask."""
+        from trimtab.evaluation import Chat, ChatEndpoint, LocalChat
+        from trimtab.model import load
+        from trimtab.strength import ChatConceptJudge, LexiconJudge, lexicon
+
+        if self.concept is None:
+            return None
+        if self.words is not None:
+            return LexiconJudge(tuple(word.strip() for word in self.words.split(",")))
+        if self.judge is None:
+            return lexicon(self.concept)
+        kind, _, name = self.judge.partition(":")
+        chat: Chat
+        if kind == "local" and name:
+            held = load(name, dtype=opened.dtype, device=opened.device)
+            chat = LocalChat(held, max_tokens=4)
+        elif kind == "chat" and name and self.judge_url:
+            chat = ChatEndpoint(self.judge_url, name, key_variable=self.judge_key_env, max_tokens=4)
+        else:
+            raise TrimtabError(
+                f"--judge {self.judge}: write local:MODEL, or chat:NAME with --judge-url"
+            )
+        return ChatConceptJudge(chat, self.concept)
+
+    def asked(
+        self, judge: ConceptJudge | None, prompts: Sequence[Any], ends: Span, seed: int
+    ) -> ConceptAsked | None:
+        """What is sampled, and who says what it shows."""
+        from trimtab.strength import ConceptAsked, spaced
+
+        if judge is None:
+            return None
+        dials = spaced(*(_ends(self.concept_range, "--concept-range") or ends), self.concept_points)
+        sampling = Sampling(max_new_tokens=self.max_new_tokens, batch_size=32, seed=seed)
+        return ConceptAsked(judge, prompts, dials, self.samples, sampling, self.any_of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTask:
+    """A task's metric over the dial."""
+
+    task: str | None = option("Accuracy of a task over the dial.", None, flag=("--task", "-t"))
+    task_points: int = option("Dials at which the task is evaluated.", 9)
+    limit: int | None = option("Only the first examples of it.", None)
+    data: str | None = option(
+        "Directory of data sets (default: the environment's TRIMTAB_DATA).", None
+    )
+
+    def asked(self, ends: Span) -> TaskAsked | None:
+        """The task and its dials."""
+        from trimtab.strength import TaskAsked, spaced
+
+        if self.task is None:
+            return None
+        return TaskAsked(self.task, spaced(*ends, self.task_points), self.limit, self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Also:
+    """What is measured beside the next token."""
+
+    cost: Cost = Cost()
+    concept: Concept = Concept()
+    task: OnTask = OnTask()
+
+
+def curve(
+    *prompts: Prompts,
+    opened: Opened,
+    turned: Turned = Turned(),
+    prompting: Prompting = Prompting(),
+    traced: Traced = Traced(),
+    refitted: Refitted = Refitted(),
+    bounds: Bounds = Bounds(),
+    also: Also = Also(),
+    keep: Keep = Keep(),
     as_json: Json = False,
 ) -> None:
     """Follow a steering over its dial: tokens, KL and entropy, cost, a concept, a task.
@@ -145,90 +224,86 @@ def curve_command(
     Example: `trimtab strength curve --model smollm2-135m-instruct --steer formal.safetensors --raw
     "She looked at the map and" --ce -o curves`
     """
-    chats = as_chats(raw, chat)
-    texts = read_prompts(prompts or [], file)
-    steerings = read_steerings(steer)
+    from trimtab import strength
+
+    chats = as_chats(prompting)
+    texts = read_prompts(prompts, prompting.file)
+    steerings = read_steerings(turned.steer)
     if not steerings:
         raise TrimtabError("name a steering: --steer FILE")
-    bounds = Bounds(max_kl, min_entropy, max_entropy)
-    most = max(points, ce_points, concept_points, task_points)
-    if most > _MOST_POINTS:
-        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {most}")
-    wide = _span(span, "--range")
-    concept_wide = _span(concept_range, "--concept-range") or wide
-    if (resamples or layers is not None) and contrast is None:
-        raise TrimtabError("--resamples and --layers fit anew: name the steering's --contrast")
-    if concept is None and (words or judge):
-        raise TrimtabError("--words and --judge are for a --concept")
+    _check(traced, refitted, also)
+    output = None if keep.output is None else Path(keep.output)
     if output is not None:
-        refuse_holding(output, "curve.json", overwrite, {"curves", "model"})
-    read_text = _plain(ce_text) if ce or ce_text else []
-    source = None if contrast is None else load_contrast(contrast, data=data, seed=seed)
-    labeller = _judge(concept, words, judge, judge_url, judge_key_env, dtype, device)
-    language_model = open_model(model, dtype, device)
-    if layers is not None:
-        assert source is not None
-        methods = at_layers(one_steering(steerings), language_model.anatomy.layers, layers)
-        steerings = fit(methods, language_model, source)
-    found = []
+        refuse_holding(output, "curve.json", keep.overwrite, {"curves", "model"})
+    plain = also.cost.texts()
+    source = _source(refitted, also.task.data)
+    labeller = also.concept.labeller(opened)
+    language_model = open_model(opened)
+    if refitted.layers is not None:
+        steerings = _at_layers(language_model, one_steering(steerings), refitted.layers, source)
+    every = []
     for steering in steerings:
-        low, high = wide or dial_limits(steering)
-        accuracy, others, cost, shown = None, [], None, None
-        if task is not None:  # first, because it finds out whether there is such a task
-            spaced = _spaced(low, high, task_points)
-            accuracy = _accuracy(language_model, steering, task, spaced, data, limit, force)
-        if resamples:
-            assert source is not None
-            others = resampled(language_model, method_of(steering), source, resamples, seed)
-        tokens = curve(
-            language_model,
-            steering,
-            texts,
-            span=(low, high),
-            points=points,
-            tokens=token or top,
-            tolerance=tolerance,
-            chat=chats,
-            resamples=others,
-            contrast=source,
-            force=force,
+        ends = _ends(traced.span, "--range") or strength.dial_limits(steering)
+        beside = strength.Beside(
+            also.cost.asked(plain, ends),
+            also.concept.asked(labeller, texts, ends, refitted.seed),
+            also.task.asked(ends),
         )
-        if read_text:
-            cost = cost_curve(
-                language_model,
-                steering,
-                read_text,
-                _denser(_spaced(low, high, ce_points)),
-                limit_tokens=ce_tokens,
-                force=force,
-            )
-        if labeller is not None:
-            shown = concept_curve(
+        every.append(
+            strength.follow(
                 language_model,
                 steering,
                 texts,
-                labeller,
-                _spaced(*(concept_wide or (low, high)), concept_points),
-                samples=samples,
-                max_new_tokens=max_new_tokens,
-                any_of=any_of,
+                _name(steering),
+                tracing=traced.tracing(ends),
+                bounds=bounds,
+                beside=beside,
+                refits=refitted.refits(language_model, steering, source),
                 chat=chats,
-                seed=seed,
-                force=force,
+                force=turned.force,
             )
-        reading = read(tokens, cost, shown, bounds)
-        found.append(Curves(_name(steering), reading, tokens, cost, shown, accuracy))
-    documents = [_document(one) for one in found]
+        )
+    documents = [strength.document(each) | {"words": each.reading.lines()} for each in every]
     about: dict[str, Any] = {"model": dict(vars(language_model.identity)), "prompts": texts}
-    pictures = _write(found, {"curves": documents, **about}, output) if output else []
+    pictures = _write(every, {"curves": documents, **about}, output) if output else []
     if as_json:
         several = {"curves": documents} if len(documents) > 1 else {}
         print_json({**documents[0], **several, **about, "pictures": list(map(str, pictures))})
         return
-    for one in found:
-        _print_curves(one)
+    for each in every:
+        _print_curves(each)
     for path in pictures:
         console.print(f"picture  {path}", style="dim")
+
+
+def _check(traced: Traced, refitted: Refitted, also: Also) -> None:
+    """Before any work: what is too much, what does not go together, what is no range."""
+    points = (traced.points, also.cost.ce_points, also.concept.concept_points)
+    most = max(*points, also.task.task_points)
+    if most > _MOST_POINTS:
+        raise TrimtabError(f"a curve has {_MOST_POINTS} points at most, not {most}")
+    _ends(traced.span, "--range")
+    _ends(also.concept.concept_range, "--concept-range")
+    if (refitted.resamples or refitted.layers is not None) and refitted.contrast is None:
+        raise TrimtabError("--resamples and --layers fit anew: name the steering's --contrast")
+
+
+def _source(refitted: Refitted, data: str | None) -> Contrast | None:
+    from trimtab.evaluation import load_contrast
+
+    if refitted.contrast is None:
+        return None
+    return load_contrast(refitted.contrast, data=data, seed=refitted.seed)
+
+
+def _at_layers(
+    language_model: LanguageModel, steering: Steering, layers: int, source: Contrast | None
+) -> list[Steering]:
+    from trimtab.fitting import fit
+    from trimtab.strength import at_layers
+
+    assert source is not None
+    return fit(at_layers(steering, language_model.anatomy.layers, layers), language_model, source)
 
 
 def _print_curves(found: Curves) -> None:
@@ -245,11 +320,7 @@ def _print_curves(found: Curves) -> None:
         console.print(_accuracy_line(found.accuracy))
 
 
-#: More points than this are a slip of the finger.
-_MOST_POINTS = 10_000
-
-
-def _span(text: str | None, option: str) -> tuple[float, float] | None:
+def _ends(text: str | None, option: str) -> tuple[float, float] | None:
     if text is None:
         return None
     try:
@@ -261,16 +332,6 @@ def _span(text: str | None, option: str) -> tuple[float, float] | None:
     return low, high
 
 
-def _spaced(low: float, high: float, points: int) -> list[float]:
-    """Evenly spaced dials, and 0 where it lies between them."""
-    if points < 2:
-        raise TrimtabError(f"a curve needs 2 points or more, not {points}")
-    spaced = [low + (high - low) * i / (points - 1) for i in range(points)]
-    near = 1e-9 * (high - low)
-    inner = [dial for dial in spaced if abs(dial) > near]
-    return sorted([*inner, 0.0]) if low <= 0 <= high else spaced
-
-
 def _denser(spaced: list[float]) -> list[float]:
     """The dials and some more around 0, where the cost's curvature is read."""
     step = spaced[1] - spaced[0]
@@ -280,6 +341,8 @@ def _denser(spaced: list[float]) -> list[float]:
 
 def _plain(path: Path | None) -> list[str]:
     """Texts of a file: one plain text, or JSONL with `text`; without one our own paragraphs."""
+    from trimtab.sweeps import plain_texts
+
     if path is None:
         return plain_texts()
     try:
@@ -291,67 +354,6 @@ def _plain(path: Path | None) -> list[str]:
         raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise TrimtabError(f'{path} is not text, or JSONL rows {{"text": TEXT}}') from error
-
-
-def _judge(
-    concept: str | None,
-    words: str | None,
-    judge: str | None,
-    url: str | None,
-    key_env: str,
-    dtype: str,
-    device: str,
-) -> ConceptJudge | None:
-    """The judge that the options name; words where there is no model to ask."""
-    if concept is None:
-        return None
-    if words is not None and judge is not None:
-        raise TrimtabError("choose one of --words and --judge")
-    if words is not None:
-        return LexiconJudge(tuple(word.strip() for word in words.split(",")))
-    if judge is None:
-        return lexicon(concept)
-    kind, _, name = judge.partition(":")
-    chat: Chat
-    if kind == "local" and name:
-        chat = LocalChat(load(name, dtype=dtype, device=device), max_tokens=4)
-    elif kind == "chat" and name and url:
-        chat = ChatEndpoint(url, name, key_variable=key_env, max_tokens=4)
-    else:
-        raise TrimtabError(f"--judge {judge}: write local:MODEL, or chat:NAME with --judge-url")
-    return ChatConceptJudge(chat, concept)
-
-
-def _accuracy(
-    language_model: LanguageModel,
-    steering: Steering,
-    task: str,
-    dials: Sequence[float],
-    data: str | None,
-    limit: int | None,
-    force: bool,
-) -> Accuracy:
-    """A task's first metric at each dial."""
-    # Not at(), which warns of each dial that is outside the sensible range.
-    alternatives = {f"{dial:.12g}": replace(steering, value=dial) for dial in dials}
-    done = evaluate(
-        language_model, task, steering=alternatives, data=data, limit=limit, force=force
-    )
-    first = done.results[0]
-    rows = [done.value(first.task, first.metric, name) for name in alternatives]
-    if any(row.value is None for row in rows):
-        raise TrimtabError(f"{task} gave no clear answer at one of the dials: narrow --range")
-    pairs = [row.ci95 or (row.value, row.value) for row in rows]
-    return Accuracy(
-        first.task,
-        first.metric,
-        tuple(dials),
-        tuple(float(row.value or 0) for row in rows),
-        tuple(float(low or 0) for low, _ in pairs),
-        tuple(float(high or 0) for _, high in pairs),
-        rows[0].n,
-        float(done.value(first.task, first.metric).value or 0),
-    )
 
 
 def _accuracy_line(found: Accuracy) -> str:
@@ -369,22 +371,11 @@ def _name(steering: Steering) -> str:
     return f"{steering.method} at {where}"
 
 
-def _document(found: Curves) -> dict[str, Any]:
-    """All curves of one steering as JSON."""
-    assert found.tokens is not None
-    return {
-        "name": found.name,
-        "curve": found.tokens.as_json(),
-        "cost": None if found.cost is None else found.cost.as_json(),
-        "concept": None if found.concept is None else found.concept.as_json(),
-        "accuracy": None if found.accuracy is None else found.accuracy.as_json(),
-        "reading": found.reading.as_json(),
-        "words": found.reading.lines(),
-    }
-
-
 def _write(found: Sequence[Curves], document: dict[str, Any], output: Path) -> list[Path]:
     """Pictures, numbers and the texts that were judged, in a directory."""
+    from trimtab.reports import save_figure
+    from trimtab.strength import draw
+
     make_directory(output)
     pictures = save_figure(draw(found), output, "curve")
     judged = [dict(text) for one in found if one.concept is not None for text in one.concept.texts]

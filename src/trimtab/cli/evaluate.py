@@ -3,183 +3,121 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from cyclopts import Parameter
 
-from trimtab.cli.common import (
-    Data,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Overwrite,
-    Steer,
-    console,
-    in_float32,
-    open_model,
-    print_json,
-    read_steerings,
-)
-from trimtab.cli.judging import (
-    JudgeConcurrency,
-    JudgeKeyEnv,
-    JudgeOptions,
-    JudgePrices,
-    Judges,
-    JudgeTemplate,
-    JudgeTimeout,
-    JudgeUrl,
-    Toxicity,
-    say_costs,
-)
+from trimtab.cli.common import console, open_model, print_json, read_steerings
+from trimtab.cli.judging import Judges, costs, say_costs
+from trimtab.cli.options import OpenedIfNamed
+from trimtab.cli.values import in_float32
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import PROTOCOLS, TASKS, evaluate
-from trimtab.figures import Comparison, Evaluation, Result
-from trimtab.steering import Steering, Steerings
+from trimtab.options import Answering, Evaluated, Harness, Keep, option
 from trimtab.terminal import CleanConsole, write_text
+
+if TYPE_CHECKING:
+    from trimtab.figures import Comparison, Evaluation, Result
+    from trimtab.steering import Steering, Steerings
 
 #: Tables keep their columns in a pipe, which has no width of its own.
 _wide = console if console.is_terminal else CleanConsole(width=120)
 #: More dials than this are a mistake in a range.
 _MOST_DIALS = 1000
+Tasks = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name=("--task", "-t"),
+        help="A task (--list shows them), refusal:FILE, coherence:FILE, perplexity:FILE, "
+        "contrast:SOURCE (a file or builtin:NAME), or lm-eval:NAME; repeat for several.",
+    ),
+]
+Listed = Annotated[bool, Parameter(name="--list", help="List the tasks and stop.", negative=())]
 
 
-def evaluate_command(
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A pack, directory, .gguf file or hub id.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            "-t",
-            help="A task (--list shows them), refusal:FILE, coherence:FILE, perplexity:FILE, "
-            "contrast:SOURCE (a file or builtin:NAME), or lm-eval:NAME; repeat for several.",
-        ),
-    ] = None,
-    list_tasks: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
-    steer: Steer = None,
-    dial: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Evaluate the steering at this dial, or at each of START:STOP:STEP; repeat."
-        ),
-    ] = None,
-    unsteered: Annotated[
-        bool, typer.Option("--unsteered/--no-unsteered", help="Evaluate the unsteered model too.")
-    ] = True,
-    data: Data = None,
-    protocol: Annotated[
-        list[str] | None,
-        typer.Option(help="trimtab (default) or paper, which follows the authors; repeat."),
-    ] = None,
-    part: Annotated[
-        str, typer.Option(help="test, or validation or train rows of the train set.")
-    ] = "test",
-    limit: Annotated[int | None, typer.Option(help="Only the first examples of a task.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, where a task writes texts.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts that are written together.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="For tasks that sample.")] = 0,
-    few_shot: Annotated[int | None, typer.Option(help="Examples in lm-eval's prompts.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="lm-eval's prompts through the chat template.")
-    ] = False,
-    lm_eval_tasks: Annotated[
-        list[str] | None, typer.Option(help="Directory of lm-eval task files; repeat.")
-    ] = None,
-    toxicity: Toxicity = "offline",
-    judge: Judges = None,
-    judge_url: JudgeUrl = None,
-    judge_key_env: JudgeKeyEnv = "OPENAI_API_KEY",
-    judge_concurrency: JudgeConcurrency = 8,
-    judge_timeout: JudgeTimeout = 60.0,
-    judge_prices: JudgePrices = None,
-    judge_template: JudgeTemplate = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Run directory; a run that was interrupted goes on there."
-        ),
-    ] = None,
-    show: Annotated[
-        str | None, typer.Option(help="flips: print the examples whose rating changed.")
-    ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    force: Force = False,
-    as_json: Json = False,
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """Under what the tasks are evaluated."""
+
+    steer: Sequence[str] = option(
+        "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
+    )
+    dial: Sequence[str] = option(
+        "Evaluate the steering at this dial, or at each of START:STOP:STEP; repeat.", ()
+    )
+    unsteered: bool = option("Evaluate the unsteered model too.", True)
+    force: bool = option("Allow a steering that was made for another model.", False, flag="--force")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What is printed."""
+
+    show: Literal["flips"] | None = option("flips: print the examples whose rating changed.", None)
+    as_json: bool = option("Print one JSON object on standard output.", False, flag="--json")
+
+
+def evaluate(
+    *,
+    opened: OpenedIfNamed = OpenedIfNamed(),
+    task: Tasks = (),
+    listed: Listed = False,
+    steered: Steered = Steered(),
+    rows: Evaluated = Evaluated(),
+    answering: Answering = Answering(),
+    judges: Judges = Judges(),
+    harness: Harness = Harness(),
+    keep: Keep = Keep(),
+    shown: Shown = Shown(),
 ) -> None:
     """Evaluate a model on tasks, unsteered and steered, with 95 % intervals.
 
     Example: `trimtab evaluate --model smollm2-135m-instruct --steer formal.safetensors --task copa
     --limit 100 --data DIR -o runs/copa --show flips`
     """
-    if list_tasks:
-        _list_tasks(as_json)
+    from trimtab import evaluation
+
+    if listed:
+        _list_tasks(shown.as_json)
         return
-    if model is None or not task:
+    if opened.model is None or not task:
         raise TrimtabError("name a --model and a --task (--list shows the tasks)")
-    if show not in (None, "flips"):
-        raise TrimtabError(f"--show {show}: it can show flips")
-    if part not in ("test", "validation", "train"):
-        raise TrimtabError(f"--part {part}: known are test, validation, train")
-    steerings = _alternatives(steer or [], dial or [])
-    judging = JudgeOptions(
-        judge,
-        judge_url,
-        judge_key_env,
-        judge_concurrency,
-        judge_timeout,
-        judge_prices,
-        judge_template,
-    )
-    judges, preference = judging.judges(dtype, device)
-    language_model = open_model(model, dtype, device)
-    evaluation = evaluate(
-        language_model,
+    steerings = _alternatives(steered.steer, steered.dial)
+    judging = judges.judging(opened)
+    found = evaluation.evaluate(
+        open_model(opened),
         task,
         steering=steerings or None,
-        unsteered=unsteered,
-        data=data,
-        protocol=protocol or "trimtab",  # type: ignore[arg-type]
-        part=part,  # type: ignore[arg-type]
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        few_shot=few_shot,
-        chat=chat,
-        task_files=lm_eval_tasks or [],
-        toxicity=toxicity,
-        judges=judges,
-        preference=preference,
-        output=output,
-        overwrite=overwrite,
-        force=force,
+        unsteered=steered.unsteered,
+        rows=rows,
+        answering=answering,
+        judging=judging,
+        harness=harness,
+        keep=keep,
+        force=steered.force,
     )
-    if as_json:
-        shown = {"flips": _flips_as_json(evaluation)} if show else {}
-        print_json(evaluation.as_json() | {"judges": judging.costs()} | shown)
+    if shown.as_json:
+        flips = {"flips": _flips_as_json(found)} if shown.show else {}
+        print_json(found.as_json() | {"judges": costs(judging)} | flips)
         return
-    _print_results(evaluation)
-    for note in evaluation.notes:
+    _print_results(found)
+    for note in found.notes:
         console.print(note, style="dim")
     say_costs(judging)
-    where = f"; records in {output}" if output else ""
-    console.print(f"{evaluation.seconds:g} s of evaluation{where}", style="dim")
-    if show:
-        _print_flips(evaluation)
+    where = f"; records in {keep.output}" if keep.output else ""
+    console.print(f"{found.seconds:g} s of evaluation{where}", style="dim")
+    if shown.show:
+        _print_flips(found)
 
 
 def _list_tasks(as_json: bool) -> None:
+    from rich.table import Table
+
+    from trimtab.evaluation import PROTOCOLS, TASKS
+
     if as_json:
         print_json({"tasks": [{"name": one.name, "about": one.about} for one in TASKS.values()]})
         return
@@ -198,8 +136,10 @@ def _list_tasks(as_json: bool) -> None:
 # -- what is evaluated, and who judges ------------------------------------------------------------
 
 
-def _alternatives(steer: list[str], dials: list[str]) -> dict[str, Steering | Steerings]:
+def _alternatives(steer: Sequence[str], dials: Sequence[str]) -> dict[str, Steering | Steerings]:
     """By name: all --steer together, or the one steering at each dial."""
+    from trimtab.steering import Steerings
+
     steerings = read_steerings(steer)
     if not dials:
         together = steerings[0] if len(steerings) == 1 else Steerings(steerings)
@@ -241,6 +181,9 @@ def _dials(text: str) -> list[float]:
 
 def _print_results(evaluation: Evaluation) -> None:
     """A table for each task; steered figures stand under the unsteered one, with the difference."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     compared = bool(evaluation.comparisons)
     for title, rows in evaluation.tables():
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

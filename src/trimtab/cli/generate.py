@@ -6,21 +6,12 @@ import inspect
 import json
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from cyclopts import Parameter
 
 from trimtab.cli.common import (
-    AsChat,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    PromptFile,
-    Prompts,
-    Raw,
-    Steer,
     as_chats,
     console,
     open_model,
@@ -28,43 +19,49 @@ from trimtab.cli.common import (
     read_prompts,
     read_steerings,
 )
+from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import SAMPLING, LanguageModel, left_aside
-from trimtab.strength import within
+from trimtab.options import option
 from trimtab.terminal import write_text
+
+if TYPE_CHECKING:
+    from trimtab.model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How tokens are chosen."""
+
+    max_new_tokens: int = option("Longest continuation.", 64)
+    temperature: float = option("0 is greedy.", 0.0)
+    top_k: int = option("Sample among the k most likely (0: all).", 0)
+    top_p: float = option("Sample within this probability mass.", 1.0)
+    seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
+    more: Sequence[str] = option(
+        "NAME=VALUE: what else says how tokens are chosen, as transformers names it "
+        "(repetition_penalty=1.2, min_p=0.1); repeat.",
+        (),
+        flag="--option",
+    )
 
 
 def generate(
-    model: Model,
-    prompts: Prompts = None,
-    steer: Steer = None,
-    file: PromptFile = None,
-    raw: Raw = False,
-    chat: AsChat = False,
+    *prompts: Prompts,
+    opened: Opened,
+    prompting: Prompting = Prompting(),
+    steer: Steer = (),
     compare: Annotated[
-        bool, typer.Option("--compare", help="Show the unsteered text beside the steered one.")
+        bool,
+        Parameter(
+            name="--compare", help="Show the unsteered text beside the steered one.", negative=()
+        ),
     ] = False,
     kl: Annotated[
         float | None,
-        typer.Option(help="Turn the dial for each prompt, to so many nats at its next token."),
+        Parameter(help="Turn the dial for each prompt, to so many nats at its next token."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest continuation.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely (0: all).")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample within this probability mass.")] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Makes sampling repeatable.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=VALUE: what else says how tokens are chosen, as transformers names it "
-            "(repetition_penalty=1.2, min_p=0.1); repeat."
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts per batch.")] = 16,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+    decoding: Decoding = Decoding(),
+    batch_size: Annotated[int, Parameter(help="Prompts per batch.")] = 16,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -73,28 +70,24 @@ def generate(
     Example: `trimtab generate --model smollm2-135m-instruct --steer warm.safetensors@12 "Today I
     feel"`
     """
-    chats = as_chats(raw, chat)
-    texts = read_prompts(prompts or [], file)
+    from trimtab.strength import within
+
+    chats = as_chats(prompting)
+    texts = read_prompts(prompts, prompting.file)
     steerings = read_steerings(steer)
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
-    language_model = open_model(model, dtype, device)
-    chosen = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **read_options(option)}
-    options: dict[str, Any] = {
-        **chosen,
-        "max_new_tokens": max_new_tokens,
-        "chat": chats,
-        "seed": seed,
-        "batch_size": batch_size,
-        "force": force,
-    }
-    _say_what_is_left_aside(language_model, chosen)
+    language_model = open_model(opened)
+    options = asdict(decoding)
+    options |= read_options(options.pop("more"))
+    _say_what_is_left_aside(language_model, options)
+    options |= {"chat": chats, "batch_size": batch_size, "force": force}
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
         rows = within(steerings[0], kl=kl)
-    runs = [(steer or [], language_model.generate(texts, steering=rows, **options))]
+    runs: list[Any] = [(steer, language_model.generate(texts, steering=rows, **options))]
     if compare and steerings:
-        runs.insert(0, ([], language_model.generate(texts, **options)))
+        runs.insert(0, ((), language_model.generate(texts, **options)))
     if as_json:
         outputs = [
             {
@@ -120,10 +113,10 @@ def generate(
         console.print()
 
 
-def read_options(given: Sequence[str] | None) -> dict[str, Any]:
+def read_options(given: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE ...` as a dictionary; a value that is no JSON is text."""
     options: dict[str, Any] = {}
-    for text in given or ():
+    for text in given:
         name, equals, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name or name in options:
@@ -133,16 +126,18 @@ def read_options(given: Sequence[str] | None) -> dict[str, Any]:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
-    own = [name for name in options if name in _OWN]
+    own = next((name for name in options if name in _own_options()), None)
     if own:
-        raise TrimtabError(f"--option {own[0]}: it is an option by itself, {_flag(own[0])}")
+        raise TrimtabError(f"--option {own}: it is an option by itself, {_flag(own)}")
     return options
 
 
-#: What has an option of its own on the command line.
-_OWN = frozenset(
-    {*inspect.signature(LanguageModel.generate).parameters, *SAMPLING, "min_new_tokens", "kl"}
-) - {"options"}
+def _own_options() -> set[str]:
+    """What has an option of its own on the command line."""
+    from trimtab.model import SAMPLING, LanguageModel
+
+    named = inspect.signature(LanguageModel.generate).parameters
+    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options"}
 
 
 def _flag(name: str) -> str:
@@ -151,6 +146,8 @@ def _flag(name: str) -> str:
 
 def _say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:
     """One line where the checkpoint comes with settings that are not used."""
+    from trimtab.model import left_aside
+
     found = left_aside(language_model.model, chosen)
     if not found:
         return

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-from rich.table import Table
+from cyclopts import Parameter
 
-from trimtab.cli.common import Json, console, print_json
+from trimtab.cli.common import console, print_json
+from trimtab.cli.options import Json
 from trimtab.errors import one_line
-from trimtab.methods import describe, explain
-from trimtab.steering import Steering
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="A steering: FILE or FILE@DIAL.")],
-    top: Annotated[int, typer.Option(help="How many units, heads or features to list.")] = 10,
+    file: Annotated[str, Parameter(help="A steering: FILE or FILE@DIAL.")],
+    /,
+    *,
+    top: Annotated[int, Parameter(help="How many units, heads or features to list.")] = 10,
     as_json: Json = False,
 ) -> None:
     """Say what a steering does, in words, and list the units, heads or features it chose.
 
     Example: `trimtab inspect joy.safetensors`
     """
+    from trimtab.methods import describe, explain
+    from trimtab.steering import Steering
+
     steering = Steering.read(file)
     described = describe(steering)
     if as_json:
@@ -38,6 +41,8 @@ def _list(records: list[dict[str, Any]], top: int) -> None:
     if not records[:top]:
         return
     columns = [name for name in records[0] if name != "site"]
+    from rich.table import Table
+
     table = Table("rank", *map(one_line, columns), box=None)
     for rank, record in enumerate(records[:top], 1):
         cells = [record[name] for name in columns]

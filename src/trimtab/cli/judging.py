@@ -3,160 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import console
+from trimtab.cli.options import Opened
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import (
-    HARMBENCH_TEMPLATE,
-    Chat,
-    ChatEndpoint,
-    ChatJudge,
-    HarmBenchJudge,
-    Judge,
-    LocalChat,
-    PhraseJudge,
-    PolyGuardJudge,
-)
-from trimtab.model import load
+from trimtab.options import Answering, Choosing, option
 
-_PANEL = "Judges"
-
-Toxicity = Annotated[
-    str,
-    typer.Option(help="Toxicity scorer: offline, detoxify, or a URL.", rich_help_panel=_PANEL),
-]
-Judges = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat "
-        "model) or chat:NAME at --judge-url; repeat. The first local: or chat: compares answers "
-        "in bpo.",
-        rich_help_panel=_PANEL,
-    ),
-]
-JudgeUrl = Annotated[
-    str | None,
-    typer.Option(help="Base URL of an OpenAI-compatible API.", rich_help_panel=_PANEL),
-]
-JudgeKeyEnv = Annotated[
-    str,
-    typer.Option(help="Environment variable that holds the API's key.", rich_help_panel=_PANEL),
-]
-JudgeConcurrency = Annotated[
-    int, typer.Option(help="Calls under way at once.", rich_help_panel=_PANEL)
-]
-JudgeTimeout = Annotated[
-    float, typer.Option(help="Seconds to wait for an answer.", rich_help_panel=_PANEL)
-]
-JudgePrices = Annotated[
-    str | None,
-    typer.Option(
-        help="Prices per million tokens, read and written: 0.15,0.60.", rich_help_panel=_PANEL
-    ),
-]
-JudgeTemplate = Annotated[
-    Path | None,
-    typer.Option(
-        help="HarmBench's prompt, with {behavior} and {generation}.", rich_help_panel=_PANEL
-    ),
-]
-#: Name, type and default of each, for commands whose options are put together.
-JUDGE_OPTIONS: list[tuple[str, Any, Any]] = [
-    ("judge", Judges, None),
-    ("judge_url", JudgeUrl, None),
-    ("judge_key_env", JudgeKeyEnv, "OPENAI_API_KEY"),
-    ("judge_concurrency", JudgeConcurrency, 8),
-    ("judge_timeout", JudgeTimeout, 60.0),
-    ("judge_prices", JudgePrices, None),
-    ("judge_template", JudgeTemplate, None),
-]
-
-
-@dataclass
-class JudgeOptions:
-    """What the options say, and the judges that come of them; `endpoints` are those that are
-    called, which count what it costs."""
-
-    judge: list[str] | None
-    judge_url: str | None
-    judge_key_env: str
-    judge_concurrency: int
-    judge_timeout: float
-    judge_prices: str | None
-    judge_template: Path | None
-    endpoints: list[ChatEndpoint] = field(default_factory=list)
-
-    @classmethod
-    def taken_from(cls, options: dict[str, Any]) -> JudgeOptions:
-        """Those among a command's options, which keeps the others."""
-        return cls(**{name: options.pop(name) for name, _, _ in JUDGE_OPTIONS})
-
-    def __post_init__(self) -> None:
-        if self.judge_url is not None and not any(
-            spec.startswith("chat:") for spec in self.judge or []
-        ):
-            raise TrimtabError("--judge-url needs the name of the model there: --judge chat:NAME")
-        self._prices, self._template = _prices(self.judge_prices), _template(self.judge_template)
-
-    def judges(self, dtype: str, device: str) -> tuple[list[Judge], Chat | None]:
-        """The judges, and the chat model that compares answers."""
-
-        def model(name: str) -> Any:
-            return load(name, dtype=dtype, device=device)
-
-        found: list[Judge] = []
-        preference: Chat | None = None
-        for spec in dict.fromkeys(self.judge or []):
-            kind, _, name = spec.partition(":")
-            if spec == "phrases":
-                found.append(PhraseJudge())
-            elif name and kind == "harmbench":
-                found.append(HarmBenchJudge(model(name), self._template))
-            elif name and kind == "polyguard":
-                found.append(PolyGuardJudge(model(name)))
-            elif name and kind in ("local", "chat"):
-                chat = LocalChat(model(name)) if kind == "local" else self._endpoint(name)
-                preference = preference or chat
-                found.append(ChatJudge(chat))
-            else:
-                raise TrimtabError(
-                    f"--judge {spec}: known are phrases, harmbench:MODEL, polyguard:MODEL, "
-                    "local:MODEL, chat:NAME"
-                )
-        return found, preference
-
-    def costs(self) -> dict[str, str]:
-        """What each endpoint was asked, and at what price."""
-        return {chat.name: str(chat.usage) for chat in self.endpoints}
-
-    def as_json(self) -> dict[str, Any]:
-        """What judges add to a run's results: nothing where none is paid."""
-        return {"judges": self.costs()} if self.endpoints else {}
-
-    def _endpoint(self, name: str) -> ChatEndpoint:
-        if self.judge_url is None:
-            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
-        endpoint = ChatEndpoint(
-            self.judge_url,
-            name,
-            self.judge_key_env,
-            self.judge_concurrency,
-            self.judge_timeout,
-            prices=self._prices,
-        )
-        self.endpoints.append(endpoint)
-        return endpoint
-
-
-def say_costs(judging: JudgeOptions) -> None:
-    """What judges behind an address were asked, and what it cost."""
-    for name, cost in judging.costs().items():
-        console.print(f"judge {name}: {cost}", style="dim")
+if TYPE_CHECKING:
+    from trimtab.evaluation import ChatEndpoint, Judging
+    from trimtab.sweeps import Measured
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:
@@ -171,12 +30,125 @@ def _prices(text: str | None) -> tuple[float, float] | None:
     return read, written
 
 
-def _template(path: Path | None) -> str:
-    if path is None:
-        return HARMBENCH_TEMPLATE
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """Who judges texts."""
+
+    toxicity: str = option("Toxicity scorer: offline, detoxify, or a URL.", "offline")
+    judge: Sequence[str] = option(
+        "Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat model) "
+        "or chat:NAME at --judge-url; repeat. The first local: or chat: compares answers in bpo.",
+        (),
+    )
+    judge_url: str | None = option("Base URL of an OpenAI-compatible API.", None)
+    judge_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
+    judge_concurrency: int = option("Calls under way at once.", 8)
+    judge_timeout: float = option("Seconds to wait for an answer.", 60.0)
+    judge_prices: str | None = option(
+        "Prices per million tokens, read and written: 0.15,0.60.", None
+    )
+    judge_template: Path | None = option(
+        "HarmBench's prompt, with {behavior} and {generation}.", None
+    )
+
+    def __post_init__(self) -> None:
+        if self.judge_url is not None and not any(spec.startswith("chat:") for spec in self.judge):
+            raise TrimtabError("--judge-url needs the name of the model there: --judge chat:NAME")
+        _prices(self.judge_prices)
+
+    def judging(self, opened: Opened) -> Judging:
+        """The judges; models among them are held as the model that is judged."""
+        from trimtab.evaluation import (
+            HARMBENCH_TEMPLATE,
+            ChatJudge,
+            HarmBenchJudge,
+            Judging,
+            LocalChat,
+            PhraseJudge,
+            PolyGuardJudge,
+        )
+        from trimtab.model import load
+
+        def model(name: str) -> Any:
+            return load(name, dtype=opened.dtype, device=opened.device)
+
+        template = HARMBENCH_TEMPLATE if self.judge_template is None else _read(self.judge_template)
+        judges: list[Any] = []
+        preference: Any = None
+        for spec in dict.fromkeys(self.judge):
+            kind, _, name = spec.partition(":")
+            if spec == "phrases":
+                judges.append(PhraseJudge())
+            elif name and kind == "harmbench":
+                judges.append(HarmBenchJudge(model(name), template))
+            elif name and kind == "polyguard":
+                judges.append(PolyGuardJudge(model(name)))
+            elif name and kind in ("local", "chat"):
+                chat = LocalChat(model(name)) if kind == "local" else self._endpoint(name)
+                preference = preference or chat
+                judges.append(ChatJudge(chat))
+            else:
+                raise TrimtabError(
+                    f"--judge {spec}: known are phrases, harmbench:MODEL, polyguard:MODEL, "
+                    "local:MODEL, chat:NAME"
+                )
+        return Judging(self.toxicity, tuple(judges), preference)
+
+    def _endpoint(self, name: str) -> ChatEndpoint:
+        from trimtab.evaluation import ChatEndpoint
+
+        if self.judge_url is None:
+            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
+        return ChatEndpoint(
+            self.judge_url,
+            name,
+            self.judge_key_env,
+            self.judge_concurrency,
+            self.judge_timeout,
+            prices=_prices(self.judge_prices),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How the settings of a method are measured, as the command line says it."""
+
+    choosing: Choosing = Choosing()
+    answering: Answering = Answering()
+    judges: Judges = Judges()
+
+    def measured(self, opened: Opened) -> Measured:
+        """The same with judges that are there."""
+        from trimtab.sweeps import Measured
+
+        judging = self.judges.judging(opened)
+        return Measured(choosing=self.choosing, answering=self.answering, judging=judging)
+
+
+def costs(judging: Judging) -> dict[str, str]:
+    """What each judge behind an address was asked, and at what price."""
+    from trimtab.evaluation import ChatEndpoint
+
+    chats = [getattr(judge, "chat", None) for judge in judging.judges]
+    return {chat.name: str(chat.usage) for chat in chats if isinstance(chat, ChatEndpoint)}
+
+
+def costs_as_json(judging: Judging) -> dict[str, Any]:
+    """What judges add to a run's results: nothing where none is paid."""
+    paid = costs(judging)
+    return {"judges": paid} if paid else {}
+
+
+def say_costs(judging: Judging) -> None:
+    """What judges behind an address were asked, and what it cost."""
+    for name, cost in costs(judging).items():
+        console.print(f"judge {name}: {cost}", style="dim")
+
+
+def _read(template: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return template.read_text(encoding="utf-8")
     except OSError as error:
-        raise TrimtabError(f"cannot read the template {path}: {error.strerror}") from error
+        raise TrimtabError(f"cannot read the template {template}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TrimtabError(f"{path} is not UTF-8 text") from error
+        raise TrimtabError(f"{template} is not UTF-8 text") from error

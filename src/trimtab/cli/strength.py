@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Table
+from cyclopts import App, Parameter
 
 from trimtab.cli.common import (
-    AsChat,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    Overwrite,
-    PromptFile,
-    Prompts,
-    Raw,
-    Steer,
     as_chats,
     console,
     one_steering,
@@ -32,48 +22,48 @@ from trimtab.cli.common import (
     refuse_holding,
     refuse_steering_path,
 )
-from trimtab.cli.curve import curve_command
+from trimtab.cli.curve import curve
+from trimtab.cli.making import prepared
+from trimtab.cli.options import Force, Json, Opened, Overwrite, Prompting, Prompts, Steer
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import ChatEndpoint
 from trimtab.files import write_whole
-from trimtab.model import load
-from trimtab.steering import Steering
-from trimtab.strength import BUDGETS, budget, calibrate
+from trimtab.options import option
 
-app = typer.Typer(
-    help="How strong a steering should be: curves over its dial, budgets, theory.",
-    no_args_is_help=True,
-)
-app.command("curve")(curve_command)
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
 
 
-@app.command("budget")
-def budget_command(
-    model: Model,
-    prompts: Prompts = None,
-    steer: Steer = None,
-    file: PromptFile = None,
-    raw: Raw = False,
-    chat: AsChat = False,
-    kl: Annotated[
-        list[float] | None,
-        typer.Option(help="Nats of KL(unsteered || steered) to allow; repeat with --save."),
-    ] = None,
-    side: Annotated[str, typer.Option(help="positive, negative or both sides of the dial.")] = (
-        "both"
-    ),
-    beyond_range: Annotated[
-        bool, typer.Option(help="Look further than the dial's sensible range.")
-    ] = False,
+def commands(app: App) -> None:
+    """How strong a steering should be: curves over its dial, budgets, theory."""
+    for command in (curve, budget, theory, contrast):
+        app.command(prepared(command), name=command.__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowed:
+    """How much a steering may change."""
+
+    kl: Sequence[float] = option(
+        "Nats of KL(unsteered || steered) to allow; repeat with --save.", (), repeats=True
+    )
+    side: str = option("positive, negative or both sides of the dial.", "both")
+    beyond_range: bool = option("Look further than the dial's sensible range.", False)
+
+
+def budget(
+    *prompts: Prompts,
+    opened: Opened,
+    steer: Steer = (),
+    prompting: Prompting = Prompting(),
+    allowed: Allowed = Allowed(),
     save_to: Annotated[
         Path | None,
-        typer.Option(
-            "--save", help="Write the steering here, calibrated: FILE@kl=0.1 then turns its dial."
+        Parameter(
+            name="--save",
+            help="Write the steering here, calibrated: FILE@kl=0.1 then turns its dial.",
         ),
     ] = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
     overwrite: Overwrite = False,
     force: Force = False,
     as_json: Json = False,
@@ -83,27 +73,32 @@ def budget_command(
     Example: `trimtab strength budget --model smollm2-135m-instruct --steer formal.safetensors --kl
     0.1 --raw "She looked at the map and"`
     """
-    chats = as_chats(raw, chat)
-    texts = read_prompts(prompts or [], file)
+    from rich.table import Table
+
+    from trimtab import strength
+
+    kl, chats = allowed.kl, as_chats(prompting)
+    texts = read_prompts(prompts, prompting.file)
     steering = one_steering(read_steerings(steer))
     if save_to is not None:
         refuse_steering_path(save_to, overwrite)
-    elif kl and len(kl) > 1:
+    elif len(kl) > 1:
         raise TrimtabError("several --kl are for a calibration: give one, or --save FILE")
-    language_model = open_model(model, dtype, device)
+    language_model = open_model(opened)
     if save_to is not None:
-        done = calibrate(language_model, steering, texts, kl or BUDGETS, chat=chats, force=force)
+        nats = kl or strength.BUDGETS
+        done = strength.calibrate(language_model, steering, texts, nats, chat=chats, force=force)
         done.save(save_to, overwrite=overwrite)
         _show_calibration(done, save_to, as_json)
         return
-    found = budget(
+    found = strength.budget(
         language_model,
         steering,
         texts,
-        (kl or [0.1])[0],
-        side=side,  # type: ignore[arg-type]
+        kl[0] if kl else 0.1,
+        side=allowed.side,  # type: ignore[arg-type]
         chat=chats,
-        beyond_range=beyond_range,
+        beyond_range=allowed.beyond_range,
         force=force,
     )
     if as_json:
@@ -129,6 +124,8 @@ def budget_command(
 
 
 def _show_calibration(steering: Steering, path: Path, as_json: bool) -> None:
+    from rich.table import Table
+
     found = steering.calibration
     assert found is not None
     if as_json:
@@ -145,10 +142,11 @@ def _show_calibration(steering: Steering, path: Path, as_json: bool) -> None:
     console.print(f"{path}: calibrated on {found.prompts} prompts; steer with {path}@kl=0.1")
 
 
-@app.command("theory")
-def theory_command(
+def theory(
+    *,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory for the pictures and numbers.")
+        Path,
+        Parameter(name=("--output", "-o"), help="Directory for the pictures and numbers."),
     ] = Path("theory"),
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -172,29 +170,43 @@ def theory_command(
         console.print(f"picture  {path}", style="dim")
 
 
-@app.command("contrast")
-def contrast_command(
-    model: Annotated[str, typer.Option("--model", "-m", help="The model that is to be steered.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL file to write.")],
-    concept: Annotated[str, typer.Option(help="joy, optimistic, or any word of yours.")],
-    negatives: Annotated[
-        str, typer.Option(help="empty: the model's own text from nothing; or contrastive.")
-    ] = "empty",
-    count: Annotated[int, typer.Option(min=1, help="Texts of each side.")] = 500,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 300,
-    writer: Annotated[
-        str | None,
-        typer.Option(
-            help="Who writes: local:MODEL, or chat:NAME at --writer-url (default: the model)."
-        ),
-    ] = None,
-    writer_url: Annotated[str | None, typer.Option(help="Base URL of the API.")] = None,
-    writer_key_env: Annotated[
-        str, typer.Option(help="Environment variable that holds the API's key.")
-    ] = "OPENAI_API_KEY",
-    seed: Annotated[int, typer.Option(min=0, help="For sampling.")] = 0,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What texts are written, and by whom."""
+
+    concept: str = option("joy, optimistic, or any word of yours.")
+    negatives: str = option("empty: the model's own text from nothing; or contrastive.", "empty")
+    count: int = option("Texts of each side.", 500, least=1)
+    max_new_tokens: int = option("Tokens of each text.", 300, least=1)
+    writer: str | None = option(
+        "Who writes: local:MODEL, or chat:NAME at --writer-url (default: the model).", None
+    )
+    writer_url: str | None = option("Base URL of the API.", None)
+    writer_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
+    seed: int = option("For sampling.", 0, least=0)
+
+    def author(self, opened: Opened) -> Any:
+        """The chat model or endpoint that writes; None is the model that is steered."""
+        from trimtab.evaluation import ChatEndpoint
+        from trimtab.model import load
+
+        if self.writer is None:
+            return None
+        kind, _, name = self.writer.partition(":")
+        if kind == "local" and name:
+            return load(name, dtype=opened.dtype, device=opened.device)
+        if kind == "chat" and name and self.writer_url:
+            return ChatEndpoint(self.writer_url, name, key_variable=self.writer_key_env)
+        raise TrimtabError(
+            f"--writer {self.writer}: write local:MODEL, or chat:NAME with --writer-url"
+        )
+
+
+def contrast(
+    *,
+    opened: Opened,
+    output: Annotated[Path, Parameter(name=("--output", "-o"), help="The JSONL file to write.")],
+    writing: Writing,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -206,26 +218,15 @@ def contrast_command(
     from trimtab.strength import generate_contrast
 
     refuse_existing(output, overwrite)
-    language_model = open_model(model, dtype, device)
-    author: Any = None
-    if writer is not None:
-        kind, _, name = writer.partition(":")
-        if kind == "local" and name:
-            author = load(name, dtype=dtype, device=device)
-        elif kind == "chat" and name and writer_url:
-            author = ChatEndpoint(writer_url, name, key_variable=writer_key_env)
-        else:
-            raise TrimtabError(
-                f"--writer {writer}: write local:MODEL, or chat:NAME with --writer-url"
-            )
+    language_model = open_model(opened)
     made = generate_contrast(
         language_model,
-        concept,
-        negatives=negatives,  # type: ignore[arg-type]
-        count=count,
-        max_new_tokens=max_new_tokens,
-        writer=author,
-        seed=seed,
+        writing.concept,
+        negatives=writing.negatives,
+        count=writing.count,
+        max_new_tokens=writing.max_new_tokens,
+        writer=writing.author(opened),
+        seed=writing.seed,
         output=output,
         overwrite=overwrite,
     )

@@ -3,224 +3,89 @@ its options are the method's own fields, each with several values or a range."""
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import os
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import typer
-from rich.table import Table
+from cyclopts import App
 
-from trimtab.cli.common import (
-    Data,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Overwrite,
-    console,
-    open_model,
-    print_json,
-    rows_or_all,
-)
-from trimtab.cli.fit import Cache, read_value
-from trimtab.cli.judging import JUDGE_OPTIONS, JudgeOptions, Toxicity, say_costs
+from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.judging import Measuring, costs_as_json, say_costs
+from trimtab.cli.making import method_options, prepared
+from trimtab.cli.options import Json, Opened, Task
+from trimtab.cli.values import read_values
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Method
-from trimtab.methods import METHODS
-from trimtab.sweeps import FAST, Range, Sweep, label, setting, sweep
+from trimtab.options import FitOn, Keep, Rows, Search, option
 
-app = typer.Typer(
-    help="Try settings of a method on a task: `trimtab sweep METHOD --help` for its options.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
-Protocol = Annotated[str, typer.Option(help="trimtab, or paper, which follows the authors.")]
-Better = Annotated[
-    str | None,
-    typer.Option(
-        help="more or less of the metric is better, where its name does not say (attack success: "
-        "less)."
-    ),
-]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trimtab.evaluation import Judging
+    from trimtab.fitting import Method
+    from trimtab.sweeps import Sweep
+
 #: Trials that are listed in a terminal; the report has all.
 _LISTED = 10
 
 
-def _shared() -> list[tuple[str, Any, Any]]:
-    """Options that every sweep takes: name, type, default."""
-    empty = inspect.Parameter.empty
-    return [
-        ("model", Model, empty),
-        (
-            "task",
-            Annotated[
-                str,
-                typer.Option(
-                    "--task", "-t", help="copa, boolq ...; contrast:SOURCE; or refusal:FILE."
-                ),
-            ],
-            empty,
-        ),
-        (
-            "output",
-            Annotated[
-                Path | None,
-                typer.Option("--output", "-o", help="Run directory; interrupted runs go on there."),
-            ],
-            None,
-        ),
-        (
-            "contrast",
-            Annotated[
-                str | None,
-                typer.Option(
-                    "--contrast", "-c", help="What to fit on (default: the task's train rows)."
-                ),
-            ],
-            None,
-        ),
-        ("data", Data, None),
-        ("cache", Cache, None),
-        (
-            "search",
-            Annotated[
-                str,
-                typer.Option(
-                    help="grid; tpe (draws --trials settings); halving (stops poor ones early)."
-                ),
-            ],
-            "grid",
-        ),
-        (
-            "trials",
-            Annotated[int | None, typer.Option(help="How many, where they are drawn.")],
-            None,
-        ),
-        (
-            "limit",
-            Annotated[int, typer.Option(help="Validation rows; 0 takes all.")],
-            FAST,
-        ),
-        (
-            "test_limit",
-            Annotated[int, typer.Option(help="Test rows; 0 takes all.")],
-            0,
-        ),
-        ("protocol", Protocol, "trimtab"),
-        (
-            "validation_task",
-            Annotated[
-                str | None,
-                typer.Option(help="Another task whose rows stand in for the validation rows."),
-            ],
-            None,
-        ),
-        (
-            "metric",
-            Annotated[str | None, typer.Option(help="What counts (default: the task's first).")],
-            None,
-        ),
-        ("better", Better, None),
-        (
-            "max_cost",
-            Annotated[
-                float | None,
-                typer.Option(help="Leave out what costs more nats per token of plain text."),
-            ],
-            None,
-        ),
-        (
-            "oracle",
-            Annotated[
-                bool,
-                typer.Option(
-                    "--oracle/--no-oracle", help="Run every complete trial on the test rows too."
-                ),
-            ],
-            True,
-        ),
-        ("seed", Annotated[int, typer.Option(min=0, help="For whatever is drawn.")], 0),
-        (
-            "storage",
-            Annotated[
-                str | None,
-                typer.Option(help="An Optuna storage that several machines work on, as a URL."),
-            ],
-            None,
-        ),
-        (
-            "workers",
-            Annotated[int, typer.Option(min=1, help="Processes that share the trials.")],
-            1,
-        ),
-        (
-            "max_new_tokens",
-            Annotated[int | None, typer.Option(help="Tokens of an answer (default: the task's).")],
-            None,
-        ),
-        ("batch_size", Annotated[int, typer.Option(help="Prompts that are answered at once.")], 16),
-        ("toxicity", Toxicity, "offline"),
-        *JUDGE_OPTIONS,
-        (
-            "resumed",
-            Annotated[
-                bool,
-                typer.Option(
-                    "--resumed/--full", help="Run only the blocks that a setting changes, or all."
-                ),
-            ],
-            True,
-        ),
-        ("dtype", Dtype, "float32"),
-        ("device", Device, "auto"),
-        ("overwrite", Overwrite, False),
-        ("as_json", Json, False),
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Searching(Search):
+    """How settings are searched, and by how many processes."""
+
+    workers: int = option("Processes that share the trials.", 1, least=1)
+
+
+def commands(app: App) -> None:
+    """Try settings of a method on a task: `trimtab sweep METHOD --help` for its options."""
+    from trimtab.methods import METHODS
+
+    for name, method in METHODS.items():
+        app.command(prepared(_command(method)), name=name)
 
 
 def _command(method: type[Method]) -> Callable[..., None]:
-    """A function whose signature is the method's fields, as text, and what every sweep takes."""
+    """`trimtab sweep METHOD`: each field of the method takes several values, or a range."""
     hints = typing.get_type_hints(method)
-    shared = _shared()
-    taken = {name for name, _, _ in shared}
-    own = []
-    for item in fields(method):  # type: ignore[arg-type]
-        if item.name not in taken:  # the seed is that of the sweep
-            option = typer.Option(help=item.metadata.get("help"), metavar="VALUES")
-            own.append((item.name, Annotated[str | None, option], None))
 
-    def command(**given: Any) -> None:
-        options = {name: given.pop(name) for name, _, _ in own}
-        space: dict[str, Any] = {}
-        fixed: dict[str, Any] = {}
-        for name, text in options.items():
-            if text is not None:
-                values = read_values(name, text, hints[name])
-                if isinstance(values, Range) or len(values) > 1:
-                    space[name] = values
-                else:
-                    fixed[name] = values[0]
-        if "seed" in hints:
-            fixed["seed"] = given["seed"]
-        _run(method, space or None, fixed, **given)
+    def command(
+        *,
+        opened: Opened,
+        task: Task,
+        settings: Any,
+        on: FitOn = FitOn(),
+        rows: Rows = Rows(),
+        searching: Searching = Searching(),
+        measuring: Measuring = Measuring(),
+        keep: Keep = Keep(),
+        as_json: Json = False,
+    ) -> None:
+        space, fixed = read_settings(
+            {name: text for name, text in vars(settings).items() if text is not None}, hints
+        )
+        if "seed" in hints:  # the seed is that of the sweep
+            fixed["seed"] = measuring.answering.seed
+        _check_workers(searching, keep)
+        given = {
+            "space": space or None, "fixed": fixed, "on": on, "rows": rows,
+            "searching": searching, "keep": keep,
+        }  # fmt: skip
+        work = partial(_sweep, opened, method, task, measuring, given)
+        with _helped(work, searching.workers):
+            found, judging = work()
+        if as_json:
+            print_json(found.as_json() | costs_as_json(judging))
+            return
+        _show(found, keep.output)
+        say_costs(judging)
 
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, kind, default in [*shared[:3], *own, *shared[3:]]
-    ]
-    # Those that must be given come first, or Python refuses the signature.
-    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__annotations__["settings"] = method_options(method, as_text=True)
     example = {"austeer": " --site ffn_out --k 4,16,64 --alpha 1,8", "sta": " --sae my-sae/"}
     command.__doc__ = (
         f"Settings of {method.name} on a task. An option takes one value; several, which are "
@@ -235,85 +100,37 @@ def _command(method: type[Method]) -> Callable[..., None]:
     return command
 
 
-def read_values(name: str, text: str, hint: Any) -> list[Any] | Range:
-    """`4,16,64` as values; where there are numbers `LOW:HIGH` or `LOW:HIGH:log` as a range; lists
-    (of layers) are separated by /."""
-    option = f"--{name.replace('_', '-')}"
-    plain = typing.get_origin(hint) is tuple or not typing.get_args(hint)
-    kinds = (hint,) if plain else typing.get_args(hint)
-    if ":" in text and {int, float} & set(kinds):
-        return _range(option, text, float in kinds)
-    lists = any(typing.get_origin(kind) is tuple for kind in kinds)
-    if lists and ("/" in text or int not in kinds):
-        parts = text.split("/")
-    else:
-        parts = text.split(",")
-    if not all(part.strip() for part in parts):
-        raise TrimtabError(f"{option} {text!r}: a value is empty")
-    return [read_value(option, part.strip(), hint) for part in parts]
+def read_settings(
+    texts: Mapping[str, str], hints: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The hyperparameters that are searched, with their values, and those that are fixed."""
+    space: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
+    for name, text in texts.items():
+        values = read_values(f"--{name.replace('_', '-')}", text, hints[name])
+        if not isinstance(values, list) or len(values) > 1:
+            space[name] = values
+        else:
+            fixed[name] = values[0]
+    return space, fixed
 
 
-def _range(option: str, text: str, fractions: bool) -> Range:
-    low, _, rest = text.partition(":")
-    high, _, kind = rest.partition(":")
-    try:
-        ends = [float(end) if fractions else int(end) for end in (low, high)]
-    except ValueError as error:
-        what = "LOW:HIGH" if fractions else "whole numbers, LOW:HIGH"
-        raise TrimtabError(f"{option} {text}: write {what}, or LOW:HIGH:log") from error
-    if kind not in ("", "log"):
-        raise TrimtabError(f"{option} {text}: write LOW:HIGH, or LOW:HIGH:log")
-    return Range(ends[0], ends[1], kind == "log")
-
-
-def _run(
-    method: type[Method],
-    space: Mapping[str, Any] | None,
-    fixed: dict[str, Any],
-    *,
-    model: str,
-    dtype: str,
-    device: str,
-    workers: int,
-    as_json: bool,
-    limit: int,
-    test_limit: int,
-    **options: Any,
-) -> None:
-    if workers > 1 and options["output"] is None:
+def _check_workers(searching: Searching, keep: Keep) -> None:
+    if searching.workers > 1 and keep.output is None:
         raise TrimtabError("several workers need a run directory: name it with --output")
-    if workers > 1 and options["overwrite"]:
+    if searching.workers > 1 and keep.overwrite:
         raise TrimtabError("--overwrite is for one worker: clear the directory first")
-    options |= row_limits(limit, test_limit)
-    judging = JudgeOptions.taken_from(options)
-    work = partial(_sweep, method, space, fixed, (model, dtype, device), judging, options)
-    with _helped(work, workers):
-        found = work()
-    if as_json:
-        print_json(found.as_json() | judging.as_json())
-        return
-    _show(found, options["output"])
-    say_costs(judging)
-
-
-def row_limits(limit: int, test_limit: int) -> dict[str, int | None]:
-    """How many rows of each part, where 0 means all of them."""
-    return {
-        "limit": rows_or_all("limit", limit),
-        "test_limit": rows_or_all("test_limit", test_limit),
-    }
 
 
 def _sweep(
-    method: type[Method],
-    space: Mapping[str, Any] | None,
-    fixed: dict[str, Any],
-    model: tuple[str, str, str],
-    judging: JudgeOptions,
-    options: dict[str, Any],
-) -> Sweep:
-    judges, _ = judging.judges(*model[1:])
-    return sweep(open_model(*model), method, space=space, fixed=fixed, judges=judges, **options)
+    opened: Opened, method: type[Method], task: str, measuring: Measuring, given: Mapping[str, Any]
+) -> tuple[Sweep, Judging]:
+    """What each process runs: judges and models are opened in it."""
+    from trimtab.sweeps import sweep
+
+    measured = measuring.measured(opened)
+    found = sweep(open_model(opened), method, task, measured=measured, **given)
+    return found, measured.judging
 
 
 @contextmanager
@@ -325,6 +142,8 @@ def _helped(work: Callable[[], Any], workers: int) -> Iterator[None]:
     if workers == 1:
         yield
         return
+    import torch
+
     threads = max(1, (os.cpu_count() or 1) // workers)
     spawn = multiprocessing.get_context("spawn")
     helpers = [
@@ -348,6 +167,8 @@ def _helped(work: Callable[[], Any], workers: int) -> Iterator[None]:
 
 def _help(work: Callable[[], Any], threads: int) -> None:
     """What a helper runs; its faults are those of the first process, which says them."""
+    import torch
+
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
@@ -356,8 +177,11 @@ def _help(work: Callable[[], Any], threads: int) -> None:
             work()
 
 
-def _show(found: Sweep, output: Path | None) -> None:
+def _show(found: Sweep, output: Path | str | None) -> None:
     """For people: the chosen setting, what it is worth, the best trials."""
+    from trimtab.methods import METHODS
+    from trimtab.sweeps import label
+
     base = found.unsteered
     console.print(
         f"unsteered: validation {_figure(base['validation'].value, base['validation'].ci95)}, "
@@ -389,12 +213,16 @@ def _show(found: Sweep, output: Path | None) -> None:
         console.print(f"note: {note}")
     if output is not None:
         files = ["report.html", "results.json"]
-        if (output / "best.safetensors").exists():  # not where nothing steers best
+        if (Path(output) / "best.safetensors").exists():  # not where nothing steers best
             files.append("best.safetensors")
         console.print(f"{output}: {', '.join(files)}", style="dim")
 
 
 def _table(found: Sweep) -> Table:
+    from rich.table import Table
+
+    from trimtab.sweeps import setting
+
     table = Table("trial", "setting", "state", found.metric, "n", "seconds")
     sign = -1 if found.maximise else 1
     valued = [t for t in found.trials if t.value is not None]
@@ -417,7 +245,3 @@ def _figure(value: float | None, ci95: tuple[float, float] | None) -> str:
     if value is None:
         return "none"
     return f"{value:.4g}" + ("" if ci95 is None else f" [{ci95[0]:.4g}, {ci95[1]:.4g}]")
-
-
-for _name, _method in METHODS.items():
-    app.command(_name)(_command(_method))

@@ -12,16 +12,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Part, last_message
+from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs import Job, Judging, TaskJob, Wanted, find_job, misfit
-from trimtab.evaluation.metrics.judges import Chat, Judge
+from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
-from trimtab.evaluation.metrics.toxicity import Scorer
-from trimtab.evaluation.tasks import Protocol, check_protocol
+from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Evaluation, Record, paired, summarise
 from trimtab.model import LanguageModel
+from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
 from trimtab.reports import Run, evaluation_page
 from trimtab.steering import Steering, Steerings, together
 
@@ -36,27 +36,18 @@ Alternatives = (
 )
 
 
+@flat
 def evaluate(
     language_model: LanguageModel,
     tasks: str | Sequence[str],
     *,
     steering: Alternatives = None,
     unsteered: bool = True,
-    data: str | Path | None = None,
-    protocol: Protocol | Sequence[Protocol] = "trimtab",
-    part: Part = "test",
-    limit: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    few_shot: int | None = None,
-    chat: bool = False,
-    task_files: Sequence[str | Path] = (),
-    toxicity: str | Scorer = "offline",
-    judges: Sequence[Judge] = (),
-    preference: Chat | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
+    rows: Evaluated = Evaluated(),
+    answering: Answering = Answering(),
+    judging: Judging = Judging(),
+    harness: Harness = Harness(),
+    keep: Keep = Keep(),
     force: bool = False,
 ) -> Evaluation:
     """Evaluate a model on tasks, unsteered (unless `unsteered` is false) and steered.
@@ -72,14 +63,15 @@ def evaluate(
     interrupted goes on.
     """
     names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
-    protocols = (protocol,) if isinstance(protocol, str) else tuple(dict.fromkeys(protocol))
+    protocols = tuple(dict.fromkeys(rows.protocol))
     for one in protocols:
         check_protocol(one)
     if not names or not protocols:
         raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
-    if limit is not None and limit < 1:
-        raise TrimtabError(f"the limit must be 1 or more, not {limit}")
-    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
+    if rows.limit is not None and rows.limit < 1:
+        raise TrimtabError(f"the limit must be 1 or more, not {rows.limit}")
+    new_tokens = answering.max_new_tokens
+    if answering.batch_size < 1 or (new_tokens is not None and new_tokens < 1):
         raise TrimtabError("the batch size and the number of new tokens must be 1 or more")
     subjects = _subjects(steering, unsteered)
     for attached in subjects.values():
@@ -87,35 +79,31 @@ def evaluate(
             pass  # says at once what does not fit, not after hours
     wanted = Wanted(
         protocols,
-        part,
-        limit,
-        None if data is None else str(data),
-        few_shot,
-        chat,
-        tuple(str(directory) for directory in task_files),
-        None if output is None else Path(output),
+        rows.part,
+        rows.limit,
+        rows.data,
+        harness.few_shot,
+        harness.chat,
+        tuple(str(directory) for directory in harness.task_files),
+        None if keep.output is None else Path(keep.output),
     )
-    judging = Judging(toxicity, tuple(judges), preference)
     jobs = [find_job(name, wanted, judging) for name in names]
     for job in jobs:
         if isinstance(job, TaskJob):
             for attached in subjects.values():
                 job.check(attached)
-    settings = Settings(seed, batch_size, max_new_tokens, force)
+    settings = Settings(answering.seed, answering.batch_size, new_tokens, force)
+    preference = judging.preference
     config = {
         "tasks": [job.describe() for job in jobs],
         "protocols": list(protocols),
-        "part": part,
-        "limit": limit,
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        **record(rows, answering),
         "preference": None if preference is None else preference.name,
         "model": language_model.described,
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
-    with Run(output, config, overwrite) as run:
+    with Run(keep.output, config, keep.overwrite) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
             for job in jobs:
@@ -130,7 +118,8 @@ def evaluate(
                 if reason:
                     notes.append(f"{job.name}: no answers were compared; {reason}")
                 elif preference is not None:
-                    for records in _preferences(run.records, job.name, preference, batch_size):
+                    size = answering.batch_size
+                    for records in _preferences(run.records, job.name, preference, size):
                         run.append(records)
         ordered = _in_order(run.records, subjects, jobs, protocols)
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)

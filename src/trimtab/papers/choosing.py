@@ -9,12 +9,11 @@ from typing import Any
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import from_answers, load_contrast
 from trimtab.methods import METHODS
+from trimtab.model import LanguageModel
 from trimtab.papers.found import Found, Value, contrast_of, value_of
 from trimtab.reports import Table, cell
 from trimtab.sweeps import (
-    FAST,
     Candidate,
-    Params,
     Sweep,
     comparison_pictures,
     default_candidate,
@@ -29,25 +28,16 @@ from trimtab.sweeps import compare as compare_methods
 
 
 def compare(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[str | Mapping[str, Any]],
     task: str,
     *,
-    trials: int = 20,
-    limit: int | None = FAST,
-    test_limit: int | None = None,
     contrast: str | None = None,
-    validation_task: str | None = None,
-    oracle: bool = False,
-    metric: str | None = None,
-    kl: float | None = None,
-    capability: Sequence[str] = (),
-    capability_limit: int | None = None,
-    max_new_tokens: int | None = None,
-    timed: bool = False,
     data: str | None = None,
+    timed: bool = False,
     seed: int = 0,
     output: Path | None = None,
+    **options: Any,
 ) -> Found:
     """`trimtab.compare` with methods as a recipe writes them: a name, or {name, method, space,
     fixed}, whose space is by default that of the method's paper."""
@@ -55,21 +45,12 @@ def compare(
         language_model,
         [_candidate(language_model, one) for one in methods],
         task,
-        trials=trials,
         contrast=contrast_of(contrast, data),
         data=data,
-        limit=limit,
-        test_limit=test_limit,
-        validation_task=validation_task,
-        oracle=oracle,
-        metric=metric,
-        kl=kl,
-        capability=capability,
-        capability_limit=capability_limit,
-        max_new_tokens=max_new_tokens,
         timed=timed,
         seed=seed,
         output=output,
+        **options,
     )
     values = {"unsteered": value_of(found.unsteered["test"])}
     values |= {row.name: value_of(row.test) for row in found.rows if row.test is not None}
@@ -87,22 +68,16 @@ def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candi
 
 
 def sweep_of(
-    language_model: Any,
+    language_model: LanguageModel,
     method: str,
     task: str,
     *,
-    space: Mapping[str, Sequence[Any]] | None = None,
-    fixed: Params | None = None,
-    limit: int | None = FAST,
-    test_limit: int | None = None,
     contrast: str | None = None,
     nearest: int | None = None,
-    oracle: bool = True,
-    max_new_tokens: int | None = None,
-    validation_task: str | None = None,
     data: str | None = None,
     seed: int = 0,
     output: Path | None = None,
+    **options: Any,
 ) -> Found:
     """`trimtab.sweep`; `nearest` fits on so many right answers of the task's train rows, each
     against the nearest wrong one (AUSteer, appendix B.1)."""
@@ -113,17 +88,11 @@ def sweep_of(
         language_model,
         method,
         task,
-        space,
-        fixed=fixed,
-        limit=limit,
-        test_limit=test_limit,
         contrast=source,
-        oracle=oracle,
-        max_new_tokens=max_new_tokens,
-        validation_task=validation_task,
         data=data,
         seed=seed,
         output=output,
+        **options,
     )
     return Found(
         found.as_json(), _sweep_values(found), [_sweep_table(found)], sweep_pictures(found),

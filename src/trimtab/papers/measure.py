@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, Settings, TaskJob
+from trimtab.evaluation import Attached, TaskJob
 from trimtab.figures import Estimate, estimate_of, mean_interval, paired_p
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, next_tokens, side_readings
-from trimtab.sweeps import Bench, more_is_better
+from trimtab.sweeps import Bench, Measured, more_is_better
 
 #: How far the right answer is ahead of the wrong one, in nats.
 FINE = "log_odds"
@@ -47,28 +48,21 @@ class Change:
 class Rows:
     """The validation and test rows of a task, measured under any steering.
 
-    `limit` and `test_limit` take so many rows of each part. The lower blocks run once for all
-    steerings, as in `Bench`.
+    The lower blocks run once for all steerings, as in `Bench`.
     """
 
+    @options.flat
     def __init__(
         self,
         language_model: LanguageModel,
         task: str,
+        rows: options.Rows = options.Rows(),
         *,
-        data: str | None = None,
-        limit: int | None = 100,
-        test_limit: int | None = None,
         seed: int = 0,
     ) -> None:
         self.language_model, self.task = language_model, task
-        self.bench = Bench(
-            language_model,
-            task,
-            data=data,
-            limits={"validation": limit, "test": test_limit},
-            settings=Settings(seed),
-        )
+        measured = Measured(answering=options.Answering(seed=seed))
+        self.bench = Bench(language_model, task, rows, measured)
         self._choices: dict[Part, list[Reading] | None] = {}
         self._unsteered: dict[Part, Values] = {}
 

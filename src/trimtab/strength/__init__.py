@@ -15,7 +15,6 @@ from trimtab.strength.concept import (
 )
 from trimtab.strength.costs import CostCurve, cost_curve
 from trimtab.strength.curves import (
-    TOLERANCE,
     Curve,
     TokenCurve,
     at_layers,
@@ -24,10 +23,20 @@ from trimtab.strength.curves import (
     resampled,
     token_log_odds,
 )
+from trimtab.strength.follow import (
+    Beside,
+    ConceptAsked,
+    CostAsked,
+    Refits,
+    TaskAsked,
+    document,
+    follow,
+    spaced,
+)
 from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
 from trimtab.strength.pictures import Accuracy, Curves, draw
-from trimtab.strength.reading import Bounds, Reading, read
+from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within
 from trimtab.strength.theory import ufm
 from trimtab.strength.turning import Turning, dial_limits, divergence

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import Chat
 from trimtab.figures import rate_interval
 from trimtab.model import LanguageModel
+from trimtab.options import Sampling, flat
 from trimtab.steering import Steering
 
 #: Words that show one of the paper's concepts, for a judge that only looks for words.
@@ -163,6 +164,7 @@ class ConceptCurve:
         }
 
 
+@flat
 def concept_curve(
     language_model: LanguageModel,
     steering: Steering,
@@ -171,14 +173,9 @@ def concept_curve(
     dials: Sequence[float],
     *,
     samples: int = 32,
-    max_new_tokens: int = 100,
-    temperature: float = 0.9,
-    top_k: int = 50,
-    top_p: float = 0.95,
+    sampling: Sampling = Sampling(max_new_tokens=100, batch_size=32),
     any_of: bool = False,
     chat: bool | None = None,
-    batch_size: int = 32,
-    seed: int = 0,
     force: bool = False,
 ) -> ConceptCurve:
     """Sample completions of prompts at each dial and let a judge label them.
@@ -189,22 +186,17 @@ def concept_curve(
         raise TrimtabError("a concept curve needs prompts, dials and 1 sample or more")
     if not all(math.isfinite(dial) for dial in dials):
         raise TrimtabError("a concept curve needs dials that are finite numbers")
-    if temperature == 0:  # greedy: nothing is left to narrow
-        top_k, top_p = 0, 1.0
+    if sampling.temperature == 0:  # greedy: nothing is left to narrow
+        sampling = replace(sampling, top_k=0, top_p=1.0)
     turns = sorted({float(dial) for dial in dials})
     turned = {dial: replace(steering, value=dial) for dial in turns}
     rows = [(dial, prompt) for dial in turns for prompt in prompts for _ in range(samples)]
     written = language_model.generate(
         [prompt for _, prompt in rows],
         steering=[turned[dial] for dial, _ in rows],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         chat=chat,
-        seed=seed,
-        batch_size=batch_size,
         force=force,
+        **asdict(sampling),
     )
     texts = [completion.text for completion in written]
     if any_of:

@@ -22,13 +22,12 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, batches_by_length
+from trimtab.options import Tracing, flat
 from trimtab.progress import progress
 from trimtab.reading import last_logits
 from trimtab.steering import Steering
 from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
 
-#: How far a probability may be off between the dials at which the model ran.
-TOLERANCE = 1e-3
 #: KL and entropy may be off by this many nats, or this share of their size.
 _NATS, _SHARE = 0.01, 0.01
 #: Dials of the coarse grid that a curve begins with; shorter curves are measured everywhere.
@@ -103,15 +102,13 @@ class Curve:
         }
 
 
+@flat
 def curve(
     language_model: LanguageModel,
     steering: Steering,
     prompts: Sequence[Any],
     *,
-    span: tuple[float, float] | None = None,
-    points: int = 1025,
-    tokens: int | Sequence[str | int] = 8,
-    tolerance: float = TOLERANCE,
+    tracing: Tracing = Tracing(),
     chat: bool | None = None,
     resamples: Sequence[Steering] = (),
     contrast: Contrast | None = None,
@@ -128,7 +125,8 @@ def curve(
     wanted = language_model.fitting(language_model.prompts(prompts, chat))
     if not wanted:
         raise TrimtabError("there is no prompt to draw a curve for")
-    dials = _grid(steering, span, points)
+    tokens, tolerance = tracing.tokens, tracing.tolerance
+    dials = _grid(steering, tracing.span, tracing.points)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise TrimtabError(f"the tolerance must be 0 or more, not {tolerance}")
     count = tokens if isinstance(tokens, int) else 0

@@ -26,6 +26,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import ChatEndpoint
 from trimtab.files import json_object, write_whole
 from trimtab.model import LanguageModel
+from trimtab.options import Sampling, flat
 from trimtab.progress import progress
 
 #: The paper's concepts. Any other is a word or a phrase of the user's.
@@ -66,27 +67,16 @@ _MOST_SAMPLES = 4
 _BARREN = 3
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How texts are sampled; the defaults are the paper's."""
-
-    max_new_tokens: int = 300
-    temperature: float = 0.9
-    top_k: int = 50
-    top_p: float = 0.95
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1:
-            raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise TrimtabError(
-                f"temperature must be above 0, not {self.temperature}: without chance all texts "
-                "would be equal"
-            )
-        if self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
+def _check(sampling: Sampling) -> None:
+    if sampling.max_new_tokens < 1 or sampling.batch_size < 1:
+        raise TrimtabError("max_new_tokens and batch_size must be 1 or more")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        raise TrimtabError(
+            f"temperature must be above 0, not {sampling.temperature}: without chance all texts "
+            "would be equal"
+        )
+    if sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise TrimtabError("top_k must be 0 or more, top_p above 0 and at most 1")
 
 
 @dataclass(frozen=True)
@@ -106,19 +96,15 @@ def request(concept: str) -> Conversation:
     return (("system", SYSTEM), ("user", REQUEST.format(concept=name)))
 
 
+@flat
 def generate_contrast(
     language_model: LanguageModel,
     concept: str,
     *,
     negatives: Negatives = "empty",
     count: int = 500,
-    max_new_tokens: int = 300,
     writer: Writer | None = None,
-    temperature: float = 0.9,
-    top_k: int = 50,
-    top_p: float = 0.95,
-    seed: int = 0,
-    batch_size: int = 16,
+    sampling: Sampling = Sampling(),
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> Contrast:
@@ -137,7 +123,7 @@ def generate_contrast(
     Errors: a writer without chat template; OUTPUT exists; OUTPUT.part is damaged, or of other
     settings (`overwrite` replaces both).
     """
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, batch_size)
+    _check(sampling)
     if count < 1:
         raise TrimtabError(f"count must be 1 or more, not {count}")
     sides = _sides(language_model, concept, negatives, language_model if writer is None else writer)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.figures import weighted_interval
+from trimtab.options import Bounds
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve, TokenCurve
@@ -26,25 +27,6 @@ from trimtab.strength.turning import idle_dial
 #: Cost is read as quadratic as far as it stays below this, in nats per token.
 _QUADRATIC = 0.5
 _FEWEST = 5
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How far the next token's distribution may go in the sweet spot: KL in nats, and entropy as a
-    share of the unsteered one."""
-
-    max_kl: float = 1.0
-    min_entropy: float = 0.5
-    max_entropy: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise TrimtabError(f"the bound on KL must be above 0 nats, not {self.max_kl}")
-        if not 0 <= self.min_entropy < 1 <= self.max_entropy < math.inf:
-            raise TrimtabError(
-                "entropy is bounded by a share of the unsteered one below 1 and one of 1 or more, "
-                f"not {self.min_entropy} and {self.max_entropy}"
-            )
 
 
 @dataclass(frozen=True)

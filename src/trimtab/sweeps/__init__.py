@@ -6,18 +6,17 @@ from trimtab.sweeps.comparison_page import comparison_pictures, effects, spent, 
 from trimtab.sweeps.effect import Effect, Trial, plain_texts
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench, Better, contrast_for, more_is_better
+from trimtab.sweeps.rows import Bench, Measured, contrast_for, more_is_better
 from trimtab.sweeps.space import Params, Range, label, setting, shown
-from trimtab.sweeps.sweep_method import FAST, sweep
+from trimtab.sweeps.sweep_method import sweep
 from trimtab.sweeps.sweep_page import sweep_pictures
 
 __all__ = [
-    "FAST",
     "Bench",
-    "Better",
     "Candidate",
     "Comparison",
     "Effect",
+    "Measured",
     "Params",
     "Range",
     "Sweep",

@@ -23,17 +23,18 @@ import torch
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings, TaskJob, evaluate
+from trimtab.evaluation import TaskJob, evaluate
 from trimtab.figures import Record, holm, mean_interval, paired_p
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
+from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import SharedRun, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
 from trimtab.sweeps.comparison import Compared, Comparison, Difference
 from trimtab.sweeps.metering import Used, metered, overhead
-from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.rows import Bench, Measured, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -46,7 +47,7 @@ from trimtab.sweeps.space import (
     plain,
     tidy,
 )
-from trimtab.sweeps.sweep_method import FAST, check_cost
+from trimtab.sweeps.sweep_method import check_cost
 from trimtab.sweeps.worker import try_settings
 
 #: Prompts on which budgets are found, and on which the time of generation is measured.
@@ -75,34 +76,18 @@ class Candidate:
         object.__setattr__(self, "name", self.name or self.method)
 
 
+@flat
 def compare(
     language_model: LanguageModel,
     methods: Sequence[str | Candidate],
     task: str,
     *,
-    trials: int = 20,
-    contrast: Contrast | str | None = None,
-    data: str | Path | None = None,
-    protocol: Protocol = "trimtab",
-    limit: int | None = FAST,
-    test_limit: int | None = None,
-    validation_task: str | None = None,
+    comparing: Comparing = Comparing(),
+    on: FitOn = FitOn(),
+    rows: Rows = Rows(),
+    measured: Measured = Measured(),
     oracle: bool = False,
-    metric: str | None = None,
-    better: Better | None = None,
-    max_cost: float | None = None,
-    kl: float | None = None,
-    capability: Sequence[str] = (),
-    capability_limit: int | None = None,
-    timed: bool = True,
-    seed: int = 0,
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
-    toxicity: str | Scorer = "offline",
-    judges: Sequence[Judge] = (),
-    output: str | Path | None = None,
-    cache: str | Path | None = None,
-    overwrite: bool = False,
+    keep: Keep = Keep(),
 ) -> Comparison:
     """Compare methods on a task, each at the setting that its own sweep chose on validation rows.
 
@@ -117,58 +102,37 @@ def compare(
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
         for one in methods
     ]
-    _check(candidates, trials, kl)
-    check_cost(max_cost)
-    source = None if data is None else str(data)
-    bench = Bench(
-        language_model,
-        task,
-        data=source,
-        protocol=protocol,
-        limits={"validation": limit, "test": test_limit},
-        validation_task=validation_task,
-        judging=Judging(toxicity, tuple(judges)),
-        settings=Settings(seed, batch_size, max_new_tokens),
-        metric=metric,
-        better=better,
-        chooses=not oracle,
-    )
-    texts = contrast_for(task, contrast, source)
+    _check(candidates, comparing)
+    check_cost(measured.choosing.max_cost)
+    bench = Bench(language_model, task, rows, measured, chooses=not oracle)
+    texts = contrast_for(task, on.contrast, rows.data)
     config = {
         "methods": [_described(one) for one in candidates],
-        "trials": trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        "protocol": protocol,
-        "metric": metric,
-        "better": better,
-        "max_cost": max_cost,
-        "kl": kl,
-        "capability": [*capability],
-        "capability_limit": capability_limit,
-        "timed": timed,
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        **record(comparing, measured.choosing, measured.answering),
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
     }
-    run = SharedRun(output, config, overwrite)
+    run = SharedRun(keep.output, config, keep.overwrite)
     started = time.perf_counter()
-    fitters, fit = _fitters(bench, texts, candidates, cache)
-    rows = []
+    fitters, fit = _fitters(bench, texts, candidates, on.cache)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
-    own_runs = [_own_run(run, one.name, config, overwrite) for one in candidates]
-    if overwrite and run.path is not None and capability:
+    own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
+    if keep.overwrite and run.path is not None and comparing.capability:
         check_overwritable(run.path / "capability")
     run.begin()
-    for fitter, one, own in zip(fitters, candidates, own_runs, strict=True):
-        rows.append(_swept(bench, fitter, one, trials, max_cost, seed, own, timed))
-    chosen = {row.name: row.sweep.steering for row in rows if row.sweep and row.sweep.steering}
-    records = {row.name: list(row.sweep.tested) for row in rows if row.sweep and row.sweep.tested}
-    rows, between = _compared(bench, rows, records)
+    compared = [
+        _swept(bench, fitter, one, comparing, measured, own)
+        for fitter, one, own in zip(fitters, candidates, own_runs, strict=True)
+    ]
+    chosen = {row.name: row.sweep.steering for row in compared if row.sweep and row.sweep.steering}
+    tested = [row for row in compared if row.sweep and row.sweep.tested]
+    records = {row.name: list(row.sweep.tested) for row in tested if row.sweep}
+    compared, between = _compared(bench, compared, records)
     at_budget: list[Compared] = []
+    kl = comparing.kl
     if kl is not None:
         prompts = _prompts(bench)
         at_budget = [_at_budget(bench, name, one, prompts, kl) for name, one in chosen.items()]
@@ -179,24 +143,25 @@ def compare(
         }
         at_budget, _ = _compared(bench, at_budget, again)
     beside = None
-    if capability and chosen:
+    if comparing.capability and chosen:
         beside = evaluate(
             language_model,
-            capability,
+            comparing.capability,
             steering=chosen,
-            data=data,
-            limit=capability_limit,
-            batch_size=batch_size,
-            seed=seed,
+            data=rows.data,
+            limit=comparing.capability_limit,
+            batch_size=measured.answering.batch_size,
+            seed=measured.answering.seed,
             output=None if run.path is None else run.path / "capability",
-            overwrite=overwrite,
+            overwrite=keep.overwrite,
         )
+    caveats = _caveats(compared, between, comparing.trials)
     found = Comparison(
         task,
         bench.metric,
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
         bench.perplexity(0.0),
-        tuple(rows),
+        tuple(compared),
         tuple(at_budget),
         kl,
         between,
@@ -204,7 +169,7 @@ def compare(
         beside,
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
-        (*bench.notes(), *([_ORACLE] if oracle else []), *_caveats(rows, between, trials)),
+        (*bench.notes(), *([_ORACLE] if oracle else []), *caveats),
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
@@ -222,9 +187,10 @@ def default_candidate(
     return replace(one, space=default_space(METHODS[method], layers, one.fixed))
 
 
-def _check(candidates: Sequence[Candidate], trials: int, kl: float | None) -> None:
+def _check(candidates: Sequence[Candidate], comparing: Comparing) -> None:
     if not candidates:
         raise TrimtabError("there is no method to compare")
+    trials, kl = comparing.trials, comparing.kl
     if trials < 1:
         raise TrimtabError(f"a method has 1 trial or more, not {trials}")
     if kl is not None and not (math.isfinite(kl) and kl > 0):
@@ -281,31 +247,29 @@ def _swept(
     bench: Bench,
     fitter: Fitter,
     one: Candidate,
-    trials: int,
-    max_cost: float | None,
-    seed: int,
+    comparing: Comparing,
+    measured: Measured,
     run: SharedRun,
-    timed: bool,
 ) -> Compared:
     """The sweep of one method, and what its choice changes and costs."""
-    drawn = _size(one.space) > trials
+    drawn = _size(one.space) > comparing.trials
     with metered(bench.language_model) as used:
         found = try_settings(
             bench,
             fitter,
             one.space,
-            search="tpe" if drawn else "grid",
-            trials=trials if drawn else None,
-            max_cost=max_cost,
-            oracle=False,
-            seed=seed,
+            Search(search="tpe", trials=comparing.trials, oracle=False)
+            if drawn
+            else Search(oracle=False),
+            max_cost=measured.choosing.max_cost,
+            seed=measured.answering.seed,
             run=run,
         )
     if found.steering is None or found.best is None:
         return Compared(one.name, found, swept=used, why="; ".join(found.notes))
     if run.path is not None and found.steering.acts:  # not k = 0, the model as it is
         found.steering.save(run.path / "best.safetensors", overwrite=True)
-    row = _effects(bench, one.name, found.steering, timed)
+    row = _effects(bench, one.name, found.steering, comparing.timed)
     return replace(row, sweep=found, swept=used)
 
 

@@ -10,9 +10,9 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from trimtab.evaluation import (
     Attached,
     Judging,
     PreferenceJob,
-    Protocol,
     Settings,
     TaskJob,
     Wanted,
@@ -35,62 +34,65 @@ from trimtab.evaluation import (
 )
 from trimtab.figures import Record, Result, bare_name, estimate_of, metric_of
 from trimtab.model import LanguageModel
+from trimtab.options import Answering, Choosing, Rows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens
 from trimtab.reports import SharedRun
 from trimtab.sweeps.effect import plain_texts
 
-#: Which way a metric counts.
-Better = Literal["more", "less"]
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """How the settings of a method are measured: what makes one better, how a model answers, who
+    judges."""
+
+    choosing: Choosing = Choosing()
+    answering: Answering = Answering()
+    judging: Judging = Judging()
 
 
 class Bench:
     """Measures steerings on the validation and the test rows of a task.
 
-    `task` is one of ours or contrast:SOURCE; `validation_task` another one whose test rows stand in
-    for the validation rows, for tasks that have none (refusal:FILE). `limits` takes so many rows of
-    each part (None or absent: all). `better` says which way the metric counts. `shuffle` is a
-    seed for the order of the validation rows.
-    `resumed` false runs all blocks for every steering. The model's weights must stay as they are.
-    `chooses` false: nothing is chosen on the validation rows, so that they may be the test rows.
+    `task` is one of ours or contrast:SOURCE; `measured.choosing.validation_task` another one whose
+    test rows stand in for the validation rows, for tasks that have none (refusal:FILE). `shuffle`
+    is a seed for the order of the validation rows. `resumed` false runs all blocks for every
+    steering. The model's weights must stay as they are. `chooses` false: nothing is chosen on the
+    validation rows, so that they may be the test rows.
     """
 
+    @flat
     def __init__(
         self,
         language_model: LanguageModel,
         task: str,
+        rows: Rows = Rows(limit=None),
+        measured: Measured = Measured(),
         *,
-        data: str | None = None,
-        protocol: Protocol = "trimtab",
-        limits: dict[Part, int | None] | None = None,
-        validation_task: str | None = None,
-        judging: Judging | None = None,
-        settings: Settings | None = None,
-        metric: str | None = None,
-        better: Better | None = None,
         shuffle: int | None = None,
         resumed: bool = True,
         chooses: bool = True,
     ) -> None:
         self.language_model, self.task = language_model, task
-        limits = limits or {}
-        for part, limit in limits.items():
-            if limit is not None and limit < 1:
-                raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
+        choosing, answering = measured.choosing, measured.answering
         kept = StreamCache(language_model) if resumed else None
-        self.settings = replace(settings or Settings(), kept=kept)
-        if better not in (None, "more", "less"):
-            raise TrimtabError(f"better is more or less, not {better!r}")
-        check_protocol(protocol)
-        self._asked, self._better = metric, better
+        self.settings = Settings(
+            answering.seed, answering.batch_size, answering.max_new_tokens, kept=kept
+        )
+        if choosing.better not in (None, "more", "less"):
+            raise TrimtabError(f"better is more or less, not {choosing.better!r}")
+        check_protocol(choosing.protocol)
+        self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
-        names: dict[Part, str] = {"validation": validation_task or task, "test": task}
+        other = choosing.validation_task
+        names: dict[Part, str] = {"validation": other or task, "test": task}
+        limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
         self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
         for part, name in names.items():
-            rows: Part = "test" if part == "validation" and validation_task else part
-            wanted = Wanted((protocol,), rows, limits.get(part), data)
-            self.jobs[part] = _job(name, wanted, judging or Judging())
-        if chooses and validation_task is not None:
-            _refuse_shared(task, validation_task, self.jobs)
+            source: Part = "test" if part == "validation" and other else part
+            wanted = Wanted((choosing.protocol,), source, limits[part], rows.data)
+            self.jobs[part] = _job(name, wanted, measured.judging)
+        if chooses and other is not None:
+            _refuse_shared(task, other, self.jobs)
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)

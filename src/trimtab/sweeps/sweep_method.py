@@ -9,18 +9,15 @@ the oracle that nobody has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
-from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Judge, Judging, Protocol, Scorer, Settings
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
+from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import SharedRun
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench, Better, contrast_for
+from trimtab.sweeps.rows import Bench, Measured, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -33,13 +30,11 @@ from trimtab.sweeps.space import (
     plain,
     tidy,
 )
-from trimtab.sweeps.trials import Search, import_optuna, open_storage, plan
+from trimtab.sweeps.trials import import_optuna, open_storage, plan
 from trimtab.sweeps.worker import try_settings
 
-#: Validation rows that are enough for a sweep, as the AUSteer paper's fast sweep has them.
-FAST = 100
 
-
+@flat
 def sweep(
     language_model: LanguageModel,
     method: str | type[Method],
@@ -47,30 +42,15 @@ def sweep(
     space: Space | None = None,
     *,
     fixed: Params | None = None,
-    search: Search = "grid",
-    trials: int | None = None,
-    contrast: Contrast | str | None = None,
-    data: str | Path | None = None,
-    protocol: Protocol = "trimtab",
-    limit: int | None = FAST,
-    test_limit: int | None = None,
-    validation_task: str | None = None,
-    metric: str | None = None,
-    better: Better | None = None,
-    max_cost: float | None = None,
-    oracle: bool = True,
-    seed: int = 0,
-    batch_size: int = 16,
-    max_new_tokens: int | None = None,
-    toxicity: str | Scorer = "offline",
-    judges: Sequence[Judge] = (),
-    output: str | Path | None = None,
-    cache: str | Path | None = None,
-    storage: str | None = None,
-    resumed: bool = True,
-    overwrite: bool = False,
+    on: FitOn = FitOn(),
+    rows: Rows = Rows(),
+    searching: Search = Search(),
+    measured: Measured = Measured(),
+    keep: Keep = Keep(),
 ) -> Sweep:
     """Try settings of a method on a task, choose on its validation rows, report on its test rows.
+
+    The fields of the groups are keywords too: `limit=4` is `rows=Rows(limit=4)`.
 
     `space` gives values (or a `Range`) for each hyperparameter that is searched (default: the
     grid of the method's paper), `fixed` values for others. `search` is grid; tpe (Optuna's
@@ -95,62 +75,44 @@ def sweep(
     layers = language_model.anatomy.layers
     given = tidy(default_space(kind, layers, own) if space is None else space)
     check_space(kind, given, own)
-    plan(given, search, trials)  # refuses what it cannot plan
-    check_cost(max_cost)
+    plan(given, searching.search, searching.trials)  # refuses what it cannot plan
+    check_cost(measured.choosing.max_cost)
     import_optuna()
-    if storage is not None and output is None:
+    if searching.storage is not None and keep.output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
-    source = None if data is None else str(data)
     bench = Bench(
         language_model,
         task,
-        data=source,
-        protocol=protocol,
-        limits={"validation": limit, "test": test_limit},
-        validation_task=validation_task,
-        judging=Judging(toxicity, tuple(judges)),
-        settings=Settings(seed, batch_size, max_new_tokens),
-        metric=metric,
-        better=better,
-        shuffle=seed if search == "halving" else None,
-        resumed=resumed,
+        rows,
+        measured,
+        shuffle=measured.answering.seed if searching.search == "halving" else None,
+        resumed=searching.resumed,
     )
-    texts = contrast_for(task, contrast, source)
+    texts = contrast_for(task, on.contrast, rows.data)
     config = {
         "method": kind.name,
         "space": described(given),
         "fixed": own,
-        "search": search,
-        "trials": trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        "protocol": protocol,
-        "metric": metric,
-        "better": better,
-        "max_cost": max_cost,
-        "oracle": oracle,
-        "seed": seed,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
+        **record(searching, measured.choosing, measured.answering),
         "model": language_model.described,
     }
-    fitter = Fitter(language_model, kind, texts, given, own, cache=cache)
+    fitter = Fitter(language_model, kind, texts, given, own, cache=on.cache)
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
-    opened = None if storage is None else open_storage(storage)
-    run = SharedRun(output, config, overwrite)
+    storage = None if searching.storage is None else open_storage(searching.storage)
+    run = SharedRun(keep.output, config, keep.overwrite)
     found = try_settings(
         bench,
         fitter,
         given,
-        search=search,
-        trials=trials,
-        max_cost=max_cost,
-        oracle=oracle,
-        seed=seed,
+        searching,
+        max_cost=measured.choosing.max_cost,
+        seed=measured.answering.seed,
         run=run,
-        storage=opened,
-        fresh=overwrite,
+        storage=storage,
+        fresh=keep.overwrite,
     )
     if found.trials and all(trial.state == "failed" for trial in found.trials):
         some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"

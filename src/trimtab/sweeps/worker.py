@@ -14,13 +14,14 @@ from typing import Any
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Comparison, Record, Result, summarise
+from trimtab.options import Search
 from trimtab.progress import progress
 from trimtab.reports import SharedRun, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import Bench
 from trimtab.sweeps.space import Fitter, Space, label, plain
-from trimtab.sweeps.trials import Search, Trials, rungs
+from trimtab.sweeps.trials import Trials, rungs
 
 #: Validation rows of the first rung of successive halving.
 FIRST_RUNG = 16
@@ -33,11 +34,9 @@ def try_settings(
     bench: Bench,
     fitter: Fitter,
     space: Space,
-    *,
     search: Search,
-    trials: int | None,
+    *,
     max_cost: float | None,
-    oracle: bool,
     seed: int,
     run: SharedRun,
     storage: Any = None,
@@ -50,10 +49,11 @@ def try_settings(
             bench.recall(part, kept)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     run.begin()
-    worker = _Worker(bench, fitter, run, max_cost, oracle)
+    worker = _Worker(bench, fitter, run, max_cost, search.oracle)
     if storage is None and run.path is not None:
         storage = run.path / "study.db"
-    queue = Trials(storage, _name(run.config), space, search, trials, bench.maximise, seed, fresh)
+    name, how = _name(run.config), (search.search, search.trials)
+    queue = Trials(storage, name, space, *how, bench.maximise, seed, fresh)
     with queue.reachable():
         worker.work(queue)
         return worker.found(queue, bench.task)

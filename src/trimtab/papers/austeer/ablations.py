@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import holm
 from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers import measure
 from trimtab.papers.measure import Rows, Values, chosen, compare, figure
 from trimtab.papers.result import Analysis
@@ -36,14 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@flat
 def ablations(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     site: str = "ffn_out",
     ks: Sequence[int] = (16, 64),
@@ -60,22 +61,22 @@ def ablations(
     started = time.perf_counter()
     if seeds < 1 or not ks or not alphas:
         raise TrimtabError("ablations take at least one k, one alpha and one random draw")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     draws: list[tuple[str, dict[str, Any]]] = []
-    for name, options in VARIANTS.items():
-        random = options.get("locate") == "random"
+    for name, changed in VARIANTS.items():
+        random = changed.get("locate") == "random"
         drawn = [{"seed": seed + i} for i in range(seeds)] if random else [{}]
-        draws += [(name, {**options, **more}) for more in drawn]
+        draws += [(name, {**changed, **more}) for more in drawn]
     methods = [
-        AUSteer(site=site, k=k, alpha=float(alphas[0]), **options)
-        for _, options in draws
+        AUSteer(site=site, k=k, alpha=float(alphas[0]), **changed)
+        for _, changed in draws
         for k in ks
     ]
     fitted = iter(fit(methods, language_model, texts))
-    rows = Rows(language_model, task, data=data, limit=limit, test_limit=test_limit, seed=seed)
+    rows = Rows(language_model, task, asked, seed=seed)
     found_values: dict[str, list[Values]] = {name: [] for name in VARIANTS}
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for name, options in draws:
+    for name, changed in draws:
         tried = []
         for k in ks:
             steering = next(fitted)
@@ -90,7 +91,7 @@ def ablations(
         entries[name].append(
             {
                 "params": best.params,
-                **({"seed": options["seed"]} if "seed" in options else {}),
+                **({"seed": changed["seed"]} if "seed" in changed else {}),
                 "validation": {m: measure.plain(best.figure(m)) for m in best.values},
                 "test": {m: measure.plain(figure(m, each)) for m, each in values.items()},
             }
@@ -243,14 +244,13 @@ def _picture(title: str, found: dict[str, Any]) -> Picture:
 # -- k and alpha ----------------------------------------------------------------------------------
 
 
+@flat
 def heatmap(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     ks: Sequence[int] = AUSTEER_GRID,
     alphas: Sequence[float] = AUSTEER_GRID,
@@ -271,9 +271,7 @@ def heatmap(
         {"k": tuple(ks), "alpha": tuple(map(float, alphas))},
         fixed={"site": site},
         contrast=contrast,
-        data=data,
-        limit=limit,
-        test_limit=test_limit,
+        rows=asked,
         oracle=False,
         seed=seed,
     )

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import site_units
 from trimtab.papers.measure import FINE, Rows, Values, figure
@@ -46,13 +48,13 @@ COUNTS: tuple[int | Literal["all"], ...] = (
 # -- how many pairs -------------------------------------------------------------------------------
 
 
+@flat
 def pairs(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
+    asked: options.ValidationRows = options.ValidationRows(),
     seed: int = 0,
     counts: Sequence[int] = PAIRS,
     resamples: int = 5,
@@ -70,7 +72,7 @@ def pairs(
     started = time.perf_counter()
     if resamples < 1:
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     train = texts.train
     method = AUSteer(site=site, k=k, alpha=alpha)
     sizes = sorted({count for count in counts if 0 < count < len(train)})
@@ -78,7 +80,7 @@ def pairs(
     everything = frozenset(range(len(train)))
     subsets = [everything, *(each for two in drawn.values() for pair in two for each in pair)]
     steerings = fit_subsets(language_model, method, train, subsets)
-    rows = Rows(language_model, task, data=data, limit=limit, test_limit=1, seed=seed)
+    rows = _rows(language_model, task, asked, seed)
     all_units = _places(steerings[everything])
     total = site_units(language_model, site)
     entries = []
@@ -276,16 +278,24 @@ def _range_line(
 # -- how many units -------------------------------------------------------------------------------
 
 
+def _rows(
+    language_model: LanguageModel, task: str, asked: options.ValidationRows, seed: int
+) -> Rows:
+    """The validation rows; of the test rows, on which nothing is measured, one."""
+    rows = options.Rows(data=asked.data, limit=asked.limit, test_limit=1)
+    return Rows(language_model, task, rows, seed=seed)
+
+
+@flat
 def count(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
+    asked: options.ValidationRows = options.ValidationRows(),
     seed: int = 0,
     ks: Sequence[int | Literal["all"]] = COUNTS,
-    alpha: float | Sequence[float] = 8.0,
+    alpha: float | Sequence[float] = (8.0,),
     site: str = "ffn_out",
     direction: Literal["paper", "signed"] = "paper",
 ) -> Analysis:
@@ -293,7 +303,7 @@ def count(
     all fitted from one pass and measured on the same validation rows."""
     started = time.perf_counter()
     alphas = [float(each) for each in ([alpha] if isinstance(alpha, int | float) else alpha)]
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     total = site_units(language_model, site)
     wanted: list[int | Literal["all"]] = [k for k in ks if k == "all" or k < total]
     wanted += ["all"] if any(k != "all" and k >= total for k in ks) and "all" not in ks else []
@@ -301,7 +311,7 @@ def count(
         raise TrimtabError("there is no number of units, or no strength, to try")
     methods = [AUSteer(site=site, k=k, alpha=alphas[0], direction=direction) for k in wanted]
     fitted = fit(methods, language_model, texts)
-    rows = Rows(language_model, task, data=data, limit=limit, test_limit=1, seed=seed)
+    rows = _rows(language_model, task, asked, seed)
     tried = [
         ({"k": len(steering.tables["unit"]), "alpha": each}, replace(steering, value=each))
         for each in alphas

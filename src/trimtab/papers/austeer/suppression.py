@@ -11,12 +11,14 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import holm
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
+from trimtab.options import flat
 from trimtab.papers.austeer.ranking import site_units
 from trimtab.papers.measure import Rows, Setting
 from trimtab.papers.result import Analysis
@@ -48,14 +50,13 @@ class _Way:
     settings: Sequence[Setting]
 
 
+@flat
 def suppression(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
+    asked: options.Rows = options.Rows(),
     seed: int = 0,
     shares: Sequence[float] = SHARES,
     shrink: Sequence[float] = SHRINK,
@@ -73,7 +74,7 @@ def suppression(
     started = time.perf_counter()
     if not all(0 < share <= 1 for share in shares) or not shares or not shrink:
         raise TrimtabError("shares of units lie above 0 and up to 1: 0.9 is 90 %")
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, asked.data)
     total = site_units(language_model, site)
     numbers = {share: max(1, round(share * total)) for share in shares}
     methods = [AUSteer(site=site, k=k, alpha=0.5, choose="least") for k in numbers.values()]
@@ -90,7 +91,7 @@ def suppression(
             for alpha in alphas
         ],
     }
-    rows = Rows(language_model, task, data=data, limit=limit, test_limit=test_limit, seed=seed)
+    rows = Rows(language_model, task, asked, seed=seed)
     ways = [_Way(name, measured(rows, tried)) for name, tried in groups.items() if tried]
     results = [tested(rows, way.name, way.settings) for way in ways]
     for entry, p in zip(

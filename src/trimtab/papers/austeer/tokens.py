@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import load_contrast
 from trimtab.fitting import check_number
 from trimtab.model import LanguageModel
+from trimtab.options import flat, option
 from trimtab.papers.austeer.ranking import rankings
 from trimtab.papers.result import Analysis
 from trimtab.progress import progress
@@ -38,18 +40,26 @@ PROMPTS = ("She looked at the map and", "The most important thing is", "Today I 
 _WEIGHED = {"heads": "attn_out", "ffn_in": "ffn_out"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """How much units are scaled, and how much of what comes of it is shown."""
+
+    strengths: Sequence[float] = option("Strengths, as in -10,1,10.", STRENGTHS)
+    top: int = option("How many of the highest are shown.", 5)
+    far: float = option("The strength that stands for the limit.", FAR)
+
+
+@flat
 def tokens(
     language_model: LanguageModel,
     *,
     site: str = "heads",
     layer: int | None = None,
     units: Sequence[int] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
+    scales: Scales = Scales(),
     prompts: Sequence[Any] | None = None,
     contrast: Contrast | str | None = None,
     data: str | None = None,
-    top: int = 5,
-    far: float = FAR,
     chat: bool | None = False,
     seed: int = 0,
 ) -> Analysis:
@@ -66,7 +76,8 @@ def tokens(
     """
     started = time.perf_counter()
     anatomy = language_model.anatomy
-    grid = _grid(strengths, far)
+    top, far = scales.top, scales.far
+    grid = _grid(scales.strengths, far)
     if top < 1:
         raise TrimtabError(f"the number of tokens must be 1 or more, not {top}")
     where, chosen = _chosen(language_model, site, layer, units, contrast, data, seed)

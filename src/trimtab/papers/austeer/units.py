@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy import stats
 
+from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import holm
 from trimtab.model import LanguageModel
+from trimtab.options import flat, option
 from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import Ranking, Unit, rankings, scaling
 from trimtab.papers.austeer.units_shown import (
@@ -38,23 +41,36 @@ from trimtab.sweeps import contrast_for
 Gamma = Literal["austeer", "same"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where the units are."""
+
+    site: str = option("A kind of site: ffn_out, heads, ffn_in, resid ...", "ffn_out")
+    layer: int | None = option("A block, from 0.", None)
+    head: int | None = option("An attention head of the block, from 0.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """How many units are steered together."""
+
+    positives: int = option("Beneficial units that are combined.", 4)
+    negatives: int = option("Harmful units that are combined.", 2)
+
+
+@flat
 def units(
     language_model: LanguageModel,
     task: str,
     *,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = 100,
+    asked: options.Rows = options.Rows(test_limit=100),
     seed: int = 0,
-    site: str = "ffn_out",
-    layer: int | None = None,
-    head: int | None = None,
+    place: Place = Place(),
     count: int = 64,
     alpha: float = 10.0,
     gamma: Gamma = "austeer",
-    positives: int = 4,
-    negatives: int = 2,
+    combined: Combined = Combined(),
 ) -> Analysis:
     """Steer units one at a time, each against the unsteered model on the same validation rows.
 
@@ -68,27 +84,22 @@ def units(
     is the test rows (`test_limit` of them; None: all).
     """
     started = time.perf_counter()
+    site, layer, head = place.site, place.layer, place.head
+    positives, negatives = combined.positives, combined.negatives
     if head is not None and (site != "heads" or layer is None):
         raise TrimtabError("a head is one of a layer's heads: name site heads and a layer")
     if count < 2 or positives < 1 or negatives < 1:
         raise TrimtabError("heterogeneity takes 2 units or more, and 1 of each to combine")
-    texts = contrast_for(task, contrast, data)
-    rows = Rows(
-        language_model,
-        task,
-        data=data,
-        limit=limit,
-        test_limit=test_limit,
-        seed=seed,
-    )
+    texts = contrast_for(task, contrast, asked.data)
+    rows = Rows(language_model, task, asked, seed=seed)
     ranking = rankings(language_model, texts, [site])[site]
-    asked, block = _asked(language_model, ranking, layer, head, count, seed)
+    chosen, block = _chosen(language_model, ranking, layer, head, count, seed)
 
     def steering(of: Sequence[Unit]) -> Steering:
         gains = [1.0] * len(of) if gamma == "same" else None
         return scaling(language_model, texts, site, of, alpha, gains)
 
-    alone, values = _each_alone(rows, asked, steering)
+    alone, values = _each_alone(rows, chosen, steering)
     deciding = rows.rate or rows.metric
     corrected = {
         metric: holm([one.changes[metric].p for one in alone]) for metric in alone[0].changes
@@ -177,7 +188,7 @@ def units(
     )
 
 
-def _asked(
+def _chosen(
     language_model: LanguageModel,
     ranking: Ranking,
     layer: int | None,

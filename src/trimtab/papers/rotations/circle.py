@@ -4,7 +4,7 @@ angle that is chosen, what it is worth on other rows."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,17 +13,28 @@ from torch import Tensor
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError, check_choice
-from trimtab.evaluation import Judging, Protocol, Settings
 from trimtab.figures import VIOLATION, Record, Result, holm, summarise
 from trimtab.model import LanguageModel
+from trimtab.options import Rows, option
 from trimtab.papers.measure import Change, compare
 from trimtab.progress import progress
 from trimtab.reports import SharedRun
-from trimtab.steering import Steering
-from trimtab.sweeps import Bench, Better
+from trimtab.steering import Positions, Steering
+from trimtab.sweeps import Bench, Measured
 
 #: What plain text costs, beside the metrics of the task.
 COST = "plain_text_cost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """How steerings are turned, and what else is measured at each angle."""
+
+    step: float = option("Degrees from one angle to the next; 10 in the paper.", 30.0)
+    cost: bool = option("Measure what plain text costs, in nats per token.", True)
+    whole_blocks: bool = option("SS steers a block only if all of its norms discriminate.", True)
+    ss_compat: bool = option("Steer all norms of a block, also those on the branches.", False)
+    positions: Positions = option("Tokens to steer.", "all")
 
 
 @dataclass(frozen=True)
@@ -247,44 +258,25 @@ def angles_of(step: float) -> list[float]:
 def study_of(
     language_model: LanguageModel,
     task: str,
-    *,
     part: str,
-    data: str | None,
-    protocol: Protocol,
-    limit: int | None,
-    test_limit: int | None,
-    validation_task: str | None,
-    metric: str | None,
-    better: Better | None,
-    judging: Judging,
-    max_new_tokens: int | None,
-    batch_size: int,
-    seed: int,
+    rows: Rows,
+    measured: Measured,
+    *,
     oracle: bool,
     cost: bool,
-    max_cost: float | None,
     run: SharedRun | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, Literal["validation", "test"])
-    chooses = part == "validation"
-    if max_cost is not None and not cost:
+    chooses, choosing = part == "validation", measured.choosing
+    if choosing.max_cost is not None and not cost:
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")
-    if not chooses and validation_task is not None:
-        raise TrimtabError("on the test part nothing is chosen: leave validation_task out")
-    bench = Bench(
-        language_model,
-        task,
-        data=data,
-        protocol=protocol,
-        limits={"validation": limit if chooses else test_limit, "test": test_limit},
-        validation_task=validation_task if chooses else task,
-        chooses=chooses,
-        judging=judging,
-        settings=Settings(seed, batch_size, max_new_tokens),
-        metric=metric,
-        better=better,
-    )
-    study = Study(bench, run, chooses, oracle, cost, max_cost)
+    if not chooses:
+        if choosing.validation_task is not None:
+            raise TrimtabError("on the test part nothing is chosen: leave validation_task out")
+        rows = replace(rows, limit=rows.test_limit)
+        measured = replace(measured, choosing=replace(choosing, validation_task=task))
+    bench = Bench(language_model, task, rows, measured, chooses=chooses)
+    study = Study(bench, run, chooses, oracle, cost, choosing.max_cost)
     _ = bench.metric  # one that the task does not have is refused before the work begins
     return study

@@ -17,14 +17,15 @@ from typing import Any, Literal
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError, check_choice
-from trimtab.evaluation import Judge, Judging, Protocol, Scorer
 from trimtab.figures import VIOLATION, Result
 from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
+from trimtab.options import Rows, flat
 from trimtab.papers.result import Analysis
 from trimtab.papers.rotations.circle import (
     COST,
+    Circle,
     Study,
     Turned,
     Variant,
@@ -36,38 +37,24 @@ from trimtab.papers.rotations.circle import (
 from trimtab.papers.rotations.dial_pictures import dial_picture, mask_picture
 from trimtab.papers.rotations.planes import ANGULAR, spans
 from trimtab.reports import SharedRun, Table, cell, interval
-from trimtab.steering import Intervention, Operator, Positions, Rotate, Steering, Turn
-from trimtab.sweeps import Better, contrast_for
+from trimtab.steering import Intervention, Operator, Rotate, Steering, Turn
+from trimtab.sweeps import Measured, contrast_for
 
 # -- the dial -------------------------------------------------------------------------------------
 
 
+@flat
 def dial(
     language_model: LanguageModel,
     task: str,
     *,
     methods: Sequence[str] = ("ss", "sas", "aas"),
-    step: float = 30.0,
     contrast: Contrast | str | None = None,
-    data: str | None = None,
     part: Literal["validation", "test"] = "validation",
-    limit: int | None = 100,
-    test_limit: int | None = None,
-    validation_task: str | None = None,
-    metric: str | None = None,
-    better: Better | None = None,
     oracle: bool = True,
-    cost: bool = True,
-    max_cost: float | None = None,
-    whole_blocks: bool = True,
-    ss_compat: bool = False,
-    positions: Positions = "all",
-    protocol: Protocol = "trimtab",
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    toxicity: str | Scorer = "offline",
-    judges: Sequence[Judge] = (),
-    seed: int = 0,
+    rows: Rows = Rows(),
+    measured: Measured = Measured(),
+    circle: Circle = Circle(),
     run: SharedRun | None = None,
 ) -> Analysis:
     """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
@@ -84,37 +71,21 @@ def dial(
     angle's records, from which an interrupted study goes on.
     """
     started = time.perf_counter()
-    angles = angles_of(step)
+    angles = angles_of(circle.step)
     for name in methods:
         check_choice("method", name, Literal["ss", "sas", "aas"])
     if not methods:
         raise TrimtabError(f"name a method: {', '.join(ANGULAR)}")
     study = study_of(
-        language_model,
-        task,
-        part=part,
-        data=data,
-        protocol=protocol,
-        limit=limit,
-        test_limit=test_limit,
-        validation_task=validation_task,
-        metric=metric,
-        better=better,
-        judging=Judging(toxicity, tuple(judges)),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        oracle=oracle,
-        cost=cost,
-        max_cost=max_cost,
-        run=run,
+        language_model, task, part, rows, measured, oracle=oracle, cost=circle.cost, run=run
     )
-    shared = {"ss_compat": ss_compat, "positions": positions}
+    shared: dict[str, Any] = {"ss_compat": circle.ss_compat, "positions": circle.positions}
+    whole: dict[str, Any] = {"whole_blocks": circle.whole_blocks}
     made = [
-        ANGULAR[name](**shared, **({"whole_blocks": whole_blocks} if name == "ss" else {}))  # type: ignore[arg-type]
+        ANGULAR[name](**shared, **(whole if name == "ss" else {}))
         for name in dict.fromkeys(methods)
     ]
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, rows.data)
     steerings = fit(made, language_model, texts)
     variants = [Variant(steering.method, steering) for steering in steerings]
     found = study.turn(variants, angles)
@@ -134,7 +105,7 @@ def dial(
         f"The dial from 0 to 360° on {task}",
         {
             **_head(study, task, texts, part),
-            "step": step,
+            "step": circle.step,
             "methods": [turned.as_json(study.bench.metric) for turned in found],
         },
         [_chosen_table(study, found, "method"), _dial_table(found, part)],
@@ -275,31 +246,17 @@ def _short(found: Result | None) -> str:
 # -- which layers ---------------------------------------------------------------------------------
 
 
+@flat
 def masks(
     language_model: LanguageModel,
     task: str,
     *,
     theta: float | None = None,
-    step: float = 30.0,
     seeds: Sequence[int] = (42, 43, 44),
     contrast: Contrast | str | None = None,
-    data: str | None = None,
-    limit: int | None = 100,
-    test_limit: int | None = None,
-    validation_task: str | None = None,
-    metric: str | None = None,
-    better: Better | None = None,
-    cost: bool = True,
-    max_cost: float | None = None,
-    whole_blocks: bool = True,
-    ss_compat: bool = False,
-    positions: Positions = "all",
-    protocol: Protocol = "trimtab",
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    toxicity: str | Scorer = "offline",
-    judges: Sequence[Judge] = (),
-    seed: int = 0,
+    rows: Rows = Rows(),
+    measured: Measured = Measured(),
+    circle: Circle = Circle(),
     run: SharedRun | None = None,
 ) -> Analysis:
     """Selective Steering with other layers and with SAS's formula: what its choice is worth.
@@ -314,34 +271,17 @@ def masks(
     started = time.perf_counter()
     if theta is not None:
         check_number("theta", theta)
-        if validation_task is not None:
+        if measured.choosing.validation_task is not None:
             raise TrimtabError("with theta nothing is chosen: leave validation_task out")
-    angles = angles_of(step) if theta is None else [float(theta)]
+    angles = angles_of(circle.step) if theta is None else [float(theta)]
     part = "validation" if theta is None else "test"
     study = study_of(
-        language_model,
-        task,
-        part=part,
-        data=data,
-        protocol=protocol,
-        limit=limit,
-        test_limit=test_limit,
-        validation_task=validation_task,
-        metric=metric,
-        better=better,
-        judging=Judging(toxicity, tuple(judges)),
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        oracle=False,
-        cost=cost,
-        max_cost=max_cost,
-        run=run,
+        language_model, task, part, rows, measured, oracle=False, cost=circle.cost, run=run
     )
-    texts = contrast_for(task, contrast, data)
+    texts = contrast_for(task, contrast, rows.data)
     made = [
-        SS(whole_blocks=whole, ss_compat=ss_compat, positions=positions)
-        for whole in dict.fromkeys((whole_blocks, False))
+        SS(whole_blocks=whole, ss_compat=circle.ss_compat, positions=circle.positions)
+        for whole in dict.fromkeys((circle.whole_blocks, False))
     ]
     own, *alone = fit(made, language_model, texts)
     every = sites_of(made[0], language_model.anatomy)
@@ -370,7 +310,7 @@ def masks(
         {
             **_head(study, task, texts, part),
             "theta": theta,
-            "step": step,
+            "step": circle.step,
             "source_site": own.findings["source_site"],
             "masks": [turned.as_json(study.bench.metric) for turned in found],
         },

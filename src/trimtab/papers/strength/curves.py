@@ -8,33 +8,37 @@ every position.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import data_directory, evaluate
+from trimtab.evaluation import data_directory
 from trimtab.files import read_jsonl
 from trimtab.fitting import fit
 from trimtab.methods import CAA
+from trimtab.model import LanguageModel
+from trimtab.options import Sampling, Tracing, flat
 from trimtab.papers.found import Found, Value, contrast_of
 from trimtab.reports import Picture, Table
 from trimtab.steering import Steering
 from trimtab.strength import (
-    Accuracy,
-    ConceptJudge,
+    Beside,
+    ConceptAsked,
+    CostAsked,
     Curves,
     LexiconJudge,
     Negatives,
-    concept_curve,
-    cost_curve,
-    curve,
+    Refits,
+    TaskAsked,
+    document,
     draw,
+    follow,
     generate_contrast,
     lexicon,
-    read,
     resampled,
+    spaced,
 )
 from trimtab.sweeps import plain_texts
 
@@ -44,24 +48,50 @@ _WORDS = 60
 _TEXTS = ("wikitext2/raw_test_articles.jsonl", "webtext/openwebtext_sentences.jsonl")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Texts that the model writes about a concept, a side."""
+
+    texts: int = 500
+    text_tokens: int = 300
+    negatives: Negatives = "empty"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced(Tracing):
+    """What is followed, after how many neutral paragraphs, with how many resampled vectors."""
+
+    contexts: int = 4
+    resamples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vector:
+    """The mean difference, and where it is added."""
+
+    unit_norm: bool = False
+    positions: Literal["all", "last"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Also:
+    """What else is measured, as a recipe writes it."""
+
+    cost: Mapping[str, Any] | None = None
+    concept: Mapping[str, Any] | None = None
+    task: Mapping[str, Any] | None = None
+
+
+@flat
 def curves(
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: str,
     *,
-    texts: int = 500,
-    text_tokens: int = 300,
-    negatives: Negatives = "empty",
+    written: Written = Written(),
     depths: Sequence[float] = (0.5,),
-    span: tuple[float, float] = (0.0, 200.0),
-    points: int = 1025,
-    tokens: int = 8,
-    contexts: int = 4,
-    unit_norm: bool = False,
-    positions: Literal["all", "last"] = "all",
-    resamples: int = 0,
-    cost: Mapping[str, Any] | None = None,
-    concept: Mapping[str, Any] | None = None,
-    task: Mapping[str, Any] | None = None,
+    tracing: Traced = Traced(span=(0.0, 200.0)),
+    vector: Vector = Vector(),
+    also: Also = Also(),
     data: str | None = None,
     seed: int = 0,
     output: Path | None = None,
@@ -73,84 +103,107 @@ def curves(
     `cost` {span, points, tokens}, `concept` {name or words, span, points, samples, max_new_tokens}
     and `task` {name, span, points, limit} add their curves.
     """
-    source = _contrast(language_model, contrast, texts, text_tokens, negatives, data, seed, output)
+    source = _contrast(language_model, contrast, written, data, seed, output)
     # Of whole texts the paper takes the mean; of a pair the answer is what counts.
     token: Any = "answer" if source.paired else "mean"
     last = language_model.anatomy.layers - 1
     layers = list(dict.fromkeys(round(depth * last) for depth in depths))
-    methods = [CAA(i, 1.0, token, unit_norm=unit_norm, positions=positions) for i in layers]
-    prompts = [" ".join(text.split()[:_WORDS]) for text in plain_texts()[:contexts]]
-    drawn, tables, documents = [], [], []
-    values: dict[str, Value] = {}
+    methods = [CAA(i, 1.0, token, **asdict(vector)) for i in layers]
+    prompts = _contexts(tracing.contexts)
+    beside = _beside(also, data, seed)
+    every = []
     for layer, method, steering in zip(
         layers, methods, fit(methods, language_model, source), strict=True
     ):
-        others = resampled(language_model, method, source, resamples, seed) if resamples else []
-        followed = curve(
-            language_model, steering, prompts, span=span, points=points, tokens=tokens,
-            chat=False, resamples=others,
-        )  # fmt: skip
-        paid = None if cost is None else _cost(language_model, steering, cost, data)
-        judged = None if concept is None else _concept(language_model, steering, concept, seed)
-        accuracy = None if task is None else _task(language_model, steering, task, data)
-        reading = read(followed, paid, judged)
-        one = Curves(f"block {layer}", reading, followed, paid, judged, accuracy)
-        drawn.append(one)
-        lines = [[line] for line in reading.lines()]
-        tables.append(Table(f"Block {layer} in words", ["what the curves say"], lines))
-        values |= _values(one, f"block {layer}, " if len(layers) > 1 else "")
-        documents.append(_document(one))
+        others: Sequence[Steering] = ()
+        if tracing.resamples:
+            others = resampled(language_model, method, source, tracing.resamples, seed)
+        every.append(
+            follow(
+                language_model,
+                steering,
+                prompts,
+                f"block {layer}",
+                tracing=tracing,
+                beside=beside,
+                refits=Refits(others),
+                chat=False,
+            )
+        )
+    values: dict[str, Value] = {}
+    for each in every:
+        values |= _values(each, f"{each.name}, " if len(layers) > 1 else "")
+    tables = [
+        Table(
+            f"{each.name.capitalize()} in words",
+            ["what the curves say"],
+            [[line] for line in each.reading.lines()],
+        )
+        for each in every
+    ]
     picture = Picture(
         "Curves over the strength α",
         "curves",
-        draw(drawn),
+        draw(every),
         "change in next-token probability, KL and entropy, and what else was measured, over α",
         f"Means over {len(prompts)} contexts.",
     )
     notes = [f"the steering was fitted on {source.name}, {len(source.train)} rows"]
-    return Found({"curves": documents}, values, tables, [picture], notes)
+    documents = {"curves": [document(each) for each in every]}
+    return Found(documents, values, tables, [picture], notes)
+
+
+def _contexts(count: int) -> list[str]:
+    return [" ".join(text.split()[:_WORDS]) for text in plain_texts()[:count]]
 
 
 def _contrast(
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: str,
-    texts: int,
-    text_tokens: int,
-    negatives: Negatives,
+    written: Written,
     data: str | None,
     seed: int,
     output: Path | None,
 ) -> Contrast:
     kind, colon, name = contrast.partition(":")
     if not (colon and kind == "concept"):
-        found: Contrast = contrast_of(contrast, data)
-        return found
+        source: Contrast = contrast_of(contrast, data)
+        return source
     file = None if output is None else output / "contrast.jsonl"
     if file is not None and file.exists():
         return Contrast.from_jsonl(file)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
     return generate_contrast(
-        language_model, name, count=texts, max_new_tokens=text_tokens, negatives=negatives,
-        seed=seed, output=file,
+        language_model, name, count=written.texts, max_new_tokens=written.text_tokens,
+        negatives=written.negatives, seed=seed, output=file,
     )  # fmt: skip
 
 
-def _spaced(span: Sequence[float], points: int) -> list[float]:
-    """Evenly spaced dials, 0 among them."""
-    low, high = span
-    spaced = {low + (high - low) * i / (points - 1) for i in range(points)}
-    return sorted({*spaced, 0.0}) if low <= 0 <= high else sorted(spaced)
+def _beside(also: Also, data: str | None, seed: int) -> Beside:
+    """What else is measured, with its texts, judge and dials."""
+    cost = concept = task = None
+    if also.cost is not None:
+        tokens = also.cost["tokens"]
+        cost = CostAsked(plain_corpus(data, tokens), _dials(also.cost), tokens)
+    if also.concept is not None:
+        asked = also.concept
+        words = asked.get("words")
+        concept = ConceptAsked(
+            LexiconJudge(tuple(words)) if words else lexicon(asked["name"]),
+            _contexts(asked.get("prompts", 4)),
+            _dials(asked),
+            asked["samples"],
+            Sampling(max_new_tokens=asked["max_new_tokens"], batch_size=32, seed=seed),
+        )
+    if also.task is not None:
+        task = TaskAsked(also.task["name"], _dials(also.task), also.task.get("limit"), data)
+    return Beside(cost, concept, task)
 
 
-def _cost(language_model: Any, steering: Steering, asked: Mapping[str, Any], data: Any) -> Any:
-    return cost_curve(
-        language_model,
-        steering,
-        plain_corpus(data, asked["tokens"]),
-        _spaced(asked["span"], asked["points"]),
-        limit_tokens=asked["tokens"],
-    )
+def _dials(asked: Mapping[str, Any]) -> list[float]:
+    low, high = asked["span"]
+    return spaced(low, high, asked["points"])
 
 
 def plain_corpus(data: str | None, tokens: int) -> list[str]:
@@ -165,46 +218,6 @@ def plain_corpus(data: str | None, tokens: int) -> list[str]:
     raise TrimtabError(
         f"{tokens} tokens of plain text are more than trimtab has: name a directory with "
         f"{' or '.join(_TEXTS)} by --data"
-    )
-
-
-def _concept(language_model: Any, steering: Steering, asked: Mapping[str, Any], seed: int) -> Any:
-    words = asked.get("words")
-    judge: ConceptJudge = LexiconJudge(tuple(words)) if words else lexicon(asked["name"])
-    prompts = [" ".join(text.split()[:_WORDS]) for text in plain_texts()[: asked.get("prompts", 4)]]
-    return concept_curve(
-        language_model,
-        steering,
-        prompts,
-        judge,
-        _spaced(asked["span"], asked["points"]),
-        samples=asked["samples"],
-        max_new_tokens=asked["max_new_tokens"],
-        chat=False,
-        seed=seed,
-    )
-
-
-def _task(language_model: Any, steering: Steering, asked: Mapping[str, Any], data: Any) -> Accuracy:
-    """A task's first metric at each strength."""
-    dials = _spaced(asked["span"], asked["points"])
-    # Not at(), which warns of each dial that is outside the sensible range.
-    alternatives = {f"{dial:.12g}": replace(steering, value=dial) for dial in dials}
-    done = evaluate(
-        language_model, asked["name"], steering=alternatives, data=data, limit=asked.get("limit")
-    )
-    first = done.results[0]
-    rows = [done.value(first.task, first.metric, name) for name in alternatives]
-    ends = [row.ci95 or (row.value or 0.0, row.value or 0.0) for row in rows]
-    return Accuracy(
-        first.task,
-        first.metric,
-        tuple(dials),
-        tuple(float(row.value or 0) for row in rows),
-        tuple(float(low) for low, _ in ends),
-        tuple(float(high) for _, high in ends),
-        rows[0].n,
-        float(first.value or 0),
     )
 
 
@@ -233,14 +246,3 @@ def _values(found: Curves, prefix: str) -> dict[str, Value]:
         values["accuracy, lowest α"] = Value(found.accuracy.value[0], share=True)
         values["accuracy, highest α"] = Value(found.accuracy.value[-1], share=True)
     return {prefix + name: value for name, value in values.items()}
-
-
-def _document(found: Curves) -> dict[str, Any]:
-    parts = {
-        "curve": found.tokens, "cost": found.cost, "concept": found.concept,
-        "accuracy": found.accuracy, "reading": found.reading,
-    }  # fmt: skip
-    return {
-        "name": found.name,
-        **{name: None if part is None else part.as_json() for name, part in parts.items()},
-    }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trimtab.contrasts import Contrast
 from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.model import LanguageModel, wrap
+from trimtab.options import Tracing, flat
 from trimtab.papers.found import Found, Value
 from trimtab.papers.strength.curves import plain_corpus
 from trimtab.progress import progress
@@ -24,24 +26,30 @@ from trimtab.sweeps import plain_texts
 _BLOCK, _RATE = 64, 3e-3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The small model and what it learns from."""
+
+    steps: int = 2000
+    width: int = 128
+    batch: int = 8
+    text_tokens: int = 1_000_000
+
+
+@flat
 def one_layer(
-    language_model: Any,
+    language_model: LanguageModel,
     *,
-    steps: int = 2000,
-    width: int = 128,
-    batch: int = 8,
-    text_tokens: int = 1_000_000,
-    span: tuple[float, float] = (0.0, 50.0),
-    points: int = 513,
-    tokens: int = 8,
+    training: Training = Training(),
+    tracing: Tracing = Tracing(span=(0.0, 50.0), points=513),
     contexts: int = 4,
     data: str | None = None,
     seed: int = 0,
 ) -> Found:
     """Train one block of `width` units on plain text, every other piece of it in capitals, and
     steer it from text as it is toward capitals. The model lends its tokenizer only."""
-    texts = plain_corpus(data, text_tokens)
-    small, loss = _trained(language_model, texts, steps, width, batch, text_tokens, seed)
+    texts = plain_corpus(data, training.text_tokens)
+    small, loss = _trained(language_model, texts, training, seed)
     pieces = [
         " ".join(piece.split()[:30])
         for text in texts[:200]
@@ -51,7 +59,7 @@ def one_layer(
     source = Contrast.from_texts([piece.upper() for piece in pieces], pieces, "capitals")
     steering = fit([CAA(0, 1.0, "mean")], small, source)[0]
     asked = [" ".join(text.split()[:30]) for text in plain_texts()[:contexts]]
-    followed = curve(small, steering, asked, span=span, points=points, tokens=tokens, chat=False)
+    followed = curve(small, steering, asked, tracing=tracing, chat=False)
     reading = read(followed)
     shown = [token.token for token in followed.tokens]
     capitals = sum(token.isupper() for token in shown)
@@ -69,31 +77,26 @@ def one_layer(
     }
     size = sum(parameter.numel() for parameter in small.model.parameters())
     table = Table("In words", ["what the curves say"], [[line] for line in reading.lines()])
+    steps = training.steps
     notes = [f"trained here: {size / 1e6:.1f} million parameters, {steps} steps, loss {loss:.2f}"]
     document = {"curve": followed.as_json(), "reading": reading.as_json(), "loss": loss}
     return Found(document, values, [table], [picture], notes)
 
 
 def _trained(
-    language_model: Any,
-    texts: list[str],
-    steps: int,
-    width: int,
-    batch: int,
-    text_tokens: int,
-    seed: int,
+    language_model: LanguageModel, texts: list[str], training: Training, seed: int
 ) -> tuple[LanguageModel, float]:
     """The small model after so many steps of Adam, and its loss over the last tenth of them."""
-    tokenizer = language_model.tokenizer
-    blocks = _blocks(tokenizer, texts, text_tokens)
+    tokenizer, steps = language_model.tokenizer, training.steps
+    blocks = _blocks(tokenizer, texts, training.text_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = GPT2Config(
-            vocab_size=len(tokenizer), n_positions=256, n_embd=width, n_layer=1, n_head=4,
+            vocab_size=len(tokenizer), n_positions=256, n_embd=training.width, n_layer=1, n_head=4,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
-        order = torch.randint(len(blocks), (steps, batch))
+        order = torch.randint(len(blocks), (steps, training.batch))
         losses = _train(model, blocks, order)
     last = losses[-max(1, steps // 10) :]
     return wrap(model.eval(), tokenizer, "one-block GPT"), sum(last) / len(last)

@@ -1,0 +1,256 @@
+"""Makes commands for cyclopts: of a function that says its arguments by type, default and help.
+
+Groups of options (dataclasses, see `trimtab.options`) become flat options under a heading.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Group, Parameter, convert, validators
+
+from trimtab.cli.values import kinds_of, list_in, read_list, read_value
+from trimtab.errors import TrimtabError
+
+#: The heading of each group of options, in the order of a page of help.
+HEADINGS = {
+    "Method": "Method",
+    "FitOn": "Fitting",
+    "Fitting": "Fitting",
+    "Brought": "Rows",
+    "Steered": "Steerings",
+    "ValidationRows": "Rows",
+    "Rows": "Rows",
+    "Evaluated": "Rows",
+    "Choosing": "Choosing",
+    "Search": "Search",
+    "Searching": "Search",
+    "Comparing": "Comparing",
+    "Place": "Units",
+    "Combined": "Units",
+    "Scales": "Strengths",
+    "Circle": "Circle",
+    "Answering": "Answering",
+    "Prompting": "Prompts",
+    "Decoding": "Decoding",
+    "Judges": "Judges",
+    "Harness": "lm-eval",
+    "Turned": "Steerings",
+    "Traced": "Curves",
+    "Refitted": "Curves",
+    "Bounds": "Curves",
+    "Cost": "Cross-entropy",
+    "Concept": "Concept",
+    "OnTask": "Task",
+    "Writing": "Texts",
+    "Allowed": "Budget",
+    "Opened": "Model",
+    "OpenedIfNamed": "Model",
+    "OpenedOnCpu": "Model",
+    "Keep": "Run",
+    "Shown": "Output",
+}
+
+
+def strict(kind: Any, tokens: Any) -> Any:
+    """As cyclopts reads values, but 1.5 is no whole number: it would make 2 of it."""
+    kinds = kinds_of(kind)
+    if int in kinds and float not in kinds:
+        for token in tokens if isinstance(tokens, list | tuple) else [tokens]:
+            if re.fullmatch(r"[+-]?\d+", token.value) is None:
+                raise ValueError
+    return convert(kind, tokens)
+
+
+def as_typed(value: Any) -> str | None:
+    """A default as it would be typed; None where there is nothing to say."""
+    if value is None or value is False or value == ():
+        return None
+    if isinstance(value, tuple | list):
+        return ",".join(str(as_typed(each)) for each in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- groups of options ----------------------------------------------------------------------------
+
+
+def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its groups of options flat, each under its heading.
+
+    cyclopts gives a field that is not on the command line its class's default, whatever object is
+    the default of the argument. So each group gets a class whose defaults are that object's.
+    """
+    hints = typing.get_type_hints(function, include_extras=True)
+    signature = inspect.signature(function)
+    parameters = [_prepared(each, hints[each.name]) for each in signature.parameters.values()]
+    # Those that must be given come first, or Python refuses the signature.
+    parameters.sort(key=lambda each: (each.kind, each.default is not each.empty))
+
+    def command(*args: Any, **given: Any) -> Any:
+        return function(*args, **{name: _as_declared(value) for name, value in given.items()})
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__doc__ = function.__doc__
+    return command
+
+
+def _as_declared(value: Any) -> Any:
+    """A group as an object of its own class, not of the one that was made for cyclopts."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    made: Any = type(value)
+    values = {
+        item.name: _as_declared(getattr(value, item.name)) for item in dataclasses.fields(value)
+    }
+    return made.__bases__[0](**values)
+
+
+def _prepared(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
+    if not dataclasses.is_dataclass(hint):
+        return parameter.replace(annotation=hint)
+    default = None if parameter.default is parameter.empty else parameter.default
+    kind = _group(hint, default)
+    group = typing.get_args(kind)[0]
+    needed = any(item.default is dataclasses.MISSING for item in dataclasses.fields(group))
+    return parameter.replace(annotation=kind, default=parameter.empty if needed else group())
+
+
+def _group(kind: Any, default: Any) -> Any:
+    """A class for cyclopts, with the values of the object `default` as its defaults."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    made = []
+    for item in dataclasses.fields(kind):
+        value = item.default if default is None else getattr(default, item.name)
+        if dataclasses.is_dataclass(hints[item.name]):
+            hint = _group(hints[item.name], value)
+            value = typing.get_args(hint)[0]()
+        else:
+            hint = _option(hints[item.name], item.metadata)
+        about = {} if value is dataclasses.MISSING else {"default": value}
+        made.append((item.name, hint, dataclasses.field(**about, metadata=item.metadata)))
+    new = dataclasses.make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
+    new.__module__ = kind.__module__  # cyclopts looks there for what a type is
+    if kind.__name__ not in HEADINGS:  # a group of groups, each under its own
+        return Annotated[new, Parameter(name="*")]
+    return Annotated[new, Parameter(name="*", group=_heading(kind.__name__))]
+
+
+def _heading(name: str) -> Group:
+    order = list(dict.fromkeys(HEADINGS.values()))
+    return Group(HEADINGS[name], sort_key=order.index(HEADINGS[name]))
+
+
+def _option(hint: Any, about: Any) -> Any:
+    """A field as an option, as its metadata say."""
+    flag, least, most = (about.get(name) for name in ("flag", "least", "most"))
+    own: dict[str, Any] = {}
+    if list_in(hint) is not None:
+        own["negative"] = ()  # no --empty-...
+    if hint is bool and isinstance(flag, tuple):
+        own["name"], own["negative"] = flag
+    elif flag is not None:
+        own["name"] = flag
+        own["negative"] = ()
+    if least is not None:
+        own["validator"] = validators.Number(gte=least, lte=most)
+    if about.get("zero_is_all"):
+        own["converter"] = rows_or_all
+    several = list_in(hint)
+    if (
+        several is not None
+        and not about.get("repeats")
+        and {int, float} & set(typing.get_args(several))
+    ):
+        own |= _one_text(lambda name, text: read_list(name, text, typing.get_args(several)[0]))
+    return Annotated[hint, Parameter(**own)]
+
+
+def _one_text(read: Callable[[str, str], Any]) -> dict[str, Any]:
+    """For an option whose text, one word, is read by our own function of name and text."""
+
+    def converter(kind: Any, tokens: Sequence[Any]) -> Any:
+        return read(tokens[-1].keyword, tokens[-1].value)
+
+    return {"converter": converter, "n_tokens": 1}
+
+
+def rows_or_all(kind: Any, tokens: Sequence[Any]) -> int | None:
+    """How many rows an option takes; 0 is all."""
+    rows = int(strict(int, tokens))
+    if rows < 0:
+        raise TrimtabError(f"{tokens[-1].keyword} must be 1 or more, or 0 for all, not {rows}")
+    return rows or None
+
+
+# -- options of methods and of analyses -----------------------------------------------------------
+
+
+def method_options(method: type, as_text: bool = False) -> Any:
+    """A group whose fields are those of a method; `as_text` leaves all of them as text, not given
+    unless the user does."""
+    hints = typing.get_type_hints(method)
+    made: list[tuple[str, Any, Any]] = []
+    hint: Any
+    for item in dataclasses.fields(method):
+        words = item.metadata.get("help")
+        if as_text:
+            hint = Annotated[
+                str | None, Parameter(help=words, name=_flag(item.name), metavar="VALUES")
+            ]
+            about = dataclasses.field(default=None)
+        else:
+            hint = method_option(hints[item.name], words)
+            about = dataclasses.field(default=item.default)
+        made.append((item.name, hint, about))
+    options = dataclasses.make_dataclass("Method", made, kw_only=True, frozen=True)
+    options.__module__ = method.__module__
+    return options
+
+
+def method_option(hint: Any, words: str | None) -> Any:
+    """An option of a method, which itself says which words it knows."""
+    if hint is bool:
+        return Annotated[hint, Parameter(help=words)]
+
+    def read(name: str, text: str) -> Any:
+        return read_value(name, text, hint)
+
+    return Annotated[hint, Parameter(help=words, **_one_text(read))]
+
+
+def argument_option(hint: Any, words: str | None) -> Any:
+    """An option of an analysis' argument: lists have commas."""
+    several = list_in(hint)
+    if several is None:
+        return Annotated[hint, Parameter(help=words)]
+    item = typing.get_args(several)[0]
+    reading = _one_text(lambda name, text: read_list(name, text, item))
+    return Annotated[hint, Parameter(help=words, metavar="VALUES", **reading)]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# -- pages that are not asked for -----------------------------------------------------------------
+
+
+def summary(module: str, name: str | None = None) -> str:
+    """The first paragraph of a docstring, read without importing anything: that of a function or a
+    class of a module, or the module's own."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree: Any = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    if name is not None:
+        tree = next(node for node in tree.body if getattr(node, "name", None) == name)
+    return (ast.get_docstring(tree) or "").partition("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,301 @@
+"""Arguments that travel together, each group said once: it is the argument in Python, what
+config.json says of a run, and a group of options on the command line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from trimtab.errors import TrimtabError
+
+Returned = TypeVar("Returned")
+#: Who says how a task is asked: trimtab, or the authors of the paper.
+Protocol = Literal["trimtab", "paper"]
+#: Which way a metric counts.
+Better = Literal["more", "less"]
+#: Rows that are enough to choose on, as the AUSteer paper's fast sweep has them.
+FAST = 100
+#: How far a probability may be off between the dials at which the model ran.
+TOLERANCE = 1e-3
+_REQUIRED: Any = object()
+
+
+def option(help: str, default: Any = _REQUIRED, *, record: bool = True, **about: Any) -> Any:
+    """A field of a group: its words for `--help`, and whether config.json has it (it has not what
+    a digest says, or what changes no result).
+
+    On the command line `flag` is its name where that is another, `least` and `most` are its range,
+    `zero_is_all` lets 0 stand for None, and `repeats` has numbers given one at a time, not with
+    commas between them.
+    """
+    metadata = {"help": help, "record": record, **about}
+    return field(metadata=metadata, **({} if default is _REQUIRED else {"default": default}))
+
+
+def record(*groups: Any) -> dict[str, Any]:
+    """What config.json says of some groups of options."""
+    return {
+        item.name: getattr(group, item.name)
+        for group in groups
+        for item in fields(group)
+        if item.metadata.get("record")
+    }
+
+
+def flat(function: Callable[..., Returned]) -> Callable[..., Returned]:
+    """A function that takes the fields of its groups as keywords too: `limit=4` is
+    `rows=Rows(limit=4)`. Fields that are not given are those of the group in the signature."""
+    signature = inspect.signature(function)
+    groups = [
+        (place, parameter)
+        for place, parameter in enumerate(signature.parameters.values())
+        if is_dataclass(parameter.default)
+    ]
+
+    @functools.wraps(function)
+    def called(*args: Any, **given: Any) -> Returned:
+        positional = list(args)
+        for place, parameter in groups:
+            if place < len(positional):
+                positional[place] = _with_fields(positional[place], given)
+            else:
+                group = given.get(parameter.name, parameter.default)
+                given[parameter.name] = _with_fields(group, given)
+        return function(*positional, **given)
+
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for name, value in flat_values(parameter.default for _, parameter in groups).items()
+    ]
+    shown = [*signature.parameters.values(), *keywords]
+    called.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return called
+
+
+def _with_fields(group: Any, given: dict[str, Any]) -> Any:
+    """The group with those of its fields that are given, which are taken out of `given`."""
+    changed = {}
+    for item in fields(group):
+        value = getattr(group, item.name)
+        if item.name in given:
+            changed[item.name] = given.pop(item.name)
+        elif is_dataclass(value):
+            changed[item.name] = _with_fields(value, given)
+    return replace(group, **changed)
+
+
+def flat_values(groups: Iterable[Any]) -> dict[str, Any]:
+    """The fields of some groups, and of the groups in them, by name."""
+    values: dict[str, Any] = {}
+    for group in groups:
+        for item in fields(group):
+            value = getattr(group, item.name)
+            values |= flat_values([value]) if is_dataclass(value) else {item.name: value}
+    return values
+
+
+# -- the groups -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationRows:
+    """The rows of a task on which something is measured or chosen."""
+
+    data: str | None = option(
+        "Directory of data sets (default: the environment's TRIMTAB_DATA).", None, record=False
+    )
+    limit: int | None = option(
+        "Validation rows; 0 takes all.", FAST, record=False, zero_is_all=True
+    )
+
+    def __post_init__(self) -> None:
+        _path_as_text(self)
+        _refuse_below_one(self, {"limit": "validation", "test_limit": "test"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(ValidationRows):
+    """The rows of a task: settings are chosen on the validation rows and reported on the test
+    rows; a limit takes so many of them (None: all)."""
+
+    test_limit: int | None = option("Test rows; 0 takes all.", None, record=False, zero_is_all=True)
+
+
+def _path_as_text(rows: Any) -> None:
+    """Python may give `data` as a Path."""
+    object.__setattr__(rows, "data", None if rows.data is None else str(rows.data))
+
+
+def _refuse_below_one(rows: ValidationRows, parts: dict[str, str]) -> None:
+    for name, part in parts.items():
+        limit = getattr(rows, name, None)
+        if limit is not None and limit < 1:
+            raise TrimtabError(f"the limit of {part} rows must be 1 or more, not {limit}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing:
+    """What makes one setting better than another."""
+
+    protocol: Protocol = option("trimtab, or paper, which follows the authors.", "trimtab")
+    validation_task: str | None = option(
+        "Another task whose rows stand in for the validation rows.", None, record=False
+    )
+    metric: str | None = option("What counts (default: the task's first).", None)
+    better: Better | None = option(
+        "more or less of the metric is better, where its name does not say (attack success: less).",
+        None,
+    )
+    max_cost: float | None = option("Leave out what costs more nats per token of plain text.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """How a model answers the examples of a task."""
+
+    seed: int = option("For whatever is drawn.", 0, least=0)
+    batch_size: int = option("Prompts that are answered at once.", 16)
+    max_new_tokens: int | None = option("Tokens of an answer (default: the task's).", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOn:
+    """What methods are fitted on."""
+
+    contrast: Any = option(
+        "What to fit on (default: the task's train rows).",
+        None,
+        record=False,
+        flag=("--contrast", "-c"),
+    )
+    cache: Path | str | None = option(
+        "Directory that keeps the activations that were read: an interrupted fit goes on there, "
+        "and a later one need not run the model again.",
+        None,
+        record=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How the settings of a method are searched."""
+
+    search: Literal["grid", "tpe", "halving"] = option(
+        "grid; tpe (draws --trials settings); halving (stops poor ones early).", "grid"
+    )
+    trials: int | None = option("How many, where they are drawn.", None)
+    oracle: bool = option("Run every complete trial on the test rows too.", True)
+    storage: str | None = option(
+        "An Optuna storage that several machines work on, as a URL.", None, record=False
+    )
+    resumed: bool = option(
+        "Run only the blocks that a setting changes, or all.",
+        True,
+        record=False,
+        flag=("--resumed", "--full"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """What methods are compared by."""
+
+    trials: int = option("Trials of each method, at most.", 20)
+    kl: float | None = option("Compare once more at an equal budget of so many nats.", None)
+    capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
+    capability_limit: int | None = option("Rows of each of those.", None)
+    timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Which rows of the tasks are evaluated."""
+
+    data: str | None = option(
+        "Directory of data sets (default: the environment's TRIMTAB_DATA).", None, record=False
+    )
+    protocol: Sequence[Protocol] = option(
+        "trimtab, or paper, which follows the authors; repeat.", ("trimtab",), record=False
+    )
+    part: Literal["test", "validation", "train"] = option(
+        "test, or validation or train rows of the train set.", "test"
+    )
+    limit: int | None = option("Only the first examples of a task.", None)
+
+    def __post_init__(self) -> None:
+        _path_as_text(self)
+        if isinstance(self.protocol, str):
+            object.__setattr__(self, "protocol", (self.protocol,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Harness:
+    """How tasks of lm-eval are asked."""
+
+    few_shot: int | None = option("Examples in lm-eval's prompts.", None, record=False)
+    chat: bool = option("lm-eval's prompts through the chat template.", False, record=False)
+    task_files: Sequence[str | Path] = option(
+        "Directory of lm-eval task files; repeat.", (), record=False, flag="--lm-eval-tasks"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Where a run is kept."""
+
+    output: Path | str | None = option(
+        "Run directory; interrupted runs go on there.",
+        None,
+        record=False,
+        flag=("--output", "-o"),
+    )
+    overwrite: bool = option(
+        "Replace an output that exists.", False, record=False, flag="--overwrite"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracing:
+    """What of the next token is followed over the dial, and how closely."""
+
+    span: tuple[float, float] | None = None
+    points: int = 1025
+    tokens: int | Sequence[str | int] = 8
+    tolerance: float = TOLERANCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How far the next token's distribution may go in the sweet spot: KL in nats, and entropy as a
+    share of the unsteered one."""
+
+    max_kl: float = option("KL in the sweet spot, nats.", 1.0)
+    min_entropy: float = option("Entropy in the sweet spot, as a share of the unsteered.", 0.5)
+    max_entropy: float = option("The same from above.", 1.5)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise TrimtabError(f"the bound on KL must be above 0 nats, not {self.max_kl}")
+        if not 0 <= self.min_entropy < 1 <= self.max_entropy < math.inf:
+            raise TrimtabError(
+                "entropy is bounded by a share of the unsteered one below 1 and one of 1 or more, "
+                f"not {self.min_entropy} and {self.max_entropy}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How texts are sampled; the defaults are those of "Towards Understanding Steering
+    Strength"."""
+
+    max_new_tokens: int = 300
+    temperature: float = 0.9
+    top_k: int = 50
+    top_p: float = 0.95
+    seed: int = 0
+    batch_size: int = 16
