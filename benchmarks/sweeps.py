@@ -35,10 +35,11 @@ from clock import Report, Times, interleaved, ratio, timed
 
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
+from trimtab.methods import AUSTEER_GRID
 from trimtab.reading.streams import blocks_below
 from trimtab.reports.run import Run
 from trimtab.sweeps.rows import TaskRows, contrast_for
-from trimtab.sweeps.space import AUSTEER_GRID, Fitter, Space, grid
+from trimtab.sweeps.space import Fitter, Space, grid
 from trimtab.sweeps.trials import Search
 from trimtab.sweeps.worker import try_settings
 

@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 import trimtab as tt
 from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
+from trimtab.figures import METRICS, Metric
 from trimtab.sweeps.effect import Effect, plain_texts
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import TaskRows
@@ -166,7 +167,7 @@ def test_pictures_of_one_of_three_and_of_draws(
 
 
 def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trimtab.sweeps.rows.LOW", frozenset(("log_odds",)))
+    monkeypatch.setitem(METRICS, "log_odds", Metric("log_odds", "mean", "less"))
     found = sweep(lm, "austeer", task, SPACE, test_limit=8)
     assert not found.maximise
     values = [trial.value for trial in found.trials]

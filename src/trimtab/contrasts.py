@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError
 from trimtab.files import json_digest, json_object, parse_json
 
 Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
+PARTS: tuple[Part, ...] = get_args(Part)
 #: A conversation: messages as (role, content).
 Conversation = tuple[tuple[str, str], ...]
 Prompt = str | Conversation

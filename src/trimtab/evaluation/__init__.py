@@ -27,7 +27,12 @@ from trimtab.evaluation.metrics.toxicity import Scorer
 from trimtab.evaluation.tasks import (
     PROTOCOLS,
     TASKS,
+    Example,
+    Generation,
     Protocol,
+    Row,
+    Source,
+    Task,
     check_protocol,
     find_task,
     load_contrast,

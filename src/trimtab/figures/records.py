@@ -14,28 +14,13 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.metrics import metric_of
 from trimtab.figures.significance import Difference, paired_difference
 
 Record = dict[str, Any]
 
 #: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
 VIOLATION = 2.0
-
-#: Metrics that are means also where every value happens to be 0 or 1.
-_MEANS = frozenset(
-    (
-        "perplexity",
-        "self_perplexity",
-        "language_consistency",
-        "compression_ratio",
-        "repetition_4gram",
-        "toxicity",
-        "cross_entropy",
-        "delta_wr",
-        "first_shown",
-        "log_odds",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,9 @@ class Evaluation:
         """
         found = []
         for before, after in paired(self.records):
-            names = [metric] if metric else [m for m in after["values"] if m not in _MEANS]
+            names = (
+                [metric] if metric else [m for m in after["values"] if metric_of(m).kind == "rate"]
+            )
             name = next(iter(names), "")
             old, new = before["values"].get(name), after["values"].get(name)
             if None not in (old, new) and old != new and _rates(name, (old, new)):
@@ -208,7 +195,7 @@ def _weights(records: Sequence[Record]) -> Tensor | None:
 
 def _rates(metric: str, values: Sequence[float]) -> bool:
     """Whether these are shares of examples for which something holds."""
-    return metric not in _MEANS and all(value in (0, 1) for value in values)
+    return metric_of(metric).kind == "rate" and all(value in (0, 1) for value in values)
 
 
 def estimate_of(metric: str, values: Sequence[float], weights: Tensor | None = None) -> Estimate:

@@ -28,9 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy
@@ -40,21 +41,28 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Ablate, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
 
-WHERE = ("writers", "norms", "layer")
 #: Keeps the score finite where P is 0 or 1.
 _EPSILON = 1e-8
+
+FromEnd = Annotated[
+    tuple[Annotated[int, Field(lt=0)], ...],
+    Says("are counted from the end, -1 the last: {value!r}"),
+]
+Texts = Annotated[tuple[str, ...], Says("must be several: write ({value!r},)")]
+Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Ablation(Method):
         default=None,
         metadata={"help": "Block whose input gives the direction (default: by validation)."},
     )
-    tokens: tuple[int, ...] | None = field(
+    tokens: FromEnd | None = field(
         default=None,
         metadata={
             "help": "Tokens to read it at, from the end, as in -1,-2 (default: all that the chat "
@@ -75,39 +83,31 @@ class Ablation(Method):
     where: Literal["writers", "norms", "layer"] = field(
         default="writers", metadata={"help": "Where to ablate: writers, norms, or layer."}
     )
-    targets: tuple[str, ...] | None = field(
+    targets: Texts | None = field(
         default=None,
         metadata={"help": "How the behaviour begins, as in I,Sorry; for unpaired contrasts."},
     )
-    kl: float = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
-    depth: float = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
+    kl: Number = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
+    depth: Depth = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
     typical: bool = field(
         default=False,
         metadata={"help": "Use only texts on which the score's sign is the label's (targets)."},
     )
-    amount: float = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
+    amount: Number = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ablation"
+    dial = "amount"
 
-    def __post_init__(self) -> None:
-        check_choice("ablation: where", self.where, WHERE)
-        check_choice("ablation: positions", self.positions, POSITIONS)
-        check_number("ablation: amount", self.amount)
-        check_number("ablation: kl", self.kl)
-        for token in () if self.tokens is None else self.tokens:
-            if type(token) is not int or token >= 0:
-                raise TrimtabError(
-                    f"ablation: tokens are counted from the end, -1 the last: {token!r}"
-                )
+    def check(self) -> None:
         if self.layer is not None and len(self.tokens or ()) > 1:
             raise TrimtabError("ablation: with a layer, tokens must name one")
         if self.tokens == () or self.targets == ():
             raise TrimtabError("ablation: tokens and targets must name some, or be left out")
-        if isinstance(self.targets, str):
-            raise TrimtabError(f"ablation: targets must be several: write ({self.targets!r},)")
-        if not 0 < self.depth <= 1:
-            raise TrimtabError(f"ablation: depth must lie between 0 and 1, not {self.depth}")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(max(1, int(0.8 * layers)))), "amount": (0.25, 0.5, 1.0)}
 
     # -- what it reads ------------------------------------------------------------------------
 
@@ -246,6 +246,33 @@ class Ablation(Method):
             "candidates": len(differences),
         }
         return (best["layer"], best["token"]), findings
+
+    # -- in words -----------------------------------------------------------------------------
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found, dial = steering.findings, steering.dial.name
+        count = sum(isinstance(each.operator, Ablate) for each in steering.interventions)
+        where = {
+            "writers": f"everything that is written to the residual stream ({count} sites)",
+            "norms": f"what attention and FFN read ({count} sites)",
+            "layer": "the residual stream at one place",
+        }[str(steering.hyperparameters.get("where", "writers"))]
+        lines = [
+            f"Directional ablation takes one direction out of {where}: at {dial} 1 nothing is left "
+            "along it, at -1 what is there is doubled.",
+            "The direction leads from the negative texts' mean to the positive ones', read at "
+            f"{found['source_site']}, {read_at(found['token'])}: what sets the positive texts "
+            "apart is what the model loses.",
+        ]
+        chosen = found.get("chosen")
+        if chosen:
+            lines.append(
+                f"It was chosen among {found['candidates']} on validation rows: ablating it takes "
+                f"the behaviour's score (log-odds) from {found['unsteered_score']:.2f} to "
+                f"{chosen['score']:.2f}, and changes other text by {chosen['kl']:.3f} nats (KL)."
+            )
+        return lines
 
 
 class _Scored:

@@ -16,6 +16,7 @@ the one that agrees with v.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,21 +31,18 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
     SecondMoment,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
-
-VARIANTS = ("mean", "pca")
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class CAA(Method):
             "validation: the one that does most on validation rows at alpha (default: 40%)."
         },
     )
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
         default="last",
         metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
@@ -73,19 +71,15 @@ class CAA(Method):
 
     name = "caa"
 
-    def __post_init__(self) -> None:
-        check_token("caa: token", self.token)
-        check_choice("caa: variant", self.variant, VARIANTS)
-        check_choice("caa: positions", self.positions, POSITIONS)
-        check_number("caa: alpha", self.alpha)
+    def check(self) -> None:
         if self.layer == ():
             raise TrimtabError("caa: layer is empty: name some, or leave it out")
-        if isinstance(self.layer, str):
-            check_choice("caa: layer", self.layer, ("validation",))
-            if self.alpha == 0:
-                raise TrimtabError(
-                    "caa: alpha is 0, at which layer validation has no effect to see"
-                )
+        if self.layer == "validation" and self.alpha == 0:
+            raise TrimtabError("caa: alpha is 0, at which layer validation has no effect to see")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
     def sites(self, anatomy: Anatomy) -> list[str]:
         """The sites to steer, or those to choose from."""
@@ -137,6 +131,22 @@ class CAA(Method):
             moment = statistics.of(site, self.token, SecondMoment).sum
             vector = length * _first_component(moment, vector)
         return (vector / length if self.unit_norm and length > 0 else vector).float()
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        options = steering.hyperparameters
+        what = difference_read_at(options["token"])
+        if options.get("variant") == "pca":
+            read = read_at(options["token"])
+            what = f"the direction in which the pairs differ most (PCA), {read}"
+        lines = adds_vectors("CAA", steering, what)
+        gains = steering.findings.get("validation_gain")
+        if gains:
+            lines.append(
+                f"The block was chosen among {len(gains)} on validation rows: there it moves the "
+                f"model most toward the positive side, by {max(gains.values()):.2f} nats."
+            )
+        return lines
 
 
 def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:

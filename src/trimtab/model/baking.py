@@ -36,12 +36,6 @@ from trimtab.steering import (
     fold_output,
 )
 
-#: What keeps an operator out of the weights.
-_NOT_LINEAR = {
-    "Turn": "Turn, which lays activations at an absolute angle,",
-    "Scale": "a Scale that adds a multiple of |x|",
-}
-
 
 @dataclass(frozen=True)
 class _Fold:
@@ -110,9 +104,8 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:
-        name = type(operator).__name__
         raise TrimtabError(
-            f"cannot bake {steering.method}: {_NOT_LINEAR.get(name, name)} is not linear in the "
+            f"cannot bake {steering.method}: {operator.description} is not linear in the "
             "activation, so no weights do it; attach it instead"
         )
     return _Fold(intervention.site, operator, steering.setting)

@@ -13,7 +13,7 @@ from trimtab.fitting import fit
 from trimtab.methods import METHODS, AUSteer
 from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, plot_units, styled
-from trimtab.steering import Steering, describe
+from trimtab.steering import Steering, chosen
 
 
 def sizes(
@@ -100,7 +100,7 @@ def overview(
     """AUSteer step by step: the k highest scores, their shares, the factors that follow."""
     source = contrast_of(contrast, data)
     steering = AUSteer(site=site, k=k, alpha=alpha).fit(language_model, source)
-    units = describe(steering)["units"]
+    units = chosen(steering)["units"]
     if not units:
         raise TrimtabError(f"no unit of {site} tells the two sides apart")
     width = int(language_model.anatomy.width(units[0]["site"]))

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from trimtab.figures import Difference, Estimate
 from trimtab.files import write_whole
-from trimtab.steering import Steering, describe
+from trimtab.steering import Steering, chosen
 
 # Okabe and Ito's palette.
 UP, DOWN, NEUTRAL, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
@@ -265,18 +265,18 @@ def circle(
 
 def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
     """Where a unit method's units are: layer against unit, larger for a larger score."""
-    units = describe(steering)["units"]
+    units = chosen(steering)["units"]
     for up, colour, label in ((True, UP, "scaled up"), (False, DOWN, "scaled down")):
-        chosen = [unit for unit in units if (unit["gamma"] >= 0) is up]
+        these = [unit for unit in units if (unit["gamma"] >= 0) is up]
         axes.scatter(
-            [unit["layer"] for unit in chosen],
-            [unit["unit"] for unit in chosen],
-            s=[12 + 160 * (unit["score"] - 0.5) for unit in chosen],
+            [unit["layer"] for unit in these],
+            [unit["unit"] for unit in these],
+            s=[12 + 160 * (unit["score"] - 0.5) for unit in these],
             c=colour,
             marker="^" if up else "v",
             alpha=0.8,
             linewidths=0,
-            label=f"{label} ({len(chosen)})",
+            label=f"{label} ({len(these)})",
         )
     kind = steering.hyperparameters["site"]
     axes.set(

@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from trimtab.contrasts import Prompt
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
@@ -282,8 +282,7 @@ def _ends(
     steering: Steering, side: Side | Literal["both"], beyond_range: bool
 ) -> dict[Side, float]:
     """How far the dial may be turned on each of the sides that are asked for."""
-    if side not in ("positive", "negative", "both"):
-        raise TrimtabError(f"side is {side!r}: known are positive, negative, both")
+    check_choice("side", side, Side | Literal["both"])
     low, high = dial_limits(steering, _BEYOND if beyond_range else 1.0)
     both: dict[Side, float] = {"positive": high, "negative": -low}
     ends = {one: end for one, end in both.items() if end > 0 and side in (one, "both")}

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.contrasts import Contrast, Conversation, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -41,7 +41,7 @@ CONCEPTS = (
 )
 
 Negatives = Literal["empty", "contrastive"]
-NEGATIVES: tuple[Negatives, ...] = ("empty", "contrastive")
+NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
 #: Who writes about a concept: a chat model that is loaded here, or one behind an endpoint.
 Writer = LanguageModel | ChatEndpoint
 

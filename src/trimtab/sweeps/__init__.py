@@ -18,6 +18,6 @@ from trimtab.sweeps.rows import (
     more_is_better,
     values_of,
 )
-from trimtab.sweeps.space import AUSTEER_GRID, Params, Range, label, setting, shown
+from trimtab.sweeps.space import Params, Range, label, setting, shown
 from trimtab.sweeps.sweep_method import sweep
 from trimtab.sweeps.sweep_page import sweep_pictures

@@ -37,6 +37,7 @@ from trimtab.figures import (
     Estimate,
     Record,
     Result,
+    bare_name,
     estimate_of,
     paired_difference,
 )
@@ -149,7 +150,7 @@ class TaskRows:
             return known[0]
         if self._asked in known:
             return self._asked
-        named = [name for name in known if bare(name) == self._asked]
+        named = [name for name in known if bare_name(name) == self._asked]
         if len(named) != 1:
             raise TrimtabError(
                 f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from trimtab.figures import metric_of
 from trimtab.reports import (
     DOWN,
     NEUTRAL,
@@ -223,8 +224,9 @@ def _unsteered_line(
 
 def _quantity(found: Sweep) -> str:
     """The metric with its unit, for an axis."""
-    unit = _UNITS.get(found.metric)
-    return found.metric if unit is None else f"{found.metric} [{unit}]"
+    metric = metric_of(found.metric)
+    shows = metric.unit and metric.kind == "mean"  # that a rate is a share goes without saying
+    return f"{found.metric} [{metric.unit}]" if shows else found.metric
 
 
 def _n(found: Sweep) -> int:

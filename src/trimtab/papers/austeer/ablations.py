@@ -14,7 +14,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, corrected
 from trimtab.fitting import fit
-from trimtab.methods import AUSteer
+from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.options import flat
 from trimtab.papers.result import StudyResult, Value, timed, value_of
@@ -42,7 +42,6 @@ from trimtab.reports import (
     tested_cell,
 )
 from trimtab.sweeps import (
-    AUSTEER_GRID,
     FINE,
     TaskRows,
     Values,

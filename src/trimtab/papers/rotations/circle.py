@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected, summarise
-from trimtab.fitting import check_choice
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
 from trimtab.papers.result import Value, value_of
@@ -272,7 +271,7 @@ def study_of(
     run: Run | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
-    check_choice("part", part, ("validation", "test"))
+    check_choice("part", part, Literal["validation", "test"])
     chooses, choosing = part == "validation", measured.choosing
     if choosing.max_cost is not None and not cost:
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")

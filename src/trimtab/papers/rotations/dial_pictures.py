@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from trimtab.figures import VIOLATION, Estimate, Result
+from trimtab.figures import VIOLATION, Estimate, Result, metric_of
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, circle, panels, styled
 
 
@@ -24,32 +24,6 @@ class Mask:
     @property
     def colour(self) -> str:
         return DOWN if "formula" in self.name else UP
-
-
-#: Units of the metrics that are no shares.
-_UNITS = {
-    "log_odds": "nats",
-    "plain_text_cost": "nats per token",
-    "perplexity": "by the unsteered model",
-    "self_perplexity": "by the steered model",
-    "compression_ratio": "bytes/byte",
-    "repetition_4gram": "share",
-    "language_consistency": "share",
-    "toxicity": "0 to 1",
-}
-#: Metrics that a collapse sends up by orders of magnitude.
-_WIDE = ("perplexity", "self_perplexity")
-#: Metrics that go from 0 to 1.
-_SHARES = (
-    "accuracy",
-    "answered",
-    "prefers",
-    "refusal",
-    "over_refusal",
-    "refusal_of_unsafe",
-    "not_toxic",
-    "language_consistency",
-)
 
 
 @styled
@@ -86,7 +60,7 @@ def dial_picture(
         limit = VIOLATION if name == "self_perplexity" else None
         best = angles if name == metric else {}
         circle(axes, own, base, (low, high), best=best, limit=limit, by_orders=by_orders)
-        unit = _unit(name)
+        unit = metric_of(name).unit
         axes.set_title(f"{name} ({unit})" if unit else name, pad=12)
     for axes in panes[len(names) :]:
         axes.set_axis_off()
@@ -106,10 +80,6 @@ def dial_picture(
     )
 
 
-def _unit(name: str) -> str:
-    return _UNITS.get(name, "share" if name in _SHARES else "")
-
-
 def _reach(
     name: str, dials: Mapping[str, Mapping[float, Estimate]], base: float | None
 ) -> tuple[float, float, bool]:
@@ -119,9 +89,10 @@ def _reach(
         for each in dial.values():
             values += [each.value, each.low, each.high]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if name in _SHARES:
+    metric = metric_of(name)
+    if metric.range == (0.0, 1.0):
         return -0.06, 1.06, False  # room for what lies on the rim or in the centre
-    if name in _WIDE and low > 0 and high / low > 20:
+    if metric.unbounded and low > 0 and high / low > 20:
         return low / 1.5, high * 1.5, True
     room = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
     if 0 <= low < 0.6 * high:
@@ -180,10 +151,10 @@ def _dots(axes: Any, masks: Sequence[Mask], name: str, base: float | None) -> No
             ends += each.ci95
     if base is not None:
         axes.axvline(base, color=NEUTRAL, linestyle="--", linewidth=1)
-    if name in _WIDE and min(ends) > 0 and max(ends) / min(ends) > 20:
+    if metric_of(name).unbounded and min(ends) > 0 and max(ends) / min(ends) > 20:
         axes.set_xscale("log")
     axes.grid(axis="y", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.set_title(name, fontsize=9)
-    axes.set_xlabel(_unit(name), fontsize=8)
+    axes.set_xlabel(metric_of(name).unit, fontsize=8)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.figures import VIOLATION, Estimate, Result
-from trimtab.fitting import check_choice, check_number, fit
+from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, flat
@@ -79,7 +79,7 @@ def dial(
     """
     angles = angles_of(circle.step)
     for name in methods:
-        check_choice("method", name, tuple(ANGULAR))
+        check_choice("method", name, Literal["ss", "sas", "aas"])
     if not methods:
         raise TrimtabError(f"name a method: {', '.join(ANGULAR)}")
     study = study_of(

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from trimtab.anatomy import hooked, parse_site
 from trimtab.contrasts import Contrast, Text
-from trimtab.errors import TrimtabError
-from trimtab.fitting import check_choice
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, timed
 from trimtab.progress import progress
@@ -61,7 +60,7 @@ def norms(
     more than `massive` times as long as that of the site's median token (such tokens, mostly the
     first one, take up attention that has nowhere to go).
     """
-    check_choice("token", token, ("last", "mean"))
+    check_choice("token", token, Literal["last", "mean"])
     if not massive > 1:
         raise TrimtabError(f"massive is a factor above 1, not {massive:g}")
     anatomy, train = language_model.anatomy, _first(contrast_for("", contrast, data).train, limit)

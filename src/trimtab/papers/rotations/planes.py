@@ -19,7 +19,8 @@ from torch import Tensor
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast
-from trimtab.fitting import Samples, UnitLength, Want, check_choice, collect
+from trimtab.errors import check_choice
+from trimtab.fitting import Samples, UnitLength, Want, collect
 from trimtab.methods import (
     AAS,
     SAS,
@@ -87,7 +88,7 @@ def plane(
     where the two sides' means have opposite signs, and by the whole-block rule of SS's code a
     block is steered where all of its norms are.
     """
-    check_choice("method", method, tuple(ANGULAR))
+    check_choice("method", method, Literal["ss", "sas", "aas"])
     made = _method(method, candidates_from, selection, ss_compat)
     anatomy, train = language_model.anatomy, contrast_for("", contrast, data).train
     sites = sites_of(made, anatomy)
