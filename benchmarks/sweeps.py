@@ -36,7 +36,7 @@ from clock import Report, Times, interleaved, ratio, timed
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
 from trimtab.reading.streams import blocks_below
-from trimtab.reports.run import SharedRun
+from trimtab.reports.run import Run
 from trimtab.sweeps.rows import TaskRows, contrast_for
 from trimtab.sweeps.space import AUSTEER_GRID, Fitter, Space, grid
 from trimtab.sweeps.trials import Search
@@ -82,7 +82,7 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
             max_cost=None,
             oracle=False,
             seed=0,
-            run=SharedRun(None, {}),
+            run=Run(None, {}),
         )
 
     def ours() -> tuple[float, float]:

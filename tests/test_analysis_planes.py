@@ -27,7 +27,7 @@ from trimtab.papers.rotations.dials import dial, masks, variants_of
 from trimtab.papers.rotations.norms import norms
 from trimtab.papers.rotations.planes import plane
 from trimtab.reports.charts import rendered
-from trimtab.reports.run import SharedRun
+from trimtab.reports.run import Run
 from trimtab.steering.operators import Rotate, Turn
 from trimtab.sweeps.rows import TaskRows
 
@@ -413,7 +413,7 @@ def test_an_interrupted_dial_goes_on_from_its_records(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run() -> StudyResult:
-        with_records = SharedRun(tmp_path / "run", {"model": {}})
+        with_records = Run(tmp_path / "run", {"model": {}})
         return dial(_lm(), f"contrast:{source}", methods=("sas",), step=180, run=with_records)
 
     plain = TaskRows.records
@@ -545,7 +545,7 @@ def test_a_run_directory_has_page_pictures_and_results(tmp_path: Path) -> None:
     lm = _lm()
     found = plane(lm, CONTRAST)
     config = {"model": {**vars(lm.identity), "dtype": str(lm.dtype)}}
-    write(found, SharedRun(tmp_path / "run", config))
+    write(found, Run(tmp_path / "run", config))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["analysis"] == "plane"
     assert results["sites"] == json.loads(json.dumps(found.data["sites"]))

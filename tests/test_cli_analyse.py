@@ -40,6 +40,7 @@ def _texts(work: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_object_with_json_and_tables_without(trimtab: Command) -> None:
     found = trimtab(f"{PLANE} --json").json
     assert found["analysis"] == "plane"
@@ -103,6 +104,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert listing(Path()) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_prompts_of_ones_own_need_something_to_fit_on(trimtab: Command) -> None:
     write_rows("asked.jsonl", [{"prompt": "She looked at the map"}])
     line = "analyse dial --model model --task refusal:asked.jsonl"
@@ -269,6 +271,7 @@ def test_a_new_analysis_gets_its_command(
     refused(trimtab(f"{line} --some 1,every"), "--some", "all")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_analysis_that_fails_later_leaves_its_records(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

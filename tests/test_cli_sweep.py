@@ -12,7 +12,7 @@ import pytest
 
 import trimtab as tt
 from commands import Command, home, listing, refused, trimtab, work
-from test_sweep import write_pairs
+from helpers import write_pairs
 from trimtab.cli.values import read_values
 from trimtab.methods import METHODS
 from trimtab.sweeps.space import Range
@@ -28,7 +28,7 @@ def parts(work: Path) -> None:
     write_pairs(work / "parts.jsonl")
 
 
-pytestmark = pytest.mark.usefixtures("parts")
+pytestmark = pytest.mark.usefixtures("parts", "undrawn")
 
 
 def test_help_has_examples_and_the_methods_options(trimtab: Command) -> None:

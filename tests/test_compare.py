@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import trimtab as tt
 from helpers import kl_at, language_model, refused_in_one_line
 from trimtab.figures.significance import paired_p
 from trimtab.reading.likelihood import log_odds
+from trimtab.sweeps import compare_methods
 from trimtab.sweeps.compare_methods import Candidate, compare
 from trimtab.sweeps.comparison import Comparison
 
@@ -68,6 +68,7 @@ def odds(lm: tt.LanguageModel, pairs: str, part: Any, steering: Any) -> torch.Te
     return log_odds(lm, tt.Contrast.from_jsonl(pairs).part(part), steering)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_is_chosen_on_validation_and_reported_on_test(
     compared: tuple[Comparison, Path], pairs: str
 ) -> None:
@@ -153,16 +154,14 @@ def test_at_an_equal_budget(compared: tuple[Comparison, Path], pairs: str) -> No
 
 
 def test_one_pass_fits_all(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = sys.modules["trimtab.sweeps.compare_methods"]
-
     passes = []
-    collect = module.collect
+    collect = compare_methods.collect
 
     def counting(*args: Any, **options: Any) -> Any:
         passes.append(len(args[2]))
         return collect(*args, **options)
 
-    monkeypatch.setattr(module, "collect", counting)
+    monkeypatch.setattr(compare_methods, "collect", counting)
     monkeypatch.setattr("trimtab.sweeps.space.collect", counting)
     compare(language_model("llama"), CANDIDATES, f"contrast:{pairs}", timed=False, limit=3)
     assert len(passes) == 1

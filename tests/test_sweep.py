@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 
 import trimtab as tt
-from helpers import language_model, refused_in_one_line
+from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
 from trimtab.sweeps.effect import Effect, plain_texts
 from trimtab.sweeps.result import Sweep
@@ -25,36 +24,7 @@ from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Range
 from trimtab.sweeps.sweep_method import sweep
 
-WORDS = [
-    "happy",
-    "sad",
-    "good",
-    "bad",
-    "map",
-    "ship",
-    "rain",
-    "wheel",
-    "king",
-    "daughter",
-    "fire",
-    "house",
-    "children",
-]
 SPACE = {"k": (1, 3, 9), "alpha": (2.0, 30.0)}
-
-
-def write_pairs(path: Path, rows: int = 60, seed: int = 0) -> str:
-    """Pairs in three parts, as a task."""
-    draw, lines = random.Random(seed), []
-    for i in range(rows):
-        positive, negative = draw.sample(WORDS, 2)
-        row = {
-            "prompt": f"Today {draw.choice(WORDS)} {i}",
-            "part": ("train", "validation", "test")[i % 3],
-        }
-        lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
-    path.write_text("\n".join(lines))
-    return f"contrast:{path}"
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +177,7 @@ def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch
     assert found.oracle.number == tests.index(min(tests))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_oracle_only_the_best_sees_the_test_rows(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -268,6 +239,7 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
             assert trial.value == pytest.approx(whole.trials[trial.number].value, abs=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_max_cost_leaves_out_what_costs_more(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -289,6 +261,7 @@ def test_max_cost_leaves_out_what_costs_more(
     assert any("the cheapest trial costs" in note for note in nothing.notes)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failures_stay_with_their_trials(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     found = sweep(lm, "caa", task, {"layer": (99, 1)}, test_limit=4, output=tmp_path / "run")
     assert [trial.state for trial in found.trials] == ["failed", "complete"]
@@ -311,6 +284,7 @@ def test_numbers_that_overflow_are_failures(lm: tt.LanguageModel, task: str) -> 
     json.dumps(found.as_json(), allow_nan=False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_is_not_the_trials_failure(
     lm: tt.LanguageModel, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +294,7 @@ def test_a_full_disk_is_not_the_trials_failure(
         raise tt.TrimtabError("cannot write: no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.reports.run.SharedRun.keep", full)
+        patch.setattr("trimtab.reports.run.Run.keep", full)
         with pytest.raises(tt.TrimtabError, match="no space left"):
             sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
     found = sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
@@ -353,6 +327,7 @@ class Interrupted:
         patch.setattr(TaskRows, "records", watched)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("search", SEARCHES)
 def test_an_interrupted_sweep_ends_as_one_that_was_not(
     lm: tt.LanguageModel, task: str, tmp_path: Path, search: str
@@ -443,6 +418,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     assert len(list((output / "records").glob("0*-validation.jsonl"))) == 6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_another_takes_last_is_waited_for(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -465,6 +441,7 @@ def test_a_trial_that_another_takes_last_is_waited_for(
     assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["failed"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_processes_on_one_sqlite_file(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     _shared(lm, task, tmp_path / "run", None)
 
@@ -509,6 +486,7 @@ def test_mistakes_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_runs_are_not_mixed_nor_lost(
     done: tuple[Sweep, Path], lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:

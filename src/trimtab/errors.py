@@ -42,6 +42,12 @@ def shown(text: object, limit: int = 100) -> str:
     return whole if len(whole) <= limit else f"{whole[:half]}...{whole[-half:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first one, with the next where that only leads to it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+
+
 def os_reason(error: BaseException) -> str:
     """Why writing to the cache failed, and what to do."""
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):

@@ -202,7 +202,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from trimtab.papers import write
-    from trimtab.reports import SharedRun
+    from trimtab.reports import Run
 
     arguments = dict(given)
     if "contrasts" in arguments:
@@ -223,7 +223,7 @@ def _run(
         **source,
         "model": language_model.described,
     }
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     if "run" in inspect.signature(function).parameters:
         arguments["run"] = run
     found = function(language_model, **arguments)

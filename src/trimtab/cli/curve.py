@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli.common import (
     as_chats,
     console,
-    make_directory,
     one_steering,
     open_model,
     print_json,
@@ -21,7 +20,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Json, Opened, Prompting, Prompts
 from trimtab.errors import TrimtabError
-from trimtab.files import json_object, write_whole
+from trimtab.files import json_object, make_directory, write_whole
 from trimtab.options import TOLERANCE, Bounds, Keep, Sampling, Tracing, option
 
 if TYPE_CHECKING:

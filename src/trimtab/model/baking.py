@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import plain_copy
+from trimtab.model.plain import plain_copy, untie
 from trimtab.steering import (
     Intervention,
     LinearOperator,
@@ -204,7 +204,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             setattr(norm, name, _parameter(old.detach() * factors + shift, old, fold))
         return
     if how == "tables":
-        _untie(anatomy)
+        untie(anatomy.model)
         for place, table in enumerate(maps):
             last = place == len(maps) - 1
             weight = table.read()
@@ -214,7 +214,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             table.write(_parameter(new, weight, fold))
         return
     if fold.site == "final_norm":
-        _untie(anatomy)
+        untie(anatomy.model)
     for linear_map in maps:
         weight = linear_map.read()
         old = getattr(linear_map.owner, linear_map.bias) if linear_map.bias else None
@@ -236,16 +236,6 @@ def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
             "model with a larger dtype"
         )
     return nn.Parameter(value)
-
-
-def _untie(anatomy: Anatomy) -> None:
-    """From here on the embedding table and the LM head are two tensors."""
-    model: Any = anatomy.model
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        for config in {id(c): c for c in (model.config, anatomy.config)}.values():
-            config.tie_word_embeddings = False
 
 
 # -- biases that are not there yet ------------------------------------------------------------

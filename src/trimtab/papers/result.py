@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import load_contrast
 from trimtab.figures import Estimate, Result
-from trimtab.reports import Picture, SharedRun, Table, interval, model_line, page, save_figure
+from trimtab.reports import Picture, Run, Table, interval, model_line, page, save_figure
 
 #: `task:copa first 40`: the first so many pairs of a contrast's train part.
 _FIRST = re.compile(r"(.+) first (\d+)")
@@ -98,7 +98,7 @@ def opened(contrast: Contrast | str, data: str | None) -> Contrast:
     return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
 
 
-def write(result: StudyResult, run: SharedRun) -> None:
+def write(result: StudyResult, run: Run) -> None:
     """results.json, report.html and pictures/ of a run directory."""
     if run.path is None:
         return

@@ -18,7 +18,7 @@ from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.papers.strength.curves import curves
 from trimtab.papers.strength.one_layer import one_layer
 from trimtab.papers.strength.theory import theory
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 
 Study = Callable[..., Any]
 
@@ -68,7 +68,7 @@ def run_study(
     if "run" in takes:  # an analysis that keeps what it has done
         model = language_model.described
         config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
-        given["run"] = SharedRun(shared.get("output"), config)
+        given["run"] = Run(shared.get("output"), config)
     if name not in STUDIES:
         own = _with_contrasts(own, shared.get("data"))
     result: StudyResult = study(language_model, **own, **given)

@@ -27,9 +27,7 @@ from trimtab.reports.page import Picture, evaluation_page, evaluation_tables, mo
 from trimtab.reports.run import (
     Finite,
     Run,
-    SharedRun,
     check_overwritable,
-    checksum,
     line_of,
     object_in,
 )

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimtab.anatomy import parse_site
-from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
 from trimtab.files import write_whole
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.operators import OPERATORS, Operator, to_tensors
@@ -226,7 +226,7 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # The last three are torch's, for shapes that pass safetensors' own checks.
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise TrimtabError(
             f"{where} is not a safetensors file, or it is truncated: {shown(reason)}"
         ) from error

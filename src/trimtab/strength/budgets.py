@@ -13,8 +13,6 @@ and what was too much, correct it. All prompts and both directions run together.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.files import json_digest
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import Calibration, Steering
@@ -186,8 +185,7 @@ def calibrate(
             dials.append(median if sum(reached) * 2 > len(reached) else None)
             worst.append(lowest if sum(reached) >= 0.05 * len(reached) else None)
         columns |= {side: tuple(dials), f"{side}_worst5": tuple(worst)}
-    canonical = json.dumps(encoded, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    digest = json_digest(encoded, separators=(",", ":"))
     calibration = Calibration.rising(budgets, len(wanted), digest, **columns)
     return replace(steering, calibration=calibration)
 

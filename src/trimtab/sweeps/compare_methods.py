@@ -29,7 +29,7 @@ from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
-from trimtab.reports import SharedRun, check_overwritable
+from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
 from trimtab.sweeps.comparison import Compared, Comparison
@@ -114,7 +114,7 @@ def compare(
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
     }
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     started = time.perf_counter()
     fitters, fit = _fitters(bench, texts, candidates, on.cache)
     _ = bench.metric  # one that the task does not have is refused before anything is written
@@ -237,10 +237,10 @@ def _fitters(
     return fitters, used
 
 
-def _own_run(run: SharedRun, name: str, config: dict[str, Any], overwrite: bool) -> SharedRun:
+def _own_run(run: Run, name: str, config: dict[str, Any], overwrite: bool) -> Run:
     """A directory for one method's sweep, which goes on where it stopped."""
     path = None if run.path is None else run.path / name
-    return SharedRun(path, {**config, "method": name}, overwrite)
+    return Run(path, {**config, "method": name}, overwrite)
 
 
 def _swept(
@@ -249,7 +249,7 @@ def _swept(
     one: Candidate,
     comparing: Comparing,
     measured: Measured,
-    run: SharedRun,
+    run: Run,
 ) -> Compared:
     """The sweep of one method, and what its choice changes and costs."""
     drawn = _size(one.space) > comparing.trials

@@ -10,7 +10,7 @@ from trimtab.reports import (
     MARKERS,
     Line,
     Picture,
-    SharedRun,
+    Run,
     bars,
     curve,
     evaluation_tables,
@@ -26,7 +26,7 @@ from trimtab.sweeps.comparison import Comparison
 _LEVEL = 0.05
 
 
-def comparison_page(found: Comparison, run: SharedRun, environment: dict[str, Any]) -> str:
+def comparison_page(found: Comparison, run: Run, environment: dict[str, Any]) -> str:
     """The page of a comparison; its pictures are also saved beside it."""
     pictures = comparison_pictures(found)
     if run.path is not None:

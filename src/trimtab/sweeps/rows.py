@@ -43,7 +43,7 @@ from trimtab.figures import (
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens, side_readings
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.sweeps.effect import plain_texts
 
 #: How far the right answer is ahead of the wrong one, in nats.
@@ -193,7 +193,7 @@ class TaskRows:
         """Take the unsteered model's records from an earlier run, not to run it again."""
         self._unsteered[part] = list(records)
 
-    def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
+    def kept(self, run: Run, file: str, part: Part, name: Any = None) -> list[Record] | None:
         """Records of all rows of a part under the name of a steering, from a run directory, or
         None; those that are not of these rows are refused."""
 
@@ -212,7 +212,7 @@ class TaskRows:
         return run.scored(file, reason)
 
     def recorded(
-        self, run: SharedRun | None, file: str, steering: Attached, part: Part, name: Any = None
+        self, run: Run | None, file: str, steering: Attached, part: Part, name: Any = None
     ) -> list[Record]:
         """Records of all rows of a part, from a run directory, or made and kept there."""
         kept = None if run is None else self.kept(run, file, part, name)

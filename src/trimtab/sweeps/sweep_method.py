@@ -15,7 +15,7 @@ from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -102,7 +102,7 @@ def sweep(
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     storage = None if searching.storage is None else open_storage(searching.storage)
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     found = try_settings(
         bench,
         fitter,

@@ -15,7 +15,7 @@ from trimtab.reports import (
     UP,
     Line,
     Picture,
-    SharedRun,
+    Run,
     curve,
     heatmap,
     model_line,
@@ -30,7 +30,7 @@ from trimtab.sweeps.space import Range, shown
 _UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
 
 
-def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str:
+def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     """The page of a sweep; its pictures are also saved beside it."""
     pictures = sweep_pictures(found)
     chosen, trials = found.tables()

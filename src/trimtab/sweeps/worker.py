@@ -3,8 +3,6 @@ of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,9 +12,10 @@ from typing import Any
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, Record, Result, summarise
+from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.progress import progress
-from trimtab.reports import SharedRun, line_of
+from trimtab.reports import Run, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
@@ -38,7 +37,7 @@ def try_settings(
     *,
     max_cost: float | None,
     seed: int,
-    run: SharedRun,
+    run: Run,
     storage: Any = None,
     fresh: bool = False,
 ) -> Sweep:
@@ -61,8 +60,7 @@ def try_settings(
 
 def _name(config: Mapping[str, Any]) -> str:
     """The study's name: who sweeps the same joins, who sweeps something else does not."""
-    text = json.dumps(config, sort_keys=True)
-    return f"trimtab-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"trimtab-{json_digest(config, sort_keys=True)[:16]}"
 
 
 @dataclass
@@ -71,7 +69,7 @@ class _Worker:
 
     rows: TaskRows
     fitter: Fitter
-    run: SharedRun
+    run: Run
     max_cost: float | None
     oracle: bool
     #: The best of the trials that were run here, and its records.

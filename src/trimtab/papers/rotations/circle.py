@@ -16,7 +16,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
 from trimtab.papers.result import Value, value_of
 from trimtab.progress import progress
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.steering import Positions, Steering
 from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
 
@@ -147,7 +147,7 @@ class Study:
     """
 
     rows: TaskRows
-    run: SharedRun | None
+    run: Run | None
     chooses: bool
     oracle: bool
     cost: bool
@@ -269,7 +269,7 @@ def study_of(
     *,
     oracle: bool,
     cost: bool,
-    run: SharedRun | None,
+    run: Run | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, ("validation", "test"))

@@ -36,7 +36,7 @@ from trimtab.papers.rotations.circle import (
 from trimtab.papers.rotations.dial_pictures import Mask, dial_picture, mask_picture
 from trimtab.papers.rotations.planes import ANGULAR, spans
 from trimtab.reports import (
-    SharedRun,
+    Run,
     Table,
     cell,
     difference_cell,
@@ -62,7 +62,7 @@ def dial(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> StudyResult:
     """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
 
@@ -240,7 +240,7 @@ def masks(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
+    run: Run | None = None,
 ) -> StudyResult:
     """Selective Steering with other layers and with SAS's formula: what its choice is worth.
 

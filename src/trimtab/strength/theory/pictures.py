@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
-from trimtab.files import write_whole
+from trimtab.files import make_directory, write_whole
 from trimtab.reports import DOWN, NEUTRAL, UP, panels, rendered, styled
 from trimtab.strength.theory.data import Array
 from trimtab.strength.theory.ufm import SteeredUFM, perfect, specification, train
@@ -92,10 +92,7 @@ def save_pictures(directory: Path | str, *, overwrite: bool = False) -> list[Pat
     for path in (directory / f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")):
         if path.exists() and not overwrite:
             raise TrimtabError(f"{path} exists: choose another directory, or pass overwrite")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
+    make_directory(directory)
     drawn = {f"{name}.{kind}": file for name in FIGURES for kind, file in _rendered(name).items()}
     return [write_whole(directory / name, drawn[name], overwrite=overwrite) for name in drawn]
 
