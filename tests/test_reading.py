@@ -20,10 +20,11 @@ from torch import Tensor
 import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.figures import Estimate
+from trimtab.options import Bounds
 from trimtab.reports.charts import save_figure
 from trimtab.steering import ModelIdentity
 from trimtab.steering.operators import Add, Rotate, Turn
-from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
+from trimtab.strength import ConceptCurve, CostCurve, Curve, TokenCurve, read
 from trimtab.strength.pictures import Accuracy, Curves, draw, token_name
 from trimtab.strength.reading import find_peak, find_sweet_spot, fit_sigmoid, read_beginning
 
