@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, convert, validators
 
-from trimtab.cli.values import kinds_of, list_in, read_list, read_value
+from trimtab.cli.values import kinds_of, list_in, read_list, read_value, words_of
 from trimtab.errors import TrimtabError
 
 #: The heading of each group of options, in the order of a page of help.
@@ -224,7 +224,16 @@ def method_option(hint: Any, words: str | None) -> Any:
     def read(name: str, text: str) -> Any:
         return read_value(name, text, hint)
 
-    return Annotated[hint, Parameter(help=words, **_one_text(read))]
+    # Any, because cyclopts holds what was read to the type where pydantic is loaded.
+    return Annotated[Any, Parameter(help=words, metavar=_metavar(hint), **_one_text(read))]
+
+
+def _metavar(hint: Any) -> str:
+    """What may stand for a value: `INT|all`."""
+    plain = [kind.__name__.upper() for kind in kinds_of(hint) if kind in (int, float, str)]
+    if list_in(hint) is not None:
+        plain = ["NUMBERS" if int in typing.get_args(list_in(hint)) else "WORDS"]
+    return "|".join([*plain, *words_of(hint)])
 
 
 def argument_option(hint: Any, words: str | None) -> Any:

@@ -4,6 +4,16 @@
 """
 
 from trimtab.strength import theory
+from trimtab.strength.all_curves import (
+    Beside,
+    ConceptAsked,
+    CostAsked,
+    Refits,
+    TaskAsked,
+    document,
+    follow,
+    spaced,
+)
 from trimtab.strength.budgets import BUDGETS, Budget, PromptBudget, budget, calibrate
 from trimtab.strength.concept import (
     ChatConceptJudge,
@@ -22,16 +32,6 @@ from trimtab.strength.curves import (
     method_of,
     resampled,
     token_log_odds,
-)
-from trimtab.strength.follow import (
-    Beside,
-    ConceptAsked,
-    CostAsked,
-    Refits,
-    TaskAsked,
-    document,
-    follow,
-    spaced,
 )
 from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
