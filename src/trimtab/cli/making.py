@@ -95,6 +95,9 @@ def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters.sort(key=lambda each: (each.kind, each.default is not each.empty))
 
     def command(*args: Any, **given: Any) -> Any:
+        for each in parameters:  # cyclopts hands over only what is on the command line
+            if each.kind is each.KEYWORD_ONLY and each.default is not each.empty:
+                given.setdefault(each.name, each.default)
         return function(*args, **{name: _as_declared(value) for name, value in given.items()})
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
