@@ -17,6 +17,7 @@ from trimtab.cli.common import console, open_model, print_json, read_prompts
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.making import argument_option, prepared, rows_or_all
 from trimtab.cli.options import Data, Json, Opened, Task
+from trimtab.cli.values import list_in
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, flat_values
@@ -126,6 +127,8 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
             default = argument.default
             if hint is Measuring:
                 default = Measuring(answering=default.answering, choosing=default.choosing)
+            elif list_in(hints[argument.name]) and isinstance(default, float):
+                default = (default,)  # one value of several
             kind = inspect.Parameter.KEYWORD_ONLY
             parameters.append(argument.replace(kind=kind, annotation=hint, default=default))
 
