@@ -30,6 +30,7 @@ _HELP = {
     "norms.limit": "Pairs, or texts of each side; 0 takes all.",
     "seed": "For whatever is drawn.",
     "oracle": "Run everything on the test rows too, for the best that is possible there.",
+    "ss_compat": "Steer all norms of a block, also those on the branches.",
     "site": "A kind of site: ffn_out, heads, ffn_in, resid ...",
     "sites": "Kinds of sites, as in heads,ffn_out.",
     "kinds": "Kinds of sites, as in resid,attn_norm.",
