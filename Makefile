@@ -11,8 +11,8 @@ INSTALLED := .venv/.installed
 
 help:
 	@echo "make demo      set up, then steer a real model"
-	@echo "make test      set up, then lint, type check and run the quick tests"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test      set up, then lint, type check and run the quick tests, in minutes"
+	@echo "make test-all  the same with the slow tests, which use real models; shows coverage"
 	@echo "make test-ends the tests of steering with the oldest and the newest transformers"
 	@echo "make lint      lint and type check only"
 	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
@@ -35,12 +35,17 @@ demo: $(INSTALLED)
 # their own threads when a test starts a process.
 test test-all test-ends bench: export OMP_WAIT_POLICY = PASSIVE
 test test-all test-ends bench: export TOKENIZERS_PARALLELISM = false
+# Two processes share the tests, and each has one core, as have the processes that they start.
+test test-all test-ends: export OMP_NUM_THREADS = 1
+
+# Two processes, each with whole files, so that what a file sets up is set up once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 # The ends of the range that versions.py names, each beside the other packages of .venv. What each
 # needs of huggingface_hub stands after the colon.

@@ -35,10 +35,11 @@ from clock import Report, Times, interleaved, ratio, timed
 
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
+from trimtab.methods import AUSTEER_GRID
 from trimtab.reading.streams import blocks_below
-from trimtab.reports.run import SharedRun
-from trimtab.sweeps.rows import Bench, contrast_for
-from trimtab.sweeps.space import AUSTEER_GRID, Fitter, Space, grid
+from trimtab.reports.run import Run
+from trimtab.sweeps.rows import TaskRows, contrast_for
+from trimtab.sweeps.space import Fitter, Space, grid
 from trimtab.sweeps.trials import Search
 from trimtab.sweeps.worker import try_settings
 
@@ -65,14 +66,14 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     steerings = [fitter.steering(params) for params in settings]
     sampled = steerings[:: (len(AUSTEER_GRID) + 1) * EVERY_SETTING]
 
-    def bench(resumed: bool = True) -> Bench:
+    def bench(resumed: bool = True) -> TaskRows:
         limits: Any = {"validation": count, "test": 1}
-        return Bench(lm, TASK, data=str(data), limits=limits, resumed=resumed)
+        return TaskRows(lm, TASK, data=str(data), limits=limits, resumed=resumed)
 
     prompts = _prompts(bench())
     by_length = sorted(prompts, key=len)[:: min(EVERY_ROW, len(prompts))]
 
-    def swept(on: Bench, some: Space, search: Search = "grid") -> None:
+    def swept(on: TaskRows, some: Space, search: Search = "grid") -> None:
         try_settings(
             on,
             fitter,
@@ -82,7 +83,7 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
             max_cost=None,
             oracle=False,
             seed=0,
-            run=SharedRun(None, {}),
+            run=Run(None, {}),
         )
 
     def ours() -> tuple[float, float]:
@@ -142,7 +143,7 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     ]
 
 
-def _prompts(bench: Bench) -> list[str]:
+def _prompts(bench: TaskRows) -> list[str]:
     job = bench.jobs["validation"]
     assert isinstance(job, TaskJob)
     return [str(example.prompt) for example in job.entries[0].examples]
@@ -150,7 +151,7 @@ def _prompts(bench: Bench) -> list[str]:
 
 def _check(
     lm: tt.LanguageModel,
-    bench: Bench,
+    bench: TaskRows,
     steerings: Sequence[tt.Steering],
     prompts: Sequence[str],
     say: Say,

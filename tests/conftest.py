@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import TINY, tiny_model, tiny_tokenizer
@@ -44,6 +45,19 @@ def smollm2() -> Any:
 def gemma3() -> Any:
     """Gemma 3 270M (base), loaded once. A test that changes it must change it back."""
     return _real_model("gemma3-270m")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: of a run on a tiny model drawing them takes longer than the rest.
+
+    For tests that do not look at them.
+    """
+
+    def empty(figure: Figure, target: Any, **options: Any) -> None:
+        target.write(b"")
+
+    monkeypatch.setattr(Figure, "savefig", empty)
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -378,3 +381,34 @@ def traces(model: nn.Module) -> dict[str, Any]:
         )
         for name, module in model.named_modules()
     }
+
+
+WORDS = [
+    "happy",
+    "sad",
+    "good",
+    "bad",
+    "map",
+    "ship",
+    "rain",
+    "wheel",
+    "king",
+    "daughter",
+    "fire",
+    "house",
+    "children",
+]
+
+
+def write_pairs(path: Path, rows: int = 60, seed: int = 0) -> str:
+    """Pairs in three parts, as a task."""
+    draw, lines = random.Random(seed), []
+    for i in range(rows):
+        positive, negative = draw.sample(WORDS, 2)
+        row = {
+            "prompt": f"Today {draw.choice(WORDS)} {i}",
+            "part": ("train", "validation", "test")[i % 3],
+        }
+        lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
+    path.write_text("\n".join(lines))
+    return f"contrast:{path}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import by_hand
-from trimtab.reading.next_tokens import Batch, Next, Reading, plan, run_batches
+from trimtab.reading.next_tokens import Next, PlannedBatch, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import Positions
 
@@ -46,7 +46,7 @@ def found_by(
     lm: tt.LanguageModel,
     readings: Sequence[Reading],
     steering: Any = None,
-    batches: Sequence[Batch] | None = None,
+    batches: Sequence[PlannedBatch] | None = None,
     batch_tokens: int = 60,
     kept: StreamCache | None = None,
 ) -> dict[int, Next]:

@@ -35,7 +35,7 @@ from helpers import relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast, Text
 from trimtab.fitting.activations import Want
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 
 NAMES = ("llama", "gemma2", "gpt2", "olmo2")
 

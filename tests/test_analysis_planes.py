@@ -22,14 +22,14 @@ from helpers import by_hand, language_model, refused_in_one_line, token_ids
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.papers.analyses import ANALYSES
-from trimtab.papers.result import Analysis, write
+from trimtab.papers.result import StudyResult, write
 from trimtab.papers.rotations.dials import dial, masks, variants_of
 from trimtab.papers.rotations.norms import norms
 from trimtab.papers.rotations.planes import plane
 from trimtab.reports.charts import rendered
-from trimtab.reports.run import SharedRun
+from trimtab.reports.run import Run
 from trimtab.steering.operators import Rotate, Turn
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 
 WHO, WHAT = ("king", "mother", "old captain"), ("ship", "map", "fire in the rain")
 POSITIVE = [f"The {who} saw the {what} and said: I love this" for who in WHO for what in WHAT]
@@ -265,7 +265,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def turned(source: str) -> Analysis:
+def turned(source: str) -> StudyResult:
     return dial(_lm(), f"contrast:{source}", step=90, whole_blocks=False, cost=False)
 
 
@@ -291,7 +291,7 @@ def _log_odds(pair: tuple[str, str, str], steering: Any) -> float:
     return scores[0] - scores[1]
 
 
-def test_every_angle_is_what_hooks_by_hand_give(turned: Analysis, source: str) -> None:
+def test_every_angle_is_what_hooks_by_hand_give(turned: StudyResult, source: str) -> None:
     train = Contrast.from_jsonl(source)
     made = tt.fit([tt.SS(whole_blocks=False), tt.SAS(), tt.AAS()], _lm(), train)
     assert [method["name"] for method in turned.data["methods"]] == ["ss", "sas", "aas"]
@@ -304,7 +304,7 @@ def test_every_angle_is_what_hooks_by_hand_give(turned: Analysis, source: str) -
             assert found["n"] == 2
 
 
-def test_at_zero_only_selective_steering_is_the_unsteered_model(turned: Analysis) -> None:
+def test_at_zero_only_selective_steering_is_the_unsteered_model(turned: StudyResult) -> None:
     base = turned.data["unsteered"]["validation"]["log_odds"]["value"]
     assert base == pytest.approx(np.mean([_log_odds(pair, None) for pair in PAIRS[5:7]]), abs=1e-4)
     at_zero = {
@@ -315,7 +315,7 @@ def test_at_zero_only_selective_steering_is_the_unsteered_model(turned: Analysis
 
 
 def test_the_angle_is_chosen_on_validation_and_the_oracle_on_test(
-    turned: Analysis, source: str
+    turned: StudyResult, source: str
 ) -> None:
     made = tt.fit(
         [tt.SS(whole_blocks=False), tt.SAS(), tt.AAS()], _lm(), Contrast.from_jsonl(source)
@@ -412,20 +412,20 @@ def test_prompts_are_answered_and_their_violations_counted(tmp_path: Path, sourc
 def test_an_interrupted_dial_goes_on_from_its_records(
     tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> Analysis:
-        with_records = SharedRun(tmp_path / "run", {"model": {}})
+    def run() -> StudyResult:
+        with_records = Run(tmp_path / "run", {"model": {}})
         return dial(_lm(), f"contrast:{source}", methods=("sas",), step=180, run=with_records)
 
-    plain = Bench.records
+    plain = TaskRows.records
     calls: list[Any] = []
 
-    def counted(self: Bench, steering: Any, part: Any, *more: Any, **named: Any) -> Any:
+    def counted(self: TaskRows, steering: Any, part: Any, *more: Any, **named: Any) -> Any:
         calls.append((named.get("name"), part))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return plain(self, steering, part, *more, **named)
 
-    monkeypatch.setattr(Bench, "records", counted)
+    monkeypatch.setattr(TaskRows, "records", counted)
     with pytest.raises(KeyboardInterrupt):
         run()
     first, calls[:] = list(calls[:2]), [None] * 5
@@ -517,7 +517,7 @@ def test_each_mask_gets_the_angle_that_is_best_for_it(source: str) -> None:
 # -- what people see ------------------------------------------------------------------------------
 
 
-def _svg(found: Analysis, name: str) -> str:
+def _svg(found: StudyResult, name: str) -> str:
     (picture,) = (picture for picture in found.pictures if picture.name == name)
     return rendered(picture.figure, "svg", name).decode()
 
@@ -527,7 +527,7 @@ def _says(svg: str, *texts: str) -> None:
         assert f">{text}<" in svg, text
 
 
-def test_pictures_have_their_labels(turned: Analysis, source: str) -> None:
+def test_pictures_have_their_labels(turned: StudyResult, source: str) -> None:
     found = plane(_lm(), CONTRAST)
     source_site = found.data["plane"]["source_site"]
     _says(_svg(found, "cosines"), "cosine", "mean cosine to all candidates", f"b1: {source_site}")
@@ -545,7 +545,7 @@ def test_a_run_directory_has_page_pictures_and_results(tmp_path: Path) -> None:
     lm = _lm()
     found = plane(lm, CONTRAST)
     config = {"model": {**vars(lm.identity), "dtype": str(lm.dtype)}}
-    write(found, SharedRun(tmp_path / "run", config))
+    write(found, Run(tmp_path / "run", config))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["analysis"] == "plane"
     assert results["sites"] == json.loads(json.dumps(found.data["sites"]))

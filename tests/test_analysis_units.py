@@ -33,9 +33,10 @@ from trimtab.figures.significance import holm
 from trimtab.papers.analyses import ANALYSES, ablations, count, heatmap, suppression, tokens, units
 from trimtab.papers.austeer.tokens import unit_direction
 from trimtab.papers.austeer.units import _agreement
-from trimtab.papers.measure import Rows, compare, figure
+from trimtab.papers.settings import rows_of
 from trimtab.reports.charts import rendered
 from trimtab.steering.operators import Scale
+from trimtab.sweeps.rows import difference_of, mean_of
 
 WHO = ("king", "mother", "captain", "daughter")
 WHAT = ("ship", "map", "fire", "table", "house", "day")
@@ -238,7 +239,7 @@ def test_halves_of_the_rows_have_their_share_of_every_answer() -> None:
 def test_flips_are_tested_as_statsmodels_does() -> None:
     before = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0.0])
     after = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, math.nan])
-    found = compare(before, after)
+    found = difference_of(before, after)
     table = [[2, 1], [5, 1]]  # right and wrong before, right and wrong after
     assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue)
     assert (found.gained, found.lost, found.n) == (5, 1, 9)
@@ -252,20 +253,20 @@ def test_corrections_are_those_of_statsmodels() -> None:
 
 
 def test_no_clear_answer_is_said() -> None:
-    refused_in_one_line(lambda: figure("accuracy", torch.full((3,), math.nan)), "no answer was")
+    refused_in_one_line(lambda: mean_of("accuracy", torch.full((3,), math.nan)), "no answer was")
 
 
 @pytest.mark.slow
 def test_choices_are_measured_in_one_pass_as_a_plain_loop_does(
     smollm2: Any, data_dir: Path
 ) -> None:
-    rows = Rows(smollm2, "copa", data=str(data_dir), limit=3, test_limit=1)
+    rows = rows_of(smollm2, "copa", data=str(data_dir), limit=3, test_limit=1)
     site = smollm2.anatomy.sites("ffn_out")[27]
     operator = Scale(torch.tensor([14, 300]), torch.ones(2), 576)
     steering = steer(smollm2, (site, operator), alpha=30.0)
     for attached in (None, steering):
         found = rows.values(attached)
-        records = rows.bench.records(attached, "validation")
+        records = rows.records(attached, "validation")
         assert found["accuracy"].tolist() == [record["values"]["accuracy"] for record in records]
         letters = [smollm2.tokenizer(letter).input_ids[0] for letter in "AB"]
         with smollm2.steered(attached):

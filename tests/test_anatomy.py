@@ -26,8 +26,9 @@ from helpers import (
 from reference import reference
 from sites_by_hand import both, capture
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.anatomy import KINDS, Anatomy, Point, anatomy
+from trimtab.anatomy import KINDS, Anatomy, Point, site_order
 from trimtab.anatomy.hooks import hooked
+from trimtab.anatomy.sites import BLOCK_KINDS
 
 # -- every architecture, every kind -----------------------------------------------------------
 
@@ -57,7 +58,7 @@ def test_reading_every_site_changes_nothing(name: str) -> None:
 def test_sites_of_one_layer_are_different_places(name: str) -> None:
     """Were two kinds the same tensor, the comparison above could pass for the wrong reason."""
     seen, _ = both(name)
-    layer = [seen[f"layers.1.{kind}"] for kind in anatomy.BLOCK_KINDS if kind not in MISSING[name]]
+    layer = [seen[f"layers.1.{kind}"] for kind in BLOCK_KINDS if kind not in MISSING[name]]
     assert len(layer) in (9, 11)
     for i, first in enumerate(layer):
         for second in layer[i + 1 :]:
@@ -107,7 +108,7 @@ def test_the_residual_stream_is_the_sum_of_its_writers(name: str) -> None:
     places = Anatomy(tiny_model(name))
     writers = places.stream_writers
     assert len(writers) == 1 + 2 * places.layers
-    assert writers == sorted(writers, key=anatomy.site_order)
+    assert writers == sorted(writers, key=site_order)
     for layer in range(places.layers):
         total = sum((seen[site] for site in writers[: 3 + 2 * layer]), start=torch.zeros(1))
         assert relative(total, seen[f"layers.{layer}.resid"]) < 1e-6

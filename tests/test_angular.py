@@ -22,7 +22,7 @@ from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.statistics import Means, Sides
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 from trimtab.steering.operators import Rotate, Turn
 
 #: The norms of a block by transformers' names and by their sites, in the order of the computation.

@@ -105,7 +105,7 @@ def test_no_permission_is_said_before_the_work(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Patched, because root may write everywhere.
-    monkeypatch.setattr("trimtab.cli.common.os.access", lambda path, mode: False)
+    monkeypatch.setattr("trimtab.files.os.access", lambda path, mode: False)
     refused(trimtab(f"fit caa {FIT} -o new.st"), "cannot write new.st", "permission")
     refused(trimtab("bake -m model -s au.safetensors -o new"), "cannot write new", "permission")
 
@@ -196,7 +196,7 @@ def test_what_nobody_thought_of_is_one_line_too(
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from trimtab.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_as_a_process(work: Path) -> None:
@@ -208,6 +208,7 @@ def test_as_a_process(work: Path) -> None:
     assert output["prompt"] == "Hello"
 
 
+@pytest.mark.slow
 def test_as_a_process_with_bad_input(work: Path) -> None:
     ran = process("bake", "--model", "nowhere/at/all", "--steer", "au.safetensors", "-o", "baked")
     assert (ran.returncode, ran.stdout) == (2, "")

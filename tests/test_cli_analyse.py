@@ -17,8 +17,8 @@ from commands import Command, home, listing, refused, trimtab, work, write_rows
 from trimtab.cli.app import build
 from trimtab.contrasts import Contrast
 from trimtab.papers.analyses import ANALYSES
-from trimtab.papers.result import Analysis
-from trimtab.reports.page import Table
+from trimtab.papers.result import StudyResult
+from trimtab.reports.tables import Table
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
@@ -40,6 +40,7 @@ def _texts(work: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_object_with_json_and_tables_without(trimtab: Command) -> None:
     found = trimtab(f"{PLANE} --json").json
     assert found["analysis"] == "plane"
@@ -103,6 +104,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert listing(Path()) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_prompts_of_ones_own_need_something_to_fit_on(trimtab: Command) -> None:
     write_rows("asked.jsonl", [{"prompt": "She looked at the map"}])
     line = "analyse dial --model model --task refusal:asked.jsonl"
@@ -158,9 +160,11 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], 
     def put(function: Callable[..., Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
 
-        def called(language_model: Any, **given: Any) -> Analysis:
+        def called(language_model: Any, **given: Any) -> StudyResult:
             seen.update(given)
-            return Analysis("mine", "Mine", {"ok": True}, [Table("T", ["n"], [[1]] * 40)])
+            return StudyResult(
+                {"ok": True}, tables=[Table("T", ["n"], [[1]] * 40)], name="mine", title="Mine"
+            )
 
         called.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
         called.__annotations__ = inspect.get_annotations(function)
@@ -176,7 +180,7 @@ def analysis(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], 
 def test_the_same_again_is_made_again_and_another_configuration_is_refused(
     trimtab: Command, analysis: Callable[[Callable[..., Any]], dict[str, Any]]
 ) -> None:
-    def mine(language_model: Any, contrast: Contrast | str, *, k: int = 1) -> Analysis: ...
+    def mine(language_model: Any, contrast: Contrast | str, *, k: int = 1) -> StudyResult: ...
 
     seen = analysis(mine)
     line = "analyse mine --model model -c parts.jsonl -o out"
@@ -218,7 +222,7 @@ def test_a_new_analysis_gets_its_command(
         limit: int | None = 100,
         test_limit: int | None = None,
         run: Any = None,
-    ) -> Analysis: ...
+    ) -> StudyResult: ...
 
     seen = analysis(mine)
     line = "analyse mine --model model -c parts.jsonl -c other=parts.jsonl"
@@ -267,13 +271,14 @@ def test_a_new_analysis_gets_its_command(
     refused(trimtab(f"{line} --some 1,every"), "--some", "all")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_an_analysis_that_fails_later_leaves_its_records(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trimtab.errors import TrimtabError
-    from trimtab.sweeps.rows import Bench
+    from trimtab.sweeps.rows import TaskRows
 
-    plain, calls = Bench.records, []
+    plain, calls = TaskRows.records, []
 
     def fails(self: Any, *given: Any, **named: Any) -> Any:
         calls.append(given)
@@ -281,7 +286,7 @@ def test_an_analysis_that_fails_later_leaves_its_records(
             raise TrimtabError("the lights went out")
         return plain(self, *given, **named)
 
-    monkeypatch.setattr(Bench, "records", fails)
+    monkeypatch.setattr(TaskRows, "records", fails)
     refused(trimtab(f"{DIAL} -o out"), "the lights went out")
     assert Path("out/config.json").exists()
     assert list(Path("out/records").iterdir())

@@ -15,6 +15,8 @@ from trimtab.sweeps.space import Range
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 BASIC = "compare 'caa layer=0,1 alpha=1,4' 'late: caa layer=1 alpha=2,8' --model model --untimed"
 
 

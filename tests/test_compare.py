@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import trimtab as tt
 from helpers import kl_at, language_model, refused_in_one_line
 from trimtab.figures.significance import paired_p
 from trimtab.reading.likelihood import log_odds
+from trimtab.sweeps import compare_methods
 from trimtab.sweeps.compare_methods import Candidate, compare
 from trimtab.sweeps.comparison import Comparison
 
@@ -68,6 +68,7 @@ def odds(lm: tt.LanguageModel, pairs: str, part: Any, steering: Any) -> torch.Te
     return log_odds(lm, tt.Contrast.from_jsonl(pairs).part(part), steering)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_is_chosen_on_validation_and_reported_on_test(
     compared: tuple[Comparison, Path], pairs: str
 ) -> None:
@@ -94,8 +95,8 @@ def test_each_is_chosen_on_validation_and_reported_on_test(
         assert row.sweep.best.value == pytest.approx(means[best], abs=1e-5)
         gains = odds(lm, pairs, "test", fitted[best]) - base
         assert row.against is not None
-        assert row.against.value == pytest.approx(float(gains.mean()), abs=1e-5)
-        assert row.against.ci95[0] <= row.against.value <= row.against.ci95[1]
+        assert row.against.difference == pytest.approx(float(gains.mean()), abs=1e-5)
+        assert row.against.ci95[0] <= row.against.difference <= row.against.ci95[1]
         assert row.against.p == pytest.approx(paired_p(gains.tolist()), abs=0.02)
         assert row.test is not None
         assert row.test.n == row.against.n == 14
@@ -113,8 +114,8 @@ def test_p_are_corrected_for_their_number(compared: tuple[Comparison, Path]) -> 
     first, second = (row.against for row in found.rows[:2])
     assert first is not None
     assert second is not None
-    between = found.between["caa", "actadd"].value
-    assert between == pytest.approx(first.value - second.value, abs=1e-9)
+    between = found.between["caa", "actadd"].difference
+    assert between == pytest.approx(first.difference - second.difference, abs=1e-9)
 
 
 def test_side_effects(compared: tuple[Comparison, Path]) -> None:
@@ -153,16 +154,14 @@ def test_at_an_equal_budget(compared: tuple[Comparison, Path], pairs: str) -> No
 
 
 def test_one_pass_fits_all(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = sys.modules["trimtab.compare"]  # the package has a function of this name
-
     passes = []
-    collect = module.collect
+    collect = compare_methods.collect
 
     def counting(*args: Any, **options: Any) -> Any:
         passes.append(len(args[2]))
         return collect(*args, **options)
 
-    monkeypatch.setattr(module, "collect", counting)
+    monkeypatch.setattr(compare_methods, "collect", counting)
     monkeypatch.setattr("trimtab.sweeps.space.collect", counting)
     compare(language_model("llama"), CANDIDATES, f"contrast:{pairs}", timed=False, limit=3)
     assert len(passes) == 1

@@ -154,17 +154,29 @@ def test_unfinished_work_of_other_settings_is_kept(
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda lines: [b"not ours\n"], "line 1 is not JSON"),
+        (lambda lines: [b"not ours\n"], "line 1 is damaged: it is not JSON"),
         (lambda lines: [b"no line end"], "it has no settings"),
         (lambda lines: [], "it has no settings"),
         (lambda lines: [b"\xff\xfe\n"], "codec can't decode"),
-        (lambda lines: [lines[0], b"{\n", lines[2]], "line 2 is not JSON"),
-        (lambda lines: [lines[0], b"[]\n", lines[2]], "line 2 is not a JSON object"),
-        (lambda lines: [lines[0], lines[2]], "line 2 is not batch 0 of the positive texts"),
-        (lambda lines: [*lines[:2], lines[1]], "line 3 is not batch 1 of the positive texts"),
-        (lambda lines: [lines[0], lines[1][:-3] + b', ""]}\n'], "line 2 is not batch 0"),
-        (lambda lines: [lines[0], lines[1].replace(b'["', b'[0, "')], "line 2 is not batch 0"),
-        (lambda lines: [*lines, lines[2]], "line 8 is a batch too many"),
+        (lambda lines: [lines[0], b"{\n", lines[2]], "line 2 is damaged: it is not JSON"),
+        (lambda lines: [lines[0], b"[]\n", lines[2]], "line 2 is damaged: it is not a JSON object"),
+        (
+            lambda lines: [lines[0], lines[2]],
+            "line 2 is damaged: it is not batch 0 of the positive texts",
+        ),
+        (
+            lambda lines: [*lines[:2], lines[1]],
+            "line 3 is damaged: it is not batch 1 of the positive texts",
+        ),
+        (
+            lambda lines: [lines[0], lines[1][:-3] + b', ""]}\n'],
+            "line 2 is damaged: it is not batch 0",
+        ),
+        (
+            lambda lines: [lines[0], lines[1].replace(b'["', b'[0, "')],
+            "line 2 is damaged: it is not batch 0",
+        ),
+        (lambda lines: [*lines, lines[2]], "line 8 is damaged: it is a batch too many"),
     ],
 )
 def test_damaged_work_is_kept_and_named(
@@ -182,7 +194,8 @@ def test_damaged_work_is_kept_and_named(
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     before = part.read_bytes()
     refused_in_one_line(
-        lambda: generate_contrast(lm, "joy", output=path, **SHORT), f"part is damaged: .*{says}"
+        lambda: generate_contrast(lm, "joy", output=path, **SHORT),
+        f"part.*{says}.*; delete it, or pass overwrite",
     )
     assert part.read_bytes() == before
     assert not path.exists()

@@ -1,6 +1,7 @@
 """What every method's steering has in common, on every architecture: one body of tests.
 
-A new method gets all of it by being listed in `SETTINGS`. The oracle for what a steering does is
+A new method gets all of it with its defaults, and with other settings by being listed in
+`SETTINGS`. The oracle for what a steering does is
 `reference.py`, with the operators applied by hand at their sites.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from tiny import TINY
 from trimtab.contrasts import Pair, Text
 from trimtab.fitting.method import Method
 from trimtab.methods import METHODS
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 
 PAIRS = [
     ("Today I feel", " happy and light.", " sad."),
@@ -69,7 +71,7 @@ class Setting:
     """A method with its options, and what is to be expected of it."""
 
     make: Callable[[str], Method]  # from the architecture's name
-    bakes: frozenset[str]  # the architectures whose weights can take it
+    bakes: frozenset[str] | None  # the architectures whose weights can take it; None: any or none
     reason: str = ""  # what the refusal says elsewhere
     contrast: tt.Contrast = PAIRED
     identity: float | None = 0.0  # the dial at which it does nothing
@@ -154,6 +156,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "vector": _always(tt.AUSteer(k=40, change="vector"), FFN_BIAS, _NO_FFN_BIAS),
     },
 }
+
+for _name, _method in METHODS.items():
+    SETTINGS.setdefault(_name, {"default": Setting(lambda name, made=_method: made(), None)})
 
 CASES = [f"{method}: {name}" for method, own in SETTINGS.items() for name in own]
 
@@ -245,11 +250,6 @@ def _expected(name: str, steerings: list[tt.Steering], prompt: str = PROMPTS[0])
     return logits[-1]
 
 
-def test_every_method_is_listed() -> None:
-    assert set(SETTINGS) == set(METHODS)
-    assert all(SETTINGS.values())
-
-
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("case", CASES)
 class TestConformance:
@@ -324,6 +324,11 @@ class TestConformance:
 
     def test_bake(self, case: str, name: str) -> None:
         lm, steering, setting = _wrapped(name), _fitted(case, name), _setting(case)
+        if setting.bakes is None:
+            with suppress(tt.TrimtabError):
+                baked = tt.bake(lm, steering).logits(PROMPTS[:1])[0]
+                assert relative(baked, _alone(case, name)) < 1e-4
+            return
         if name not in setting.bakes:
             with pytest.raises(tt.TrimtabError, match=setting.reason) as caught:
                 tt.bake(lm, steering)

@@ -359,7 +359,14 @@ def test_weights_that_are_not_finite_are_warned_about(
 
 
 @pytest.mark.parametrize(
-    "kind", ["a tensor missing", "hidden size a text", "type a list", "config deep", "layers fewer"]
+    "kind",
+    [
+        "a tensor missing",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("hidden size a text", "type a list", "config deep", "layers fewer")
+        ),
+    ],
 )
 def test_the_command_line_says_it_in_one_line(whole: Path, tmp_path: Path, kind: str) -> None:
     folder = damaged(whole, tmp_path / "model", DAMAGES[kind])
@@ -393,21 +400,30 @@ def with_code(folder: Path, marker: Path, model_type: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(written))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "made_up"])
-def test_no_code_of_a_directory_runs(whole: Path, tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "answers"),
+    [
+        pytest.param("made_up", "y\n" * 99, id="made_up-yes"),
+        pytest.param("made_up", "", id="made_up-silence", marks=pytest.mark.slow),
+        pytest.param("llama", "y\n" * 99, id="llama-yes", marks=pytest.mark.slow),
+        pytest.param("llama", "", id="llama-silence", marks=pytest.mark.slow),
+    ],
+)
+def test_no_code_of_a_directory_runs(
+    whole: Path, tmp_path: Path, model_type: str, answers: str
+) -> None:
     """Neither with yes on standard input, nor without. Where transformers has the architecture
     itself, its own code is used."""
     folder, marker = tmp_path / "model", tmp_path / "ran"
     damaged(whole, folder, lambda folder: with_code(folder, marker, model_type))
     options = ["--max-new-tokens", "2", "--device", "cpu"]
-    for answers in ("y\n" * 99, ""):
-        ran = process("generate", "--model", str(folder), *options, "Hi", answers=answers)
-        assert not marker.exists()
-        assert ran.returncode == (0 if model_type == "llama" else 2)
-        assert "[y/N]" not in ran.stdout + ran.stderr
-        if model_type == "made_up":
-            assert "--trust-remote-code" in ran.stderr
-            assert ran.stderr.count("\n") == 1
+    ran = process("generate", "--model", str(folder), *options, "Hi", answers=answers)
+    assert not marker.exists()
+    assert ran.returncode == (0 if model_type == "llama" else 2)
+    assert "[y/N]" not in ran.stdout + ran.stderr
+    if model_type == "made_up":
+        assert "--trust-remote-code" in ran.stderr
+        assert ran.stderr.count("\n") == 1
     ran = process("generate", "--model", str(folder), *options, "Hi", "--trust-remote-code")
     assert marker.exists()
 

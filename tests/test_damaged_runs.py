@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from helpers import add, language_model, refused_in_one_line, steer
+from helpers import add, language_model, refused_in_one_line, steer, write_pairs
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.papers.rotations.dials import dial
 from trimtab.reports import run as runs_module
-from trimtab.reports.run import SharedRun
+from trimtab.reports.run import Run
 from trimtab.sweeps.compare_methods import Candidate, compare
 from trimtab.sweeps.sweep_method import sweep
 
@@ -43,19 +43,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_module, "environment", dict)
     monkeypatch.setattr("trimtab.evaluation.evaluation.evaluation_page", lambda *arguments: "")
     monkeypatch.setattr("trimtab.sweeps.sweep_page.sweep_page", lambda *arguments: "")
-
-
-def write_pairs(path: Path, rows: int = 36) -> str:
-    draw, lines = random.Random(0), []
-    for i in range(rows):
-        positive, negative = draw.sample(WORDS, 2)
-        row = {
-            "prompt": f"Today {draw.choice(WORDS)} {i}",
-            "part": ("train", "validation", "test")[i % 3],
-        }
-        lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
-    path.write_text("\n".join(lines))
-    return f"contrast:{path}"
 
 
 def write_requests(path: Path, rows: int = 6) -> str:
@@ -281,7 +268,7 @@ class Evaluated:
         self.lm = lm
         (room / "text.txt").write_text(" ".join(WORDS * 9))
         self.tasks = [
-            write_pairs(room / "pairs.jsonl"),
+            write_pairs(room / "pairs.jsonl", rows=36),
             write_requests(room / "requests.jsonl"),
             f"perplexity:{room / 'text.txt'}",
         ]
@@ -386,7 +373,7 @@ class Swept:
     """A sweep that can be run again, and its figures."""
 
     def __init__(self, lm: tt.LanguageModel, room: Path, **options: Any) -> None:
-        self.lm, self.task, self.options = lm, write_pairs(room / "pairs.jsonl"), options
+        self.lm, self.task, self.options = lm, write_pairs(room / "pairs.jsonl", rows=36), options
 
     def __call__(self, output: Path | None) -> Any:
         found = sweep(self.lm, "caa", self.task, output=output, **self.options).as_json()
@@ -451,7 +438,7 @@ def compared(lm: tt.LanguageModel, task: str, output: Path) -> Any:
 
 
 def dialled(lm: tt.LanguageModel, task: str, output: Path) -> Any:
-    run = SharedRun(output, {"analysis": "dial", "model": {}})
+    run = Run(output, {"analysis": "dial", "model": {}})
     found = dial(lm, task, methods=("ss",), step=180, run=run)
     return without_times(json.loads(json.dumps(found.as_json())))
 
@@ -462,7 +449,7 @@ def test_a_damaged_comparison_or_analysis(
 ) -> None:
     monkeypatch.setattr("trimtab.sweeps.comparison_page.comparison_page", lambda *arguments: "")
     (tmp_path / "task").mkdir()
-    task = write_pairs(tmp_path / "task" / "pairs.jsonl")
+    task = write_pairs(tmp_path / "task" / "pairs.jsonl", rows=36)
     expected = work(lm, task, tmp_path / "whole")
     check(
         tmp_path / "whole",

@@ -103,7 +103,12 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("program", "at_once"), [(_ASK, 8), (_SCORE, 3), (_POST, 1)], ids=["judge", "scorer", "address"]
+    ("program", "at_once"),
+    [
+        pytest.param(_ASK, 8, id="judge"),
+        pytest.param(_SCORE, 3, id="scorer", marks=pytest.mark.slow),
+        pytest.param(_POST, 1, id="address", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupt_ends_the_process_at_once(program: str, at_once: int) -> None:
     kinds = list(SLOW)

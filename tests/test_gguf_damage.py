@@ -329,7 +329,7 @@ def converted(sources: list[Path], room: Path, seed: int, count: int) -> None:
 
 
 def test_files_damaged_at_random(good: list[Path], tmp_path: Path) -> None:
-    converted(good, tmp_path, seed=0, count=40)
+    converted(good, tmp_path, seed=0, count=20)
 
 
 @pytest.mark.slow

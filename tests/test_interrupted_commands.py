@@ -14,6 +14,8 @@ from commands import Command, home, trimtab, work, write_rows
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 PARTS = ["train"] * 4 + ["validation"] * 2 + ["test"] * 2
 COMMANDS = {
     "dial": "analyse dial --model model --task contrast:parts.jsonl --methods ss --step 180",
@@ -44,7 +46,13 @@ def figures(found: Any) -> Any:
     return [figures(one) for one in found] if isinstance(found, list) else found
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("dial", "compare") else name
+        for name in COMMANDS
+    ],
+)
 def test_interrupted_it_leaves_nothing_or_goes_on(
     name: str, trimtab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

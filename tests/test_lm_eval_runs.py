@@ -187,11 +187,11 @@ def test_answers_that_cannot_be_kept_are_refused_in_one_line(
 ) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text('{"a": 1}\nno answers\n{"b": 2}\n')
-    refused_in_one_line(lambda: TrimtabLM(lm, answers=file), "line 2 does not hold answers")
+    refused_in_one_line(lambda: TrimtabLM(lm, answers=file), "line 2 is damaged: it is not JSON")
     assert file.read_text().count("\n") == 3  # nothing is lost
-    refused_in_one_line(lambda: TrimtabLM(lm, answers=tmp_path), "cannot read the answers")
+    refused_in_one_line(lambda: TrimtabLM(lm, answers=tmp_path), "cannot be read: Is a directory")
     gone = TrimtabLM(lm, answers=tmp_path / "no" / "answers.jsonl")
-    refused_in_one_line(lambda: likelihoods(gone, PAIRS[:1]), "cannot write answers")
+    refused_in_one_line(lambda: likelihoods(gone, PAIRS[:1]), "cannot write .*answers.jsonl")
 
 
 # -- as a user names it ------------------------------------------------------------------------

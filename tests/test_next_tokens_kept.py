@@ -23,7 +23,7 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.reading.next_tokens import Batch, plan, prompt_reading, run_batches
+from trimtab.reading.next_tokens import PlannedBatch, plan, prompt_reading, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import POSITIONS
 
@@ -125,7 +125,9 @@ def test_bfloat16_on_what_is_kept() -> None:
     lm = tt.wrap(tiny_model("gemma3", dtype=torch.bfloat16), tiny_tokenizer(), "gemma3")
     readings = some_readings(12, count=5)
     kept = StreamCache(lm)
-    one_by_one = [Batch(0, (i,)) for i in range(len(readings))]  # padding shows in the rounding
+    one_by_one = [
+        PlannedBatch(0, (i,)) for i in range(len(readings))
+    ]  # padding shows in the rounding
     for layer in (2, 1):
         steering = steer_at(lm, "resid", layer=layer, positions="last")
         expected = found_by(lm, readings, steering, one_by_one)
@@ -139,7 +141,7 @@ def test_answers_and_prompts_apart_on_what_is_kept() -> None:
     lm = language_model("llama")
     same = [prompt_reading([BOS, 50 + i, 60, 70]) for i in range(2)]
     readings = [*same, *some_readings(5, count=2)]
-    batches = [Batch(0, (0, 1)), Batch(0, (2, 3))]
+    batches = [PlannedBatch(0, (0, 1)), PlannedBatch(0, (2, 3))]
     steering = steer_at(lm, "resid", positions="generated")
     found = found_by(lm, readings, steering, batches, kept=StreamCache(lm))
     expected = found_by(lm, readings, steering, batches)

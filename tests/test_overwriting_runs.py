@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from trimtab import TrimtabError
 from trimtab.cli.common import refuse_holding
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.reports import run as runs_module
-from trimtab.reports.run import Run, SharedRun
-from trimtab.sweeps.rows import Bench
+from trimtab.reports.run import Run
+from trimtab.sweeps.rows import TaskRows
 
+#: A run that one process has alone.
+alone = partial(Run, alone=True)
 CONFIG: dict[str, Any] = {"tasks": ["copa"], "limit": 4}
 OTHER: dict[str, Any] = {"tasks": ["copa"], "limit": 5}
-BOTH = pytest.mark.parametrize("kind", [Run, SharedRun])
+BOTH = pytest.mark.parametrize("kind", [alone, Run])
 
 FOREIGN: dict[str, dict[str, str]] = {
     "own files": {
@@ -66,7 +69,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 def work(kind: Any, folder: Path, config: dict[str, Any], overwrite: bool = False) -> None:
     """A small run of either kind."""
     run = kind(folder, config, overwrite)
-    if isinstance(run, Run):
+    if kind is alone:
         with run:
             run.append([record(0)])
             run.finish({})
@@ -129,7 +132,7 @@ def test_a_run_of_an_older_version_and_one_that_was_killed_as_it_began(
 
 def test_of_a_run_only_what_a_run_makes_goes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    work(SharedRun, folder, CONFIG)
+    work(Run, folder, CONFIG)
     own = {
         "pictures/holiday.png": "mine",
         "pictures/holiday.svg": "mine",
@@ -142,7 +145,7 @@ def test_of_a_run_only_what_a_run_makes_goes(tmp_path: Path) -> None:
             "pictures/figure-b1.svg", "records/00003-validation.jsonl",
             "records/caa--30-plain-text.jsonl", "records/unsteered-test.jsonl")  # fmt: skip
     fill(folder, own | dict.fromkeys(made, "damaged"))
-    SharedRun(folder, OTHER, overwrite=True).begin()
+    Run(folder, OTHER, overwrite=True).begin()
     left = listing(folder)
     assert set(left) - {".lock"} == {*own, "config.json", "environment.json"}
     assert all(left[name] == text.encode() for name, text in own.items())
@@ -151,7 +154,7 @@ def test_of_a_run_only_what_a_run_makes_goes(tmp_path: Path) -> None:
 def test_every_picture_is_known_by_its_name() -> None:
     """Each name that a Picture is made with in the sources is one that overwriting takes away."""
     names = []
-    for file in Path(runs_module.__file__).parent.rglob("*.py"):
+    for file in Path(tt.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Picture":
                 name = node.args[1]
@@ -189,34 +192,34 @@ def edit(file: Path, number: int, **changes: Any) -> None:
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_no_line_goes_without_its_checksum(tmp_path: Path, number: int) -> None:
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         run.append([record(i) for i in range(3)])
     edit(tmp_path / "run" / "records.jsonl", number)
     refused_in_one_line(
-        lambda: Run(tmp_path / "run", CONFIG), f"line {number + 1} is damaged: .*no"
+        lambda: alone(tmp_path / "run", CONFIG), f"line {number + 1} is damaged: .*no"
     )
 
 
 def test_no_part_goes_without_its_checksums(tmp_path: Path) -> None:
-    run = SharedRun(tmp_path / "run", CONFIG)
+    run = Run(tmp_path / "run", CONFIG)
     run.keep("unsteered-test", [record(0), record(1)])
     for number in (0, 1):
         edit(tmp_path / "run" / "records" / "unsteered-test.jsonl", number)
-        refused_in_one_line(lambda: run.kept("unsteered-test"), "have no checksum")
+        refused_in_one_line(lambda: run.kept("unsteered-test"), "ha(s|ve) no checksum")
 
 
 def test_old_runs_go_on_as_old_runs(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         run.append([record(0), record(1)])
     file = tmp_path / "run" / "environment.json"
     file.write_text(json.dumps(runs_module.environment()))
     edit(tmp_path / "run" / "records.jsonl", 0)
     for i in (2, 3):  # the second time after it has been gone on with by this version
-        with Run(tmp_path / "run", CONFIG) as run:
+        with alone(tmp_path / "run", CONFIG) as run:
             assert len(run.records) == i
             run.append([record(i)])
     file.write_text("{")
-    refused_in_one_line(lambda: Run(tmp_path / "run", CONFIG), "environment.json is damaged")
+    refused_in_one_line(lambda: alone(tmp_path / "run", CONFIG), "environment.json is damaged")
 
 
 @pytest.mark.parametrize(
@@ -267,8 +270,8 @@ def test_rows_are_the_same_in_tasks_of_any_kind_and_with_any_blanks(tmp_path: Pa
         text = "".join(json.dumps(row) + "\n" for row in rows)
         return f"contrast:{fill(tmp_path, {name: text}) / name}"
 
-    def bench(task: str, other: str) -> Bench:
-        return Bench(lm, task, validation_task=other, max_new_tokens=2)
+    def bench(task: str, other: str) -> TaskRows:
+        return TaskRows(lm, task, validation_task=other, max_new_tokens=2)
 
     own = ["Say it", "Tell me more"]
     same = [" Say  it\n", "Another"]

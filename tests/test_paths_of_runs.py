@@ -13,7 +13,7 @@ import pytest
 import trimtab as tt
 from helpers import add, language_model, refused_in_one_line, steer
 from trimtab.evaluation.evaluation import evaluate
-from trimtab.reports.run import Run, SharedRun
+from trimtab.reports.run import Run
 from trimtab.sweeps.sweep_method import sweep
 from trimtab.sweeps.trials import open_storage
 
@@ -84,8 +84,8 @@ def test_a_name_that_cannot_be_is_refused_with_nothing_made(
 ) -> None:
     output = Path(f"{tmp_path}/{name}")
     for make in (
+        lambda: Run(output, {}, alone=True),
         lambda: Run(output, {}),
-        lambda: SharedRun(output, {}),
         lambda: swept(lm, task, output),
         lambda: evaluate(lm, task, output=output),
     ):

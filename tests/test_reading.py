@@ -19,10 +19,12 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import refused_in_one_line
+from trimtab.figures import Estimate
+from trimtab.options import Bounds
 from trimtab.reports.charts import save_figure
-from trimtab.steering.artifact import ModelIdentity
+from trimtab.steering import ModelIdentity
 from trimtab.steering.operators import Add, Rotate, Turn
-from trimtab.strength import Bounds, ConceptCurve, CostCurve, Curve, TokenCurve, read
+from trimtab.strength import ConceptCurve, CostCurve, Curve, TokenCurve, read
 from trimtab.strength.pictures import Accuracy, Curves, draw, token_name
 from trimtab.strength.reading import find_peak, find_sweet_spot, fit_sigmoid, read_beginning
 
@@ -404,8 +406,8 @@ def test_nothing_to_read() -> None:
 
 # -- pictures -------------------------------------------------------------------------------------
 
-TASK = Accuracy("copa", "accuracy", (-20.0, 0.0, 20.0), (0.5, 0.7, 0.6), (0.4, 0.6, 0.5),
-                (0.6, 0.8, 0.7), 50, 0.7)  # fmt: skip
+FIGURES = Estimate(0.5, 0.4, 0.6, 50), Estimate(0.7, 0.6, 0.8, 50), Estimate(0.6, 0.5, 0.7, 50)
+TASK = Accuracy("copa", "accuracy", (-20.0, 0.0, 20.0), FIGURES, 0.7)
 
 
 def texts_of(svg: Path) -> list[str]:

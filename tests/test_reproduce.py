@@ -18,7 +18,6 @@ import yaml
 import trimtab as tt
 from helpers import language_model, plain_logits, token_ids
 from trimtab.papers import recipe as recipes_file
-from trimtab.papers.found import contrast_of
 from trimtab.papers.recipe import (
     SCALES,
     Recipe,
@@ -32,7 +31,8 @@ from trimtab.papers.recipe import (
     resolve,
 )
 from trimtab.papers.reproduction import Reproduction, beside_paper, reproduce
-from trimtab.papers.studies import WITHOUT_MODEL, Found, Value, find_study, run_study
+from trimtab.papers.result import contrast_of
+from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, find_study, run_study
 from trimtab.sweeps.effect import plain_texts
 from trimtab.sweeps.metering import Used
 
@@ -395,7 +395,7 @@ def test_ours_stand_beside_the_papers_in_its_unit() -> None:
             {"model": "M-7B", "unit": "%", "rows": {"Vanilla": {"COPA": 70.8}, "STA": {"COPA": 8}}}
         ],
     )
-    found = Found({}, {"unsteered": Value(0.5, (0.25, 0.75), 12, True), "k": Value(8)})
+    found = StudyResult({}, {"unsteered": Value(0.5, (0.25, 0.75), 12, True), "k": Value(8)})
     done = Reproduction(one, "full", {"name": "tiny"}, {"COPA": found}, {"COPA": Used()}, 0.0)
     table = beside_paper(done)[0]
     assert table.heads == ["", "whose", "COPA"]

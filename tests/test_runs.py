@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import transformers
 from helpers import refused_in_one_line
 from trimtab import TrimtabError
 from trimtab.reports import run as runs_module
-from trimtab.reports.run import Run, SharedRun
+from trimtab.reports.run import Run
 
+#: A run that one process has alone.
+alone = partial(Run, alone=True)
 CONFIG: dict[str, Any] = {"tasks": ["copa"], "limit": 4, "protocols": ("trimtab",)}
 
 
@@ -55,7 +58,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A run of three records."""
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         run.append(RECORDS[:2])
         run.append(RECORDS[2:])
         run.finish({"results": []})
@@ -83,15 +86,15 @@ def test_what_a_run_leaves(finished: Path) -> None:
 
 
 def test_records_in_memory_are_those_of_the_file(finished: Path) -> None:
-    with Run(None, CONFIG) as run:
+    with alone(None, CONFIG) as run:
         run.append([record(0, prompt=(("user", "Hello"),))])
     assert run.records == [record(0, prompt=[["user", "Hello"]])]
-    with Run(finished, CONFIG) as run:
+    with alone(finished, CONFIG) as run:
         assert run.records == RECORDS
 
 
 def test_records_are_there_as_soon_as_they_are_kept(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         for count in (1, 2, 3):
             run.append(RECORDS[count - 1 : count])
             lines = (tmp_path / "run" / "records.jsonl").read_bytes().split(b"\n")
@@ -104,7 +107,7 @@ def test_the_environment_has_versions_and_no_secrets(
 ) -> None:
     for name in ("OPENAI_API_KEY", "HF_TOKEN", "PERSPECTIVE_API_KEY"):
         monkeypatch.setenv(name, "not-to-be-told")
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         run.append(RECORDS)
         run.finish({})
     found = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -133,7 +136,7 @@ def test_cut_anywhere_it_goes_on_to_the_same_file(
     for size in sorted(sizes):
         (cut / "config.json").write_bytes((finished / "config.json").read_bytes())
         (cut / "records.jsonl").write_bytes(whole[:size])
-        with Run(cut, CONFIG) as run:
+        with alone(cut, CONFIG) as run:
             complete = whole[:size].count(b"\n")
             assert run.records == RECORDS[:complete], size
             run.append(RECORDS[complete:])
@@ -142,28 +145,28 @@ def test_cut_anywhere_it_goes_on_to_the_same_file(
 
 def test_a_run_without_records_begins(finished: Path) -> None:
     (finished / "records.jsonl").unlink()
-    with Run(finished, CONFIG) as run:
+    with alone(finished, CONFIG) as run:
         assert run.records == []
         run.append(RECORDS)
-    with Run(finished, CONFIG) as run:
+    with alone(finished, CONFIG) as run:
         assert run.records == RECORDS
 
 
 def test_the_directory_is_free_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "run", CONFIG) as run:
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path / "run", CONFIG) as run:
         run.append(RECORDS[:1])
         raise KeyboardInterrupt
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         assert run.records == RECORDS[:1]
 
 
 def test_what_fails_before_its_first_record_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(TrimtabError), Run(tmp_path / "run", CONFIG):
+    with pytest.raises(TrimtabError), alone(tmp_path / "run", CONFIG):
         raise TrimtabError("the prompt is too long")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
-    with pytest.raises(TrimtabError), Run(tmp_path / "run", CONFIG):
+    with pytest.raises(TrimtabError), alone(tmp_path / "run", CONFIG):
         raise TrimtabError("the prompt is too long")
     assert content(tmp_path / "run") == {"mine.txt": b"mine"}
 
@@ -174,9 +177,9 @@ def test_what_fails_before_its_first_record_leaves_nothing(tmp_path: Path) -> No
 def test_another_configuration_is_refused_naming_what_differs(finished: Path) -> None:
     before = content(finished)
     other = {"tasks": ["copa"], "limit": 5, "protocols": ["trimtab"], "seed": 1}
-    refused_in_one_line(lambda: Run(finished, other), "differs in limit, seed: .*--overwrite")
+    refused_in_one_line(lambda: alone(finished, other), "differs in limit, seed: .*--overwrite")
     assert content(finished) == before
-    with Run(finished, CONFIG) as run:  # and the refusal does not keep the directory
+    with alone(finished, CONFIG) as run:  # and the refusal does not keep the directory
         assert run.records == RECORDS
 
 
@@ -185,7 +188,7 @@ def test_overwrite_begins_anew_and_touches_only_its_own_files(finished: Path) ->
     (finished / "plots").mkdir()
     (finished / "report.html").write_text("old")
     other = {**CONFIG, "limit": 1}
-    with Run(finished, other, overwrite=True) as run:
+    with alone(finished, other, overwrite=True) as run:
         assert run.records == []
         run.append(RECORDS[:1])
         assert set(content_of_files(finished)) == {
@@ -196,9 +199,9 @@ def test_overwrite_begins_anew_and_touches_only_its_own_files(finished: Path) ->
         }
     assert (finished / "notes.txt").read_text() == "mine"
     assert (finished / "plots").is_dir()
-    with Run(finished, other) as run:
+    with alone(finished, other) as run:
         assert run.records == RECORDS[:1]
-    refused_in_one_line(lambda: Run(finished, CONFIG), "limit")
+    refused_in_one_line(lambda: alone(finished, CONFIG), "limit")
 
 
 def content_of_files(folder: Path) -> list[str]:
@@ -209,7 +212,7 @@ def test_overwrite_loses_nothing_before_there_is_something_new(finished: Path) -
     before = content(finished)
     with (
         pytest.raises(TrimtabError, match="no such task"),
-        Run(finished, {"limit": 9}, overwrite=True),
+        alone(finished, {"limit": 9}, overwrite=True),
     ):
         raise TrimtabError("no such task")
     assert content(finished) == before
@@ -233,7 +236,7 @@ def test_a_damaged_line_in_the_middle_is_refused(finished: Path, line: bytes) ->
     lines = file.read_bytes().split(b"\n")
     file.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
     before = content(finished)
-    refused_in_one_line(lambda: Run(finished, CONFIG), "records.jsonl, line 2 is damaged")
+    refused_in_one_line(lambda: alone(finished, CONFIG), "records.jsonl, line 2 is damaged")
     assert content(finished) == before
 
 
@@ -242,26 +245,26 @@ def test_a_damaged_line_in_the_middle_is_refused(finished: Path, line: bytes) ->
 )
 def test_a_damaged_configuration_is_refused(finished: Path, text: str, says: str) -> None:
     (finished / "config.json").write_text(text)
-    refused_in_one_line(lambda: Run(finished, CONFIG), f"config.json {says}")
+    refused_in_one_line(lambda: alone(finished, CONFIG), f"config.json {says}")
 
 
 def test_records_without_a_configuration_are_refused(finished: Path) -> None:
     (finished / "config.json").unlink()
-    refused_in_one_line(lambda: Run(finished, CONFIG), "no config.json")
+    refused_in_one_line(lambda: alone(finished, CONFIG), "no config.json")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_not_finite_is_refused(tmp_path: Path, value: float, kept: bool) -> None:
     bad = record(2, values={"perplexity": value}, steering="caa@9")
-    with Run(tmp_path / "run" if kept else None, CONFIG) as run:
+    with alone(tmp_path / "run" if kept else None, CONFIG) as run:
         run.append(RECORDS[:1])
         refused_in_one_line(
             lambda: run.append([RECORDS[1], bad]), "copa, example row 2, with caa@9"
         )
         assert run.records == RECORDS[:1]
     if kept:
-        with Run(tmp_path / "run", CONFIG) as run:
+        with alone(tmp_path / "run", CONFIG) as run:
             assert run.records == RECORDS[:1]
 
 
@@ -270,8 +273,8 @@ def test_what_is_not_finite_is_refused(tmp_path: Path, value: float, kept: bool)
 
 def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    refused_in_one_line(lambda: Run(tmp_path / "run", CONFIG), "is a file")
-    refused_in_one_line(lambda: Run(tmp_path / "run" / "below", CONFIG), "cannot write to")
+    refused_in_one_line(lambda: alone(tmp_path / "run", CONFIG), "is a file")
+    refused_in_one_line(lambda: alone(tmp_path / "run" / "below", CONFIG), "cannot write to")
     assert (tmp_path / "run").read_text() == "mine"
 
 
@@ -282,7 +285,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "mkdir", denied)
     refused_in_one_line(
-        lambda: Run(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
+        lambda: alone(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
     )
 
 
@@ -290,7 +293,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_directory_without_permission(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)
     refused_in_one_line(
-        lambda: Run(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
+        lambda: alone(tmp_path / "run", CONFIG), "cannot write to .*Permission denied"
     )
 
 
@@ -329,13 +332,13 @@ def test_a_full_disk_loses_at_most_the_batch(
             return file
         return io.BufferedWriter(_FullDisk(file, room))
 
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         run.append(RECORDS[:1])
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", full)
             refused_in_one_line(lambda: run.append(RECORDS[1:]), "cannot write .*No space left")
         assert run.records == RECORDS[:1]
-    with Run(tmp_path / "run", CONFIG) as run:
+    with alone(tmp_path / "run", CONFIG) as run:
         known = run.records
         assert known == RECORDS[: len(known)]
         assert len(known) < 3
@@ -353,7 +356,7 @@ def test_a_full_disk_does_not_cost_what_was_to_be_overwritten(
         raise TrimtabError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(runs_module, "write_whole", full)
-    with Run(finished, {"limit": 9}, overwrite=True) as run:
+    with alone(finished, {"limit": 9}, overwrite=True) as run:
         refused_in_one_line(lambda: run.append(RECORDS), "No space left")
     assert content(finished) == before
 
@@ -363,10 +366,10 @@ def test_a_full_disk_does_not_cost_what_was_to_be_overwritten(
 
 def test_a_directory_in_use_is_refused(finished: Path) -> None:
     before = content(finished)
-    with Run(finished, CONFIG):
-        refused_in_one_line(lambda: Run(finished, CONFIG), "in use by another process")
-        refused_in_one_line(lambda: Run(finished, CONFIG, overwrite=True), "in use by another")
-    with Run(finished, CONFIG) as run:
+    with alone(finished, CONFIG):
+        refused_in_one_line(lambda: alone(finished, CONFIG), "in use by another process")
+        refused_in_one_line(lambda: alone(finished, CONFIG, overwrite=True), "in use by another")
+    with alone(finished, CONFIG) as run:
         assert run.records == RECORDS
     assert content(finished) == before
 
@@ -389,10 +392,10 @@ def test_a_directory_in_use_by_another_process(finished: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         try:
-            refused_in_one_line(lambda: Run(finished, CONFIG), "in use by another process")
+            refused_in_one_line(lambda: alone(finished, CONFIG), "in use by another process")
         finally:
             other.kill()
-    with Run(finished, CONFIG) as run:  # a process that was killed holds nothing
+    with alone(finished, CONFIG) as run:  # a process that was killed holds nothing
         assert run.records == RECORDS
 
 
@@ -406,11 +409,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_parts_are_kept_whole_and_found_again(tmp_path: Path) -> None:
-    run = SharedRun(tmp_path / "deep" / "run", CONFIG)
+    run = Run(tmp_path / "deep" / "run", CONFIG)
     assert run.kept("one") is None
     run.keep("one", RECORDS)
     run.keep("none", [])
-    again = SharedRun(tmp_path / "deep" / "run", CONFIG)
+    again = Run(tmp_path / "deep" / "run", CONFIG)
     assert again.kept("one") == RECORDS  # with its line separators
     assert again.kept("none") == []
     assert again.kept("two") is None
@@ -435,7 +438,7 @@ def test_without_a_directory_nothing_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = SharedRun(None, CONFIG)
+    run = Run(None, CONFIG)
     run.keep("one", RECORDS)
     run.finish({"best": 1}, lambda environment: "page")
     assert run.kept("one") is None
@@ -444,20 +447,20 @@ def test_without_a_directory_nothing_is_kept(
 
 
 def test_a_shared_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    run = SharedRun(tmp_path / "run", CONFIG)
+    run = Run(tmp_path / "run", CONFIG)
     run.keep("one", RECORDS)
     before = files_of(tmp_path / "run")
     other = {**CONFIG, "limit": 5, "seed": 1}
     refused_in_one_line(
-        lambda: SharedRun(tmp_path / "run", other), "differs in limit, seed: .*--overwrite"
+        lambda: Run(tmp_path / "run", other), "differs in limit, seed: .*--overwrite"
     )
     assert files_of(tmp_path / "run") == before
-    assert SharedRun(tmp_path / "run", CONFIG).kept("one") == RECORDS  # and it is not locked
+    assert Run(tmp_path / "run", CONFIG).kept("one") == RECORDS  # and it is not locked
 
 
 def test_overwrite_clears_what_runs_leave_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    run = SharedRun(folder, CONFIG)
+    run = Run(folder, CONFIG)
     run.keep("one", RECORDS)
     run.finish({}, lambda environment: "old")
     (folder / "pictures").mkdir()
@@ -469,7 +472,7 @@ def test_overwrite_clears_what_runs_leave_and_nothing_else(tmp_path: Path) -> No
     for name in own:
         (folder / name).write_text("mine")
     other = {**CONFIG, "limit": 5}
-    again = SharedRun(folder, other, overwrite=True)
+    again = Run(folder, other, overwrite=True)
     assert again.kept("one") is None
     assert set(files_of(folder)) > set(left)  # nothing is lost before there is something new
     again.begin()
@@ -478,26 +481,28 @@ def test_overwrite_clears_what_runs_leave_and_nothing_else(tmp_path: Path) -> No
     assert set(files) == {*own, "config.json", "environment.json"}
     assert json.loads(files["config.json"]) == again.config
     assert all(files[name] == b"mine" for name in own)
-    refused_in_one_line(lambda: SharedRun(folder, CONFIG), "differs in limit")
+    refused_in_one_line(lambda: Run(folder, CONFIG), "differs in limit")
 
 
 @pytest.mark.parametrize("line", [b'{"task": "copa", "ind', b"", b"\xff\xfe", b"5", b"[" * 90_000])
 def test_a_damaged_part_is_refused_in_one_line(tmp_path: Path, line: bytes) -> None:
-    run = SharedRun(tmp_path / "run", CONFIG)
+    run = Run(tmp_path / "run", CONFIG)
     run.keep("one", RECORDS)
     file = tmp_path / "run" / "records" / "one.jsonl"
     lines = file.read_bytes().split(b"\n")
     file.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
     refused_in_one_line(lambda: run.kept("one"), "one.jsonl, line 2 is damaged")
     file.write_bytes(b"\n".join(lines)[:-5])
-    refused_in_one_line(lambda: run.kept("one"), "one.jsonl is cut off at its end: delete it")
+    refused_in_one_line(
+        lambda: run.kept("one"), "one.jsonl is damaged: it is cut off at its end; delete it"
+    )
     file.unlink()
     file.mkdir()
     refused_in_one_line(lambda: run.kept("one"), "one.jsonl cannot be read: Is a directory")
 
 
 def test_a_shared_run_refuses_what_is_not_finite(tmp_path: Path) -> None:
-    run = SharedRun(tmp_path / "run", CONFIG)
+    run = Run(tmp_path / "run", CONFIG)
     bad = record(2, values={"log_odds": math.nan}, steering="caa@9")
     refused_in_one_line(
         lambda: run.keep("one", [RECORDS[0], bad]), "copa, example row 2, with caa@9"
@@ -506,23 +511,23 @@ def test_a_shared_run_refuses_what_is_not_finite(tmp_path: Path) -> None:
 
 
 def test_a_damaged_configuration_of_a_shared_run_is_refused(tmp_path: Path) -> None:
-    SharedRun(tmp_path / "run", CONFIG).begin()
+    Run(tmp_path / "run", CONFIG).begin()
     (tmp_path / "run" / "config.json").write_text("{")
-    refused_in_one_line(lambda: SharedRun(tmp_path / "run", CONFIG), "config.json cannot be read")
+    refused_in_one_line(lambda: Run(tmp_path / "run", CONFIG), "config.json cannot be read")
 
 
 def test_a_file_where_a_shared_directory_should_be(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    refused_in_one_line(lambda: SharedRun(tmp_path / "run", CONFIG), "is a file: name a directory")
-    refused_in_one_line(lambda: SharedRun(tmp_path / "run" / "a", CONFIG), "cannot write to")
+    refused_in_one_line(lambda: Run(tmp_path / "run", CONFIG), "is a file: name a directory")
+    refused_in_one_line(lambda: Run(tmp_path / "run" / "a", CONFIG), "cannot write to")
     assert (tmp_path / "run").read_text() == "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "records").write_text("mine")
-    run = SharedRun(tmp_path / "other", CONFIG)
+    run = Run(tmp_path / "other", CONFIG)
     refused_in_one_line(lambda: run.keep("one", RECORDS), "cannot write to .*records")
 
 
-@pytest.mark.parametrize("kind", [Run, SharedRun])
+@pytest.mark.parametrize("kind", [alone, Run])
 def test_no_permission_is_said_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
@@ -544,12 +549,12 @@ def test_no_permission_is_said_in_one_line(
 
 _SHARING = """
 import json, sys
-from trimtab.runs import SharedRun
+from trimtab.reports import Run
 config, records = json.loads(sys.stdin.readline())
 print("ready", flush=True)
 sys.stdin.readline()
 for turn in range(30):
-    run = SharedRun(sys.argv[1], config)
+    run = Run(sys.argv[1], config)
     run.keep(f"theirs-{turn}", records)
     run.keep("both", records)
 assert run.kept("both") == records
@@ -571,7 +576,7 @@ def test_two_processes_open_one_directory_at_once(tmp_path: Path) -> None:
         other.stdin.write(b"go\n")
         other.stdin.flush()
         for turn in range(30):
-            run = SharedRun(folder, CONFIG)
+            run = Run(folder, CONFIG)
             run.keep(f"ours-{turn}", RECORDS)
             run.keep("both", RECORDS)
         assert other.wait() == 0

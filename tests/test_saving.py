@@ -226,8 +226,8 @@ lm.save_pretrained(target, overwrite=True)
     ("moment", "existing"),
     [
         ("while writing", True),
-        ("while writing", False),
-        ("before the first rename", True),
+        pytest.param("while writing", False, marks=pytest.mark.slow),
+        pytest.param("before the first rename", True, marks=pytest.mark.slow),
         ("after the first rename", True),
     ],
 )

@@ -212,8 +212,8 @@ def abandoned(queue: Trials, count: int, pid: int) -> None:
     for _ in range(count):
         trial = queue.claim()
         assert trial is not None
-        machine, _, start = trial.user_attrs["worker"]
-        queue.study._storage.set_trial_user_attr(trial._trial_id, "worker", [machine, pid, start])
+        machine, _, start = trial.trial.user_attrs["worker"]
+        trial.trial.set_user_attr("worker", [machine, pid, start])
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_trials_of_dead_workers_are_run_once_by_who_comes_first(tmp_path: Path, 
     compete(lambda: trials(tmp_path / "study.db", space=space), 4, 12)
 
 
-def test_a_trial_that_was_taken_over_is_not_put_back_by_who_saw_it_dead(
+def test_a_trial_that_was_taken_over_is_not_given_up_by_who_saw_it_dead(
     tmp_path: Path, dead: int
 ) -> None:
     first, second = (trials(tmp_path / "study.db") for _ in range(2))
@@ -239,7 +239,7 @@ def test_a_trial_that_was_taken_over_is_not_put_back_by_who_saw_it_dead(
     taken = first.claim()
     assert taken is not None
     assert taken.number == 0
-    assert not second._move(seen, "WAITING")
+    second._give_up(seen)
     assert second.release_dead() == 1  # somebody lives
     assert second.claim().number == 1
 
@@ -249,17 +249,16 @@ def test_a_worker_that_gives_no_sign_is_dead_after_a_while(
 ) -> None:
     first, second = (trials(tmp_path / "study.db") for _ in range(2))
     trial = first.claim()
-    there = ["another machine", 1, trial.user_attrs["worker"][2]]
-    attribute = first.study._storage.set_trial_user_attr
-    attribute(trial._trial_id, "worker", there)
-    attribute(trial._trial_id, "alive", time.time() - 9e6)  # its clock is wrong, and no matter
+    attribute = trial.trial.set_user_attr
+    attribute("worker", ["another machine", 1, trial.trial.user_attrs["worker"][2]])
+    attribute("alive", time.time() - 9e6)  # its clock is wrong, and no matter
     now = time.monotonic()
     clock = {"now": now}
     monkeypatch.setattr(searching.time, "monotonic", lambda: clock["now"])
     assert second.release_dead() == 1
     clock["now"] = now + 80
     assert second.release_dead() == 1
-    attribute(trial._trial_id, "alive", 12345.0)
+    attribute("alive", 12345.0)
     clock["now"] = now + 160  # 160 after it began, a moment after its sign was seen
     assert second.release_dead() == 1
     clock["now"] = now + 260
@@ -285,7 +284,7 @@ def test_signs_of_life_are_given(storage: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(searching, "_BEAT", 0.01)
     queue = trials(storage)
     trial = queue.claim()
-    before = trial.user_attrs["alive"]
+    before = trial.trial.user_attrs["alive"]
     with queue.alive(trial):
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
@@ -300,7 +299,7 @@ def test_what_ended_elsewhere_stays_as_it_was(tmp_path: Path) -> None:
     first, second = (trials(tmp_path / "study.db") for _ in range(2))
     trial = first.claim()
     (seen,) = second._in_state("RUNNING")
-    second._move(seen, "WAITING")  # it seemed dead
+    second._give_up(seen)  # it seemed dead
     other = second.claim()
     end(second, other, 0.25)
     with first.alive(trial):

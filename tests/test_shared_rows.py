@@ -11,7 +11,7 @@ import pytest
 
 import trimtab as tt
 from helpers import language_model, refused_in_one_line
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.sweep_method import sweep
 
 
@@ -29,8 +29,8 @@ def asks(numbers: range) -> list[dict[str, Any]]:
     return [{"prompt": f"Say {i}", "id": i} for i in numbers]
 
 
-def bench(lm: tt.LanguageModel, task: Any, other: Any, **options: Any) -> Bench:
-    return Bench(
+def bench(lm: tt.LanguageModel, task: Any, other: Any, **options: Any) -> TaskRows:
+    return TaskRows(
         lm, f"refusal:{task}", validation_task=f"refusal:{other}", max_new_tokens=2, **options
     )
 
@@ -65,9 +65,9 @@ def test_pairs_are_told_apart_by_their_sides(lm: tt.LanguageModel, tmp_path: Pat
         return f"contrast:{write(tmp_path / name, marked)}"
 
     one, other = pairs("one.jsonl", ["a", "b"]), pairs("other.jsonl", ["c", "d"])
-    assert Bench(lm, one, validation_task=other).rows("validation") == 2
+    assert TaskRows(lm, one, validation_task=other).rows("validation") == 2
     refused_in_one_line(
-        lambda: Bench(lm, one, validation_task=pairs("same.jsonl", ["b", "c"])),
+        lambda: TaskRows(lm, one, validation_task=pairs("same.jsonl", ["b", "c"])),
         "1 of the 2 rows of contrast:",
     )
 

@@ -17,7 +17,6 @@ from trimtab.sweeps.space import (
     Range,
     check_space,
     default_space,
-    dial_of,
     grid,
     label,
     listed,
@@ -100,9 +99,9 @@ def test_dial_and_default_grid_of_every_method(name: str, contrast: tt.Contrast)
     fixed = {"layer": 1} if name == "ablation" else {"k": 3} if name == "iti" else {}
     fixed |= {"whole_blocks": False} if name == "ss" else {}
     steering = method(**fixed).fit(lm, contrast)
-    assert steering.dial.name == dial_of(method)
+    assert steering.dial.name == method.dial
     for params in grid(default_space(method, 30)):
-        value = params[dial_of(method)]
+        value = params[method.dial]
         assert steering.dial.range[0] <= value <= steering.dial.range[1]
 
 
@@ -234,5 +233,9 @@ def test_what_a_method_needs_and_what_a_grid_cannot_have() -> None:
 
     class Own(tt.CAA):
         name = "own"
+
+        @classmethod
+        def grid(cls, layers: int) -> dict[str, Any]:
+            return {}
 
     refused_in_one_line(lambda: default_space(Own, 3), "own has no grid")

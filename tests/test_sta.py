@@ -31,7 +31,7 @@ from helpers import relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.fitting.autoencoders import load_features
-from trimtab.steering.contents import describe, explain
+from trimtab.methods.contents import describe, explain
 
 __all__ = ["autoencoder"]  # fixtures, which pytest finds by their names here
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections import Counter
@@ -17,44 +16,16 @@ import torch
 from scipy.stats import binomtest
 
 import trimtab as tt
-from helpers import language_model, refused_in_one_line
+from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
+from trimtab.figures import METRICS, Metric
 from trimtab.sweeps.effect import Effect, plain_texts
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Range
 from trimtab.sweeps.sweep_method import sweep
 
-WORDS = [
-    "happy",
-    "sad",
-    "good",
-    "bad",
-    "map",
-    "ship",
-    "rain",
-    "wheel",
-    "king",
-    "daughter",
-    "fire",
-    "house",
-    "children",
-]
 SPACE = {"k": (1, 3, 9), "alpha": (2.0, 30.0)}
-
-
-def write_pairs(path: Path, rows: int = 60, seed: int = 0) -> str:
-    """Pairs in three parts, as a task."""
-    draw, lines = random.Random(seed), []
-    for i in range(rows):
-        positive, negative = draw.sample(WORDS, 2)
-        row = {
-            "prompt": f"Today {draw.choice(WORDS)} {i}",
-            "part": ("train", "validation", "test")[i % 3],
-        }
-        lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
-    path.write_text("\n".join(lines))
-    return f"contrast:{path}"
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +167,7 @@ def test_pictures_of_one_of_three_and_of_draws(
 
 
 def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("trimtab.sweeps.rows.LOW", frozenset(("log_odds",)))
+    monkeypatch.setitem(METRICS, "log_odds", Metric("log_odds", "mean", "less"))
     found = sweep(lm, "austeer", task, SPACE, test_limit=8)
     assert not found.maximise
     values = [trial.value for trial in found.trials]
@@ -207,6 +178,7 @@ def test_less_is_better_where_it_is(lm: tt.LanguageModel, task: str, monkeypatch
     assert found.oracle.number == tests.index(min(tests))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_the_oracle_only_the_best_sees_the_test_rows(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -243,15 +215,15 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
     task = write_pairs(tmp_path / "pairs.jsonl", 180)  # 60 for validation: rungs of 16, 48, 60
     space = {"layer": (0, 1, 2), "alpha": (0.5, 4.0, 16.0, -8.0)}
     asked: Counter[str] = Counter()
-    records = Bench.records
+    records = TaskRows.records
 
-    def counted(self: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+    def counted(self: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
         found = records(self, steering, part, *rest, **more)
         asked[f"{found[0]['steering']} {part}"] += len(found)
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "records", counted)
+        patch.setattr(TaskRows, "records", counted)
         found = sweep(lm, "caa", task, space, search="halving", test_limit=4)
     whole = sweep(lm, "caa", task, space, test_limit=4)
     stopped = [trial for trial in found.trials if trial.state == "pruned"]
@@ -268,6 +240,7 @@ def test_halving_shows_a_stopped_trial_its_rungs_rows_only(
             assert trial.value == pytest.approx(whole.trials[trial.number].value, abs=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_max_cost_leaves_out_what_costs_more(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -289,6 +262,7 @@ def test_max_cost_leaves_out_what_costs_more(
     assert any("the cheapest trial costs" in note for note in nothing.notes)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failures_stay_with_their_trials(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     found = sweep(lm, "caa", task, {"layer": (99, 1)}, test_limit=4, output=tmp_path / "run")
     assert [trial.state for trial in found.trials] == ["failed", "complete"]
@@ -311,6 +285,7 @@ def test_numbers_that_overflow_are_failures(lm: tt.LanguageModel, task: str) -> 
     json.dumps(found.as_json(), allow_nan=False)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_is_not_the_trials_failure(
     lm: tt.LanguageModel, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +295,7 @@ def test_a_full_disk_is_not_the_trials_failure(
         raise tt.TrimtabError("cannot write: no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trimtab.reports.run.SharedRun.keep", full)
+        patch.setattr("trimtab.reports.run.Run.keep", full)
         with pytest.raises(tt.TrimtabError, match="no space left"):
             sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
     found = sweep(lm, "austeer", task, SPACE, limit=3, test_limit=3, output=output)
@@ -341,18 +316,19 @@ class Interrupted:
 
     def __init__(self, patch: pytest.MonkeyPatch, nth: int) -> None:
         seen: list[int] = []
-        records = Bench.records
+        records = TaskRows.records
 
-        def watched(bench: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+        def watched(bench: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
             if steering is not None and part == "test":
                 seen.append(1)
                 if len(seen) == nth:
                     raise KeyboardInterrupt
             return records(bench, steering, part, *rest, **more)
 
-        patch.setattr(Bench, "records", watched)
+        patch.setattr(TaskRows, "records", watched)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("search", SEARCHES)
 def test_an_interrupted_sweep_ends_as_one_that_was_not(
     lm: tt.LanguageModel, task: str, tmp_path: Path, search: str
@@ -376,9 +352,9 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(
 def _work(task: str, output: str, storage: str | None, slow: bool) -> None:
     """A worker in a process of its own; a slow one stops in its third trial, and says so."""
     torch.set_num_threads(1)
-    records, tried = Bench.records, []
+    records, tried = TaskRows.records, []
 
-    def watched(bench: Bench, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
+    def watched(bench: TaskRows, steering: Any, part: Any, *rest: Any, **more: Any) -> Any:
         if steering is not None and part == "test":
             tried.append(1)
             if len(tried) == 3:
@@ -387,7 +363,7 @@ def _work(task: str, output: str, storage: str | None, slow: bool) -> None:
         return records(bench, steering, part, *rest, **more)
 
     if slow:
-        Bench.records = watched  # type: ignore[method-assign]
+        TaskRows.records = watched  # type: ignore[method-assign]
     else:
         Path(output).with_suffix(".ready").touch()
     sweep(language_model("llama"), "austeer", task, SPACE, output=output, storage=storage)
@@ -443,6 +419,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     assert len(list((output / "records").glob("0*-validation.jsonl"))) == 6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_another_takes_last_is_waited_for(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -465,6 +442,7 @@ def test_a_trial_that_another_takes_last_is_waited_for(
     assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["failed"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_processes_on_one_sqlite_file(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     _shared(lm, task, tmp_path / "run", None)
 
@@ -509,6 +487,7 @@ def test_mistakes_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_runs_are_not_mixed_nor_lost(
     done: tuple[Sweep, Path], lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .figures import Comparison, Evaluation, Result, mean_interval
+from .figures import Difference, Evaluation, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
@@ -12,7 +12,7 @@ from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .steering import Dial, Intervention, Steering, Steerings
 from .strength import generate_contrast, within
-from .sweeps import Candidate, Range, Sweep, compare, sweep
+from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
 
 __all__ = [
     "AAS",
@@ -30,6 +30,7 @@ __all__ = [
     "Completion",
     "Contrast",
     "Dial",
+    "Difference",
     "Evaluation",
     "Intervention",
     "LanguageModel",

@@ -9,7 +9,6 @@ Rows may name the part they belong to (train, validation, test); methods are fit
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import random
 import re
@@ -17,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError
-from trimtab.files import json_object, parse_json
+from trimtab.files import json_digest, json_object, parse_json
 
 Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
+PARTS: tuple[Part, ...] = get_args(Part)
 #: A conversation: messages as (role, content).
 Conversation = tuple[tuple[str, str], ...]
 Prompt = str | Conversation
@@ -164,8 +163,7 @@ class Contrast:
             else [row.text, row.label]
             for row in self.rows
         ]
-        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return json_digest(content, ensure_ascii=False, separators=(",", ":"))
 
     # -- parts --------------------------------------------------------------------------------
 

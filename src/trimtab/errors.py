@@ -6,6 +6,7 @@ Every message is one line for a person: what is wrong, where, and what to do abo
 from __future__ import annotations
 
 import errno
+import typing
 from typing import Any
 
 
@@ -15,6 +16,19 @@ class TrimtabError(Exception):
 
 class TrimtabWarning(UserWarning):
     """Something that the user should know and that does not stop the work."""
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """The words that a `Literal` allows, also where it stands among other types."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    return tuple(word for part in typing.get_args(kind) for word in choices(part))
+
+
+def check_choice(what: str, value: object, kind: Any) -> None:
+    """Refuse a value that is none of a `Literal`."""
+    if value not in choices(kind):
+        raise TrimtabError(f"{what} is {value!r}: known are {', '.join(choices(kind))}")
 
 
 def not_finite(what: str, dtype: Any) -> TrimtabError:
@@ -40,6 +54,12 @@ def shown(text: object, limit: int = 100) -> str:
     whole = one_line(text)
     half = limit // 2 - 2
     return whole if len(whole) <= limit else f"{whole[:half]}...{whole[-half:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: the first one, with the next where that only leads to it."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
 
 
 def os_reason(error: BaseException) -> str:

@@ -1,4 +1,5 @@
-"""Files: paths as users write them, the cache, writes that are whole or not at all, JSON lines."""
+"""Files: paths as users write them, the cache, writes that are whole or not at all, JSON lines, and
+the journal that keeps what is finished of work that may be interrupted."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trimtab.errors import TrimtabError, shown
 
@@ -55,6 +57,33 @@ def exists(path: Path) -> bool:
         return False
 
 
+def check_output(path: Path, overwrite: bool) -> None:
+    """Before hours of work, not after: an output that exists, or that cannot be written."""
+    if path.exists() and not overwrite:
+        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
+    if not path.absolute().parent.is_dir():
+        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
+
+
+def check_directory(path: Path) -> None:
+    """Before the work, too: a directory that cannot be made, or not be written to."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise TrimtabError(f"cannot write to {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
+
+
+def make_directory(path: Path) -> None:
+    """A directory, with those that it is in."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
 # It can only be read by setting it, which threads must not do at the same time.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -92,6 +121,16 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_digest(content: Any, **form: Any) -> str:
+    """SHA-256 of what comes of JSON; `form` is how `json.dumps` writes it."""
+    return hashlib.sha256(json.dumps(content, **form).encode()).hexdigest()
+
+
+def checksum(record: Mapping[str, Any], place: str) -> str:
+    """A checksum over a record and the place where it belongs. It has no key."""
+    return json_digest([place, record], sort_keys=True, allow_nan=False)[:16]
+
+
 def parse_json(text: str, where: str) -> Any:
     """Strict JSON: no NaN, no half of a surrogate pair."""
     try:
@@ -125,3 +164,101 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
     return rows
+
+
+class Journal:
+    """A file of JSON objects, one a line, that keeps what is finished of some work.
+
+    A line is on the disk when `append` returns. One that was cut off at the end, by a process that
+    was killed, is forgotten; anything else that is not as it was written is refused in one line,
+    which ends with the `remedy`. `place` says where the lines belong and goes into the checksum of
+    each; None, and they have none. Lines from before there were checksums may come first:
+    `unsealed` is how many. A `whole` file is written at once, so that a cut is damage, and the
+    place of a line has its number and how many there are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        place: str | None = None,
+        *,
+        whole: bool = False,
+        remedy: str = "delete it, and it is made again",
+    ) -> None:
+        self.path, self.place, self.whole, self.remedy = path, place, whole, remedy
+        self.unsealed = 0
+        self._torn_at: int | None = None  # where a line begins that was cut off
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """The lines that are there; None where there is no file."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise TrimtabError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        *lines, rest = content.split(b"\n")
+        if rest and self.whole:
+            self.refuse("it is cut off at its end")
+        self._torn_at = len(content) - len(rest) if rest else None
+        rows = [self._parsed(line, number) for number, line in enumerate(lines, 1)]
+        if self.place is not None:
+            self._unseal(rows)
+        return rows
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to the end."""
+        content = self._lines(rows)
+        try:
+            if self._torn_at is not None:
+                os.truncate(self.path, self._torn_at)
+                self._torn_at = None
+            with self.path.open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise TrimtabError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the whole file anew."""
+        write_whole(self.path, self._lines(rows), overwrite=True)
+        self._torn_at = None
+
+    def refuse(self, reason: str, number: int | None = None) -> NoReturn:
+        """Say that the file, or one of its lines, is damaged."""
+        where = self.path if number is None else f"{self.path}, line {number}"
+        said = " ".join(reason.split())[:200]
+        raise TrimtabError(f"{where} is damaged: {said}; {self.remedy}")
+
+    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        text = ""
+        for number, row in enumerate(rows, 1):
+            place = self._place_of(number, len(rows))
+            sealed = row if place is None else {**row, "checksum": checksum(row, place)}
+            text += json.dumps(sealed, ensure_ascii=False, allow_nan=False) + "\n"
+        return text.encode()
+
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            return json_object(line.decode(), "it")
+        except (UnicodeDecodeError, TrimtabError) as error:
+            self.refuse(str(error), number)
+
+    def _unseal(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Compare the checksums of lines and take them off."""
+        self.unsealed = 0
+        for number, row in enumerate(rows, 1):
+            place = self._place_of(number, len(rows))
+            known = row.pop("checksum", None)
+            if known is None and self.unsealed == number - 1:
+                self.unsealed += 1
+            elif known is None:
+                self.refuse("it has no checksum", number)
+            elif known != checksum(row, str(place)):
+                self.refuse("it was changed, or belongs elsewhere", number)
+        if self.whole and self.unsealed not in (0, len(rows)):
+            self.refuse("some of its lines have no checksum")
+
+    def _place_of(self, number: int, count: int) -> str | None:
+        return f"{self.place} {number}/{count}" if self.whole else self.place

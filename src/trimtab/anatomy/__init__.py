@@ -6,22 +6,3 @@ from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order
-
-__all__ = [
-    "KINDS",
-    "READ_ONLY",
-    "Anatomy",
-    "Architecture",
-    "Edit",
-    "Hook",
-    "LinearMap",
-    "Point",
-    "eager",
-    "exclusively",
-    "hooked",
-    "is_hooked",
-    "known",
-    "parse_site",
-    "register",
-    "site_order",
-]

@@ -18,6 +18,20 @@ from trimtab.anatomy.sites import (
 )
 from trimtab.errors import TrimtabError
 
+#: For each kind of site in a block the module of an `Architecture` that has it, and where.
+_PLACES: dict[str, tuple[str, Literal["input", "output"]]] = {
+    "attn_norm_in": ("attn_norm", "input"),
+    "attn_norm": ("attn_norm", "output"),
+    "heads": ("attn_proj", "input"),
+    "attn_out": ("attn_proj", "output"),
+    "attn_post_norm": ("attn_post_norm", "output"),
+    "ffn_norm_in": ("ffn_norm", "input"),
+    "ffn_norm": ("ffn_norm", "output"),
+    "ffn_in": ("ffn_proj", "input"),
+    "ffn_out": ("ffn", "output"),
+    "ffn_post_norm": ("ffn_post_norm", "output"),
+}
+
 
 class Anatomy:
     """The sites of one model in memory."""
@@ -119,30 +133,16 @@ class Anatomy:
             return Point(site, block, "output", hidden)
         if not self.has(kind):
             raise TrimtabError(f"{self.name} has no {site}: its blocks have no such norm")
-        if kind.endswith("_norm_in"):
-            before: str = getattr(names, kind.removesuffix("_in"))
-            return Point(site, block.get_submodule(before), "input", hidden)
-        if kind.endswith("_post_norm"):
-            return Point(site, block.get_submodule(getattr(names, kind)), "output", hidden)
-        if kind in ("attn_norm", "ffn_norm"):
-            norm = names.attn_norm if kind == "attn_norm" else names.ffn_norm
-            if norm is not None:
-                return Point(site, block.get_submodule(norm), "output", hidden)
-            reader = names.attention if kind == "attn_norm" else names.ffn
-            return Point(site, block.get_submodule(reader), "input", hidden)
-        if kind == "ffn_out":
-            return Point(site, block.get_submodule(names.ffn), "output", hidden)
-        if kind == "ffn_in":
-            experts = self._experts(layer)
-            if experts is not None:
-                width = experts.down_proj.shape[0] * experts.down_proj.shape[2]
-                return Point(site, block.get_submodule(names.ffn), "experts", width)
-            projection = block.get_submodule(names.ffn_proj)
-            return Point(site, projection, "input", _in_width(projection))
-        projection = block.get_submodule(names.attn_proj)
-        if kind == "heads":
-            return Point(site, projection, "input", _in_width(projection))
-        return Point(site, projection, "output", hidden)  # attn_out
+        experts = self._experts(layer) if kind == "ffn_in" else None
+        if experts is not None:
+            width = experts.down_proj.shape[0] * experts.down_proj.shape[2]
+            return Point(site, block.get_submodule(names.ffn), "experts", width)
+        name, side = _PLACES[kind]
+        if getattr(names, name) is None:  # the branch reads the residual stream without a norm
+            name, side = {"attn_norm": "attention", "ffn_norm": "ffn"}[name], "input"
+        module = block.get_submodule(getattr(names, name))
+        width = _in_width(module) if kind in ("heads", "ffn_in") else hidden
+        return Point(site, module, side, width)
 
     def read_point(self, site: str) -> Point:
         """Where to hook to read a site, or what can only be read."""

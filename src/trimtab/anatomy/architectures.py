@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from trimtab.errors import TrimtabError
+from trimtab.plugins import Extended
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+#: Architectures that installed packages add.
+_ADDED = Extended(
+    "architecture", _ARCHITECTURES, lambda added, name: isinstance(added, Architecture)
+)
+
+
 def register(model_type: str, architecture: Architecture) -> None:
     """Teach trimtab an architecture: `model_type` is what the model's config.json says.
 
@@ -91,15 +98,16 @@ def register(model_type: str, architecture: Architecture) -> None:
 
 def known() -> list[str]:
     """The model types that have an anatomy, sorted."""
-    return sorted(_ARCHITECTURES)
+    return sorted({*_ARCHITECTURES, *_ADDED})
 
 
 def find_architecture(model_type: str) -> Architecture:
     """The entry of a model type."""
-    if model_type not in _ARCHITECTURES:
+    architecture = _ARCHITECTURES.get(model_type) or _ADDED.get(model_type)
+    if architecture is None:
         raise TrimtabError(
             f"unknown architecture {model_type!r}: known are {', '.join(known())}; "
             f"register it with trimtab.anatomy.register({model_type!r}, "
             "trimtab.anatomy.Architecture(...)), naming the modules that differ from Llama's"
         )
-    return _ARCHITECTURES[model_type]
+    return architecture

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
+from trimtab.errors import first_line
+
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -244,9 +246,3 @@ def damage_is_said() -> Iterator[None]:
         raise CheckpointError(reason) from error
     finally:
         transformers_logging.set_verbosity(level)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line: the first one, with the next where that only leads to it."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.checkpoints.gguf_header import DamagedError, Header, check_header
-from trimtab.errors import TrimtabError, TrimtabWarning, os_reason, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line, os_reason, shown
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -177,8 +177,7 @@ def _check_complete(model: PreTrainedModel, info: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return shown(first, 150)
+    return shown(first_line(error) or type(error).__name__, 150)
 
 
 def _smallest_lossless(model: PreTrainedModel) -> Any:

@@ -17,14 +17,12 @@ from trimtab.cli.common import console, open_model, print_json, read_prompts
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.making import argument_option, prepared, rows_or_all
 from trimtab.cli.options import Data, Json, Opened, Task
+from trimtab.cli.tables import show
 from trimtab.cli.values import list_in
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, flat_values
-from trimtab.terminal import CleanConsole
 
-#: Rows of a table that are shown in a terminal; the report has all.
-_SHOWN = 30
 #: What the options say, by the name of the argument; `NAME.ARGUMENT` is that of one analysis.
 _HELP = {
     "norms.limit": "Pairs, or texts of each side; 0 takes all.",
@@ -208,9 +206,10 @@ def _run(
     as_json: bool,
 ) -> None:
     from trimtab.papers import write
-    from trimtab.reports import SharedRun
+    from trimtab.reports import Run
 
-    arguments = dict(given)
+    taken = inspect.signature(inspect.unwrap(function)).parameters
+    arguments = {key: given[key] for key in taken if key in given}
     if "contrasts" in arguments:
         arguments["contrasts"] = _named(arguments["contrasts"])
     if arguments.get("prompts") is not None:
@@ -229,7 +228,7 @@ def _run(
         **source,
         "model": language_model.described,
     }
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     if "run" in inspect.signature(function).parameters:
         arguments["run"] = run
     found = function(language_model, **arguments)
@@ -237,7 +236,8 @@ def _run(
     if as_json:
         print_json(found.as_json() | (costs_as_json(judging) if judging else {}))
         return
-    _show(found, keep.output)
+    console.print(found.title, style="bold")
+    show(found.tables, found.notes, keep.output)
     if judging is not None:
         say_costs(judging)
 
@@ -286,26 +286,3 @@ def _describe_task(arguments: Mapping[str, Any], judging: Any) -> dict[str, Any]
         with suppress(TrimtabError):  # whether it is missed the analysis will say
             described["validation"] = job(arguments["task"], "validation", "limit")
     return described
-
-
-# -- for people -----------------------------------------------------------------------------------
-
-
-def _show(found: Any, output: Path | str | None) -> None:
-    from rich.table import Table
-
-    console.print(found.title, style="bold")
-    # Intervals make tables wide; where no terminal ends the line they need not be folded.
-    wide = console if console.is_terminal else CleanConsole(width=200)
-    for table in found.tables:
-        shown = Table(*map(str, table.heads), title=table.title, title_justify="left")
-        for row in table.rows[:_SHOWN]:
-            shown.add_row(*map(str, row))
-        wide.print(shown)
-        if len(table.rows) > _SHOWN:
-            more = f"{_SHOWN} of {len(table.rows)} rows"
-            console.print(f"{more}{'; the report has all' if output else ''}", style="dim")
-    for note in found.notes:
-        console.print(f"note: {note}")
-    if output is not None:
-        console.print(f"{output}: report.html, results.json, pictures/", style="dim")

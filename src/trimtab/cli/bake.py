@@ -12,9 +12,9 @@ from trimtab.cli.common import (
     open_model,
     print_json,
     read_steerings,
-    refuse_existing,
 )
 from trimtab.cli.options import Force, Json, OpenedOnCpu, Overwrite, Steer
+from trimtab.files import check_output
 
 
 def bake(
@@ -37,7 +37,7 @@ def bake(
     from trimtab.model import check_target, locations
 
     check_target(output, locations(opened.model), overwrite)
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     steerings = read_steerings(steer)
     language_model = open_model(opened)
     baked = bake_into(language_model, *steerings, force=force)

@@ -6,7 +6,6 @@ Commands import the package's doors where they run, so that `--help` and mistake
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.options import Opened, Prompting
 from trimtab.errors import TrimtabError
+from trimtab.files import check_directory, check_output
 from trimtab.terminal import CleanConsole, is_terminal
 
 if TYPE_CHECKING:
@@ -64,21 +64,11 @@ def open_model(opened: Opened) -> LanguageModel:
     return load(opened.model, dtype=opened.dtype, device=opened.device, trust_remote_code=trusted)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Before hours of work, not after: an output that exists, or that cannot be written."""
-    if path.exists() and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
-
-
 def refuse_steering_path(path: Path, overwrite: bool) -> None:
-    """As `refuse_existing`, for a steering, which replaces no other file than a steering."""
+    """Before the work: a steering replaces no other file than a steering."""
     from trimtab.steering import refuse_other_file
 
-    refuse_existing(path, overwrite)
+    check_output(path, overwrite)
     refuse_other_file(path)
 
 
@@ -92,11 +82,7 @@ def refuse_holding(directory: Path, file: str, overwrite: bool, keys: set[str]) 
         raise TrimtabError(f"{directory} holds {file}: choose another directory{remedy}")
     if overwrite and _is_filled(directory) and not _has_keys(directory / file, keys):
         raise TrimtabError(f"{directory} is not a run's directory: overwriting replaces only those")
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise TrimtabError(f"cannot write to {directory}: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise TrimtabError(f"cannot write to {directory}: no permission to write in {there}")
+    check_directory(directory)
 
 
 def _is_filled(directory: Path) -> bool:
@@ -111,13 +97,6 @@ def _has_keys(file: Path, keys: set[str]) -> bool:
 
     found = object_in(file)
     return found is not None and keys <= found.keys()
-
-
-def make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:

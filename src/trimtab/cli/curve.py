@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from trimtab.cli.common import (
     as_chats,
     console,
-    make_directory,
     one_steering,
     open_model,
     print_json,
@@ -21,7 +20,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Json, Opened, Prompting, Prompts
 from trimtab.errors import TrimtabError
-from trimtab.files import json_object, write_whole
+from trimtab.files import json_object, make_directory, write_whole
 from trimtab.options import TOLERANCE, Bounds, Keep, Sampling, Tracing, option
 
 if TYPE_CHECKING:
@@ -357,11 +356,12 @@ def _plain(path: Path | None) -> list[str]:
 
 
 def _accuracy_line(found: Accuracy) -> str:
-    best = max(range(len(found.dials)), key=lambda i: found.value[i])
+    pairs = zip(found.figures, found.dials, strict=True)
+    best, dial = max(pairs, key=lambda pair: pair[0].value)
     return (
         f"{found.task}, {found.metric}: {found.unsteered:.3g} unsteered, at best "
-        f"{found.value[best]:.3g} [{found.low[best]:.3g}, {found.high[best]:.3g}] at "
-        f"{found.dials[best]:g} (n {found.n}; chosen on what it is shown on)"
+        f"{best.value:.3g} [{best.low:.3g}, {best.high:.3g}] at {dial:g} (n {best.n}; chosen on "
+        "what it is shown on)"
     )
 
 

@@ -24,7 +24,7 @@ from trimtab.files import write_whole
 from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
 from trimtab.model import LanguageModel, bake
-from trimtab.reports import picture
+from trimtab.reports import units_and_effects
 from trimtab.steering import Steering
 from trimtab.sweeps import Effect, Trial, plain_texts
 
@@ -77,7 +77,7 @@ def run(
     texts = _texts(language_model, [None, austeer.steering, caa.steering], say)
     anatomy, site = language_model.anatomy, austeer.steering.interventions[0].site
     _claim(output)
-    drawn = picture(
+    drawn = units_and_effects(
         output / "demo.png",
         austeer.steering,
         anatomy.layers,

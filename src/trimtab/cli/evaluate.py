@@ -20,7 +20,7 @@ from trimtab.options import Answering, Evaluated, Harness, Keep, option
 from trimtab.terminal import CleanConsole, write_text
 
 if TYPE_CHECKING:
-    from trimtab.figures import Comparison, Evaluation, Result
+    from trimtab.figures import Difference, Evaluation, Result
     from trimtab.steering import Steering, Steerings
 
 #: Tables keep their columns in a pipe, which has no width of its own.
@@ -221,7 +221,7 @@ def _value(result: Result) -> str:
     return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"
 
 
-def _difference(comparison: Comparison | None) -> list[str]:
+def _difference(comparison: Difference | None) -> list[str]:
     if comparison is None:
         return ["", ""]
     low, high = comparison.ci95

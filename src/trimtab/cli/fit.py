@@ -97,7 +97,7 @@ def many(
     Example: `trimtab fit many "caa layer=12" "austeer k=96 site=heads" sadi --model
     smollm2-135m-instruct --contrast builtin:warmth -o steerings/`
     """
-    from trimtab.steering import describe, explain
+    from trimtab.methods import describe, explain
 
     if not methods:
         raise TrimtabError('name methods to fit, as in "caa layer=12" "iti k=16"')
@@ -130,7 +130,7 @@ def many(
 def _one(
     method: Method, opened: Opened, fitting: Fitting, output: Path, overwrite: bool, as_json: bool
 ) -> None:
-    from trimtab.steering import describe, explain
+    from trimtab.methods import describe, explain
 
     refuse_steering_path(output, overwrite)
     if output.is_dir():

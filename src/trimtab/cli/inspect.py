@@ -22,7 +22,8 @@ def inspect(
 
     Example: `trimtab inspect joy.safetensors`
     """
-    from trimtab.steering import Steering, describe, explain
+    from trimtab.methods import describe, explain
+    from trimtab.steering import Steering
 
     steering = Steering.read(file)
     described = describe(steering)

@@ -10,6 +10,7 @@ from cyclopts import Parameter, validators
 
 from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.options import Data, Json, OpenedIfNamed
+from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, option
 
@@ -113,18 +114,8 @@ def _list(as_json: bool) -> None:
 
 def _show(done: Reproduction, output: Path | str | None) -> None:
     """For people: the paper's figures beside ours, and what to know."""
-    from rich.table import Table
-
     from trimtab.papers import beside_paper
 
     recipe = done.recipe
     console.print(f"{recipe.paper}, {recipe.item}: {recipe.shows}", style="bold")
-    for found in beside_paper(done):
-        table = Table(*found.heads, title=found.title, title_justify="left")
-        for row in found.rows:
-            table.add_row(*map(str, row))
-        console.print(table)
-    for note in done.notes:
-        console.print(f"note: {note}")
-    if output is not None:
-        console.print(f"{output}: report.html, results.json, pictures/", style="dim")
+    show(beside_paper(done), done.notes, output)

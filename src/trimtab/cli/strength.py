@@ -18,7 +18,6 @@ from trimtab.cli.common import (
     print_json,
     read_prompts,
     read_steerings,
-    refuse_existing,
     refuse_holding,
     refuse_steering_path,
 )
@@ -27,7 +26,7 @@ from trimtab.cli.making import prepared
 from trimtab.cli.options import Force, Json, Opened, Overwrite, Prompting, Prompts, Steer
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.files import write_whole
+from trimtab.files import check_output, write_whole
 from trimtab.options import option
 
 if TYPE_CHECKING:
@@ -217,7 +216,7 @@ def contrast(
     """
     from trimtab.strength import generate_contrast
 
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     language_model = open_model(opened)
     made = generate_contrast(
         language_model,

@@ -11,22 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
-from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.common import open_model, print_json
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Task
+from trimtab.cli.tables import show
 from trimtab.cli.values import read_values
 from trimtab.errors import TrimtabError
 from trimtab.options import FitOn, Keep, Rows, Search, option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from trimtab.evaluation import Judging
     from trimtab.fitting import Method
     from trimtab.sweeps import Sweep
@@ -39,7 +37,7 @@ _LISTED = 10
 class Searching(Search):
     """How settings are searched, and by how many processes."""
 
-    workers: int = option("Processes that share the trials.", 1, least=1)
+    workers: int = option("Processes that share the trials.", 1, record=False, least=1)
 
 
 def commands(app: App) -> None:
@@ -82,7 +80,8 @@ def _command(method: type[Method]) -> Callable[..., None]:
         if as_json:
             print_json(found.as_json() | costs_as_json(judging))
             return
-        _show(found, keep.output)
+        files = ("report.html", "results.json", "best.safetensors")
+        show(found.tables(), found.notes, keep.output, files)
         say_costs(judging)
 
     command.__annotations__["settings"] = method_options(method, as_text=True)
@@ -175,73 +174,3 @@ def _help(work: Callable[[], Any], threads: int) -> None:
         os.dup2(nowhere.fileno(), 2)
         with suppress(TrimtabError, KeyboardInterrupt):
             work()
-
-
-def _show(found: Sweep, output: Path | str | None) -> None:
-    """For people: the chosen setting, what it is worth, the best trials."""
-    from trimtab.methods import METHODS
-    from trimtab.sweeps import label
-
-    base = found.unsteered
-    console.print(
-        f"unsteered: validation {_figure(base['validation'].value, base['validation'].ci95)}, "
-        f"test {_figure(base['test'].value, base['test'].ci95)}",
-    )
-    if found.best is not None:
-        best, d = found.best, found.difference
-        name = label(METHODS[found.method], best.params)
-        console.print(
-            f"{name}, chosen on validation ({_figure(best.value, best.ci95)}): test "
-            f"{_figure(best.test, best.test_ci95)}, n = {best.test_n}",
-            style="bold",
-        )
-        if d is not None:
-            flips = "" if d.p is None else f", +{d.gained} -{d.lost} (p {d.p:.2g})"
-            console.print(
-                f"  against unsteered: {d.difference:+.4g} [{d.ci95[0]:+.4g}, {d.ci95[1]:+.4g}]"
-                f"{flips}",
-            )
-    if found.oracle is not None:
-        name = label(METHODS[found.method], found.oracle.params)
-        console.print(
-            f"oracle, chosen on the test rows: {name}, "
-            f"{_figure(found.oracle.test, found.oracle.test_ci95)}",
-            style="dim",
-        )
-    console.print(_table(found))
-    for note in found.notes:
-        console.print(f"note: {note}")
-    if output is not None:
-        files = ["report.html", "results.json"]
-        if (Path(output) / "best.safetensors").exists():  # not where nothing steers best
-            files.append("best.safetensors")
-        console.print(f"{output}: {', '.join(files)}", style="dim")
-
-
-def _table(found: Sweep) -> Table:
-    from rich.table import Table
-
-    from trimtab.sweeps import setting
-
-    table = Table("trial", "setting", "state", found.metric, "n", "seconds")
-    sign = -1 if found.maximise else 1
-    valued = [t for t in found.trials if t.value is not None]
-    ranked = sorted(valued, key=lambda t: (t.state != "complete", sign * (t.value or 0), t.number))
-    for t in ranked[:_LISTED]:
-        table.add_row(
-            str(t.number),
-            setting(t.params),
-            t.state,
-            _figure(t.value, t.ci95),
-            str(t.n),
-            f"{t.seconds:.1f}",
-        )
-    if len(found.trials) > len(ranked[:_LISTED]):
-        table.caption = f"{len(ranked[:_LISTED])} of {len(found.trials)} trials"
-    return table
-
-
-def _figure(value: float | None, ci95: tuple[float, float] | None) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.4g}" + ("" if ci95 is None else f" [{ci95[0]:.4g}, {ci95[1]:.4g}]")

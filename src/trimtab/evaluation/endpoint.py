@@ -7,7 +7,6 @@ was asked; tokens, and money where prices are given, are counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import queue
@@ -22,8 +21,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
-from trimtab.files import cache_dir, write_whole
-from trimtab.reports import checksum
+from trimtab.files import cache_dir, checksum, json_digest, make_directory, write_whole
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]
@@ -374,10 +372,7 @@ class ChatEndpoint:
             with self._lock:
                 self.usage.cached += 1
             return known
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)  # before the answer is paid for
-        except OSError as error:
-            raise TrimtabError(f"cannot write {kept.parent}: {error.strerror}") from error
+        make_directory(kept.parent)  # before the answer is paid for
         text, read, written = address.post(asked, _completion, stopped)
         answer = {"asked": asked, "answer": text}
         content = json.dumps(answer | {"checksum": checksum(answer, kept.name)})
@@ -388,8 +383,7 @@ class ChatEndpoint:
 
     def _kept(self, url: str, asked: dict[str, Any]) -> Path:
         """The file of an answer, named by everything that was asked."""
-        canonical = json.dumps([url, asked], sort_keys=True)
-        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        digest = json_digest([url, asked], sort_keys=True)
         folder = Path(self.cache) if self.cache else cache_dir() / "answers"
         return folder / digest[:2] / f"{digest}.json"
 

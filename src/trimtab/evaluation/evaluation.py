@@ -103,7 +103,7 @@ def evaluate(
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
-    with Run(keep.output, config, keep.overwrite) as run:
+    with Run(keep.output, config, keep.overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
             for job in jobs:

@@ -1,9 +1,9 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.metrics import METRICS, Metric, bare_name, metric_of
 from trimtab.figures.records import (
     VIOLATION,
-    Comparison,
     Evaluation,
     Record,
     Result,
@@ -11,21 +11,10 @@ from trimtab.figures.records import (
     paired,
     summarise,
 )
-from trimtab.figures.significance import holm, paired_p
-
-__all__ = [
-    "VIOLATION",
-    "Comparison",
-    "Estimate",
-    "Evaluation",
-    "Record",
-    "Result",
-    "estimate_of",
-    "holm",
-    "mean_interval",
-    "paired",
-    "paired_p",
-    "rate_interval",
-    "summarise",
-    "weighted_interval",
-]
+from trimtab.figures.significance import (
+    Difference,
+    corrected,
+    holm,
+    paired_difference,
+    paired_p,
+)

@@ -23,6 +23,11 @@ class Estimate:
     high: float
     n: int
 
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The ends of the interval."""
+        return self.low, self.high
+
     def __str__(self) -> str:
         return f"{self.value:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 

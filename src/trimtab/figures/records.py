@@ -5,36 +5,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from scipy import stats
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.metrics import metric_of
+from trimtab.figures.significance import Difference, paired_difference
 
 Record = dict[str, Any]
 
 #: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
 VIOLATION = 2.0
-
-#: Metrics that are means also where every value happens to be 0 or 1.
-_MEANS = frozenset(
-    (
-        "perplexity",
-        "self_perplexity",
-        "language_consistency",
-        "compression_ratio",
-        "repetition_4gram",
-        "toxicity",
-        "cross_entropy",
-        "delta_wr",
-        "first_shown",
-        "log_odds",
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -54,26 +40,12 @@ class Result:
     steering: str | None
     unclear: int = 0
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """Steered minus unsteered on the same examples, with a paired bootstrap interval (95 %).
-
-    For what is right or wrong, `gained` and `lost` count the examples that flipped each way, and
-    `p` is McNemar's exact test of whether they flip both ways alike: with few flips it is to be
-    believed over the interval, which cannot draw a flip that did not occur.
-    """
-
-    task: str
-    protocol: str
-    metric: str
-    difference: float
-    ci95: tuple[float, float]
-    n: int
-    steering: str
-    gained: int | None = None
-    lost: int | None = None
-    p: float | None = None
+    @property
+    def estimate(self) -> Estimate | None:
+        """The figure, where there is one; without an interval it is as narrow as can be."""
+        if self.value is None:
+            return None
+        return Estimate(self.value, *(self.ci95 or (self.value, self.value)), self.n)
 
 
 @dataclass(frozen=True)
@@ -81,7 +53,7 @@ class Evaluation:
     """The figures of an evaluation, and the records that they were computed from."""
 
     results: tuple[Result, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Difference, ...]
     records: tuple[Record, ...]
     seconds: float
     model: dict[str, Any]
@@ -104,14 +76,16 @@ class Evaluation:
         """
         found = []
         for before, after in paired(self.records):
-            names = [metric] if metric else [m for m in after["values"] if m not in _MEANS]
+            names = (
+                [metric] if metric else [m for m in after["values"] if metric_of(m).kind == "rate"]
+            )
             name = next(iter(names), "")
             old, new = before["values"].get(name), after["values"].get(name)
             if None not in (old, new) and old != new and _rates(name, (old, new)):
                 found.append((before, after))
         return found
 
-    def tables(self) -> list[tuple[str, list[tuple[Result, Comparison | None]]]]:
+    def tables(self) -> list[tuple[str, list[tuple[Result, Difference | None]]]]:
         """For people: a title for each task and protocol, and its results with their comparisons.
 
         Of each metric the unsteered figure comes first.
@@ -135,7 +109,7 @@ class Evaluation:
         """What `trimtab evaluate --json` prints."""
         return {
             "results": [asdict(result) for result in self.results],
-            "comparisons": [asdict(comparison) for comparison in self.comparisons],
+            "comparisons": [difference.as_json() for difference in self.comparisons],
             "seconds": self.seconds,
             "model": self.model,
             "notes": list(self.notes),
@@ -212,31 +186,24 @@ def _exp(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-def _weights(records: Sequence[Record]) -> list[float] | None:
+def _weights(records: Sequence[Record]) -> Tensor | None:
     """What each record weighs (tokens, anchors), or None where all weigh the same."""
     if not any("weight" in record for record in records):
         return None
-    return [record.get("weight", 1.0) for record in records]
+    return torch.tensor([record.get("weight", 1.0) for record in records], dtype=torch.float64)
 
 
 def _rates(metric: str, values: Sequence[float]) -> bool:
     """Whether these are shares of examples for which something holds."""
-    return metric not in _MEANS and all(value in (0, 1) for value in values)
+    return metric_of(metric).kind == "rate" and all(value in (0, 1) for value in values)
 
 
-def estimate_of(metric: str, values: Sequence[float], weights: Sequence[float] | None) -> Estimate:
+def estimate_of(metric: str, values: Sequence[float], weights: Tensor | None = None) -> Estimate:
     """The mean of a metric: Wilson's interval for a rate, bootstrap for any other mean."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if weights is None and _rates(metric, values):
-        return rate_interval(tensor)
-    return _mean(tensor, weights)
-
-
-def _mean(values: torch.Tensor, weights: Sequence[float] | None) -> Estimate:
-    """The mean with its bootstrap interval, weighted where there are weights."""
-    if weights is None:
-        return mean_interval(values)
-    return weighted_interval(values, torch.tensor(weights, dtype=torch.float64))
+    given = torch.tensor(values, dtype=torch.float64)
+    if weights is not None:
+        return weighted_interval(given, weights)
+    return rate_interval(given) if _rates(metric, values) else mean_interval(given)
 
 
 def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -252,7 +219,7 @@ def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     ]
 
 
-def _comparisons(records: Sequence[Record]) -> list[Comparison]:
+def _comparisons(records: Sequence[Record]) -> list[Difference]:
     groups: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
     for before, after in paired(records):
         key = (after["task"], after["protocol"], after["steering"])
@@ -268,29 +235,14 @@ def _comparisons(records: Sequence[Record]) -> list[Comparison]:
             ]
             if not both:
                 continue
-            differences = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
-            estimate = _mean(differences, _weights([after for _, _, after in both]))
+            changes = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
+            weights = _weights([after for _, _, after in both])
             rates = _rates(metric, [value for old, new, _ in both for value in (old, new)])
+            difference = paired_difference(changes, flips=rates, weights=weights, tested=False)
             found.append(
-                Comparison(
-                    task,
-                    protocol,
-                    metric,
-                    estimate.value,
-                    (estimate.low, estimate.high),
-                    estimate.n,
-                    steering,
-                    *(_flipped(differences) if rates else ()),
-                )
+                replace(difference, task=task, protocol=protocol, metric=metric, steering=steering)
             )
     return found
-
-
-def _flipped(differences: torch.Tensor) -> tuple[int, int, float]:
-    """How many were gained and lost, and McNemar's exact p."""
-    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
-    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return gained, lost, float(p)
 
 
 def _over_settings(results: Sequence[Result]) -> list[str]:

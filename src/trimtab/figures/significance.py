@@ -1,11 +1,70 @@
-"""Whether paired differences are more than chance, also where there are many of them."""
+"""Paired differences, and whether they are more than chance, also where there are many of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
+
+from trimtab.figures.intervals import mean_interval, weighted_interval
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What was measured after minus before on the same n examples: the mean, and its 95 % interval
+    (paired bootstrap).
+
+    Of what is right or wrong, `gained` and `lost` count the examples that flipped each way, and `p`
+    is McNemar's exact test of whether they flip both ways alike: with few flips it is to be
+    believed over the interval, which cannot draw a flip that did not occur. Of other values `p` is
+    Wilcoxon's signed-rank test, where one was made. `corrected_p` is p corrected for the number of
+    differences that this is one of (Holm). An evaluation's differences, steered minus unsteered,
+    also say of what they are.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    n: int
+    p: float | None = None
+    gained: int | None = None
+    lost: int | None = None
+    corrected_p: float | None = None
+    task: str = ""
+    protocol: str = ""
+    metric: str = ""
+    steering: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """For results.json and `--json`."""
+        if self.task:
+            return {key: getattr(self, key) for key in _OF_AN_EVALUATION}
+        found = {key: getattr(self, key) for key in ("difference", "ci95", "n", "p")}
+        found |= {"gained": self.gained, "lost": self.lost}
+        return found if self.corrected_p is None else {**found, "p_corrected": self.corrected_p}
+
+
+_OF_AN_EVALUATION = (
+    *("task", "protocol", "metric", "difference", "ci95", "n"),
+    *("steering", "gained", "lost", "p"),
+)
+
+
+def paired_difference(
+    changes: Tensor, *, flips: bool, weights: Tensor | None = None, tested: bool = True
+) -> Difference:
+    """From each example's change, [examples].
+
+    `flips` where examples are right or wrong, so that changes are -1, 0 and 1. `tested` false
+    makes no test of what does not flip.
+    """
+    mean = mean_interval(changes) if weights is None else weighted_interval(changes, weights)
+    p = paired_p(changes.tolist()) if flips or tested else None
+    counts = (int((changes > 0).sum()), int((changes < 0).sum())) if flips else (None, None)
+    return Difference(mean.value, (mean.low, mean.high), mean.n, p, *counts)
 
 
 def paired_p(differences: Sequence[float]) -> float:
@@ -21,6 +80,12 @@ def paired_p(differences: Sequence[float]) -> float:
         gained, lost = int((values > 0).sum()), int((values < 0).sum())
         return float(stats.binomtest(gained, gained + lost).pvalue)
     return float(stats.wilcoxon(values).pvalue)
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """Differences that were looked at together, each with its p corrected for their number."""
+    every = holm([1.0 if each.p is None else each.p for each in differences])
+    return [replace(each, corrected_p=p) for each, p in zip(differences, every, strict=True)]
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -16,14 +16,16 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
+from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
 from trimtab.model import LanguageModel
@@ -33,8 +35,10 @@ from trimtab.reading import Batch, Packed, batches, encode_contrast, run_packed
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
 #: over the tokens of its answer (what follows the prompt; paired contrasts only). A negative
 #: number is a token counted from the end: -1 is the last, -2 the one before it.
-Token = Literal["last", "mean", "answer"] | int
-TOKENS = ("last", "mean", "answer")
+Token = Annotated[
+    Literal["last", "mean", "answer"] | Annotated[int, Field(lt=0)],
+    Says("is {value!r}: known are last, mean, answer, and -1, -2 ... from the end"),
+]
 
 
 @dataclass(frozen=True)

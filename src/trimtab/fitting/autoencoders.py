@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import user_path
 
 #: Loaders of sae-lens that read safetensors, npz without pickles, JSON and YAML only. The others
@@ -92,7 +92,7 @@ def _load_features(source: str, stamp: tuple[Any, ...]) -> Features:
     except TrimtabError:
         raise
     except _BAD_FILES as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise TrimtabError(
             f"cannot load the autoencoder {source!r}: {type(error).__name__}: {reason} (a "
             "directory with cfg.json and sae_weights.safetensors, or RELEASE:ID)"

@@ -8,21 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting.activations import TOKENS, Statistics, Token, Want, collect
+from trimtab.fitting.activations import Statistics, Want, collect
+from trimtab.fitting.fields import validate
 from trimtab.model import LanguageModel
 from trimtab.steering import (
     POSITIONS,
-    Add,
     Dial,
     Intervention,
-    Operator,
-    Scale,
     Steering,
+    operators_in_words,
     to_tensors,
 )
 
@@ -37,6 +35,31 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    #: The hyperparameter that is the steering's dial.
+    dial: ClassVar[str] = "alpha"
+    #: Columns that the tables of its steerings always have, beside the one that numbers the units,
+    #: heads or features it chose.
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        validate(self, self.name)
+        self.check()
+
+    def check(self) -> None:  # noqa: B027, most methods have nothing to add
+        """Refuse hyperparameters that do not go together; each by itself is held to its
+        annotation."""
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        """What a sweep tries by default, on a model of so many blocks: the values of its paper, or
+        what covers them. Empty: the user names values."""
+        return {}
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        """What a steering of its does, in sentences for someone who meets the method for the first
+        time. A file may lack what they need: a KeyError or TypeError then does no harm."""
+        return operators_in_words(steering)
 
     def fit(
         self,
@@ -115,38 +138,11 @@ def _check_interventions(
                     f"{name}: what {contrast.name} gives at {intervention.site} is not finite: "
                     "its activations are too large for float32"
                 )
-    if interventions and not any(_changes(intervention.operator) for intervention in interventions):
+    if interventions and not any(intervention.acts for intervention in interventions):
         sites = interventions[0].site + (" and others" if len(interventions) > 1 else "")
         raise TrimtabError(
             f"{name}: the two sides of {contrast.name} do not differ at {sites}, so there is "
             "nothing to steer: take another site or token rule, or other texts"
-        )
-
-
-def _changes(operator: Operator) -> bool:
-    """Whether an operator does anything, at any dial."""
-    if isinstance(operator, Add):
-        return bool(operator.vector.any())
-    return not isinstance(operator, Scale) or bool(operator.gain.any())
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a value that is not among the known ones."""
-    if value not in known:
-        raise TrimtabError(f"{what} is {value!r}: known are {', '.join(known)}")
-
-
-def check_number(what: str, value: float) -> None:
-    """Refuse NaN and infinity, also what is infinity in float32, in which steering runs."""
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        raise TrimtabError(f"{what} must be a finite number, not {value}: at most 3.4e38 in size")
-
-
-def check_token(what: str, token: Token) -> None:
-    """Refuse what is neither a rule's name nor a place counted from the end."""
-    if not (token in TOKENS or (type(token) is int and token < 0)):
-        raise TrimtabError(
-            f"{what} is {token!r}: known are {', '.join(TOKENS)}, and -1, -2 ... from the end"
         )
 
 

@@ -28,31 +28,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import read_at
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Ablate, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
 
-WHERE = ("writers", "norms", "layer")
 #: Keeps the score finite where P is 0 or 1.
 _EPSILON = 1e-8
+
+FromEnd = Annotated[
+    tuple[Annotated[int, Field(lt=0)], ...],
+    Says("are counted from the end, -1 the last: {value!r}"),
+]
+Texts = Annotated[tuple[str, ...], Says("must be several: write ({value!r},)")]
+Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Ablation(Method):
         default=None,
         metadata={"help": "Block whose input gives the direction (default: by validation)."},
     )
-    tokens: tuple[int, ...] | None = field(
+    tokens: FromEnd | None = field(
         default=None,
         metadata={
             "help": "Tokens to read it at, from the end, as in -1,-2 (default: all that the chat "
@@ -73,43 +83,35 @@ class Ablation(Method):
     where: Literal["writers", "norms", "layer"] = field(
         default="writers", metadata={"help": "Where to ablate: writers, norms, or layer."}
     )
-    targets: tuple[str, ...] | None = field(
+    targets: Texts | None = field(
         default=None,
         metadata={"help": "How the behaviour begins, as in I,Sorry; for unpaired contrasts."},
     )
-    kl: float = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
-    depth: float = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
+    kl: Number = field(default=0.1, metadata={"help": "Largest side effect, in nats."})
+    depth: Depth = field(default=0.8, metadata={"help": "Choose below this share of the blocks."})
     typical: bool = field(
         default=False,
         metadata={"help": "Use only texts on which the score's sign is the label's (targets)."},
     )
-    amount: float = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
+    amount: Number = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ablation"
+    dial = "amount"
 
-    def __post_init__(self) -> None:
-        check_choice("ablation: where", self.where, WHERE)
-        check_choice("ablation: positions", self.positions, POSITIONS)
-        check_number("ablation: amount", self.amount)
-        check_number("ablation: kl", self.kl)
-        for token in () if self.tokens is None else self.tokens:
-            if type(token) is not int or token >= 0:
-                raise TrimtabError(
-                    f"ablation: tokens are counted from the end, -1 the last: {token!r}"
-                )
+    def check(self) -> None:
         if self.layer is not None and len(self.tokens or ()) > 1:
             raise TrimtabError("ablation: with a layer, tokens must name one")
         if self.tokens == () or self.targets == ():
             raise TrimtabError("ablation: tokens and targets must name some, or be left out")
-        if isinstance(self.targets, str):
-            raise TrimtabError(f"ablation: targets must be several: write ({self.targets!r},)")
-        if not 0 < self.depth <= 1:
-            raise TrimtabError(f"ablation: depth must lie between 0 and 1, not {self.depth}")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(max(1, int(0.8 * layers)))), "amount": (0.25, 0.5, 1.0)}
 
     # -- what it reads ------------------------------------------------------------------------
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer is None:
             validation_part(self.name, contrast)
             if not contrast.paired and self.targets is None:
@@ -119,7 +121,9 @@ class Ablation(Method):
                 )
         return list(self._candidates(language_model, contrast).values())
 
-    def _candidates(self, language_model: Any, contrast: Contrast) -> dict[tuple[int, int], Want]:
+    def _candidates(
+        self, language_model: LanguageModel, contrast: Contrast
+    ) -> dict[tuple[int, int], Want]:
         """What gives the direction of each (block, token)."""
         anatomy = language_model.anatomy
         if self.layer is None:
@@ -139,7 +143,7 @@ class Ablation(Method):
             for token in tokens
         }
 
-    def _typical(self, language_model: Any, contrast: Contrast) -> Tensor:
+    def _typical(self, language_model: LanguageModel, contrast: Contrast) -> Tensor:
         """Which texts the model itself treats as labelled, [texts]."""
         if contrast.paired or self.targets is None:
             raise TrimtabError("ablation: typical needs an unpaired contrast, and targets")
@@ -155,7 +159,9 @@ class Ablation(Method):
 
     # -- what it makes ------------------------------------------------------------------------
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         candidates = self._candidates(language_model, contrast)
         differences = {place: statistics[want].difference for place, want in candidates.items()}
         findings: dict[str, Any] = {}
@@ -171,7 +177,9 @@ class Ablation(Method):
         dial = Dial("amount", self.amount, (-1.0, 1.0))
         return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
 
-    def _interventions(self, anatomy: Any, layer: int, difference: Tensor) -> list[Intervention]:
+    def _interventions(
+        self, anatomy: Anatomy, layer: int, difference: Tensor
+    ) -> list[Intervention]:
         ablate = Ablate((difference / difference.norm()).float())
         if self.where == "writers":
             sites = anatomy.stream_writers
@@ -183,7 +191,10 @@ class Ablation(Method):
         return [Intervention(site, ablate, self.positions) for site in sites]
 
     def _select(
-        self, language_model: Any, contrast: Contrast, differences: dict[tuple[int, int], Tensor]
+        self,
+        language_model: LanguageModel,
+        contrast: Contrast,
+        differences: dict[tuple[int, int], Tensor],
     ) -> tuple[tuple[int, int], dict[str, Any]]:
         """The (block, token) whose direction lowers the score most, and what was measured."""
         anatomy = language_model.anatomy
@@ -236,12 +247,39 @@ class Ablation(Method):
         }
         return (best["layer"], best["token"]), findings
 
+    # -- in words -----------------------------------------------------------------------------
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found, dial = steering.findings, steering.dial.name
+        count = sum(isinstance(each.operator, Ablate) for each in steering.interventions)
+        where = {
+            "writers": f"everything that is written to the residual stream ({count} sites)",
+            "norms": f"what attention and FFN read ({count} sites)",
+            "layer": "the residual stream at one place",
+        }[str(steering.hyperparameters.get("where", "writers"))]
+        lines = [
+            f"Directional ablation takes one direction out of {where}: at {dial} 1 nothing is left "
+            "along it, at -1 what is there is doubled.",
+            "The direction leads from the negative texts' mean to the positive ones', read at "
+            f"{found['source_site']}, {read_at(found['token'])}: what sets the positive texts "
+            "apart is what the model loses.",
+        ]
+        chosen = found.get("chosen")
+        if chosen:
+            lines.append(
+                f"It was chosen among {found['candidates']} on validation rows: ablating it takes "
+                f"the behaviour's score (log-odds) from {found['unsteered_score']:.2f} to "
+                f"{chosen['score']:.2f}, and changes other text by {chosen['kl']:.3f} nats (KL)."
+            )
+        return lines
+
 
 class _Scored:
     """What is measured of a direction on validation rows."""
 
     def __init__(
-        self, language_model: Any, validation: Contrast, targets: tuple[str, ...] | None
+        self, language_model: LanguageModel, validation: Contrast, targets: tuple[str, ...] | None
     ) -> None:
         self.language_model, self.validation, self.targets = language_model, validation, targets
         self.shown: list[Prompt]
@@ -274,14 +312,19 @@ class _Scored:
         return float((self.base.exp() * (self.base - steered)).sum(-1).mean())
 
 
-def _log_p(language_model: Any, prompts: Sequence[Prompt], steering: Any = None) -> Tensor:
+def _log_p(
+    language_model: LanguageModel, prompts: Sequence[Prompt], steering: Any = None
+) -> Tensor:
     """Log-probabilities of the token after each prompt, [prompts, vocabulary]."""
     logits: Tensor = language_model.logits(prompts, steering=steering)
     return logits.log_softmax(-1)
 
 
 def _scores(
-    language_model: Any, prompts: Sequence[Prompt], targets: Sequence[str], steering: Any = None
+    language_model: LanguageModel,
+    prompts: Sequence[Prompt],
+    targets: Sequence[str],
+    steering: Any = None,
 ) -> Tensor:
     """log P - log(1 - P) of the next token being the first one of a target, [prompts]."""
     ids = _first_tokens(language_model, targets)
@@ -291,7 +334,7 @@ def _scores(
     return torch.log(p + _EPSILON) - torch.log(1 - p + _EPSILON)
 
 
-def _first_tokens(language_model: Any, targets: Sequence[str]) -> list[int]:
+def _first_tokens(language_model: LanguageModel, targets: Sequence[str]) -> list[int]:
     """The token that each target begins with, each once."""
     encoded = [language_model.tokenizer.encode(t, add_special_tokens=False) for t in targets]
     if not all(encoded):
@@ -299,7 +342,7 @@ def _first_tokens(language_model: Any, targets: Sequence[str]) -> list[int]:
     return sorted({tokens[0] for tokens in encoded})
 
 
-def _after_text(language_model: Any, contrast: Contrast) -> tuple[int, ...]:
+def _after_text(language_model: LanguageModel, contrast: Contrast) -> tuple[int, ...]:
     """The tokens, from the end, that a chat template puts after what the user says; else the last.
 
     Found by rendering two messages: their last tokens are the same as far as the template goes.

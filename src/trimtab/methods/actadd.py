@@ -12,25 +12,32 @@ token to the first tokens of the text; here the vector acts wherever `positions`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
+from trimtab.methods.words import adds_vectors, difference_read_at, read_at
+from trimtab.model import LanguageModel
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+
+OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class ActAdd(Method):
         default=None,
         metadata={"help": "Block whose output is steered; negative from the end (default: 40%)."},
     )
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
-    pairs: int = field(default=1, metadata={"help": "How many pairs, from the first on."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    pairs: OneOrMore = field(default=1, metadata={"help": "How many pairs, from the first on."})
     token: Token = field(
         default="mean",
         metadata={"help": "What stands for a text: mean, last, answer, or -2 and so on."},
@@ -54,14 +61,11 @@ class ActAdd(Method):
 
     name = "actadd"
 
-    def __post_init__(self) -> None:
-        check_token("actadd: token", self.token)
-        check_choice("actadd: positions", self.positions, POSITIONS)
-        check_number("actadd: alpha", self.alpha)
-        if self.pairs < 1:
-            raise TrimtabError(f"actadd: pairs must be 1 or more, not {self.pairs}")
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
-    def _want(self, anatomy: Any, contrast: Contrast) -> Want:
+    def _want(self, anatomy: Anatomy, contrast: Contrast) -> Want:
         train = contrast.train
         if train.paired:
             sides = [list(range(len(train)))]
@@ -81,12 +85,23 @@ class ActAdd(Method):
         (site,) = residual_sites(anatomy, self.layer)
         return Want(site, self.token, Means, rows=rows)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return [self._want(language_model.anatomy, contrast)]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         want = self._want(language_model.anatomy, contrast)
         vector = statistics[want].difference.float()
         interventions = [Intervention(want.site, Add(vector), self.positions)]
         dial = Dial("alpha", self.alpha, (-20.0, 20.0))
         return new_steering(self, language_model, contrast, interventions, dial)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        token, pairs = steering.hyperparameters["token"], steering.hyperparameters["pairs"]
+        what = f"{difference_read_at(token)}; of each side the first {pairs} are used"
+        if pairs == 1:
+            first = f"the activation of the first positive text, {read_at(token)}"
+            what = f"{first}, minus that of the first negative one"
+        return adds_vectors("ActAdd", steering, what)

@@ -29,7 +29,7 @@ otherwise what attention and FFN read is steered (OLMo 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,22 +37,22 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from trimtab.anatomy import parse_site
+from trimtab.anatomy import Anatomy, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
     Statistics,
     UnitLength,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
+from trimtab.methods.words import ranges
+from trimtab.model import LanguageModel
 from trimtab.steering import (
-    POSITIONS,
     Dial,
     Intervention,
     Operator,
@@ -61,10 +61,11 @@ from trimtab.steering import (
     Steering,
     Turn,
     orthonormal,
+    steered_blocks,
 )
 
-CANDIDATES = ("output", "input")
-SELECTIONS = ("cosine", "norm")
+#: The angles that a sweep tries.
+DEGREES = tuple(float(angle) for angle in range(0, 360, 10))
 #: Two sides that differ by less than this share of their length differ by rounding: where all texts
 #: end with the same token, the first norm reads the same on both.
 _ROUNDING = 1e-5
@@ -78,7 +79,7 @@ _COMPAT_HELP = "Steer all norms of a block, also those on the branches."
 class SAS(Method):
     """Standard Angular Steering: lay activations at an angle in one plane, at every norm."""
 
-    theta: float = field(
+    theta: Number = field(
         default=0.0, metadata={"help": "Angle in degrees, the dial's default; 0 is positive."}
     )
     candidates: Literal["output", "input"] = field(
@@ -91,19 +92,31 @@ class SAS(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sas"
+    dial = "theta"
 
-    def __post_init__(self) -> None:
-        _check(self)
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"theta": DEGREES}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return list(candidate_wants(self, language_model.anatomy).values())
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         turn = Turn(plane.basis.float(), adaptive=self.name == "aas")
         return _steering(
             self, language_model, contrast, plane, sites_of(self, language_model.anatomy), turn
         )
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of every activation that lies in the plane to the dial's angle, "
+            "wherever it pointed before: 0 is the positive side, 180 the opposite"
+        )
+        return _in_words(steering, "Standard Angular Steering", does)
 
 
 @dataclass(frozen=True)
@@ -112,12 +125,20 @@ class AAS(SAS):
 
     name = "aas"
 
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of an activation that lies in the plane to the dial's angle, but only "
+            "where it points to the positive side, which is 0; the opposite is 180"
+        )
+        return _in_words(steering, "Adaptive Angular Steering", does)
+
 
 @dataclass(frozen=True)
 class SS(Method):
     """Selective Steering: turn activations by an angle, where the two sides are opposite."""
 
-    theta: float | None = field(
+    theta: Number | None = field(
         default=None,
         metadata={
             "help": "Angle in degrees, the dial's default (default: what takes the negative side's "
@@ -137,15 +158,19 @@ class SS(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "ss"
+    dial = "theta"
 
-    def __post_init__(self) -> None:
-        _check(self)
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"theta": DEGREES}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         wants = list(candidate_wants(self, language_model.anatomy).values())
         return wants + [unit_means(site) for site in sites_of(self, language_model.anatomy)]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         plane = plane_of(self, candidates(self, language_model.anatomy, statistics))
         sides = {
             site: (statistics[unit_means(site)].positive, statistics[unit_means(site)].negative)
@@ -163,6 +188,21 @@ class SS(Method):
             theta = _angle_between(plane.basis, [sides[site] for site in sites])
         rotate = Rotate(plane.basis.float())
         return _steering(self, language_model, contrast, plane, sites, rotate, theta)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        does = (
+            "turns the part of every activation that lies in the plane by the dial's angle, so "
+            "that at 0 nothing happens"
+        )
+        lines = _in_words(steering, "Selective Steering", does)
+        whole = steering.hyperparameters["whole_blocks"]
+        which = "blocks all of whose norms see" if whole else "norms that see"
+        lines.append(
+            f"It steers only {which} the positive texts on one side of zero along the first axis, "
+            "on average, and the negative ones on the other."
+        )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -192,15 +232,7 @@ class Plane:
     mean_cosine: float
 
 
-def _check(method: Any) -> None:
-    check_choice(f"{method.name}: candidates", method.candidates, CANDIDATES)
-    check_choice(f"{method.name}: selection", method.selection, SELECTIONS)
-    check_choice(f"{method.name}: positions", method.positions, POSITIONS)
-    if method.theta is not None:
-        check_number(f"{method.name}: theta", method.theta)
-
-
-def sites_of(method: Any, anatomy: Any) -> list[str]:
+def sites_of(method: Any, anatomy: Anatomy) -> list[str]:
     """The norms to steer, in the order of the computation."""
     kinds = ["attn_norm", "ffn_norm"]
     if method.ss_compat:
@@ -215,7 +247,7 @@ def unit_means(site: str) -> Want:
     return Want(site, "last", Means, read=UnitLength())
 
 
-def candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
+def candidate_wants(method: Any, anatomy: Anatomy) -> dict[str, Want]:
     """What each site's candidate is computed from, by the site's name."""
     wants = {}
     for site in sites_of(method, anatomy):
@@ -231,7 +263,7 @@ def candidate_wants(method: Any, anatomy: Any) -> dict[str, Want]:
     return wants
 
 
-def candidates(method: Any, anatomy: Any, statistics: Statistics) -> Candidates:
+def candidates(method: Any, anatomy: Anatomy, statistics: Statistics) -> Candidates:
     """The candidate directions of all norms, from what `candidate_wants` asked for."""
     wants = candidate_wants(method, anatomy)
     differences = []
@@ -295,7 +327,7 @@ def _angle_between(basis: Tensor, sides: list[tuple[Tensor, Tensor]]) -> float:
 
 def _steering(
     method: Any,
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: Contrast,
     plane: Plane,
     sites: list[str],
@@ -307,3 +339,16 @@ def _steering(
     dial = Dial("theta", default, (-360.0, 360.0), "°")
     findings = {"source_site": plane.source, "mean_cosine": plane.mean_cosine}
     return new_steering(method, language_model, contrast, interventions, dial, findings=findings)
+
+
+def _in_words(steering: Steering, name: str, does: str) -> list[str]:
+    """Where a method acts, what it does there, and which plane it works in."""
+    sites, blocks = len(steering.interventions), ranges(steered_blocks(steering))
+    read = "in what enters" if steering.hyperparameters["candidates"] == "input" else "at"
+    return [
+        f"{name} works in one plane, the same at {sites} norms in blocks {blocks}. It {does}. No "
+        "activation changes its length.",
+        "The plane's first axis leads from the negative texts to the positive ones, as read "
+        f"{read} {steering.findings['source_site']}; the second is where such directions vary "
+        "most.",
+    ]

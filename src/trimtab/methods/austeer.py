@@ -34,28 +34,32 @@ not linear, so it cannot be baked.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from trimtab.anatomy import site_order
+from trimtab.anatomy import Anatomy, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Count,
     Means,
     Method,
+    Number,
+    Says,
     SignCounts,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
+from trimtab.methods.words import counted, percent
+from trimtab.model import LanguageModel
 from trimtab.steering import (
-    POSITIONS,
     Add,
     Dial,
     Intervention,
@@ -63,14 +67,17 @@ from trimtab.steering import (
     Positions,
     Scale,
     Steering,
+    chosen,
 )
 
-SITE_KINDS = ("heads", "ffn_out", "ffn_in", "resid")
-DIRECTIONS = ("paper", "signed")
-LOCATE = ("momentum", "difference", "random")
-CHANGES = ("scale", "absolute", "vector")
-STRENGTHS = ("adaptive", "fixed")
-CHOOSE = ("most", "least")
+#: The numbers of units and the strengths that the paper's grids are made of.
+AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
+SiteKind = Annotated[
+    str,
+    Field(pattern="^(heads|ffn_out|ffn_in|resid)$"),
+    Says("is {value!r}: known are heads, ffn_out, ffn_in, resid"),
+]
+CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -80,13 +87,11 @@ class AUSteer(Method):
     It needs a paired contrast.
     """
 
-    site: str = field(
+    site: SiteKind = field(
         default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
-    k: int | Literal["all"] = field(
-        default=16, metadata={"help": "How many units to steer, or all."}
-    )
-    alpha: float = field(default=8.0, metadata={"help": "Strength; the dial's default."})
+    k: CountOrAll = field(default=16, metadata={"help": "How many units to steer, or all."})
+    alpha: Number = field(default=8.0, metadata={"help": "Strength; the dial's default."})
     direction: Literal["paper", "signed"] = field(
         default="paper", metadata={"help": "Sign of gamma: paper, or signed by the unit's mean."}
     )
@@ -113,18 +118,9 @@ class AUSteer(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "austeer"
+    columns = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
 
-    def __post_init__(self) -> None:
-        check_choice("austeer: site", self.site, SITE_KINDS)
-        check_choice("austeer: direction", self.direction, DIRECTIONS)
-        check_choice("austeer: locate", self.locate, LOCATE)
-        check_choice("austeer: choose", self.choose, CHOOSE)
-        check_choice("austeer: change", self.change, CHANGES)
-        check_choice("austeer: strength", self.strength, STRENGTHS)
-        check_choice("austeer: positions", self.positions, POSITIONS)
-        check_number("austeer: alpha", self.alpha)
-        if self.k != "all" and (not isinstance(self.k, int) or self.k < 0):
-            raise TrimtabError(f"austeer: k must be 0 or more, or all, not {self.k}")
+    def check(self) -> None:
         if self.layers is not None and not self.layers:
             raise TrimtabError("austeer: layers is empty: name some, or leave it out for all")
         if self.choose == "least":
@@ -150,11 +146,15 @@ class AUSteer(Method):
         if self.strength == "fixed" and self.change == "vector":
             raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
 
-    def sites(self, anatomy: Any) -> list[str]:
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))}
+
+    def sites(self, anatomy: Anatomy) -> list[str]:
         """Where units are chosen from, each site once and from the lowest layer up."""
         return sorted(set(anatomy.sites(self.site, self.layers)), key=site_order)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         sites = self.sites(language_model.anatomy)
         units = sum(language_model.anatomy.width(site) for site in sites)
         if self.k != "all" and self.k > units:
@@ -168,7 +168,9 @@ class AUSteer(Method):
     def _needs_means(self) -> bool:
         return self.direction == "signed" or self.locate == "difference" or self.change == "vector"
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = self.sites(anatomy)
         widths = [anatomy.width(site) for site in sites]
@@ -250,6 +252,49 @@ class AUSteer(Method):
         if self.change == "vector":
             return Add(torch.zeros(width).index_copy(0, units, gains))
         return Scale(units, gains, width, self.clamp_sign, absolute=self.change == "absolute")
+
+    # -- in words -----------------------------------------------------------------------------
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        units = chosen(steering, cls.columns).get("units", [])
+        if not units:
+            return ["AUSteer with k = 0: no unit is changed."]
+        options, dial = steering.hyperparameters, steering.dial.name
+        least = options.get("choose") == "least"
+        change = str(options.get("change", "scale"))
+        formula = {
+            "scale": "each activation x becomes (1 + gamma) x",
+            "absolute": "each activation x becomes x + gamma |x|",
+            "vector": f"to each {dial} times the mean difference of the two sides is added",
+        }[change]
+        if least:
+            formula = f"each activation x becomes (1 - {dial}) x"
+        best = "least" if least else "most"
+        reason = {
+            "momentum": f"They were chosen because they tell the two sides apart {best} reliably: "
+            f"in the same direction on {percent([unit['score'] for unit in units])} of the pairs.",
+            "difference": f"They were chosen because their mean differs {best} between the two "
+            "sides.",
+            "random": "They were drawn at random, for comparison.",
+        }[options.get("locate", "momentum")]
+        lines = [
+            f"AUSteer {'shrinks' if least else 'changes'} {len(units)} single units of "
+            f"{options.get('site')}, in {counted(units)}: {formula}.",
+            reason,
+        ]
+        if least:
+            return lines
+        up, down = (sum(sign * unit["gamma"] > 0 for unit in units) for sign in (1, -1))
+        verbs = ("scaled up", "down") if change == "scale" else ("raised", "lowered")
+        lines.append(f"{up} are {verbs[0]}, {down} {verbs[1]}.")
+        flipped = sum(unit["gamma"] < -1 for unit in units)
+        if change == "scale" and flipped and not options.get("clamp_sign", False):
+            lines.append(
+                f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
+                "is how the method is defined."
+            )
+        return lines
 
 
 def rank(score: Tensor) -> Tensor:

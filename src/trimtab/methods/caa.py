@@ -16,6 +16,7 @@ the one that agrees with v.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,26 +24,25 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
     Means,
     Method,
+    Number,
     SecondMoment,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     new_steering,
     validation_part,
 )
+from trimtab.methods.words import adds_vectors, difference_read_at, read_at
+from trimtab.model import LanguageModel
 from trimtab.reading import preference
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
-
-VARIANTS = ("mean", "pca")
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CAA(Method):
             "validation: the one that does most on validation rows at alpha (default: 40%)."
         },
     )
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
         default="last",
         metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
@@ -71,28 +71,24 @@ class CAA(Method):
 
     name = "caa"
 
-    def __post_init__(self) -> None:
-        check_token("caa: token", self.token)
-        check_choice("caa: variant", self.variant, VARIANTS)
-        check_choice("caa: positions", self.positions, POSITIONS)
-        check_number("caa: alpha", self.alpha)
+    def check(self) -> None:
         if self.layer == ():
             raise TrimtabError("caa: layer is empty: name some, or leave it out")
-        if isinstance(self.layer, str):
-            check_choice("caa: layer", self.layer, ("validation",))
-            if self.alpha == 0:
-                raise TrimtabError(
-                    "caa: alpha is 0, at which layer validation has no effect to see"
-                )
+        if self.layer == "validation" and self.alpha == 0:
+            raise TrimtabError("caa: alpha is 0, at which layer validation has no effect to see")
 
-    def sites(self, anatomy: Any) -> list[str]:
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
+
+    def sites(self, anatomy: Anatomy) -> list[str]:
         """The sites to steer, or those to choose from."""
         if self.layer == "validation":
             every: list[str] = anatomy.sites("resid")
             return every
         return residual_sites(anatomy, self.layer)
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer == "validation":
             validation_part(self.name, contrast)
             if not contrast.paired and self.positions in ("generated", "last"):
@@ -106,7 +102,9 @@ class CAA(Method):
             wants += [Want(site, self.token, SecondMoment) for site in sites]
         return wants
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         dial = Dial("alpha", self.alpha, (-20.0, 20.0))
         interventions = [
             Intervention(site, Add(self._vector(statistics, site)), self.positions)
@@ -134,8 +132,24 @@ class CAA(Method):
             vector = length * _first_component(moment, vector)
         return (vector / length if self.unit_norm and length > 0 else vector).float()
 
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        options = steering.hyperparameters
+        what = difference_read_at(options["token"])
+        if options.get("variant") == "pca":
+            read = read_at(options["token"])
+            what = f"the direction in which the pairs differ most (PCA), {read}"
+        lines = adds_vectors("CAA", steering, what)
+        gains = steering.findings.get("validation_gain")
+        if gains:
+            lines.append(
+                f"The block was chosen among {len(gains)} on validation rows: there it moves the "
+                f"model most toward the positive side, by {max(gains.values()):.2f} nats."
+            )
+        return lines
 
-def residual_sites(anatomy: Any, layer: Any) -> list[str]:
+
+def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:
     """Outputs of one block or of several; without a number, of the one at 40 % of the depth."""
     if layer is None:
         layer = int(0.4 * anatomy.layers)  # CAA's best layers lie around 13 of 32

@@ -18,6 +18,7 @@ position is steered, which is `"all"`, the default, and can be baked.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,60 +28,60 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    BetweenZeroAndOne,
+    Count,
     Method,
+    Number,
     Samples,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
 from trimtab.methods.austeer import rank
+from trimtab.methods.words import counted, percent
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
-
-DIRECTIONS = ("mean", "probe")
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
 
 
 @dataclass(frozen=True)
 class ITI(Method):
     """ITI: move the attention heads that know which side a text is on."""
 
-    k: int = field(default=48, metadata={"help": "How many heads to steer (K)."})
-    alpha: float = field(default=15.0, metadata={"help": "Strength; the dial's default."})
+    k: Count = field(default=48, metadata={"help": "How many heads to steer (K)."})
+    alpha: Number = field(default=15.0, metadata={"help": "Strength; the dial's default."})
     direction: Literal["mean", "probe"] = field(
         default="mean", metadata={"help": "theta: the mean difference, or the probe's weights."}
     )
     scale: bool = field(default=True, metadata={"help": "Multiply by sigma, the heads' spread."})
-    held_out: float = field(default=0.2, metadata={"help": "Share of rows that rank the heads."})
-    seed: int = field(default=0, metadata={"help": "Which rows are held out."})
+    held_out: BetweenZeroAndOne = field(
+        default=0.2, metadata={"help": "Share of rows that rank the heads."}
+    )
+    seed: Count = field(default=0, metadata={"help": "Which rows are held out."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "iti"
+    columns = ("layer", "head", "accuracy", "sigma")
 
-    def __post_init__(self) -> None:
-        check_choice("iti: direction", self.direction, DIRECTIONS)
-        check_choice("iti: positions", self.positions, POSITIONS)
-        check_number("iti: alpha", self.alpha)
-        if not isinstance(self.k, int) or self.k < 0:
-            raise TrimtabError(f"iti: k must be 0 or more, not {self.k}")
-        if not 0 < self.held_out < 1:
-            raise TrimtabError(f"iti: held_out must lie between 0 and 1, not {self.held_out}")
-        if self.seed < 0:
-            raise TrimtabError(f"iti: seed must be 0 or more, not {self.seed}")
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"k": (16, 32, 48, 64, 96), "alpha": (1.0, 5.0, 10.0, 15.0, 20.0)}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         heads = anatomy.layers * anatomy.heads
         if self.k > heads:
             raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
         return [Want(site, "last", Samples) for site in anatomy.sites("heads")]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         own = ("iti", self.direction, self.scale, self.held_out, self.seed)
         accuracies, shifts, deviations = statistics.once(
@@ -108,7 +109,7 @@ class ITI(Method):
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     def _probes(
-        self, anatomy: Any, paired: bool, statistics: Statistics
+        self, anatomy: Anatomy, paired: bool, statistics: Statistics
     ) -> tuple[list[float], list[Tensor], list[Tensor]]:
         """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
         sites = anatomy.sites("heads")
@@ -148,6 +149,25 @@ class ITI(Method):
             drawn = torch.from_numpy(generator.permutation(len(own))[:count])
             held |= torch.isin(rows, own[drawn])
         return held
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        heads = chosen(steering, cls.columns).get("heads", [])
+        if not heads:
+            return ["ITI with k = 0: no head is changed."]
+        options, dial = steering.hyperparameters, steering.dial.name
+        by = "times the texts' standard deviation along it" if options["scale"] else "long"
+        along = {
+            "mean": "from the mean of the negative texts to that of the positive ones",
+            "probe": "where a classifier says that texts are positive",
+        }[options["direction"]]
+        right = percent([head["accuracy"] for head in heads])
+        return [
+            f"ITI adds a vector to the output of {len(heads)} attention heads, in "
+            f"{counted(heads)}: it leads {along} and is {dial} {by}.",
+            "They are the heads from which a classifier tells the two sides apart best: it is "
+            f"right on {right} of texts that it was not trained on.",
+        ]
 
 
 def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:

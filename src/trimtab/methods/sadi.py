@@ -22,26 +22,29 @@ were without steering; here the model runs on from what was changed, at all `pos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from trimtab.anatomy import READ_ONLY
+from trimtab.anatomy import READ_ONLY, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Count,
     Means,
     Method,
+    Number,
     Statistics,
     Want,
-    check_choice,
-    check_number,
     new_steering,
 )
 from trimtab.methods.austeer import rank
-from trimtab.steering import POSITIONS, Dial, Intervention, Positions, Scale, Steering
+from trimtab.methods.words import counted
+from trimtab.model import LanguageModel
+from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
@@ -56,22 +59,21 @@ class SADI(Method):
     variant: Literal["head", "neuron", "hidden", "resid"] = field(
         default="head", metadata={"help": "What to scale: head, neuron, hidden or resid."}
     )
-    k: int = field(default=8, metadata={"help": "How many heads or units (K)."})
-    delta: float = field(
+    k: Count = field(default=8, metadata={"help": "How many heads or units (K)."})
+    delta: Number = field(
         default=1.0, metadata={"help": "Strength, the dial's default: activations times 1 + delta."}
     )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sadi"
+    dial = "delta"
+    columns = ("layer", "score")
 
-    def __post_init__(self) -> None:
-        check_choice("sadi: variant", self.variant, tuple(VARIANTS))
-        check_choice("sadi: positions", self.positions, POSITIONS)
-        check_number("sadi: delta", self.delta)
-        if not isinstance(self.k, int) or self.k < 0:
-            raise TrimtabError(f"sadi: k must be 0 or more, not {self.k}")
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"k": (1, 2, 4, 6, 8, 10), "delta": (-1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 9.0, 19.0)}
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"
@@ -87,7 +89,9 @@ class SADI(Method):
         measured = site.removesuffix(kind) + MEASURED.get(self.variant, kind)
         return Want(measured, "last", Means)
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         anatomy = language_model.anatomy
         sites = anatomy.sites(VARIANTS[self.variant])
         heads = self.variant == "head"
@@ -101,9 +105,9 @@ class SADI(Method):
         score = torch.cat(differences)
         if self.k and not score.any():
             raise TrimtabError("sadi: the two sides do not differ, so there is nothing to steer")
-        chosen = rank(score)[: self.k]
-        layer = torch.arange(len(sites)).repeat_interleave(counts)[chosen]
-        element = torch.cat([torch.arange(int(count)) for count in counts])[chosen]
+        ranked = rank(score)[: self.k]
+        layer = torch.arange(len(sites)).repeat_interleave(counts)[ranked]
+        element = torch.cat([torch.arange(int(count)) for count in counts])[ranked]
         interventions = []
         for number, site in enumerate(sites):
             units = element[layer == number].sort().values
@@ -117,7 +121,24 @@ class SADI(Method):
         tables = {
             "layer": layer,
             "head" if heads else "unit": element,
-            "score": score[chosen].float(),
+            "score": score[ranked].float(),
         }
         dial = Dial("delta", self.delta, (-1.0, 90.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        ((kind, records),) = chosen(steering, cls.columns).items()
+        if not records:
+            return ["SADI with k = 0: nothing is changed."]
+        what = "attention heads"
+        if kind != "heads":
+            what = f"single units of {parse_site(records[0]['site'])[1]}"
+        dial = steering.dial.name
+        return [
+            f"SADI multiplies {len(records)} {what} by 1 + {dial} (now {1 + steering.setting:g}), "
+            f"in {counted(records)}.",
+            "They are the ones whose mean is higher in the positive texts than in the negative "
+            "ones by most. What is multiplied is each text's own activation, so the change follows "
+            "the text.",
+        ]

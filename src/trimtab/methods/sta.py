@@ -21,10 +21,12 @@ is added to the residual stream that the autoencoder reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
@@ -35,17 +37,20 @@ from trimtab.fitting import (
     Features,
     Means,
     Method,
+    Number,
+    Says,
     Statistics,
     Token,
     Want,
-    check_choice,
-    check_number,
-    check_token,
     load_features,
     new_steering,
 )
 from trimtab.methods.austeer import rank
-from trimtab.steering import POSITIONS, Add, Dial, Intervention, Positions, Steering
+from trimtab.methods.words import adds_vectors, read_at
+from trimtab.model import LanguageModel
+from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+
+Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class STA(Method):
     """STA: add up the features of a sparse autoencoder that set the two sides apart."""
 
     sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
-    p: float = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
-    alpha: float = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    p: Share = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
+    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     token: Token = field(
         default="answer",
         metadata={"help": "What stands for a text: answer, mean, last, or -2 and so on."},
@@ -62,18 +67,17 @@ class STA(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sta"
+    columns = ("feature", "amplitude", "frequency")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sae", str(self.sae))  # a Path is as good, but no JSON
+    def check(self) -> None:
         if not self.sae:
             raise TrimtabError("sta: name an autoencoder (sae): a directory, or RELEASE:ID")
-        check_token("sta: token", self.token)
-        check_choice("sta: positions", self.positions, POSITIONS)
-        check_number("sta: alpha", self.alpha)
-        if not 0 < self.p <= 1:
-            raise TrimtabError(f"sta: p must be above 0 and at most 1, not {self.p}")
 
-    def wants(self, language_model: Any, contrast: Contrast) -> list[Want]:
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)}
+
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         features = load_features(self.sae)
         width = language_model.anatomy.width(features.site)  # refuses a layer out of range
         if features.decoder.shape[1] != width:
@@ -87,7 +91,9 @@ class STA(Method):
             Want(features.site, self.token, Means),
         ]
 
-    def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
         features = load_features(self.sae)
         means, active, stream = (statistics[want] for want in self.wants(language_model, contrast))
         amplitude, frequency = means.difference, active.difference
@@ -115,6 +121,16 @@ class STA(Method):
         agreeing = torch.where(agree, frequency, 0)
         large = [_largest(size.abs().double(), self.p) for size in (amplitude, agreeing)]
         return agree & large[0] & large[1] & (amplitude != 0)
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found = steering.findings
+        what = (
+            f"the sum of {found['kept']} of {found['features']} features of a sparse autoencoder, "
+            "those that set the two sides apart, made as long as the difference of the two sides' "
+            f"mean activations, {read_at(steering.hyperparameters['token'])}"
+        )
+        return adds_vectors("STA", steering, what)
 
 
 def _largest(sizes: Tensor, p: float) -> Tensor:

@@ -15,29 +15,4 @@ from trimtab.model.loading import load, locations, wrap
 from trimtab.model.saving import check_target
 from trimtab.model.versions import cache_argument, warn_if_untested
 
-__all__ = [
-    "BATCH_TOKENS",
-    "OPTIONS",
-    "SAMPLING",
-    "Completion",
-    "LanguageModel",
-    "SteeringArgument",
-    "are_sound",
-    "bake",
-    "batches_by_length",
-    "cache_argument",
-    "check_target",
-    "finds_dials",
-    "left_aside",
-    "load",
-    "locations",
-    "per_text",
-    "refuse_dropout",
-    "row_steerings",
-    "turned",
-    "unsound",
-    "warn_if_untested",
-    "wrap",
-]
-
 warn_if_untested()

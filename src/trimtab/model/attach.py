@@ -121,19 +121,15 @@ def _same_for_all(step: _Step) -> Edit:
 def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
     """What to do at each site, in order; one step serves all rows that share an operator."""
     steps: dict[str, list[_Step]] = {}
-    places: dict[tuple[int, int], list[tuple[int, Steering]]] = {}
-    order: list[tuple[int, int]] = []
+    places: dict[tuple[int, int], dict[int, Steering]] = {}
     for row, steerings in enumerate(rows):
         for rank, steering in enumerate(steerings):
             # at() shares the interventions, so that two dials of one steering meet here.
             key = (rank, id(steering.interventions))
-            if key not in places:
-                places[key] = []
-                order.append(key)
-            places[key].append((row, steering))
-    for key in sorted(order, key=lambda key: key[0]):
-        settings = {row: steering.setting for row, steering in places[key]}
-        for intervention in places[key][0][1].interventions:
+            places.setdefault(key, {})[row] = steering
+    for _, of_rows in sorted(places.items(), key=lambda place: place[0][0]):
+        settings = {row: steering.setting for row, steering in of_rows.items()}
+        for intervention in next(iter(of_rows.values())).interventions:
             idle = intervention.operator.identity
             if idle is not None and all(value == idle for value in settings.values()):
                 continue

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import plain_copy
+from trimtab.model.plain import plain_copy, untie
 from trimtab.steering import (
     Intervention,
     LinearOperator,
@@ -35,12 +35,6 @@ from trimtab.steering import (
     fold_input,
     fold_output,
 )
-
-#: What keeps an operator out of the weights.
-_NOT_LINEAR = {
-    "Turn": "Turn, which lays activations at an absolute angle,",
-    "Scale": "a Scale that adds a multiple of |x|",
-}
 
 
 @dataclass(frozen=True)
@@ -110,9 +104,8 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:
-        name = type(operator).__name__
         raise TrimtabError(
-            f"cannot bake {steering.method}: {_NOT_LINEAR.get(name, name)} is not linear in the "
+            f"cannot bake {steering.method}: {operator.description} is not linear in the "
             "activation, so no weights do it; attach it instead"
         )
     return _Fold(intervention.site, operator, steering.setting)
@@ -204,7 +197,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             setattr(norm, name, _parameter(old.detach() * factors + shift, old, fold))
         return
     if how == "tables":
-        _untie(anatomy)
+        untie(anatomy.model)
         for place, table in enumerate(maps):
             last = place == len(maps) - 1
             weight = table.read()
@@ -214,7 +207,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             table.write(_parameter(new, weight, fold))
         return
     if fold.site == "final_norm":
-        _untie(anatomy)
+        untie(anatomy.model)
     for linear_map in maps:
         weight = linear_map.read()
         old = getattr(linear_map.owner, linear_map.bias) if linear_map.bias else None
@@ -236,16 +229,6 @@ def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
             "model with a larger dtype"
         )
     return nn.Parameter(value)
-
-
-def _untie(anatomy: Anatomy) -> None:
-    """From here on the embedding table and the LM head are two tensors."""
-    model: Any = anatomy.model
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        for config in {id(c): c for c in (model.config, anatomy.config)}.values():
-            config.tie_word_embeddings = False
 
 
 # -- biases that are not there yet ------------------------------------------------------------

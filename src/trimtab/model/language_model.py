@@ -292,7 +292,7 @@ class LanguageModel:
             with attached_by(self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
             return
-        lists = [argument for argument in steerings if not _is_for_all(argument)]
+        lists: list[Any] = [argument for argument in steerings if not _is_for_all(argument)]
         if lists and len(steerings) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
         rows = list(map(row_steerings, lists[0])) if lists else [row_steerings(steerings)]

@@ -19,7 +19,6 @@ from trimtab.checkpoints import (
     check_adapter_files,
     check_files,
     damage_is_said,
-    first_line,
     has_weights,
     is_adapter,
     not_finite,
@@ -29,7 +28,7 @@ from trimtab.checkpoints import (
     read_model,
     some,
 )
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import user_path
 from trimtab.model.language_model import LanguageModel
 from trimtab.model.plain import is_quantised, unwrap
@@ -137,7 +136,7 @@ def load(
         try:
             model = model.to(place)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise TrimtabError(f"cannot move {name!r} to {place}: {reason}") from error
     return wrap(model, tokenizer, name)
 

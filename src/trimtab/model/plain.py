@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import KINDS, Anatomy, is_hooked
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, first_line
 from trimtab.model.identity import adapter_layers, is_adapter_layer, is_offloaded
 
 #: Largest difference of logits, as a share of the largest one, that merging adapters may make.
@@ -115,7 +115,7 @@ def _merge(model: Any, name: str) -> None:
     """Fold the adapters that act into the layers that they stand at, and take them off."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(is_adapter_layer(end) for end in ends):
-        _untie(model)
+        untie(model)
     for parent, child, layer in list(_outermost(model)):
         acts = not layer.disable_adapters
         try:
@@ -126,7 +126,7 @@ def _merge(model: Any, name: str) -> None:
                     layer.merge(safe_merge=False, adapter_names=None)
                 plain = layer.get_base_layer()
         except Exception as error:  # every kind of adapter has reasons of its own
-            reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+            reason = first_line(error) or type(error).__name__
             raise _cannot_merge(name, reason) from error
         setattr(parent, child, plain)
     if hasattr(model, "peft_config"):
@@ -145,15 +145,15 @@ def _outermost(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield from _outermost(child)
 
 
-def _untie(model: Any) -> None:
-    """The embedding table and the LM head become two tensors, where an adapter is at one."""
-    head = model.get_output_embeddings()
-    for inner in head.modules():
+def untie(model: Any) -> None:
+    """From here on the embedding table and the LM head are two tensors."""
+    table = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    for inner in model.get_output_embeddings().modules():  # inside an adapter's layer, too
         weight = inner._parameters.get("weight")
-        if weight is not None and weight.dim() == 2:
-            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
+        if weight is not None and id(weight) in table:
+            inner.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False
 
 
 def _check_merged(before: Tensor, after: Tensor, name: str) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from trimtab.anatomy import is_hooked
 from trimtab.checkpoints import CheckpointError, read_model, some
-from trimtab.errors import TrimtabError, shown
+from trimtab.errors import TrimtabError, first_line, shown
 from trimtab.model.plain import is_plain, is_quantised, plain_copy
 
 #: The files of a checkpoint and its tokenizer, which a new one replaces all together.
@@ -70,7 +70,7 @@ def save_checkpoint(
     except CheckpointError as error:
         raise TrimtabError(f"cannot save {name} as a plain checkpoint: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise TrimtabError(f"cannot write {target}: {reason}") from error
     return target
 

@@ -5,18 +5,3 @@ from trimtab.papers.recipe import SCALES, billions_in, check_needs, find_recipe,
 from trimtab.papers.reproduction import Reproduction, beside_paper, check_ready, reproduce
 from trimtab.papers.result import write
 from trimtab.papers.studies import WITHOUT_MODEL
-
-__all__ = [
-    "ANALYSES",
-    "SCALES",
-    "WITHOUT_MODEL",
-    "Reproduction",
-    "beside_paper",
-    "billions_in",
-    "check_needs",
-    "check_ready",
-    "find_recipe",
-    "recipes",
-    "reproduce",
-    "write",
-]

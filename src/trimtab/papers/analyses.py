@@ -10,13 +10,13 @@ from trimtab.papers.austeer.maps import overlap, scores
 from trimtab.papers.austeer.suppression import suppression
 from trimtab.papers.austeer.tokens import tokens
 from trimtab.papers.austeer.units import units
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult
 from trimtab.papers.rotations.dials import dial, masks
 from trimtab.papers.rotations.norms import norms
 from trimtab.papers.rotations.planes import plane
 
 #: Each analysis by the name that the command line calls it.
-ANALYSES: dict[str, Callable[..., Analysis]] = {
+ANALYSES: dict[str, Callable[..., StudyResult]] = {
     "units": units,
     "tokens": tokens,
     "scores": scores,

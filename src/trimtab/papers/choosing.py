@@ -8,21 +8,15 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import from_answers, load_contrast
-from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.papers.found import Found, Value, contrast_of, value_of
-from trimtab.reports import Table, cell
+from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.sweeps import (
     Candidate,
     Sweep,
     comparison_pictures,
     default_candidate,
-    effects,
-    label,
-    spent,
     sweep,
     sweep_pictures,
-    worth,
 )
 from trimtab.sweeps import compare as compare_methods
 
@@ -38,7 +32,7 @@ def compare(
     seed: int = 0,
     output: Path | None = None,
     **options: Any,
-) -> Found:
+) -> StudyResult:
     """`trimtab.compare` with methods as a recipe writes them: a name, or {name, method, space,
     fixed}, whose space is by default that of the method's paper."""
     found = compare_methods(
@@ -54,8 +48,8 @@ def compare(
     )
     values = {"unsteered": value_of(found.unsteered["test"])}
     values |= {row.name: value_of(row.test) for row in found.rows if row.test is not None}
-    tables = [worth(found), effects(found), spent(found)]
-    return Found(found.as_json(), values, tables, comparison_pictures(found), found.notes)
+    pictures = comparison_pictures(found)
+    return StudyResult(found.as_json(), values, found.tables(), pictures, found.notes)
 
 
 def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candidate:
@@ -78,7 +72,7 @@ def sweep_of(
     seed: int = 0,
     output: Path | None = None,
     **options: Any,
-) -> Found:
+) -> StudyResult:
     """`trimtab.sweep`; `nearest` fits on so many right answers of the task's train rows, each
     against the nearest wrong one (AUSteer, appendix B.1)."""
     source = contrast_of(contrast, data)
@@ -94,8 +88,8 @@ def sweep_of(
         output=output,
         **options,
     )
-    return Found(
-        found.as_json(), _sweep_values(found), [_sweep_table(found)], sweep_pictures(found),
+    return StudyResult(
+        found.as_json(), _sweep_values(found), found.tables()[:1], sweep_pictures(found),
         found.notes,
     )  # fmt: skip
 
@@ -122,28 +116,3 @@ def _sweep_values(found: Sweep) -> dict[str, Value]:
 
 def _plain(value: Any) -> float | str:
     return value if isinstance(value, int | float) else str(value)
-
-
-def _sweep_table(found: Sweep) -> Table:
-    base = found.unsteered
-    rows = [
-        [
-            "unsteered",
-            "",
-            cell(base["validation"].value, base["validation"].ci95),
-            cell(base["test"].value, base["test"].ci95),
-        ]
-    ]
-    for name, trial in (("chosen on validation", found.best), ("oracle", found.oracle)):
-        if trial is not None:
-            setting = label(METHODS[found.method], trial.params)
-            value, test = cell(trial.value, trial.ci95), cell(trial.test, trial.test_ci95)
-            rows.append([name, setting, value, test])
-    heads = [
-        "",
-        "setting",
-        f"validation, n = {base['validation'].n}",
-        f"test, n = {base['test'].n}",
-    ]
-    note = f"{len(found.trials)} settings; the oracle was chosen on the test rows."
-    return Table(f"{found.metric} on {found.task}", heads, rows, note)

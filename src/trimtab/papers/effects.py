@@ -12,9 +12,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, last_message
@@ -27,11 +25,23 @@ from trimtab.evaluation import (
     prompts_task,
     repetition,
 )
-from trimtab.figures import VIOLATION, Estimate, mean_interval
+from trimtab.figures import VIOLATION, Estimate, Result, mean_interval
 from trimtab.fitting import collect, fit
 from trimtab.methods import METHODS
-from trimtab.papers.found import Found, Value, contrast_of, value_of
-from trimtab.reports import COLOURS, NEUTRAL, STYLE, Picture, Table, evaluation_tables, interval
+from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
+from trimtab.reports import (
+    COLOURS,
+    MARKERS,
+    Line,
+    Picture,
+    Table,
+    curve,
+    evaluation_tables,
+    forest,
+    interval,
+    panels,
+    styled,
+)
 from trimtab.steering import Steering
 from trimtab.sweeps import metered, overhead
 
@@ -62,7 +72,7 @@ def cost(
     new_tokens: int = 16,
     rounds: int = 3,
     data: str | None = None,
-) -> Found:
+) -> StudyResult:
     """Preparation and inference of methods beside the unsteered model: seconds, tokens, memory.
 
     Each method is fitted by itself, on the first `pairs` pairs of the task's train rows; generation
@@ -117,7 +127,7 @@ def cost(
         f"Memory is above what was in use before; medians of {rounds} rounds in turns.",
     )
     document = {"rows": [dict(zip(heads, line, strict=True)) for line in lines]}
-    return Found(document, values, [table])
+    return StudyResult(document, values, [table])
 
 
 def _memory(peak: int | None) -> str:
@@ -134,7 +144,7 @@ def incoherence(
     rows: int = 16,
     max_new_tokens: int = 64,
     data: str | None = None,
-) -> Found:
+) -> StudyResult:
     """Coherence of what rotations write, angle by angle: own perplexity, repetition, language,
     compression. `prompts` is a file; without one the prompts of the contrast are continued."""
     source = contrast_of(contrast, data)
@@ -165,14 +175,7 @@ def incoherence(
         lines,
         "Means over the angles, with 95 % intervals over the prompts.",
     )  # fmt: skip
-    with matplotlib.rc_context(STYLE):
-        drawn = _coherence_figure(angles, curves)
-    picture = Picture(
-        "Coherence over the dial", "coherence", drawn,
-        "self-perplexity and 4-gram repetition over the angle, one line for each method, with "
-        "95 % intervals",
-    )  # fmt: skip
-    return Found({"angles": document}, values, [table], [picture])
+    return StudyResult({"angles": document}, values, [table], [_coherence_picture(angles, curves)])
 
 
 def _asked(
@@ -215,8 +218,8 @@ def _over_angles(written: Sequence[Mapping[str, Tensor]]) -> dict[str, Value]:
     """The measures' means over all angles, by the paper's words, with intervals over prompts."""
     values = {}
     for key, word in _MEASURES.items():
-        found = _mean(torch.stack([one[key] for one in written]).nanmean(0))  # [angles, prompts]
-        values[word] = Value(found.value, (found.low, found.high), found.n)
+        mean = _mean(torch.stack([one[key] for one in written]).nanmean(0))  # [angles, prompts]
+        values[word] = value_of(mean, share=False)
     return values
 
 
@@ -228,39 +231,33 @@ def _mean(values: Tensor) -> Estimate:
     return mean_interval(given)
 
 
-def _coherence_figure(
+@styled
+def _coherence_picture(
     angles: Sequence[float], curves: Mapping[str, Sequence[Mapping[str, Estimate]]]
-) -> Figure:
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    sides = (left, "self_perplexity"), (right, "repetition_4gram")
-    for axes, key in sides:
-        base = curves["unsteered"][0][key]
-        axes.axhspan(base.low, base.high, color=NEUTRAL, alpha=0.2, linewidth=0)
-        axes.axhline(base.value, color=NEUTRAL, linestyle="--", linewidth=1, label="unsteered")
+) -> Picture:
+    figure, (left, right) = panels((9, 3.4), 1, 2)
     turned = {name: rows for name, rows in curves.items() if name != "unsteered"}
-    for i, (name, rows) in enumerate(turned.items()):
-        for axes, key in sides:
-            found = [row[key] for row in rows]
-            ends = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-            axes.errorbar(
-                angles,
-                [one.value for one in found],
-                yerr=ends,
-                color=COLOURS[i % len(COLOURS)],
-                marker="osv^"[i % 4],
-                markersize=4,
-                capsize=2,
-                linewidth=1.2,
-                label=name,
+    for axes, key in ((left, "self_perplexity"), (right, "repetition_4gram")):
+        lines = [
+            Line(
+                name, angles, [row[key] for row in rows], COLOURS[i % len(COLOURS)], MARKERS[i % 4]
             )
+            for i, (name, rows) in enumerate(turned.items())
+        ]
+        curve(axes, lines, curves["unsteered"][0][key], xlabel="θ (degrees)")
     left.axhline(VIOLATION, color="black", linestyle=":", linewidth=1, label="violation")
     left.set_ylim(bottom=1)
     right.set_ylim(bottom=-0.01, top=max(0.1, right.get_ylim()[1]))
-    left.set(xlabel="θ (degrees)", ylabel="self-perplexity", title="How sure it is of its text")
-    right.set(xlabel="θ (degrees)", ylabel="4-gram repetition", title="How much it repeats")
+    left.set(ylabel="self-perplexity", title="How sure it is of its text")
+    right.set(ylabel="4-gram repetition", title="How much it repeats")
     left.legend(frameon=False, fontsize=8)
-    return figure
+    return Picture(
+        "Coherence over the dial",
+        "coherence",
+        figure,
+        "self-perplexity and 4-gram repetition over the angle, one line for each method, with "
+        "95 % intervals",
+    )
 
 
 def harness(
@@ -273,56 +270,46 @@ def harness(
     data: str | None = None,
     seed: int = 0,
     output: Path | None = None,
-) -> Found:
+) -> StudyResult:
     """Tasks, unsteered and with each method, all fitted on one contrast."""
     steerings = fitted(language_model, methods, contrast_of(contrast, data))
     done = evaluate(
         language_model, tasks, steering=steerings, data=data, limit=limit, seed=seed, output=output
     )
-    values: dict[str, Value] = {}
-    for task in tasks:
-        first = next(r for r in done.results if r.task == task)
-        for name in (None, *steerings):
-            found = done.value(task, first.metric, name)
-            values[f"{task.removeprefix('lm-eval:')}, {name or 'unsteered'}"] = value_of(found)
-    with matplotlib.rc_context(STYLE):
-        drawn = _tasks_figure(values, [name or "unsteered" for name in (None, *steerings)])
-    picture = Picture(
-        "Tasks, unsteered and steered", "tasks", drawn,
-        "the metric of each task, unsteered and with each method, with 95 % intervals",
-    )  # fmt: skip
-    return Found(done.as_json(), values, evaluation_tables(done), [picture], done.notes)
+    names = [task.removeprefix("lm-eval:") for task in tasks]
+    results: dict[str, list[Result]] = {}
+    for label in (None, *steerings):
+        for task in tasks:
+            first = next(r for r in done.results if r.task == task)
+            result = done.value(task, first.metric, label)
+            results.setdefault(label or "unsteered", []).append(result)
+    values = {
+        f"{name}, {label}": value_of(each[i])
+        for i, name in enumerate(names)
+        for label, each in results.items()
+    }
+    picture = _tasks_picture(names, results)
+    return StudyResult(done.as_json(), values, evaluation_tables(done), [picture], done.notes)
 
 
-def _tasks_figure(values: Mapping[str, Value], names: Sequence[str]) -> Figure:
-    tasks = list(dict.fromkeys(key.rpartition(", ")[0] for key in values))
-    figure = Figure(figsize=(6.5, 1.4 + 0.55 * len(tasks)), layout="constrained")
-    axes: Any = figure.subplots()
-    for i, name in enumerate(names):
-        rows = [values[f"{task}, {name}"] for task in tasks]
-        middle = [float(row.value or 0) for row in rows]
-        ends = [row.ci95 or (value, value) for row, value in zip(rows, middle, strict=True)]
-        errors = [
-            [value - low for value, (low, _) in zip(middle, ends, strict=True)],
-            [high - value for value, (_, high) in zip(middle, ends, strict=True)],
-        ]
-        axes.errorbar(
-            middle,
-            [place + 0.18 * (i - (len(names) - 1) / 2) for place in range(len(tasks))],
-            xerr=errors,
-            fmt="os^v"[i % 4],
-            color=COLOURS[(i - 1) % len(COLOURS)] if i else "black",
-            capsize=2,
-            markersize=5,
-            linewidth=1.2,
-            label=name,
-        )
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set(xlim=(-0.02, 1.02), xlabel="the task's metric, 95 % intervals")
-    axes.set_title("What the steering costs elsewhere")
+@styled
+def _tasks_picture(names: Sequence[str], results: Mapping[str, Sequence[Result]]) -> Picture:
+    figure, (axes,) = panels((6.5, 1.4 + 0.55 * len(names)))
+    lines = []
+    for i, (label, each) in enumerate(results.items()):
+        known = {place: result.estimate for place, result in enumerate(each)}
+        drawn = {place: estimate for place, estimate in known.items() if estimate is not None}
+        colour = COLOURS[(i - 1) % len(COLOURS)] if i else "black"
+        lines.append(Line(label, list(drawn), list(drawn.values()), colour, MARKERS[i % 4]))
+    labels: dict[str, Any] = {"xlabel": "the task's metric, 95 % intervals", "xlim": (-0.02, 1.02)}
+    forest(axes, names, lines, apart=0.18, title="What the steering costs elsewhere", **labels)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return Picture(
+        "Tasks, unsteered and steered",
+        "tasks",
+        figure,
+        "the metric of each task, unsteered and with each method, with 95 % intervals",
+    )
 
 
 def sheet(
@@ -335,7 +322,7 @@ def sheet(
     max_new_tokens: int = 100,
     data: str | None = None,
     seed: int = 0,
-) -> Found:
+) -> StudyResult:
     """Answers of the unsteered model and of each method in a shuffled order, for people who rate
     quality and alignment; beside it what can be counted."""
     started = time.perf_counter()
@@ -357,10 +344,8 @@ def sheet(
         texts[name] = [one.text for one in written]
         repeated = mean_interval(torch.tensor([repetition(text) for text in texts[name]]).double())
         length = statistics.mean([len(one.tokens) for one in written])
-        values[f"{name}, repetition"] = Value(
-            repeated.value, (repeated.low, repeated.high), repeated.n
-        )
-        ends = interval((repeated.low, repeated.high))
+        values[f"{name}, repetition"] = value_of(repeated, share=False)
+        ends = interval(repeated.ci95)
         lines.append([name, f"{length:.1f}", f"{repeated.value:.3f} {ends}", len(asked)])
     blind, key = [], []
     for i, prompt in enumerate(asked):
@@ -375,4 +360,4 @@ def sheet(
               blind[:60], "All of them, and which is whose (key), are in results.json."),
     ]  # fmt: skip
     document = {"sheet": blind, "key": key, "seconds": round(time.perf_counter() - started, 2)}
-    return Found(document, values, tables)
+    return StudyResult(document, values, tables)

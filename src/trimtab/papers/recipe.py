@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -22,7 +22,7 @@ from trimtab.evaluation import TASKS, data_directory, source_file
 from trimtab.files import user_path
 
 ScaleName = Literal["smoke", "small", "full"]
-SCALES: tuple[ScaleName, ...] = ("smoke", "small", "full")
+SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
 
 #: `<27 of 32>` in an argument: the block as deep in the model at hand as block 27 of 32;
 #: `<head 7 of 32>`: the head as far among its own.

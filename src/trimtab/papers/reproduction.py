@@ -26,9 +26,9 @@ from trimtab.papers.recipe import (
     resolve,
 )
 from trimtab.papers.result import save_pictures
-from trimtab.papers.studies import WITHOUT_MODEL, Found, Value, run_study
+from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, run_study
 from trimtab.progress import progress
-from trimtab.reports import Picture, SharedRun, Table, model_line, page
+from trimtab.reports import Picture, Run, Table, model_line, page
 from trimtab.sweeps import Used, metered
 
 __all__ = ["Recipe", "Reproduction", "find_recipe", "recipes", "reproduce"]
@@ -41,7 +41,7 @@ class Reproduction:
     recipe: Recipe
     scale: str
     model: dict[str, Any] | None
-    found: dict[str, Found]
+    found: dict[str, StudyResult]
     used: dict[str, Used]
     seconds: float
 
@@ -89,7 +89,7 @@ class Reproduction:
                 for row, columns in self.values.items()
             },
             "published": [one.model_dump() for one in recipe.published],
-            "parts": {name: found.data for name, found in self.found.items()},
+            "parts": {name: found.as_json() for name, found in self.found.items()},
             "cost": {name: vars(used) for name, used in self.used.items()},
             "seconds": self.seconds,
             "notes": self.notes,
@@ -139,7 +139,7 @@ def reproduce(
         "seed": seed,
         "model": model,
     }
-    run = SharedRun(output, config, overwrite)
+    run = Run(output, config, overwrite)
     if overwrite and run.path is not None:
         run.begin()
         shutil.rmtree(run.path / "parts", ignore_errors=True)
@@ -187,7 +187,7 @@ def _file(part: str) -> str:
 # -- the page -------------------------------------------------------------------------------------
 
 
-def reproduction_page(done: Reproduction, run: SharedRun, environment: dict[str, Any]) -> str:
+def reproduction_page(done: Reproduction, run: Run, environment: dict[str, Any]) -> str:
     """The paper's figures beside ours, pictures, tables of each part, cost, differences."""
     recipe, model = done.recipe, done.model
     where = "no model" if model is None else f"{model['name']}; {model_line(model)}"

@@ -1,58 +1,123 @@
-"""What an analysis found: data, tables, pictures, notes; and the directory that it leaves."""
+"""What a study found: data, tables, pictures, notes, figures that can stand beside a paper's; and
+the directory that it leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
-from trimtab.reports import Picture, SharedRun, Table, model_line, page, save_figure
+from trimtab.contrasts import Contrast
+from trimtab.evaluation import load_contrast
+from trimtab.figures import Estimate, Result
+from trimtab.reports import Picture, Run, Table, interval, model_line, page, save_figure
+
+#: `task:copa first 40`: the first so many pairs of a contrast's train part.
+_FIRST = re.compile(r"(.+) first (\d+)")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """`data` is ready for JSON; tables and pictures show the same to people."""
+class Value:
+    """One figure of ours, or a few words; `share` where it is a part of 1, which a paper that
+    counts in % gives a hundredfold."""
 
-    name: str
-    title: str
+    value: float | str | None
+    ci95: tuple[float, float] | None = None
+    n: int | None = None
+    share: bool = False
+
+    def shown(self, unit: str) -> str:
+        """As it stands in a table, in the paper's unit."""
+        if self.value is None or isinstance(self.value, str):
+            return self.value or ""
+        times = 100.0 if unit == "%" and self.share else 1.0
+        ends = self.ci95 and (times * self.ci95[0], times * self.ci95[1])
+        return f"{times * self.value:.4g} {interval(ends)}".strip()
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """`data` is ready for JSON; tables and pictures show the same to people; `values` are figures
+    by the row of the paper's table that they belong to. An analysis has a name and a title."""
+
     data: dict[str, Any]
+    values: Mapping[str, Value] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     notes: Sequence[str] = ()
+    name: str = ""
+    title: str = ""
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """What `trimtab analyse --json` prints."""
-        return {
-            "analysis": self.name,
-            "title": self.title,
-            **self.data,
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }
+        """What `trimtab analyse --json` prints; of a recipe's study the data alone."""
+        if not self.name:
+            return self.data
+        named = {"analysis": self.name, "title": self.title}
+        return {**named, **self.data, "notes": list(self.notes), "seconds": self.seconds}
 
 
-def write(found: Analysis, run: SharedRun) -> None:
+def timed(analysis: Callable[P, StudyResult]) -> Callable[P, StudyResult]:
+    """The analysis, which says how long it took."""
+
+    @wraps(analysis)
+    def run(*args: P.args, **options: P.kwargs) -> StudyResult:
+        started = time.perf_counter()
+        done = analysis(*args, **options)
+        return replace(done, seconds=round(time.perf_counter() - started, 2))
+
+    return run
+
+
+def value_of(figure: Result | Estimate, share: bool = True) -> Value:
+    """A figure of an evaluation or of an analysis, to stand beside a paper's."""
+    return Value(figure.value, figure.ci95, figure.n, share)
+
+
+def contrast_of(source: Any, data: str | None) -> Any:
+    """A contrast as a recipe names it: a source, of which ` first N` takes the first N train
+    pairs."""
+    if not isinstance(source, str):
+        return source
+    part = _FIRST.fullmatch(source)
+    if part is None:
+        return load_contrast(source, data=data)
+    return load_contrast(part[1], data=data).train.take(int(part[2]))
+
+
+def opened(contrast: Contrast | str, data: str | None) -> Contrast:
+    """A contrast in hand, or what its source names."""
+    return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
+
+
+def write(result: StudyResult, run: Run) -> None:
     """results.json, report.html and pictures/ of a run directory."""
     if run.path is None:
         return
     run.begin()
-    if found.pictures:
-        save_pictures(found.pictures, run.path / "pictures")
+    if result.pictures:
+        save_pictures(result.pictures, run.path / "pictures")
     model = run.config["model"]
 
     def made(environment: dict[str, Any]) -> str:
         return page(
-            found.title,
-            f"{model['name']}; {model_line(model)}; {found.seconds:g} seconds",
-            [*found.pictures, *found.tables],
+            result.title,
+            f"{model['name']}; {model_line(model)}; {result.seconds:g} seconds",
+            [*result.pictures, *result.tables],
             run.config,
             environment,
-            notes=found.notes,
+            notes=result.notes,
         )
 
-    run.finish(found.as_json(), made)
+    run.finish(result.as_json(), made)
 
 
 def save_pictures(pictures: Sequence[Picture], directory: Path) -> None:

@@ -2,117 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
+from trimtab import options
 from trimtab.contrasts import Part
-from trimtab.figures import holm
-from trimtab.papers import measure
-from trimtab.papers.measure import FINE, Rows, Setting, chosen, compare, figure
+from trimtab.figures import Difference, Estimate, corrected
+from trimtab.model import LanguageModel
 from trimtab.progress import progress
-from trimtab.reports import NEUTRAL, Table, interval
+from trimtab.reports import Line, Table, cell, tested_cell
 from trimtab.steering import Steering
-from trimtab.sweeps import shown
+from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, more_is_better, shown
 
 
-def measured(rows: Rows, tried: Sequence[tuple[dict[str, Any], Steering]]) -> list[Setting]:
-    """Each steering on the validation rows."""
-    found = []
-    with progress("trying settings", len(tried)) as advance:
-        for params, steering in tried:
-            found.append(Setting(params, steering, rows.values(steering)))
-            advance(1)
-    return found
+@dataclass(frozen=True)
+class Figure:
+    """A metric under a steering, and how it differs from the unsteered model's."""
+
+    mean: Estimate
+    change: Difference | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self.mean), "change": self.change and self.change.as_json()}
 
 
-def base_figures(rows: Rows, part: Part = "validation") -> dict[str, Any]:
-    """The unsteered model's figures."""
-    found = rows.unsteered(part).items()
-    return {name: measure.plain(figure(name, values)) for name, values in found}
+#: By metric.
+Figures = Mapping[str, Figure]
 
 
-def compared(rows: Rows, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Figures and changes of each setting, with p-values corrected for their number."""
-    entries = []
-    for setting in settings:
-        entries.append(
-            {
-                **setting.params,
-                "figures": {
-                    metric: {
-                        **measure.plain(setting.figure(metric)),
-                        "change": measure.plain(rows.change(setting.values, metric)),
-                    }
-                    for metric in setting.values
-                },
-            }
-        )
-    for metric in settings[0].values:
-        changes = [entry["figures"][metric]["change"] for entry in entries]
-        for change, p in zip(changes, holm([change["p"] for change in changes]), strict=True):
-            change["p_corrected"] = p
-    return entries
+@dataclass(frozen=True)
+class Tried:
+    """One steering that was tried: its parameters, and its figures on the validation rows."""
+
+    params: dict[str, Any]
+    steering: Steering
+    values: Values = field(repr=False)
+    figures: Figures
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.params, "figures": plain(self.figures)}
 
 
-def tested(rows: Rows, name: str, settings: Sequence[Setting]) -> dict[str, Any]:
-    """The setting that is best on the validation rows, on the test rows."""
-    best = chosen(rows, settings)
-    values = rows.values(best.steering, "test")
-    before = rows.unsteered("test")
+def rows_of(
+    language_model: LanguageModel, task: str, asked: options.Rows = options.Rows(), seed: int = 0
+) -> TaskRows:
+    """The rows of a task that an analysis measures on."""
+    measured = Measured(answering=options.Answering(seed=seed))
+    return TaskRows(language_model, task, asked, measured)
+
+
+def means(values: Values) -> dict[str, Figure]:
+    """Of each metric the mean with its interval."""
+    return {metric: Figure(mean_of(metric, each)) for metric, each in values.items()}
+
+
+def figures_of(rows: TaskRows, values: Values, part: Part = "validation") -> dict[str, Figure]:
+    """Of each metric the mean, and the change against the unsteered model."""
     return {
-        "name": name,
-        "params": best.params,
-        "tried": len(settings),
-        "validation": {metric: measure.plain(best.figure(metric)) for metric in best.values},
-        "test": {
-            metric: {
-                **measure.plain(figure(metric, values[metric])),
-                "change": measure.plain(compare(before[metric], values[metric])),
-            }
-            for metric in values
-        },
+        metric: replace(figure, change=rows.change(values, metric, part))
+        for metric, figure in means(values).items()
     }
+
+
+def plain(figures: Figures) -> dict[str, Any]:
+    """For JSON."""
+    return {metric: figure.as_json() for metric, figure in figures.items()}
+
+
+def plain_means(figures: Figures) -> dict[str, Any]:
+    """For JSON, without changes."""
+    return {metric: asdict(figure.mean) for metric, figure in figures.items()}
+
+
+def measured(rows: TaskRows, settings: Sequence[tuple[dict[str, Any], Steering]]) -> list[Tried]:
+    """Each steering on the validation rows."""
+    tried = []
+    with progress("trying settings", len(settings)) as advance:
+        for params, steering in settings:
+            values = rows.values(steering)
+            tried.append(Tried(params, steering, values, means(values)))
+            advance(1)
+    return tried
+
+
+def compared(rows: TaskRows, tried: Sequence[Tried]) -> list[Tried]:
+    """With changes against the unsteered model, whose p are corrected for their number."""
+    changes = {
+        metric: corrected([rows.change(each.values, metric) for each in tried])
+        for metric in tried[0].figures
+    }
+    return [
+        replace(
+            each,
+            figures={m: Figure(f.mean, changes[m][i]) for m, f in each.figures.items()},
+        )
+        for i, each in enumerate(tried)
+    ]
+
+
+def best_of(rows: TaskRows, tried: Sequence[Tried]) -> Tried:
+    """What is best by the task's first metric on the validation rows."""
+    metric = rows.first
+    best = choose(tried, lambda each: each.figures[metric].mean.value, more_is_better(metric))
+    assert best is not None
+    return best
 
 
 # -- for people -----------------------------------------------------------------------------------
 
 
-def settings_table(title: str, entries: Sequence[dict[str, Any]], found: dict[str, Any]) -> Table:
-    metrics = list(entries[0]["figures"])
-    names = [name for name in entries[0] if name != "figures"]
-    base: list[Any] = ["unsteered", *[""] * (len(names) - 1)]
-    for metric in metrics:
-        each = found["unsteered"][metric]
-        base += [f"{each['value']:.4g} {interval((each['low'], each['high']))}", ""]
-    lines = [base]
-    for entry in entries:
-        line = [_counted(entry[name]) for name in names]
-        for metric in metrics:
-            each = entry["figures"][metric]
-            line += [
-                f"{each['value']:.4g} {interval((each['low'], each['high']))}",
-                change_cell(each),
-            ]
-        lines.append(line)
-    heads = list(names)
-    for metric in metrics:
-        heads += [named(metric), "change"]
-    note = f"n = {found['rows']} validation rows; p corrected for {len(entries)} comparisons."
-    return Table(title, heads, lines, note)
+def settings_table(title: str, tried: Sequence[Tried], base: Figures, count: int) -> Table:
+    names = list(tried[0].params)
+    rows: list[list[Any]] = [["unsteered", *[""] * (len(names) - 1)]]
+    rows[0] += [text for figure in base.values() for text in (cell(figure.mean), "")]
+    for each in tried:
+        row = [_counted(value) for value in each.params.values()]
+        for figure in each.figures.values():
+            row += [cell(figure.mean), change_cell(figure.change)]
+        rows.append(row)
+    heads = names + [head for metric in base for head in (named(metric), "change")]
+    note = f"n = {count} validation rows; p corrected for {len(tried)} comparisons."
+    return Table(title, heads, rows, note)
 
 
-def figure_cell(entry: dict[str, Any]) -> str:
-    return f"{entry['value']:.4g} {interval((entry['low'], entry['high']))}"
-
-
-def change_cell(entry: dict[str, Any]) -> str:
-    change = entry["change"]
-    p = f"p {change['p_corrected']:.2g}"
-    if change["gained"] is None:
-        return f"{change['difference']:+.3g} ({p})"
-    return f"+{change['gained']} -{change['lost']} ({p})"
+def change_cell(change: Difference | None) -> str:
+    """The flips of a change, or its mean, with its p."""
+    if change is None:
+        return ""
+    mean = f"{change.difference:+.3g} " if change.gained is None else ""
+    return mean + tested_cell(change)
 
 
 def _counted(value: Any) -> str:
@@ -124,33 +143,18 @@ def named(metric: str) -> str:
     return f"{metric}, nats" if metric == FINE else metric
 
 
-def line(
-    axes: Any,
-    name: str,
-    entries: Sequence[dict[str, Any]],
+def drawn_metrics(rows: TaskRows, figures: Figures) -> list[str]:
+    """The metrics that a picture has room for."""
+    return [metric for metric in figures if metric in (rows.first, "accuracy", FINE)]
+
+
+def line_of(
+    label: str,
+    tried: Sequence[Tried],
     metric: str,
     colour: str,
-    label: str,
-    shift: float = 1.0,
-) -> None:
-    """A metric with its intervals over a parameter; `shift` keeps bars of several lines apart."""
-    each = [entry["figures"][metric] for entry in entries]
-    middle = np.array([one["value"] for one in each])
-    ends = np.array([(one["low"], one["high"]) for one in each])
-    axes.errorbar(
-        [entry[name] * shift for entry in entries],
-        middle,
-        yerr=np.clip([middle - ends[:, 0], ends[:, 1] - middle], 0, None),
-        color=colour,
-        marker="o",
-        markersize=4,
-        capsize=2,
-        linewidth=1.2,
-        label=label,
-    )
-
-
-def unsteered_band(axes: Any, base: dict[str, Any]) -> None:
-    """The unsteered model with its interval."""
-    axes.axhline(base["value"], color="black", linestyle="--", linewidth=1, label="unsteered")
-    axes.axhspan(base["low"], base["high"], color=NEUTRAL, alpha=0.15, linewidth=0)
+    at: Callable[[int, dict[str, Any]], float],
+) -> Line:
+    """A metric of several settings, each `at` its place (by its number and parameters)."""
+    places = [at(i, each.params) for i, each in enumerate(tried)]
+    return Line(label, places, [each.figures[metric].mean for each in tried], colour)

@@ -1,4 +1,5 @@
-"""Studies that recipes name: functions of a model and plain arguments, each of which gives `Found`.
+"""Studies that recipes name: functions of a model and plain arguments, each of which
+gives a `StudyResult`.
 
 Those of `analyses.py` are taken as they are there; the others are in the files beside this.
 """
@@ -13,12 +14,11 @@ from trimtab.errors import TrimtabError
 from trimtab.papers.choosing import compare, sweep_of
 from trimtab.papers.effects import cost, harness, incoherence, sheet
 from trimtab.papers.facts import footprint, overview, prompts, sizes
-from trimtab.papers.found import Found, Value, contrast_of
-from trimtab.papers.looks import found_of
+from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.papers.strength.curves import curves
 from trimtab.papers.strength.one_layer import one_layer
 from trimtab.papers.strength.theory import theory
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 
 Study = Callable[..., Any]
 
@@ -40,7 +40,7 @@ STUDIES: dict[str, Study] = {
 #: Those that no model takes part in.
 WITHOUT_MODEL = frozenset(("theory", "sizes", "prompts"))
 
-__all__ = ["STUDIES", "WITHOUT_MODEL", "Found", "Study", "Value", "find_study", "run_study"]
+__all__ = ["STUDIES", "WITHOUT_MODEL", "Study", "StudyResult", "Value", "find_study", "run_study"]
 
 
 def find_study(name: str) -> Study:
@@ -56,7 +56,9 @@ def find_study(name: str) -> Study:
     return found
 
 
-def run_study(name: str, language_model: Any, args: Mapping[str, Any], **shared: Any) -> Found:
+def run_study(
+    name: str, language_model: Any, args: Mapping[str, Any], **shared: Any
+) -> StudyResult:
     """Run a study with its own arguments and with those of `shared` (data, seed, output) that it
     takes."""
     study = find_study(name)
@@ -66,11 +68,11 @@ def run_study(name: str, language_model: Any, args: Mapping[str, Any], **shared:
     if "run" in takes:  # an analysis that keeps what it has done
         model = language_model.described
         config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
-        given["run"] = SharedRun(shared.get("output"), config)
+        given["run"] = Run(shared.get("output"), config)
     if name not in STUDIES:
         own = _with_contrasts(own, shared.get("data"))
-    found = study(language_model, **own, **given)
-    return found if isinstance(found, Found) else found_of(found)
+    result: StudyResult = study(language_model, **own, **given)
+    return result
 
 
 def _with_contrasts(args: dict[str, Any], data: str | None) -> dict[str, Any]:

@@ -41,19 +41,19 @@ def log_odds(
     their prompt in one packed row, however short it is.
     """
     rows = _scored_pairs(language_model, contrast)
-    own = per_text(steering, len(rows))
+    steerings = per_text(steering, len(rows))
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens):
             indices = [row.index for row in batch.rows]
-            here = steering if own is None else [own[i] for i in indices]
+            here = steering if steerings is None else [steerings[i] for i in indices]
             with language_model.steered(here, force=force) as sequences:
                 sequences.given_ends = [row.answers[0] for row in batch.rows]
                 hidden = run_packed(batch, language_model).last_hidden_state
             columns, targets = _answer_tokens(batch)
-            found = read_columns(language_model, hidden, columns, targets)
-            refuse_unsound(language_model, found, indices, here)
-            for row, each in zip(batch.rows, found, strict=True):
+            answers = read_columns(language_model, hidden, columns, targets)
+            refuse_unsound(language_model, answers, indices, here)
+            for row, each in zip(batch.rows, answers, strict=True):
                 first = row.common + row.sides[0] - row.answers[0]
                 odds[row.index] = each.log_p[:first].sum() - each.log_p[first:].sum()
             advance(len(batch.rows))
@@ -149,7 +149,9 @@ def cross_entropy(
         raise TrimtabError("there is no text to score")
     nll = torch.zeros(len(readings), dtype=torch.float64)
     with progress("scoring", len(readings)) as advance:
-        for batch, found in next_tokens(language_model, readings, steering, kept=kept, force=force):
-            nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in found])
+        for batch, scored in next_tokens(
+            language_model, readings, steering, kept=kept, force=force
+        ):
+            nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in scored])
             advance(len(batch.rows))
     return nll, torch.tensor([len(reading.positions) for reading in readings])

@@ -72,21 +72,21 @@ def prompt_reading(tokens: Sequence[int]) -> Reading:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """Readings (by their index) that run together; their first `shared` tokens are the same."""
 
     shared: int
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int) -> list[Batch]:
+def plan(readings: Sequence[Reading], batch_tokens: int) -> list[PlannedBatch]:
     """Batches of similar length, group by group of texts that share their beginning."""
     batches = []
     for shared, group in _groups(readings):
         order = sorted(group)
         lengths = [len(readings[i].tokens) - shared for i in order]
         for batch in batches_by_length(lengths, batch_tokens):
-            batches.append(Batch(shared, tuple(order[i] for i in batch)))
+            batches.append(PlannedBatch(shared, tuple(order[i] for i in batch)))
     return batches
 
 
@@ -98,7 +98,7 @@ def next_tokens(
     missing: Callable[[int], bool] | None = None,
     kept: StreamCache | None = None,
     force: bool = False,
-) -> Iterator[tuple[Batch, list[Next]]]:
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """What a model expects at the positions of readings, a batch at a time.
 
     `steering` is one for all texts, or a list with one per text. Batches without a reading that is
@@ -106,16 +106,16 @@ def next_tokens(
     `kept` only the blocks from the steering's lowest on are run, on top of what is kept of the same
     texts. A model that is steered already runs as without: what it computes is not for later.
     """
-    own = per_text(steering, len(readings))
+    steerings = per_text(steering, len(readings))
     batches = plan(readings, language_model.batch_tokens)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
-    if own is None:
+    if steerings is None:
         yield from run_batches(language_model, readings, batches, steering, kept, force)
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
-        alone, rows = Batch(0, batch.rows), [own[i] for i in batch.rows]
+        alone, rows = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
         yield from run_batches(language_model, readings, [alone], rows, kept, force)
 
 
@@ -123,11 +123,11 @@ def next_tokens(
 def run_batches(
     language_model: LanguageModel,
     readings: Sequence[Reading],
-    batches: Sequence[Batch],
+    batches: Sequence[PlannedBatch],
     steering: SteeringArgument = None,
     kept: StreamCache | None = None,
     force: bool = False,
-) -> Iterator[tuple[Batch, list[Next]]]:
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
     steerings = row_steerings(steering)
@@ -162,9 +162,9 @@ def run_batches(
             hidden = run_upper(language_model, rests, streams, below, cache)
             columns = [[position - batch.shared for position in row.positions] for row in rows]
             targets = [row.targets or () for row in rows]
-            found = read_columns(language_model, hidden, columns, targets)
-            refuse_unsound(language_model, found, batch.rows, steering)
-            yield batch, found
+            nexts = read_columns(language_model, hidden, columns, targets)
+            refuse_unsound(language_model, nexts, batch.rows, steering)
+            yield batch, nexts
 
 
 def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> None:
@@ -193,11 +193,11 @@ def read_columns(
 
     Only these columns are unembedded, as many at once as fit.
     """
-    places = [(row, column) for row, own in enumerate(columns) for column in own]
-    asked = torch.tensor(places, device=hidden.device)
+    places = [(row, column) for row, asked in enumerate(columns) for column in asked]
+    where = torch.tensor(places, device=hidden.device)
     scored = any(targets)
     wanted = torch.tensor(
-        [t for own, row in zip(columns, targets, strict=True) for t in row or [0] * len(own)],
+        [t for asked, row in zip(columns, targets, strict=True) for t in row or [0] * len(asked)],
         device=hidden.device,
     )
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
@@ -205,14 +205,14 @@ def read_columns(
     for chunk in torch.arange(len(places), device=hidden.device).split(
         max(1, _LOGITS // vocabulary)
     ):
-        row, column = asked[chunk].T
+        row, column = where[chunk].T
         logits = language_model.unembed(hidden[row, column])
         best.append(logits.argmax(-1).cpu())
         sound.append(are_sound(logits).cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[chunk, None]).squeeze(-1).cpu().double())
-    counts = [len(own) for own in columns]
+    counts = [len(asked) for asked in columns]
     bests, sounds = (torch.cat(parts).split(counts) for parts in (best, sound))
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(columns)
     return [
@@ -223,17 +223,18 @@ def read_columns(
 
 def refuse_unsound(
     language_model: LanguageModel,
-    found: Sequence[Next],
+    nexts: Sequence[Next],
     indices: Sequence[int],
     steering: SteeringArgument,
 ) -> None:
     """Refuse logits that cannot choose a token, of the first text (by its index) that has some;
     `steering` is one for all of these texts, or a list with one per text."""
-    bad = [place for place, each in enumerate(found) if not each.sound]
+    bad = [place for place, each in enumerate(nexts) if not each.sound]
     if bad:
         first = min(bad, key=lambda place: indices[place])
-        own = per_text(steering, len(found))
-        labels = [each.label for each in (row_steerings(steering) if own is None else own[first])]
+        each_own = per_text(steering, len(nexts))
+        row = row_steerings(steering) if each_own is None else each_own[first]
+        labels = [each.label for each in row]
         raise unsound(f"text {indices[first] + 1}", labels, language_model.dtype)
 
 

@@ -1,25 +1,32 @@
-"""Pictures. Colours are safe for colour-blind readers, axes are labelled, intervals are drawn."""
+"""Pictures. Colours are safe for colour-blind readers, axes are labelled, intervals are drawn.
+
+Four charts take rows of figures: a forest (names, each with its figures), curves (figures over a
+number), a heatmap, and a circle (figures over an angle).
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
-from trimtab.figures import Estimate
+from trimtab.figures import Difference, Estimate
 from trimtab.files import write_whole
-from trimtab.steering import Steering, describe
+from trimtab.steering import Steering, chosen
 
 # Okabe and Ito's palette.
-UP, DOWN, NEUTRAL = "#0072B2", "#D55E00", "#666666"
-
+UP, DOWN, NEUTRAL, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
 
 #: Several lines of one picture: the palette without yellow, which is faint on white, and black.
-COLOURS = (UP, DOWN, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
+COLOURS = (UP, DOWN, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
+MARKERS = "os^vDPX*"
 
 STYLE: Any = {
     "font.size": 9,
@@ -27,6 +34,8 @@ STYLE: Any = {
     "axes.spines.right": False,
     "svg.fonttype": "none",  # text stays text
 }
+#: A decorator: what the function draws is in our style.
+styled = matplotlib.rc_context(STYLE)
 
 
 def rendered(figure: Figure, kind: str, name: str = "") -> bytes:
@@ -46,33 +55,90 @@ def save_figure(figure: Figure, directory: Path, name: str) -> list[Path]:
     ]
 
 
-def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
-    """Where a unit method's units are: layer against unit, larger for a larger score."""
-    units = describe(steering)["units"]
-    for up, colour, label in ((True, UP, "scaled up"), (False, DOWN, "scaled down")):
-        chosen = [unit for unit in units if (unit["gamma"] >= 0) is up]
-        axes.scatter(
-            [unit["layer"] for unit in chosen],
-            [unit["unit"] for unit in chosen],
-            s=[12 + 160 * (unit["score"] - 0.5) for unit in chosen],
-            c=colour,
-            marker="^" if up else "v",
-            alpha=0.8,
-            linewidths=0,
-            label=f"{label} ({len(chosen)})",
-        )
-    kind = steering.hyperparameters["site"]
-    axes.set(
-        xlim=(-0.7, layers - 0.3),
-        ylim=(-0.02 * width, 1.14 * width),  # room for the legend
-        xlabel="layer",
-        ylabel=f"unit of {kind} (0 to {width - 1})",
-        title=f"The {len(units)} of {layers * width:,} units that are steered",
+def panels(
+    size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of so many inches and its panels, row by row."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
+
+
+@dataclass(frozen=True)
+class Line:
+    """Figures of one colour: over the numbers `at` in a curve, one a row in a forest; `faint` draws
+    intervals paler than points."""
+
+    label: str
+    at: Sequence[float]
+    figures: Sequence[Estimate]
+    colour: str = UP
+    marker: str = "o"
+    dash: Any = "-"
+    faint: bool = False
+
+
+# -- curve ----------------------------------------------------------------------------------------
+
+
+def curve(axes: Any, lines: Sequence[Line], base: Estimate | None = None, **labels: Any) -> None:
+    """Each line with its intervals as bars, and the unsteered model as a band; `labels` are what
+    axes take (xlabel, ylabel, title, xscale)."""
+    for line in lines:
+        _with_bars(axes, line, line.at, [each.value for each in line.figures], "yerr")
+    if base is not None:
+        axes.axhline(base.value, color="black", linestyle="--", linewidth=1, label="unsteered")
+        axes.axhspan(base.low, base.high, color=NEUTRAL, alpha=0.15, linewidth=0)
+    axes.set(**labels)
+
+
+def banded(
+    axes: Any, x: Any, low: Any, high: Any, colour: str, *, middle: Any = None, **style: Any
+) -> None:
+    """A line with a band around it, which needs no points."""
+    if middle is not None:
+        axes.plot(x, middle, color=colour, **style)
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _with_bars(axes: Any, line: Line, x: Any, y: Any, bars: str, **style: Any) -> None:
+    if not line.figures:
+        return
+    middle = np.array([each.value for each in line.figures])
+    ends = np.array([(each.low, each.high) for each in line.figures]).reshape(-1, 2)
+    reach = np.clip([middle - ends[:, 0], ends[:, 1] - middle], 0, None)
+    style = {"marker": line.marker, "linestyle": line.dash, "label": line.label, **style}
+    if line.faint:
+        style["ecolor"] = (line.colour, 0.35)
+    axes.errorbar(
+        x, y, color=line.colour, markersize=4, capsize=2, linewidth=1.2, **{bars: reach}, **style
     )
-    axes.legend(loc="upper center", ncols=2, frameon=False)
 
 
-def plot_effects(
+# -- forest ---------------------------------------------------------------------------------------
+
+
+def forest(
+    axes: Any,
+    names: Sequence[str],
+    lines: Sequence[Line],
+    base: Estimate | None = None,
+    apart: float = 0.28,
+    **labels: Any,
+) -> None:
+    """A row for each name, with the figure of each line and its interval; the rows go down."""
+    for i, line in enumerate(lines):
+        places = np.array(line.at) + apart * (i - (len(lines) - 1) / 2)
+        middle = [each.value for each in line.figures]
+        _with_bars(axes, line, middle, places, "xerr", linestyle="none")
+    if base is not None:
+        axes.axvline(base.value, color="black", linestyle="--", label="unsteered")
+        axes.axvspan(base.low, base.high, color=NEUTRAL, alpha=0.15, linewidth=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set(**labels)
+
+
+def bars(
     axes: Any, effects: Mapping[str, Estimate], label: str, clear: Collection[str] = ()
 ) -> None:
     """Means with their 95 % intervals, one bar each; those that are `clear` of chance coloured by
@@ -92,7 +158,138 @@ def plot_effects(
     axes.set(xlabel=label)
 
 
-def picture(
+def columns(
+    axes: Any, places: Sequence[float], changes: Sequence[Difference], colour: str, label: str
+) -> None:
+    """Upright bars of changes with their intervals."""
+    if not changes:
+        return
+    heights = np.array([change.difference for change in changes])
+    ends = np.array([change.ci95 for change in changes])
+    reach = np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None)
+    axes.bar(places, heights, color=colour, width=0.7, label=label)
+    axes.errorbar(places, heights, yerr=reach, fmt="none", ecolor="black", elinewidth=0.6)
+    axes.axhline(0, color="black", linewidth=0.8)
+
+
+# -- heatmap --------------------------------------------------------------------------------------
+
+
+def heatmap(
+    figure: Figure,
+    axes: Any,
+    grid: Any,
+    legend: str,
+    *,
+    words: Mapping[tuple[int, int], tuple[str, bool]] | None = None,
+    size: float = 7,
+    fraction: float = 0.046,
+    **options: Any,
+) -> Any:
+    """A grid of numbers as colours, with the bar that explains them, which is returned; `words`
+    stand in fields, white where the second is true."""
+    drawn = axes.imshow(grid, **{"aspect": "auto", "origin": "lower", **options})
+    for (y, x), (text, white) in (words or {}).items():
+        colour = "white" if white else "black"
+        axes.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
+    if words:
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    bar = figure.colorbar(drawn, ax=axes, fraction=fraction)
+    bar.set_label(legend)
+    return bar
+
+
+# -- circle ---------------------------------------------------------------------------------------
+
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+
+
+def circle(
+    axes: Any,
+    dials: Mapping[str, Mapping[float, Estimate]],
+    base: float | None,
+    reach: tuple[float, float],
+    *,
+    best: Mapping[str, float | None] | None = None,
+    limit: float | None = None,
+    by_orders: bool = False,
+) -> None:
+    """Figures over the angle in degrees on polar axes, a line with its band for each name.
+
+    `reach` is from the centre to the rim, `by_orders` by orders of magnitude. The unsteered
+    model's `base` is a circle, `limit` a dotted one; `best` are the angles that are marked.
+    """
+    if by_orders:
+        axes.set_rscale("log")
+    axes.set_ylim(*reach)
+    around = np.linspace(0, 2 * math.pi, 181)
+    if base is not None:
+        axes.plot(around, np.full(181, base), color="black", linewidth=1.3, label="unsteered")
+    if limit is not None and reach[0] < limit < reach[1]:
+        axes.plot(around, np.full(181, limit), color="black", linewidth=1, linestyle=":")
+    for i, (name, dial) in enumerate(dials.items()):
+        if not dial:
+            continue
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        thetas = [*dial, 360.0] if 0.0 in dial else [*dial]
+        figures = [dial[theta % 360.0] for theta in thetas]
+        ends = np.array([(each.value, each.low, each.high) for each in figures])
+        ends[:, 1:] = np.clip(ends[:, 1:], *reach)
+        # Between two angles the radius goes evenly from one to the other, not along a chord, so
+        # that equal values lie on a circle.
+        dense = np.linspace(thetas[0], thetas[-1], 361)
+        middle, low, high = (np.interp(dense, thetas, each) for each in ends.T)
+        style = {"color": colour, "linestyle": _DASHES[i % len(_DASHES)], "linewidth": 1.3}
+        axes.plot(np.deg2rad(dense), middle, label=name, **style)
+        values = [each.value for each in dial.values()]
+        axes.plot(np.deg2rad(list(dial)), values, marker, color=colour, markersize=3)
+        axes.fill_between(np.deg2rad(dense), low, high, color=colour, alpha=0.15, linewidth=0)
+        angle = (best or {}).get(name)
+        if angle is not None and angle in dial:
+            place = math.radians(angle), dial[angle].value
+            axes.plot(*place, marker, color=colour, markersize=9, mec="black")
+    axes.set_xticks(np.deg2rad(range(0, 360, 30)), [f"{angle}°" for angle in range(0, 360, 30)])
+    axes.tick_params(axis="x", labelsize=7, pad=0)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_rlabel_position(15)
+    if not by_orders:
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(color="#cccccc", linewidth=0.5)
+    axes.spines["polar"].set_color("#cccccc")
+
+
+# -- units ----------------------------------------------------------------------------------------
+
+
+def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
+    """Where a unit method's units are: layer against unit, larger for a larger score."""
+    units = chosen(steering)["units"]
+    for up, colour, label in ((True, UP, "scaled up"), (False, DOWN, "scaled down")):
+        these = [unit for unit in units if (unit["gamma"] >= 0) is up]
+        axes.scatter(
+            [unit["layer"] for unit in these],
+            [unit["unit"] for unit in these],
+            s=[12 + 160 * (unit["score"] - 0.5) for unit in these],
+            c=colour,
+            marker="^" if up else "v",
+            alpha=0.8,
+            linewidths=0,
+            label=f"{label} ({len(these)})",
+        )
+    kind = steering.hyperparameters["site"]
+    axes.set(
+        xlim=(-0.7, layers - 0.3),
+        ylim=(-0.02 * width, 1.14 * width),  # room for the legend
+        xlabel="layer",
+        ylabel=f"unit of {kind} (0 to {width - 1})",
+        title=f"The {len(units)} of {layers * width:,} units that are steered",
+    )
+    axes.legend(loc="upper center", ncols=2, frameon=False)
+
+
+def units_and_effects(
     path: Path,
     steering: Steering,
     layers: int,
@@ -108,9 +305,9 @@ def picture(
         plot_units(halves[0].subplots(), steering, layers, width)
         upper, lower = halves[1].subplots(2, 1)
         clear = [name for name, gain in effects.items() if gain.low > 0 or gain.high < 0]
-        plot_effects(upper, effects, "gain in log-odds of the positive side, nats per pair", clear)
+        bars(upper, effects, "gain in log-odds of the positive side, nats per pair", clear)
         upper.set_title(f"What it does: {n} held-out pairs, 95 % intervals")
-        plot_effects(lower, costs, "change in cross-entropy on plain text, nats per token")
+        bars(lower, costs, "change in cross-entropy on plain text, nats per token")
         lower.set_title("What it costs")
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 
 from trimtab.contrasts import last_message
+from trimtab.reports.tables import Table, cell, difference_cell, tested_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,16 +25,6 @@ _INTERVALS = (
     "Intervals are 95 %: Wilson for shares, bootstrap over examples for other means, paired "
     "bootstrap for differences."
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under their heads; `note` stands below."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,36 +87,24 @@ def model_line(model: dict[str, Any]) -> str:
 
 def evaluation_tables(evaluation: Any) -> list[Table]:
     """A table for each task and protocol of an `Evaluation`."""
+    heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
     tables = []
     for title, results in evaluation.tables():
-        rows = []
-        for r, found in results:
-            value = "none is clear" if r.value is None else f"{r.value:.4g} {interval(r.ci95)}"
-            row = [r.metric, r.steering or "unsteered", value, r.n, r.unclear or ""]
-            difference = flipped = ""
-            if found is not None:
-                difference = f"{found.difference:+.4g} {interval(found.ci95)}"
-                flipped = (
-                    "" if found.p is None else f"+{found.gained} -{found.lost} (p {found.p:.2g})"
-                )
-            rows.append([*row, difference, flipped])
-        heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
+        rows = [
+            [
+                r.metric,
+                r.steering or "unsteered",
+                cell(r) or "none is clear",
+                r.n,
+                r.unclear or "",
+                difference_cell(difference),
+                tested_cell(difference),
+            ]
+            for r, difference in results
+        ]
         # Columns that this task has nothing for are left out.
-        kept = [i for i in range(len(heads)) if i < 4 or any(row[i] != "" for row in rows)]
-        tables.append(
-            Table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
-        )
+        tables.append(Table(title, heads, rows).without_empty_columns(first=4))
     return tables
-
-
-def cell(value: float | None, ci95: tuple[float, float] | None) -> str:
-    """A figure with its interval, or nothing."""
-    return "" if value is None else f"{value:.4g} {interval(ci95)}"
-
-
-def interval(ci95: tuple[float, float] | None) -> str:
-    """An interval as text, or nothing."""
-    return "" if ci95 is None else f"[{ci95[0]:.4g}, {ci95[1]:.4g}]"
 
 
 def _shown(block: Table | Picture) -> dict[str, Any]:

@@ -13,29 +13,26 @@ but not who computes them anew. Records from before there were checksums are tak
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trimtab.errors import TrimtabError
-from trimtab.files import write_whole
+from trimtab.files import Journal, check_directory, json_digest, make_directory, write_whole
 
 _PACKAGES = ("trimtab", "torch", "transformers", "numpy", "scipy", "scikit-learn", "lm-eval")
-#: The key of a line's checksum.
-_CHECKSUM = "checksum"
 #: How long a path is at most for which the files of a run below it can be made.
 _LONGEST_PATH = 3500
 
@@ -45,41 +42,15 @@ _ALL_SEALED = {"records": "each line has a checksum"}
 _ENVIRONMENT = {"date", "python", "platform", "packages"}
 #: What comes of the work of a run.
 _MADE = ("records.jsonl", "results.json", "report.html", "best.safetensors")
-#: Files that runs leave in a directory, beside the pictures and the records of parts. What tells
-#: that a directory is a run's goes last, for one that is interrupted meanwhile.
-_LEFT = (
-    *_MADE,
-    *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")),
-    "config.json",
-    "environment.json",
-)
+#: Files that runs leave in a directory, beside the pictures and the records of parts, and beside
+#: what tells that a directory is a run's.
+_LEFT = (*_MADE, *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")))
 #: The pictures of runs, by name: those of a recipe with its part before them.
 PICTURES = [
-    "ablations",
-    "coherence",
-    "combinations",
-    "cosines",
-    "count",
-    "curves",
-    "dial",
-    "differences",
-    "footprint",
-    "gain-and-cost",
-    "heatmap",
-    "line",
-    "masks",
-    "norms",
-    "overlap",
-    "overview",
-    "pairs",
-    "panels",
-    "projections",
-    "suppression",
-    "tasks",
-    "tokens",
-    "trials",
-    "units",
-]
+    "ablations", "coherence", "combinations", "cosines", "count", "curves", "dial", "differences",
+    "footprint", "gain-and-cost", "heatmap", "line", "masks", "norms", "overlap", "overview",
+    "pairs", "panels", "projections", "suppression", "tasks", "tokens", "trials", "units",
+]  # fmt: skip
 _PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
 #: The records of parts, by name: of trials, of the unsteered model and of dials.
 _PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
@@ -121,67 +92,92 @@ class Scored(BaseModel):
 
 
 class Run:
-    """An open run directory; without one, records are only kept in memory."""
+    """The directory of a run. Without a path, records are only kept in memory.
+
+    One process has it `alone` from the beginning on and appends to one file of records; otherwise
+    several may work in it, each part of the work in a file of its own, which is written whole when
+    it is done. Nothing is made before the first records are kept or `begin` is called, so that what
+    fails or is interrupted before leaves nothing.
+    """
 
     def __init__(
-        self, path: str | Path | None, config: dict[str, Any], overwrite: bool = False
+        self,
+        path: str | Path | None,
+        config: dict[str, Any],
+        overwrite: bool = False,
+        *,
+        alone: bool = False,
     ) -> None:
         self.config = json.loads(json.dumps(config))  # as it comes back from the file
         self.path = None if path is None else Path(path)
         self.records: list[dict[str, Any]] = []
-        self._lock: FileLock | None = None
-        self._overwrite, self._begun, self._made = overwrite, False, False
-        self._all_sealed = True
-        if self.path is not None:
-            self._open(self.path)
+        self._overwrite, self._alone = overwrite, alone
+        self._begun, self._made, self._all_sealed = False, False, True
+        if self.path is None:
+            return
+        with self._one_line():
+            _check_path(self.path)
+            check_directory(self.path)
+            self._check(self.path)
+        self._lock = FileLock(self.path / ".lock")
+        self._journal = Journal(self.path / "records.jsonl", self._salt)
+        if alone:
+            self._take(self.path)
 
-    def _open(self, path: Path) -> None:
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Whatever stands against writing to the directory."""
         try:
-            if self._overwrite:
-                check_overwritable(path)
-            self._made = _make_directory(path)
-            self._lock = FileLock(path / ".lock")
-            self._lock.acquire(timeout=0)
+            yield
         except Timeout as error:
-            raise TrimtabError(f"{path} is in use by another process") from error
+            raise TrimtabError(f"{self.path} is in use by another process") from error
         except OSError as error:
-            if self._made:
-                _remove_empty(path)
-            raise TrimtabError(f"cannot write to {path}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
+
+    def _check(self, path: Path) -> None:
+        """Whether the run may be in a directory, as what is in it stands now."""
+        if self._overwrite:
+            check_overwritable(path)
+        else:
+            self.config = check_config(path, self.config)
+
+    @property
+    def _salt(self) -> str:
+        """What the checksums of all lines have of the configuration."""
+        return json_digest(self.config, sort_keys=True, allow_nan=False)[:16]
+
+    def _take(self, path: Path) -> None:
+        """Have the directory for this process, with the records that are there."""
+        with self._one_line():
+            self._made = not path.exists()
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=0)
+            except OSError:
+                if self._made:
+                    _remove_empty(path)
+                raise
         try:
-            if not self._overwrite:
-                self.config = check_config(path, self.config)
-                self.records = self._read_records(path / "records.jsonl")
+            self._check(path)
+            if not self._overwrite and self._journal.path.exists():
+                self._all_sealed = _says_all_sealed(path)
+                self.records = self._read_records()
         except BaseException:
             self.close()
             raise
 
-    def _read_records(self, file: Path) -> list[dict[str, Any]]:
-        """The records so far; a last line that was cut off in the middle is dropped."""
-        if not file.exists():
-            return []
-        salt = _digest(self.config)
-        self._all_sealed = _says_all_sealed(file.parent)
-        whole, records, places, sealed = 0, [], set(), self._all_sealed
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise TrimtabError(f"{file} cannot be read: {error.strerror or error}") from error
-        for number, line in enumerate(content.split(b"\n")[:-1], 1):
-            where = f"{file}, line {number}"
-            record, has_checksum = _read_line(line, where, salt)
-            if sealed and not has_checksum:
-                _damaged(where, "it has no checksum")
-            _check_scored(record, where)
+    def _read_records(self) -> list[dict[str, Any]]:
+        journal, places = self._journal, set()
+        records = journal.read() or []
+        if journal.unsealed and self._all_sealed:
+            journal.refuse("it has no checksum", 1)
+        for number, record in enumerate(records, 1):
+            _check_scored(journal, number, record)
             place = tuple(record[key] for key in ("task", "protocol", "steering", "index"))
             if place in places:
-                _damaged(where, "its example has another line already")
+                journal.refuse("its example has another line already", number)
             places.add(place)
-            records.append(record)
-            whole, sealed = whole + len(line) + 1, has_checksum
-        if whole < len(content):
-            with file.open("r+b") as opened:
-                opened.truncate(whole)
         return records
 
     def check(self, reason: Callable[[dict[str, Any]], str]) -> None:
@@ -189,202 +185,94 @@ class Run:
         for number, record in enumerate(self.records, 1):
             why = reason(record)
             if why and self.path is not None:
-                _damaged(f"{self.path / 'records.jsonl'}, line {number}", why)
+                self._journal.refuse(why, number)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep the records of a batch."""
         plain = [json.loads(line_of(record)) for record in records]  # as they come back
         if self.path is not None:
-            self._begin()
-            salt = _digest(self.config)
-            self._write_lines([_sealed(record, salt) for record in plain])
+            self.begin()
+            self._journal.append(plain)
         self.records += plain
-
-    def _write_lines(self, lines: Sequence[str]) -> None:
-        assert self.path is not None
-        try:
-            with (self.path / "records.jsonl").open("ab") as file:
-                file.write("".join(line + "\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise TrimtabError(
-                f"cannot write {self.path / 'records.jsonl'}: {error.strerror or error}"
-            ) from error
-
-    def finish(
-        self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
-    ) -> None:
-        """Write the results, and the page that `report` makes, given the environment."""
-        if self.path is not None:
-            if not self.records:
-                self._begin()
-            self._write("results.json", results)
-            if report is not None:
-                content = report(environment()).encode()
-                write_whole(self.path / "report.html", content, overwrite=True)
-
-    def _begin(self) -> None:
-        """Before the first record is written: what was asked, and on what it runs."""
-        if self._begun:
-            return
-        assert self.path is not None
-        note = _ALL_SEALED if self._all_sealed else {}
-        self._write(
-            "environment.json", environment() | note
-        )  # fails on a full disk, with nothing lost
-        if self._overwrite:
-            for name in ("report.html", "results.json", "records.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-        self._write("config.json", self.config)
-        self._begun = True
-
-    def _write(self, name: str, content: dict[str, Any]) -> None:
-        assert self.path is not None
-        write_json(self.path / name, content)
-
-    def close(self) -> None:
-        """Let another process have the directory; one that was made for nothing goes."""
-        if self._lock is None or self.path is None:
-            return
-        if self._made and not self._begun:
-            _remove_empty(self.path)
-        self._lock.release()
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class SharedRun:
-    """A run directory that several processes may work in: a file for each part of the work,
-    written whole when it is done. Without a path nothing is kept.
-
-    Nothing is made before the first part is kept or `begin` is called, so that what fails or is
-    interrupted before leaves nothing.
-    """
-
-    def __init__(
-        self, path: str | Path | None, config: dict[str, Any], overwrite: bool = False
-    ) -> None:
-        self.config = json.loads(json.dumps(config))  # as it comes back from the file
-        self.path = None if path is None else Path(path)
-        self._overwrite, self._begun = overwrite, False
-        if self.path is None:
-            return
-        try:
-            _check_path(self.path)
-            _check_writable(self.path)
-            if overwrite:
-                check_overwritable(self.path)
-            else:
-                self.config = check_config(self.path, self.config)
-        except OSError as error:
-            reason = error.strerror or error
-            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
 
     def begin(self) -> None:
         """Before anything is kept: what was asked, and on what it runs."""
         if self._begun or self.path is None:
             return
-        try:
+        with self._one_line():
             self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / ".lock", timeout=60):
+            with self._lock.acquire(timeout=60):  # once more, where it is taken already
+                self._check(self.path)  # something else may have come meanwhile
+                anew = self._overwrite or not (self.path / "config.json").exists()
+                if anew or self._alone:
+                    note = _ALL_SEALED if self._all_sealed else {}
+                    # The first thing to fail on a full disk, with nothing lost.
+                    write_json(self.path / "environment.json", environment() | note)
                 if self._overwrite:
-                    check_overwritable(self.path)  # something else may have come meanwhile
-                    self._clear()
-                else:  # another process may have begun something else meanwhile
-                    self.config = check_config(self.path, self.config)
-                if not (self.path / "config.json").exists():
-                    write_json(self.path / "environment.json", environment() | _ALL_SEALED)
+                    self._clear(self.path)
+                if anew:
                     write_json(self.path / "config.json", self.config)
-        except Timeout as error:
-            raise TrimtabError(f"{self.path} is in use by another process") from error
-        except OSError as error:
-            reason = error.strerror or error
-            raise TrimtabError(f"cannot write to {self.path}: {reason}") from error
         self._begun = True
 
-    def _clear(self) -> None:
+    def _clear(self, path: Path) -> None:
         """Take away what an earlier run left, and nothing else."""
-        assert self.path is not None
-        pictures = [*self.path.glob("pictures/*.svg"), *self.path.glob("pictures/*.png")]
-        parts = self.path.glob("records/*.jsonl")
-        own = [file for file in pictures if _PICTURE.fullmatch(file.stem)]
-        own += [file for file in parts if _is_part(file)]
-        for file in (*own, *(self.path / name for name in _LEFT)):
+        pictures = [*path.glob("pictures/*.svg"), *path.glob("pictures/*.png")]
+        made = [file for file in pictures if _PICTURE.fullmatch(file.stem)]
+        made += [file for file in path.glob("records/*.jsonl") if _is_part(file)]
+        for file in (*made, *(path / name for name in _LEFT)):
             file.unlink(missing_ok=True)
 
-    def file(self, name: str) -> Path | None:
+    # -- parts of the work ------------------------------------------------------------------------
+
+    def _part(self, name: str) -> Journal | None:
         """Where the records of a part are."""
-        return None if self.path is None else self.path / "records" / f"{name}.jsonl"
+        if self.path is None:
+            return None
+        file = self.path / "records" / f"{name}.jsonl"
+        return Journal(file, f"{self._salt} {name}", whole=True)
 
     def keep(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """The records of one part of the work."""
-        file = self.file(name)
-        if file is None:
+        part = self._part(name)
+        if part is None:
             return
         plain = [json.loads(line_of(record)) for record in records]
         self.begin()
-        try:
-            file.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise TrimtabError(f"cannot write to {file.parent}: {reason}") from error
-        places = self._places(name, len(plain))
-        lines = [_sealed(record, place) for record, place in zip(plain, places, strict=True)]
-        write_whole(file, "".join(line + "\n" for line in lines).encode(), overwrite=True)
+        make_directory(part.path.parent)
+        part.replace(plain)
 
     def kept(self, name: str) -> list[dict[str, Any]] | None:
         """The records of a part that is done, or None."""
-        file = self.file(name)
-        if file is None or (self._overwrite and not self._begun):
+        part = self._part(name)
+        if part is None or (self._overwrite and not self._begun):
             return None
-        try:
-            lines = file.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise TrimtabError(f"{file} cannot be read: {error.strerror or error}") from error
-        if lines.pop():
-            raise TrimtabError(f"{file} is cut off at its end: delete it, and it is made again")
-        places = self._places(name, len(lines))
-        read = [
-            _read_line(line, f"{file}, line {number}", place)
-            for number, (line, place) in enumerate(zip(lines, places, strict=True), 1)
-        ]
-        without = sum(not has_checksum for _, has_checksum in read)
-        if without and (without < len(read) or _says_all_sealed(file.parents[1])):
-            self.refuse(name, "some of its lines have no checksum")
-        return [record for record, _ in read]
+        records = part.read()
+        if part.unsealed and _says_all_sealed(part.path.parents[1]):
+            part.refuse("it has no checksum", 1)
+        return records
 
     def scored(
         self, name: str, reason: Callable[[list[dict[str, Any]]], str]
     ) -> list[dict[str, Any]] | None:
         """The records of examples of a part that is done, or None; those for which there is a
         `reason` that they are not what was asked for are refused."""
-        records = self.kept(name)
-        if records is None:
+        part, records = self._part(name), self.kept(name)
+        if part is None or records is None:
             return None
         for number, record in enumerate(records, 1):
-            _check_scored(record, f"{self.file(name)}, line {number}")
+            _check_scored(part, number, record)
         why = reason(records)
         if why:
-            self.refuse(name, why)
+            part.refuse(why)
         return records
 
-    def refuse(self, name: str, reason: str) -> NoReturn:
+    def refuse(self, name: str, reason: str) -> None:
         """Say that the records of a part are damaged."""
-        raise TrimtabError(
-            f"{self.file(name)} is damaged: {reason}; delete it, and it is made again"
-        )
+        part = self._part(name)
+        if part is not None:
+            part.refuse(reason)
 
-    def _places(self, name: str, lines: int) -> list[str]:
-        """What the checksum of each line of a part says of where it belongs."""
-        salt = _digest(self.config)
-        return [f"{salt} {name} {number}/{lines}" for number in range(1, lines + 1)]
+    # -- the end ----------------------------------------------------------------------------------
 
     def finish(
         self, results: dict[str, Any], report: Callable[[dict[str, Any]], str] | None = None
@@ -397,6 +285,20 @@ class SharedRun:
         if report is not None:
             page = report(environment()).encode()
             write_whole(self.path / "report.html", page, overwrite=True)
+
+    def close(self) -> None:
+        """Let another process have the directory; one that was made for nothing goes."""
+        if self.path is None or not self._alone:
+            return
+        if self._made and not self._begun:
+            _remove_empty(self.path)
+        self._lock.release()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def check_overwritable(path: Path) -> None:
@@ -464,14 +366,6 @@ def _is_part(file: Path) -> bool:
     return isinstance(record, dict) and {"task", "id", "steering"} <= record.keys()
 
 
-def _make_directory(path: Path) -> bool:
-    """The directory of a run; whether it was not there."""
-    _check_path(path)
-    made = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    return made
-
-
 def _check_path(path: Path) -> None:
     """Refuse what cannot be the directory of a run."""
     text = str(path)
@@ -481,15 +375,6 @@ def _check_path(path: Path) -> None:
         raise TrimtabError(f"the path {text[:60]}... is too long: name another directory")
     if path.exists() and not path.is_dir():
         raise TrimtabError(f"{path} is a file: name a directory for the run")
-
-
-def _check_writable(path: Path) -> None:
-    """Say before the work that a directory cannot be made, or not be written to."""
-    there = next(one for one in (path, *path.absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise TrimtabError(f"cannot write to {path}: {there} is a file")
-    if not os.access(there, os.W_OK):
-        raise TrimtabError(f"cannot write to {path}: no permission to write in {there}")
 
 
 def _is_text(text: str) -> bool:
@@ -505,56 +390,14 @@ def _remove_empty(path: Path) -> None:
             path.rmdir()
 
 
-# -- lines ----------------------------------------------------------------------------------------
-
-
-def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, allow_nan=False)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(_canonical(content).encode()).hexdigest()[:16]
-
-
-def checksum(record: Mapping[str, Any], place: str) -> str:
-    """A checksum over what comes of JSON, and the place where it belongs."""
-    return _digest([place, record])
-
-
-def _sealed(record: dict[str, Any], place: str) -> str:
-    """A record as a line, with its checksum."""
-    return line_of(record | {_CHECKSUM: checksum(record, place)})
-
-
-def _read_line(line: bytes, where: str, place: str) -> tuple[dict[str, Any], bool]:
-    """A record, and whether it has a checksum, which is right."""
-    try:
-        record = json.loads(line.decode())
-        if not isinstance(record, dict):
-            _damaged(where, "it is not a record")
-        found = record.pop(_CHECKSUM, None)
-        right = checksum(record, place)  # refuses NaN and infinity
-    except (ValueError, RecursionError) as error:
-        _damaged(where, str(error))
-    if found is not None and found != right:
-        _damaged(where, "it was changed, or belongs elsewhere")
-    return record, found is not None
-
-
-def _check_scored(record: dict[str, Any], where: str) -> None:
+def _check_scored(journal: Journal, number: int, record: dict[str, Any]) -> None:
     """Refuse what is not a record of an example."""
     try:
         Scored.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        _damaged(where, f"it is not a record ({key[:60]}: {first['msg'].lower()})")
-
-
-def _damaged(where: str, reason: str) -> NoReturn:
-    """Refuse a line; a record that is not there is made again."""
-    said = " ".join(reason.split())[:200]
-    raise TrimtabError(f"{where} is damaged: {said}; delete it, and it is made again")
+        journal.refuse(f"it is not a record ({key[:60]}: {first['msg'].lower()})", number)
 
 
 def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:

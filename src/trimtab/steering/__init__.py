@@ -2,13 +2,14 @@
 
 from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.contents import describe, explain
 from trimtab.steering.document import refuse_other_file
 from trimtab.steering.operators import (
     Ablate,
     Add,
+    LinearDefaults,
     LinearOperator,
     Operator,
+    OperatorDefaults,
     Rotate,
     Scale,
     Turn,
@@ -18,29 +19,4 @@ from trimtab.steering.operators import (
     to_tensors,
 )
 from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
-
-__all__ = [
-    "POSITIONS",
-    "Ablate",
-    "Add",
-    "Calibration",
-    "Dial",
-    "Intervention",
-    "LinearOperator",
-    "ModelIdentity",
-    "Operator",
-    "Positions",
-    "Rotate",
-    "Scale",
-    "Steering",
-    "Steerings",
-    "Turn",
-    "describe",
-    "explain",
-    "fold_input",
-    "fold_output",
-    "orthonormal",
-    "refuse_other_file",
-    "to_tensors",
-    "together",
-]
+from trimtab.steering.tables import chosen, operators_in_words, steered_blocks

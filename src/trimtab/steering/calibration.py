@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Calibration:
         """
         if not (math.isfinite(kl) and kl > 0):
             raise TrimtabError(f"a budget must be above 0 nats, not {kl}")
-        if side not in ("positive", "negative"):
-            raise TrimtabError(f"side is {side!r}: known are positive, negative")
+        check_choice("side", side, Literal["positive", "negative"])
         dials = getattr(self, side if median else f"{side}_worst5")
         known = [(b, d) for b, d in zip(self.kl, dials, strict=False) if d is not None]
         if not known:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimtab.anatomy import parse_site
-from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
 from trimtab.files import write_whole
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import OPERATORS, Operator, to_tensors
+from trimtab.steering.operators import from_tensors, to_tensors
 from trimtab.steering.parts import (
     STRICT,
     Dial,
@@ -226,7 +226,7 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # The last three are torch's, for shapes that pass safetensors' own checks.
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise TrimtabError(
             f"{where} is not a safetensors file, or it is truncated: {shown(reason)}"
         ) from error
@@ -290,31 +290,11 @@ def _calibration(columns: dict[str, Any], source: str) -> Calibration:
     return calibration
 
 
-#: Fields of operators that the first files lack; without one they mean its default.
-_CAME_LATER = {"absolute"}
-
-
 def _intervention(
     described: _InterventionDocument, tensors: dict[str, Tensor], layers: int
 ) -> Intervention:
     layer, _ = parse_site(described.site)
     if layer is not None and layer >= layers:
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
-    operator_type = OPERATORS.get(described.operator)
-    if operator_type is None:
-        raise TrimtabError(f"unknown operator '{shown(described.operator)}'")
-    expected = {item.name: item.type for item in fields(operator_type)}
-    given = {**tensors, **described.fields}
-    if not set(expected) - _CAME_LATER <= set(given) <= set(expected):
-        raise TrimtabError(
-            f"{described.operator} needs {', '.join(expected)}; "
-            f"the file has {shown(', '.join(given)) or 'nothing'}"
-        )
-    # Types are annotations in text: "Tensor", "int", "bool".
-    kinds = {"Tensor": Tensor, "int": int, "bool": bool, "float": float, "str": str}
-    for name, value in given.items():
-        if type(value) is not kinds[str(expected[name])]:
-            raise TrimtabError(f"{name} of {described.operator} has the wrong type")
-    operator: Operator = operator_type(**given)
-    operator.check()
+    operator = from_tensors(described.operator, {**tensors, **described.fields})
     return Intervention(described.site, operator, described.positions)

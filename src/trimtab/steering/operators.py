@@ -19,14 +19,15 @@ one dial per row of x [rows, tokens, units]. Arithmetic runs in float32 or bette
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
+from trimtab.plugins import Extended
 
 Dial = float | Tensor
 
@@ -37,8 +38,14 @@ _BASIS_TOLERANCE = 1e-2
 WIDEST = 10**8
 
 
+#: Marks a field that the first files lack: without it they mean its default.
+CAME_LATER = {"came_later": True}
+
+
 class Operator(Protocol):
-    """What an operator can do; `width` is the number of units of the site that it fits."""
+    """What an operator can do, and all that anybody asks of it. Its fields are tensors, numbers,
+    true or false, and text: what a steering file can hold.
+    """
 
     @property
     def linear(self) -> bool: ...
@@ -47,15 +54,38 @@ class Operator(Protocol):
         """The dial at which it does nothing, None if there is none."""
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """The number of units of the site that it fits."""
+
     @property
     def size(self) -> int:
         """How many units it may change."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes an activation at any dial."""
+
+    @property
+    def added(self) -> Tensor | None:
+        """What it adds per unit of the dial, [units], where it does nothing else."""
+
+    @property
+    def plane(self) -> Tensor | None:
+        """The plane that it turns in, [2, units]."""
+
+    @property
+    def farthest(self) -> float:
+        """The dial, on either side, beyond which it does again what it does before."""
+
+    @property
+    def description(self) -> str:
+        """What messages call it."""
+
     def bind(self, dial: Dial, device: torch.device | str) -> Callable[[Tensor], Tensor]:
         """The operator at one dial (or one per row), with all that can be computed beforehand."""
 
-    def check(self) -> None: ...
+    def check(self) -> None:
+        """Refuse tensors that do not go together."""
 
 
 class LinearOperator(Operator, Protocol):
@@ -71,8 +101,42 @@ class LinearOperator(Operator, Protocol):
         """c, [units]."""
 
 
+class OperatorDefaults:
+    """What is so of most operators."""
+
+    @property
+    def acts(self) -> bool:
+        return True
+
+    @property
+    def added(self) -> Tensor | None:
+        return None
+
+    @property
+    def plane(self) -> Tensor | None:
+        return None
+
+    @property
+    def farthest(self) -> float:
+        return math.inf
+
+    @property
+    def description(self) -> str:
+        return type(self).__name__
+
+
+class LinearDefaults(OperatorDefaults):
+    """What is so of most linear operators: A is symmetric, and nothing is added."""
+
+    def adjoint(self: LinearOperator, x: Tensor, dial: float) -> Tensor:
+        return self.linear_part(x, dial)
+
+    def offset(self: LinearOperator, dial: float) -> Tensor:
+        return torch.zeros(self.width)
+
+
 @dataclass(frozen=True, eq=False)
-class Scale:
+class Scale(LinearDefaults):
     """x_i <- (1 + dial * gain_i) x_i on the chosen units; the others stay as they are.
 
     units [k] int64, gain [k] float32. With `clamp_sign` a factor below 0 becomes 0, so that no
@@ -84,7 +148,7 @@ class Scale:
     gain: Tensor
     width: int
     clamp_sign: bool = False
-    absolute: bool = False
+    absolute: bool = field(default=False, metadata=CAME_LATER)
 
     identity = 0.0
 
@@ -95,6 +159,14 @@ class Scale:
     @property
     def size(self) -> int:
         return len(self.units)
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.gain.any())
+
+    @property
+    def description(self) -> str:
+        return "a Scale that adds a multiple of |x|" if self.absolute else "Scale"
 
     def factors(self, dial: Dial, dtype: torch.dtype = torch.float32) -> Tensor:
         """What each unit is multiplied by: [width], or [..., width] for a dial of shape [...]."""
@@ -114,12 +186,6 @@ class Scale:
 
     def linear_part(self, x: Tensor, dial: float) -> Tensor:
         return x * self.factors(dial, x.dtype).to(x.device)
-
-    def adjoint(self, x: Tensor, dial: float) -> Tensor:
-        return self.linear_part(x, dial)
-
-    def offset(self, dial: float) -> Tensor:
-        return torch.zeros(self.width)
 
     def check(self) -> None:
         if self.units.shape != self.gain.shape or self.units.dim() != 1:
@@ -142,7 +208,7 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
-class Add:
+class Add(LinearDefaults):
     """x <- x + dial * vector; vector [units] float32."""
 
     vector: Tensor
@@ -158,15 +224,20 @@ class Add:
     def size(self) -> int:
         return int(self.vector.count_nonzero())
 
+    @property
+    def acts(self) -> bool:
+        return bool(self.vector.any())
+
+    @property
+    def added(self) -> Tensor:
+        return self.vector
+
     def bind(self, dial: Dial, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
         dials = torch.as_tensor(dial, dtype=torch.float32, device=device)
         shift = dials.unsqueeze(-1) * self.vector.to(device)
         return lambda x: _like(x + shift, x)
 
     def linear_part(self, x: Tensor, dial: float) -> Tensor:
-        return x
-
-    def adjoint(self, x: Tensor, dial: float) -> Tensor:
         return x
 
     def offset(self, dial: float) -> Tensor:
@@ -179,7 +250,7 @@ class Add:
 
 
 @dataclass(frozen=True, eq=False)
-class Ablate:
+class Ablate(LinearDefaults):
     """x <- x - dial * r r'x; direction r [units] float32 of length 1.
 
     At dial 1 nothing is left along r; at -1 what was there is doubled.
@@ -216,12 +287,6 @@ class Ablate:
         r = orthonormal(self.direction[None]).to(x)
         return x - dial * (x @ r.T) * r
 
-    def adjoint(self, x: Tensor, dial: float) -> Tensor:
-        return self.linear_part(x, dial)  # it is symmetric
-
-    def offset(self, dial: float) -> Tensor:
-        return torch.zeros(self.width)
-
     def check(self) -> None:
         if self.direction.dim() != 1 or not len(self.direction):
             shape = list(self.direction.shape)
@@ -231,16 +296,10 @@ class Ablate:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotate:
-    """Turns the part of x in a plane by `dial` degrees from b1 toward b2; the rest stays.
-
-    basis [2, units] float32, orthonormal. Linear and orthogonal: lengths are kept.
-    """
+class _InPlane(OperatorDefaults):
+    """What turns in a plane; basis [2, units] float32, orthonormal."""
 
     basis: Tensor
-
-    linear = True
-    identity = 0.0
 
     @property
     def width(self) -> int:
@@ -249,6 +308,25 @@ class Rotate:
     @property
     def size(self) -> int:
         return int(self.basis.any(0).sum())
+
+    @property
+    def plane(self) -> Tensor:
+        return self.basis
+
+    def check(self) -> None:
+        _check_plane(type(self).__name__, self.basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotate(_InPlane, LinearDefaults):
+    """Turns the part of x in a plane by `dial` degrees from b1 toward b2; the rest stays.
+
+    basis [2, units] float32, orthonormal. Linear and orthogonal: lengths are kept.
+    """
+
+    linear = True
+    identity = 0.0
+    farthest = 180.0  # after half a turn it comes back
 
     def bind(self, dial: Dial, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
         basis = orthonormal(self.basis)
@@ -274,15 +352,9 @@ class Rotate:
     def adjoint(self, x: Tensor, dial: float) -> Tensor:
         return self.linear_part(x, -dial)
 
-    def offset(self, dial: float) -> Tensor:
-        return torch.zeros(self.width)
-
-    def check(self) -> None:
-        _check_plane("Rotate", self.basis)
-
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class Turn(_InPlane):
     """Lays the part of x in a plane at `dial` degrees from b1 toward b2, keeping its length.
 
     basis [2, units] float32, orthonormal. With `adaptive` only where <x, b1> > 0. Unlike Rotate it
@@ -290,19 +362,11 @@ class Turn:
     on +b1.
     """
 
-    basis: Tensor
     adaptive: bool = False
 
     linear = False
     identity = None
-
-    @property
-    def width(self) -> int:
-        return int(self.basis.shape[-1])
-
-    @property
-    def size(self) -> int:
-        return int(self.basis.any(0).sum())
+    description = "Turn, which lays activations at an absolute angle,"
 
     def bind(self, dial: Dial, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
         planes = _wides(orthonormal(self.basis), device)
@@ -321,17 +385,17 @@ class Turn:
 
         return turn
 
-    def check(self) -> None:
-        _check_plane("Turn", self.basis)
+
+def _is_operator(added: Any, name: str) -> bool:
+    return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
 
 
-OPERATORS: dict[str, type[Any]] = {
-    "Scale": Scale,
-    "Add": Add,
-    "Ablate": Ablate,
-    "Rotate": Rotate,
-    "Turn": Turn,
-}
+#: Operators by the names that steering files have.
+OPERATORS: Mapping[str, type[Any]] = Extended(
+    "operator",
+    {kind.__name__: kind for kind in (Scale, Add, Ablate, Rotate, Turn)},
+    _is_operator,
+)
 
 
 def apply(operator: Operator, x: Tensor, dial: Dial) -> Tensor:
@@ -372,9 +436,31 @@ def fold_input(
 
 def to_tensors(operator: Operator) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An operator's tensors and its other fields, by name."""
-    values = {field.name: getattr(operator, field.name) for field in fields(operator)}  # type: ignore[arg-type]
+    values = {item.name: getattr(operator, item.name) for item in fields(operator)}  # type: ignore[arg-type]
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in values.items() if name not in tensors}
+
+
+def from_tensors(name: str, given: dict[str, Any]) -> Operator:
+    """An operator from its name and what `to_tensors` gives, after every check."""
+    kind = OPERATORS.get(name)
+    if kind is None:
+        raise TrimtabError(
+            f"unknown operator '{shown(name)}': install the package that adds it, if there is one"
+        )
+    types = get_type_hints(kind)
+    known = [item.name for item in fields(kind)]
+    needed = {item.name for item in fields(kind) if not item.metadata.get("came_later")}
+    if not needed <= set(given) <= set(known):
+        raise TrimtabError(
+            f"{name} needs {', '.join(known)}; the file has {shown(', '.join(given)) or 'nothing'}"
+        )
+    for key, value in given.items():
+        if type(value) is not types[key]:
+            raise TrimtabError(f"{key} of {name} has the wrong type")
+    operator: Operator = kind(**given)
+    operator.check()
+    return operator
 
 
 def _turned(degrees: float) -> Tensor:

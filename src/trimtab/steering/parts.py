@@ -6,13 +6,13 @@ The types say what a file may hold of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
 
 from trimtab.errors import shown
-from trimtab.steering.operators import WIDEST, Add, Operator, Scale
+from trimtab.steering.operators import WIDEST, Operator
 
 #: Steering runs in float32, where a larger number is infinity.
 LARGEST = torch.finfo(torch.float32).max
@@ -32,7 +32,7 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 #: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
 #: that a next token is read from, the prompt's last and the generated ones.
 Positions = Literal["all", "prompt", "generated", "last"]
-POSITIONS: tuple[Positions, ...] = ("all", "prompt", "generated", "last")
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Intervention:
     def acts(self) -> bool:
         """Whether it changes an activation at any dial: with no unit chosen, or only zeros to add,
         it does not."""
-        if isinstance(self.operator, Scale):
-            return bool(self.operator.gain.any())
-        return not isinstance(self.operator, Add) or bool(self.operator.vector.any())
+        return self.operator.acts
 
 
 @dataclass(frozen=True)

@@ -138,20 +138,12 @@ def _accuracy(
         force=force,
     )
     first = done.results[0]
-    results = [done.value(first.task, first.metric, name) for name in alternatives]
-    if any(result.value is None for result in results):
+    results = [done.value(first.task, first.metric, name).estimate for name in alternatives]
+    clear = tuple(result for result in results if result is not None)
+    if len(clear) < len(results):
         raise TrimtabError(f"{asked.task} gave no clear answer at one of the dials: narrow --range")
-    ends = [result.ci95 or (result.value, result.value) for result in results]
-    return Accuracy(
-        first.task,
-        first.metric,
-        tuple(asked.dials),
-        tuple(float(result.value or 0) for result in results),
-        tuple(float(low or 0) for low, _ in ends),
-        tuple(float(high or 0) for _, high in ends),
-        results[0].n,
-        float(done.value(first.task, first.metric).value or 0),
-    )
+    dials = tuple(asked.dials)
+    return Accuracy(first.task, first.metric, dials, clear, float(first.value or 0))
 
 
 def document(curves: Curves) -> dict[str, Any]:

@@ -13,8 +13,6 @@ and what was too much, correct it. All prompts and both directions run together.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,8 @@ import numpy as np
 from torch import Tensor
 
 from trimtab.contrasts import Prompt
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
+from trimtab.files import json_digest
 from trimtab.model import LanguageModel
 from trimtab.progress import progress
 from trimtab.steering import Calibration, Steering
@@ -186,8 +185,7 @@ def calibrate(
             dials.append(median if sum(reached) * 2 > len(reached) else None)
             worst.append(lowest if sum(reached) >= 0.05 * len(reached) else None)
         columns |= {side: tuple(dials), f"{side}_worst5": tuple(worst)}
-    canonical = json.dumps(encoded, separators=(",", ":"))
-    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    digest = json_digest(encoded, separators=(",", ":"))
     calibration = Calibration.rising(budgets, len(wanted), digest, **columns)
     return replace(steering, calibration=calibration)
 
@@ -284,8 +282,7 @@ def _ends(
     steering: Steering, side: Side | Literal["both"], beyond_range: bool
 ) -> dict[Side, float]:
     """How far the dial may be turned on each of the sides that are asked for."""
-    if side not in ("positive", "negative", "both"):
-        raise TrimtabError(f"side is {side!r}: known are positive, negative, both")
+    check_choice("side", side, Side | Literal["both"])
     low, high = dial_limits(steering, _BEYOND if beyond_range else 1.0)
     both: dict[Side, float] = {"positive": high, "negative": -low}
     ends = {one: end for one, end in both.items() if end > 0 and side in (one, "both")}

@@ -97,7 +97,7 @@ def cost_curve(
     idle = idle_dial(steering)
     if idle in turns:
         per_block[turns.index(idle)] = 0.0
-    counts = torch.tensor([len(one) - 1 for one in blocks], dtype=torch.float64)
+    counts = torch.tensor([len(tokens) - 1 for tokens in blocks], dtype=torch.float64)
     intervals = [weighted_interval(row, counts, seed) for row in per_block]
     mean = float((base * counts).sum() / counts.sum())
     plateaus, why = None, ""
@@ -109,9 +109,9 @@ def cost_curve(
     return CostCurve(
         steering,
         torch.tensor(turns, dtype=torch.float64),
-        torch.tensor([one.value for one in intervals], dtype=torch.float64),
-        torch.tensor([one.low for one in intervals], dtype=torch.float64),
-        torch.tensor([one.high for one in intervals], dtype=torch.float64),
+        torch.tensor([interval.value for interval in intervals], dtype=torch.float64),
+        torch.tensor([interval.low for interval in intervals], dtype=torch.float64),
+        torch.tensor([interval.high for interval in intervals], dtype=torch.float64),
         per_block,
         counts,
         mean,
@@ -142,7 +142,7 @@ def cut_into_blocks(
     begins = language_model.encode(["a"])[0][0] == language_model.bos
     start = [language_model.bos] if begins and language_model.bos is not None else []
     blocks = [start + stream[at : at + block] for at in range(0, len(stream), block)]
-    blocks = [one for one in blocks if len(one) > 1]
+    blocks = [tokens for tokens in blocks if len(tokens) > 1]
     if not blocks:
         raise TrimtabError("the text has too few tokens to measure cross-entropy on")
     return blocks
@@ -158,10 +158,10 @@ def _nll(
     """Mean negative log-likelihood per token of each block at each dial (None: unsteered),
     [dials, blocks] in float64."""
     lm, below = language_model, blocks_below(language_model.anatomy, [steering])
-    from_first = any(one.positions == "last" for one in steering.interventions)
-    found = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
+    from_first = any(i.positions == "last" for i in steering.interventions)
+    nll = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
-        for rows in batches_by_length([len(one) for one in blocks], lm.batch_tokens):
+        for rows in batches_by_length([len(tokens) for tokens in blocks], lm.batch_tokens):
             texts = [blocks[i] for i in rows]
             columns, targets = [range(len(t) - 1) for t in texts], [t[1:] for t in texts]
             streams = run_lower(lm, texts, below)
@@ -174,9 +174,9 @@ def _nll(
                         sequences.given_ends = [1 if from_first else len(text) for text in texts]
                         hidden = run_upper(lm, texts, streams, below)
                 read = read_columns(lm, hidden, columns, targets)
-                found[place, rows] = torch.stack([-each.log_p.mean() for each in read])
+                nll[place, rows] = torch.stack([-each.log_p.mean() for each in read])
                 advance(len(rows))
-    return found
+    return nll
 
 
 def _plateau(
@@ -184,5 +184,5 @@ def _plateau(
 ) -> float:
     """Cross-entropy of the blocks under the limit distribution, which no longer sees the text."""
     log_p = limit(lm, steering, sign).double().cpu()
-    targets = torch.tensor([token for one in blocks for token in one[1:]])
+    targets = torch.tensor([token for tokens in blocks for token in tokens[1:]])
     return float(-log_p[targets].mean())

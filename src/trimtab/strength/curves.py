@@ -393,12 +393,8 @@ def method_of(steering: Steering) -> Method:
     """The method that a steering was fitted with, with its hyperparameters."""
     if steering.method not in METHODS:
         raise TrimtabError(f"no method {steering.method!r}: known are {', '.join(METHODS)}")
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in steering.hyperparameters.items()
-    }
     try:
-        return METHODS[steering.method](**given)
+        return METHODS[steering.method](**steering.hyperparameters)
     except TypeError as error:
         raise TrimtabError(
             f"this {steering.method} steering has hyperparameters that the method does not: {error}"

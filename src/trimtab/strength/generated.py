@@ -13,18 +13,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.contrasts import Contrast, Conversation, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import ChatEndpoint
-from trimtab.files import json_object, write_whole
+from trimtab.files import Journal, check_output, write_whole
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, flat
 from trimtab.progress import progress
@@ -42,7 +41,7 @@ CONCEPTS = (
 )
 
 Negatives = Literal["empty", "contrastive"]
-NEGATIVES: tuple[Negatives, ...] = ("empty", "contrastive")
+NEGATIVES: tuple[Negatives, ...] = get_args(Negatives)
 #: Who writes about a concept: a chat model that is loaded here, or one behind an endpoint.
 Writer = LanguageModel | ChatEndpoint
 
@@ -128,7 +127,11 @@ def generate_contrast(
         raise TrimtabError(f"count must be 1 or more, not {count}")
     sides = _sides(language_model, concept, negatives, language_model if writer is None else writer)
     settings = _settings(concept, negatives, count, sampling, sides)
-    target = None if output is None else _writable(Path(output), overwrite)
+    target = None if output is None else Path(output)
+    if target is not None:
+        if target.is_dir():
+            raise TrimtabError(f"{target} is a directory: name a file")
+        check_output(target, overwrite)
     work = _Work(target, settings, overwrite)
 
     texts: dict[str, list[str]] = {}
@@ -306,116 +309,73 @@ def _described(writer: Writer) -> dict[str, Any]:
     return {"model": identity.name, "digest": identity.digest, "dtype": str(writer.dtype)}
 
 
-def _writable(path: Path, overwrite: bool) -> Path:
-    """Before hours of work, not after: an output that exists, or that cannot be written."""
-    if path.is_dir():
-        raise TrimtabError(f"{path} is a directory: name a file")
-    if path.exists() and not overwrite:
-        raise TrimtabError(f"{path} exists: choose another name, or pass overwrite (--overwrite)")
-    if not path.absolute().parent.is_dir():
-        raise TrimtabError(f"cannot write {path}: there is no directory {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise TrimtabError(f"cannot write {path}: no permission to write in {path.parent}")
-    return path
-
-
 class _Work:
-    """The batches that are there already, and the file beside the output that keeps them.
+    """The batches that are there already, and the journal beside the output that keeps them.
 
     Its first line has the settings, each other one a batch. Without an output there is no file.
     """
 
     def __init__(self, output: Path | None, settings: dict[str, Any], overwrite: bool) -> None:
         self.settings = settings
-        self.path = None if output is None else output.with_name(output.name + ".part")
         self._begun = False
         self._waiting: deque[tuple[int, dict[str, Any]]] = deque()  # line number, batch
-        if self.path is not None and self.path.exists():
-            self._read(self.path, overwrite)
-
-    def _read(self, path: Path, overwrite: bool) -> None:
+        self._journal: Journal | None = None
+        if output is None:
+            return
+        path = output.with_name(output.name + ".part")
+        self._journal = Journal(path, remedy="delete it, or pass overwrite")
         try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise TrimtabError(f"cannot read {path}: {error.strerror or error}") from error
-        try:
-            first, *lines = self._objects(content)
-            self._check_settings(first)
+            self._read(self._journal)
         except TrimtabError:
-            if overwrite:  # the first batch replaces the file
-                return
-            raise
-        self._waiting.extend(enumerate(lines, 2))
-        self._begun = True
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # interrupted within a line
-            os.truncate(path, whole)
+            if not overwrite:  # else the first batch replaces the file
+                raise
 
-    def _objects(self, content: bytes) -> list[dict[str, Any]]:
-        """The lines that are whole."""
-        try:
-            lines = content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
-        except UnicodeDecodeError as error:
-            raise TrimtabError(f"{self.path} is damaged: {error}; {_REMEDY}") from error
+    def _read(self, journal: Journal) -> None:
+        lines = journal.read()
+        if lines is None:
+            return
         if not lines:
-            raise TrimtabError(f"{self.path} is damaged: it has no settings; {_REMEDY}")
-        try:
-            return [json_object(line, f"line {number}") for number, line in enumerate(lines, 1)]
-        except TrimtabError as error:
-            raise TrimtabError(f"{self.path} is damaged: {error}; {_REMEDY}") from error
-
-    def _check_settings(self, known: dict[str, Any]) -> None:
+            journal.refuse("it has no settings")
+        known = lines[0]
         keys = known.keys() | self.settings.keys()
         differing = sorted(k for k in keys if known.get(k) != self.settings.get(k))
         if differing:
             raise TrimtabError(
-                f"{self.path} holds unfinished work with other settings, which differ in "
+                f"{journal.path} holds unfinished work with other settings, which differ in "
                 f"{', '.join(differing)}: choose another output, delete it, or pass overwrite"
             )
+        self._waiting.extend(enumerate(lines[1:], 2))
+        self._begun = True
 
     def next_batch(self, label: str, number: int, size: int) -> list[str] | None:
         """The texts of the batch that comes next, or None where it has to be written."""
-        if not self._waiting:
+        if not self._waiting or self._journal is None:
             return None
         line, batch = self._waiting.popleft()
         texts = batch.get("texts")
         if (batch.get("label"), batch.get("batch")) != (label, number) or not _texts(texts, size):
-            raise TrimtabError(
-                f"{self.path} is damaged: line {line} is not batch {number} of the {label} texts; "
-                f"{_REMEDY}"
-            )
+            self._journal.refuse(f"it is not batch {number} of the {label} texts", line)
         return list(texts or ())
 
     def append(self, label: str, number: int, texts: Sequence[str]) -> None:
         """Keep a batch."""
-        if self.path is None:
+        batch = {"label": label, "batch": number, "texts": list(texts)}
+        if self._journal is None:
             return
-        line = _line({"label": label, "batch": number, "texts": list(texts)})
-        if not self._begun:
-            write_whole(self.path, (_line(self.settings) + line).encode(), overwrite=True)
+        if self._begun:
+            self._journal.append([batch])
+        else:
+            self._journal.replace([self.settings, batch])
             self._begun = True
-            return
-        try:
-            with self.path.open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise TrimtabError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def check_used(self) -> None:
         """More batches than the texts take are not this run's."""
-        if self._waiting:
-            raise TrimtabError(
-                f"{self.path} is damaged: line {self._waiting[0][0]} is a batch too many; {_REMEDY}"
-            )
+        if self._waiting and self._journal is not None:
+            self._journal.refuse("it is a batch too many", self._waiting[0][0])
 
     def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-_REMEDY = "delete it, or pass overwrite"
+        if self._journal is not None:
+            self._journal.path.unlink(missing_ok=True)
 
 
 def _texts(value: Any, size: int) -> bool:

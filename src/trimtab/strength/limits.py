@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Steering
+from trimtab.steering import Steering
 
 #: The size of a unit of v when it meets the final norm: the norm's eps is nothing beside it.
 _LARGE = 1e4
@@ -55,8 +55,9 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
     writers = set(anatomy.stream_writers)
     for intervention in steering.interventions:
         _, kind = parse_site(intervention.site)
-        operator: Any = intervention.operator
-        if not isinstance(operator, Add):
+        operator = intervention.operator
+        added = operator.added
+        if added is None:
             raise TrimtabError(
                 f"{type(operator).__name__} at {intervention.site} has no limit of Proposition "
                 "4.1: it turns or scales what is there, which a norm does not make one direction"
@@ -71,7 +72,7 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
                 f"what is added at {intervention.site} to generated tokens only leaves a text that "
                 "is read as it is: Proposition 4.1 is about steering the token that is read"
             )
-        total += operator.vector.double()
+        total += added.double()
     if not total.any():
         raise TrimtabError("this steering adds nothing to the residual stream")
     return total

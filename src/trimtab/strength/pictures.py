@@ -6,17 +6,51 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from trimtab.reports import COLOURS, DOWN, NEUTRAL, STYLE, UP
+from trimtab.figures import Estimate
+from trimtab.reports import (
+    COLOURS,
+    DOWN,
+    GREEN,
+    NEUTRAL,
+    UP,
+    Line,
+    banded,
+    curve,
+    panels,
+    styled,
+)
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
 from trimtab.strength.reading import Reading
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A task's metric at some dials with its 95 % interval, and unsteered."""
+
+    task: str
+    metric: str
+    dials: tuple[float, ...]
+    figures: tuple[Estimate, ...]
+    unsteered: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For `trimtab strength curve --json`."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "dials": list(self.dials),
+            "value": [each.value for each in self.figures],
+            "ci95": [list(each.ci95) for each in self.figures],
+            "n": self.figures[0].n,
+            "unsteered": self.unsteered,
+        }
 
 
 @dataclass(frozen=True)
@@ -31,32 +65,7 @@ class Curves:
     accuracy: Accuracy | None = None
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """A task's metric at some dials with its 95 % interval, and unsteered."""
-
-    task: str
-    metric: str
-    dials: tuple[float, ...]
-    value: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    n: int
-    unsteered: float
-
-    def as_json(self) -> dict[str, Any]:
-        """For `trimtab strength curve --json`."""
-        return {
-            "task": self.task,
-            "metric": self.metric,
-            "dials": list(self.dials),
-            "value": list(self.value),
-            "ci95": [list(pair) for pair in zip(self.low, self.high, strict=True)],
-            "n": self.n,
-            "unsteered": self.unsteered,
-        }
-
-
+@styled
 def draw(steerings: Sequence[Curves]) -> Figure:
     """One column for each steering, one row for each kind of curve that there is."""
     rows = [
@@ -64,20 +73,17 @@ def draw(steerings: Sequence[Curves]) -> Figure:
         for kind, panel in _PANELS
         if any(getattr(one, kind) is not None for one in steerings)
     ]
-    with matplotlib.rc_context(STYLE):
-        size = (1.0 + 5.6 * len(steerings), 0.6 + 3.1 * len(rows))
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(len(rows), len(steerings), squeeze=False)
-        for column, curves in enumerate(steerings):
-            for row, (kind, panel) in enumerate(rows):
-                axes = panels[row, column]
-                if getattr(curves, kind) is None:
-                    axes.set_axis_off()
-                    continue
-                panel(axes, curves)
-                if row == 0:
-                    axes.set_title(curves.name, fontsize=10)
-                axes.set_xlabel(dial_label(curves.reading))
+    columns = len(steerings)
+    figure, every = panels((1.0 + 5.6 * columns, 0.6 + 3.1 * len(rows)), len(rows), columns)
+    for place, axes in enumerate(every):
+        (kind, panel), curves = rows[place // columns], steerings[place % columns]
+        if getattr(curves, kind) is None:
+            axes.set_axis_off()
+            continue
+        panel(axes, curves)
+        if place < columns:
+            axes.set_title(curves.name, fontsize=10)
+        axes.set_xlabel(dial_label(curves.reading))
     return figure
 
 
@@ -94,36 +100,38 @@ def token_name(token: str) -> str:
 
 def _tokens(axes: Any, curves: Curves) -> None:
     """Δp of each token, its error bars, its peak, and the sweet spot."""
-    curve = curves.tokens
-    assert curve is not None
-    dials = curve.dials
+    tokens = curves.tokens
+    assert tokens is not None
+    dials = tokens.dials
     peaks = {peak.id: peak for peak in curves.reading.peaks}
-    for i, token in enumerate(curve.tokens):
+    for i, token in enumerate(tokens.tokens):
         colour = COLOURS[i % len(COLOURS)]
         dash = _DASHES[i // len(COLOURS) % len(_DASHES)]
         axes.plot(dials, token.delta_p, color=colour, linestyle=dash, label=token_name(token.token))
         if token.runs is not None:
             mean, sd = token.runs.mean(0), token.runs.std(0)
-            axes.fill_between(dials, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
+            banded(axes, dials, mean - sd, mean + sd, colour)
         peak = peaks.get(token.id)
         if peak is not None and peak.kind == "bump":
             axes.plot(peak.dial, peak.delta_p, marker="v", color=colour, markersize=5)
     _shade(axes, curves)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set_ylabel("change in next-token probability")
-    axes.legend(fontsize=7, frameon=False, ncols=2 if len(curve.tokens) > 4 else 1)
+    axes.legend(fontsize=7, frameon=False, ncols=2 if len(tokens.tokens) > 4 else 1)
 
 
 def _kl(axes: Any, curves: Curves) -> None:
     """KL and entropy, and the bounds of the sweet spot."""
-    curve, bounds = curves.tokens, curves.reading.bounds
-    assert curve is not None
-    axes.plot(curve.dials, curve.kl, color=DOWN, label="KL(unsteered || steered)")
-    axes.plot(curve.dials, curve.entropy, color=UP, linestyle=_DASHES[1], label="entropy, steered")
+    tokens, bounds = curves.tokens, curves.reading.bounds
+    assert tokens is not None
+    axes.plot(tokens.dials, tokens.kl, color=DOWN, label="KL(unsteered || steered)")
+    axes.plot(
+        tokens.dials, tokens.entropy, color=UP, linestyle=_DASHES[1], label="entropy, steered"
+    )
     if bounds is not None:
         axes.axhline(bounds.max_kl, color=DOWN, linewidth=0.7, linestyle=":")
         for share in (bounds.min_entropy, bounds.max_entropy):
-            axes.axhline(share * curve.base_entropy, color=UP, linewidth=0.7, linestyle=":")
+            axes.axhline(share * tokens.base_entropy, color=UP, linewidth=0.7, linestyle=":")
     _shade(axes, curves)
     axes.set_ylabel("nats (dotted: bounds)")
     axes.legend(fontsize=7, frameon=False)
@@ -133,8 +141,8 @@ def _cost(axes: Any, curves: Curves) -> None:
     """ΔCE with its interval, the quadratic that it begins with, the foretold plateaus."""
     cost, beginning = curves.cost, curves.reading.cost
     assert cost is not None
-    axes.plot(cost.dials, cost.delta, color=UP, marker=".", markersize=4, label="measured")
-    axes.fill_between(cost.dials, cost.low, cost.high, color=UP, alpha=0.2, linewidth=0)
+    style = {"marker": ".", "markersize": 4, "label": "measured"}
+    banded(axes, cost.dials, cost.low, cost.high, UP, middle=cost.delta, **style)
     top = float(cost.high.max())
     if beginning is not None:
         x = torch.linspace(float(cost.dials[0]), float(cost.dials[-1]), 400)
@@ -156,13 +164,10 @@ def _concept(axes: Any, curves: Curves) -> None:
     """Probability of the concept with its intervals, and the sigmoid."""
     concept, fit = curves.concept, curves.reading.concept
     assert concept is not None
-    error = torch.stack(
-        (concept.probability - concept.low, concept.high - concept.probability)
-    ).clamp(min=0)
-    axes.errorbar(
-        concept.dials, concept.probability, yerr=error, color=UP, fmt="o", markersize=4, capsize=2,
-        linewidth=1, label=f"{concept.judge}, n {int(concept.n[0])}",
-    )  # fmt: skip
+    parts = (concept.probability, concept.low, concept.high, concept.n)
+    each = [Estimate(*row) for row in zip(*(part.tolist() for part in parts), strict=True)]
+    label = f"{concept.judge}, n {each[0].n}"
+    curve(axes, [Line(label, concept.dials.tolist(), each, dash="none")])
     if fit is not None:
         x = torch.linspace(float(concept.dials[0]), float(concept.dials[-1]), 400)
         axes.plot(x, fit.at(x), color=NEUTRAL, linestyle=_DASHES[1], label="sigmoid")
@@ -174,23 +179,16 @@ def _concept(axes: Any, curves: Curves) -> None:
 def _accuracy(axes: Any, curves: Curves) -> None:
     found = curves.accuracy
     assert found is not None
-    value, low, high = (torch.tensor(x) for x in (found.value, found.low, found.high))
-    error = torch.stack((value - low, high - value)).clamp(min=0)
-    axes.errorbar(
-        found.dials, value, yerr=error, color=UP, fmt="o-", markersize=4, capsize=2, linewidth=1,
-        label=f"n {found.n}",
-    )  # fmt: skip
+    line = Line(f"n {found.figures[0].n}", found.dials, found.figures)
+    curve(axes, [line], ylabel=f"{found.task}: {found.metric}")
     axes.axhline(found.unsteered, color=NEUTRAL, linestyle=_DASHES[1], label="unsteered")
-    axes.set_ylabel(f"{found.task}: {found.metric}")
     axes.legend(fontsize=7, frameon=False)
 
 
 def _shade(axes: Any, curves: Curves) -> None:
     spot = curves.reading.sweet_spot
     if spot is not None:
-        axes.axvspan(
-            spot.start, spot.end, color="#009E73", alpha=0.12, linewidth=0, label="sweet spot"
-        )
+        axes.axvspan(spot.start, spot.end, color=GREEN, alpha=0.12, linewidth=0, label="sweet spot")
 
 
 #: What is drawn of each kind of curve, from top to bottom.

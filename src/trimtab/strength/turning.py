@@ -6,6 +6,7 @@ a batch that runs the blocks above it and unembeds the text's last token only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned
 from trimtab.reading import blocks_below, last_logits, run_lower
-from trimtab.steering import Rotate, Steering
+from trimtab.steering import Steering
 
 
 class Turning:
@@ -48,11 +49,11 @@ class Turning:
     @torch.no_grad()
     def _base(self) -> Tensor:
         lengths = [len(text) for text in self.texts]
-        found: list[Tensor] = [torch.empty(0)] * len(lengths)
+        base: list[Tensor] = [torch.empty(0)] * len(lengths)
         for rows in batches_by_length(lengths, self.language_model.batch_tokens):
             for i, logits in zip(rows, self._logits(rows), strict=True):
-                found[i] = logits.log_softmax(-1)
-        return torch.stack(found)
+                base[i] = logits.log_softmax(-1)
+        return torch.stack(base)
 
     @torch.no_grad()
     def log_p(
@@ -140,10 +141,9 @@ def dial_limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
     """The dial's range, or so many times as far; of a rotation at most half a turn either way,
     after which it comes back."""
     low, high = (times * end for end in steering.dial.range)
-    operators: list[Any] = [intervention.operator for intervention in steering.interventions]
-    if operators and all(isinstance(operator, Rotate) for operator in operators):
-        return max(low, -180.0), min(high, 180.0)
-    return low, high
+    ends = [intervention.operator.farthest for intervention in steering.interventions]
+    farthest = max(ends, default=math.inf)
+    return max(low, -farthest), min(high, farthest)
 
 
 def divergence(base: Tensor, steered: Tensor) -> Tensor:

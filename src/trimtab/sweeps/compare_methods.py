@@ -24,17 +24,17 @@ import torch
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import TaskJob, evaluate
-from trimtab.figures import Record, holm, mean_interval, paired_p
+from trimtab.figures import Difference, Record, corrected, paired_difference
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
-from trimtab.reports import SharedRun, check_overwritable
+from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
-from trimtab.sweeps.comparison import Compared, Comparison, Difference
+from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
-from trimtab.sweeps.rows import Bench, Measured, contrast_for
+from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -104,17 +104,18 @@ def compare(
     ]
     _check(candidates, comparing)
     check_cost(measured.choosing.max_cost)
-    bench = Bench(language_model, task, rows, measured, chooses=not oracle)
+    bench = TaskRows(language_model, task, rows, measured, chooses=not oracle)
     texts = contrast_for(task, on.contrast, rows.data)
     config = {
         "methods": [_described(one) for one in candidates],
+        "trials": comparing.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        **record(comparing, measured.choosing, measured.answering),
+        **record(measured.choosing, comparing, measured.answering),
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
     }
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     started = time.perf_counter()
     fitters, fit = _fitters(bench, texts, candidates, on.cache)
     _ = bench.metric  # one that the task does not have is refused before anything is written
@@ -218,7 +219,7 @@ def _described(one: Candidate) -> dict[str, Any]:
 
 
 def _fitters(
-    bench: Bench,
+    bench: TaskRows,
     contrast: Contrast,
     candidates: Sequence[Candidate],
     cache: str | Path | None,
@@ -237,19 +238,19 @@ def _fitters(
     return fitters, used
 
 
-def _own_run(run: SharedRun, name: str, config: dict[str, Any], overwrite: bool) -> SharedRun:
+def _own_run(run: Run, name: str, config: dict[str, Any], overwrite: bool) -> Run:
     """A directory for one method's sweep, which goes on where it stopped."""
     path = None if run.path is None else run.path / name
-    return SharedRun(path, {**config, "method": name}, overwrite)
+    return Run(path, {**config, "method": name}, overwrite)
 
 
 def _swept(
-    bench: Bench,
+    bench: TaskRows,
     fitter: Fitter,
     one: Candidate,
     comparing: Comparing,
     measured: Measured,
-    run: SharedRun,
+    run: Run,
 ) -> Compared:
     """The sweep of one method, and what its choice changes and costs."""
     drawn = _size(one.space) > comparing.trials
@@ -280,7 +281,7 @@ def _size(space: Space) -> float:
     return len(grid(space))
 
 
-def _effects(bench: Bench, name: str, steering: Steering, timed: bool) -> Compared:
+def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Compared:
     """What a steering changes and what it costs, beside its figure on the task."""
     cost = bench.cost(steering)
     return Compared(
@@ -296,7 +297,7 @@ def _effects(bench: Bench, name: str, steering: Steering, timed: bool) -> Compar
     )
 
 
-def _prompts(bench: Bench) -> list[Prompt]:
+def _prompts(bench: TaskRows) -> list[Prompt]:
     """Validation prompts, for budgets and times."""
     job = bench.jobs["validation"]
     if isinstance(job, TaskJob):
@@ -308,7 +309,7 @@ def _prompts(bench: Bench) -> list[Prompt]:
 
 
 def _at_budget(
-    bench: Bench, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
+    bench: TaskRows, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
 ) -> Compared:
     """A chosen steering at the dial whose median KL on the validation prompts is the budget, on
     the side on which it was chosen."""
@@ -339,7 +340,7 @@ def _turned(steering: Steering, row: Compared) -> Steering:
 
 
 def _compared(
-    bench: Bench, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
+    bench: TaskRows, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
 ) -> tuple[list[Compared], dict[tuple[str, str], Difference]]:
     """The rows with their figures and differences against unsteered; and between each two."""
     base = bench.unsteered("test")
@@ -358,7 +359,7 @@ def _compared(
 
 
 def _differences(
-    bench: Bench, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
+    bench: TaskRows, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
 ) -> dict[tuple[str, str], Difference]:
     """Second minus first of each pair of records, corrected for the number of pairs."""
     metric, plain = bench.metric, {}
@@ -370,13 +371,13 @@ def _differences(
         ]
         if both:
             plain[key] = both
-    p = [paired_p(values) for values in plain.values()]
-    found = {}
-    for (key, values), own, corrected in zip(plain.items(), p, holm(p), strict=True):
-        mean = mean_interval(torch.tensor(values, dtype=torch.float64))
-        interval = (mean.low, mean.high)
-        found[key] = Difference(mean.value, interval, own, corrected, len(values))
-    return found
+    found = {
+        key: paired_difference(
+            torch.tensor(values, dtype=torch.float64), flips=set(values) <= {-1, 0, 1}
+        )
+        for key, values in plain.items()
+    }
+    return dict(zip(found, corrected(list(found.values())), strict=True))
 
 
 def _caveats(
@@ -384,7 +385,7 @@ def _caveats(
 ) -> list[str]:
     """What a reader must know."""
     said = [f"{row.name}: {note}" for row in rows if row.sweep for note in row.sweep.notes]
-    if between and all(found.corrected_p > 0.05 for found in between.values()):
+    if between and all((found.corrected_p or 0.0) > 0.05 for found in between.values()):
         said.append(
             f"no two methods differ beyond chance (Holm's correction for {len(between)} pairs)"
         )

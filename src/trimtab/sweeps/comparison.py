@@ -5,21 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Evaluation, Result
+from trimtab.figures import Difference, Evaluation, Result
+from trimtab.reports import Table, cell, difference_cell, number_cell
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean paired difference on the test rows, 95 % interval, p, and p corrected for all p of its
-    kind in the comparison."""
-
-    value: float
-    ci95: tuple[float, float]
-    p: float
-    corrected_p: float
-    n: int
+from trimtab.sweeps.space import setting
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,109 @@ class Comparison:
     seconds: float
     notes: tuple[str, ...] = ()
 
+    def tables(self) -> list[Table]:
+        """What each method is worth, what it changes and costs, at an equal budget, between which
+        two there is a difference, and what it took."""
+        at_budget = [] if self.kl is None else [self._budget_table(self.kl)]
+        return [self._worth(), self._effects(), *at_budget, self._between_table(), self._spent()]
+
+    def _worth(self) -> Table:
+        """Each method at the setting that was chosen on validation."""
+        base = self.unsteered
+        rows: list[list[Any]] = [
+            ["unsteered", "", "", cell(base["validation"]), cell(base["test"]), "", "", ""]
+        ]
+        for row in self.rows:
+            trials = "" if row.sweep is None else len(row.sweep.trials)
+            best = None if row.sweep is None else row.sweep.best
+            if best is None:
+                rows.append([row.name, row.why, trials, "", "", "", "", ""])
+                continue
+            figures = [setting(best.params), trials, cell(best), cell(row.test)]
+            rows.append([row.name, *figures, *_cells(row.against)])
+        heads = ["method", "setting, chosen on validation", "trials"]
+        heads += [f"{part}, n = {base[part].n}" for part in ("validation", "test")]
+        return Table(
+            f"{self.metric} on {self.task}",
+            [*heads, "against unsteered", "p", "p, corrected"],
+            rows,
+            f"p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; "
+            f"corrected for {sum(row.against is not None for row in self.rows)} methods (Holm).",
+        )
+
+    def _effects(self) -> Table:
+        """What each steering changes and costs."""
+        rows = [["unsteered", "", "", "", f"{self.perplexity:.2f}", "1"]]
+        rows += [
+            [
+                row.name,
+                number_cell(row.dial),
+                number_cell(row.changed, ","),
+                number_cell(row.cost, "+.3f"),
+                number_cell(row.perplexity, ".2f"),
+                "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
+            ]
+            for row in self.rows
+        ]
+        heads = [
+            "method",
+            "dial",
+            "activations changed at a token",
+            "cost on plain text, nats per token",
+            "perplexity of plain text",
+            "time to generate, times unsteered",
+        ]
+        return Table("Side effects", heads, rows)
+
+    def _budget_table(self, kl: float) -> Table:
+        rows = [
+            [
+                row.name,
+                number_cell(row.dial),
+                cell(row.test),
+                *_cells(row.against),
+                number_cell(row.cost, "+.3f"),
+                row.why,
+            ]
+            for row in self.at_budget
+        ]
+        heads = ["method", "dial", "test", "against unsteered", "p", "p, corrected", "cost"]
+        note = "The median over validation prompts of KL(unsteered ‖ steered) is the budget."
+        title = f"At an equal budget: {kl:g} nats at the next token"
+        return Table(title, [*heads, "to know"], rows, note)
+
+    def _between_table(self) -> Table:
+        rows = [
+            [f"{first} minus {second}", *_cells(difference)]
+            for (first, second), difference in self.between.items()
+        ]
+        heads = ["", "difference", "p", "p, corrected"]
+        note = f"Corrected for {len(rows)} pairs (Holm)."
+        return Table("Between methods, on the test rows", heads, rows, note)
+
+    def _spent(self) -> Table:
+        """Wall time, tokens and memory of preparation and of inference."""
+        rows = [["one pass over the contrast, for all", *_used(self.fit), "", ""]]
+        for row in self.rows:
+            over, inference = row.overhead, ["", ""]
+            if over is not None:
+                memory = "" if over.peak_bytes is None else f"{over.peak_bytes / 2**20:+.0f}"
+                inference = [f"{1000 * over.steered:.2f} ({1000 * over.unsteered:.2f})", memory]
+            rows.append([f"sweep of {row.name}", *_used(row.swept), *inference])
+        heads = [
+            "",
+            "seconds",
+            "tokens read",
+            "peak memory, MiB",
+            "ms per generated token (unsteered)",
+            "memory beside unsteered, MiB",
+        ]
+        note = (
+            "Memory is above what was in use before. Sweeps share what the blocks below steerings "
+            "computed, so that the first pays for the others."
+        )
+        return Table("What it took", heads, rows, note)
+
     def as_json(self) -> dict[str, Any]:
         """What `trimtab compare --json` prints."""
         return {
@@ -76,7 +169,7 @@ class Comparison:
             "methods": [_row_json(row) for row in self.rows],
             "at_budget": {"kl": self.kl, "methods": [_row_json(row) for row in self.at_budget]},
             "between": [
-                {"first": first, "second": second, **asdict(found)}
+                {"first": first, "second": second, **_difference_json(found)}
                 for (first, second), found in self.between.items()
             ],
             "fit": asdict(self.fit),
@@ -87,23 +180,47 @@ class Comparison:
         }
 
 
+def _cells(difference: Difference | None) -> list[str]:
+    if difference is None:
+        return ["", "", ""]
+    p = [number_cell(difference.p, ".2g"), number_cell(difference.corrected_p, ".2g")]
+    return [difference_cell(difference), *p]
+
+
+def _used(used: Used | None) -> list[str]:
+    if used is None:
+        return ["", "", ""]
+    memory = "" if used.peak_bytes is None else f"{used.peak_bytes / 2**20:.0f}"
+    return [f"{used.seconds:.1f}", f"{used.tokens:,}", memory]
+
+
+def _difference_json(found: Difference) -> dict[str, Any]:
+    return {
+        "value": found.difference,
+        "ci95": found.ci95,
+        "p": found.p,
+        "corrected_p": found.corrected_p,
+        "n": found.n,
+    }
+
+
 def _row_json(row: Compared) -> dict[str, Any]:
-    found = row.sweep
-    best = None if found is None else found.best
+    best = None if row.sweep is None else row.sweep.best
+    test = row.test
     return {
         "name": row.name,
-        "params": None if best is None else best.params,
-        "validation": None if best is None else best.value,
-        "trials": 0 if found is None else len(found.trials),
-        "test": None if row.test is None else row.test.value,
-        "n": 0 if row.test is None else row.test.n,
-        "ci95": None if row.test is None else row.test.ci95,
-        "against_unsteered": None if row.against is None else asdict(row.against),
+        "params": best and best.params,
+        "validation": best and best.value,
+        "trials": 0 if row.sweep is None else len(row.sweep.trials),
+        "test": test and test.value,
+        "n": 0 if test is None else test.n,
+        "ci95": test and test.ci95,
+        "against_unsteered": row.against and _difference_json(row.against),
         "dial": row.dial,
         "changed": row.changed,
         "cost": row.cost,
         "perplexity": row.perplexity,
-        "overhead": None if row.overhead is None else asdict(row.overhead),
-        "swept": None if row.swept is None else asdict(row.swept),
+        "overhead": row.overhead and asdict(row.overhead),
+        "swept": row.swept and asdict(row.swept),
         "why": row.why,
     }

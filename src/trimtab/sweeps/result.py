@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Comparison, Record, Result
+from trimtab.figures import Difference, Estimate, Record, Result
+from trimtab.reports import Table, cell, difference_cell, number_cell, tested_cell
 from trimtab.steering import Steering
-from trimtab.sweeps.space import Params
+from trimtab.sweeps.space import Params, setting
+
+#: Trials in the table; the records have all.
+_MOST_ROWS = 400
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,20 @@ class Trial:
     seconds: float = 0.0
     why: str = ""
 
+    @property
+    def estimate(self) -> Estimate | None:
+        """The figure on the validation rows, where there is one."""
+        if self.value is None:
+            return None
+        return Estimate(self.value, *(self.ci95 or (self.value, self.value)), self.n)
+
+    @property
+    def on_test(self) -> Estimate | None:
+        """The figure on the test rows, where there is one."""
+        if self.test is None:
+            return None
+        return Estimate(self.test, *(self.test_ci95 or (self.test, self.test)), self.test_n)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -52,7 +70,7 @@ class Sweep:
     best: Trial | None
     oracle: Trial | None
     unsteered: dict[str, Result]
-    difference: Comparison | None
+    difference: Difference | None
     chosen_p: float | None
     steering: Steering | None
     flips: tuple[tuple[Record, Record], ...]
@@ -61,6 +79,54 @@ class Sweep:
     notes: tuple[str, ...] = ()
     #: Records of the best trial on the test rows.
     tested: tuple[Record, ...] = ()
+
+    def tables(self) -> list[Table]:
+        """What was chosen, beside the unsteered model and the oracle; and all trials."""
+        return [self._chosen_table(), self._trials_table()]
+
+    def _chosen_table(self) -> Table:
+        base, best, oracle, note = self.unsteered, self.best, self.oracle, ""
+        rows = [["unsteered", "", cell(base["validation"]), cell(base["test"]), "", ""]]
+        if best is not None:
+            figures = [setting(best.params), cell(best), cell(best.on_test)]
+            compared = [difference_cell(self.difference), tested_cell(self.difference)]
+            rows.append(["chosen on validation", *figures, *compared])
+        if oracle is not None:
+            note = (
+                "The oracle was chosen on the rows that it is reported on: no one has it "
+                "beforehand."
+            )
+            figures = [setting(oracle.params), cell(oracle), cell(oracle.on_test)]
+            rows.append(["oracle: best on the test rows", *figures, "", ""])
+        heads = ["", "setting", f"validation, n = {base['validation'].n}"]
+        heads += [f"test, n = {base['test'].n}", "difference on test", "flipped"]
+        return Table(f"{self.metric} on {self.task}", heads, rows, note)
+
+    def _trials_table(self) -> Table:
+        sign = -1 if self.maximise else 1
+        ranked = sorted(
+            self.trials,
+            key=lambda t: (t.value is None, t.state != "complete", sign * (t.value or 0), t.number),
+        )
+        rows = [
+            [
+                t.number,
+                setting(t.params),
+                t.state,
+                cell(t),
+                t.n,
+                cell(t.on_test),
+                number_cell(t.cost, ".3f"),
+                f"{t.seconds:.1f}",
+            ]
+            for t in ranked[:_MOST_ROWS]
+        ]
+        heads = ["trial", "setting", "state", "validation", "n", "test"]
+        title = "All trials, the best first"
+        if len(self.trials) > _MOST_ROWS:
+            title = f"The best {_MOST_ROWS} of {len(self.trials)} trials"
+        every = Table(title, [*heads, "cost, nats/token", "seconds"], rows)
+        return every.without_empty_columns()
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab sweep --json` prints."""
@@ -86,7 +152,7 @@ class Sweep:
                 part: {"value": r.value, "n": r.n, "ci95": r.ci95}
                 for part, r in self.unsteered.items()
             },
-            "difference": None if self.difference is None else asdict(self.difference),
+            "difference": None if self.difference is None else self.difference.as_json(),
             "trials": [asdict(trial) for trial in self.trials],
             "model": self.model,
             "seconds": self.seconds,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,13 +32,26 @@ from trimtab.evaluation import (
     load_contrast,
     misfit,
 )
-from trimtab.figures import Record, Result, estimate_of
+from trimtab.figures import (
+    Difference,
+    Estimate,
+    Record,
+    Result,
+    bare_name,
+    estimate_of,
+    paired_difference,
+)
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
-from trimtab.reading import Reading, StreamCache, next_tokens
-from trimtab.reports import SharedRun
+from trimtab.reading import Reading, StreamCache, next_tokens, side_readings
+from trimtab.reports import Run
 from trimtab.sweeps.effect import plain_texts
 
+#: How far the right answer is ahead of the wrong one, in nats.
+FINE = "log_odds"
+#: Values of each metric, row by row; NaN where an answer was not clear.
+Values = Mapping[str, Tensor]
+T = TypeVar("T")
 #: Metrics of which less is better, unless the user says otherwise.
 LOW = frozenset(
     (
@@ -63,7 +76,7 @@ class Measured:
     judging: Judging = Judging()
 
 
-class Bench:
+class TaskRows:
     """Measures steerings on the validation and the test rows of a task.
 
     `task` is one of ours or contrast:SOURCE; `measured.choosing.validation_task` another one whose
@@ -96,6 +109,8 @@ class Bench:
         check_protocol(choosing.protocol)
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
+        self._unsteered_values: dict[Part, Values] = {}
+        self._choices: dict[Part, list[Reading] | None] = {}
         other = choosing.validation_task
         names: dict[Part, str] = {"validation": other or task, "test": task}
         limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
@@ -135,7 +150,7 @@ class Bench:
             return known[0]
         if self._asked in known:
             return self._asked
-        named = [name for name in known if bare(name) == self._asked]
+        named = [name for name in known if bare_name(name) == self._asked]
         if len(named) != 1:
             raise TrimtabError(
                 f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"
@@ -179,7 +194,7 @@ class Bench:
         """Take the unsteered model's records from an earlier run, not to run it again."""
         self._unsteered[part] = list(records)
 
-    def kept(self, run: SharedRun, file: str, part: Part, name: Any = None) -> list[Record] | None:
+    def kept(self, run: Run, file: str, part: Part, name: Any = None) -> list[Record] | None:
         """Records of all rows of a part under the name of a steering, from a run directory, or
         None; those that are not of these rows are refused."""
 
@@ -197,6 +212,21 @@ class Bench:
 
         return run.scored(file, reason)
 
+    def recorded(
+        self, run: Run | None, file: str, steering: Attached, part: Part, name: Any = None
+    ) -> list[Record]:
+        """Records of all rows of a part, from a run directory, or made and kept there."""
+        kept = None if run is None else self.kept(run, file, part, name)
+        if kept is not None:
+            return kept
+        if steering is None:
+            made = self.unsteered(part)
+        else:
+            made = self.records(steering, part, name=name)
+        if run is not None:
+            run.keep(file, made)
+        return made
+
     def result(self, records: Sequence[Record]) -> Result:
         """The metric over some records of one steering; those without the metric do not count."""
         given = [r["values"][self.metric] for r in records if self.metric in r["values"]]
@@ -205,9 +235,75 @@ class Bench:
         name = first["task"], first["protocol"], self.metric
         if not clear:
             return Result(*name, None, 0, None, first["steering"], unclear)
-        found = estimate_of(self.metric, clear, None)
-        interval = (found.low, found.high)
-        return Result(*name, found.value, found.n, interval, first["steering"], unclear)
+        mean = estimate_of(self.metric, clear)
+        return Result(*name, mean.value, mean.n, mean.ci95, first["steering"], unclear)
+
+    # -- row by row ------------------------------------------------------------------------------
+
+    def values(self, steering: Attached, part: Part = "validation") -> Values:
+        """The rows of a part under a steering: each metric's values, [rows] in float64, NaN where
+        an answer was not clear.
+
+        A choice of one token is right or wrong, which is coarse; of such tasks the same pass also
+        says by how many nats the right answer is ahead (log_odds).
+        """
+        if steering is None and part in self._unsteered_values:
+            return self._unsteered_values[part]
+        if part not in self._choices:
+            self._choices[part] = _choices(self.language_model, self.jobs[part], part)
+        readings = self._choices[part]
+        if readings is None:
+            values: Values = values_of(self.records(steering, part))
+        else:
+            values = self._chosen(readings, steering, part)
+        if steering is None:
+            self._unsteered_values[part] = values
+        return values
+
+    def _chosen(self, readings: Sequence[Reading], steering: Attached, part: Part) -> Values:
+        """One-token choices: whether the most probable token is right, and by how many nats the
+        right answer is ahead."""
+        lm, job, kept = self.language_model, self.jobs[part], self.settings.kept
+        assert isinstance(job, TaskJob)
+        job.check(steering)
+        entry, task = job.entries[0], job.task
+        read: Any = task.read
+        right = torch.zeros(len(readings), dtype=torch.float64)
+        ahead = torch.zeros(len(readings), dtype=torch.float64)
+        for batch, answers in next_tokens(lm, readings, steering, kept=kept):
+            for i, answer in zip(batch.rows, answers, strict=True):
+                text = lm.tokenizer.decode([int(answer.best[0])], skip_special_tokens=True)
+                right[i] = task.right(read(text, entry.protocol), entry.examples[i].target)
+                ahead[i] = answer.log_p[0] - answer.log_p[1]
+        return {"accuracy": right, FINE: ahead}
+
+    def change(self, values: Values, metric: str, part: Part = "validation") -> Difference:
+        """Against the unsteered model."""
+        return difference_of(self.values(None, part)[metric], values[metric])
+
+    @property
+    def first(self) -> str:
+        """The first metric that the task has, row by row."""
+        return next(iter(self.values(None)))
+
+    @property
+    def rate(self) -> str | None:
+        """The metric by which a row is right or wrong, if there is one."""
+        values = self.values(None)
+        names = ("accuracy", "prefers", self.first)
+        return next((name for name in names if name in values and is_rate(values[name])), None)
+
+    @property
+    def fine(self) -> str | None:
+        """The metric in nats, if there is one."""
+        return FINE if FINE in self.values(None) else None
+
+    def targets(self, part: Part = "validation") -> list[Any]:
+        """The right answer of each row, where there is one."""
+        job = self.jobs[part]
+        if isinstance(job, TaskJob):
+            return [example.target for example in job.entries[0].examples]
+        return [None] * job.rows
 
     # -- what a steering costs on plain text ------------------------------------------------------
 
@@ -249,6 +345,78 @@ class Bench:
 def more_is_better(metric: str) -> bool:
     """Whether more of a metric is better."""
     return bare(metric) not in LOW
+
+
+def choose(tried: Iterable[T], value: Callable[[T], float | None], maximise: bool) -> T | None:
+    """What is best by its value, the first of those that are equal; None where none has one."""
+    valued = [(each, known) for each in tried if (known := value(each)) is not None]
+    sign = -1 if maximise else 1
+    return min(valued, key=lambda pair: sign * pair[1], default=(None, None))[0]
+
+
+# -- values row by row ----------------------------------------------------------------------------
+
+
+def is_rate(values: Tensor) -> bool:
+    """Whether each value says right or wrong."""
+    clear = values[~values.isnan()]
+    return bool(((clear == 0) | (clear == 1)).all())
+
+
+def mean_of(metric: str, values: Tensor) -> Estimate:
+    """The mean over the rows that were clear, with its interval."""
+    clear = values[~values.isnan()]
+    if not len(clear):
+        raise TrimtabError(f"no answer was clear, so {metric} has no value")
+    return estimate_of(metric, clear.tolist())
+
+
+def difference_of(before: Tensor, after: Tensor) -> Difference:
+    """`after` minus `before`, [rows] each, over the rows that are clear in both."""
+    both = ~(before.isnan() | after.isnan())
+    if not both.any():
+        raise TrimtabError("no row is clear with and without steering: there is nothing to compare")
+    return paired_difference((after - before)[both], flips=is_rate(before) and is_rate(after))
+
+
+def values_of(records: Sequence[Record]) -> dict[str, Tensor]:
+    """Each metric's values, [rows] in float64; NaN where an answer was not clear."""
+    names = dict.fromkeys(name for record in records for name in record["values"])
+    rows = [{name: record["values"].get(name) for name in names} for record in records]
+    return {
+        name: torch.tensor(
+            [math.nan if row[name] is None else row[name] for row in rows], dtype=torch.float64
+        )
+        for name in names
+    }
+
+
+def _choices(language_model: LanguageModel, job: Any, part: Part) -> list[Reading] | None:
+    """Readings that ask for the right and the wrong answer at the prompt's last token; None where
+    the task is no choice between two answers of one token."""
+    if not isinstance(job, TaskJob):
+        return None
+    task, entry = job.task, job.entries[0]
+    if task.generation.new_tokens != 1 or not task.options or not task.pairs or not task.read:
+        return None
+    rows = task.rows(part, entry.protocol, job.wanted.data)[: job.wanted.limit]
+    pairs = task.pairs(rows, entry.protocol, 0)
+    prompts = [example.prompt for example in entry.examples]
+    if [pair.prompt for pair in pairs] != prompts:
+        return None
+    sides = side_readings(language_model, Contrast(tuple(pairs), task.name))
+    readings = []
+    for right, wrong, tokens in zip(
+        sides[0::2], sides[1::2], language_model.encode(prompts), strict=True
+    ):
+        last = (len(tokens) - 1,)
+        if not (right.tokens == wrong.tokens == tuple(tokens)):
+            return None
+        if not (right.positions == wrong.positions == last):
+            return None
+        targets = (right.targets or ()) + (wrong.targets or ())
+        readings.append(Reading(right.tokens, last * 2, len(tokens), targets))
+    return readings
 
 
 def bare(metric: str) -> str:

@@ -9,19 +9,14 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Method, Want, collect
+from trimtab.fitting import Method, Want, collect, plain
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 
-#: The numbers of units and the strengths that the AUSteer paper's grids are made of.
-AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
-#: The hyperparameter that is each method's dial.
-DIALS = {"sadi": "delta", "ablation": "amount", "sas": "theta", "aas": "theta", "ss": "theta"}
 #: More settings than this are a slip in a range.
 _MOST = 100_000
 #: Lists of settings up to this long are fitted from one pass; the others as they come.
@@ -64,23 +59,10 @@ def default_space(
 ) -> dict[str, Sequence[Any]]:
     """The settings of the method's paper, or what covers them, for a model of so many blocks;
     without the hyperparameters that are fixed."""
-    every = tuple(range(layers))
-    degrees = tuple(float(angle) for angle in range(0, 360, 10))
-    spaces: dict[str, dict[str, Sequence[Any]]] = {
-        "austeer": {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))},
-        "caa": {"layer": every, "alpha": (0.5, 1.0, 2.0)},
-        "actadd": {"layer": every, "alpha": (0.5, 1.0, 2.0)},
-        "iti": {"k": (16, 32, 48, 64, 96), "alpha": (1.0, 5.0, 10.0, 15.0, 20.0)},
-        "sadi": {"k": (1, 2, 4, 6, 8, 10), "delta": (-1.0, -0.5, 0.5, 1.0, 2.0, 4.0, 9.0, 19.0)},
-        "sta": {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)},
-        "ablation": {"layer": every[: max(1, int(0.8 * layers))], "amount": (0.25, 0.5, 1.0)},
-        "sas": {"theta": degrees},
-        "aas": {"theta": degrees},
-        "ss": {"theta": degrees},
-    }
-    if method.name not in spaces:
+    grid = method.grid(layers)
+    if not grid:
         raise TrimtabError(f"{method.name} has no grid of its own: name values to search")
-    return {name: values for name, values in spaces[method.name].items() if name not in fixed}
+    return {name: values for name, values in grid.items() if name not in fixed}
 
 
 def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:
@@ -94,22 +76,6 @@ def tidy(space: Mapping[str, Any]) -> dict[str, Sequence[Any] | Range]:
             raise TrimtabError(f"{name}: give several values in a list, or a Range, not {values!r}")
         found[name] = given
     return found
-
-
-def plain(value: Any) -> Any:
-    """Arrays and lists, also in a dict, as tuples; numbers as Python has them; paths as text."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return tuple(map(plain, value))
-    if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-def dial_of(method: type[Method]) -> str:
-    """The hyperparameter that is the steering's dial."""
-    return DIALS.get(method.name, "alpha")
 
 
 def check_space(method: type[Method], space: Space, fixed: Params) -> None:
@@ -205,7 +171,7 @@ class Fitter:
     ) -> None:
         self.language_model, self.method, self.contrast = language_model, method, contrast
         self.fixed, self.cache = fixed, cache
-        self.dial = dial_of(method)
+        self.dial = method.dial
         self._statistics = {} if statistics is None else statistics
         self._built: dict[tuple[Any, ...], Steering] = {}
         wanted: dict[str, Any] = dict(space)

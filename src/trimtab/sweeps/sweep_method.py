@@ -15,9 +15,9 @@ from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Bench, Measured, contrast_for
+from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -80,7 +80,7 @@ def sweep(
     import_optuna()
     if searching.storage is not None and keep.output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
-    bench = Bench(
+    bench = TaskRows(
         language_model,
         task,
         rows,
@@ -93,16 +93,18 @@ def sweep(
         "method": kind.name,
         "space": described(given),
         "fixed": own,
+        "search": searching.search,
+        "trials": searching.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        **record(searching, measured.choosing, measured.answering),
+        **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
     }
     fitter = Fitter(language_model, kind, texts, given, own, cache=on.cache)
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     storage = None if searching.storage is None else open_storage(searching.storage)
-    run = SharedRun(keep.output, config, keep.overwrite)
+    run = Run(keep.output, config, keep.overwrite)
     found = try_settings(
         bench,
         fitter,

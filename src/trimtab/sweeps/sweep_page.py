@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from trimtab.figures import metric_of
 from trimtab.reports import (
     DOWN,
     NEUTRAL,
-    STYLE,
     UP,
+    Line,
     Picture,
-    SharedRun,
-    Table,
-    cell,
-    interval,
+    Run,
+    curve,
+    heatmap,
     model_line,
     page,
+    panels,
     save_figure,
+    styled,
 )
 from trimtab.sweeps.result import Sweep, Trial
-from trimtab.sweeps.space import Range, setting, shown
+from trimtab.sweeps.space import Range, shown
 
-#: Trials in the page's table; the records have all.
-_MOST_ROWS = 400
 _UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
-_MARKERS = {"complete": "o", "pruned": "x"}
 
 
-def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str:
+def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     """The page of a sweep; its pictures are also saved beside it."""
-    blocks: list[Table | Picture] = [_chosen(found)]
     pictures = sweep_pictures(found)
-    blocks += pictures
-    blocks.append(_trials(found))
+    chosen, trials = found.tables()
     if run.path is not None:
         directory = run.path / "pictures"
         directory.mkdir(exist_ok=True)
@@ -49,7 +43,7 @@ def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str
     return page(
         f"Sweep of {found.method} on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
-        blocks,
+        [chosen, *pictures, trials],
         run.config,
         environment,
         notes=found.notes,
@@ -59,22 +53,22 @@ def sweep_page(found: Sweep, run: SharedRun, environment: dict[str, Any]) -> str
 
 def sweep_pictures(found: Sweep) -> list[Picture]:
     """The metric over the one or two hyperparameters that were searched, and trial by trial."""
-    with matplotlib.rc_context(STYLE):
-        valued = [t for t in found.trials if t.value is not None and t.state == "complete"]
-        if not valued:
-            return []
-        names = list(found.space)
-        drawn = any(isinstance(values, Range) for values in found.space.values())
-        if len(names) == 2 and not drawn:
-            pictures = [heatmap(found, valued, names)]
-        elif len(names) == 1:
-            pictures = [_line(found, valued, names[0])]
-        else:
-            pictures = [_panels(found, valued, names)] if names else []
-        return [*pictures, _history(found)]
+    valued = [t for t in found.trials if t.value is not None and t.state == "complete"]
+    if not valued:
+        return []
+    names = list(found.space)
+    drawn = any(isinstance(values, Range) for values in found.space.values())
+    if len(names) == 2 and not drawn:
+        pictures = [_heatmap(found, valued, names)]
+    elif len(names) == 1:
+        pictures = [_line(found, valued, names[0])]
+    else:
+        pictures = [_panels(found, valued, names)] if names else []
+    return [*pictures, _history(found)]
 
 
-def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
+@styled
+def _heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
     """Two hyperparameters against each other; the chosen setting is framed."""
     down, across = ([_of(t, name) for t in trials] for name in names)
     rows, columns = _ordered(down), _ordered(across)
@@ -82,42 +76,27 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     for trial, y, x in zip(trials, down, across, strict=True):
         grid[rows.index(y), columns.index(x)] = trial.value
     size = (max(5.0, 1.6 + 0.55 * len(columns)), max(3.0, 1.4 + 0.36 * len(rows)))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(size)
     base = found.unsteered["validation"].value or 0.0
     reach = float(np.nanmax(np.abs(grid - base))) or 1e-9
+    words = {
+        (y, x): (f"{grid[y, x]:.3g}", abs(grid[y, x] - base) > 0.6 * reach)
+        for y, x in np.argwhere(~np.isnan(grid)).tolist()
+        if grid.size <= 400
+    }
+    label = f"{_quantity(found)} on {_n(found)} validation rows"
     # Purple is above unsteered and orange below: colour-blind readers tell them apart.
-    drawn = axes.imshow(
-        grid, cmap="PuOr", vmin=base - reach, vmax=base + reach, aspect="auto", origin="lower"
-    )
-    for y in range(len(rows)):
-        for x in range(len(columns)):
-            if not np.isnan(grid[y, x]) and grid.size <= 400:
-                strong = abs(grid[y, x] - base) > 0.6 * reach
-                axes.text(
-                    x,
-                    y,
-                    f"{grid[y, x]:.3g}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if strong else "black",
-                )
+    colours: dict[str, Any] = {"cmap": "PuOr", "vmin": base - reach, "vmax": base + reach}
+    bar = heatmap(figure, axes, grid, label, words=words, fraction=0.05, **colours)
+    bar.ax.axhline(base, color="black", linewidth=1)
     if found.best is not None:
-        x = columns.index(_of(found.best, names[1]))
-        y = rows.index(_of(found.best, names[0]))
+        x, y = columns.index(_of(found.best, names[1])), rows.index(_of(found.best, names[0]))
         frame: Any = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
         axes.add_patch(frame)
     axes.set_xticks(range(len(columns)), [shown(v) for v in columns])
     axes.set_yticks(range(len(rows)), [shown(v) for v in rows])
-    axes.set(xlabel=names[1], ylabel=names[0])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.05)
-    bar.set_label(f"{_quantity(found)} on {_n(found)} validation rows")
-    bar.ax.axhline(base, color="black", linewidth=1)
     title = f"{found.method} on {found.task}: {names[0]} × {names[1]}"
-    axes.set_title(title)
+    axes.set(xlabel=names[1], ylabel=names[0], title=title)
     return Picture(
         title,
         "heatmap",
@@ -128,56 +107,48 @@ def heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     )
 
 
+@styled
 def _line(found: Sweep, trials: Sequence[Trial], name: str) -> Picture:
     """One hyperparameter: the metric with its intervals."""
-    figure = Figure(figsize=(6.5, 3.8), layout="constrained")
-    axes = figure.subplots()
-    ordered = _ordered([_of(t, name) for t in trials])
-    place = _places(axes, ordered, found.space[name])
-    rows = sorted(trials, key=lambda t: place[_of(t, name)])
-    x = [place[_of(t, name)] for t in rows]
-    y = np.array([t.value for t in rows], dtype=float)
-    ends = np.array([t.ci95 or (t.value, t.value) for t in rows], dtype=float)
-    axes.errorbar(
-        x,
-        y,
-        yerr=[y - ends[:, 0], ends[:, 1] - y],
-        color=UP,
-        marker="o",
-        markersize=4,
-        capsize=2,
-        linewidth=1.2,
-        label="steered, 95 % intervals",
-    )
+    figure, (axes,) = panels((6.5, 3.8))
+    place = _places(axes, [_of(t, name) for t in trials], found.space[name])
+    ordered = sorted(trials, key=lambda t: place[_of(t, name)])
+    lines = [
+        _points("steered, 95 % intervals", ordered, lambda t: place[_of(t, name)], UP, dash="-")
+    ]
+    title = f"{found.method} on {found.task}: {name}"
+    label = f"{_quantity(found)}, {_n(found)} validation rows"
+    curve(axes, lines, xlabel=name, ylabel=label, title=title)
     _unsteered_line(axes, found)
     if found.best is not None:
         best = float(found.best.value or 0)
         axes.plot(place[_of(found.best, name)], best, "D", color=DOWN, label="chosen", zorder=3)
-    axes.set(xlabel=name, ylabel=f"{_quantity(found)}, {_n(found)} validation rows")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    title = f"{found.method} on {found.task}: {name}"
-    axes.set_title(title)
     return Picture(title, "line", figure, f"{found.metric} over {name}, with 95 % intervals")
 
 
+@styled
 def _panels(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
     """Several hyperparameters, or drawn ones: the trials over each of them."""
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(max(6.5, 3.2 * columns), 0.5 + 2.7 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in grid.flat[len(names) :]:
-        axes.remove()
-    for axes, name in zip(grid.flat, names, strict=False):
-        values = [_of(t, name) for t in trials]
-        place = _places(axes, values, found.space[name])
-        for t, value in zip(trials, values, strict=True):
-            chosen = found.best is not None and t.number == found.best.number
-            _point(axes, place[value], t, DOWN if chosen else UP, "D" if chosen else "o")
+    size = (max(6.5, 3.2 * columns), 0.5 + 2.7 * rows)
+    figure, every = panels(size, rows, columns, sharey=True)
+    chosen = [t for t in trials if found.best is not None and t.number == found.best.number]
+    others = [t for t in trials if t not in chosen]
+    for axes, name in zip(every, names, strict=False):
+        place = _places(axes, [_of(t, name) for t in trials], found.space[name])
+
+        def at(trial: Trial, name: str = name, place: Mapping[Any, float] = place) -> float:
+            return place[_of(trial, name)]
+
+        lines = [_points("", others, at, UP), _points("", chosen, at, DOWN, "D")]
+        curve(axes, lines, xlabel=name)
         _unsteered_line(axes, found)
-        axes.set_xlabel(name)
-    for row in grid:
-        row[0].set_ylabel(f"{_quantity(found)}, {_n(found)} rows")
+    for axes in every[len(names) :]:
+        axes.remove()
+    for axes in every[::columns]:
+        axes.set_ylabel(f"{_quantity(found)}, {_n(found)} rows")
     title = f"{found.method} on {found.task}: {', '.join(names)}"
     figure.suptitle(title, fontsize=10)
     note = (
@@ -197,91 +168,65 @@ def _places(axes: Any, values: Sequence[Any], searched: Any) -> dict[Any, float]
     wide = ordered[0] > 0 and ordered[-1] / ordered[0] > 20
     if searched.log if isinstance(searched, Range) else wide:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(_plainly))
-        short = ordered[-1] / ordered[0] < 10  # there may be no power of ten to label
-        axes.xaxis.set_minor_formatter(FuncFormatter(_plainly) if short else NullFormatter())
+        # A number without powers of ten; over a short range there may be none to label.
+        plainly = FuncFormatter(lambda value, _: f"{value:g}")
+        short = ordered[-1] / ordered[0] < 10
+        axes.xaxis.set_major_formatter(plainly)
+        axes.xaxis.set_minor_formatter(plainly if short else NullFormatter())
     elif all(isinstance(v, int) for v in ordered):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return {v: float(v) for v in ordered}
 
 
-def _plainly(value: float, _: Any) -> str:
-    """A number on an axis, without powers of ten."""
-    return f"{value:g}"
-
-
-def _point(axes: Any, x: float, trial: Trial, colour: str, marker: str = "o") -> None:
-    """The value of a trial with its interval."""
-    value = float(trial.value or 0)
-    low, high = trial.ci95 or (value, value)
-    axes.errorbar(
-        x,
-        value,
-        yerr=[[value - low], [high - value]],
-        color=colour,
-        ecolor=(colour, 0.35),
-        marker=marker,
-        markersize=4,
-        linewidth=1,
-        zorder=3 if colour == DOWN else 2,
-    )
-
-
+@styled
 def _history(found: Sweep) -> Picture:
     """Trial by trial: validation, and test where it was run."""
-    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for t in found.trials:
-        if t.value is not None:
-            _point(axes, t.number, t, UP if t.state == "complete" else NEUTRAL, _MARKERS[t.state])
+    figure, (axes,) = panels((6.5, 3.6))
+    lines = []
+    for label, colour, marker, state in (
+        ("validation", UP, "o", "complete"),
+        ("validation, stopped early", NEUTRAL, "x", "pruned"),
+    ):
+        trials = [t for t in found.trials if t.value is not None and t.state == state]
+        if trials:
+            lines.append(_points(label, trials, lambda t: t.number, colour, marker))
+    curve(axes, lines, xlabel="trial", ylabel=_quantity(found), title="Trial by trial")
     tested = [t for t in found.trials if t.test is not None]
-    axes.plot(
-        [t.number for t in tested],
-        [float(t.test or 0) for t in tested],
-        "+",
-        color=DOWN,
-        markersize=6,
-    )
-    states = [t.state for t in found.trials if t.value is not None]
-    names = [("validation", UP, "complete"), ("validation, stopped early", NEUTRAL, "pruned")]
-    marks: list[Any] = [
-        Line2D([], [], color=colour, marker=_MARKERS[state], markersize=4, label=label)
-        for label, colour, state in names
-        if state in states
-    ]
     if tested:
-        marks.append(Line2D([], [], color=DOWN, marker="+", linestyle="", label="test"))
-    marks.append(_unsteered_line(axes, found))
-    marks.append(_unsteered_line(axes, found, "test", DOWN))
-    axes.set(xlabel="trial", ylabel=_quantity(found))
+        values = [float(t.test or 0) for t in tested]
+        numbers = [t.number for t in tested]
+        axes.plot(numbers, values, "+", color=DOWN, markersize=6, label="test")
+    _unsteered_line(axes, found)
+    _unsteered_line(axes, found, "test", DOWN)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(
-        handles=[mark for mark in marks if mark is not None],
-        frameon=False,
-        fontsize=8,
-        loc="outside lower center",
-        ncols=3,
-    )
-    axes.set_title("Trial by trial")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     alt = f"{found.metric} of each trial on validation rows, with 95 % intervals, and on test rows"
     return Picture("Trial by trial", "trials", figure, alt)
 
 
+def _points(
+    label: str, trials: Sequence[Trial], at: Any, colour: str, marker: str = "o", dash: str = "none"
+) -> Line:
+    """Trials with their intervals; many of them are easier to tell apart with pale ones."""
+    figures = [trial.estimate for trial in trials if trial.estimate is not None]
+    places = [at(trial) for trial in trials]
+    return Line(label, places, figures, colour, marker, dash, faint=dash == "none")
+
+
 def _unsteered_line(
     axes: Any, found: Sweep, part: str = "validation", colour: str = "black"
-) -> Any:
+) -> None:
     base = found.unsteered[part].value
-    if base is None:
-        return None
-    style = "--" if part == "validation" else ":"
-    label = f"unsteered, {part}"
-    return axes.axhline(base, color=colour, linestyle=style, linewidth=1, label=label)
+    if base is not None:
+        style = {"linestyle": "--" if part == "validation" else ":", "linewidth": 1}
+        axes.axhline(base, color=colour, label=f"unsteered, {part}", **style)
 
 
 def _quantity(found: Sweep) -> str:
     """The metric with its unit, for an axis."""
-    unit = _UNITS.get(found.metric)
-    return found.metric if unit is None else f"{found.metric} [{unit}]"
+    metric = metric_of(found.metric)
+    shows = metric.unit and metric.kind == "mean"  # that a rate is a share goes without saying
+    return f"{found.metric} [{metric.unit}]" if shows else found.metric
 
 
 def _n(found: Sweep) -> int:
@@ -299,81 +244,3 @@ def _ordered(values: Sequence[Any]) -> list[Any]:
     if all(isinstance(v, int | float) for v in distinct):
         return sorted(distinct)
     return distinct
-
-
-def _chosen(found: Sweep) -> Table:
-    """The chosen setting beside the unsteered model and the oracle."""
-    rows: list[list[Any]] = []
-    base = found.unsteered
-    rows.append(
-        [
-            "unsteered",
-            "",
-            cell(base["validation"].value, base["validation"].ci95),
-            cell(base["test"].value, base["test"].ci95),
-            "",
-            "",
-        ]
-    )
-    if found.best is not None:
-        best, d = found.best, found.difference
-        flips = "" if d is None or d.p is None else f"+{d.gained} -{d.lost} (p {d.p:.2g})"
-        rows.append(
-            [
-                "chosen on validation",
-                setting(best.params),
-                cell(best.value, best.ci95),
-                cell(best.test, best.test_ci95),
-                "" if d is None else f"{d.difference:+.4g} {interval(d.ci95)}",
-                flips,
-            ]
-        )
-    note = ""
-    if found.oracle is not None:
-        note = "The oracle was chosen on the rows that it is reported on: no one has it beforehand."
-        rows.append(
-            [
-                "oracle: best on the test rows",
-                setting(found.oracle.params),
-                cell(found.oracle.value, found.oracle.ci95),
-                cell(found.oracle.test, found.oracle.test_ci95),
-                "",
-                "",
-            ]
-        )
-    return Table(
-        f"{found.metric} on {found.task}",
-        [
-            "",
-            "setting",
-            f"validation, n = {base['validation'].n}",
-            f"test, n = {base['test'].n}",
-            "difference on test",
-            "flipped",
-        ],
-        rows,
-        note,
-    )
-
-
-def _trials(found: Sweep) -> Table:
-    shown_trials = found.trials[:_MOST_ROWS]
-    rows = [
-        [
-            t.number,
-            setting(t.params),
-            t.state,
-            cell(t.value, t.ci95),
-            t.n,
-            cell(t.test, t.test_ci95),
-            "" if t.cost is None else f"{t.cost:.3f}",
-            f"{t.seconds:.1f}",
-        ]
-        for t in shown_trials
-    ]
-    heads = ["trial", "setting", "state", "validation", "n", "test", "cost, nats/token", "seconds"]
-    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in rows)]
-    title = "All trials"
-    if len(found.trials) > _MOST_ROWS:
-        title = f"The first {_MOST_ROWS} of {len(found.trials)} trials"
-    return Table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])

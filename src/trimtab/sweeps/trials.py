@@ -1,10 +1,12 @@
 """The trials of a sweep in an Optuna storage, which several processes and machines may share.
 
-What a trial begins with is settled by its number, so a worker makes the next one and runs it until
-there are as many as are planned. No trial runs twice, because making one and taking one over are
-single steps in the database; and one whose worker died goes back among the waiting, with its number
-and its settings: a sweep that was interrupted ends as one that was not. The sampler of a trial is
-seeded by its number.
+What a trial begins with is settled by its number in the plan, which also seeds its sampler. A
+worker puts the first number that nobody has into the study's queue and asks for a trial, until all
+have ended. One whose worker died is given up, and its number is free again, with the settings that
+were drawn: a sweep that was interrupted ends as one that was not.
+
+No number runs twice. Of several trials with one number the first counts, and whoever has another
+gives it up; and on SQLite, where two processes could be given the same trial, they ask one by one.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from copy import copy
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab.errors import TrimtabError
-from trimtab.reports import Finite, checksum
+from trimtab.files import checksum
+from trimtab.reports import Finite
 from trimtab.sweeps.space import Params, Range, Space, grid, plain, shown
 
 Search = Literal["grid", "tpe", "halving"]
@@ -67,6 +72,14 @@ class _Outcome(BaseModel):
 _SIGNS = TypeAdapter(tuple[str, int, str])
 
 
+@dataclass(frozen=True)
+class Claimed:
+    """A trial that this worker runs: its number in the plan, and Optuna's trial."""
+
+    number: int
+    trial: Any
+
+
 class Trials:
     """The trials of one sweep in an Optuna study.
 
@@ -89,17 +102,17 @@ class Trials:
         self.space, self.search, self.seed, self.maximise = space, search, seed, maximise
         self.plan = plan(space, search, count)
         self._database = open_storage(storage)
-        self._storage = self._optuna.storages.get_storage(self._database)  # with what it has read
+        self._states = self._optuna.trial.TrialState
         self._heard: dict[int, tuple[float, float]] = {}
         self.name = name
         with self.reachable():
             if fresh:
                 with contextlib.suppress(KeyError):
-                    self._optuna.delete_study(study_name=name, storage=self._storage)
+                    self._optuna.delete_study(study_name=name, storage=self._database)
             try:
                 self.study = self._optuna.create_study(
                     study_name=name,
-                    storage=self._storage,
+                    storage=self._database,
                     direction="maximize" if maximise else "minimize",
                     load_if_exists=True,
                 )
@@ -127,17 +140,19 @@ class Trials:
         """Refuse a study that cannot have come of this sweep."""
         if (self.study.direction.name == "MAXIMIZE") != self.maximise:
             self._refuse("it counts the metric the other way")
-        for trial in self.study.get_trials(deepcopy=False)[: len(self.plan)]:
-            planned = self.plan[trial.number]
+        for trial in self.study.get_trials(deepcopy=False):
+            number = _number(trial)
+            if number not in range(len(self.plan)):
+                continue
             if any(name not in self.space for name in trial.params) or any(
-                trial.params.get(name, value) != value for name, value in planned.items()
+                trial.params.get(name, value) != value for name, value in self.plan[number].items()
             ):
-                self._refuse(f"trial {trial.number} has other settings than planned")
-            if trial.state.is_finished():
-                self.outcome(trial)
-            elif "worker" in trial.user_attrs:
+                self._refuse(f"trial {number} has other settings than planned")
+            if not trial.state.is_finished() and "worker" in trial.user_attrs:
                 _SIGNS.validate_python(trial.user_attrs["worker"])
                 float(trial.user_attrs.get("alive", 0.0))
+        for trial in self.finished():
+            self.outcome(trial)
 
     def outcome(self, trial: Any) -> dict[str, Any]:
         """What came of a trial that has ended; refused where it is damaged."""
@@ -173,8 +188,8 @@ class Trials:
 
     def _ended(self, state: str) -> Any:
         """Optuna's word for it."""
-        states = self._optuna.trial.TrialState
-        return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
+        states = {"complete": self._states.COMPLETE, "failed": self._states.FAIL}
+        return states.get(state, self._states.PRUNED)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise TrimtabError(
@@ -184,33 +199,41 @@ class Trials:
 
     # -- working ----------------------------------------------------------------------------------
 
-    def claim(self) -> Any | None:
+    def claim(self) -> Claimed | None:
         """A trial that nobody else has, or None where none is left to claim."""
-        start = datetime.now()
-        for waiting in self._in_state("WAITING"):
-            if self._move(waiting, "RUNNING", start):
-                self._storage.set_trial_user_attr(waiting._trial_id, "worker", _worker(start))
-                return self._begun(waiting._trial_id, waiting.number)
-        if len(self.study.get_trials(deepcopy=False)) >= len(self.plan):
-            return None
-        states = self._optuna.trial.TrialState
-        signs = {"worker": _worker(start), "alive": time.time()}
-        blank = self._optuna.trial.create_trial(state=states.RUNNING, user_attrs=signs)
-        blank.datetime_start = start
-        trial_id = self._storage.create_new_trial(self.study._study_id, template_trial=blank)
-        number = self._storage.get_trial_number_from_id(trial_id)
-        if number >= len(self.plan):  # another worker made the last one in this moment
-            self._storage.set_trial_state_values(trial_id, state=states.FAIL)
-            return None
-        return self._begun(trial_id, number)
+        with _one_by_one(self._database):
+            while True:
+                counting = self._counting()
+                free = next((n for n in range(len(self.plan)) if n not in counting), None)
+                if free is not None:
+                    begun = {"place": free, "alive": time.time()}
+                    self.study.enqueue_trial(self._start(free), begun)
+                elif all(trial.state != self._states.WAITING for trial in counting.values()):
+                    return None
+                trial = self.study.ask()
+                # Where another worker took what was waiting, this is one of no number.
+                known = not trial.user_attrs.keys().isdisjoint(("place", "worker"))
+                trial.set_user_attr("worker", _worker(trial.datetime_start))
+                number = _number(trial)
+                first = self._counting().get(number)
+                if known and first is not None and first.number == trial.number:
+                    return Claimed(number, trial)
+                self.study.tell(trial, state=self._states.FAIL)
 
-    def _begun(self, trial_id: int, number: int) -> Any:
-        """The trial with what is planned for its number."""
-        self._storage.set_trial_system_attr(trial_id, "fixed_params", self.plan[number])
-        study = self._optuna.load_study(  # anew, since a study keeps the trials that it has seen
-            study_name=self.name, storage=self._storage, sampler=self._sampler(number)
-        )
-        return self._optuna.trial.Trial(study, trial_id)
+    def _start(self, number: int) -> dict[str, Any]:
+        """What a trial begins with: what is planned, and what was drawn before it was given up."""
+        earlier = [t for t in self.study.get_trials(deepcopy=False) if _number(t) == number]
+        return {**self.plan[number], **(earlier[-1].params if earlier else {})}
+
+    def _counting(self) -> dict[int, Any]:
+        """The trials that count, by their number: the first of each that was not given up."""
+        found: dict[int, Any] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            number = _number(trial)
+            given_up = trial.state == self._states.FAIL and "outcome" not in trial.user_attrs
+            if number in range(len(self.plan)) and not given_up:
+                found.setdefault(number, trial)
+        return found
 
     def _sampler(self, number: int) -> Any:
         seed = self.seed * 100_003 + number
@@ -220,9 +243,11 @@ class Trials:
                 return self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
             return self._optuna.samplers.RandomSampler(seed=seed)
 
-    def params(self, trial: Any) -> Params:
+    def params(self, claimed: Claimed) -> Params:
         """The settings of a trial, drawn where they were not planned."""
+        self.study.sampler = self._sampler(claimed.number)
         found: Params = {}
+        trial = claimed.trial
         for name, values in self.space.items():
             if not isinstance(values, Range):
                 choices = _choices(values)
@@ -237,38 +262,43 @@ class Trials:
         return found
 
     @contextlib.contextmanager
-    def alive(self, trial: Any) -> Iterator[None]:
-        """Signs of life while a trial runs; one that is interrupted goes back among the waiting."""
-        over, begun = threading.Event(), self._storage.get_trial(trial._trial_id)
+    def alive(self, claimed: Claimed) -> Iterator[None]:
+        """Signs of life while a trial runs; one that is interrupted is given up."""
+        over = threading.Event()
 
         def beat() -> None:
             while not over.wait(_BEAT):
                 with contextlib.suppress(Exception):  # the database may be away for a while
-                    self._storage.set_trial_user_attr(trial._trial_id, "alive", time.time())
+                    claimed.trial.set_user_attr("alive", time.time())
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
             yield
         except self._optuna.exceptions.UpdateFinishedTrialError:
-            pass  # another worker, to whom this one seemed dead, has ended it
+            pass  # another worker, to whom this one seemed dead, has given it up
         except BaseException:
             with contextlib.suppress(Exception):
-                self._move(begun, "WAITING")
+                self._give_up(claimed.trial)
             raise
         finally:
             over.set()
             thread.join()
 
     def release_dead(self) -> int:
-        """Put trials back whose worker is gone; how many others are still at work."""
+        """Give up the trials whose worker is gone; how many others are still at work."""
         others = 0
         for trial in self._in_state("RUNNING"):
             if self._lives(trial):
                 others += 1
             else:
-                self._move(trial, "WAITING")
+                self._give_up(trial)
         return others
+
+    def _give_up(self, trial: Any) -> None:
+        """End a trial of which nothing came, unless it has ended."""
+        with contextlib.suppress(self._optuna.exceptions.UpdateFinishedTrialError):
+            self.study.tell(trial.number, state=self._states.FAIL, skip_if_finished=True)
 
     def _lives(self, trial: Any) -> bool:
         """Whether a trial's worker is there: a process of this machine, or one that gives signs.
@@ -280,73 +310,57 @@ class Trials:
         if signed and machine == _machine() and not _runs(process):
             return False
         sign, now = trial.user_attrs.get("alive", 0.0), time.monotonic()
-        known, since = self._heard.get(trial._trial_id, (None, now))
+        known, since = self._heard.get(trial.number, (None, now))
         if known != sign:
             since = now
-        self._heard[trial._trial_id] = (sign, since)
+        self._heard[trial.number] = (sign, since)
         return now - since <= _DEAD
 
     def _in_state(self, state: str) -> list[Any]:
-        """The planned trials in a state, by their number."""
-        states = (self._optuna.trial.TrialState[state],)
-        found = self.study.get_trials(deepcopy=False, states=states)
-        return [trial for trial in found if trial.number < len(self.plan)]
+        """The trials that count and are in a state."""
+        return [trial for trial in self._counting().values() if trial.state.name == state]
 
-    def _move(
-        self, trial: Any, state: Literal["WAITING", "RUNNING"], start: datetime | None = None
-    ) -> bool:
-        """Move a trial to another state if it is still as it was seen, in one step.
-
-        Optuna reads the state and then writes it, between which SQLite lets other processes in.
-        """
-        states = self._optuna.trial.TrialState
-        if not hasattr(self._database, "engine"):  # in memory, where there is only this process
-            return bool(self._storage.set_trial_state_values(trial._trial_id, states[state]))
-        import sqlalchemy
-
-        table = _trials_table(self._database.engine)
-        changed = {"state": state} if start is None else {"state": state, "datetime_start": start}
-        asked = sqlalchemy.update(table).values(**changed)
-        asked = asked.where(table.c.trial_id == trial._trial_id, table.c.state == trial.state.name)
-        if state == "WAITING":  # and not begun anew by somebody else
-            asked = asked.where(table.c.datetime_start == trial.datetime_start)
-        with self._database.engine.begin() as connection:
-            changed_rows: int = connection.execute(asked).rowcount
-        return changed_rows == 1
-
-    def report(self, trial: Any, value: float, rung: int) -> bool:
+    def report(self, claimed: Claimed, value: float, rung: int) -> bool:
         """Say what a trial has reached on a rung; whether it is to stop there.
 
         It goes on if it is among the best third of those that have reached the rung so far. Equals,
-        of which there are many on a few rows, go on until the third is full.
+        of which there are many on a few rows, go on until the third is full; Optuna's own pruner
+        would let all of them go on.
         """
         step = REDUCTION**rung
-        if step not in self._storage.get_trial(trial._trial_id).intermediate_values:
-            trial.report(value, step)
+        if step not in self._reached(claimed):
+            claimed.trial.report(value, step)
         others = [
-            each
-            for each in self.study.get_trials(deepcopy=False)
-            if each.number != trial.number and step in each.intermediate_values
+            trial
+            for number, trial in self._counting().items()
+            if number != claimed.number and step in trial.intermediate_values
         ]
-        sign, pruned = 1 if self.maximise else -1, self._optuna.trial.TrialState.PRUNED
+        sign = 1 if self.maximise else -1
         ahead = 0
         for other in others:
             lead = sign * (other.intermediate_values[step] - value)
-            stopped = other.state == pruned and max(other.intermediate_values) == step
+            pruned = other.state == self._states.PRUNED
+            stopped = pruned and max(other.intermediate_values) == step
             ahead += lead > 0 or (lead == 0 and not stopped)
         return ahead >= max(1, (len(others) + 1) // REDUCTION)
 
-    def finish(self, trial: Any, outcome: dict[str, Any], value: float | None) -> None:
+    def _reached(self, claimed: Claimed) -> dict[int, float]:
+        """What a trial has reached, by rung."""
+        trials = self.study.get_trials(deepcopy=False)
+        own = next(trial for trial in trials if trial.number == claimed.trial.number)
+        reached: dict[int, float] = own.intermediate_values
+        return reached
+
+    def finish(self, claimed: Claimed, outcome: dict[str, Any], value: float | None) -> None:
         """What came of a trial: complete with its value, failed, or stopped for another reason."""
-        ended = self._ended(outcome["state"])
-        values = [value] if outcome["state"] == "complete" and value is not None else None
-        seen = self._storage.get_trial(trial._trial_id).intermediate_values
-        reached = {str(step): number for step, number in seen.items()}
+        reached = {str(step): number for step, number in self._reached(claimed).items()}
         plain_outcome = json.loads(json.dumps(outcome))  # as it comes back
-        seal = self._checksum(trial.number, plain_outcome, reached)
+        seal = self._checksum(claimed.number, plain_outcome, reached)
         kept = plain_outcome | {"reached": reached, "checksum": seal}
-        self._storage.set_trial_user_attr(trial._trial_id, "outcome", kept)
-        self._storage.set_trial_state_values(trial._trial_id, ended, values)
+        claimed.trial.set_user_attr("outcome", kept)
+        state = self._ended(outcome["state"])
+        values = value if state == self._states.COMPLETE else None
+        self.study.tell(claimed.trial, values, state, skip_if_finished=True)
 
     def same(self, params: Params) -> Any | None:
         """An earlier trial of the same settings, which a sampler may draw again."""
@@ -357,9 +371,19 @@ class Trials:
         return None
 
     def finished(self) -> list[Any]:
-        """Trials that have ended, by their number."""
-        every = self.study.get_trials(deepcopy=False)[: len(self.plan)]
-        return [trial for trial in every if trial.state.is_finished()]
+        """The trials that have ended, by their number in the plan."""
+        ended = []
+        for number, trial in sorted(self._counting().items()):
+            if trial.state.is_finished():
+                numbered = copy(trial)
+                numbered.number = number
+                ended.append(numbered)
+        return ended
+
+
+def _number(trial: Any) -> Any:
+    """A trial's number in the plan; those from before some were given up have only Optuna's."""
+    return trial.user_attrs.get("place", trial.number)
 
 
 def plan(space: Space, search: Search, count: int | None) -> list[dict[str, Any]]:
@@ -482,18 +506,21 @@ def _without_password(url: str) -> str:
         return f"{url.partition('://')[0]}://..."
 
 
-@cache
-def _trials_table(engine: Any) -> Any:
-    """Optuna's table of trials, as the database has it."""
-    import sqlalchemy
+def _one_by_one(database: Any) -> contextlib.AbstractContextManager[Any]:
+    """The lock in the directory of an SQLite file, as runs have it; others lock their own rows."""
+    from sqlalchemy.engine import make_url
 
-    return sqlalchemy.Table("trials", sqlalchemy.MetaData(), autoload_with=engine)
+    url = str(getattr(database, "url", ""))
+    file = url if "://" not in url else (make_url(url).database if "sqlite" in url else None)
+    if not file or file == ":memory:":
+        return contextlib.nullcontext()
+    return FileLock(Path(file).parent / ".lock")
 
 
 # -- workers --------------------------------------------------------------------------------------
 
 
-def _worker(start: datetime) -> list[Any]:
+def _worker(start: Any) -> list[Any]:
     """This process, for others to tell whether it is there, and when it began a trial."""
     return [_machine(), os.getpid(), str(start)]
 

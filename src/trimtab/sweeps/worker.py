@@ -3,8 +3,6 @@ of them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,13 +11,14 @@ from typing import Any
 
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Comparison, Record, Result, summarise
+from trimtab.figures import Difference, Record, Result, summarise
+from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.progress import progress
-from trimtab.reports import SharedRun, line_of
+from trimtab.reports import Run, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
-from trimtab.sweeps.rows import Bench
+from trimtab.sweeps.rows import TaskRows, choose
 from trimtab.sweeps.space import Fitter, Space, label, plain
 from trimtab.sweeps.trials import Trials, rungs
 
@@ -31,47 +30,46 @@ _PATIENCE = 2.0
 
 
 def try_settings(
-    bench: Bench,
+    rows: TaskRows,
     fitter: Fitter,
     space: Space,
     search: Search,
     *,
     max_cost: float | None,
     seed: int,
-    run: SharedRun,
+    run: Run,
     storage: Any = None,
     fresh: bool = False,
 ) -> Sweep:
-    """A sweep on a bench and with a fitter that may serve others too; arguments as of `sweep`."""
+    """A sweep on rows and with a fitter that may serve others too; arguments as of `sweep`."""
     for part in _PARTS:
-        kept = bench.kept(run, f"unsteered-{part}", part)
+        kept = rows.kept(run, f"unsteered-{part}", part)
         if kept is not None:
-            bench.recall(part, kept)
-    _ = bench.metric  # one that the task does not have is refused before anything is written
+            rows.recall(part, kept)
+    _ = rows.metric  # one that the task does not have is refused before anything is written
     run.begin()
-    worker = _Worker(bench, fitter, run, max_cost, search.oracle)
+    worker = _Worker(rows, fitter, run, max_cost, search.oracle)
     if storage is None and run.path is not None:
         storage = run.path / "study.db"
     name, how = _name(run.config), (search.search, search.trials)
-    queue = Trials(storage, name, space, *how, bench.maximise, seed, fresh)
+    queue = Trials(storage, name, space, *how, rows.maximise, seed, fresh)
     with queue.reachable():
         worker.work(queue)
-        return worker.found(queue, bench.task)
+        return worker.found(queue, rows.task)
 
 
 def _name(config: Mapping[str, Any]) -> str:
     """The study's name: who sweeps the same joins, who sweeps something else does not."""
-    text = json.dumps(config, sort_keys=True)
-    return f"trimtab-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"trimtab-{json_digest(config, sort_keys=True)[:16]}"
 
 
 @dataclass
 class _Worker:
     """Runs trials until none is left, and tells what came of them."""
 
-    bench: Bench
+    rows: TaskRows
     fitter: Fitter
-    run: SharedRun
+    run: Run
     max_cost: float | None
     oracle: bool
     #: The best of the trials that were run here, and its records.
@@ -124,7 +122,7 @@ class _Worker:
             self.run.keep(f"{trial.number:05d}-{part}", some)
         if outcome["state"] == "complete":
             known = _trial(trial.number, outcome)
-            if _best([*self._top, known], "value", self.bench.maximise) is known:
+            if _best([*self._top, known], "value", self.rows.maximise) is known:
                 self._top, self._top_records = (known,), records
         queue.finish(trial, outcome, outcome.get("value"))
 
@@ -137,9 +135,9 @@ class _Worker:
         records: dict[Part, list[Record]],
     ) -> None:
         """Fill in what a steering costs and what it is worth, and the records that say so."""
-        bench, name = self.bench, label(self.fitter.method, outcome["params"])
+        rows, name = self.rows, label(self.fitter.method, outcome["params"])
         if self.max_cost is not None:
-            cost = bench.cost(steering)
+            cost = rows.cost(steering)
             if not math.isfinite(cost):
                 raise TrimtabError("its cost is no finite number: the model's numbers overflow")
             outcome["cost"] = cost
@@ -147,68 +145,70 @@ class _Worker:
                 outcome["state"] = "dear"
                 return
         halving = queue.search == "halving"
-        rows = bench.rows("validation")
+        count = rows.rows("validation")
         done: list[Record] = []
-        for rung, stop in enumerate(rungs(rows, FIRST_RUNG) if halving else [rows]):
-            done += bench.records(steering, "validation", len(done), stop, name)
+        for rung, stop in enumerate(rungs(count, FIRST_RUNG) if halving else [count]):
+            done += rows.records(steering, "validation", len(done), stop, name)
             records["validation"] = done
-            result = bench.result(done)
+            result = rows.result(done)
             outcome |= {"value": result.value, "n": result.n, "ci95": result.ci95}
             if result.value is None:
                 continue
             if not math.isfinite(result.value):
-                raise TrimtabError(f"{bench.metric} is no finite number")
-            if stop < rows and queue.report(trial, result.value, rung):
+                raise TrimtabError(f"{rows.metric} is no finite number")
+            if stop < count and queue.report(trial, result.value, rung):
                 outcome["state"] = "pruned"
                 return
         if outcome["value"] is None:
             raise TrimtabError("no answer was clear")
         if self.oracle:
-            records["test"] = bench.records(steering, "test", name=name)
-            outcome |= _tested(bench.result(records["test"]))
+            records["test"] = rows.records(steering, "test", name=name)
+            outcome |= _tested(rows.result(records["test"]))
 
     # -- what was found ---------------------------------------------------------------------------
 
     def found(self, queue: Trials, task: str) -> Sweep:
         """The best trial, run on the test rows, and everything beside it."""
-        bench, fitter = self.bench, self.fitter
+        rows, fitter = self.rows, self.fitter
         ended = queue.finished()
         trials = [_trial(one.number, queue.outcome(one)) for one in ended]
         for one, trial in zip(ended, trials, strict=True):
             if trial.state == "complete" and not queue.has_checksum(one):
                 self._check_kept(trial)
         complete = [trial for trial in trials if trial.state == "complete"]
-        best = _best(complete, "value", bench.maximise)
-        unsteered = {part: self._unsteered(part) for part in _PARTS}
+        best = _best(complete, "value", rows.maximise)
+        unsteered = {
+            part: rows.recorded(self.run, f"unsteered-{part}", None, part) for part in _PARTS
+        }
         difference, chosen_p, steering = None, None, None
         flips: tuple[tuple[Record, Record], ...] = ()
         tested: list[Record] | None = None
         if best is not None:
             steering = fitter.steering(best.params)
             tested = self._records(best, "test", steering)
-            result = bench.result(tested)
+            result = rows.result(tested)
             self._check(best, "test", tested)
             best = replace(best, **_tested(result))
             compared = summarise([*unsteered["test"], *tested], {})
             flips = tuple(compared.flips())
-            difference = _of(compared.comparisons, bench.metric)
+            difference = _of(compared.comparisons, rows.metric)
             chosen = self._records(best, "validation", steering)
             self._check(best, "validation", chosen)
             on_validation = summarise([*unsteered["validation"], *chosen], {})
-            against = _of(on_validation.comparisons, bench.metric)
+            against = _of(on_validation.comparisons, rows.metric)
             if against is not None and against.p is not None:
                 chosen_p = min(1.0, against.p * sum(trial.n > 0 for trial in trials))
             steering = fitter.fitted(best.params)
         with_test = [best if best and t.number == best.number else t for t in trials]
         oracle = None
         if self.oracle:
-            oracle = _best([t for t in with_test if t.state == "complete"], "test", bench.maximise)
-        figures: dict[str, Result] = {p: bench.result(some) for p, some in unsteered.items()}
+            oracle = _best([t for t in with_test if t.state == "complete"], "test", rows.maximise)
+        figures: dict[str, Result] = {p: rows.result(some) for p, some in unsteered.items()}
         return Sweep(
             method=fitter.method.name,
             task=task,
-            metric=bench.metric,
-            maximise=bench.maximise,
+            metric=rows.metric,
+            maximise=rows.maximise,
             space=dict(queue.space),
             trials=tuple(with_test),
             best=best,
@@ -218,9 +218,9 @@ class _Worker:
             chosen_p=chosen_p,
             steering=steering,
             flips=flips,
-            model=dict(vars(bench.language_model.identity)),
+            model=dict(vars(rows.language_model.identity)),
             seconds=round(sum(trial.seconds for trial in trials), 2),
-            notes=(*bench.notes(), *_caveats(trials, best, figures, bench.maximise, chosen_p)),
+            notes=(*rows.notes(), *_caveats(trials, best, figures, rows.maximise, chosen_p)),
             tested=tuple(tested or ()),
         )
 
@@ -228,35 +228,25 @@ class _Worker:
         """The records of a trial on a part; run here where another machine has them, or nobody."""
         if part in self._top_records and trial.number == self._top[0].number:
             return self._top_records[part]
-        name = f"{trial.number:05d}-{part}"
         called = label(self.fitter.method, trial.params)
-        records = self.bench.kept(self.run, name, part, called)
-        if records is None:
-            records = self.bench.records(steering, part, name=called)
-            self.run.keep(name, records)
-        return records
+        name = f"{trial.number:05d}-{part}"
+        return self.rows.recorded(self.run, name, steering, part, called)
 
     def _check(self, trial: Trial, part: Part, records: list[Record]) -> None:
         """Refuse records that do not give what the study says of a trial."""
         said = trial.value if part == "validation" else trial.test
-        found = self.bench.result(records).value
+        found = self.rows.result(records).value
         if said is not None and (found is None or not math.isclose(found, said, rel_tol=1e-9)):
             name = f"{trial.number:05d}-{part}"
-            self.run.refuse(name, f"{self.bench.metric} is {found} in it and {said} in the study")
+            self.run.refuse(name, f"{self.rows.metric} is {found} in it and {said} in the study")
 
     def _check_kept(self, trial: Trial) -> None:
         """Refuse what a study says of a trial if its records, where they are here, do not."""
         called = label(self.fitter.method, trial.params)
         for part in _PARTS:
-            records = self.bench.kept(self.run, f"{trial.number:05d}-{part}", part, called)
+            records = self.rows.kept(self.run, f"{trial.number:05d}-{part}", part, called)
             if records is not None:
                 self._check(trial, part, records)
-
-    def _unsteered(self, part: Part) -> list[Record]:
-        records = self.bench.unsteered(part)
-        if self.bench.kept(self.run, f"unsteered-{part}", part) is None:
-            self.run.keep(f"unsteered-{part}", records)
-        return records
 
 
 def _trial(number: int, outcome: Mapping[str, Any]) -> Trial:
@@ -268,13 +258,12 @@ def _tested(result: Result) -> dict[str, Any]:
 
 
 def _best(trials: Sequence[Trial], part: str, maximise: bool) -> Trial | None:
-    """The first of the trials that are best on a part."""
-    known = [trial for trial in trials if getattr(trial, part) is not None]
-    sign = -1 if maximise else 1
-    return min(known, key=lambda t: (sign * getattr(t, part), t.number), default=None)
+    """The best by its `value` or its `test`, of those that are equal the first that began."""
+    in_order = sorted(trials, key=lambda trial: trial.number)
+    return choose(in_order, lambda trial: getattr(trial, part), maximise)
 
 
-def _of(comparisons: Sequence[Comparison], metric: str) -> Comparison | None:
+def _of(comparisons: Sequence[Difference], metric: str) -> Difference | None:
     return next((found for found in comparisons if found.metric == metric), None)
 
 

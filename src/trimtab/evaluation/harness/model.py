@@ -10,9 +10,7 @@ once, options of one token read from one position, and no padding between unequa
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import sys
 import warnings
@@ -29,10 +27,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.files import Journal, json_digest
 from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
 from trimtab.progress import progress
 from trimtab.reading import Next, Reading, next_tokens
-from trimtab.reports import checksum
 from trimtab.steering import Steering, Steerings, together
 
 
@@ -72,7 +70,12 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         self.steering = _steering(steering)
         self.force = str(force).lower() == "true"
         self.batch_size = max(1, int(batch_size)) if str(batch_size).isdigit() else 16
-        self._answers = _Answers(None if answers is None else Path(answers))
+        self._answers: dict[str, Any] = {}  # by what was asked
+        self._journal: Journal | None = None
+        if answers is not None:
+            self._journal = Journal(Path(answers), "answers")
+            for line in self._journal.read() or ():
+                self._answers |= line
         self._who = [
             self.language_model.identity.digest,
             str(self.language_model.dtype),
@@ -186,8 +189,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         merged = [_merge([readings[i] for i in owners]) for owners in texts.values()]
         owners_of = list(texts.values())
         keys = [
-            _digest(["likelihood", self._who, one.tokens, one.positions, one.targets])
-            for one in merged
+            _key("likelihood", self._who, one.tokens, one.positions, one.targets) for one in merged
         ]
         waiting = {i for i, key in enumerate(keys) if key not in self._answers}
         with progress("scoring", len(merged)) as advance:
@@ -199,7 +201,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 missing=waiting.__contains__,
                 force=self.force,
             ):
-                self._answers.keep(
+                self._keep(
                     {
                         keys[i]: _sums(merged[i], each, len(owners_of[i]))
                         for i, each in zip(batch.rows, found, strict=True)
@@ -230,6 +232,11 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
             totals[number] += total
         return totals
 
+    def _keep(self, answers: dict[str, Any]) -> None:
+        self._answers |= answers
+        if self._journal is not None:
+            self._journal.append([answers])
+
     # -- texts --------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -254,7 +261,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         seen: Counter[str] = Counter()
         keys = []
         for context in contexts:
-            keys.append(_digest(["text", self._who, context, asked.about, seed, seen[context]]))
+            keys.append(_key("text", self._who, context, asked.about, seed, seen[context]))
             seen[context] += bool(asked.sampling)
         wanted = dict(zip(keys, contexts, strict=True))
         order = sorted(wanted)  # of texts as long as each other, whatever the order of requests
@@ -275,7 +282,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 **asked.sampling,
                 **asked.options,
             )
-            self._answers.keep(
+            self._keep(
                 {key: asked.cut(each.text) for key, each in zip(batch, written, strict=True)}
             )
         return [self._answers[key] for key in keys]
@@ -364,57 +371,9 @@ def _sums(reading: Reading, found: Next, options: int) -> list[tuple[float, bool
     ]
 
 
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-
-
-class _Answers:
-    """Answers by what was asked, in a file with one JSON object a line, if there is a file."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._known: dict[str, Any] = {}
-        if path is None:
-            return
-        try:
-            content = path.read_bytes() if path.exists() else b""
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):  # the last line was cut off in the middle
-                with path.open("r+b") as file:
-                    file.truncate(whole)
-        except OSError as error:
-            raise TrimtabError(f"cannot read the answers in {path}: {error.strerror}") from error
-        for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
-            try:
-                found = dict(json.loads(line))
-                known = found.pop("checksum", None)  # which older ones have not
-                if known is not None and known != checksum(found, "answers"):
-                    raise ValueError("it was changed")
-                self._known.update(found)
-            except (ValueError, TypeError, RecursionError) as error:
-                raise TrimtabError(
-                    f"{path}, line {number} does not hold answers: remove the file, or name another"
-                ) from error
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> Any:
-        return self._known[key]
-
-    def keep(self, answers: dict[str, Any]) -> None:
-        self._known.update(answers)
-        if self.path is None:
-            return
-        try:
-            with self.path.open("ab") as file:
-                plain = json.loads(json.dumps(answers))  # as they come back
-                line = plain | {"checksum": checksum(plain, "answers")}
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise TrimtabError(f"cannot write answers to {self.path}: {error.strerror}") from error
+def _key(*asked: Any) -> str:
+    """By which an answer is found again."""
+    return json_digest(asked, ensure_ascii=False)
 
 
 def main() -> None:

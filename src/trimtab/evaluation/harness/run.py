@@ -19,7 +19,7 @@ import yaml
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.evaluation.harness.model import TrimtabLM
 
 
@@ -48,7 +48,7 @@ def run_task(
         raise
     except Exception as error:
         # Task files, data sets and the network fail in as many ways as there are libraries.
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise TrimtabError(
             f"lm-eval's task {name} cannot be run: {type(error).__name__}: {reason}"
         ) from error

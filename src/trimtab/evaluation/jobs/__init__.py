@@ -16,21 +16,6 @@ from trimtab.evaluation.jobs.task import TaskJob
 from trimtab.evaluation.tasks import find_task
 from trimtab.figures import Record
 
-__all__ = [
-    "Attached",
-    "Done",
-    "HarnessJob",
-    "Job",
-    "Judging",
-    "PerplexityJob",
-    "Planned",
-    "PreferenceJob",
-    "TaskJob",
-    "Wanted",
-    "find_job",
-    "misfit",
-]
-
 
 def misfit(record: Record, planned: Record | None) -> str:
     """Why a record is not that of the example that is planned in its place, or nothing."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, first_line
 from trimtab.evaluation.endpoint import Address, read_key, together
 from trimtab.evaluation.tasks.data import VARIABLE, check_row, data_directory
 from trimtab.files import read_jsonl
@@ -139,7 +139,7 @@ class DetoxifyScorer:
             self._model = Detoxify("original")
         # It loads its weights from the net, which fails in many ways.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error) or type(error).__name__
             raise TrimtabError(f"Detoxify cannot be loaded: {reason}") from error
 
     def scores(self, texts: Sequence[str]) -> list[float]:

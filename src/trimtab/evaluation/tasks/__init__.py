@@ -1,29 +1,36 @@
-"""The tasks of the evaluation, by name. One file a task."""
+"""The tasks of the evaluation, by name: trimtab's own, one file each, and installed packages'."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks import boolq, bpo, copa, detox, mawps, svamp, winogrande, xstest
 from trimtab.evaluation.tasks.answers import read_answers
+from trimtab.evaluation.tasks.data import Row, Source
 from trimtab.evaluation.tasks.prompts import MEASURES, prompts_task
-from trimtab.evaluation.tasks.task import PROTOCOLS, Example, Protocol, Task, check_protocol
+from trimtab.evaluation.tasks.task import (
+    PROTOCOLS,
+    Example,
+    Generation,
+    Protocol,
+    Task,
+    check_protocol,
+)
+from trimtab.plugins import Extended
 
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest)
-}
+_OWN = (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest)
 
-__all__ = [
-    "PROTOCOLS",
-    "TASKS",
-    "Example",
-    "Protocol",
-    "Task",
-    "check_protocol",
-    "find_task",
-    "load_contrast",
-]
+
+def _is_task(added: Any, name: str) -> bool:
+    return isinstance(added, Task) and added.name == name
+
+
+TASKS: Mapping[str, Task] = Extended(
+    "task", {module.TASK.name: module.TASK for module in _OWN}, _is_task
+)
 
 
 def load_contrast(

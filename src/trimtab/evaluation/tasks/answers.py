@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.contrasts import Contrast, Pair, Prompt, read_prompt
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.files import read_jsonl
 
 Wrong = Literal["random", "similar"]
@@ -34,8 +34,7 @@ def from_answers(
     The wrong answer of each row comes from `pool` (default: the right answers of all rows), at
     random or the most similar one; it always differs from the right one.
     """
-    if wrong not in ("random", "similar"):
-        raise TrimtabError(f"wrong is {wrong!r}: known are random, similar")
+    check_choice("wrong", wrong, Wrong)
     if not rows:
         raise TrimtabError(f"{name}: there are no answers")
     right = [answer for _, answer in rows]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, first_line
 from trimtab.files import read_jsonl, user_path
 
 #: The environment variable that names the directory, where no argument does.
@@ -131,5 +131,5 @@ def _from_hub(name: str, source: Source, data: str | None) -> list[Row]:
         return [row for row in map(source.rename, rows) if source.keep(row)]
     # Whatever goes wrong on the way to the hub, the advice is the same.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error) or type(error).__name__
         raise TrimtabError(f"{wanted}; the hub's {source.hub} failed: {reason}") from error

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.contrasts import Contrast, Pair, Part, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks.data import Columns, Row, Source, read_rows
 
 Protocol = Literal["paper", "trimtab"]
-PROTOCOLS: tuple[Protocol, ...] = ("paper", "trimtab")
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 
 #: Under `trimtab`, one in this many groups of train rows is held out for validation.

@@ -3,30 +3,52 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.figures import holm
+from trimtab.figures import Difference, corrected
 from trimtab.fitting import fit
-from trimtab.methods import AUSteer
+from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.options import flat
-from trimtab.papers import measure
-from trimtab.papers.measure import Rows, Values, chosen, compare, figure
-from trimtab.papers.result import Analysis
-from trimtab.papers.settings import base_figures, figure_cell, measured, named
-from trimtab.reports import NEUTRAL, STYLE, UP, Picture, Table, interval
-from trimtab.sweeps import AUSTEER_GRID, contrast_for, setting
+from trimtab.papers.result import StudyResult, Value, timed, value_of
+from trimtab.papers.settings import (
+    Figures,
+    Tried,
+    best_of,
+    drawn_metrics,
+    means,
+    measured,
+    named,
+    plain_means,
+    rows_of,
+)
+from trimtab.reports import (
+    NEUTRAL,
+    Line,
+    Picture,
+    Table,
+    cell,
+    difference_cell,
+    forest,
+    panels,
+    styled,
+    tested_cell,
+)
+from trimtab.sweeps import (
+    FINE,
+    TaskRows,
+    Values,
+    contrast_for,
+    difference_of,
+    setting,
+)
 
 #: Table 3's rows, by the options of AUSteer that make them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,7 +60,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass
+class Variant:
+    """One of Table 3's rows: what each of its draws chose and gives on the test rows."""
+
+    name: str
+    seeds: list[int | None] = field(default_factory=list)
+    chosen: list[Tried] = field(default_factory=list)
+    draws: list[Values] = field(default_factory=list)
+    against_austeer: dict[str, Difference] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """Row by row the mean over draws."""
+        return {m: torch.stack([each[m] for each in self.draws]).mean(0) for m in self.draws[0]}
+
+    @property
+    def test(self) -> Figures:
+        return means(self.values)
+
+    def as_json(self, unsteered: Values) -> dict[str, Any]:
+        draws = [
+            {
+                "params": best.params,
+                **({} if seed is None else {"seed": seed}),
+                "validation": plain_means(best.figures),
+                "test": plain_means(means(values)),
+            }
+            for seed, best, values in zip(self.seeds, self.chosen, self.draws, strict=True)
+        ]
+        before = {m: difference_of(unsteered[m], each) for m, each in self.values.items()}
+        return {
+            "name": self.name,
+            "draws": draws,
+            "test": plain_means(self.test),
+            "against_unsteered": {m: change.as_json() for m, change in before.items()},
+            "against_austeer": {m: change.as_json() for m, change in self.against_austeer.items()}
+            or None,
+        }
+
+
 @flat
+@timed
 def ablations(
     language_model: LanguageModel,
     task: str,
@@ -50,7 +113,7 @@ def ablations(
     ks: Sequence[int] = (16, 64),
     alphas: Sequence[float] = (1.0, 4.0, 8.0, 16.0, 32.0),
     seeds: int = 5,
-) -> Analysis:
+) -> StudyResult:
     """AUSteer with one part replaced at a time (Table 3), all fitted from one pass.
 
     Every variant has its own k and alpha, chosen among the same ones on the validation rows, and
@@ -58,7 +121,6 @@ def ablations(
     localisation is drawn `seeds` times (from `seed` on), and each draw chooses for itself; its
     figure is the mean over draws.
     """
-    started = time.perf_counter()
     if seeds < 1 or not ks or not alphas:
         raise TrimtabError("ablations take at least one k, one alpha and one random draw")
     texts = contrast_for(task, contrast, asked.data)
@@ -73,169 +135,111 @@ def ablations(
         for k in ks
     ]
     fitted = iter(fit(methods, language_model, texts))
-    rows = Rows(language_model, task, asked, seed=seed)
-    found_values: dict[str, list[Values]] = {name: [] for name in VARIANTS}
-    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    rows = rows_of(language_model, task, asked, seed)
+    variants = {name: Variant(name) for name in VARIANTS}
     for name, changed in draws:
-        tried = []
-        for k in ks:
-            steering = next(fitted)
-            tried += [
-                ({"k": k, "alpha": float(alpha)}, replace(steering, value=float(alpha)))
-                for alpha in alphas
-            ]
-        settings = measured(rows, tried)
-        best = chosen(rows, settings)
-        values = rows.values(best.steering, "test")
-        found_values[name].append(values)
-        entries[name].append(
-            {
-                "params": best.params,
-                **({"seed": changed["seed"]} if "seed" in changed else {}),
-                "validation": {m: measure.plain(best.figure(m)) for m in best.values},
-                "test": {m: measure.plain(figure(m, each)) for m, each in values.items()},
-            }
-        )
-    results = _results(rows, entries, found_values)
-    found = {
-        "task": task,
-        "site": site,
-        "metric": rows.metric,
-        "rows": rows.count(),
-        "test_rows": rows.count("test"),
-        "settings": {"k": list(ks), "alpha": [float(alpha) for alpha in alphas]},
-        "unsteered": base_figures(rows),
-        "unsteered_test": base_figures(rows, "test"),
-        "variants": results,
-    }
+        steerings = {k: next(fitted) for k in ks}
+        settings = [
+            ({"k": k, "alpha": float(alpha)}, replace(steering, value=float(alpha)))
+            for k, steering in steerings.items()
+            for alpha in alphas
+        ]
+        best = best_of(rows, measured(rows, settings))
+        variants[name].seeds.append(changed.get("seed"))
+        variants[name].chosen.append(best)
+        variants[name].draws.append(rows.values(best.steering, "test"))
+    found = list(variants.values())
+    _compare(found)
+    unsteered, metric = means(rows.values(None, "test")), rows.first
     title = f"Ablations of AUSteer at {site} on {task}"
+    count = rows.rows("validation")
     notes = [
         *rows.notes(),
-        f"every variant chose among the same {len(ks) * len(alphas)} settings on {rows.count()} "
+        f"every variant chose among the same {len(ks) * len(alphas)} settings on {count} "
         "validation rows; where no setting helps, what is chosen is the least harmful",
-        f"p-values are corrected for the {len(results) - 1} comparisons with AUSteer (Holm)",
+        f"p-values are corrected for the {len(found) - 1} comparisons with AUSteer (Holm)",
         "alpha means something else to the fixed vector (a multiple of the mean difference) than "
         "to those that scale",
     ]
-    return Analysis(
+    document = {
+        "task": task,
+        "site": site,
+        "metric": metric,
+        "rows": count,
+        "test_rows": rows.rows("test"),
+        "settings": {"k": list(ks), "alpha": [float(alpha) for alpha in alphas]},
+        "unsteered": plain_means(means(rows.values(None))),
+        "unsteered_test": plain_means(unsteered),
+        "variants": [one.as_json(rows.values(None, "test")) for one in found],
+    }
+    values = {"unsteered": value_of(unsteered[metric].mean)}
+    return StudyResult(
+        document,
+        values | {one.name: value_of(one.test[metric].mean) for one in found},
+        [_table(rows, found, unsteered)],
+        [_picture(title, rows, found, unsteered)],
+        notes,
         "ablations",
         title,
-        found,
-        [_table(found)],
-        [_picture(title, found)],
-        notes,
-        round(time.perf_counter() - started, 2),
     )
 
 
-def _results(
-    rows: Rows,
-    entries: dict[str, list[dict[str, Any]]],
-    values: dict[str, list[Values]],
-) -> list[dict[str, Any]]:
-    """Of each variant the figures on the test rows, against AUSteer and against no steering."""
-    before = rows.unsteered("test")
-    means = {name: _mean(each) for name, each in values.items()}
-    full = means["AUSteer"]
-    results = []
-    for name, each in entries.items():
-        own = means[name]
-        results.append(
-            {
-                "name": name,
-                "draws": each,
-                "test": {m: measure.plain(figure(m, own[m])) for m in own},
-                "against_unsteered": {m: measure.plain(compare(before[m], own[m])) for m in own},
-                "against_austeer": None
-                if name == "AUSteer"
-                else {m: measure.plain(compare(full[m], own[m])) for m in own},
-            }
-        )
-    for metric in full:
-        against: list[Any] = [result["against_austeer"] for result in results]
-        changes = [each[metric] for each in against if each is not None]
-        for change, p in zip(changes, holm([change["p"] for change in changes]), strict=True):
-            change["p_corrected"] = p
-    return results
+def _compare(variants: Sequence[Variant]) -> None:
+    """Each against AUSteer in full, the first of them."""
+    full, *others = variants
+    for metric, before in full.values.items():
+        changes = [difference_of(before, one.values[metric]) for one in others]
+        for one, change in zip(others, corrected(changes), strict=True):
+            one.against_austeer[metric] = change
 
 
-def _mean(values: Sequence[Values]) -> dict[str, torch.Tensor]:
-    """Row by row the mean over draws."""
-    return {metric: torch.stack([each[metric] for each in values]).mean(0) for metric in values[0]}
-
-
-def _table(found: dict[str, Any]) -> Table:
-    metric = found["metric"]
-    lines = [["unsteered", "", figure_cell(found["unsteered_test"][metric]), "", ""]]
-    for entry in found["variants"]:
-        params = {tuple(each["params"].items()) for each in entry["draws"]}
-        settings = "; ".join(setting(dict(each)) for each in sorted(params))
-        change = None if entry["against_austeer"] is None else entry["against_austeer"][metric]
+def _table(rows: TaskRows, variants: Sequence[Variant], unsteered: Figures) -> Table:
+    metric = rows.first
+    lines = [["unsteered", "", cell(unsteered[metric].mean), "", ""]]
+    for one in variants:
+        params = {tuple(best.params.items()) for best in one.chosen}
+        change = one.against_austeer.get(metric)
         lines.append(
             [
-                entry["name"]
-                + (f", {len(entry['draws'])} draws" if len(entry["draws"]) > 1 else ""),
-                settings,
-                figure_cell(entry["test"][metric]),
-                "" if change is None else f"{change['difference']:+.4g} {interval(change['ci95'])}",
-                "" if change is None else _flips(change),
+                one.name + (f", {len(one.draws)} draws" if len(one.draws) > 1 else ""),
+                "; ".join(setting(dict(each)) for each in sorted(params)),
+                cell(one.test[metric].mean),
+                difference_cell(change),
+                tested_cell(change),
             ]
         )
     heads = [
         "variant",
         "chosen on validation",
-        f"{metric} on test, n = {found['test_rows']}",
+        f"{metric} on test, n = {rows.rows('test')}",
         "difference to AUSteer",
         "flips",
     ]
-    return Table(f"{metric} on {found['task']}", heads, lines, "p corrected for their number.")
+    return Table(f"{metric} on {rows.task}", heads, lines, "p corrected for their number.")
 
 
-def _flips(change: dict[str, Any]) -> str:
-    flips = "" if change["gained"] is None else f"+{change['gained']} -{change['lost']} "
-    return f"{flips}(p {change['p_corrected']:.2g})"
-
-
-def _picture(title: str, found: dict[str, Any]) -> Picture:
+@styled
+def _picture(
+    title: str, rows: TaskRows, variants: Sequence[Variant], unsteered: Figures
+) -> Picture:
     """Each variant's figure on the test rows; of random ones each draw too."""
-    metrics = list(dict.fromkeys([found["metric"], *found["unsteered_test"]]))
-    metrics = [m for m in metrics if m in (found["metric"], "accuracy", measure.FINE)]
-    variants = found["variants"]
-    with matplotlib.rc_context(STYLE):
-        figure_drawn = Figure(figsize=(4.8 * len(metrics) + 0.6, 3.2), layout="constrained")
-        panels: Any = figure_drawn.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        for axes, metric in zip(panels, metrics, strict=True):
-            each = [entry["test"][metric] for entry in variants]
-            middle = np.array([one["value"] for one in each])
-            ends = np.array([(one["low"], one["high"]) for one in each])
-            axes.errorbar(
-                middle,
-                range(len(variants)),
-                xerr=np.clip([middle - ends[:, 0], ends[:, 1] - middle], 0, None),
-                fmt="o",
-                color=UP,
-                markersize=5,
-                capsize=3,
-            )
-            for place, entry in enumerate(variants):
-                if len(entry["draws"]) > 1:
-                    points = [draw["test"][metric]["value"] for draw in entry["draws"]]
-                    at = [place + 0.22] * len(points)
-                    axes.plot(points, at, "|", color=NEUTRAL, markersize=7, label="each draw")
-            base = found["unsteered_test"][metric]
-            axes.axvline(base["value"], color="black", linestyle="--", label="unsteered")
-            axes.axvspan(base["low"], base["high"], color=NEUTRAL, alpha=0.15, linewidth=0)
-            axes.set(xlabel=f"{named(metric)}, {found['test_rows']} test rows")
-        panels[0].set_yticks(range(len(variants)), [entry["name"] for entry in variants])
-        panels[0].invert_yaxis()
-        panels[-1].legend(
-            frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2
-        )
-        figure_drawn.suptitle(title, x=0.02, ha="left")
+    metrics, names = drawn_metrics(rows, unsteered), [one.name for one in variants]
+    figure, every = panels((4.8 * len(metrics) + 0.6, 3.2), 1, len(metrics), sharey=True)
+    for axes, metric in zip(every, metrics, strict=True):
+        line = Line("", range(len(names)), [one.test[metric].mean for one in variants])
+        label = f"{named(metric)}, {rows.rows('test')} test rows"
+        forest(axes, names, [line], unsteered[metric].mean, xlabel=label)
+        for place, one in enumerate(variants):
+            if len(one.draws) > 1:
+                points = [means(values)[metric].mean.value for values in one.draws]
+                at = [place + 0.22] * len(points)
+                axes.plot(points, at, "|", color=NEUTRAL, markersize=7, label="each draw")
+    every[-1].legend(frameon=False, fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.suptitle(title, x=0.02, ha="left")
     return Picture(
         title,
         "ablations",
-        figure_drawn,
+        figure,
         "the metric on the test rows with each part of AUSteer replaced",
         "95 % intervals; grey: the unsteered model's. Settings were chosen on the validation rows.",
     )
@@ -245,6 +249,7 @@ def _picture(title: str, found: dict[str, Any]) -> Picture:
 
 
 @flat
+@timed
 def heatmap(
     language_model: LanguageModel,
     task: str,
@@ -256,14 +261,13 @@ def heatmap(
     alphas: Sequence[float] = AUSTEER_GRID,
     site: str = "ffn_out",
     close: float | None = None,
-) -> Analysis:
+) -> StudyResult:
     """AUSteer over a grid of k and alpha on the validation rows (Figure 10), and the setting that
     is best there on the test rows. `close` is how near to the best a setting must come to count as
     robust (default: the paper's 1.5 points; of a metric in nats a tenth of a nat)."""
     # A sweep needs Optuna, which other analyses do not.
     from trimtab.sweeps import sweep, sweep_pictures
 
-    started = time.perf_counter()
     found = sweep(
         language_model,
         "austeer",
@@ -276,53 +280,36 @@ def heatmap(
         seed=seed,
     )
     if close is None:
-        close = 0.1 if found.metric == measure.FINE else 0.015
+        close = 0.1 if found.metric == FINE else 0.015
     sign = 1 if found.maximise else -1
-    values = [trial.value for trial in found.trials if trial.value is not None]
-    base = found.unsteered["validation"].value or 0.0
+    scores = [trial.value for trial in found.trials if trial.value is not None]
+    base, best = found.unsteered["validation"].value or 0.0, found.best
     near = better = 0
-    if found.best is not None and found.best.value is not None:
-        near = sum(sign * (found.best.value - value) <= close + 1e-12 for value in values)
-        better = sum(sign * (value - base) > 0 for value in values)
+    if best is not None and best.value is not None:
+        near = sum(sign * (best.value - score) <= close + 1e-12 for score in scores)
+        better = sum(sign * (score - base) > 0 for score in scores)
     robust = {
-        "settings": len(values),
+        "settings": len(scores),
         "close": close,
         "within_close_of_best": near,
         "better_than_unsteered": better,
     }
-    best = found.best
-    rows: list[list[Any]] = [
-        ["unsteered", *(_result(found.unsteered[part]) for part in ("validation", "test"))]
-    ]
-    if best is not None:
-        chosen_name = f"k={best.params['k']} alpha={best.params['alpha']:g}"
-        rows.append(
-            [
-                f"chosen: {chosen_name}",
-                f"{best.value:.4g} {interval(best.ci95)}",
-                f"{best.test:.4g} {interval(best.test_ci95)}",
-            ]
-        )
-    heads = ["setting", *(f"{part}, n = {found.unsteered[part].n}" for part in _PARTS)]
     notes = [
         *found.notes,
-        f"{near} of {len(values)} settings lie within {close:g} of the best one on the validation "
+        f"{near} of {len(scores)} settings lie within {close:g} of the best one on the validation "
         f"rows, and {better} are better than the unsteered model; with n = "
         f"{found.unsteered['validation'].n} a difference of that size cannot be told from luck",
     ]
-    return Analysis(
-        "heatmap",
-        f"AUSteer at {site} on {task}: k × alpha",
+    values = {"unsteered": value_of(found.unsteered["test"])}
+    if best is not None:
+        values["chosen"] = Value(best.test, best.test_ci95, best.test_n, True)
+        values |= {name: Value(value) for name, value in best.params.items()}
+    return StudyResult(
         {**found.as_json(), "site": site, "robustness": robust},
-        [Table(f"{found.metric} on {task}", heads, rows)],
+        values,
+        found.tables()[:1],
         [picture for picture in sweep_pictures(found) if picture.name in ("heatmap", "line")],
         notes,
-        round(time.perf_counter() - started, 2),
+        "heatmap",
+        f"AUSteer at {site} on {task}: k × alpha",
     )
-
-
-_PARTS = ("validation", "test")
-
-
-def _result(result: Any) -> str:
-    return f"{result.value:.4g} {interval(result.ci95)}"

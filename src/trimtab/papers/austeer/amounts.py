@@ -3,40 +3,40 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
+from trimtab.figures import Estimate
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
 from trimtab.options import flat
-from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import site_units
-from trimtab.papers.measure import FINE, Rows, Values, figure
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import (
-    base_figures,
+    Figures,
+    Tried,
     compared,
-    line,
+    drawn_metrics,
+    line_of,
+    means,
     measured,
     named,
+    plain_means,
+    rows_of,
     settings_table,
-    unsteered_band,
 )
 from trimtab.progress import progress
-from trimtab.reports import COLOURS, DOWN, NEUTRAL, STYLE, UP, Picture, Table
+from trimtab.reports import COLOURS, DOWN, UP, Line, Picture, Table, curve, panels, styled
 from trimtab.steering import Steering
-from trimtab.sweeps import contrast_for
+from trimtab.sweeps import TaskRows, contrast_for
 
 PAIRS = (50, 100, 200, 300, 500, 1000)
 COUNTS: tuple[int | Literal["all"], ...] = (
@@ -49,6 +49,7 @@ COUNTS: tuple[int | Literal["all"], ...] = (
 
 
 @flat
+@timed
 def pairs(
     language_model: LanguageModel,
     task: str,
@@ -61,7 +62,7 @@ def pairs(
     site: str = "ffn_out",
     k: int = 16,
     alpha: float = 8.0,
-) -> Analysis:
+) -> StudyResult:
     """AUSteer from fewer pairs (Figure 13), `resamples` random subsets of each size, all from one
     pass over the contrast.
 
@@ -69,7 +70,6 @@ def pairs(
     subset of the same size that has no pair in common (up to half of the pairs), which is what says
     whether another sample would choose the same; and the metric on the validation rows.
     """
-    started = time.perf_counter()
     if resamples < 1:
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
     texts = contrast_for(task, contrast, asked.data)
@@ -81,48 +81,63 @@ def pairs(
     subsets = [everything, *(each for two in drawn.values() for pair in two for each in pair)]
     steerings = fit_subsets(language_model, method, train, subsets)
     rows = _rows(language_model, task, asked, seed)
+    unsteered, metric = means(rows.values(None)), rows.first
     all_units = _places(steerings[everything])
-    total = site_units(language_model, site)
-    entries = []
+    groups = []
     with progress("fewer pairs", len(sizes) * resamples + 1) as advance:
         for size in [*sizes, len(train)]:
-            entry: dict[str, Any] = {"pairs": size, "overlap": [], "overlap_disjoint": []}
-            values: list[Values] = []
+            group = _Size(size)
             for pair in drawn.get(size, [(everything,)]):
                 first = _places(steerings[pair[0]])
-                entry["overlap"].append(len(first & all_units) / k)
+                group.overlap.append(len(first & all_units) / k)
                 if len(pair) > 1:
-                    entry["overlap_disjoint"].append(len(first & _places(steerings[pair[1]])) / k)
-                values.append(rows.values(steerings[pair[0]]))
+                    group.disjoint.append(len(first & _places(steerings[pair[1]])) / k)
+                for name, figure in means(rows.values(steerings[pair[0]])).items():
+                    group.values.setdefault(name, []).append(figure.mean.value)
                 advance(1)
-            entry["values"] = {
-                metric: [figure(metric, each[metric]).value for each in values]
-                for metric in values[0]
-            }
-            entries.append(entry)
-    base = {name: figure(name, values) for name, values in rows.unsteered().items()}
-    found = {
+            groups.append(group)
+    document: dict[str, Any] = {
         "task": task,
         "site": site,
         "k": k,
         "alpha": alpha,
-        "units": total,
-        "metric": rows.metric,
-        "rows": rows.count(),
-        "unsteered": {name: measure.plain(each) for name, each in base.items()},
+        "units": site_units(language_model, site),
+        "metric": metric,
+        "rows": rows.rows("validation"),
+        "unsteered": plain_means(unsteered),
         "resamples": resamples,
-        "counts": entries,
+        "counts": [group.as_json() for group in groups],
     }
+    values = {"unsteered": value_of(unsteered[metric].mean)}
+    for group in groups:
+        scores = group.values[metric]
+        mean = sum(scores) / len(scores)
+        values[f"{group.pairs} pairs"] = Value(mean, n=len(scores), share=True)
     title = f"AUSteer from fewer pairs on {task}"
-    return Analysis(
+    return StudyResult(
+        document,
+        values,
+        [_pairs_table(groups, unsteered, rows.rows("validation"))],
+        [_pairs_picture(title, groups, unsteered, document)],
+        [*rows.notes(), *_pairs_notes(document, counts, len(train))],
         "pairs",
         title,
-        found,
-        [_pairs_table(found)],
-        [_pairs_picture(title, found)],
-        [*rows.notes(), *_pairs_notes(found, counts, len(train))],
-        round(time.perf_counter() - started, 2),
     )
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What came of the subsets of one size: the share of the k units that are those of all pairs,
+    that of disjoint subsets, and each metric's mean."""
+
+    pairs: int
+    overlap: list[float] = field(default_factory=list)
+    disjoint: list[float] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        shares = {"overlap": self.overlap, "overlap_disjoint": self.disjoint}
+        return {"pairs": self.pairs, **shares, "values": self.values}
 
 
 def _subsets(
@@ -190,103 +205,75 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
-def _pairs_table(found: dict[str, Any]) -> Table:
-    metrics = list(found["unsteered"])
-    lines = [
-        [
-            entry["pairs"],
-            len(entry["overlap"]),
-            _spread(entry["overlap"]),
-            _spread(entry["overlap_disjoint"]),
-            *(_spread(entry["values"][metric]) for metric in metrics),
-        ]
-        for entry in found["counts"]
+def _pairs_table(groups: Sequence[_Size], unsteered: Figures, rows: int) -> Table:
+    lines: list[list[Any]] = [
+        ["unsteered", "", "", "", *(f"{each.mean.value:.4g}" for each in unsteered.values())]
     ]
-    base = [f"{found['unsteered'][m]['value']:.4g}" for m in metrics]
-    heads = ["pairs", "subsets", "units of all pairs", "units of disjoint subsets", *metrics]
-    return Table(
-        "Units and effect by the number of pairs",
-        heads,
-        [["unsteered", "", "", "", *base], *lines],
-        f"Means (lowest to highest) over subsets; n = {found['rows']} validation rows.",
-    )
+    lines += [
+        [group.pairs, len(group.overlap), _spread(group.overlap), _spread(group.disjoint)]
+        + [_spread(group.values[metric]) for metric in unsteered]
+        for group in groups
+    ]
+    heads = ["pairs", "subsets", "units of all pairs", "units of disjoint subsets", *unsteered]
+    note = f"Means (lowest to highest) over subsets; n = {rows} validation rows."
+    return Table("Units and effect by the number of pairs", heads, lines, note)
 
 
-def _pairs_picture(title: str, found: dict[str, Any]) -> Picture:
-    entries, metric = found["counts"], found["metric"]
-    sizes = [entry["pairs"] for entry in entries]
-    with matplotlib.rc_context(STYLE):
-        figure_drawn = Figure(figsize=(9.5, 3.8), layout="constrained")
-        left, right = figure_drawn.subplots(1, 2)
-        _range_line(left, sizes, [entry["overlap"] for entry in entries], UP, "with all pairs")
-        both = [entry for entry in entries if entry["overlap_disjoint"]]
-        _range_line(
-            left,
-            [entry["pairs"] for entry in both],
-            [entry["overlap_disjoint"] for entry in both],
-            DOWN,
-            "of two disjoint subsets",
-        )
-        left.axhline(found["k"] / found["units"], color="black", linestyle=":", label="chance")
-        left.set(
-            ylim=(-0.03, 1.05), ylabel=f"share of the {found['k']} units that agree", xlabel="pairs"
-        )
-        left.legend(frameon=False, fontsize=8)
-        values = [entry["values"][metric] for entry in entries]
-        _range_line(right, sizes, values, UP, "steered, range over subsets")
-        base = found["unsteered"][metric]
-        right.axhline(base["value"], color="black", linestyle="--", label="unsteered")
-        right.axhspan(base["low"], base["high"], color=NEUTRAL, alpha=0.15, linewidth=0)
-        right.set(ylabel=named(metric), xlabel="pairs")
-        right.legend(frameon=False, fontsize=8)
-        for axes in (left, right):
-            axes.set_xscale("log")
-            axes.set_xticks(sizes, [str(size) for size in sizes])
-            axes.minorticks_off()
-        figure_drawn.suptitle(title)
+@styled
+def _pairs_picture(
+    title: str, groups: Sequence[_Size], unsteered: Figures, found: dict[str, Any]
+) -> Picture:
+    metric, k = found["metric"], found["k"]
+    figure, (left, right) = panels((9.5, 3.8), 1, 2)
+    agreements = [
+        _ranges("with all pairs", {group.pairs: group.overlap for group in groups}, UP),
+        _ranges("of two disjoint subsets", {group.pairs: group.disjoint for group in groups}, DOWN),
+    ]
+    curve(left, agreements, ylabel=f"share of the {k} units that agree", ylim=(-0.03, 1.05))
+    left.axhline(k / found["units"], color="black", linestyle=":", label="chance")
+    steered = {group.pairs: group.values[metric] for group in groups}
+    line = _ranges("steered, range over subsets", steered, UP)
+    curve(right, [line], unsteered[metric].mean, ylabel=named(metric))
+    sizes = [group.pairs for group in groups]
+    for axes in (left, right):
+        axes.set(xlabel="pairs", xscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
     return Picture(
         title,
         "pairs",
-        figure_drawn,
+        figure,
         "agreement of the chosen units and the metric over the number of pairs",
         f"Bars: lowest to highest of {found['resamples']} random subsets. Grey: the unsteered "
         f"model's 95 % interval over {found['rows']} validation rows.",
     )
 
 
-def _range_line(
-    axes: Any, at: Sequence[float], groups: Sequence[Sequence[float]], colour: str, label: str
-) -> None:
-    """Means with the range from the lowest to the highest."""
-    if not at:
-        return
-    means = np.array([np.mean(group) for group in groups])
-    low = means - [min(group) for group in groups]
-    high = np.array([max(group) for group in groups]) - means
-    axes.errorbar(
-        at,
-        means,
-        yerr=np.clip([low, high], 0, None),
-        color=colour,
-        marker="o",
-        markersize=4,
-        capsize=2,
-        label=label,
-    )
+def _ranges(label: str, groups: Mapping[int, Sequence[float]], colour: str) -> Line:
+    """Means with the range from the lowest to the highest, of the groups that have something."""
+    full = {place: group for place, group in groups.items() if group}
+    ranges = [
+        Estimate(float(np.mean(group)), min(group), max(group), len(group))
+        for group in full.values()
+    ]
+    return Line(label, list(full), ranges, colour)
+
+
+def _rows(
+    language_model: LanguageModel, task: str, asked: options.ValidationRows, seed: int
+) -> TaskRows:
+    """The validation rows; of the test rows, on which nothing is measured, one."""
+    one = options.Rows(data=asked.data, limit=asked.limit, test_limit=1)
+    return rows_of(language_model, task, one, seed)
 
 
 # -- how many units -------------------------------------------------------------------------------
 
 
-def _rows(
-    language_model: LanguageModel, task: str, asked: options.ValidationRows, seed: int
-) -> Rows:
-    """The validation rows; of the test rows, on which nothing is measured, one."""
-    rows = options.Rows(data=asked.data, limit=asked.limit, test_limit=1)
-    return Rows(language_model, task, rows, seed=seed)
-
-
 @flat
+@timed
 def count(
     language_model: LanguageModel,
     task: str,
@@ -298,10 +285,9 @@ def count(
     alpha: float | Sequence[float] = 8.0,
     site: str = "ffn_out",
     direction: Literal["paper", "signed"] = "paper",
-) -> Analysis:
+) -> StudyResult:
     """AUSteer with more and more units, up to all of them (Table 12), at one strength or several;
     all fitted from one pass and measured on the same validation rows."""
-    started = time.perf_counter()
     alphas = [float(each) for each in ([alpha] if isinstance(alpha, int | float) else alpha)]
     texts = contrast_for(task, contrast, asked.data)
     total = site_units(language_model, site)
@@ -312,61 +298,79 @@ def count(
     methods = [AUSteer(site=site, k=k, alpha=alphas[0], direction=direction) for k in wanted]
     fitted = fit(methods, language_model, texts)
     rows = _rows(language_model, task, asked, seed)
-    tried = [
+    settings = [
         ({"k": len(steering.tables["unit"]), "alpha": each}, replace(steering, value=each))
         for each in alphas
         for steering in fitted
     ]
-    settings = measured(rows, tried)
-    entries = compared(rows, settings)
-    found = {
-        "task": task,
-        "site": site,
-        "units": total,
-        "metric": rows.metric,
-        "rows": rows.count(),
-        "unsteered": base_figures(rows),
-        "counts": entries,
-    }
-    title = f"AUSteer with more units on {task}"
+    tried = compared(rows, measured(rows, settings))
+    unsteered, metric = means(rows.values(None)), rows.first
+    title, number = f"AUSteer with more units on {task}", rows.rows("validation")
     notes = [
         *rows.notes(),
-        f"{len(entries)} settings were tried on {rows.count()} validation rows; p-values are "
+        f"{len(tried)} settings were tried on {number} validation rows; p-values are "
         "corrected for their number (Holm)",
         "the largest numbers leave out units that are equal on both sides of every pair",
     ]
-    return Analysis(
+    document = {
+        "task": task,
+        "site": site,
+        "units": total,
+        "metric": metric,
+        "rows": number,
+        "unsteered": plain_means(unsteered),
+        "counts": [each.as_json() for each in tried],
+    }
+    values = {"0": value_of(unsteered[metric].mean)}
+    for each in tried:  # of each number of units the best strength
+        name, mean = str(each.params["k"]), each.figures[metric].mean
+        if name not in values or mean.value > float(values[name].value or 0):
+            values[name] = value_of(mean)
+    return StudyResult(
+        document,
+        values,
+        [settings_table("By the number of units", tried, unsteered, number)],
+        [_count_picture(title, rows, tried, alphas, total)],
+        notes,
         "count",
         title,
-        found,
-        [settings_table("By the number of units", entries, found)],
-        [_count_picture(title, found, alphas)],
-        notes,
-        round(time.perf_counter() - started, 2),
     )
 
 
-def _count_picture(title: str, found: dict[str, Any], alphas: Sequence[float]) -> Picture:
-    metrics = list(found["unsteered"])
-    metrics = [metric for metric in metrics if metric in (found["metric"], "accuracy", FINE)]
-    with matplotlib.rc_context(STYLE):
-        figure_drawn = Figure(figsize=(5 * len(metrics) + 0.5, 3.8), layout="constrained")
-        panels: Any = figure_drawn.subplots(1, len(metrics), squeeze=False)[0]
-        for axes, metric in zip(panels, metrics, strict=True):
-            for i, alpha in enumerate(alphas):
-                some = [entry for entry in found["counts"] if entry["alpha"] == alpha]
-                colour = COLOURS[i % len(COLOURS)]
-                line(axes, "k", some, metric, colour, f"α = {alpha:g}", shift=1 + 0.04 * i)
-            unsteered_band(axes, found["unsteered"][metric])
-            axes.set(xscale="log", xlabel="units that are steered", ylabel=named(metric))
-            axes.axvline(found["units"], color="black", linewidth=0.8, linestyle=":")
-        panels[0].legend(frameon=False, fontsize=8)
-        figure_drawn.suptitle(title)
+def _counted(times: float) -> Callable[[int, dict[str, Any]], float]:
+    """At the number of units, so that bars of several lines are kept apart."""
+    return lambda _, params: float(params["k"] * times)
+
+
+@styled
+def _count_picture(
+    title: str, rows: TaskRows, tried: Sequence[Tried], alphas: Sequence[float], units: int
+) -> Picture:
+    unsteered = means(rows.values(None))
+    metrics = drawn_metrics(rows, unsteered)
+    figure, every = panels((5 * len(metrics) + 0.5, 3.8), 1, len(metrics))
+    for axes, metric in zip(every, metrics, strict=True):
+        lines = [
+            line_of(
+                f"α = {alpha:g}",
+                [each for each in tried if each.params["alpha"] == alpha],
+                metric,
+                COLOURS[i % len(COLOURS)],
+                _counted(1 + 0.04 * i),
+            )
+            for i, alpha in enumerate(alphas)
+        ]
+        labels = {"xlabel": "units that are steered", "ylabel": named(metric)}
+        curve(axes, lines, unsteered[metric].mean, xscale="log", **labels)
+        axes.axvline(units, color="black", linewidth=0.8, linestyle=":")
+    every[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    rows_drawn = rows.rows("validation")
     return Picture(
         title,
         "count",
-        figure_drawn,
+        figure,
         f"{', '.join(metrics)} over the number of steered units",
-        f"95 % intervals over {found['rows']} validation rows; grey: the unsteered model's. The "
-        f"dotted line is all {found['units']:,} units.",
+        f"95 % intervals over {rows_drawn} validation rows; grey: the unsteered model's. The "
+        f"dotted line is all {units:,} units.",
     )

@@ -4,27 +4,24 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import load_contrast
 from trimtab.figures import holm
 from trimtab.model import LanguageModel
 from trimtab.papers.austeer.ranking import Ranking, Unit, chance_maximum, chance_overlap, rankings
-from trimtab.papers.result import Analysis
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table
+from trimtab.papers.result import StudyResult, Value, opened, timed
+from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, heatmap, panels, styled
 
 #: Units of each kind of site that the table of a map shows.
 _SHOWN = 10
 
 
+@timed
 def scores(
     language_model: LanguageModel,
     contrast: Contrast | str,
@@ -32,18 +29,18 @@ def scores(
     sites: Sequence[str] = ("heads", "ffn_out"),
     data: str | None = None,
     k: int = 100,
-) -> Analysis:
+) -> StudyResult:
     """The discriminative score of every unit of some kinds of sites, from one pass (Figure 11).
 
     Beside the scores stands what the largest of so many units reaches by chance, with half and
     with 95 % probability. Heads are also shown one by one. `k` says of how many of the highest
     units the layers are counted.
     """
-    started = time.perf_counter()
-    texts = _contrast(contrast, data)
+    texts = opened(contrast, data)
     found = rankings(language_model, texts, sites)
     heads = language_model.anatomy.heads
     entries, tables, pictures = {}, [], []
+    values: dict[str, Value] = {}
     for kind, ranking in found.items():
         entry = _described(ranking, k)
         pictures.append(_map(ranking, entry, texts.name, heads))
@@ -54,19 +51,18 @@ def scores(
             pictures.append(_head_map(by_head.amax(-1).numpy(), texts.name))
         tables.append(_top_table(ranking, entry, heads))
         entries[kind] = entry
-    return Analysis(
-        "scores",
-        f"Discriminative scores of units on {texts.name}",
+        values[f"{kind}, highest score"] = Value(max(entry["layer_max"]))
+        values[f"{kind}, largest by chance (95 %)"] = Value(entry["chance_maximum"]["q95"])
+        values[f"{kind}, units above that"] = Value(entry["above_chance"])
+    return StudyResult(
         {"contrast": {"name": texts.name, "digest": texts.digest}, "sites": entries},
+        values,
         tables,
         pictures,
         _score_notes(entries),
-        round(time.perf_counter() - started, 2),
+        "scores",
+        f"Discriminative scores of units on {texts.name}",
     )
-
-
-def _contrast(contrast: Contrast | str, data: str | None) -> Contrast:
-    return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
 
 
 def _described(ranking: Ranking, k: int) -> dict[str, Any]:
@@ -118,38 +114,33 @@ def _score_notes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
     return notes
 
 
+@styled
 def _map(ranking: Ranking, entry: dict[str, Any], contrast: str, heads: int) -> Picture:
     """Scores of all units, and of each layer the largest and the mean."""
     scores, kind = ranking.scores.numpy(), ranking.kind
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.2), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
-        drawn = left.imshow(
-            scores, aspect="auto", origin="lower", cmap="cividis", vmin=0.5, interpolation="nearest"
-        )
-        _layer_ticks(left, ranking.layers)
-        left.set(ylabel="layer", xlabel=f"unit of {kind}")
-        if kind == "heads":
-            width = scores.shape[1] // heads
-            for edge in range(1, heads):
-                left.axvline(edge * width - 0.5, color="white", linewidth=0.5)
-            left.set_xticks([(head + 0.5) * width - 0.5 for head in range(heads)], range(heads))
-            left.set(xlabel=f"head ({width} units each)")
-        bar = figure.colorbar(drawn, ax=left, fraction=0.04)
-        bar.set_label("discriminative score s")
-        places = np.arange(len(scores))
-        right.plot(scores.max(1), places, "o-", color=UP, markersize=3, label="largest")
-        right.plot(scores.mean(1), places, "s-", color=NEUTRAL, markersize=3, label="mean")
-        chance = entry["chance_maximum"]
-        right.axvline(chance["median"], color=DOWN, linestyle=":", label="chance's largest, half")
-        right.axvline(chance["q95"], color=DOWN, linestyle="--", label="chance's largest, 95 %")
-        _layer_ticks(right, ranking.layers)
-        right.set(xlabel="score s of the layer's units", ylabel="layer")
-        right.legend(
-            frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2
-        )
-        title = f"Scores at {kind} on {contrast}, {ranking.pairs} pairs"
-        figure.suptitle(title)
+    figure, (left, right) = panels((10, 4.2), 1, 2, width_ratios=[2.2, 1])
+    options: dict[str, Any] = {"cmap": "cividis", "vmin": 0.5, "interpolation": "nearest"}
+    heatmap(figure, left, scores, "discriminative score s", fraction=0.04, **options)
+    left.set(ylabel="layer", xlabel=f"unit of {kind}")
+    if kind == "heads":
+        width = scores.shape[1] // heads
+        for edge in range(1, heads):
+            left.axvline(edge * width - 0.5, color="white", linewidth=0.5)
+        left.set_xticks([(head + 0.5) * width - 0.5 for head in range(heads)], range(heads))
+        left.set(xlabel=f"head ({width} units each)")
+    places = np.arange(len(scores))
+    right.plot(scores.max(1), places, "o-", color=UP, markersize=3, label="largest")
+    right.plot(scores.mean(1), places, "s-", color=NEUTRAL, markersize=3, label="mean")
+    chance = entry["chance_maximum"]
+    right.axvline(chance["median"], color=DOWN, linestyle=":", label="chance's largest, half")
+    right.axvline(chance["q95"], color=DOWN, linestyle="--", label="chance's largest, 95 %")
+    right.set(xlabel="score s of the layer's units", ylabel="layer")
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
+    right.legend(frameon=False, fontsize=7, ncols=2, **below)
+    for axes in (left, right):
+        _layer_ticks(axes, ranking.layers)
+    title = f"Scores at {kind} on {contrast}, {ranking.pairs} pairs"
+    figure.suptitle(title)
     return Picture(
         title,
         f"scores-{kind}",
@@ -167,24 +158,17 @@ def _layer_ticks(axes: Any, layers: Sequence[int]) -> None:
     axes.set_ylim(-0.5, len(layers) - 0.5)
 
 
+@styled
 def _head_map(largest: Any, contrast: str) -> Picture:
     """The largest score of each head's units."""
     layers, heads = largest.shape
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(
-            figsize=(max(4.0, 1.8 + 0.3 * heads), max(3.0, 1 + 0.13 * layers)),
-            layout="constrained",
-        )
-        axes = figure.subplots()
-        drawn = axes.imshow(largest, aspect="auto", origin="lower", cmap="cividis", vmin=0.5)
-        _layer_ticks(axes, range(layers))
-        step = max(1, heads // 16)
-        axes.set_xticks(range(0, heads, step))
-        axes.set(xlabel="head", ylabel="layer")
-        bar = figure.colorbar(drawn, ax=axes)
-        bar.set_label("largest score s of the head's units")
-        title = f"Heads on {contrast}"
-        axes.set_title(title)
+    figure, (axes,) = panels((max(4.0, 1.8 + 0.3 * heads), max(3.0, 1 + 0.13 * layers)))
+    label = "largest score s of the head's units"
+    heatmap(figure, axes, largest, label, cmap="cividis", vmin=0.5, fraction=0.15)
+    _layer_ticks(axes, range(layers))
+    axes.set_xticks(range(0, heads, max(1, heads // 16)))
+    title = f"Heads on {contrast}"
+    axes.set(xlabel="head", ylabel="layer", title=title)
     return Picture(title, "scores-by-head", figure, "the largest score of each head's units")
 
 
@@ -217,6 +201,7 @@ def _top_table(ranking: Ranking, entry: dict[str, Any], heads: int) -> Table:
 # -- overlap --------------------------------------------------------------------------------------
 
 
+@timed
 def overlap(
     language_model: LanguageModel,
     contrasts: Mapping[str, Contrast | str],
@@ -224,17 +209,16 @@ def overlap(
     site: str = "ffn_out",
     k: int = 100,
     data: str | None = None,
-) -> Analysis:
+) -> StudyResult:
     """How many of the k highest units several contrasts share (Figure 12).
 
     Beside each count stands what two random choices of k units share, of all units and of units
     drawn in the same layers, and the probability of so many among all units (hypergeometric),
     corrected for the number of comparisons (Holm).
     """
-    started = time.perf_counter()
     if len(contrasts) < 2:
         raise TrimtabError("overlap compares contrasts: name two or more")
-    loaded = {name: _contrast(contrast, data) for name, contrast in contrasts.items()}
+    loaded = {name: opened(contrast, data) for name, contrast in contrasts.items()}
     ranked = {
         name: rankings(language_model, contrast, [site])[site] for name, contrast in loaded.items()
     }
@@ -248,20 +232,20 @@ def overlap(
     ]
     for entry, p in zip(compared, holm([entry["p"] for entry in compared]), strict=True):
         entry["p_corrected"] = p
-    names = list(contrasts)
-    data_found = {
+    lowest = {name: top[-1].score for name, top in tops.items()}
+    document = {
         "site": site,
         "k": k,
         "units": size,
         "contrasts": {
             name: {
-                "pairs": ranked[name].pairs,
+                "pairs": ranking.pairs,
                 "digest": loaded[name].digest,
-                "chance_maximum": chance_maximum(ranked[name].pairs, size),
-                "lowest_score": tops[name][-1].score,
+                "chance_maximum": chance_maximum(ranking.pairs, size),
+                "lowest_score": lowest[name],
                 "top": [[unit.layer, unit.unit] for unit in tops[name]],
             }
-            for name in names
+            for name, ranking in ranked.items()
         },
         "shared": compared,
     }
@@ -272,19 +256,25 @@ def overlap(
         "that expectation is given too",
     ]
     notes += [
-        f"{name}: the last of its {k} units scores {tops[name][-1].score:.3f}, which chance "
+        f"{name}: the last of its {k} units scores {lowest[name]:.3f}, which chance "
         "reaches too: part of its choice is luck"
-        for name in names
-        if tops[name][-1].score <= chance_maximum(ranked[name].pairs, size, 0.95)
+        for name, ranking in ranked.items()
+        if lowest[name] <= chance_maximum(ranking.pairs, size, 0.95)
     ]
-    return Analysis(
+    values = {
+        f"{one['first']} and {one['second']}": Value(
+            f"{one['shared']} of {k} (chance {one['chance']:.2g})"
+        )
+        for one in compared
+    }
+    return StudyResult(
+        document,
+        values,
+        [_shared_table(compared, k)],
+        [_matrix(list(contrasts), compared, k, size, site)],
+        notes,
         "overlap",
         f"Units of {site} that contrasts share",
-        data_found,
-        [_shared_table(compared, k)],
-        [_matrix(names, compared, k, size, site)],
-        notes,
-        round(time.perf_counter() - started, 2),
     )
 
 
@@ -330,33 +320,33 @@ def _shared_table(compared: Sequence[dict[str, Any]], k: int) -> Table:
     return Table(f"Of the {k} highest units", heads, rows)
 
 
+@styled
 def _matrix(
     names: Sequence[str], compared: Sequence[dict[str, Any]], k: int, size: int, site: str
 ) -> Picture:
     counts = np.full((len(names), len(names)), np.nan)
-    chance = {}
+    words = {(i, i): (f"{k}", False) for i in range(len(names))}
+    top = max(k / 10, *(entry["shared"] for entry in compared))  # one unit is no dark field
     for entry in compared:
         i, j = names.index(entry["first"]), names.index(entry["second"])
         counts[i, j] = counts[j, i] = entry["shared"]
-        chance[i, j] = chance[j, i] = entry["chance_same_layers"]
+        text = f"{entry['shared']}\n({entry['chance_same_layers']:.1f})"
+        words[i, j] = words[j, i] = text, entry["shared"] > 0.6 * top
     side = max(4.0, 2.2 + 0.8 * len(names))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(side + 1, side), layout="constrained")
-        axes = figure.subplots()
-        top = max(float(np.nanmax(counts)), k / 10)  # a single shared unit is no dark field
-        drawn = axes.imshow(counts, cmap="Blues", vmin=0, vmax=top)
-        for i, j in itertools.product(range(len(names)), repeat=2):
-            words = f"{k}" if i == j else f"{counts[i, j]:.0f}\n({chance[i, j]:.1f})"
-            white = i != j and counts[i, j] > 0.6 * top
-            axes.text(j, i, words, ha="center", va="center", color="white" if white else "black")
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        bar = figure.colorbar(drawn, ax=axes, fraction=0.046)
-        bar.set_label(f"units that are among both's {k} highest")
-        title = f"Shared units of {site}, {k} of {size:,} each"
-        axes.set_title(title)
+    figure, (axes,) = panels((side + 1, side))
+    options: dict[str, Any] = {
+        "cmap": "Blues",
+        "vmin": 0,
+        "vmax": top,
+        "aspect": "equal",
+        "origin": "upper",
+    }
+    label = f"units that are among both's {k} highest"
+    heatmap(figure, axes, counts, label, words=words, size=9, **options)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    title = f"Shared units of {site}, {k} of {size:,} each"
+    axes.set_title(title)
     return Picture(
         title,
         "overlap",

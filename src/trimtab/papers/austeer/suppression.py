@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
 from trimtab import options
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import holm
+from trimtab.figures import Difference, Estimate, holm
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
 from trimtab.options import flat
 from trimtab.papers.austeer.ranking import site_units
-from trimtab.papers.measure import Rows, Setting
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, timed, value_of
 from trimtab.papers.settings import (
-    base_figures,
+    Figures,
+    Tried,
+    best_of,
     compared,
-    figure_cell,
-    line,
+    figures_of,
+    line_of,
+    means,
     measured,
     named,
-    tested,
-    unsteered_band,
+    plain,
+    plain_means,
+    rows_of,
 )
-from trimtab.reports import COLOURS, STYLE, Picture, Table, interval
+from trimtab.reports import (
+    COLOURS,
+    Picture,
+    Table,
+    cell,
+    curve,
+    difference_cell,
+    flips_cell,
+    number_cell,
+    panels,
+    styled,
+)
 from trimtab.steering import Scale, Steering
-from trimtab.sweeps import contrast_for, setting
+from trimtab.sweeps import TaskRows, contrast_for, mean_of, setting
 
 #: Shares of all units that are suppressed, and by how much they shrink: within the ranges that
 #: Table 13 was searched over, 0 to 99.95 % and factors 0.05 to 0.99.
@@ -44,13 +55,27 @@ SHRINK = (0.05, 0.25, 0.5, 0.75, 0.99)
 
 @dataclass(frozen=True)
 class _Way:
-    """A way of steering units, with the settings that were tried of it."""
+    """A way of steering units: what was tried of it, and what was chosen on the test rows."""
 
     name: str
-    settings: Sequence[Setting]
+    tried: Sequence[Tried]
+    best: Tried
+    test: Figures
+    corrected_p: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "params": self.best.params,
+            "tried": len(self.tried),
+            "validation": plain_means(self.best.figures),
+            "test": plain(self.test),
+            "p_corrected": self.corrected_p,
+        }
 
 
 @flat
+@timed
 def suppression(
     language_model: LanguageModel,
     task: str,
@@ -63,7 +88,7 @@ def suppression(
     ks: Sequence[int] = (4, 16, 64),
     alphas: Sequence[float] = (2.0, 8.0, 32.0),
     site: str = "ffn_out",
-) -> Analysis:
+) -> StudyResult:
     """Suppress units instead of promoting them (Table 13).
 
     The units of the lowest scores, and as a contrast those of the highest, are multiplied by
@@ -71,7 +96,6 @@ def suppression(
     alphas. Each way has its setting chosen on the validation rows, and its figure from the test
     rows. All are fitted from one pass.
     """
-    started = time.perf_counter()
     if not all(0 < share <= 1 for share in shares) or not shares or not shrink:
         raise TrimtabError("shares of units lie above 0 and up to 1: 0.9 is 90 %")
     texts = contrast_for(task, contrast, asked.data)
@@ -91,42 +115,61 @@ def suppression(
             for alpha in alphas
         ],
     }
-    rows = Rows(language_model, task, asked, seed=seed)
-    ways = [_Way(name, measured(rows, tried)) for name, tried in groups.items() if tried]
-    results = [tested(rows, way.name, way.settings) for way in ways]
-    for entry, p in zip(
-        results, holm([e["test"][rows.metric]["change"]["p"] for e in results]), strict=True
-    ):
-        entry["p_corrected"] = p
-    found = {
-        "task": task,
-        "site": site,
-        "units": total,
-        "metric": rows.metric,
-        "rows": rows.count(),
-        "test_rows": rows.count("test"),
-        "unsteered": base_figures(rows),
-        "unsteered_test": base_figures(rows, "test"),
-        "chosen": results,
-        "tried": {way.name: compared(rows, way.settings) for way in ways},
-    }
+    rows = rows_of(language_model, task, asked, seed)
+    metric = rows.first
+    ways = _ways(rows, {name: settings for name, settings in groups.items() if settings})
+    parts: tuple[Part, ...] = ("validation", "test")
+    unsteered = {part: means(rows.values(None, part)) for part in parts}
     title = f"Suppressing units of {site} on {task}"
     notes = [
         *rows.notes(),
         "each way's setting was chosen on the validation rows among "
-        + ", ".join(f"{len(way.settings)} ({way.name})" for way in ways)
+        + ", ".join(f"{len(way.tried)} ({way.name})" for way in ways)
         + "; p-values on the test rows are corrected for the number of ways (Holm)",
         "the paper chose on the test rows",
     ]
-    return Analysis(
+    document = {
+        "task": task,
+        "site": site,
+        "units": total,
+        "metric": metric,
+        "rows": rows.rows("validation"),
+        "test_rows": rows.rows("test"),
+        "unsteered": plain_means(unsteered["validation"]),
+        "unsteered_test": plain_means(unsteered["test"]),
+        "chosen": [way.as_json() for way in ways],
+        "tried": {way.name: [each.as_json() for each in way.tried] for way in ways},
+    }
+    values = {"unsteered": value_of(unsteered["test"][metric].mean)}
+    return StudyResult(
+        document,
+        values | {way.name: value_of(way.test[metric].mean) for way in ways},
+        [_chosen_table(rows, ways, [unsteered[part][metric].mean for part in parts])],
+        [_picture(title, rows, ways, shrink)],
+        notes,
         "suppression",
         title,
-        found,
-        [chosen_table(found)],
-        [_suppression_picture(title, found, shrink)],
-        notes,
-        round(time.perf_counter() - started, 2),
     )
+
+
+def _ways(
+    rows: TaskRows, groups: Mapping[str, Sequence[tuple[dict[str, Any], Steering]]]
+) -> list[_Way]:
+    """Each way with its setting chosen on the validation rows, and measured on the test rows."""
+    ways = []
+    for name, settings in groups.items():
+        tried = compared(rows, measured(rows, settings))
+        best = best_of(rows, tried)
+        test = figures_of(rows, rows.values(best.steering, "test"), "test")
+        ways.append(_Way(name, tried, best, test))
+    every = holm([_change(way, rows.first).p or 0.0 for way in ways])
+    return [replace(way, corrected_p=p) for way, p in zip(ways, every, strict=True)]
+
+
+def _change(way: _Way, metric: str) -> Difference:
+    change = way.test[metric].change
+    assert change is not None
+    return change
 
 
 def _at_shares(
@@ -151,70 +194,61 @@ def shrinking(steering: Steering) -> Steering:
     return replace(steering, interventions=tuple(interventions), dial=dial)
 
 
-def chosen_table(found: dict[str, Any]) -> Table:
+def _chosen_table(rows: TaskRows, ways: Sequence[_Way], unsteered: Sequence[Estimate]) -> Table:
     """What was chosen of each way, and its figures on both parts."""
-    metric = found["metric"]
-    lines = [
-        [
-            "unsteered",
-            "",
-            figure_cell(found["unsteered"][metric]),
-            figure_cell(found["unsteered_test"][metric]),
-            "",
-            "",
-        ]
-    ]
-    for entry in found["chosen"]:
-        change = entry["test"][metric]["change"]
-        difference = f"{change['difference']:+.4g} {interval(change['ci95'])}"
-        p = f"p {entry['p_corrected']:.2g}"
-        flips = "" if change["gained"] is None else f"+{change['gained']} -{change['lost']}, "
+    metric = rows.first
+    lines = [["unsteered", "", *map(cell, unsteered), "", ""]]
+    for way in ways:
+        change = _change(way, metric)
+        said = [flips_cell(change), f"p {number_cell(way.corrected_p, '.2g')}"]
         lines.append(
             [
-                entry["name"],
-                setting(entry["params"]),
-                figure_cell(entry["validation"][metric]),
-                figure_cell(entry["test"][metric]),
-                difference,
-                flips + p,
+                way.name,
+                setting(way.best.params),
+                cell(way.best.figures[metric].mean),
+                cell(way.test[metric].mean),
+                difference_cell(change),
+                ", ".join(filter(None, said)),
             ]
         )
-    heads = [
-        "units",
-        "setting",
-        f"validation, n = {found['rows']}",
-        f"test, n = {found['test_rows']}",
-        "change on test",
-        "flips",
-    ]
-    return Table(f"{metric} on {found['task']}", heads, lines, "p corrected for their number.")
+    heads = ["units", "setting", f"validation, n = {rows.rows('validation')}"]
+    heads += [f"test, n = {rows.rows('test')}", "change on test", "flips"]
+    return Table(f"{metric} on {rows.task}", heads, lines, "p corrected for their number.")
 
 
-def _suppression_picture(title: str, found: dict[str, Any], shrink: Sequence[float]) -> Picture:
-    metric = found["metric"]
+def _shifted(by: float) -> Callable[[int, dict[str, Any]], float]:
+    """Places one after the other, so that bars of several lines are kept apart."""
+    return lambda place, _: place + by
+
+
+@styled
+def _picture(title: str, rows: TaskRows, ways: Sequence[_Way], shrink: Sequence[float]) -> Picture:
+    metric = rows.first
     names = {"least": "the lowest scores shrink", "most": "the highest scores shrink"}
-    with matplotlib.rc_context(STYLE):
-        figure_drawn = Figure(figsize=(9.5, 3.8), layout="constrained")
-        panels: Any = figure_drawn.subplots(1, 2, sharey=True)
-        for axes, (way, words) in zip(panels, names.items(), strict=True):
-            for i, by in enumerate(shrink):
-                some = [entry for entry in found["tried"][way] if entry["shrink"] == by]
-                places = [{**entry, "place": j + 0.06 * i} for j, entry in enumerate(some)]
-                colour = COLOURS[i % len(COLOURS)]
-                line(axes, "place", places, metric, colour, f"× {1 - by:.3g}")
-            unsteered_band(axes, found["unsteered"][metric])
-            shares = [entry["share"] for entry in found["tried"][way]]
-            ticks = [f"{100 * share:g} %" for share in dict.fromkeys(shares)]
-            axes.set_xticks(range(len(ticks)), ticks)
-            axes.set(xlabel="share of all units", title=words)
-        panels[0].set(ylabel=named(metric))
-        panels[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure_drawn.suptitle(title)
+    figure, every = panels((9.5, 3.8), 1, 2, sharey=True)
+    for axes, way in zip(every, ways, strict=False):
+        lines = [
+            line_of(
+                f"× {1 - by:.3g}",
+                [each for each in way.tried if each.params["shrink"] == by],
+                metric,
+                COLOURS[i % len(COLOURS)],
+                _shifted(0.06 * i),
+            )
+            for i, by in enumerate(shrink)
+        ]
+        curve(axes, lines, mean_of(metric, rows.values(None)[metric]))
+        shares = dict.fromkeys(each.params["share"] for each in way.tried)
+        axes.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
+        axes.set(xlabel="share of all units", title=names[way.name])
+    every[0].set(ylabel=named(metric))
+    every[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title)
     return Picture(
         title,
         "suppression",
-        figure_drawn,
+        figure,
         f"{metric} over the share of units that are made smaller",
         "The legend says what units are multiplied by. 95 % intervals over "
-        f"{found['rows']} validation rows; grey: the unsteered model's.",
+        f"{rows.rows('validation')} validation rows; grey: the unsteered model's.",
     )

@@ -5,28 +5,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, hooked, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import load_contrast
 from trimtab.fitting import check_number
 from trimtab.model import LanguageModel
 from trimtab.options import flat, option
 from trimtab.papers.austeer.ranking import rankings
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, Value, opened, timed
 from trimtab.progress import progress
-from trimtab.reports import COLOURS, STYLE, Picture, Table
+from trimtab.reports import COLOURS, MARKERS, Picture, Table, panels, styled
 from trimtab.steering import Add, Dial, Intervention, Operator, Scale, Steering
 from trimtab.strength import Turning, divergence
 from trimtab.strength import limit as far_limit
@@ -50,6 +46,7 @@ class Scales:
 
 
 @flat
+@timed
 def tokens(
     language_model: LanguageModel,
     *,
@@ -62,7 +59,7 @@ def tokens(
     data: str | None = None,
     chat: bool | None = False,
     seed: int = 0,
-) -> Analysis:
+) -> StudyResult:
     """Scale single units of one block and decode what the model would write next.
 
     A unit x becomes (1 + s) x at all tokens. For each strength s: the `top` tokens by mean
@@ -74,7 +71,6 @@ def tokens(
     block are taken (of the block of the highest one, where no `layer` is named), else three drawn
     by `seed`.
     """
-    started = time.perf_counter()
     anatomy = language_model.anatomy
     top, far = scales.top, scales.far
     grid = _grid(scales.strengths, far)
@@ -91,7 +87,7 @@ def tokens(
         for unit in chosen:
             base, logs[unit] = _turned(language_model, where, unit, texts, grid)
             advance(1)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for place, unit in enumerate(chosen):
         found = logs[unit]  # [prompts, strengths, vocabulary]; the last is far
         direction = unit_direction(anatomy, where, unit)
@@ -115,8 +111,7 @@ def tokens(
         for one, other in itertools.combinations(chosen, 2)
     ]
     unsteered = _top(language_model, base.exp().mean(0), top)
-    title = f"Tokens that units of {where} promote"
-    found_data = {
+    document = {
         "site": where,
         "units": entries,
         "strengths": list(grid[:-1]),
@@ -125,14 +120,21 @@ def tokens(
         "unsteered": unsteered,
         "between": [{**each, "strengths": list(grid)} for each in between],
     }
-    return Analysis(
+    values = {}
+    for entry in entries:
+        name, to_limit = f"unit {entry['unit']}", entry["kl_to_far"]
+        values[name] = Value(", ".join(repr(one["token"]) for one in entry["tokens"][-1]["top"]))
+        values[f"{name}, KL to the limit at the least strength"] = Value(to_limit[0])
+        values[f"{name}, KL to the limit at the largest strength"] = Value(to_limit[-1])
+    title = f"Tokens that units of {where} promote"
+    return StudyResult(
+        document,
+        values,
+        [_token_table(entries, unsteered, grid, len(texts)), _kl_table(entries, grid)],
+        [_picture(title, document)],
+        _notes(document, language_model),
         "tokens",
         title,
-        found_data,
-        [_token_table(entries, unsteered, grid, len(texts)), _kl_table(entries, grid)],
-        [_picture(title, found_data)],
-        _notes(found_data, language_model),
-        round(time.perf_counter() - started, 2),
     )
 
 
@@ -160,8 +162,7 @@ def _chosen(
     """The site and its units."""
     anatomy = language_model.anatomy
     if units is None and contrast is not None:
-        texts = load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
-        ranking = rankings(language_model, texts, [kind])[kind]
+        ranking = rankings(language_model, opened(contrast, data), [kind])[kind]
         if layer is None:
             layer = ranking.top(1)[0].layer
         site = anatomy.sites(kind, (layer,))[0]
@@ -383,44 +384,25 @@ def _kl_table(entries: Sequence[dict[str, Any]], grid: Sequence[float]) -> Table
     )
 
 
+@styled
 def _picture(title: str, found: dict[str, Any]) -> Picture:
     """Both divergences over strength: to the far end, and between units."""
-    several = len(found["between"]) > 0
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5 if several else 5.5, 3.8), layout="constrained")
-        panels: Any = figure.subplots(1, 2 if several else 1, squeeze=False)[0]
-        markers = "os^vDPX*"
-        for i, entry in enumerate(found["units"]):
-            colour = COLOURS[i % len(COLOURS)]
-            panels[0].plot(
-                found["strengths"],
-                _drawable(entry["kl_to_far"]),
-                color=colour,
-                marker=markers[i % len(markers)],
-                markersize=4,
-                label=f"unit {entry['unit']}",
-            )
-            if entry["proposition"]:
-                kl = entry["proposition"]["kl"][:-1]
-                panels[0].plot(
-                    found["strengths"], _drawable(kl), color=colour, linestyle=":", linewidth=1
-                )
-        panels[0].set(ylabel=f"KL(p at s || p at {found['far']:g}), nats")
-        for i, each in enumerate(found["between"] if several else []):
-            panels[1].plot(
-                each["strengths"],
-                _drawable(each["kl"]),
-                color=COLOURS[i % len(COLOURS)],
-                marker=markers[i % len(markers)],
-                markersize=4,
-                label=f"{each['units'][0]} and {each['units'][1]}",
-            )
-        if several:
-            panels[1].set(ylabel="KL between two units at the same s, nats")
-        for axes in panels:
-            axes.set(xscale="log", yscale="log", xlabel="strength s (a unit x becomes (1 + s) x)")
-            axes.legend(frameon=False, fontsize=8)
-        figure.suptitle(title)
+    count = 2 if found["between"] else 1
+    figure, every = panels((9.5 if count > 1 else 5.5, 3.8), 1, count)
+    strengths = found["strengths"]
+    for i, entry in enumerate(found["units"]):
+        colour = _draw(every[0], i, strengths, entry["kl_to_far"], f"unit {entry['unit']}")
+        if entry["proposition"]:
+            foretold = _drawable(entry["proposition"]["kl"][:-1])
+            every[0].plot(strengths, foretold, color=colour, linestyle=":", linewidth=1)
+    every[0].set(ylabel=f"KL(p at s || p at {found['far']:g}), nats")
+    for i, each in enumerate(found["between"]):
+        _draw(every[1], i, each["strengths"], each["kl"], "{} and {}".format(*each["units"]))
+        every[1].set(ylabel="KL between two units at the same s, nats")
+    for axes in every:
+        axes.set(xscale="log", yscale="log", xlabel="strength s (a unit x becomes (1 + s) x)")
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
     return Picture(
         title,
         "tokens",
@@ -430,6 +412,13 @@ def _picture(title: str, found: dict[str, Any]) -> Picture:
         f"Means over {found['prompts']} prompts. Dotted: to the limit that Proposition 4.1 names, "
         "where it holds.",
     )
+
+
+def _draw(axes: Any, i: int, x: Sequence[float], y: Sequence[float], label: str) -> str:
+    """One line of several; its colour."""
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    axes.plot(x, _drawable(y), color=colour, marker=marker, markersize=4, label=label)
+    return colour
 
 
 def _drawable(values: Sequence[float]) -> list[float]:

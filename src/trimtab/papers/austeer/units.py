@@ -3,7 +3,6 @@ them (AUSteer, Figures 2 and 6 to 8)."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,18 +12,18 @@ import torch
 from scipy import stats
 
 from trimtab import options
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import holm
+from trimtab.figures import Difference, corrected
 from trimtab.model import LanguageModel
 from trimtab.options import flat, option
-from trimtab.papers import measure
 from trimtab.papers.austeer.ranking import Ranking, Unit, rankings, scaling
 from trimtab.papers.austeer.units_shown import (
     COLOURS,
     LEVEL,
     PARTS,
     Alone,
+    Condition,
     alone_picture,
     conditions_picture,
     conditions_table,
@@ -32,11 +31,11 @@ from trimtab.papers.austeer.units_shown import (
     notes_of,
     units_table,
 )
-from trimtab.papers.measure import Change, Rows, Values, compare
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, Value, timed, value_of
+from trimtab.papers.settings import Figures, figures_of, means, plain_means, rows_of
 from trimtab.progress import progress
 from trimtab.steering import Steering
-from trimtab.sweeps import contrast_for
+from trimtab.sweeps import TaskRows, Values, contrast_for
 
 Gamma = Literal["austeer", "same"]
 
@@ -59,6 +58,7 @@ class Combined:
 
 
 @flat
+@timed
 def units(
     language_model: LanguageModel,
     task: str,
@@ -71,7 +71,7 @@ def units(
     alpha: float = 10.0,
     gamma: Gamma = "austeer",
     combined: Combined = Combined(),
-) -> Analysis:
+) -> StudyResult:
     """Steer units one at a time, each against the unsteered model on the same validation rows.
 
     With `layer` (and for heads perhaps `head`) `count` units at even distances in that block or
@@ -83,7 +83,6 @@ def units(
     `negatives` that lose most; because they were chosen on the validation rows, what counts of them
     is the test rows (`test_limit` of them; None: all).
     """
-    started = time.perf_counter()
     site, layer, head = place.site, place.layer, place.head
     positives, negatives = combined.positives, combined.negatives
     if head is not None and (site != "heads" or layer is None):
@@ -91,7 +90,7 @@ def units(
     if count < 2 or positives < 1 or negatives < 1:
         raise TrimtabError("heterogeneity takes 2 units or more, and 1 of each to combine")
     texts = contrast_for(task, contrast, asked.data)
-    rows = Rows(language_model, task, asked, seed=seed)
+    rows = rows_of(language_model, task, asked, seed)
     ranking = rankings(language_model, texts, [site])[site]
     chosen, block = _chosen(language_model, ranking, layer, head, count, seed)
 
@@ -100,18 +99,15 @@ def units(
         return scaling(language_model, texts, site, of, alpha, gains)
 
     alone, values = _each_alone(rows, chosen, steering)
-    deciding = rows.rate or rows.metric
-    corrected = {
-        metric: holm([one.changes[metric].p for one in alone]) for metric in alone[0].changes
-    }
-    verdicts = {
-        metric: [_verdict(one.changes[metric], p) for one, p in zip(alone, ps, strict=True)]
-        for metric, ps in corrected.items()
-    }
+    deciding = rows.rate or rows.first
     # Nats tell units apart that flip no row; they choose what is combined.
     finest = rows.fine or deciding
+    judged = {
+        metric: corrected([one.changes[metric] for one in alone]) for metric in alone[0].changes
+    }
+    verdicts = {metric: [_verdict(change) for change in each] for metric, each in judged.items()}
     agreement = _agreement(
-        rows.unsteered()[finest], [each[finest] for each in values], rows.targets(), seed
+        rows.values(None)[finest], [each[finest] for each in values], rows.targets(), seed
     )
     order = sorted(
         range(len(alone)), key=lambda i: (-alone[i].changes[finest].difference, alone[i].unit.rank)
@@ -132,20 +128,16 @@ def units(
             "chosen": one.chosen,
             "verdict": verdicts[deciding][i],
             "changes": {
-                metric: {
-                    **measure.plain(change),
-                    "p_corrected": corrected[metric][i],
-                    "verdict": verdicts[metric][i],
-                }
-                for metric, change in one.changes.items()
+                metric: {**each[i].as_json(), "verdict": verdicts[metric][i]}
+                for metric, each in judged.items()
             },
         }
         for i, one in enumerate(alone)
     ]
     counts = {
-        metric: {name: found.count(name) for name in COLOURS} for metric, found in verdicts.items()
+        metric: {name: each.count(name) for name in COLOURS} for metric, each in verdicts.items()
     }
-    found = {
+    document = {
         "task": task,
         "site": site,
         "layer": layer,
@@ -154,18 +146,12 @@ def units(
         "gamma": gamma,
         "metric": deciding,
         "fine_metric": finest,
-        "rows": rows.count(),
-        "unsteered": {
-            part: {
-                metric: measure.plain(measure.figure(metric, each))
-                for metric, each in rows.unsteered(part).items()
-            }
-            for part in ("validation", "test")
-        },
+        "rows": rows.rows("validation"),
+        "unsteered": {part: plain_means(means(rows.values(None, part))) for part in PARTS},
         "units": entries,
         "counts": counts,
         "split_half_correlation": agreement,
-        "combinations": conditions,
+        "combinations": [one.as_json() for one in conditions],
         "positive": [unit.name for unit in good],
         "harmful": [unit.name for unit in bad],
     }
@@ -173,18 +159,15 @@ def units(
         "" if layer is None else f" of layer {layer}" + ("" if head is None else f", head {head}")
     )
     title = f"Single units of {site}{where} on {task}"
-    return Analysis(
+    shown = {one.name: value_of(one.parts["test"][deciding].mean) for one in conditions}
+    return StudyResult(
+        document,
+        shown | {name: Value(number) for name, number in counts[deciding].items()},
+        [counts_table(counts, rows), conditions_table(conditions, rows), units_table(alone, order)],
+        [alone_picture(title, alone, verdicts, rows), conditions_picture(conditions, rows, task)],
+        [*rows.notes(), *notes_of(document)],
         "units",
         title,
-        found,
-        [
-            counts_table(counts, rows),
-            conditions_table(conditions, rows),
-            units_table(alone, order),
-        ],
-        [alone_picture(title, alone, verdicts, rows), conditions_picture(conditions, rows, task)],
-        [*rows.notes(), *notes_of(found, counts, ranking, len(alone))],
-        round(time.perf_counter() - started, 2),
     )
 
 
@@ -221,25 +204,28 @@ def _chosen(
 
 
 def _each_alone(
-    rows: Rows, asked: Sequence[tuple[Unit, str]], steering: Any
+    rows: TaskRows, asked: Sequence[tuple[Unit, str]], steering: Any
 ) -> tuple[list[Alone], list[Values]]:
     """Every unit steered alone; from the lowest layer up, so that what is kept of the lower blocks
     for one serves the next."""
     found: dict[int, tuple[Alone, Values]] = {}
-    metrics = dict.fromkeys(m for m in (rows.rate, rows.metric, rows.fine) if m)
     with progress("steering single units", len(asked)) as advance:
         for i in sorted(range(len(asked)), key=lambda i: asked[i][0].layer):
             unit, why = asked[i]
             values = rows.values(steering([unit]))
-            changes = {metric: rows.change(values, metric) for metric in metrics}
+            changes = {metric: rows.change(values, metric) for metric in _metrics(rows)}
             found[i] = Alone(unit, why, changes), values
             advance(1)
     ordered = [found[i] for i in range(len(asked))]
     return [one for one, _ in ordered], [values for _, values in ordered]
 
 
-def _verdict(change: Change, p: float) -> str:
-    if p >= LEVEL or not change.difference:
+def _metrics(rows: TaskRows) -> list[str]:
+    return list(dict.fromkeys(m for m in (rows.rate, rows.first, rows.fine) if m))
+
+
+def _verdict(change: Difference) -> str:
+    if (change.corrected_p or 0.0) >= LEVEL or not change.difference:
         return "neutral"
     return "beneficial" if change.difference > 0 else "harmful"
 
@@ -275,23 +261,14 @@ def _combined(
     return good[:positives], bad[-negatives:]
 
 
-def _conditions(rows: Rows, steerings: dict[str, Steering]) -> list[dict[str, Any]]:
+def _conditions(rows: TaskRows, steerings: dict[str, Steering]) -> list[Condition]:
     """Several units at once, on both parts."""
-    metrics = list(dict.fromkeys(m for m in (rows.rate, rows.metric, rows.fine) if m))
-    found = []
+    conditions = []
     for name, steering in [("unsteered", None), *steerings.items()]:
-        entry: dict[str, Any] = {"name": name}
+        parts: dict[Part, Figures] = {}
         for part in PARTS:
-            before = rows.unsteered(part)
-            values = before if steering is None else rows.values(steering, part)
-            entry[part] = {
-                metric: {
-                    **measure.plain(measure.figure(metric, values[metric])),
-                    "change": None
-                    if steering is None
-                    else measure.plain(compare(before[metric], values[metric])),
-                }
-                for metric in metrics
-            }
-        found.append(entry)
-    return found
+            values = rows.values(steering, part)
+            values = {metric: values[metric] for metric in _metrics(rows)}
+            parts[part] = means(values) if steering is None else figures_of(rows, values, part)
+        conditions.append(Condition(name, parts))
+    return conditions

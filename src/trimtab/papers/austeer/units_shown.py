@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-
 from trimtab.contrasts import Part
-from trimtab.papers import measure
-from trimtab.papers.austeer.ranking import Ranking, Unit
-from trimtab.papers.measure import Change, Rows
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table, interval
+from trimtab.figures import Difference
+from trimtab.papers.austeer.ranking import Unit
+from trimtab.papers.settings import Figures, change_cell, named, plain
+from trimtab.reports import (
+    DOWN,
+    NEUTRAL,
+    UP,
+    Line,
+    Picture,
+    Table,
+    cell,
+    columns,
+    difference_cell,
+    forest,
+    panels,
+    styled,
+    tested_cell,
+)
+from trimtab.sweeps import TaskRows
 
 #: A change is called one where chance alone makes it with less than this probability.
 LEVEL = 0.05
@@ -29,13 +40,23 @@ class Alone:
 
     unit: Unit
     chosen: str  # block, ranked or random
-    changes: dict[str, Change]
+    changes: dict[str, Difference]
 
 
-def notes_of(
-    found: dict[str, Any], counts: dict[str, dict[str, int]], ranking: Ranking, tried: int
-) -> list[str]:
-    deciding, finest = found["metric"], found["fine_metric"]
+@dataclass(frozen=True)
+class Condition:
+    """Several units steered at once, on both parts."""
+
+    name: str
+    parts: Mapping[Part, Figures]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, **{part: plain(each) for part, each in self.parts.items()}}
+
+
+def notes_of(found: dict[str, Any]) -> list[str]:
+    deciding, finest, counts = found["metric"], found["fine_metric"], found["counts"]
+    tried = len(found["units"])
     notes = [
         f"{tried} units were tried on {found['rows']} rows: at 5 % each, {0.05 * tried:.1f} would "
         "look significant by luck alone, so p-values are corrected for their number (Holm)",
@@ -71,46 +92,27 @@ def notes_of(
     return notes
 
 
-def counts_table(counts: dict[str, dict[str, int]], rows: Rows) -> Table:
+def counts_table(counts: dict[str, dict[str, int]], rows: TaskRows) -> Table:
     return Table(
         "Units by what they do alone",
         ["metric", *COLOURS],
-        [[metric, *found.values()] for metric, found in counts.items()],
-        f"n = {rows.count()} validation rows; p < {LEVEL:g} after Holm's correction.",
+        [[metric, *numbers.values()] for metric, numbers in counts.items()],
+        f"n = {rows.rows('validation')} validation rows; p < {LEVEL:g} after Holm's correction.",
     )
 
 
-def _cell(entry: dict[str, Any]) -> str:
-    return f"{entry['value']:.4g} {interval((entry['low'], entry['high']))}"
-
-
-def _flips(change: dict[str, Any] | None) -> str:
-    if change is None:
-        return ""
-    if change["gained"] is None:
-        return f"{change['difference']:+.3g} (p {change['p']:.2g})"
-    return f"+{change['gained']} -{change['lost']} (p {change['p']:.2g})"
-
-
-def conditions_table(conditions: Sequence[dict[str, Any]], rows: Rows) -> Table:
-    metrics = list(conditions[0]["test"])
+def conditions_table(conditions: Sequence[Condition], rows: TaskRows) -> Table:
     lines = [
         [
-            entry["name"],
+            one.name,
             metric,
-            _cell(entry["validation"][metric]),
-            _cell(entry["test"][metric]),
-            _flips(entry["test"][metric]["change"]),
+            *(cell(one.parts[part][metric].mean) for part in PARTS),
+            change_cell(one.parts["test"][metric].change),
         ]
-        for metric in metrics
-        for entry in conditions
+        for metric in conditions[0].parts["test"]
+        for one in conditions
     ]
-    heads = [
-        "units",
-        "metric",
-        f"validation, n = {rows.count()}",
-        f"test, n = {rows.count('test')}",
-    ]
+    heads = ["units", "metric", *(f"{part}, n = {rows.rows(part)}" for part in PARTS)]
     note = "Chosen on the validation rows. p is for one comparison, on the test rows."
     return Table("Several units at once", [*heads, "change on test"], lines, note)
 
@@ -118,115 +120,84 @@ def conditions_table(conditions: Sequence[dict[str, Any]], rows: Rows) -> Table:
 def units_table(alone: Sequence[Alone], order: Sequence[int]) -> Table:
     """The units that gain and lose most."""
     shown = list(order) if len(order) <= 24 else [*order[:12], *order[-12:]]
-    metrics = list(alone[0].changes)
     lines = []
-    for i in shown:
-        one = alone[i]
-        changes = [one.changes[metric] for metric in metrics]
+    for one in (alone[i] for i in shown):
         cells = []
-        for change in changes:
-            cells.append(f"{change.difference:+.4g} {interval(change.ci95)}")
-            cells.append(_flips(measure.plain(change)) if change.gained is not None else "")
+        for change in one.changes.values():
+            flips = "" if change.gained is None else tested_cell(change)
+            cells += [difference_cell(change), flips]
         unit = one.unit
         lines.append([unit.layer, unit.unit, one.chosen, unit.rank, f"{unit.score:.3f}", *cells])
     heads = ["layer", "unit", "chosen", "rank", "s"]
-    for metric in metrics:
+    for metric in alone[0].changes:
         heads += [f"change in {metric}", f"{metric}: flips"]
-    kept = [i for i in range(len(heads)) if any(line[i] != "" for line in lines)]
     title = "Units alone" if len(shown) == len(order) else "The units that gain and lose most"
-    return Table(
-        title,
-        [heads[i] for i in kept],
-        [[line[i] for i in kept] for line in lines],
-        "p for one unit, not corrected.",
-    )
+    return Table(title, heads, lines, "p for one unit, not corrected.").without_empty_columns()
 
 
+@styled
 def alone_picture(
-    title: str, alone: Sequence[Alone], verdicts: dict[str, list[str]], rows: Rows
+    title: str, alone: Sequence[Alone], verdicts: dict[str, list[str]], rows: TaskRows
 ) -> Picture:
-    """Each unit's figure with the unsteered model's, and the change in nats where there is one."""
+    """The change of each metric with each unit, coloured by what it does."""
     metrics = list(alone[0].changes)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 2.6 * len(metrics) + 0.5), layout="constrained")
-        panels: Any = figure.subplots(len(metrics), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, metric in zip(panels, metrics, strict=True):
-            _draw_alone(axes, alone, metric, verdicts[metric])
-        edges = [i for i in range(1, len(alone)) if alone[i].chosen != alone[i - 1].chosen]
-        for axes in panels:
-            for edge in edges:
-                axes.axvline(edge - 0.5, color="black", linewidth=0.8, linestyle=":")
-        if edges:
-            panels[0].set_title(
-                f"left of the dotted line: the {edges[0]} highest scores; right: "
-                f"{len(alone) - edges[0]} at random",
-                fontsize=8,
-            )
-        step = max(1, len(alone) // 24)
-        shown = range(0, len(alone), step)
-        names = [alone[i].unit.name if edges else str(alone[i].unit.unit) for i in shown]
-        panels[-1].set_xticks(shown, names, rotation=60 if edges else 0)
-        panels[-1].set_xlabel("layer.unit, steered alone" if edges else "unit, steered alone")
-        figure.suptitle(title)
+    figure, every = panels((9.5, 2.6 * len(metrics) + 0.5), len(metrics), sharex=True)
+    edges = [i for i in range(1, len(alone)) if alone[i].chosen != alone[i - 1].chosen]
+    for axes, metric in zip(every, metrics, strict=True):
+        for name, colour in COLOURS.items():
+            places = [i for i, verdict in enumerate(verdicts[metric]) if verdict == name]
+            changes = [alone[i].changes[metric] for i in places]
+            columns(axes, places, changes, colour, f"{name} ({len(places)})")
+        axes.set(ylabel=f"change in\n{named(metric)}")
+        axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.12))
+        for edge in edges:
+            axes.axvline(edge - 0.5, color="black", linewidth=0.8, linestyle=":")
+    if edges:
+        every[0].set_title(
+            f"left of the dotted line: the {edges[0]} highest scores; right: "
+            f"{len(alone) - edges[0]} at random",
+            fontsize=8,
+        )
+    shown = range(0, len(alone), max(1, len(alone) // 24))
+    names = [alone[i].unit.name if edges else str(alone[i].unit.unit) for i in shown]
+    every[-1].set_xticks(shown, names, rotation=60 if edges else 0)
+    every[-1].set_xlabel("layer.unit, steered alone" if edges else "unit, steered alone")
+    figure.suptitle(title)
     return Picture(
         title,
         "units",
         figure,
         f"the change of {' and '.join(metrics)} with each of {len(alone)} units steered alone",
-        f"Bars are changes against the unsteered model on {rows.count()} validation rows, with "
-        "95 % intervals; coloured where they differ from 0 after correction for their number.",
+        f"Bars are changes against the unsteered model on {rows.rows('validation')} validation "
+        "rows, with 95 % intervals; coloured where they differ from 0 after correction for their "
+        "number.",
     )
 
 
-def _draw_alone(axes: Any, alone: Sequence[Alone], metric: str, verdicts: Sequence[str]) -> None:
-    for name, colour in COLOURS.items():
-        some = [i for i, verdict in enumerate(verdicts) if verdict == name]
-        if not some:
-            continue
-        changes = [alone[i].changes[metric] for i in some]
-        heights = np.array([change.difference for change in changes])
-        ends = np.array([change.ci95 for change in changes])
-        axes.bar(some, heights, color=colour, width=0.7, label=f"{name} ({len(some)})")
-        reach = np.clip([heights - ends[:, 0], ends[:, 1] - heights], 0, None)
-        axes.errorbar(some, heights, yerr=reach, fmt="none", ecolor="black", elinewidth=0.6)
-    axes.axhline(0, color="black", linewidth=0.8)
-    unit = ", nats" if metric == measure.FINE else ""
-    axes.set(ylabel=f"change in\n{metric}{unit}")
-    axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.12))
-
-
-def conditions_picture(conditions: Sequence[dict[str, Any]], rows: Rows, task: str) -> Picture:
+@styled
+def conditions_picture(conditions: Sequence[Condition], rows: TaskRows, task: str) -> Picture:
     """Combinations on the rows that they were chosen on, and on others."""
-    metrics = list(conditions[0]["test"])
-    names = [entry["name"] for entry in conditions]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6 * len(metrics), 1.4 + 0.45 * len(names)), layout="constrained")
-        panels: Any = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        for axes, metric in zip(panels, metrics, strict=True):
-            for part, colour, shift in zip(PARTS, (NEUTRAL, UP), (-0.14, 0.14), strict=True):
-                each = [entry[part][metric] for entry in conditions]
-                middle = np.array([one["value"] for one in each])
-                low = np.array([one["low"] for one in each])
-                high = np.array([one["high"] for one in each])
-                axes.errorbar(
-                    middle,
-                    np.arange(len(names)) + shift,
-                    xerr=np.clip([middle - low, high - middle], 0, None),
-                    fmt="o",
-                    color=colour,
-                    markersize=4,
-                    capsize=2,
-                    label=f"{part}, n = {rows.count(part)}",
-                )
-                axes.axvline(middle[0], color=colour, linestyle="--", linewidth=0.8)
-            axes.set(xlabel=metric + (", nats" if metric == measure.FINE else ""))
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].invert_yaxis()
-        panels[-1].legend(
-            frameon=False, fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
-        )
-        title = f"Units together on {task}"
-        figure.suptitle(title, x=0.02, ha="left")
+    metrics = list(conditions[0].parts["test"])
+    names = [one.name for one in conditions]
+    size = (4.6 * len(metrics), 1.4 + 0.45 * len(names))
+    figure, every = panels(size, 1, len(metrics), sharey=True)
+    for axes, metric in zip(every, metrics, strict=True):
+        lines = [
+            Line(
+                f"{part}, n = {rows.rows(part)}",
+                range(len(names)),
+                [one.parts[part][metric].mean for one in conditions],
+                colour,
+            )
+            for part, colour in zip(PARTS, (NEUTRAL, UP), strict=True)
+        ]
+        forest(axes, names, lines, xlabel=named(metric))
+        for line in lines:
+            unsteered = line.figures[0].value
+            axes.axvline(unsteered, color=line.colour, linestyle="--", linewidth=0.8)
+    every[-1].legend(frameon=False, fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    title = f"Units together on {task}"
+    figure.suptitle(title, x=0.02, ha="left")
     return Picture(
         title,
         "combinations",

@@ -3,25 +3,21 @@ angle that is chosen, what it is worth on other rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
-from trimtab.errors import TrimtabError
-from trimtab.figures import VIOLATION, Record, Result, holm, summarise
-from trimtab.fitting import check_choice
+from trimtab.errors import TrimtabError, check_choice
+from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected, summarise
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
-from trimtab.papers.measure import Change, compare
+from trimtab.papers.result import Value, value_of
 from trimtab.progress import progress
-from trimtab.reports import SharedRun
+from trimtab.reports import Run
 from trimtab.steering import Positions, Steering
-from trimtab.sweeps import Bench, Measured
+from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
 
 #: What plain text costs, beside the metrics of the task.
 COST = "plain_text_cost"
@@ -56,9 +52,9 @@ class Variant:
 class Turned:
     """A variant at each angle: figures of every metric by name, and what plain text costs.
 
-    `theta` is the angle that is chosen, `tested` its figures on the test rows and `change` those of
-    the metric against the unsteered model; `p_holm` is the change's p corrected for the number of
-    variants. `oracle` is the best angle on the test rows, with its figure.
+    `theta` is the angle that is chosen, `tested` its figures on the test rows and `change` that of
+    the metric against the unsteered model, its p corrected for the number of variants. `oracle` is
+    the best angle on the test rows, with its figure.
     """
 
     variant: Variant
@@ -66,8 +62,7 @@ class Turned:
     costs: dict[float, float] = field(default_factory=dict)
     theta: float | None = None
     tested: dict[str, Result] = field(default_factory=dict)
-    change: Change | None = None
-    p_holm: float | None = None
+    change: Difference | None = None
     oracle: tuple[float, Result] | None = None
 
     @property
@@ -78,19 +73,27 @@ class Turned:
         values = [result.value for result in own if result is not None and result.value is not None]
         return (sum(value > VIOLATION for value in values), len(values)) if values else None
 
+    def estimates(self, theta: float) -> dict[str, Estimate]:
+        """The figures at an angle and what plain text costs there, as far as they are known."""
+        known = {name: result.estimate for name, result in self.figures.get(theta, {}).items()}
+        if theta in self.costs:
+            cost = self.costs[theta]
+            known[COST] = Estimate(cost, cost, cost, 1)
+        return {name: estimate for name, estimate in known.items() if estimate is not None}
+
     def as_json(self, metric: str) -> dict[str, Any]:
         """For results.json."""
         chosen = None
         if self.theta is not None and metric in self.tested:
-            drawn, found = self.figures.get(self.theta, {}).get(metric), self.tested[metric]
+            drawn, test = self.figures.get(self.theta, {}).get(metric), self.tested[metric]
             chosen = {
                 "theta": self.theta,
                 "validation": drawn and drawn.value,
-                "test": found.value,
-                "n": found.n,
-                "ci95": found.ci95,
-                "change": self.change and asdict(self.change),
-                "p_holm": self.p_holm,
+                "test": test.value,
+                "n": test.n,
+                "ci95": test.ci95,
+                "change": self.change and replace(self.change, corrected_p=None).as_json(),
+                "p_holm": self.change and self.change.corrected_p,
                 "metrics": plain_figures(self.tested),
                 COST: self.costs.get(self.theta),
             }
@@ -107,6 +110,26 @@ class Turned:
             "oracle": self.oracle and {"theta": self.oracle[0], "test": self.oracle[1].value},
         }
 
+    def values(self, metric: str) -> dict[str, Value]:
+        """To stand beside a paper's: the angle that was chosen or the best one, and the lowest and
+        the highest figure over the circle."""
+        name, values = self.variant.name, {}
+        if self.theta is not None and metric in self.tested:
+            values[name] = value_of(self.tested[metric], share=False)
+            values[f"{name}, θ"] = Value(self.theta)
+        if self.oracle is not None:
+            values[f"{name}, oracle"] = Value(self.oracle[1].value)
+        points = [
+            (figures[metric].value, theta)
+            for theta, figures in self.figures.items()
+            if metric in figures and figures[metric].value is not None
+        ]
+        if len(points) > 1:
+            (low, first), (high, last) = min(points), max(points)
+            circle = f"{low:.3g} at {first:g}° to {high:.3g} at {last:g}°"
+            values[f"{name}, over the circle"] = Value(circle)
+        return values
+
 
 def plain_figures(figures: Mapping[str, Result]) -> dict[str, Any]:
     return {
@@ -122,8 +145,8 @@ class Study:
     `chooses` false: the rows that the dial is drawn over are the test rows.
     """
 
-    bench: Bench
-    run: SharedRun | None
+    rows: TaskRows
+    run: Run | None
     chooses: bool
     oracle: bool
     cost: bool
@@ -143,14 +166,14 @@ class Study:
                     advance(1)
                 self._choose(turned, angles, advance)
         changed = [turned for turned in found if turned.change is not None]
-        corrected = holm([turned.change.p for turned in changed if turned.change])
-        for turned, p in zip(changed, corrected, strict=True):
-            turned.p_holm = p
+        changes = [turned.change for turned in changed if turned.change is not None]
+        for turned, change in zip(changed, corrected(changes), strict=True):
+            turned.change = change
         return found
 
     def _choose(self, turned: Turned, angles: Sequence[float], advance: Any) -> None:
         """The angle, and what it is worth on the test rows."""
-        metric = self.bench.metric
+        metric = self.rows.metric
         best = self._best(turned, turned.figures)
         if best is None:
             advance(len(angles) if self.chooses and self.oracle else 0)
@@ -177,45 +200,33 @@ class Study:
             turned.oracle = top, on_test[top][metric]
 
     def _best(self, turned: Turned, figures: Mapping[float, Mapping[str, Result]]) -> float | None:
-        """The first of the angles at which the metric is best, of those that are not too dear."""
-        metric, sign = self.bench.metric, -1 if self.bench.maximise else 1
-        known = {
-            theta: value
-            for theta, found in figures.items()
-            if metric in found and (value := found[metric].value) is not None
+        """The first of the angles at which the metric is best, of those within the cost limit."""
+        metric = self.rows.metric
+        within = (
+            theta
+            for theta in figures
             if self.max_cost is None or turned.costs[theta] <= self.max_cost
+        )
+        values = {
+            theta: figures[theta][metric].value for theta in within if metric in figures[theta]
         }
-        return min(known, key=lambda theta: sign * known[theta], default=None)
+        return choose(values, lambda theta: values[theta], self.rows.maximise)
 
     def unsteered(self, part: Part) -> list[Record]:
         """Records of the unsteered model."""
-        return self._kept_or(f"unsteered-{part}", part, None, lambda: self.bench.unsteered(part))
+        return self.rows.recorded(self.run, f"unsteered-{part}", None, part)
 
     def _records(self, variant: Variant, theta: float, part: Part) -> list[Record]:
         """One variant at one angle, from the run directory where it is there."""
         name = f"{_file_name(variant.name)}-{theta:g}-{part}"
         label = f"{variant.name} θ={theta:g}°"
-        steering = variant.steering.at(theta)
-        return self._kept_or(
-            name, part, label, lambda: self.bench.records(steering, part, name=label)
-        )
-
-    def _kept_or(
-        self, name: str, part: Part, label: str | None, make: Callable[[], list[Record]]
-    ) -> list[Record]:
-        """Records from the run directory, or made and kept there."""
-        kept = None if self.run is None else self.bench.kept(self.run, name, part, label)
-        if kept is None:
-            kept = make()
-            if self.run is not None:
-                self.run.keep(name, kept)
-        return kept
+        return self.rows.recorded(self.run, name, variant.steering.at(theta), part, label)
 
     def _cost(self, variant: Variant, theta: float) -> float:
         name = f"{_file_name(variant.name)}-{theta:g}-plain-text"
         kept = None if self.run is None else self.run.kept(name)
         if kept is None:
-            cost = self.bench.cost(variant.steering.at(theta))
+            cost = self.rows.cost(variant.steering.at(theta))
             kept = [{"task": "plain text", "id": "all", "steering": variant.name, COST: cost}]
             if self.run is not None:
                 self.run.keep(name, kept)
@@ -234,19 +245,11 @@ def figures_of(records: Sequence[Record]) -> dict[str, Result]:
     return {found.metric: found for found in summarise(records, {}).results}
 
 
-def _change(before: Sequence[Record], after: Sequence[Record], metric: str) -> Change | None:
-    old, new = _values(before, metric), _values(after, metric)
-    if bool((old.isnan() | new.isnan()).all()):
+def _change(before: Sequence[Record], after: Sequence[Record], metric: str) -> Difference | None:
+    old, new = values_of(before).get(metric), values_of(after).get(metric)
+    if old is None or new is None or bool((old.isnan() | new.isnan()).all()):
         return None
-    return compare(old, new)
-
-
-def _values(records: Sequence[Record], metric: str) -> Tensor:
-    """A metric's values, [rows]; NaN where an answer was not clear."""
-    found = [record["values"].get(metric) for record in records]
-    return torch.tensor(
-        [float("nan") if value is None else value for value in found], dtype=torch.float64
-    )
+    return difference_of(old, new)
 
 
 def angles_of(step: float) -> list[float]:
@@ -265,10 +268,10 @@ def study_of(
     *,
     oracle: bool,
     cost: bool,
-    run: SharedRun | None,
+    run: Run | None,
 ) -> Study:
     """The rows; with part "test" the test rows stand where the validation rows do."""
-    check_choice("part", part, ("validation", "test"))
+    check_choice("part", part, Literal["validation", "test"])
     chooses, choosing = part == "validation", measured.choosing
     if choosing.max_cost is not None and not cost:
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")
@@ -277,7 +280,7 @@ def study_of(
             raise TrimtabError("on the test part nothing is chosen: leave validation_task out")
         rows = replace(rows, limit=rows.test_limit)
         measured = replace(measured, choosing=replace(choosing, validation_task=task))
-    bench = Bench(language_model, task, rows, measured, chooses=chooses)
-    study = Study(bench, run, chooses, oracle, cost, choosing.max_cost)
-    _ = bench.metric  # one that the task does not have is refused before the work begins
+    found = TaskRows(language_model, task, rows, measured, chooses=chooses)
+    study = Study(found, run, chooses, oracle, cost, choosing.max_cost)
+    _ = found.metric  # one that the task does not have is refused before the work begins
     return study

@@ -9,20 +9,19 @@ oracle that nobody has; it is given apart.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
-from trimtab.errors import TrimtabError
-from trimtab.figures import VIOLATION, Result
-from trimtab.fitting import check_choice, check_number, fit
+from trimtab.errors import TrimtabError, check_choice
+from trimtab.figures import VIOLATION, Estimate, Result
+from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, flat
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, Value, timed
 from trimtab.papers.rotations.circle import (
     COST,
     Circle,
@@ -34,9 +33,16 @@ from trimtab.papers.rotations.circle import (
     plain_figures,
     study_of,
 )
-from trimtab.papers.rotations.dial_pictures import dial_picture, mask_picture
+from trimtab.papers.rotations.dial_pictures import Mask, dial_picture, mask_picture
 from trimtab.papers.rotations.planes import ANGULAR, spans
-from trimtab.reports import SharedRun, Table, cell, interval
+from trimtab.reports import (
+    Run,
+    Table,
+    cell,
+    difference_cell,
+    flips_cell,
+    number_cell,
+)
 from trimtab.steering import Intervention, Operator, Rotate, Steering, Turn
 from trimtab.sweeps import Measured, contrast_for
 
@@ -44,6 +50,7 @@ from trimtab.sweeps import Measured, contrast_for
 
 
 @flat
+@timed
 def dial(
     language_model: LanguageModel,
     task: str,
@@ -55,8 +62,8 @@ def dial(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
-) -> Analysis:
+    run: Run | None = None,
+) -> StudyResult:
     """SS, SAS and AAS turned from 0 to 360 degrees: every metric that the task has at each angle.
 
     One pass over the contrast (default: the task's train rows) fits all `methods`. `step` is in
@@ -70,10 +77,9 @@ def dial(
     SS does nothing, while SAS and AAS lay activations on the positive side. `run` keeps every
     angle's records, from which an interrupted study goes on.
     """
-    started = time.perf_counter()
     angles = angles_of(circle.step)
     for name in methods:
-        check_choice("method", name, tuple(ANGULAR))
+        check_choice("method", name, Literal["ss", "sas", "aas"])
     if not methods:
         raise TrimtabError(f"name a method: {', '.join(ANGULAR)}")
     study = study_of(
@@ -90,52 +96,44 @@ def dial(
     variants = [Variant(steering.method, steering) for steering in steerings]
     found = study.turn(variants, angles)
     drawn = study.unsteered("validation")
-    pictures = [
-        dial_picture(
-            {turned.variant.name: _with_cost(turned) for turned in found},
-            figures_of(drawn),
-            {turned.variant.name: turned.theta for turned in found},
-            study.bench.metric,
-            f"{task}, {len(drawn)} {part} rows",
-            chosen=study.chooses,
-        )
-    ]
-    return Analysis(
+    picture = dial_picture(
+        {
+            turned.variant.name: {theta: turned.estimates(theta) for theta in turned.figures}
+            for turned in found
+        },
+        figures_of(drawn),
+        {turned.variant.name: turned.theta for turned in found},
+        study.rows.metric,
+        f"{task}, {len(drawn)} {part} rows",
+        chosen=study.chooses,
+    )
+    head = {**_head(study, task, texts, part), "step": circle.step}
+    return StudyResult(
+        {**head, "methods": [turned.as_json(study.rows.metric) for turned in found]},
+        _values(study, found),
+        [_chosen_table(study, found, "method"), _dial_table(found, part)],
+        [picture],
+        [*study.rows.notes(), *_dial_notes(study, found)],
         "dial",
         f"The dial from 0 to 360° on {task}",
-        {
-            **_head(study, task, texts, part),
-            "step": circle.step,
-            "methods": [turned.as_json(study.bench.metric) for turned in found],
-        },
-        [_chosen_table(study, found, "method"), _dial_table(found, part)],
-        pictures,
-        [*study.bench.notes(), *_dial_notes(study, found)],
-        round(time.perf_counter() - started, 2),
     )
 
 
-def _with_cost(turned: Turned) -> dict[float, dict[str, Any]]:
-    """By angle, every metric as (value, interval)."""
-    return {
-        theta: {
-            **{name: (r.value, r.ci95) for name, r in found.items()},
-            **({COST: (turned.costs[theta], None)} if theta in turned.costs else {}),
-        }
-        for theta, found in turned.figures.items()
-    }
+def _values(study: Study, found: Sequence[Turned]) -> dict[str, Value]:
+    each = [turned.values(study.rows.metric) for turned in found]
+    return {name: value for values in each for name, value in values.items()}
 
 
 def _head(study: Study, task: str, texts: Contrast, part: str) -> dict[str, Any]:
     """What is said of the rows, whichever study it is."""
-    bench = study.bench
+    rows = study.rows
     parts: tuple[Part, ...] = ("validation", "test") if study.chooses else ("validation",)
     names = {"validation": part, "test": "test"}
     return {
         "task": task,
         "part": part,
-        "metric": bench.metric,
-        "maximise": bench.maximise,
+        "metric": rows.metric,
+        "maximise": rows.maximise,
         "contrast": {"name": texts.name, "digest": texts.digest, "rows": len(texts.train)},
         "unsteered": {names[one]: plain_figures(figures_of(study.unsteered(one))) for one in parts},
     }
@@ -143,7 +141,7 @@ def _head(study: Study, task: str, texts: Contrast, part: str) -> dict[str, Any]
 
 def _dial_notes(study: Study, found: Sequence[Turned]) -> list[str]:
     notes = []
-    metric = study.bench.metric
+    metric = study.rows.metric
     base = figures_of(study.unsteered("validation"))
     for turned in found:
         name = turned.variant.name
@@ -170,83 +168,68 @@ def _dial_notes(study: Study, found: Sequence[Turned]) -> list[str]:
 
 def _chosen_table(study: Study, found: Sequence[Turned], what: str) -> Table:
     """What each variant is worth on the test rows, beside the unsteered model."""
-    metric = study.bench.metric
-    rows: list[list[Any]] = []
-    part: Part = "test" if study.chooses else "validation"
-    base = figures_of(study.unsteered(part))
-    extra = [name for name in _extra(found) if name != metric]
+    metric = study.rows.metric
+    base = figures_of(study.unsteered("test" if study.chooses else "validation"))
+    drawn = figures_of(study.unsteered("validation")).get(metric) if study.chooses else None
+    extra = dict.fromkeys(name for turned in found for name in turned.tested if name != metric)
     heads = [what, "blocks", "sites", "θ", "validation", "test", "change on test", "flipped"]
     heads += ["p, Holm", *extra, "plain text, nats/token", "oracle"]
-    drawn = figures_of(study.unsteered("validation")).get(metric) if study.chooses else None
-    rows.append(
-        ["unsteered", "", "", "", _cell(drawn), _cell(base.get(metric)), "", "", ""]
+    rows: list[list[Any]] = [
+        ["unsteered", "", "", "", cell(drawn), cell(base.get(metric)), "", "", ""]
         + [_short(base.get(name)) for name in extra]
         + ["", ""]
-    )
+    ]
     for turned in found:
-        change, theta = turned.change, turned.theta
+        change, theta, oracle = turned.change, turned.theta, turned.oracle
+        drawn = turned.figures.get(theta or 0.0, {}).get(metric) if study.chooses else None
         rows.append(
             [
                 turned.variant.name,
                 spans(turned.variant.layers),
                 len(turned.variant.steering.interventions),
                 "" if theta is None else f"{theta:g}°",
-                _cell(turned.figures.get(theta or 0.0, {}).get(metric)) if study.chooses else "",
-                _cell(turned.tested.get(metric)),
-                "" if change is None else f"{change.difference:+.4g} {interval(change.ci95)}",
-                ""
-                if change is None or change.gained is None
-                else f"+{change.gained} -{change.lost}",
-                "" if turned.p_holm is None else f"{turned.p_holm:.2g}",
+                cell(drawn),
+                cell(turned.tested.get(metric)),
+                difference_cell(change),
+                flips_cell(change),
+                number_cell(None if change is None else change.corrected_p, ".2g"),
                 *(_short(turned.tested.get(name)) for name in extra),
                 "" if theta not in turned.costs else f"{turned.costs[theta]:+.3f}",
-                ""
-                if turned.oracle is None
-                else f"{turned.oracle[0]:g}°: {_short(turned.oracle[1])}",
+                "" if oracle is None else f"{oracle[0]:g}°: {_short(oracle[1])}",
             ]
         )
-    kept = [i for i in range(len(heads)) if any(row[i] != "" for row in rows)]
     note = "θ is chosen on the validation rows; the oracle's on the test rows themselves."
     if not study.chooses:
         note = "All on the test rows."
-    return Table(
-        f"{metric} on {study.bench.task}",
-        [heads[i] for i in kept],
-        [[row[i] for i in kept] for row in rows],
-        note,
-    )
-
-
-def _extra(found: Sequence[Turned]) -> list[str]:
-    return list(dict.fromkeys(name for turned in found for name in turned.tested))
+    return Table(f"{metric} on {study.rows.task}", heads, rows, note).without_empty_columns()
 
 
 def _dial_table(found: Sequence[Turned], part: str) -> Table:
-    names = list(
-        dict.fromkeys(name for turned in found for each in turned.figures.values() for name in each)
-    )
+    every = [each for turned in found for each in turned.figures.values()]
+    names = list(dict.fromkeys(name for each in every for name in each))
     rows = [
-        [turned.variant.name, f"{theta:g}°", *(_cell(figures.get(name)) for name in names)]
-        + ([f"{turned.costs[theta]:+.3f}"] if theta in turned.costs else [])
+        [
+            turned.variant.name,
+            f"{theta:g}°",
+            *(cell(figures.get(name)) for name in names),
+            number_cell(turned.costs.get(theta), "+.3f"),
+        ]
         for turned in found
         for theta, figures in turned.figures.items()
     ]
-    costs = ["plain text, nats/token"] if any(turned.costs for turned in found) else []
-    return Table(f"Every angle, {part} rows", ["method", "θ", *names, *costs], rows)
-
-
-def _cell(found: Result | None) -> str:
-    return "" if found is None else cell(found.value, found.ci95)
+    heads = ["method", "θ", *names, "plain text, nats/token"]
+    return Table(f"Every angle, {part} rows", heads, rows).without_empty_columns(len(names) + 2)
 
 
 def _short(found: Result | None) -> str:
-    return "" if found is None or found.value is None else f"{found.value:.4g}"
+    return number_cell(None if found is None else found.value)
 
 
 # -- which layers ---------------------------------------------------------------------------------
 
 
 @flat
+@timed
 def masks(
     language_model: LanguageModel,
     task: str,
@@ -257,8 +240,8 @@ def masks(
     rows: Rows = Rows(),
     measured: Measured = Measured(),
     circle: Circle = Circle(),
-    run: SharedRun | None = None,
-) -> Analysis:
+    run: Run | None = None,
+) -> StudyResult:
     """Selective Steering with other layers and with SAS's formula: what its choice is worth.
 
     SS's own mask; the same sites by SAS's formula; every discriminative site where the whole-block
@@ -268,7 +251,6 @@ def masks(
     rows, in steps of `step`, because what is an angle to go by for SS is one to go to for SAS.
     The other arguments are those of `dial`.
     """
-    started = time.perf_counter()
     if theta is not None:
         check_number("theta", theta)
         if measured.choosing.validation_task is not None:
@@ -290,35 +272,38 @@ def masks(
     base = figures_of(study.unsteered("test" if study.chooses else "validation"))
     picture = mask_picture(
         [
-            (
-                turned.variant.name,
-                turned.variant.layers,
-                turned.theta,
-                {name: (r.value, r.ci95) for name, r in turned.tested.items()}
-                | {COST: (turned.costs.get(turned.theta or 0.0), None)},
-            )
+            Mask(turned.variant.name, turned.variant.layers, turned.theta, _tested(turned))
             for turned in found
         ],
-        {name: result.value for name, result in base.items()},
+        base,
         language_model.anatomy.layers,
-        study.bench.metric,
+        study.rows.metric,
         task,
     )
-    return Analysis(
-        "masks",
-        f"Layers of Selective Steering on {task}",
-        {
-            **_head(study, task, texts, part),
-            "theta": theta,
-            "step": circle.step,
-            "source_site": own.findings["source_site"],
-            "masks": [turned.as_json(study.bench.metric) for turned in found],
-        },
+    document = {
+        **_head(study, task, texts, part),
+        "theta": theta,
+        "step": circle.step,
+        "source_site": own.findings["source_site"],
+        "masks": [turned.as_json(study.rows.metric) for turned in found],
+    }
+    return StudyResult(
+        document,
+        _values(study, found),
         [_chosen_table(study, found, "mask")],
         [picture],
-        [*study.bench.notes(), *_mask_notes(study, found, theta)],
-        round(time.perf_counter() - started, 2),
+        [*study.rows.notes(), *_mask_notes(study, found, theta)],
+        "masks",
+        f"Layers of Selective Steering on {task}",
     )
+
+
+def _tested(turned: Turned) -> dict[str, Estimate]:
+    """The figures on the test rows, and what plain text costs at the angle."""
+    known = {name: result.estimate for name, result in turned.tested.items()}
+    if turned.theta in turned.costs:
+        known[COST] = turned.estimates(turned.theta)[COST]
+    return {name: estimate for name, estimate in known.items() if estimate is not None}
 
 
 def variants_of(
@@ -362,7 +347,7 @@ def variants_of(
 
 def _mask_notes(study: Study, found: Sequence[Turned], theta: float | None) -> list[str]:
     notes = _dial_notes(study, found) if theta is None else []
-    metric = study.bench.metric
+    metric = study.rows.metric
     drawn = [t for t in found if t.variant.name.startswith("random half") and metric in t.tested]
     values = [value for t in drawn if (value := t.tested[metric].value) is not None]
     if len(values) > 1:

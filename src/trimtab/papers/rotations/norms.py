@@ -7,26 +7,24 @@ to an activation means more in one layer than in the next. It is why Selective S
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import matplotlib
+import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from trimtab.anatomy import hooked, parse_site
 from trimtab.contrasts import Contrast, Text
-from trimtab.errors import TrimtabError
-from trimtab.fitting import check_choice
+from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
-from trimtab.papers.result import Analysis
+from trimtab.papers.result import StudyResult, Value, timed
 from trimtab.progress import progress
 from trimtab.reading import Batch, batches, encode_contrast, run_packed
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table
+from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, banded, panels, styled
 from trimtab.sweeps import contrast_for
 
 #: The sites that are shown: the stream, what the branches read, what they add.
@@ -44,6 +42,7 @@ class _Lengths:
     ids: list[Tensor] = field(default_factory=list)
 
 
+@timed
 def norms(
     language_model: LanguageModel,
     contrast: Contrast | str,
@@ -53,7 +52,7 @@ def norms(
     token: Literal["last", "mean"] = "last",
     massive: float = 10.0,
     limit: int | None = None,
-) -> Analysis:
+) -> StudyResult:
     """Lengths of activations by layer and kind of site, of the two sides of a contrast.
 
     One pass over the train part, or over its first `limit` rows. A text stands for itself by its
@@ -61,10 +60,9 @@ def norms(
     more than `massive` times as long as that of the site's median token (such tokens, mostly the
     first one, take up attention that has nowhere to go).
     """
-    check_choice("token", token, ("last", "mean"))
+    check_choice("token", token, Literal["last", "mean"])
     if not massive > 1:
         raise TrimtabError(f"massive is a factor above 1, not {massive:g}")
-    started = time.perf_counter()
     anatomy, train = language_model.anatomy, _first(contrast_for("", contrast, data).train, limit)
     for kind in kinds:
         if kind in ("embed", "final_norm"):
@@ -77,23 +75,23 @@ def norms(
             _take_in(lengths, _read(language_model, batch, sites), batch, train, token)
             advance(len(batch.rows))
     found = [_site_lengths(language_model, site, lengths[site], massive) for site in sites]
-    seconds = round(time.perf_counter() - started, 2)
-    shown_kinds = list(dict.fromkeys(kinds))
-    with matplotlib.rc_context(STYLE):
-        pictures = [_norm_picture(found, shown_kinds, anatomy.layers, token)]
-    return Analysis(
-        "norms",
-        f"Activation norms on {train.name}",
+    stream = [one["median"] for one in found if one["kind"] == "resid"]
+    values = {}
+    if len(stream) > 1:
+        values["median length, last block over first"] = Value(stream[-1] / stream[0])
+    return StudyResult(
         {
             "contrast": {"name": train.name, "digest": train.digest, "rows": len(rows)},
             "token": token,
             "massive_above": massive,
             "sites": found,
         },
+        values,
         [_norm_table(found)],
-        pictures,
+        [_norm_picture(found, list(dict.fromkeys(kinds)), anatomy.layers, token)],
         _norm_notes(found, massive),
-        seconds,
+        "norms",
+        f"Activation norms on {train.name}",
     )
 
 
@@ -238,42 +236,35 @@ def _norm_notes(found: Sequence[Mapping[str, Any]], massive: float) -> list[str]
     return notes
 
 
+@styled
 def _norm_picture(
     found: Sequence[Mapping[str, Any]], kinds: Sequence[str], layers: int, token: str
 ) -> Picture:
     columns = min(2, len(kinds))
     lines = -(-len(kinds) // columns)
-    figure = Figure(figsize=(1 + 4.4 * columns, 0.5 + 2.5 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, kind in zip(panels, kinds, strict=False):
+    figure, every = panels((1 + 4.4 * columns, 0.5 + 2.5 * lines), lines, columns)
+    for axes, kind in zip(every, kinds, strict=False):
         own = [one for one in found if one["kind"] == kind]
         x = [one["layer"] for one in own]
         for side, colour, dash in (("positive", UP, "-"), ("negative", DOWN, (0, (5, 2)))):
-            mean = torch.tensor([one[side]["mean"] for one in own])
-            sd = torch.tensor([one[side]["sd"] for one in own])
-            axes.plot(x, mean, color=colour, linestyle=dash, linewidth=1.3, label=side)
-            low = torch.maximum(mean - sd, mean * 0.02)  # the axis is logarithmic
-            axes.fill_between(x, low, mean + sd, color=colour, alpha=0.2, linewidth=0)
+            mean, sd = (np.array([one[side][key] for one in own]) for key in ("mean", "sd"))
+            low = np.maximum(mean - sd, mean * 0.02)  # the axis is logarithmic
+            style = {"linestyle": dash, "linewidth": 1.3, "label": side}
+            banded(axes, x, low, mean + sd, colour, middle=mean, **style)
         longest = [one["largest"] for one in own]
         axes.plot(x, longest, color=NEUTRAL, linewidth=1, linestyle=":", label="longest token")
-        some = [one for one in own if one["massive"]]
-        axes.plot(
-            [one["layer"] for one in some],
-            [one["largest"] for one in some],
-            "*",
-            color="black",
-            markersize=6,
-            label="massive",
-        )
+        massive = [(one["layer"], one["largest"]) for one in own if one["massive"]]
+        at = np.array(massive).reshape(-1, 2).T
+        axes.plot(*at, "*", color="black", markersize=6, label="massive")
         axes.set(yscale="log", xlabel="layer", ylabel="length of the activation")
         axes.set_xlim(-0.6, layers - 0.4)
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(kind, loc="left")
-    for axes in panels[len(kinds) :]:
+    for axes in every[len(kinds) :]:
         axes.set_axis_off()
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     what = "last token" if token == "last" else "mean over tokens"
     return Picture(

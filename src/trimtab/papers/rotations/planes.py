@@ -7,19 +7,20 @@ that is most like all others, and steers where the two sides project on it with 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib
-from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from scipy import stats
 from torch import Tensor
 
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast
-from trimtab.fitting import Samples, UnitLength, Want, check_choice, collect
+from trimtab.errors import check_choice
+from trimtab.fitting import Samples, UnitLength, Want, collect
 from trimtab.methods import (
     AAS,
     SAS,
@@ -33,13 +34,24 @@ from trimtab.methods import (
     unit_means,
 )
 from trimtab.model import LanguageModel
-from trimtab.papers.result import Analysis
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table, interval
+from trimtab.papers.result import StudyResult, Value, timed
+from trimtab.reports import (
+    DOWN,
+    GREEN,
+    NEUTRAL,
+    UP,
+    Picture,
+    Table,
+    banded,
+    heatmap,
+    interval,
+    panels,
+    styled,
+)
 from trimtab.sweeps import contrast_for
 
 #: The methods that turn activations in a plane.
 ANGULAR: dict[str, type[SAS] | type[SS]] = {"ss": SS, "sas": SAS, "aas": AAS}
-_GREEN = "#009E73"
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Projection:
         return self.ci95[0] > 0 or self.ci95[1] < 0
 
 
+@timed
 def plane(
     language_model: LanguageModel,
     contrast: Contrast | str,
@@ -65,7 +78,7 @@ def plane(
     candidates_from: Literal["output", "input"] | None = None,
     selection: Literal["cosine", "norm"] = "cosine",
     ss_compat: bool = False,
-) -> Analysis:
+) -> StudyResult:
     """The candidate directions of all norms, the one that is chosen, and where the sides part.
 
     One pass over the contrast's train part. `method` is the one whose way is taken; SS reads
@@ -75,8 +88,7 @@ def plane(
     where the two sides' means have opposite signs, and by the whole-block rule of SS's code a
     block is steered where all of its norms are.
     """
-    check_choice("method", method, tuple(ANGULAR))
-    started = time.perf_counter()
+    check_choice("method", method, Literal["ss", "sas", "aas"])
     made = _method(method, candidates_from, selection, ss_compat)
     anatomy, train = language_model.anatomy, contrast_for("", contrast, data).train
     sites = sites_of(made, anatomy)
@@ -97,29 +109,32 @@ def plane(
     whole = discriminative(chosen.basis[0], means, whole_blocks=True)
     rows = _rows(found, chosen.basis, projections, alone, whole)
     blocks = sorted({row["layer"] for row in rows if row["whole_block"]})
-    seconds = round(time.perf_counter() - started, 2)
-    with matplotlib.rc_context(STYLE):
-        pictures = [
+    document = {
+        "method": made.name,
+        "candidates": made.candidates,
+        "selection": made.selection,
+        "contrast": {"name": train.name, "digest": train.digest, "rows": len(train)},
+        "plane": {"source_site": chosen.source, "mean_cosine": round(chosen.mean_cosine, 6)},
+        "discriminative": {"sites": alone, "whole_blocks": whole, "blocks": blocks},
+        "sites": rows,
+        "cosines": [[round(value, 6) for value in row] for row in found.cosines.tolist()],
+    }
+    values = {
+        "taken from": Value(chosen.source),
+        "mean cosine of the winner": Value(round(chosen.mean_cosine, 6)),
+        "blocks that discriminate": Value(", ".join(map(str, blocks)) or "none"),
+    }
+    return StudyResult(
+        document,
+        values,
+        [_plane_table(rows, chosen.source)],
+        [
             _cosine_picture(found, chosen.source, made.name),
             _projection_picture(rows, anatomy.layers, train.name),
-        ]
-    return Analysis(
+        ],
+        _plane_notes(rows, blocks, made),
         "plane",
         f"The plane of {made.name} on {train.name}",
-        {
-            "method": made.name,
-            "candidates": made.candidates,
-            "selection": made.selection,
-            "contrast": {"name": train.name, "digest": train.digest, "rows": len(train)},
-            "plane": {"source_site": chosen.source, "mean_cosine": round(chosen.mean_cosine, 6)},
-            "discriminative": {"sites": alone, "whole_blocks": whole, "blocks": blocks},
-            "sites": rows,
-            "cosines": [[round(value, 6) for value in row] for row in found.cosines.tolist()],
-        },
-        [_plane_table(rows, chosen.source)],
-        pictures,
-        _plane_notes(rows, blocks, made),
-        seconds,
     )
 
 
@@ -258,44 +273,37 @@ def spans(layers: Sequence[int]) -> str:
     return ", ".join(shown) or "none"
 
 
+@styled
 def _cosine_picture(found: Candidates, source: str, method: str) -> Picture:
     """All candidates against each other, and the mean cosine that b1 is chosen by."""
     cosines, sites = found.cosines.numpy(), found.sites
     count, best = len(sites), found.sites.index(source)
-    figure = Figure(figsize=(10.5, 5.0), layout="constrained")
-    grid, lines = figure.subplots(1, 2, width_ratios=[1.25, 1])
-    drawn = grid.imshow(cosines, cmap="PuOr_r", vmin=-1, vmax=1, origin="lower")
     layers = [parse_site(site)[0] for site in sites]
+    kinds = list(dict.fromkeys(parse_site(site)[1] for site in sites))
+    figure, (grid, lines) = panels((10.5, 5.0), 1, 2, width_ratios=[1.25, 1])
+    options: dict[str, Any] = {"cmap": "PuOr_r", "vmin": -1, "vmax": 1, "aspect": "equal"}
+    heatmap(figure, grid, cosines, "cosine", **options)
     firsts = [i for i in range(count) if i == 0 or layers[i] != layers[i - 1]]
     ticks = firsts[:: max(1, len(firsts) // 12)]
-    names = [str(layers[i]) for i in ticks]
-    grid.set_xticks(ticks, names)
-    grid.set_yticks(ticks, names)
-    kinds = list(dict.fromkeys(parse_site(site)[1] for site in sites))
+    grid.set_xticks(ticks, [str(layers[i]) for i in ticks])
+    grid.set_yticks(ticks, [str(layers[i]) for i in ticks])
     label = f"layer; in each: {', '.join(kinds)}"
     grid.set(xlabel=label, ylabel=label, title="cosine of the candidate directions")
     for line in (grid.axhline, grid.axvline):
-        line(best, color=_GREEN, linewidth=1.2)
-    figure.colorbar(drawn, ax=grid, fraction=0.046).set_label("cosine")
+        line(best, color=GREEN, linewidth=1.2)
     means = cosines.mean(-1)
     for kind, colour, marker in zip(kinds, (UP, DOWN, NEUTRAL, "#CC79A7"), "o^sD", strict=False):
         places = [i for i in range(count) if parse_site(sites[i])[1] == kind]
-        lines.plot(
-            [layers[i] for i in places],
-            means[places],
-            marker=marker,
-            markersize=4,
-            linewidth=1.1,
-            color=colour,
-            label=kind,
-        )
-    lines.plot(layers[best], means[best], "o", markersize=11, mfc="none", mec=_GREEN, mew=1.8)
+        style = {"marker": marker, "markersize": 4, "linewidth": 1.1, "color": colour}
+        lines.plot([layers[i] for i in places], means[places], label=kind, **style)
+    lines.plot(layers[best], means[best], "o", markersize=11, mfc="none", mec=GREEN, mew=1.8)
+    right = (layers[best] or 0) > max(filter(None, layers), default=0) / 2
     lines.annotate(
         f"b1: {source}",
         (layers[best], means[best]),
         xytext=(0, 10),
         textcoords="offset points",
-        ha="right" if (layers[best] or 0) > max(filter(None, layers), default=0) / 2 else "left",
+        ha="right" if right else "left",
         color="black",
     )
     low, high = lines.get_ylim()
@@ -312,30 +320,35 @@ def _cosine_picture(found: Candidates, source: str, method: str) -> Picture:
     )
 
 
+@styled
 def _projection_picture(rows: Sequence[Mapping[str, Any]], layers: int, name: str) -> Picture:
     """Where the two sides' means lie on b1, site by site; what SS steers is shaded."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    figure = Figure(figsize=(7.2, 0.7 + 2.4 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, kind in zip(panels, kinds, strict=True):
+    figure, every = panels((7.2, 0.7 + 2.4 * len(kinds)), len(kinds), sharex=True)
+    for axes, kind in zip(every, kinds, strict=True):
         own = [row for row in rows if row["kind"] == kind]
         for row in own:
             if row["whole_block"]:
-                axes.axvspan(row["layer"] - 0.5, row["layer"] + 0.5, color=_GREEN, alpha=0.16, lw=0)
+                axes.axvspan(row["layer"] - 0.5, row["layer"] + 0.5, color=GREEN, alpha=0.16, lw=0)
+        x = [row["layer"] for row in own]
         for side, colour, marker in (("positive", UP, "^"), ("negative", DOWN, "v")):
-            _side_line(axes, own, side, colour, marker)
+            low, high = np.array([row[f"{side}_ci95"] for row in own]).T
+            middle = [row[side] for row in own]
+            banded(axes, x, low, high, colour, middle=middle, linewidth=1, label=side)
+            for row in own:
+                face = colour if row["discriminative"] else "white"
+                axes.plot(row["layer"], row[side], marker, color=colour, mfc=face, markersize=5)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set(ylabel="mean of ⟨h/|h|, b1⟩", xlim=(-0.6, layers - 0.4))
         axes.set_title(kind, loc="left")
-    panels[-1].set_xlabel("layer")
-    patch = matplotlib.patches.Patch(color=_GREEN, alpha=0.16, label="shaded: the whole block is")
-    handles, _ = panels[0].get_legend_handles_labels()
-    filled = matplotlib.lines.Line2D(
-        [], [], linestyle="", marker="o", color="black", label="filled: discriminative"
-    )
-    figure.legend(
-        handles=[*handles, filled, patch], loc="outside upper center", ncols=4, frameon=False
-    )
+    every[-1].set_xlabel("layer")
+    handles, _ = every[0].get_legend_handles_labels()
+    style: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "black"}
+    handles += [
+        Line2D([], [], label="filled: discriminative", **style),
+        Patch(color=GREEN, alpha=0.16, label="shaded: the whole block is"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return Picture(
         "Where the two sides part",
         "projections",
@@ -344,17 +357,3 @@ def _projection_picture(rows: Sequence[Mapping[str, Any]], layers: int, name: st
         "Filled markers: the two means have opposite signs (discriminative). Shaded: all norms of "
         "the block are, which is what SS steers by default.",
     )
-
-
-def _side_line(
-    axes: Any, rows: Sequence[Mapping[str, Any]], side: str, colour: str, marker: str
-) -> None:
-    x = [row["layer"] for row in rows]
-    ends = [row[f"{side}_ci95"] for row in rows]
-    axes.plot(x, [row[side] for row in rows], color=colour, linewidth=1, label=side)
-    axes.fill_between(
-        x, [end[0] for end in ends], [end[1] for end in ends], color=colour, alpha=0.2, linewidth=0
-    )
-    for row in rows:
-        face = colour if row["discriminative"] else "white"
-        axes.plot(row["layer"], row[side], marker, color=colour, mfc=face, markersize=5)

@@ -20,7 +20,7 @@ from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, Tracing, flat
-from trimtab.papers.found import Found, Value, contrast_of
+from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.reports import Picture, Table
 from trimtab.steering import Steering
 from trimtab.strength import (
@@ -95,7 +95,7 @@ def curves(
     data: str | None = None,
     seed: int = 0,
     output: Path | None = None,
-) -> Found:
+) -> StudyResult:
     """Curves of one steering for each of `depths` (0 is the first block, 1 the last).
 
     `contrast` is a source, or `concept:NAME`: `texts` texts a side of `text_tokens` tokens that the
@@ -150,7 +150,7 @@ def curves(
     )
     notes = [f"the steering was fitted on {source.name}, {len(source.train)} rows"]
     documents = {"curves": [document(each) for each in every]}
-    return Found(documents, values, tables, [picture], notes)
+    return StudyResult(documents, values, tables, [picture], notes)
 
 
 def _contexts(count: int) -> list[str]:
@@ -243,6 +243,6 @@ def _values(found: Curves, prefix: str) -> dict[str, Value]:
         values["lowest ΔCE"] = Value(min(delta))
     if found.accuracy is not None:
         values["accuracy, unsteered"] = Value(found.accuracy.unsteered, share=True)
-        values["accuracy, lowest α"] = Value(found.accuracy.value[0], share=True)
-        values["accuracy, highest α"] = Value(found.accuracy.value[-1], share=True)
+        values["accuracy, lowest α"] = Value(found.accuracy.figures[0].value, share=True)
+        values["accuracy, highest α"] = Value(found.accuracy.figures[-1].value, share=True)
     return {prefix + name: value for name, value in values.items()}

@@ -16,7 +16,7 @@ from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.model import LanguageModel, wrap
 from trimtab.options import Tracing, flat
-from trimtab.papers.found import Found, Value
+from trimtab.papers.result import StudyResult, Value
 from trimtab.papers.strength.curves import plain_corpus
 from trimtab.progress import progress
 from trimtab.reports import Picture, Table
@@ -45,7 +45,7 @@ def one_layer(
     contexts: int = 4,
     data: str | None = None,
     seed: int = 0,
-) -> Found:
+) -> StudyResult:
     """Train one block of `width` units on plain text, every other piece of it in capitals, and
     steer it from text as it is toward capitals. The model lends its tokenizer only."""
     texts = plain_corpus(data, training.text_tokens)
@@ -80,7 +80,7 @@ def one_layer(
     steps = training.steps
     notes = [f"trained here: {size / 1e6:.1f} million parameters, {steps} steps, loss {loss:.2f}"]
     document = {"curve": followed.as_json(), "reading": reading.as_json(), "loss": loss}
-    return Found(document, values, [table], [picture], notes)
+    return StudyResult(document, values, [table], [picture], notes)
 
 
 def _trained(

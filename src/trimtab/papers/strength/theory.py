@@ -5,13 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
-from trimtab.papers.found import Found, Value
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, Picture, Table
+from trimtab.papers.result import StudyResult, Value
+from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, styled
 from trimtab.strength import theory as ufm
 
 _ALTS = {
@@ -26,15 +25,14 @@ _ALTS = {
 _facts = cache(ufm.facts)
 
 
-def theory(language_model: Any = None, *, picture: str | None = None) -> Found:
+def theory(language_model: Any = None, *, picture: str | None = None) -> StudyResult:
     """One picture of the theory (None: the numbers of training alone); the model has no part."""
     numbers = _facts()
     pictures = []
     if picture is not None:
         if picture not in _ALTS:
             raise TrimtabError(f"there is no picture {picture!r}: known are {', '.join(_ALTS)}")
-        with matplotlib.rc_context(STYLE):
-            drawn = _data_set() if picture == "figure-2" else ufm.figure(picture)
+        drawn = _data_set() if picture == "figure-2" else ufm.figure(picture)
         pictures = [Picture(picture.replace("-", " "), picture, drawn, _ALTS[picture])]
     uniform = numbers["uniform"]
     values = {
@@ -47,16 +45,16 @@ def theory(language_model: Any = None, *, picture: str | None = None) -> Found:
     }
     lines = ufm.lines(numbers)
     table = Table("The theory in words", ["what the formulas say"], [[line] for line in lines])
-    return Found({"theory": numbers}, values, [table], pictures)
+    return StudyResult({"theory": numbers}, values, [table], pictures)
 
 
+@styled
 def _data_set() -> Figure:
     """Figure 2: p(z | c) after a lower-case context and after one of capitals."""
     data = ufm.example().data
     names = ufm.TOKENS
     places = np.arange(len(names))
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
-    axes: Any = figure.subplots()
+    figure, (axes,) = panels((6.5, 3.4))
     for concept, colour, marker in ((0, UP, "o"), (1, DOWN, "s")):
         context = data.contexts_of(concept)[0]
         heights = data.probabilities[context]

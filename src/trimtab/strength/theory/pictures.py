@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
-from trimtab.files import write_whole
-from trimtab.reports import DOWN, NEUTRAL, STYLE, UP, rendered
+from trimtab.files import make_directory, write_whole
+from trimtab.reports import DOWN, NEUTRAL, UP, panels, rendered, styled
 from trimtab.strength.theory.data import Array
 from trimtab.strength.theory.ufm import SteeredUFM, perfect, specification, train
 
@@ -76,13 +75,14 @@ FIGURES: dict[str, Callable[[Any], None]] = {
 }
 
 
+@styled
 def figure(name: str) -> Figure:
     """One of FIGURES by its name, on a page of its own."""
     if name not in FIGURES:
         raise TrimtabError(f"there is no figure {name!r}: choose one of {', '.join(FIGURES)}")
     wide = FIGURES[name] in (figure_3, figure_b1)  # the legend of nine tokens stands beside it
-    page = Figure(figsize=(9 if wide else 6.5, 4.5), layout="constrained")
-    FIGURES[name](page.subplots())
+    page, (axes,) = panels((9 if wide else 6.5, 4.5))
+    FIGURES[name](axes)
     return page
 
 
@@ -92,10 +92,7 @@ def save_pictures(directory: Path | str, *, overwrite: bool = False) -> list[Pat
     for path in (directory / f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")):
         if path.exists() and not overwrite:
             raise TrimtabError(f"{path} exists: choose another directory, or pass overwrite")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrimtabError(f"cannot write to {directory}: {error.strerror or error}") from error
+    make_directory(directory)
     drawn = {f"{name}.{kind}": file for name in FIGURES for kind, file in _rendered(name).items()}
     return [write_whole(directory / name, drawn[name], overwrite=overwrite) for name in drawn]
 
@@ -230,8 +227,7 @@ def _draw_cross_entropy(axes: Any, steered: SteeredUFM, alphas: Array) -> None:
 
 
 def _rendered(name: str) -> dict[str, bytes]:
-    with matplotlib.rc_context(STYLE):
-        page = figure(name)
+    page = figure(name)
     return {kind: rendered(page, kind, name) for kind in ("png", "svg")}
 
 

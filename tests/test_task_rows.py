@@ -26,7 +26,7 @@ from trimtab.reading.next_tokens import Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.sweeps import rows as module
 from trimtab.sweeps.effect import Effect
-from trimtab.sweeps.rows import Bench, more_is_better
+from trimtab.sweeps.rows import TaskRows, more_is_better
 
 __all__ = ["chooser", "data"]  # fixtures, which pytest finds by their names here
 
@@ -54,7 +54,7 @@ def counted(lm: LanguageModel) -> list[int]:
 def test_records_are_those_of_an_evaluation(
     chooser: LanguageModel, data: Path, resumed: bool
 ) -> None:
-    bench = Bench(chooser, "copa", data=str(data), resumed=resumed)
+    bench = TaskRows(chooser, "copa", data=str(data), resumed=resumed)
     steering = strong(chooser)
     flipped = 0
     for part in PARTS:
@@ -71,7 +71,7 @@ def test_records_are_those_of_an_evaluation(
 def test_texts_of_many_tokens_are_those_of_an_evaluation(data: Path) -> None:
     lm = speaking(*"0123456789 ")
     write(data / "svamp" / "train.jsonl", json_rows(data / "svamp" / "test.jsonl") * 2)
-    bench = Bench(lm, "svamp", data=str(data), batch_size=4, max_new_tokens=3, test_limit=5)
+    bench = TaskRows(lm, "svamp", data=str(data), batch_size=4, max_new_tokens=3, test_limit=5)
     found = bench.records(strong(lm), "test", name="s")
     expected = evaluate(
         lm,
@@ -95,7 +95,7 @@ def test_some_of_the_rows_have_the_indices_of_the_whole(
 ) -> None:
     pairs = f"contrast:{pairs_file(tmp_path)}"
     for task, source, stops in (("copa", str(data), (0, 3, 4, 24)), (pairs, None, (0, 1, 3, 4))):
-        bench = Bench(chooser, task, data=source)
+        bench = TaskRows(chooser, task, data=source)
         whole = bench.records(strong(chooser), "test", name="s")
         assert [record["index"] for record in whole] == list(range(stops[-1]))
         for start, stop in pairwise(stops):
@@ -110,7 +110,7 @@ def test_some_of_the_rows_have_the_indices_of_the_whole(
 
 def test_the_unsteered_model_runs_once(chooser: LanguageModel, data: Path) -> None:
     passes = counted(chooser)
-    bench = Bench(chooser, "copa", data=str(data))
+    bench = TaskRows(chooser, "copa", data=str(data))
     assert not passes  # making one runs nothing
     first = bench.unsteered("validation")
     assert passes
@@ -123,7 +123,7 @@ def test_the_unsteered_model_runs_once(chooser: LanguageModel, data: Path) -> No
 
 def test_the_blocks_below_run_once(data: Path) -> None:
     lm = speaking("A", "B")
-    bench = Bench(lm, "copa", data=str(data))
+    bench = TaskRows(lm, "copa", data=str(data))
     ran: list[int] = []
     for layer, block in enumerate(lm.model.model.layers):
         block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.append(layer))
@@ -134,7 +134,7 @@ def test_the_blocks_below_run_once(data: Path) -> None:
     bench.records(steering.at(-1.0), "test")
     assert set(ran) == {1, 2}
     ran.clear()
-    Bench(lm, "copa", data=str(data), resumed=False).records(steering, "test")
+    TaskRows(lm, "copa", data=str(data), resumed=False).records(steering, "test")
     assert set(ran) == {0, 1, 2}
 
 
@@ -143,7 +143,7 @@ def test_the_blocks_below_run_once(data: Path) -> None:
 
 def test_the_validation_rows_are_shuffled_by_the_seed(chooser: LanguageModel, data: Path) -> None:
     def ids(part: Part, **options: Any) -> list[str]:
-        bench = Bench(chooser, "copa", data=str(data), **options)
+        bench = TaskRows(chooser, "copa", data=str(data), **options)
         return [record["id"] for record in bench.records(None, part)]
 
     plain, shuffled = ids("validation"), ids("validation", shuffle=1)
@@ -156,13 +156,13 @@ def test_the_validation_rows_are_shuffled_by_the_seed(chooser: LanguageModel, da
 
 
 def test_limits_are_of_each_part(chooser: LanguageModel, data: Path) -> None:
-    bench = Bench(chooser, "copa", data=str(data), limit=3)
+    bench = TaskRows(chooser, "copa", data=str(data), limit=3)
     assert (bench.rows("validation"), bench.rows("test")) == (3, 24)
     assert len(bench.records(None, "validation")) == 3
     assert bench.describe()["validation"]["rows"] == 3
     for wrong in (0, -1):
         refused_in_one_line(
-            lambda wrong=wrong: Bench(chooser, "copa", data=str(data), test_limit=wrong),
+            lambda wrong=wrong: TaskRows(chooser, "copa", data=str(data), test_limit=wrong),
             f"limit of test rows must be 1 or more, not {wrong}",
         )
 
@@ -171,7 +171,7 @@ def test_another_task_stands_in_for_the_validation_rows(data: Path) -> None:
     lm = speaking(*"0123456789 ")
     for name, count in (("ours", 4), ("theirs", 3)):
         write(data / f"{name}.jsonl", [{"prompt": f"Write {i} for {name}"} for i in range(count)])
-    bench = Bench(
+    bench = TaskRows(
         lm,
         f"refusal:{data / 'ours.jsonl'}",
         validation_task=f"refusal:{data / 'theirs.jsonl'}",
@@ -189,14 +189,14 @@ def test_another_task_stands_in_for_the_validation_rows(data: Path) -> None:
 def test_the_metric_is_the_first_or_the_one_that_is_named(
     chooser: LanguageModel, data: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(chooser, "copa", data=str(data))
+    bench = TaskRows(chooser, "copa", data=str(data))
     assert (bench.metric, bench.maximise) == ("accuracy", True)
-    named = Bench(chooser, "copa", data=str(data), metric="answered")
+    named = TaskRows(chooser, "copa", data=str(data), metric="answered")
     assert named.metric == "answered"
     records = named.unsteered("test")
     assert named.result(records).value == sum(r["values"]["answered"] for r in records) / 24
-    assert Bench(chooser, f"contrast:{pairs_file(tmp_path)}").metric == "log_odds"
-    unknown = Bench(chooser, "copa", data=str(data), metric="bleu")
+    assert TaskRows(chooser, f"contrast:{pairs_file(tmp_path)}").metric == "log_odds"
+    unknown = TaskRows(chooser, "copa", data=str(data), metric="bleu")
     refused_in_one_line(
         lambda: unknown.metric, "copa has no metric 'bleu': it has accuracy, answered"
     )
@@ -206,7 +206,7 @@ def test_less_of_what_is_bad_is_better(data: Path) -> None:
     lm = speaking(*"0123456789 ")
     rows = [{"text": "So it is.", "toxicity": i / 10} for i in range(10)]
     write(data / "rtp" / "train_contrast.jsonl", rows)
-    bench = Bench(
+    bench = TaskRows(
         lm,
         "detox",
         data=str(data),
@@ -227,16 +227,16 @@ def test_which_way_a_metric_counts(chooser: LanguageModel, data: Path) -> None:
     assert more_is_better("accuracy")
     assert more_is_better("refusal")
     assert not more_is_better("attack_success (phrases)")
-    assert not Bench(chooser, "copa", data=str(data), better="less").maximise
-    assert Bench(chooser, "copa", data=str(data), better="more").maximise
+    assert not TaskRows(chooser, "copa", data=str(data), better="less").maximise
+    assert TaskRows(chooser, "copa", data=str(data), better="more").maximise
     wrong: Any = "worse"
     refused_in_one_line(
-        lambda: Bench(chooser, "copa", data=str(data), better=wrong), "more or less, not 'worse'"
+        lambda: TaskRows(chooser, "copa", data=str(data), better=wrong), "more or less, not 'worse'"
     )
 
 
 def test_a_result_is_that_of_an_evaluation(chooser: LanguageModel, data: Path) -> None:
-    bench = Bench(chooser, "copa", data=str(data))
+    bench = TaskRows(chooser, "copa", data=str(data))
     records = bench.records(strong(chooser), "test", name="s")
     right = sum(record["values"]["accuracy"] for record in records)
     found = bench.result(records)
@@ -248,7 +248,7 @@ def test_a_result_is_that_of_an_evaluation(chooser: LanguageModel, data: Path) -
 def test_what_is_unclear_or_of_another_kind_does_not_count(
     chooser: LanguageModel, data: Path
 ) -> None:
-    bench = Bench(chooser, "copa", data=str(data), metric="accuracy")
+    bench = TaskRows(chooser, "copa", data=str(data), metric="accuracy")
     base = bench.unsteered("test")[:6]
     values: list[Any] = [1.0, None, 0.0, 1.0]
     records = [{**r, "values": {"accuracy": v}} for r, v in zip(base, values, strict=False)]
@@ -274,7 +274,7 @@ def test_the_cost_is_that_of_an_effect(
     ]
     monkeypatch.setattr(module, "plain_texts", lambda: texts)
     lm = language_model("gemma3")
-    bench = Bench(lm, "copa", data=str(data), resumed=resumed)
+    bench = TaskRows(lm, "copa", data=str(data), resumed=resumed)
     effect = Effect(lm, tt.Contrast.from_pairs([("So", " it is.", " be it.")]), texts)
     assert bench.cost(None) == 0.0
     for steering in (
@@ -310,28 +310,30 @@ def test_tasks_without_validation_rows(chooser: LanguageModel, data: Path, tmp_p
     for task in (f"perplexity:{data / 'text.txt'}", "lm-eval:arc_challenge"):
         for options in ({}, {"validation_task": "copa"}):
             refused_in_one_line(
-                lambda task=task, options=options: Bench(chooser, task, data=str(data), **options),
+                lambda task=task, options=options: TaskRows(
+                    chooser, task, data=str(data), **options
+                ),
                 f"{task} has no validation rows to choose on: choose",
             )
     for task in ("xstest", f"coherence:{data / 'xstest' / 'xstest_v2.jsonl'}"):
         refused_in_one_line(
-            lambda task=task: Bench(chooser, task, data=str(data)),
+            lambda task=task: TaskRows(chooser, task, data=str(data)),
             "has no validation rows to choose on: name another task .*--validation-task",
         )
     refused_in_one_line(
-        lambda: Bench(chooser, "copa", data=str(data), protocol="paper"), "no validation rows"
+        lambda: TaskRows(chooser, "copa", data=str(data), protocol="paper"), "no validation rows"
     )
-    refused_in_one_line(lambda: Bench(chooser, "cupa", data=str(data)), "unknown task 'cupa'")
+    refused_in_one_line(lambda: TaskRows(chooser, "cupa", data=str(data)), "unknown task 'cupa'")
     unmarked = pairs_file(tmp_path, [None] * 7)
-    refused_in_one_line(lambda: Bench(chooser, f"contrast:{unmarked}"), "has no validation rows")
+    refused_in_one_line(lambda: TaskRows(chooser, f"contrast:{unmarked}"), "has no validation rows")
     write(data / "copa" / "balanced_train.jsonl", copa_rows()[:1])  # none is held out
     refused_in_one_line(
-        lambda: Bench(chooser, "copa", data=str(data)), "copa has no validation rows"
+        lambda: TaskRows(chooser, "copa", data=str(data)), "copa has no validation rows"
     )
 
 
 def test_a_steering_that_never_acts_is_refused(chooser: LanguageModel, data: Path) -> None:
-    bench = Bench(chooser, "copa", data=str(data))
+    bench = TaskRows(chooser, "copa", data=str(data))
     steering = steer_at(chooser, "resid", positions="generated")
     refused_in_one_line(lambda: bench.records(steering, "validation"), "never reaches")
     other = steer_at(language_model("llama", seed=1), "resid")
@@ -363,7 +365,7 @@ def random_methods(lm: LanguageModel, count: int, seed: int = 0) -> list[Any]:
 
 def resumed_is_full(lm: LanguageModel, data: Path, rows: int, count: int) -> None:
     """The same most probable token of every prompt, and log-probabilities of A and B to 1e-4."""
-    bench = Bench(lm, "copa", data=str(data), test_limit=rows)
+    bench = TaskRows(lm, "copa", data=str(data), test_limit=rows)
     job = bench.jobs["test"]
     assert isinstance(job, TaskJob)
     prompts = [example.prompt for example in job.entries[0].examples]
@@ -411,7 +413,7 @@ def test_resumed_from_a_layer_it_is_the_same_at_length(
 def test_the_cost_on_a_real_model_is_that_of_an_effect(
     smollm2: LanguageModel, data_dir: Path
 ) -> None:
-    bench = Bench(smollm2, "copa", data=str(data_dir))
+    bench = TaskRows(smollm2, "copa", data=str(data_dir))
     few = tt.Contrast.builtin("formality").part("train").take(12)
     effect = Effect(smollm2, few.take(2), module.plain_texts())
     for steering in tt.fit([tt.CAA(layer=10), tt.AUSteer(k=16)], smollm2, few):

@@ -1,0 +1,1 @@
+"""Adds the method `pull`, its operator, the task `next` and the architecture `helium`."""

@@ -1,0 +1,5 @@
+"""Helium names its modules as Llama does, which are the defaults."""
+
+from trimtab.anatomy import Architecture
+
+HELIUM = Architecture()

@@ -1,0 +1,113 @@
+"""What is in a steering: as plain data for programs, and in words for people.
+
+A file of a method that is not known here is described by its operators.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.fitting import Method
+from trimtab.methods.known import METHODS
+from trimtab.steering import Steering, chosen, operators_in_words, steered_blocks
+
+_TOKENS = {
+    "all": "every token",
+    "prompt": "the prompt's tokens only",
+    "generated": "generated tokens only",
+    "last": "the prompt's last token and the generated ones",
+}
+
+
+def describe(steering: Steering) -> dict[str, Any]:
+    """A steering as plain data: method, dial, interventions, model, findings.
+
+    Methods that choose units, heads or features list them in rank order (gamma at the dial where
+    it stands); rotations have their plane and the layers that they steer.
+    """
+    method = _method(steering)
+    described: dict[str, Any] = {
+        "method": steering.method,
+        "hyperparameters": steering.hyperparameters,
+        "dial": {
+            "name": steering.dial.name,
+            "unit": steering.dial.unit,
+            "default": steering.dial.default,
+            "range": list(steering.dial.range),
+            "value": steering.setting,
+        },
+        "interventions": [
+            {
+                "site": intervention.site,
+                "operator": type(intervention.operator).__name__,
+                "size": intervention.operator.size,
+                "positions": intervention.positions,
+            }
+            for intervention in steering.interventions
+        ],
+        "model": dict(vars(steering.model)),
+        "contrast": steering.contrast,
+        "findings": steering.findings,
+        "calibration": None if steering.calibration is None else asdict(steering.calibration),
+        "versions": steering.versions,
+        "date": steering.date,
+    }
+    described |= chosen(steering, () if method is None else method.columns)
+    planes = [intervention.operator.plane for intervention in steering.interventions]
+    plane = next((plane for plane in planes if plane is not None), None)
+    if plane is not None:
+        basis = plane.double()
+        described["plane"] = {
+            "source_site": steering.findings.get("source_site"),
+            "basis_norms": basis.norm(dim=-1).tolist(),
+            "basis_dot": float(basis[0] @ basis[1]),
+        }
+        described["layers"] = steered_blocks(steering)
+    return described
+
+
+def explain(steering: Steering) -> list[str]:
+    """What the steering does, in sentences for someone who meets the method for the first time."""
+    model, dial = steering.model, steering.dial
+    lines = _what_it_does(steering)
+    lines += [
+        f"It acts on {_TOKENS[positions]}."
+        for positions in dict.fromkeys(i.positions for i in steering.interventions)
+    ]
+    now, fitted, low, high = (
+        f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)
+    )
+    contrast = steering.contrast
+    lines += [
+        f"Dial {dial.name}: {now} now, {fitted} as fitted, sensible from {low} to {high}.",
+        f"Made for {model} from {contrast.get('rows', '?')} rows of "
+        f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
+    ]
+    if steering.calibration is not None:
+        budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
+        lines.append(
+            f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
+            "FILE@kl=NATS turns the dial to one of them, or to one between."
+        )
+    return lines
+
+
+def _what_it_does(steering: Steering) -> list[str]:
+    """The method's own words where it is known here, else what its operators are."""
+    method = _method(steering)
+    if method is not None:
+        try:
+            return method.explain(steering)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+            pass  # a file may carry a method's name without what that method knows
+    return operators_in_words(steering)
+
+
+def _method(steering: Steering) -> type[Method] | None:
+    """The steering's method, where it is known here and its package can be loaded."""
+    with suppress(TrimtabError):  # which was said when the package was read
+        return METHODS.get(steering.method)
+    return None

@@ -1,0 +1,28 @@
+"""The methods by the names that the command line uses: trimtab's own, and installed packages'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.fitting import Method
+from trimtab.methods.ablation import Ablation
+from trimtab.methods.actadd import ActAdd
+from trimtab.methods.angular import AAS, SAS, SS
+from trimtab.methods.austeer import AUSteer
+from trimtab.methods.caa import CAA
+from trimtab.methods.iti import ITI
+from trimtab.methods.sadi import SADI
+from trimtab.methods.sta import STA
+from trimtab.plugins import Extended
+
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer)
+
+
+def _is_method(added: Any, name: str) -> bool:
+    return isinstance(added, type) and issubclass(added, Method) and added.name == name
+
+
+METHODS: Mapping[str, type[Method]] = Extended(
+    "method", {method.name: method for method in _OWN}, _is_method
+)
