@@ -79,6 +79,31 @@ def test_fields_are_keywords() -> None:
     )
 
 
+@dataclass
+class Judge:
+    """A live object that happens to be a dataclass with a field that a group has too."""
+
+    limit: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    judge: Any = None
+
+
+@flat
+def judge(judged: Judged = Judged(), rows: Rows = Rows()) -> Any:
+    return judged.judge, rows
+
+
+def test_what_is_in_a_group_is_handed_over_as_it_is() -> None:
+    wise = Judge()
+    given, rows = judge(judge=wise, limit=3)
+    assert given is wise
+    assert (wise.limit, rows.limit) == (0, 3)
+    assert judge(judged=Judged(judge=wise), limit=3)[0] is wise
+
+
 def test_a_path_is_text_and_a_protocol_alone_is_one_of_several() -> None:
     assert Rows(data=Path("sets")).data == "sets"  # type: ignore[arg-type]
     assert Evaluated(protocol="paper").protocol == ("paper",)  # type: ignore[arg-type]

@@ -62,10 +62,10 @@ def flat(function: Callable[..., Returned]) -> Callable[..., Returned]:
         positional = list(args)
         for place, parameter in groups:
             if place < len(positional):
-                positional[place] = _with_fields(positional[place], given)
+                positional[place] = _with_fields(positional[place], parameter.default, given)
             else:
                 group = given.get(parameter.name, parameter.default)
-                given[parameter.name] = _with_fields(group, given)
+                given[parameter.name] = _with_fields(group, parameter.default, given)
         return function(*positional, **given)
 
     keywords = [
@@ -77,15 +77,18 @@ def flat(function: Callable[..., Returned]) -> Callable[..., Returned]:
     return called
 
 
-def _with_fields(group: Any, given: dict[str, Any]) -> Any:
-    """The group with those of its fields that are given, which are taken out of `given`."""
+def _with_fields(group: Any, default: Any, given: dict[str, Any]) -> Any:
+    """The group with those of its fields that are given, which are taken out of `given`.
+
+    What groups are in it the default says: a judge may be a dataclass too, and is left alone.
+    """
     changed = {}
     for item in fields(group):
-        value = getattr(group, item.name)
+        inner = getattr(default, item.name, None)
         if item.name in given:
             changed[item.name] = given.pop(item.name)
-        elif is_dataclass(value):
-            changed[item.name] = _with_fields(value, given)
+        elif is_dataclass(inner):
+            changed[item.name] = _with_fields(getattr(group, item.name), inner, given)
     return replace(group, **changed)
 
 
