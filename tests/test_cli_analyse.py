@@ -83,8 +83,8 @@ def test_the_run_directory_says_what_was_run(trimtab: Command) -> None:
         ("analyse plane --model model", ("--contrast",)),
         ("analyse plane --contrast parts.jsonl", ("--model",)),
         ("analyse plane --model model --contrast none.jsonl", ("none.jsonl",)),
-        (f"{PLANE} --method caa", ("--method", "ss, sas, aas")),
-        (f"{PLANE} --candidates-from both", ("--candidates-from", "output, input")),
+        (f"{PLANE} --method caa", ("--method", "'ss', 'sas', 'aas'")),
+        (f"{PLANE} --candidates-from both", ("--candidates-from", "'output', 'input'")),
         ("analyse norms --model model -c parts.jsonl --kinds resid,nose", ("nose",)),
         ("analyse norms --model model -c parts.jsonl --limit -1", ("--limit", "-1")),
         (f"{DIAL} --step 7", ("step", "7")),
@@ -136,7 +136,7 @@ def test_every_analysis_has_help_with_an_example_and_all_its_options(
     own = {
         argument.name: argument
         for argument in build(["analyse", name])["analyse"][name].assemble_argument_collection()
-        if argument.parse
+        if argument.name.startswith("--")
     }
     taken = inspect.signature(ANALYSES[name]).parameters  # the fields of groups among them
     groups = {each.name for each in taken.values() if is_dataclass(each.default)}

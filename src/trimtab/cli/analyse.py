@@ -18,6 +18,7 @@ from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.making import argument_option, prepared, rows_or_all
 from trimtab.cli.options import Data, Json, Opened, Task
 from trimtab.cli.tables import show
+from trimtab.cli.values import list_in
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, flat_values
@@ -27,6 +28,7 @@ _HELP = {
     "norms.limit": "Pairs, or texts of each side; 0 takes all.",
     "seed": "For whatever is drawn.",
     "oracle": "Run everything on the test rows too, for the best that is possible there.",
+    "ss_compat": "Steer all norms of a block, also those on the branches.",
     "site": "A kind of site: ffn_out, heads, ffn_in, resid ...",
     "sites": "Kinds of sites, as in heads,ffn_out.",
     "kinds": "Kinds of sites, as in resid,attn_norm.",
@@ -124,6 +126,8 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
             default = argument.default
             if hint is Measuring:
                 default = Measuring(answering=default.answering, choosing=default.choosing)
+            elif list_in(hints[argument.name]) and isinstance(default, float):
+                default = (default,)  # one value of several
             kind = inspect.Parameter.KEYWORD_ONLY
             parameters.append(argument.replace(kind=kind, annotation=hint, default=default))
 
@@ -204,7 +208,8 @@ def _run(
     from trimtab.papers import write
     from trimtab.reports import Run
 
-    arguments = dict(given)
+    taken = inspect.signature(inspect.unwrap(function)).parameters
+    arguments = {key: given[key] for key in taken if key in given}
     if "contrasts" in arguments:
         arguments["contrasts"] = _named(arguments["contrasts"])
     if arguments.get("prompts") is not None:

@@ -52,6 +52,7 @@ def build(words: Sequence[str] | None) -> App:
     app = App(
         name="trimtab",
         help=_ABOUT,
+        help_epilogue="`--help` after any command shows its page.",
         version_flags=[],
         help_format="markdown",
         console=CleanConsole(),

@@ -95,6 +95,9 @@ def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters.sort(key=lambda each: (each.kind, each.default is not each.empty))
 
     def command(*args: Any, **given: Any) -> Any:
+        for each in parameters:  # cyclopts hands over only what is on the command line
+            if each.kind is each.KEYWORD_ONLY and each.default is not each.empty:
+                given.setdefault(each.name, each.default)
         return function(*args, **{name: _as_declared(value) for name, value in given.items()})
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -133,8 +136,10 @@ def _group(kind: Any, default: Any) -> Any:
         if dataclasses.is_dataclass(hints[item.name]):
             hint = _group(hints[item.name], value)
             value = typing.get_args(hint)[0]()
-        else:
+        elif "help" in item.metadata:
             hint = _option(hints[item.name], item.metadata)
+        else:  # a method's, which is an option already
+            hint = hints[item.name]
         about = {} if value is dataclasses.MISSING else {"default": value}
         made.append((item.name, hint, dataclasses.field(**about, metadata=item.metadata)))
     new = dataclasses.make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
@@ -152,7 +157,7 @@ def _heading(name: str) -> Group:
 def _option(hint: Any, about: Any) -> Any:
     """A field as an option, as its metadata say."""
     flag, least, most = (about.get(name) for name in ("flag", "least", "most"))
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"help": about["help"]}
     if list_in(hint) is not None:
         own["negative"] = ()  # no --empty-...
     if hint is bool and isinstance(flag, tuple):

@@ -37,7 +37,7 @@ _LISTED = 10
 class Searching(Search):
     """How settings are searched, and by how many processes."""
 
-    workers: int = option("Processes that share the trials.", 1, least=1)
+    workers: int = option("Processes that share the trials.", 1, record=False, least=1)
 
 
 def commands(app: App) -> None:

@@ -108,9 +108,10 @@ def compare(
     texts = contrast_for(task, on.contrast, rows.data)
     config = {
         "methods": [_described(one) for one in candidates],
+        "trials": comparing.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        **record(comparing, measured.choosing, measured.answering),
+        **record(measured.choosing, comparing, measured.answering),
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
     }

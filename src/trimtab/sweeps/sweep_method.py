@@ -93,9 +93,11 @@ def sweep(
         "method": kind.name,
         "space": described(given),
         "fixed": own,
+        "search": searching.search,
+        "trials": searching.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
-        **record(searching, measured.choosing, measured.answering),
+        **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
     }
     fitter = Fitter(language_model, kind, texts, given, own, cache=on.cache)

@@ -282,7 +282,7 @@ def count(
     asked: options.ValidationRows = options.ValidationRows(),
     seed: int = 0,
     ks: Sequence[int | Literal["all"]] = COUNTS,
-    alpha: float | Sequence[float] = (8.0,),
+    alpha: float | Sequence[float] = 8.0,
     site: str = "ffn_out",
     direction: Literal["paper", "signed"] = "paper",
 ) -> StudyResult:
