@@ -220,10 +220,7 @@ def _run(
     if measuring is not None:
         measured = arguments["measured"] = measuring.measured(opened)
         judging = measured.judging
-    takes = inspect.signature(inspect.unwrap(function)).parameters
-    texts = {"contrast": None} if "contrast" in takes else {}
-    # Before the model is loaded: what is missing is said.
-    source = _describe(texts | plain, judging)
+    source = _describe(plain, judging)  # before the model is loaded: what is missing is said
     language_model = open_model(opened)
     config = {
         "analysis": name,
