@@ -41,8 +41,8 @@ from transformers.utils import logging as transformers_logging
 
 import trimtab as tt
 from trimtab.cli.common import refuse_existing
-from trimtab.progress import progress
 from trimtab.strength import Curve, curve
+from trimtab.terminal import progress
 
 #: Tokens that the model sees together, and rows of so many in a step of training.
 WINDOW = 128

@@ -38,7 +38,7 @@ from trimtab.anatomy import parse_site
 from trimtab.anatomy.hooks import hooked
 from trimtab.cli.common import refuse_existing
 from trimtab.contrasts import Prompt, builtins
-from trimtab.progress import progress
+from trimtab.terminal import progress
 
 if TYPE_CHECKING:
     from sae_lens import SAE, TopKTrainingSAE

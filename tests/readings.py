@@ -12,7 +12,7 @@ from torch import Tensor
 
 import trimtab as tt
 from helpers import by_hand
-from trimtab.reading.next_tokens import Next, PlannedBatch, Reading, plan, run_batches
+from trimtab.reading.reader import Next, PlannedBatch, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import Positions
 

@@ -249,7 +249,7 @@ def test_a_new_analysis_gets_its_command(
     )
     said = trimtab(f"{line} {more}").text
     assert "30 of 40 rows; the report has all" in said
-    assert "out: report.html, results.json, pictures/" in said
+    assert "out: report.html, results.json" in said
     assert seen.pop("run").path == Path("out")
     assert seen == {
         "contrasts": {"parts": "parts.jsonl", "other": "parts.jsonl"},

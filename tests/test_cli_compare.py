@@ -94,7 +94,7 @@ def test_mistakes_get_one_line(trimtab: Command, formal: str) -> None:
         (f"compare caa --model model {formal} --kl 0", "above 0 nats"),
         (f"compare caa --model model {formal} --max-cost nan", "finite number of nats"),
         (f"compare caa --model model {formal} --test-limit -1", "--test-limit must be 1 or more"),
-        (f"compare caa --model model {formal} --protocol x", "unknown protocol 'x'"),
+        (f"compare caa --model model {formal} --protocol x", "'x' for --protocol"),
         (f"compare caa --model model {formal} --judge oracle", "--judge oracle: known are"),
         (f"compare caa --model model {formal} --metric taste", "no metric 'taste'"),
         (f"compare --model model {formal}", "name methods"),

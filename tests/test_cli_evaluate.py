@@ -385,7 +385,7 @@ def test_bad_judges(trimtab: Command, work: Path, options: str, says: str) -> No
         (f"{RUN} --task copa --batch-size 0", "batch size"),
         (f"{RUN} --task xstest --max-new-tokens 0", "new tokens"),
         (f"{RUN} --task xstest --max-new-tokens 400", "400"),
-        (f"{RUN} --task copa --protocol nonsense", "unknown protocol 'nonsense'"),
+        (f"{RUN} --task copa --protocol nonsense", "'nonsense' for --protocol"),
         (f"{RUN} --task copa --part dev", "--part dev: known are test, validation, train"),
         (f"{RUN} --task copa --part validation --protocol paper", "no validation rows"),
         (f"{RUN} --task copa --show all", "--show all: it can show flips"),

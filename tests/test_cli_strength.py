@@ -372,7 +372,7 @@ def test_theory(trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -
     refused(trimtab("strength theory -o theory"), "theory holds theory.json", "--overwrite")
     assert listing(work) == before
     altered = {key: value for key, value in found.items() if key != "pictures"} | {"curvature": 1.0}
-    monkeypatch.setattr("trimtab.strength.theory.pictures.facts", lambda: altered)
+    monkeypatch.setattr("trimtab.strength.theory.facts", lambda: altered)
     said = trimtab("strength theory -o theory --overwrite").text
     assert json.loads(Path("theory/theory.json").read_text()) == altered
     assert "cost begins with 0.5000 α²" in said

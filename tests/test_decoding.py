@@ -16,7 +16,7 @@ import trimtab as tt
 from helpers import PROMPTS, language_model, one_line, plain_logits, steer_at, token_ids
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.model.decoding import OPTIONS
-from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
+from trimtab.reading.reader import plan, prompt_reading, run_batches
 
 #: What a generation_config.json may say, each hostile to who wants the argmax or plain samples.
 HOSTILE: dict[str, Any] = {

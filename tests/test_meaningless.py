@@ -24,7 +24,7 @@ from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.method import Method
 from trimtab.fitting.statistics import Means
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
+from trimtab.reading.reader import plan, prompt_reading, run_batches
 from trimtab.steering import Steering
 
 PAIRS = [

@@ -30,7 +30,7 @@ from helpers import (
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.model.batching import BATCH_ROWS
-from trimtab.reading.next_tokens import Reading, plan, prompt_reading, run_batches
+from trimtab.reading.reader import Reading, plan, prompt_reading, run_batches
 from trimtab.steering import POSITIONS, Positions
 
 # -- the same as one text at a time ------------------------------------------------------------

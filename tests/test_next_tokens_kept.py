@@ -23,7 +23,7 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.reading.next_tokens import PlannedBatch, plan, prompt_reading, run_batches
+from trimtab.reading.reader import PlannedBatch, plan, prompt_reading, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import POSITIONS
 

@@ -17,7 +17,7 @@ from helpers import PROMPTS, relative, scale, steer
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.reading.likelihood import cross_entropy, log_odds
-from trimtab.reading.next_tokens import plan, prompt_reading, run_batches
+from trimtab.reading.reader import plan, prompt_reading, run_batches
 
 PAIRS = [
     (f"The {who} looked at the {what} and said that it was", " right.", " wrong, and left!")

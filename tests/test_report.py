@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from trimtab.figures.records import summarise
 from trimtab.reports.charts import STYLE, UP
-from trimtab.reports.page import Picture, Table, evaluation_page, page
+from trimtab.reports.page import Picture, Table, evaluation_page, render_page
 
 ENVIRONMENT = {"date": "2026-01-02T03:04:05+00:00", "python": "3.11"}
 CONFIG = {"task": "copa", "seed": 7, "text": "<b>Ünïcode</b>"}
@@ -82,7 +82,7 @@ def a_page(**more: Any) -> str:
         note="A note & more.",
     )
     blocks = more.pop("blocks", [table, a_picture()])
-    return page("A sweep of x", "llama, 3 layers", blocks, CONFIG, ENVIRONMENT, **more)
+    return render_page("A sweep of x", "llama, 3 layers", blocks, CONFIG, ENVIRONMENT, **more)
 
 
 def test_everything_is_on_the_page() -> None:
@@ -152,7 +152,7 @@ def test_the_same_figures_give_the_same_page() -> None:
 
 
 def test_what_models_wrote_is_text_and_not_code() -> None:
-    content = page(
+    content = render_page(
         HOSTILE,
         HOSTILE,
         [Table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE), _titled(a_picture(), HOSTILE)],

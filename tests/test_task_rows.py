@@ -22,7 +22,7 @@ from trimtab.evaluation.jobs import TaskJob
 from trimtab.evaluation.tasks import TASKS
 from trimtab.figures.records import summarise
 from trimtab.model.language_model import LanguageModel
-from trimtab.reading.next_tokens import Next, Reading, plan, run_batches
+from trimtab.reading.reader import Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.sweeps import rows as module
 from trimtab.sweeps.effect import Effect

@@ -144,7 +144,7 @@ def near_in_number(texts: Sequence[str]) -> Any:
 
 @pytest.fixture
 def toy_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trimtab.evaluation.tasks.encoder.encode", near_in_number)
+    monkeypatch.setattr("trimtab.evaluation.tasks.answers.encode", near_in_number)
 
 
 @pytest.mark.usefixtures("toy_encoder")

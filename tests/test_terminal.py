@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 import trimtab as tt
 from commands import FIT, GENERATE, Command, home, listing, refused, trimtab, warnings_of, work
 from trimtab.cli import main
-from trimtab.progress import progress
-from trimtab.terminal import printable
+from trimtab.terminal import printable, progress
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 

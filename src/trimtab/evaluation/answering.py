@@ -17,9 +17,9 @@ from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
 from trimtab.model import Completion, LanguageModel, batches_by_length
-from trimtab.progress import progress
 from trimtab.reading import StreamCache, next_tokens, prompt_reading
 from trimtab.steering import Steering, Steerings
+from trimtab.terminal import progress
 
 #: Judges a batch of outputs: what is measured, by name, for each of them.
 Measure = Callable[[Sequence[Example], Sequence[Completion]], list[dict[str, float | None]]]

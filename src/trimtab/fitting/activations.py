@@ -29,8 +29,8 @@ from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.reading import Batch, Packed, batches, encode_contrast, run_packed
+from trimtab.terminal import progress
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
 #: over the tokens of its answer (what follows the prompt; paired contrasts only). A negative

@@ -50,9 +50,9 @@ from trimtab.fitting import (
 )
 from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.reading import preference
 from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
+from trimtab.terminal import progress
 
 #: Keeps the score finite where P is 0 or 1.
 _EPSILON = 1e-8

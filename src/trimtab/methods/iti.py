@@ -45,8 +45,8 @@ from trimtab.fitting import (
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
+from trimtab.terminal import progress
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from trimtab.model.plain import is_quantised
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.versions import heed_soft_cap
-from trimtab.progress import progress
 from trimtab.steering import ModelIdentity, Steering, Steerings
+from trimtab.terminal import progress
 
 
 @runtime_checkable

@@ -52,7 +52,7 @@ def compare(
     return StudyResult(found.as_json(), values, found.tables(), pictures, found.notes)
 
 
-def _candidate(language_model: Any, one: str | Mapping[str, Any]) -> str | Candidate:
+def _candidate(language_model: LanguageModel, one: str | Mapping[str, Any]) -> str | Candidate:
     if isinstance(one, str):
         return one
     given = one["method"], one.get("fixed", {}), one.get("name", "")

@@ -28,6 +28,7 @@ from trimtab.evaluation import (
 from trimtab.figures import VIOLATION, Estimate, Result, mean_interval
 from trimtab.fitting import collect, fit
 from trimtab.methods import METHODS
+from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.reports import (
     COLOURS,
@@ -54,7 +55,7 @@ _MEASURES = {
 
 
 def fitted(
-    language_model: Any, methods: Sequence[Mapping[str, Any]], contrast: Contrast
+    language_model: LanguageModel, methods: Sequence[Mapping[str, Any]], contrast: Contrast
 ) -> dict[str, Steering]:
     """Methods as a recipe writes them, {name, method, fixed}, fitted in one pass."""
     made = [METHODS[one["method"]](**one.get("fixed", {})) for one in methods]
@@ -63,7 +64,7 @@ def fitted(
 
 
 def cost(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
     task: str,
     *,
@@ -135,7 +136,7 @@ def _memory(peak: int | None) -> str:
 
 
 def incoherence(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
     contrast: str,
     *,
@@ -191,7 +192,7 @@ def _asked(
 
 
 def _written(
-    language_model: Any,
+    language_model: LanguageModel,
     steering: Steering | None,
     asked: Sequence[Any],
     chat: bool | None,
@@ -261,7 +262,7 @@ def _coherence_picture(
 
 
 def harness(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
     contrast: str,
     tasks: Sequence[str],
@@ -313,7 +314,7 @@ def _tasks_picture(names: Sequence[str], results: Mapping[str, Sequence[Result]]
 
 
 def sheet(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
     task: str,
     *,

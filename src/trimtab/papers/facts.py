@@ -11,13 +11,14 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import find_task
 from trimtab.fitting import fit
 from trimtab.methods import METHODS, AUSteer
+from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, plot_units, styled
 from trimtab.steering import Steering, chosen
 
 
 def sizes(
-    language_model: Any = None, *, tasks: Sequence[str], data: str | None = None
+    language_model: LanguageModel | None = None, *, tasks: Sequence[str], data: str | None = None
 ) -> StudyResult:
     """How many contrastive pairs and test rows each task has here; the model has no part."""
     values, rows = {}, []
@@ -35,7 +36,11 @@ def sizes(
 
 
 def prompts(
-    language_model: Any = None, *, tasks: Sequence[str], rows: int = 1, data: str | None = None
+    language_model: LanguageModel | None = None,
+    *,
+    tasks: Sequence[str],
+    rows: int = 1,
+    data: str | None = None,
 ) -> StudyResult:
     """The prompts of tasks, as the paper's protocol has them; the model has no part."""
     shown = []
@@ -50,7 +55,7 @@ def prompts(
 
 
 def footprint(
-    language_model: Any,
+    language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
     contrast: str,
     *,
@@ -89,7 +94,7 @@ def _footprint_picture(counts: Mapping[str, int]) -> Picture:
 
 
 def overview(
-    language_model: Any,
+    language_model: LanguageModel,
     contrast: str,
     *,
     site: str = "ffn_out",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
 from trimtab.papers.recipe import (
     Recipe,
     ScaleName,
@@ -27,9 +28,9 @@ from trimtab.papers.recipe import (
 )
 from trimtab.papers.result import save_pictures
 from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, run_study
-from trimtab.progress import progress
-from trimtab.reports import Picture, Run, Table, model_line, page
+from trimtab.reports import Picture, Run, Table, model_line, render_page
 from trimtab.sweeps import Used, metered
+from trimtab.terminal import progress
 
 __all__ = ["Recipe", "Reproduction", "find_recipe", "recipes", "reproduce"]
 
@@ -97,7 +98,7 @@ class Reproduction:
 
 
 def reproduce(
-    language_model: Any,
+    language_model: LanguageModel | None,
     name: str,
     *,
     scale: ScaleName = "smoke",
@@ -196,7 +197,7 @@ def reproduction_page(done: Reproduction, run: Run, environment: dict[str, Any])
         blocks += [_named(table, part) for table in found.tables]
     if model is not None:
         blocks.append(_cost(done))
-    return page(
+    return render_page(
         f"{recipe.paper}, {recipe.item}",
         f"{recipe.shows} {where}; scale {done.scale}; {done.seconds:g} seconds",
         blocks,

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import load_contrast
 from trimtab.figures import Estimate, Result
-from trimtab.reports import Picture, Run, Table, interval, model_line, page, save_figure
+from trimtab.reports import Picture, Run, Table, interval, model_line, render_page, save_figure
 
 #: `task:copa first 40`: the first so many pairs of a contrast's train part.
 _FIRST = re.compile(r"(.+) first (\d+)")
@@ -108,7 +108,7 @@ def write(result: StudyResult, run: Run) -> None:
     model = run.config["model"]
 
     def made(environment: dict[str, Any]) -> str:
-        return page(
+        return render_page(
             result.title,
             f"{model['name']}; {model_line(model)}; {result.seconds:g} seconds",
             [*result.pictures, *result.tables],

@@ -10,10 +10,10 @@ from trimtab import options
 from trimtab.contrasts import Part
 from trimtab.figures import Difference, Estimate, corrected
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.reports import Line, Table, cell, tested_cell
 from trimtab.steering import Steering
 from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, more_is_better, shown
+from trimtab.terminal import progress
 
 
 @dataclass(frozen=True)

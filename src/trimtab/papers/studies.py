@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
+from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.choosing import compare, sweep_of
 from trimtab.papers.effects import cost, harness, incoherence, sheet
 from trimtab.papers.facts import footprint, overview, prompts, sizes
@@ -47,8 +49,6 @@ def find_study(name: str) -> Study:
     """A study by its name: one of ours, or an analysis."""
     if name in STUDIES:
         return STUDIES[name]
-    from trimtab.papers.analyses import ANALYSES
-
     if name not in ANALYSES:
         known = ", ".join([*STUDIES, *ANALYSES])
         raise TrimtabError(f"unknown study {name!r}: known are {known}")
@@ -57,7 +57,7 @@ def find_study(name: str) -> Study:
 
 
 def run_study(
-    name: str, language_model: Any, args: Mapping[str, Any], **shared: Any
+    name: str, language_model: LanguageModel | None, args: Mapping[str, Any], **shared: Any
 ) -> StudyResult:
     """Run a study with its own arguments and with those of `shared` (data, seed, output) that it
     takes."""
@@ -66,6 +66,7 @@ def run_study(
     given = {key: value for key, value in shared.items() if key in takes and key not in args}
     own = dict(args)
     if "run" in takes:  # an analysis that keeps what it has done
+        assert language_model is not None
         model = language_model.described
         config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
         given["run"] = Run(shared.get("output"), config)

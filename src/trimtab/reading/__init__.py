@@ -1,19 +1,19 @@
 """A model over many texts, with nothing computed twice."""
 
 from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
-from trimtab.reading.next_tokens import (
-    Next,
-    Reading,
-    last_logits,
-    next_tokens,
-    prompt_reading,
-    read_columns,
-)
 from trimtab.reading.packing import (
     Batch,
     Packed,
     batches,
     encode_contrast,
     run_packed,
+)
+from trimtab.reading.reader import (
+    Next,
+    Reading,
+    last_logits,
+    next_tokens,
+    prompt_reading,
+    read_columns,
 )
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper

@@ -14,8 +14,6 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument, per_text
-from trimtab.progress import progress
-from trimtab.reading.next_tokens import Reading, next_tokens, read_columns, refuse_unsound
 from trimtab.reading.packing import (
     Batch,
     Packed,
@@ -24,7 +22,9 @@ from trimtab.reading.packing import (
     encode_texts,
     run_packed,
 )
+from trimtab.reading.reader import Reading, next_tokens, read_columns, refuse_unsound
 from trimtab.reading.streams import StreamCache
+from trimtab.terminal import progress
 
 
 @torch.inference_mode()

@@ -23,7 +23,13 @@ from trimtab.reports.charts import (
     styled,
     units_and_effects,
 )
-from trimtab.reports.page import Picture, evaluation_page, evaluation_tables, model_line, page
+from trimtab.reports.page import (
+    Picture,
+    evaluation_page,
+    evaluation_tables,
+    model_line,
+    render_page,
+)
 from trimtab.reports.run import (
     Finite,
     Run,

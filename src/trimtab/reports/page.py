@@ -38,7 +38,7 @@ class Picture:
     note: str = ""
 
 
-def page(
+def render_page(
     title: str,
     subtitle: str,
     blocks: Sequence[Table | Picture],
@@ -68,7 +68,7 @@ def page(
 
 def evaluation_page(evaluation: Any, config: dict[str, Any], environment: dict[str, Any]) -> str:
     """The page of an `Evaluation`."""
-    return page(
+    return render_page(
         f"Evaluation of {config['model']['name']}",
         f"{model_line(config['model'])}; {evaluation.seconds:g} seconds",
         evaluation_tables(evaluation),

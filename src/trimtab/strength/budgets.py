@@ -26,9 +26,9 @@ from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.steering import Calibration, Steering
 from trimtab.strength.turning import Turning, check_turns, dial_limits, divergence, idle_dial
+from trimtab.terminal import progress
 
 Side = Literal["positive", "negative"]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.figures import weighted_interval
 from trimtab.model import LanguageModel, batches_by_length, turned
-from trimtab.progress import progress
 from trimtab.reading import blocks_below, read_columns, run_lower, run_upper
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
 from trimtab.strength.turning import check_turns, idle_dial
+from trimtab.terminal import progress
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, batches_by_length
 from trimtab.options import Tracing, flat
-from trimtab.progress import progress
 from trimtab.reading import last_logits
 from trimtab.steering import Steering
 from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
+from trimtab.terminal import progress
 
 #: KL and entropy may be off by this many nats, or this share of their size.
 _NATS, _SHARE = 0.01, 0.01

@@ -26,7 +26,7 @@ from trimtab.evaluation import ChatEndpoint
 from trimtab.files import Journal, check_output, write_whole
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, flat
-from trimtab.progress import progress
+from trimtab.terminal import progress
 
 #: The paper's concepts. Any other is a word or a phrase of the user's.
 CONCEPTS = (

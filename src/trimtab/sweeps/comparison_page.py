@@ -15,8 +15,8 @@ from trimtab.reports import (
     curve,
     evaluation_tables,
     model_line,
-    page,
     panels,
+    render_page,
     save_figure,
     styled,
 )
@@ -35,7 +35,7 @@ def comparison_page(found: Comparison, run: Run, environment: dict[str, Any]) ->
             save_figure(picture.figure, run.path / "pictures", picture.name)
     worth, *tables = found.tables()
     more = [] if found.capability is None else evaluation_tables(found.capability)
-    return page(
+    return render_page(
         f"{len(found.rows)} methods on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
         [worth, *pictures, *tables, *more],

@@ -20,8 +20,8 @@ from trimtab.reports import (
     curve,
     heatmap,
     model_line,
-    page,
     panels,
+    render_page,
     save_figure,
     styled,
 )
@@ -40,7 +40,7 @@ def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
         directory.mkdir(exist_ok=True)
         for picture in pictures:
             save_figure(picture.figure, directory, picture.name)
-    return page(
+    return render_page(
         f"Sweep of {found.method} on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
         [chosen, *pictures, trials],

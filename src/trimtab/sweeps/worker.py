@@ -14,13 +14,13 @@ from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, Record, Result, summarise
 from trimtab.files import json_digest
 from trimtab.options import Search
-from trimtab.progress import progress
 from trimtab.reports import Run, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
 from trimtab.sweeps.space import Fitter, Space, label, plain
 from trimtab.sweeps.trials import Trials, rungs
+from trimtab.terminal import progress
 
 #: Validation rows of the first rung of successive halving.
 FIRST_RUNG = 16

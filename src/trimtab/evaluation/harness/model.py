@@ -29,9 +29,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.files import Journal, json_digest
 from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
-from trimtab.progress import progress
 from trimtab.reading import Next, Reading, next_tokens
 from trimtab.steering import Steering, Steerings, together
+from trimtab.terminal import progress
 
 
 @register_model("trimtab")

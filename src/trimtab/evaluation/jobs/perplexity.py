@@ -13,8 +13,8 @@ from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.reading import Reading, next_tokens
+from trimtab.terminal import progress
 
 #: Tokens of text that are scored together; the first of them is only read.
 _WINDOW = 1024

@@ -14,8 +14,8 @@ from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
-from trimtab.progress import progress
 from trimtab.reading import next_tokens, side_readings
+from trimtab.terminal import progress
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from trimtab.contrasts import Contrast, Pair, Prompt, read_prompt
 from trimtab.errors import TrimtabError, check_choice
+from trimtab.evaluation.tasks.encoder import encode
 from trimtab.files import read_jsonl
 
 Wrong = Literal["random", "similar"]
@@ -91,8 +92,6 @@ def _answer_row(row: dict[str, Any], where: str) -> tuple[Prompt, str, list[str]
 
 def nearest(answers: Sequence[str], pool: Sequence[str]) -> list[str]:
     """For each answer the text of the pool that is most like it and not the same."""
-    from trimtab.evaluation.tasks.encoder import encode
-
     texts = list(dict.fromkeys(pool))
     if len(texts) == 1 and texts[0] in answers:
         raise TrimtabError(f"there is no wrong answer to choose: all answers are {texts[0]!r}")
@@ -107,8 +106,6 @@ def nearest(answers: Sequence[str], pool: Sequence[str]) -> list[str]:
 def nearest_as_published(answers: Sequence[str], same: str) -> list[str]:
     """As the authors' code does it: the nearest answer of another row, and `same` (spaces) where
     that happens to be the same text."""
-    from trimtab.evaluation.tasks.encoder import encode
-
     vectors = encode(answers)
     similarity = vectors @ vectors.T
     np.fill_diagonal(similarity, -1)

@@ -48,6 +48,8 @@ from trimtab.sweeps import (
     contrast_for,
     difference_of,
     setting,
+    sweep,
+    sweep_pictures,
 )
 
 #: Table 3's rows, by the options of AUSteer that make them.
@@ -265,9 +267,6 @@ def heatmap(
     """AUSteer over a grid of k and alpha on the validation rows (Figure 10), and the setting that
     is best there on the test rows. `close` is how near to the best a setting must come to count as
     robust (default: the paper's 1.5 points; of a metric in nats a tenth of a nat)."""
-    # A sweep needs Optuna, which other analyses do not.
-    from trimtab.sweeps import sweep, sweep_pictures
-
     found = sweep(
         language_model,
         "austeer",

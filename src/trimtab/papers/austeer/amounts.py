@@ -33,10 +33,10 @@ from trimtab.papers.settings import (
     rows_of,
     settings_table,
 )
-from trimtab.progress import progress
 from trimtab.reports import COLOURS, DOWN, UP, Line, Picture, Table, curve, panels, styled
 from trimtab.steering import Steering
 from trimtab.sweeps import TaskRows, contrast_for
+from trimtab.terminal import progress
 
 PAIRS = (50, 100, 200, 300, 500, 1000)
 COUNTS: tuple[int | Literal["all"], ...] = (

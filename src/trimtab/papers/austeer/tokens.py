@@ -21,11 +21,11 @@ from trimtab.model import LanguageModel
 from trimtab.options import flat, option
 from trimtab.papers.austeer.ranking import rankings
 from trimtab.papers.result import StudyResult, Value, opened, timed
-from trimtab.progress import progress
 from trimtab.reports import COLOURS, MARKERS, Picture, Table, panels, styled
 from trimtab.steering import Add, Dial, Intervention, Operator, Scale, Steering
 from trimtab.strength import Turning, divergence
 from trimtab.strength import limit as far_limit
+from trimtab.terminal import progress
 
 #: The factors of Figure 3, and the one that stands for no end.
 STRENGTHS = (10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4)

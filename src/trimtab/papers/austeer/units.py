@@ -33,9 +33,9 @@ from trimtab.papers.austeer.units_shown import (
 )
 from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import Figures, figures_of, means, plain_means, rows_of
-from trimtab.progress import progress
 from trimtab.steering import Steering
 from trimtab.sweeps import TaskRows, Values, contrast_for
+from trimtab.terminal import progress
 
 Gamma = Literal["austeer", "same"]
 

@@ -14,10 +14,10 @@ from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, cor
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
 from trimtab.papers.result import Value, value_of
-from trimtab.progress import progress
 from trimtab.reports import Run
 from trimtab.steering import Positions, Steering
 from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
+from trimtab.terminal import progress
 
 #: What plain text costs, beside the metrics of the task.
 COST = "plain_text_cost"

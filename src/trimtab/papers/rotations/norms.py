@@ -22,10 +22,10 @@ from trimtab.contrasts import Contrast, Text
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, timed
-from trimtab.progress import progress
 from trimtab.reading import Batch, batches, encode_contrast, run_packed
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, banded, panels, styled
 from trimtab.sweeps import contrast_for
+from trimtab.terminal import progress
 
 #: The sites that are shown: the stream, what the branches read, what they add.
 KINDS = ("resid", "attn_norm", "ffn_norm", "attn_out", "ffn_out")

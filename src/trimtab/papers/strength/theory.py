@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, styled
 from trimtab.strength import theory as ufm
@@ -25,7 +25,9 @@ _ALTS = {
 _facts = cache(ufm.facts)
 
 
-def theory(language_model: Any = None, *, picture: str | None = None) -> StudyResult:
+def theory(
+    language_model: LanguageModel | None = None, *, picture: str | None = None
+) -> StudyResult:
     """One picture of the theory (None: the numbers of training alone); the model has no part."""
     numbers = _facts()
     pictures = []
