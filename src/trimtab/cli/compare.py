@@ -5,21 +5,21 @@ from __future__ import annotations
 import shlex
 import typing
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from trimtab.cli.common import open_model, print_json
+from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
-from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
-    from trimtab.sweeps import Candidate
+    from trimtab.sweeps import Candidate, Comparison
 
 
 def compare(
@@ -64,7 +64,7 @@ def compare(
     if as_json:
         print_json(found.as_json() | costs_as_json(measured.judging))
         return
-    show(found.tables(), found.notes, keep.output, ("report.html", "results.json"))
+    _show(found, keep.output)
     say_costs(measured.judging)
 
 
@@ -105,3 +105,51 @@ def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
     from trimtab.sweeps import default_candidate
 
     return one if one.space else default_candidate(language_model, one.method, one.fixed, one.name)
+
+
+def _show(found: Comparison, output: Path | str | None) -> None:
+    from rich.table import Table
+
+    from trimtab.reports import interval, number_cell
+    from trimtab.sweeps import setting
+
+    base = found.unsteered["test"]
+    table = Table("method", "setting", "test", "against unsteered", "p, corrected", "cost", "time")
+    value = "" if base.value is None else f"{base.value:.4g} {interval(base.ci95)}"
+    table.add_row("unsteered", "", value, "", "", "", "")
+    for row in found.rows:
+        best = None if row.sweep is None else row.sweep.best
+        if best is None or row.test is None or row.test.value is None:
+            table.add_row(row.name, row.why, "", "", "", "", "")
+            continue
+        gain = row.against
+        table.add_row(
+            row.name,
+            setting(best.params),
+            f"{row.test.value:.4g} {interval(row.test.ci95)}",
+            "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
+            "" if gain is None else number_cell(gain.corrected_p, ".2g"),
+            "" if row.cost is None else f"{row.cost:+.3f}",
+            "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
+        )
+    table.caption = (
+        f"{found.metric} on {found.task}, n = {base.n}; cost in nats per token of plain text; time "
+        "to generate, times unsteered"
+    )
+    console.print(table)
+    if found.at_budget:
+        equal = Table("method", f"dial at {found.kl:g} nats", "against unsteered", "cost", "")
+        for row in found.at_budget:
+            gain = row.against
+            equal.add_row(
+                row.name,
+                "" if row.dial is None else f"{row.dial:.4g}",
+                "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
+                "" if row.cost is None else f"{row.cost:+.3f}",
+                row.why,
+            )
+        console.print(equal)
+    for note in found.notes:
+        console.print(f"note: {note}", highlight=False)
+    if output is not None:
+        console.print(f"{output}: report.html, results.json", style="dim")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
@@ -80,7 +81,9 @@ def _command(method: type[Method]) -> Callable[..., None]:
         if as_json:
             print_json(found.as_json() | costs_as_json(judging))
             return
-        files = ("report.html", "results.json", "best.safetensors")
+        files = ["report.html", "results.json"]
+        if keep.output and Path(keep.output, "best.safetensors").exists():
+            files.append("best.safetensors")  # not where nothing steers best
         show(found.tables(), found.notes, keep.output, files)
         say_costs(judging)
 

@@ -38,5 +38,4 @@ def show(
     for note in notes:
         console.print(f"note: {note}")
     if output is not None:
-        left = [name for name in files if Path(output, name).exists()]
-        console.print(f"{output}: {', '.join(left)}", style="dim")
+        console.print(f"{output}: {', '.join(files)}", style="dim")

@@ -103,11 +103,6 @@ class Sweep:
         return Table(f"{self.metric} on {self.task}", heads, rows, note)
 
     def _trials_table(self) -> Table:
-        sign = -1 if self.maximise else 1
-        ranked = sorted(
-            self.trials,
-            key=lambda t: (t.value is None, t.state != "complete", sign * (t.value or 0), t.number),
-        )
         rows = [
             [
                 t.number,
@@ -119,12 +114,12 @@ class Sweep:
                 number_cell(t.cost, ".3f"),
                 f"{t.seconds:.1f}",
             ]
-            for t in ranked[:_MOST_ROWS]
+            for t in self.trials[:_MOST_ROWS]
         ]
         heads = ["trial", "setting", "state", "validation", "n", "test"]
-        title = "All trials, the best first"
+        title = "All trials"
         if len(self.trials) > _MOST_ROWS:
-            title = f"The best {_MOST_ROWS} of {len(self.trials)} trials"
+            title = f"The first {_MOST_ROWS} of {len(self.trials)} trials"
         every = Table(title, [*heads, "cost, nats/token", "seconds"], rows)
         return every.without_empty_columns()
 
