@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from cyclopts import Parameter, run
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,14 +36,21 @@ ACTIVATIONS = 64
 
 
 def main(
-    steer: Annotated[Path | None, typer.Option(help="A steering made with sas, aas or ss.")] = None,
-    width: Annotated[int, typer.Option(help="Units, for random planes.", min=2)] = 576,
-    hooks: Annotated[int | None, typer.Option(help="Norms that are hooked.", min=1)] = None,
-    theta: Annotated[float, typer.Option(help="Angle in degrees.")] = 90.0,
+    steer: Annotated[Path | None, Parameter(help="A steering made with sas, aas or ss.")] = None,
+    width: Annotated[
+        int, Parameter(validator=Number(gte=2), help="Units, for random planes.")
+    ] = 576,
+    hooks: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="Norms that are hooked.")
+    ] = None,
+    theta: Annotated[float, Parameter(help="Angle in degrees.")] = 90.0,
     share: Annotated[
-        float, typer.Option(help="Share of an activation's length in the plane.", min=0, max=1)
+        float,
+        Parameter(
+            validator=Number(gte=0, lte=1), help="Share of an activation's length in the plane."
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="For planes and activations.")] = 0,
+    seed: Annotated[int, Parameter(help="For planes and activations.")] = 0,
 ) -> None:
     """Print by how much lengths drift, per hook and over all hooks of a model, in per cent.
 
@@ -148,4 +156,4 @@ def steered(method: str, h: Tensor, basis: Tensor, angle: float) -> Tensor:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
+from cyclopts import Parameter, run
 from matplotlib.figure import Figure
 
 import trimtab as tt
@@ -203,12 +203,14 @@ def draw(rows: list[Measured], alpha: float, kl: float) -> Figure:
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="Models; repeat.")] = None,
-    alpha: Annotated[float, typer.Option(help="The dial that is the same for all.")] = 1.0,
-    kl: Annotated[float, typer.Option(help="The budget that is the same for all, nats.")] = 0.1,
-    pairs: Annotated[int, typer.Option(help="Test pairs for the log-odds.")] = 40,
-    prompts: Annotated[int, typer.Option(help="Prompts on either part.")] = 32,
-    output: Annotated[Path, typer.Option("-o", help="Directory.")] = Path("equal-budgets"),
+    model: Annotated[list[str] | None, Parameter(help="Models; repeat.")] = None,
+    alpha: Annotated[float, Parameter(help="The dial that is the same for all.")] = 1.0,
+    kl: Annotated[float, Parameter(help="The budget that is the same for all, nats.")] = 0.1,
+    pairs: Annotated[int, Parameter(help="Test pairs for the log-odds.")] = 40,
+    prompts: Annotated[int, Parameter(help="Prompts on either part.")] = 32,
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="Directory.")] = Path(
+        "equal-budgets"
+    ),
 ) -> None:
     """Fit, find the budgets' dials, measure, draw, and print the table."""
     started = time.perf_counter()
@@ -231,4 +233,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -11,11 +11,12 @@ at the opposite one.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from cyclopts import Parameter, run
 
 import trimtab as tt
 from trimtab.figures.intervals import Estimate, mean_interval
@@ -116,14 +117,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A pack, a directory or a hub id.")] = (
+    model: Annotated[str, Parameter(help="A pack, a directory or a hub id.")] = (
         "smollm2-135m-instruct"
     ),
-    contrast: Annotated[str, typer.Option(help="A paired one with all parts.")] = (
+    contrast: Annotated[str, Parameter(help="A paired one with all parts.")] = (
         "builtin:formality"
     ),
-    sae: Annotated[str | None, typer.Option(help="An autoencoder, for STA.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", help="JSON file for the numbers.")] = None,
+    sae: Annotated[str | None, Parameter(help="An autoencoder, for STA.")] = None,
+    output: Annotated[
+        Path | None, Parameter(name=["--output", "-o"], help="JSON file for the numbers.")
+    ] = None,
 ) -> None:
     """Fit, choose, measure, and print the table."""
     started = time.perf_counter()
@@ -138,7 +141,7 @@ def main(
     for name, (settings, dials) in table.items():
         trial = choose(validation, [next(fitted) for _ in settings], dials)
         rows.append(measure(test, name, trial))
-        typer.echo(f"{name}: {Estimate(**rows[-1]['gain'])}", err=True)
+        print(f"{name}: {Estimate(**rows[-1]['gain'])}", file=sys.stderr)
     numbers = {
         "model": vars(lm.identity),
         "contrast": {"name": texts.name, "digest": texts.digest},
@@ -149,12 +152,12 @@ def main(
     }
     if output is not None:
         output.write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    typer.echo(markdown(rows))
-    typer.echo(
+    print(markdown(rows))
+    print(
         f"\n{len(test.contrast)} test pairs, unsteered {mean_interval(test.base_odds)} nats; "
         f"{numbers['seconds']:.0f} s"
     )
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -31,7 +31,8 @@ from typing import Annotated, Any
 
 import matplotlib
 import torch
-import typer
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -40,7 +41,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 import trimtab as tt
-from trimtab.cli.common import refuse_existing
+from trimtab.files import check_output
 from trimtab.strength import Curve, curve
 from trimtab.terminal import progress
 
@@ -89,22 +90,27 @@ class Course:
 
 
 def main(
-    text: Annotated[
-        Path, typer.Option(help="Plain text, or .jsonl whose rows have the field text.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")],
+    text: Annotated[Path, Parameter(help="Plain text, or .jsonl whose rows have the field text.")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="The directory to write.")],
     share: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Share of sentences put into upper case.")
+        float,
+        Parameter(
+            validator=Number(gte=0.01, lte=0.99), help="Share of sentences put into upper case."
+        ),
     ] = 0.25,
-    vocabulary: Annotated[int, typer.Option(min=400, help="Tokens of the tokenizer.")] = 4000,
-    width: Annotated[int, typer.Option(min=16, help="Units of the residual stream.")] = 128,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 500,
-    alpha: Annotated[float, typer.Option(help="The largest alpha of the figure.")] = 50.0,
-    context: Annotated[str, typer.Option(help="What the next token follows.")] = CONTEXT,
-    seed: Annotated[int, typer.Option(help="Of upper case, first weights and batches.")] = 0,
+    vocabulary: Annotated[
+        int, Parameter(validator=Number(gte=400), help="Tokens of the tokenizer.")
+    ] = 4000,
+    width: Annotated[
+        int, Parameter(validator=Number(gte=16), help="Units of the residual stream.")
+    ] = 128,
+    heads: Annotated[int, Parameter(validator=Number(gte=1), help="Attention heads.")] = 4,
+    steps: Annotated[int, Parameter(validator=Number(gte=1), help="Steps of training.")] = 500,
+    alpha: Annotated[float, Parameter(help="The largest alpha of the figure.")] = 50.0,
+    context: Annotated[str, Parameter(help="What the next token follows.")] = CONTEXT,
+    seed: Annotated[int, Parameter(help="Of upper case, first weights and batches.")] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that exists.")
+        bool, Parameter(name=["--overwrite"], help="Replace an output that exists.")
     ] = False,
 ) -> None:
     """Train a GPT of one layer, steer it toward upper-case words, draw the figure.
@@ -112,7 +118,7 @@ def main(
     Example: python examples/one_layer_gpt.py --text articles.jsonl -o one-layer
     """
     started = time.perf_counter()
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     if output.exists() and not output.is_dir():
         raise tt.TrimtabError(f"{output} is a file: name a directory")
     if width % heads:
@@ -422,20 +428,15 @@ def save(
 
 def run() -> int:
     """The command; a mistake is one line on standard error, and exit status 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app = App(default_command=main)
     transformers_logging.disable_progress_bar()
     try:
-        return app(standalone_mode=False) or 0
-    except Exception as error:
-        if isinstance(error, tt.TrimtabError):
-            message = str(error)
-        elif hasattr(error, "format_message"):  # the command line itself was wrong
-            message = f"{error.format_message()} (see --help)"
-        else:
-            raise
-        print("one_layer_gpt:", " ".join(message.split()), file=sys.stderr)
+        app(exit_on_error=False, print_error=False, result_action="return_none")
+    except (tt.TrimtabError, CycloptsError) as error:
+        hint = " (see --help)" if isinstance(error, CycloptsError) else ""
+        print("one_layer_gpt:", " ".join(str(error).split()) + hint, file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -29,15 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-import typer
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import trimtab as tt
 from trimtab.anatomy import parse_site
 from trimtab.anatomy.hooks import hooked
-from trimtab.cli.common import refuse_existing
 from trimtab.contrasts import Prompt, builtins
+from trimtab.files import check_output
 from trimtab.terminal import progress
 
 if TYPE_CHECKING:
@@ -75,26 +76,33 @@ class Quality:
 
 
 def main(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.")],
+    output: Annotated[Path, Parameter(name=["--output", "-o"], help="The directory to write.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A pack, a directory, a .gguf file or a hub id.")
+        str,
+        Parameter(name=["--model", "-m"], help="A pack, a directory, a .gguf file or a hub id."),
     ] = "smollm2-135m-instruct",
     layer: Annotated[
-        int | None, typer.Option(help="The block whose output is read; else at 40 % depth.")
+        int | None, Parameter(help="The block whose output is read; else at 40 % depth.")
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(
+        Parameter(
             help="Plain text, .jsonl (every field with a space in it is a text), or builtin:NAME "
             "(the train part of a contrast); repeat for more. Else all that trimtab brings."
         ),
     ] = None,
-    features: Annotated[int, typer.Option(min=1, help="Size of the dictionary.")] = 4096,
-    k: Annotated[int, typer.Option(min=1, help="Features that are active at a token.")] = 32,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on, at most.")] = 200_000,
-    seed: Annotated[int, typer.Option(help="Of the texts' order and the first weights.")] = 0,
+    features: Annotated[
+        int, Parameter(validator=Number(gte=1), help="Size of the dictionary.")
+    ] = 4096,
+    k: Annotated[
+        int, Parameter(validator=Number(gte=1), help="Features that are active at a token.")
+    ] = 32,
+    tokens: Annotated[
+        int, Parameter(validator=Number(gte=1), help="Tokens to train on, at most.")
+    ] = 200_000,
+    seed: Annotated[int, Parameter(help="Of the texts' order and the first weights.")] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output that exists.")
+        bool, Parameter(name=["--overwrite"], help="Replace an output that exists.")
     ] = False,
 ) -> None:
     """Train a small TopK sparse autoencoder on the output of one block, for SAELens.
@@ -102,7 +110,7 @@ def main(
     Example: python examples/train_sae.py --text articles.jsonl -o sae-12
     """
     started = time.perf_counter()
-    refuse_existing(output, overwrite)
+    check_output(output, overwrite)
     if output.exists() and not output.is_dir():
         raise tt.TrimtabError(f"{output} is a file: name a directory")
     if k > features:
@@ -416,20 +424,15 @@ def measure(sae: SAE[Any], tests: Tensor) -> Quality:
 
 def run() -> int:
     """The command; a mistake is one line on standard error, and exit status 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
+    app = App(default_command=main)
     transformers_logging.disable_progress_bar()
     try:
-        return app(standalone_mode=False) or 0
-    except Exception as error:
-        if isinstance(error, tt.TrimtabError):
-            message = str(error)
-        elif hasattr(error, "format_message"):  # the command line itself was wrong
-            message = f"{error.format_message()} (see --help)"
-        else:
-            raise
-        print("train_sae:", " ".join(message.split()), file=sys.stderr)
+        app(exit_on_error=False, print_error=False, result_action="return_none")
+    except (tt.TrimtabError, CycloptsError) as error:
+        hint = " (see --help)" if isinstance(error, CycloptsError) else ""
+        print("train_sae:", " ".join(str(error).split()) + hint, file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -151,3 +151,15 @@ def test_no_file_of_tests_is_long() -> None:
         for file in Path(__file__).parent.rglob("*.py")
     }
     assert {name: count for name, count in lengths.items() if count > 600} == {}
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_what_scripts_import_is_there(folder: str) -> None:
+    missing = []
+    for file in sorted((Path(__file__).parent.parent / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trimtab"):
+                module = importlib.import_module(str(node.module))
+                names = [name.name for name in node.names if not hasattr(module, name.name)]
+                missing += [f"{file.name}: {node.module}.{name}" for name in names]
+    assert missing == []
