@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -412,3 +412,9 @@ def write_pairs(path: Path, rows: int = 60, seed: int = 0) -> str:
         lines.append(json.dumps({**row, "positive": f" {positive}", "negative": f" {negative}"}))
     path.write_text("\n".join(lines))
     return f"contrast:{path}"
+
+
+def few_quick(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Values of a parameter, of which only those named are for the quick run."""
+    slow = pytest.mark.slow
+    return [value if value in quick else pytest.param(value, marks=slow) for value in values]

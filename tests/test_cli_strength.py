@@ -363,6 +363,7 @@ def test_a_budget_that_the_dial_cannot_use_up(trimtab: Command, work: Path) -> N
 # -- theory and contrasts -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_theory(trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trimtab("strength theory -o theory --json").json
     assert found["uniform"]["entropy"] == pytest.approx(1.3318, abs=1e-4)

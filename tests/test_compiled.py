@@ -14,6 +14,7 @@ import trimtab as tt
 from helpers import (
     PROMPTS,
     by_hand,
+    few_quick,
     greedy_by_hand,
     language_model,
     left_padded,
@@ -49,8 +50,20 @@ def compiled(lm: tt.LanguageModel, how: str) -> Any:
     return lm.model
 
 
-@pytest.mark.parametrize("kind", ["resid", "heads", "ffn_in"])
-@pytest.mark.parametrize("how", ["whole", "blocks", "body", "forward", "object"])
+WAYS = [
+    (how, kind)
+    for how in ("whole", "blocks", "body", "forward", "object")
+    for kind in ("resid", "heads", "ffn_in")
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"),
+    [
+        pytest.param(*way, marks=() if i % 4 == 0 else pytest.mark.slow, id="-".join(way))
+        for i, way in enumerate(WAYS)
+    ],
+)
 def test_a_model_that_was_compiled_before_is_steered(how: str, kind: str) -> None:
     expected_lm = language_model("llama")
     steering = steer_at(expected_lm, kind)
@@ -82,7 +95,9 @@ def test_what_is_compiled_in_a_block_is_not_steered_after_it() -> None:
     torch.testing.assert_close(logits_of(lm), plain)
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+@pytest.mark.parametrize(
+    "positions", few_quick(["all", "prompt", "generated", "last"], "generated")
+)
 def test_a_static_cache_that_compiles_by_itself(positions: Any) -> None:
     """As generate does on a GPU: an unsteered call compiles, the next one decodes by it."""
     lm = language_model("llama")

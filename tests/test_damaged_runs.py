@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from helpers import add, language_model, refused_in_one_line, steer, write_pairs
+from helpers import add, few_quick, language_model, refused_in_one_line, steer, write_pairs
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.papers.rotations.dials import dial
 from trimtab.reports import run as runs_module
@@ -416,7 +416,7 @@ def test_a_sweep_of_before_there_were_checksums(
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("kind", SWEEPS)
+@pytest.mark.parametrize("kind", few_quick(SWEEPS, "grid"))
 def test_a_damaged_sweep(lm: tt.LanguageModel, kind: str, tmp_path: Path) -> None:
     check_sweeps(lm, kind, tmp_path, range(25))
 
@@ -443,7 +443,7 @@ def dialled(lm: tt.LanguageModel, task: str, output: Path) -> Any:
     return without_times(json.loads(json.dumps(found.as_json())))
 
 
-@pytest.mark.parametrize("work", [compared, dialled])
+@pytest.mark.parametrize("work", few_quick([compared, dialled], dialled))
 def test_a_damaged_comparison_or_analysis(
     lm: tt.LanguageModel, work: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

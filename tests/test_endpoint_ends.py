@@ -69,6 +69,8 @@ def test_an_answer_without_end_is_given_up_at_its_size() -> None:
 
 # -- an interrupt ---------------------------------------------------------------------------------
 
+#: A process that is started in the background ignores interrupts, and so do those that it starts.
+_HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 _ASK = """
 import sys
 from trimtab.evaluation.endpoint import ChatEndpoint
@@ -117,7 +119,7 @@ def test_an_interrupt_ends_the_process_at_once(program: str, at_once: int) -> No
         return SLOW[kinds[len(service.requests) % len(kinds)]] if program != _POST else HANG
 
     with serving(script) as service:
-        arguments = [sys.executable, "-c", program, service.url]
+        arguments = [sys.executable, "-c", _HEED + program, service.url]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             wait_for(lambda: len(service.requests) >= at_once)  # all that are asked together
             assert process.stdout is not None

@@ -241,6 +241,7 @@ class _Scales:
         self.peaks.append(sum(x.numel() * x.element_size() for x in alive.values()))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = wrapped("llama")
     sites = sites_of(language_model, ["heads", "resid"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from helpers import add, language_model, refused_in_one_line, steer
+from helpers import add, few_quick, language_model, refused_in_one_line, steer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.reports.run import Run
 from trimtab.sweeps.sweep_method import sweep
@@ -62,7 +62,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_quick(NAMES, "a?b=1", "run{b}", ":memory:", "a'b\"c"))
 def test_a_sweep_lies_where_it_was_asked_for(
     lm: tt.LanguageModel, task: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,7 +225,7 @@ lm.save_pretrained(target, overwrite=True)
 @pytest.mark.parametrize(
     ("moment", "existing"),
     [
-        ("while writing", True),
+        pytest.param("while writing", True, marks=pytest.mark.slow),
         pytest.param("while writing", False, marks=pytest.mark.slow),
         pytest.param("before the first rename", True, marks=pytest.mark.slow),
         ("after the first rename", True),

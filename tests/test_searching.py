@@ -328,6 +328,7 @@ def server() -> Iterator[str]:
         yield url
 
 
+@pytest.mark.slow
 def test_workers_on_postgresql_never_run_the_same(server: str, dead: int) -> None:
     space = {"k": tuple(range(20))}
 

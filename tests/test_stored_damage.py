@@ -154,6 +154,7 @@ def test_interrupted_and_run_again(tmp_path: Path) -> None:
     assert len({row for batch in batches for row in batch}) == len(contrast)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
     lm, contrast = language_model("llama"), contrast_of()

@@ -442,6 +442,7 @@ def test_a_trial_that_another_takes_last_is_waited_for(
     assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["failed"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_two_processes_on_one_sqlite_file(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     _shared(lm, task, tmp_path / "run", None)
