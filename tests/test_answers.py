@@ -21,7 +21,7 @@ import trimtab as tt
 from helpers import refused_in_one_line
 from trimtab.checkpoints.packs import encoder_directory
 from trimtab.contrasts import Contrast, Pair
-from trimtab.evaluation.tasks import encoder, load_contrast
+from trimtab.evaluation.tasks import answers, encoder, load_contrast
 from trimtab.evaluation.tasks.answers import (
     from_answers,
     nearest,
@@ -39,7 +39,7 @@ def on_a_circle(texts: Sequence[str]) -> Any:
 
 @pytest.fixture
 def toy_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "encode", on_a_circle)
+    monkeypatch.setattr(answers, "encode", on_a_circle)
 
 
 def sides(contrast: Contrast) -> list[tuple[str, str]]:
