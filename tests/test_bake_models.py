@@ -113,6 +113,7 @@ def test_operators_that_are_not_linear_are_refused() -> None:
 
     class Clip:
         linear, identity, width, size = False, None, 48, 48
+        description = "Clip"
 
     with pytest.raises(tt.TrimtabError, match="Clip is not linear.*attach it instead"):
         tt.bake(lm, steer(lm, ("layers.1.ffn_out", Clip())))
