@@ -109,6 +109,8 @@ def flat_values(groups: Iterable[Any]) -> dict[str, Any]:
 class ValidationRows:
     """The rows of a task on which something is measured or chosen."""
 
+    heading = "Rows"
+
     data: str | None = option(
         "Directory of data sets (default: the environment's TRIMTAB_DATA).", None, record=False
     )
@@ -145,6 +147,8 @@ def _refuse_below_one(rows: ValidationRows, parts: dict[str, str]) -> None:
 class Choosing:
     """What makes one setting better than another."""
 
+    heading = "Choosing"
+
     protocol: Protocol = option("trimtab, or paper, which follows the authors.", "trimtab")
     validation_task: str | None = option(
         "Another task whose rows stand in for the validation rows.", None, record=False
@@ -161,6 +165,8 @@ class Choosing:
 class Answering:
     """How a model answers the examples of a task."""
 
+    heading = "Answering"
+
     seed: int = option("For whatever is drawn.", 0, least=0)
     batch_size: int = option("Prompts that are answered at once.", 16)
     max_new_tokens: int | None = option("Tokens of an answer (default: the task's).", None)
@@ -169,6 +175,8 @@ class Answering:
 @dataclass(frozen=True, kw_only=True)
 class FitOn:
     """What methods are fitted on."""
+
+    heading = "Fitting"
 
     contrast: Any = option(
         "What to fit on (default: the task's train rows).",
@@ -187,6 +195,8 @@ class FitOn:
 @dataclass(frozen=True, kw_only=True)
 class Search:
     """How the settings of a method are searched."""
+
+    heading = "Search"
 
     search: Literal["grid", "tpe", "halving"] = option(
         "grid; tpe (draws --trials settings); halving (stops poor ones early).", "grid"
@@ -208,6 +218,8 @@ class Search:
 class Comparing:
     """What methods are compared by."""
 
+    heading = "Comparing"
+
     trials: int = option("Trials of each method, at most.", 20)
     kl: float | None = option("Compare once more at an equal budget of so many nats.", None)
     capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
@@ -218,6 +230,8 @@ class Comparing:
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """Which rows of the tasks are evaluated."""
+
+    heading = "Rows"
 
     data: str | None = option(
         "Directory of data sets (default: the environment's TRIMTAB_DATA).", None, record=False
@@ -240,6 +254,8 @@ class Evaluated:
 class Harness:
     """How tasks of lm-eval are asked."""
 
+    heading = "lm-eval"
+
     few_shot: int | None = option("Examples in lm-eval's prompts.", None, record=False)
     chat: bool = option("lm-eval's prompts through the chat template.", False, record=False)
     task_files: Sequence[str | Path] = option(
@@ -250,6 +266,8 @@ class Harness:
 @dataclass(frozen=True, kw_only=True)
 class Keep:
     """Where a run is kept."""
+
+    heading = "Run"
 
     output: Path | str | None = option(
         "Run directory; interrupted runs go on there.",
@@ -276,6 +294,8 @@ class Tracing:
 class Bounds:
     """How far the next token's distribution may go in the sweet spot: KL in nats, and entropy as a
     share of the unsteered one."""
+
+    heading = "Curves"
 
     max_kl: float = option("KL in the sweet spot, nats.", 1.0)
     min_entropy: float = option("Entropy in the sweet spot, as a share of the unsteered.", 0.5)

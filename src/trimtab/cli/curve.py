@@ -46,6 +46,8 @@ Span = tuple[float, float]
 class Turned:
     """The steering that is turned."""
 
+    heading = "Steerings"
+
     steer: Sequence[str] = option(
         "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
     )
@@ -55,6 +57,8 @@ class Turned:
 @dataclass(frozen=True, kw_only=True)
 class Traced:
     """What of the next token is followed over the dial, and how closely."""
+
+    heading = "Curves"
 
     span: str | None = option(
         "LOW:HIGH of the dial (default: its own range).", None, flag="--range"
@@ -75,6 +79,8 @@ class Traced:
 @dataclass(frozen=True, kw_only=True)
 class Refitted:
     """What is fitted anew."""
+
+    heading = "Curves"
 
     contrast: str | None = option(
         "The steering's contrast: log-odds of tokens, --resamples, --layers.", None
@@ -100,6 +106,8 @@ class Refitted:
 class Cost:
     """What plain text costs over the dial."""
 
+    heading = "Cross-entropy"
+
     ce: bool = option("Cross-entropy of plain text too.", False, flag="--ce")
     ce_text: Path | None = option("Text for it: plain, or JSONL with `text`.", None)
     ce_tokens: int = option("So many tokens of it.", 4096)
@@ -121,6 +129,8 @@ class Cost:
 @dataclass(frozen=True, kw_only=True)
 class Concept:
     """How often completions show a concept over the dial."""
+
+    heading = "Concept"
 
     concept: str | None = option("Sample completions and judge whether they show this.", None)
     words: str | None = option("Words that show it, for a judge by words: dear,formal*.", None)
@@ -180,6 +190,8 @@ class Concept:
 @dataclass(frozen=True, kw_only=True)
 class OnTask:
     """A task's metric over the dial."""
+
+    heading = "Task"
 
     task: str | None = option("Accuracy of a task over the dial.", None, flag=("--task", "-t"))
     task_points: int = option("Dials at which the task is evaluated.", 9)

@@ -42,6 +42,8 @@ Listed = Annotated[bool, Parameter(name="--list", help="List the tasks and stop.
 class Steered:
     """Under what the tasks are evaluated."""
 
+    heading = "Steerings"
+
     steer: Sequence[str] = option(
         "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
     )
@@ -55,6 +57,8 @@ class Steered:
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What is printed."""
+
+    heading = "Output"
 
     show: Literal["flips"] | None = option("flips: print the examples whose rating changed.", None)
     as_json: bool = option("Print one JSON object on standard output.", False, flag="--json")

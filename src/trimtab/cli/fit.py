@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class Fitting:
     """What methods are fitted on."""
 
+    heading = "Fitting"
+
     contrast: str = option(
         "A .jsonl or .csv file, builtin:NAME, task:NAME or answers:FILE.",
         flag=("--contrast", "-c"),

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class Decoding:
     """How tokens are chosen."""
 
+    heading = "Decoding"
+
     max_new_tokens: int = option("Longest continuation.", 64)
     temperature: float = option("0 is greedy.", 0.0)
     top_k: int = option("Sample among the k most likely (0: all).", 0)

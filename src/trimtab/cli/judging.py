@@ -34,6 +34,8 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 class Judges:
     """Who judges texts."""
 
+    heading = "Judges"
+
     toxicity: str = option("Toxicity scorer: offline, detoxify, or a URL.", "offline")
     judge: Sequence[str] = option(
         "Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat model) "

@@ -20,44 +20,33 @@ from cyclopts import Group, Parameter, convert, validators
 from trimtab.cli.values import kinds_of, list_in, read_list, read_value, words_of
 from trimtab.errors import TrimtabError
 
-#: The heading of each group of options, in the order of a page of help.
-HEADINGS = {
-    "Method": "Method",
-    "FitOn": "Fitting",
-    "Fitting": "Fitting",
-    "Brought": "Rows",
-    "Steered": "Steerings",
-    "ValidationRows": "Rows",
-    "Rows": "Rows",
-    "Evaluated": "Rows",
-    "Choosing": "Choosing",
-    "Search": "Search",
-    "Searching": "Search",
-    "Comparing": "Comparing",
-    "Place": "Units",
-    "Combined": "Units",
-    "Scales": "Strengths",
-    "Circle": "Circle",
-    "Answering": "Answering",
-    "Prompting": "Prompts",
-    "Decoding": "Decoding",
-    "Judges": "Judges",
-    "Harness": "lm-eval",
-    "Turned": "Steerings",
-    "Traced": "Curves",
-    "Refitted": "Curves",
-    "Bounds": "Curves",
-    "Cost": "Cross-entropy",
-    "Concept": "Concept",
-    "OnTask": "Task",
-    "Writing": "Texts",
-    "Allowed": "Budget",
-    "Opened": "Model",
-    "OpenedIfNamed": "Model",
-    "OpenedOnCpu": "Model",
-    "Keep": "Run",
-    "Shown": "Output",
-}
+#: The headings of groups of options, in the order of a page of help; each group names its own.
+HEADINGS = (
+    "Method",
+    "Fitting",
+    "Rows",
+    "Steerings",
+    "Choosing",
+    "Search",
+    "Comparing",
+    "Units",
+    "Strengths",
+    "Circle",
+    "Answering",
+    "Prompts",
+    "Decoding",
+    "Judges",
+    "lm-eval",
+    "Curves",
+    "Cross-entropy",
+    "Concept",
+    "Task",
+    "Texts",
+    "Budget",
+    "Model",
+    "Run",
+    "Output",
+)
 
 
 def strict(kind: Any, tokens: Any) -> Any:
@@ -144,14 +133,10 @@ def _group(kind: Any, default: Any) -> Any:
         made.append((item.name, hint, dataclasses.field(**about, metadata=item.metadata)))
     new = dataclasses.make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
     new.__module__ = kind.__module__  # cyclopts looks there for what a type is
-    if kind.__name__ not in HEADINGS:  # a group of groups, each under its own
+    if not hasattr(kind, "heading"):  # a group of groups, each under its own
         return Annotated[new, Parameter(name="*")]
-    return Annotated[new, Parameter(name="*", group=_heading(kind.__name__))]
-
-
-def _heading(name: str) -> Group:
-    order = list(dict.fromkeys(HEADINGS.values()))
-    return Group(HEADINGS[name], sort_key=order.index(HEADINGS[name]))
+    group = Group(kind.heading, sort_key=HEADINGS.index(kind.heading))
+    return Annotated[new, Parameter(name="*", group=group)]
 
 
 def _option(hint: Any, about: Any) -> Any:
@@ -216,7 +201,9 @@ def method_options(method: type, as_text: bool = False) -> Any:
             hint = method_option(hints[item.name], words)
             about = dataclasses.field(default=item.default)
         made.append((item.name, hint, about))
-    options = dataclasses.make_dataclass("Method", made, kw_only=True, frozen=True)
+    options = dataclasses.make_dataclass(
+        "Method", made, namespace={"heading": "Method"}, kw_only=True, frozen=True
+    )
     options.__module__ = method.__module__
     return options
 

@@ -48,6 +48,8 @@ Force = Annotated[
 class Opened:
     """Which model, and how it is held in memory."""
 
+    heading = "Model"
+
     model: str = option(
         "A pack, a directory, a .gguf file or a hub id. Python code that comes with it runs only "
         "with `--trust-remote-code`.",
@@ -76,6 +78,8 @@ class OpenedOnCpu(Opened):
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
     """Where prompts come from, and whether they are put as a user's message."""
+
+    heading = "Prompts"
 
     file: Path | None = option(
         "File of prompts: text lines, or JSONL with `prompt`.", None, flag="--prompts"

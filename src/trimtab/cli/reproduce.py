@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Brought:
     """What a recipe wants the user to bring."""
 
+    heading = "Rows"
+
     prompts: str | None = option("File of prompts, where a recipe runs on yours.", None)
     contrast: str | None = option("Contrast, where a recipe runs on yours.", None)
 

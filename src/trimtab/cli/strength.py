@@ -43,6 +43,8 @@ def commands(app: App) -> None:
 class Allowed:
     """How much a steering may change."""
 
+    heading = "Budget"
+
     kl: Sequence[float] = option(
         "Nats of KL(unsteered || steered) to allow; repeat with --save.", (), repeats=True
     )
@@ -172,6 +174,8 @@ def theory(
 @dataclass(frozen=True, kw_only=True)
 class Writing:
     """What texts are written, and by whom."""
+
+    heading = "Texts"
 
     concept: str = option("joy, optimistic, or any word of yours.")
     negatives: str = option("empty: the model's own text from nothing; or contrastive.", "empty")

@@ -40,6 +40,8 @@ _WEIGHED = {"heads": "attn_out", "ffn_in": "ffn_out"}
 class Scales:
     """How much units are scaled, and how much of what comes of it is shown."""
 
+    heading = "Strengths"
+
     strengths: Sequence[float] = option("Strengths, as in -10,1,10.", STRENGTHS)
     top: int = option("How many of the highest are shown.", 5)
     far: float = option("The strength that stands for the limit.", FAR)

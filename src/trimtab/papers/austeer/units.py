@@ -44,6 +44,8 @@ Gamma = Literal["austeer", "same"]
 class Place:
     """Where the units are."""
 
+    heading = "Units"
+
     site: str = option("A kind of site: ffn_out, heads, ffn_in, resid ...", "ffn_out")
     layer: int | None = option("A block, from 0.", None)
     head: int | None = option("An attention head of the block, from 0.", None)
@@ -52,6 +54,8 @@ class Place:
 @dataclass(frozen=True, kw_only=True)
 class Combined:
     """How many units are steered together."""
+
+    heading = "Units"
 
     positives: int = option("Beneficial units that are combined.", 4)
     negatives: int = option("Harmful units that are combined.", 2)

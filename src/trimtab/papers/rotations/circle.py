@@ -27,6 +27,8 @@ COST = "plain_text_cost"
 class Circle:
     """How steerings are turned, and what else is measured at each angle."""
 
+    heading = "Circle"
+
     step: float = option("Degrees from one angle to the next; 10 in the paper.", 30.0)
     cost: bool = option("Measure what plain text costs, in nats per token.", True)
     whole_blocks: bool = option("SS steers a block only if all of its norms discriminate.", True)
