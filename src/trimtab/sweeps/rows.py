@@ -39,6 +39,7 @@ from trimtab.figures import (
     Result,
     bare_name,
     estimate_of,
+    metric_of,
     paired_difference,
 )
 from trimtab.model import LanguageModel
@@ -52,18 +53,6 @@ FINE = "log_odds"
 #: Values of each metric, row by row; NaN where an answer was not clear.
 Values = Mapping[str, Tensor]
 T = TypeVar("T")
-#: Metrics of which less is better, unless the user says otherwise.
-LOW = frozenset(
-    (
-        "attack_success",
-        "cross_entropy",
-        "perplexity",
-        "self_perplexity",
-        "toxicity",
-        "over_refusal",
-        "repetition_4gram",
-    )
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +333,7 @@ class TaskRows:
 
 def more_is_better(metric: str) -> bool:
     """Whether more of a metric is better."""
-    return bare(metric) not in LOW
+    return metric_of(metric).better == "more"
 
 
 def choose(tried: Iterable[T], value: Callable[[T], float | None], maximise: bool) -> T | None:
@@ -417,11 +406,6 @@ def _choices(language_model: LanguageModel, job: Any, part: Part) -> list[Readin
         targets = (right.targets or ()) + (wrong.targets or ())
         readings.append(Reading(right.tokens, last * 2, len(tokens), targets))
     return readings
-
-
-def bare(metric: str) -> str:
-    """A metric's name without the brackets, in which it may say whose it is."""
-    return metric.partition(" (")[0]
 
 
 def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:

@@ -28,8 +28,6 @@ from trimtab.reports import (
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.space import Range, shown
 
-_UNITS = {"log_odds": "nats", "cross_entropy": "nats per token"}
-
 
 def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     """The page of a sweep; its pictures are also saved beside it."""
