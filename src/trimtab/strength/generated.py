@@ -284,7 +284,8 @@ def _check_number(side: _Side, found: int, count: int) -> None:
     hint = "raise temperature or max_new_tokens, or ask for fewer (count)"
     if not found:
         raise TrimtabError(f"{what}: {hint}")
-    warnings.warn(f"only {what}: {hint}", TrimtabWarning, stacklevel=3)
+    # Past generate_contrast and what `flat` makes of it, to who called it.
+    warnings.warn(f"only {what}: {hint}", TrimtabWarning, stacklevel=4)
 
 
 # -- unfinished work --------------------------------------------------------------------------
