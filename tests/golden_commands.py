@@ -27,6 +27,7 @@ import trimtab as tt
 from helpers import add, steer
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
+from trimtab.cli.common import console
 
 WORDS = ("glad", "calm", "kind", "warm", "fine", "good", "nice", "bright", "gentle", "happy")
 PEOPLE, THINGS = ("king", "mother", "captain", "daughter"), ("ship", "map", "table")
@@ -437,6 +438,7 @@ def inside(room: Path) -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.setenv("TRIMTAB_CACHE", str(room.parent / "cache"))
         patch.setenv("COLUMNS", "150")
+        patch.setattr(console, "_width", 150)  # it may be as old as another COLUMNS
         patch.setattr(Figure, "savefig", _undrawn)
         patch.chdir(room)
         yield
