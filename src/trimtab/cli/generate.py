@@ -20,6 +20,7 @@ from trimtab.cli.common import (
     read_steerings,
 )
 from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
+from trimtab.cli.values import flag_of
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import option
 from trimtab.terminal import write_text
@@ -130,7 +131,7 @@ def read_options(given: Sequence[str]) -> dict[str, Any]:
             options[name] = value
     own = next((name for name in options if name in _own_options()), None)
     if own:
-        raise TrimtabError(f"--option {own}: it is an option by itself, {_flag(own)}")
+        raise TrimtabError(f"--option {own}: it is an option by itself, {flag_of(own)}")
     return options
 
 
@@ -140,10 +141,6 @@ def _own_options() -> set[str]:
 
     named = inspect.signature(LanguageModel.generate).parameters
     return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options"}
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:

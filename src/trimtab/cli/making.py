@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, convert, validators
 
-from trimtab.cli.values import kinds_of, list_in, read_list, read_value, words_of
+from trimtab.cli.values import flag_of, kinds_of, list_in, read_list, read_value, words_of
 from trimtab.errors import TrimtabError
 
 #: The headings of groups of options, in the order of a page of help; each group names its own.
@@ -194,7 +194,7 @@ def method_options(method: type, as_text: bool = False) -> Any:
         words = item.metadata.get("help")
         if as_text:
             hint = Annotated[
-                str | None, Parameter(help=words, name=_flag(item.name), metavar="VALUES")
+                str | None, Parameter(help=words, name=flag_of(item.name), metavar="VALUES")
             ]
             about = dataclasses.field(default=None)
         else:
@@ -236,10 +236,6 @@ def argument_option(hint: Any, words: str | None) -> Any:
     item = typing.get_args(several)[0]
     reading = _one_text(lambda name, text: read_list(name, text, item))
     return Annotated[hint, Parameter(help=words, metavar="VALUES", **reading)]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # -- pages that are not asked for -----------------------------------------------------------------

@@ -20,6 +20,11 @@ _SWITCHES = {"yes": True, "true": True, "1": True, "no": False, "false": False, 
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 
 
+def flag_of(name: str) -> str:
+    """How a field or an argument is written as an option: max_cost as --max-cost."""
+    return f"--{name.replace('_', '-')}"
+
+
 def kinds_of(hint: Any) -> tuple[Any, ...]:
     """The types that a hint allows."""
     return typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
