@@ -14,8 +14,8 @@ import trimtab as tt
 from helpers import add, few_quick, language_model, refused_in_one_line, steer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.reports.run import Run
+from trimtab.sweeps.storage import open_storage
 from trimtab.sweeps.sweep_method import sweep
-from trimtab.sweeps.trials import open_storage
 
 SECRET = "s3cr3t"
 

@@ -18,7 +18,8 @@ from helpers import refused_in_one_line
 from postgres import postgres
 from trimtab.sweeps import trials as searching
 from trimtab.sweeps.space import Range
-from trimtab.sweeps.trials import Trials, open_storage, plan, rungs
+from trimtab.sweeps.storage import open_storage
+from trimtab.sweeps.trials import Trials, plan, rungs
 
 SPACE = {"k": (1, 2, 4), "site": ("ffn_out", "heads"), "layers": ((0, 1), (2,))}
 

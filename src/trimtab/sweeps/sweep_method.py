@@ -30,7 +30,8 @@ from trimtab.sweeps.space import (
     plain,
     tidy,
 )
-from trimtab.sweeps.trials import import_optuna, open_storage, plan
+from trimtab.sweeps.storage import import_optuna, open_storage
+from trimtab.sweeps.trials import plan
 from trimtab.sweeps.worker import try_settings
 
 

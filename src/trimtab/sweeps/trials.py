@@ -15,24 +15,23 @@ import contextlib
 import json
 import os
 import socket
-import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab.errors import TrimtabError
 from trimtab.files import checksum
 from trimtab.reports import Finite
 from trimtab.sweeps.space import Params, Range, Space, grid, plain, shown
+from trimtab.sweeps.storage import DAMAGES, import_optuna, one_by_one, open_storage, storage_name
 
 Search = Literal["grid", "tpe", "halving"]
 
@@ -40,8 +39,6 @@ Search = Literal["grid", "tpe", "halving"]
 _BEAT, _DEAD = 15, 90
 #: Rungs of successive halving keep one trial in so many.
 REDUCTION = 3
-#: What reading a damaged study raises, in Optuna and in SQLAlchemy's conversions.
-_DAMAGES = (LookupError, TypeError, ValueError, AttributeError, AssertionError)
 #: Trials that are drawn where nobody says how many.
 _DRAWN = 50
 
@@ -117,7 +114,7 @@ class Trials:
                     load_if_exists=True,
                 )
                 self._check()
-            except (*_DAMAGES, RecursionError) as error:
+            except (*DAMAGES, RecursionError) as error:
                 self._refuse(type(error).__name__)
 
     @contextlib.contextmanager
@@ -130,7 +127,7 @@ class Trials:
         except (self._optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
             reason = type(error.__cause__ or error).__name__
             raise TrimtabError(
-                f"the storage {_where(self._database)} does not answer ({reason}): what was "
+                f"the storage {storage_name(self._database)} does not answer ({reason}): what was "
                 "finished is kept, start the same again to go on"
             ) from error
 
@@ -193,7 +190,7 @@ class Trials:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise TrimtabError(
-            f"the study in {_where(self._database)} is damaged: {reason}; choose another "
+            f"the study in {storage_name(self._database)} is damaged: {reason}; choose another "
             "directory, or pass --overwrite"
         )
 
@@ -201,7 +198,7 @@ class Trials:
 
     def claim(self) -> Claimed | None:
         """A trial that nobody else has, or None where none is left to claim."""
-        with _one_by_one(self._database):
+        with one_by_one(self._database):
             while True:
                 counting = self._counting()
                 free = next((n for n in range(len(self.plan)) if n not in counting), None)
@@ -419,102 +416,6 @@ def rungs(rows: int, first: int) -> Sequence[int]:
     while found[-1] < rows:
         found.append(min(found[-1] * REDUCTION, rows))
     return found
-
-
-# -- the storage ----------------------------------------------------------------------------------
-
-
-def import_optuna() -> Any:
-    """Optuna, quiet; it is an extra."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise TrimtabError("a sweep needs optuna: pip install 'trimtab[sweep]'") from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
-
-
-def open_storage(storage: Any) -> Any:
-    """An Optuna storage: of a URL, in the SQLite file of a path, or in memory (None)."""
-    optuna = import_optuna()
-    if storage is None:
-        return optuna.storages.InMemoryStorage()
-    if not isinstance(storage, str | Path):
-        return storage
-    from sqlalchemy.exc import IntegrityError, SQLAlchemyError
-
-    text = str(storage)
-    file = None if "://" in text else Path(text).absolute()
-    # Workers on one SQLite file wait for each other.
-    options: dict[str, Any] = {}
-    if file is not None:  # by its name and not in a URL, in which some characters mean something
-        url = "sqlite:///study.db"
-        options = {"creator": partial(sqlite3.connect, file, timeout=60, check_same_thread=False)}
-    else:
-        url = text.replace("{", "{{").replace("}", "}}")  # else Optuna would fill them in
-        if url.startswith("sqlite"):
-            options = {"connect_args": {"timeout": 60}}
-    for again in range(20):
-        try:
-            opened = optuna.storages.RDBStorage(url, engine_kwargs=options)
-            opened.url = text
-            return opened
-        except (SQLAlchemyError, ImportError, RuntimeError, *_DAMAGES) as error:
-            # Of workers that make the tables at the same time one is first.
-            if again < 19 and (isinstance(error, IntegrityError) or "already exists" in str(error)):
-                time.sleep(0.1)
-                continue
-            raise TrimtabError(
-                f"cannot open the storage {_without_password(text)}{_reason(error, text)}"
-            ) from error
-    raise AssertionError
-
-
-def _reason(error: Exception, url: str) -> str:
-    """What a database says, if it cannot hold the password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    if "://" not in url:
-        return f": {error.__cause__ or error}".strip().splitlines()[0]
-    try:
-        secrets = [make_url(url).password, *make_url(url).query.values()]
-    except (ArgumentError, ValueError):
-        return ": write it as in sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
-    lines = str(error.__cause__ or error).strip().splitlines()
-    first = lines[0] if lines else type(error).__name__
-    if any(str(secret) in first for secret in secrets if secret):
-        return f": {type(error).__name__}"
-    return f": {first}"
-
-
-def _where(database: Any) -> str:
-    """A storage for messages."""
-    return _without_password(str(getattr(database, "url", "memory")))
-
-
-def _without_password(url: str) -> str:
-    """A URL for messages: who and where, and nothing that could be secret; a path as it is."""
-    if "://" not in url:
-        return url
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(url).set(query={}).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        return f"{url.partition('://')[0]}://..."
-
-
-def _one_by_one(database: Any) -> contextlib.AbstractContextManager[Any]:
-    """The lock in the directory of an SQLite file, as runs have it; others lock their own rows."""
-    from sqlalchemy.engine import make_url
-
-    url = str(getattr(database, "url", ""))
-    file = url if "://" not in url else (make_url(url).database if "sqlite" in url else None)
-    if not file or file == ":memory:":
-        return contextlib.nullcontext()
-    return FileLock(Path(file).parent / ".lock")
 
 
 # -- workers --------------------------------------------------------------------------------------
