@@ -60,9 +60,18 @@ def found_by(
 
 
 @contextmanager
-def hand_hooked(model: Any, op: Any, positions: Positions, prompt: int) -> Iterator[None]:
-    """The operator at block 1's output, at some tokens of one text."""
-    change = by_hand(op)
+def hand_hooked(
+    model: Any,
+    op: Any,
+    positions: Positions = "all",
+    prompt: int = 10**6,
+    dial: float = 1.0,
+) -> Iterator[None]:
+    """The operator at block 1's output on some tokens of a single text, by a plain hook.
+
+    `prompt` is how many tokens of the text are its prompt.
+    """
+    change = by_hand(op, dial)
     first = {"all": 0, "prompt": 0, "generated": prompt, "last": prompt - 1}[positions]
     stop = prompt if positions == "prompt" else 10**6
 

@@ -166,32 +166,33 @@ def test_old_steerings_say_and_do_the_same(name: str, room: Path, printed: dict[
     _same_as_then(STEERED[name], printed[name])
 
 
+def _gone_on(part: str, name: str, room: Path, printed: dict[str, Any]) -> tuple[Any, Any, int]:
+    """A copy of an old run, whole or half, on which its command goes on: the records before and
+    after it, and how often the model ran."""
+    copy = room / part / name
+    shutil.copytree(OLD / part / name, copy)
+    before, passes = _records(copy), Passes()
+    assert before
+    with passes.counted():
+        _same_as_then(f"{COMMANDS[name]} -o {part}/{name} --json", printed[name])
+    return before, _records(copy), passes.count
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_old_finished_run_is_read_and_not_run_again(
     name: str, room: Path, printed: dict[str, Any]
 ) -> None:
-    copy = room / "whole" / name
-    shutil.copytree(OLD / "whole" / name, copy)
-    before, passes = _records(copy), Passes()
-    assert before
-    with passes.counted():
-        _same_as_then(f"{COMMANDS[name]} -o whole/{name} --json", printed[name])
-    assert passes.count <= printed[name]["again"]
-    assert _records(copy) == before
+    before, after, passes = _gone_on("whole", name, room, printed)
+    assert passes <= printed[name]["again"]
+    assert after == before
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_old_interrupted_run_goes_on_to_the_same_end(
     name: str, room: Path, printed: dict[str, Any]
 ) -> None:
-    copy = room / "half" / name
-    shutil.copytree(OLD / "half" / name, copy)
-    before, passes = _records(copy), Passes()
-    assert before
-    with passes.counted():
-        _same_as_then(f"{COMMANDS[name]} -o half/{name} --json", printed[name])
-    assert passes.count < printed[name]["passes"]
-    after = _records(copy)
+    before, after, passes = _gone_on("half", name, room, printed)
+    assert passes < printed[name]["passes"]
     assert after.keys() == _records(OLD / "whole" / name).keys()
     for file, content in before.items():  # what was there is kept as it was
         assert after[file].startswith(content), file

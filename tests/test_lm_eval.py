@@ -4,15 +4,13 @@ model, steered ones those of a plain loop."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import processors
-from torch import Tensor
 
 import trimtab as tt
 from harness_models import (
@@ -32,7 +30,6 @@ from harness_models import (
     written,
 )
 from helpers import (
-    by_hand,
     language_model,
     operator,
     plain_logits,
@@ -40,6 +37,7 @@ from helpers import (
     steer,
     token_ids,
 )
+from readings import hand_hooked
 from tiny import tiny_tokenizer
 from trimtab.evaluation.harness.model import TrimtabLM
 from trimtab.steering import POSITIONS, Positions
@@ -229,23 +227,6 @@ def test_what_is_sampled_several_times_differs(lm: tt.LanguageModel) -> None:
 # -- steered: a plain loop ---------------------------------------------------------------------
 
 
-@contextmanager
-def hand_hooked(model: Any, op: Any, positions: Positions, prompt: int) -> Iterator[None]:
-    """The operator at block 1's output of one unpadded text, whose prompt has so many tokens."""
-    change = by_hand(op, 1.5)
-    first = {"all": 0, "prompt": 0, "generated": prompt, "last": prompt - 1}[positions]
-    stop = prompt if positions == "prompt" else 10**6
-
-    def hook(module: Any, args: Any, x: Tensor) -> Tensor:
-        return torch.cat((x[:, :first], change(x[:, first:stop]), x[:, stop:]), dim=1)
-
-    handle = model.model.layers[1].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def steered_by_hand(
     lm: tt.LanguageModel, op: Any, positions: Positions, pairs: Sequence[tuple[str, str]]
 ) -> list[tuple[float, bool]]:
@@ -254,7 +235,7 @@ def steered_by_hand(
     for context, continuation in pairs:
         prompt = len(token_ids(context))
         ids = token_ids(context + continuation)
-        with hand_hooked(lm.model, op, positions, prompt):
+        with hand_hooked(lm.model, op, positions, prompt, dial=1.5):
             logits = plain_logits(lm.model, ids[:-1])[prompt - 1 :]
         target = torch.tensor(ids[prompt:])
         log_p = logits.double().log_softmax(-1).gather(-1, target[:, None])

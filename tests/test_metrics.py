@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,8 @@ from tokenizers import processors
 from torch import Tensor
 
 import trimtab as tt
-from helpers import add, by_hand, language_model, operator, plain_logits, steer, token_ids
+from helpers import add, language_model, operator, plain_logits, steer, token_ids
+from readings import hand_hooked
 from tiny import TINY, tiny_tokenizer
 from trimtab.contrasts import Text
 from trimtab.figures.intervals import Estimate, mean_interval
@@ -57,29 +56,6 @@ def shared(*texts: list[int]) -> int:
     while all(length < len(ids) and ids[length] == texts[0][length] for ids in texts):
         length += 1
     return length
-
-
-@contextmanager
-def hand_hooked(
-    model: Any, op: Any, positions: Positions = "all", prompt: int = 10**6
-) -> Iterator[None]:
-    """The operator at block 1's output on some tokens of a single text, by a plain hook.
-
-    `prompt` is how many tokens of the text are its prompt.
-    """
-    change = by_hand(op)
-    first = {"all": 0, "prompt": 0, "generated": prompt, "last": prompt - 1}[positions]
-    stop = prompt if positions == "prompt" else 10**6
-
-    def hook(module: Any, args: Any, x: Tensor) -> Tensor:
-        return torch.cat((x[:, :first], change(x[:, first:stop]), x[:, stop:]), dim=1)
-
-    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    handle = blocks[1].register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def odds_by_hand(
