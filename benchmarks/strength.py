@@ -19,7 +19,7 @@ from clock import Contender, Report, Times, interleaved, ratio
 from torch import Tensor
 
 import trimtab as tt
-from trimtab.sweeps.effect import plain_texts
+from trimtab.reading import plain_texts
 
 MODEL = "smollm2-135m-instruct"
 POINTS = 1025

@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 
 import trimtab as tt
 from trimtab.fitting.method import Method
-from trimtab.sweeps.effect import Effect, plain_texts
+from trimtab.reading import plain_texts
+from trimtab.sweeps.effect import Effect
 
 #: The first model's steerings in one colour, the second's in another (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73")

@@ -21,7 +21,8 @@ from cyclopts import Parameter, run
 import trimtab as tt
 from trimtab.figures.intervals import Estimate, mean_interval
 from trimtab.fitting.method import Method
-from trimtab.sweeps.effect import Effect, Trial, plain_texts
+from trimtab.reading import plain_texts
+from trimtab.sweeps.effect import Effect, Trial
 
 COST_LIMIT = 0.1
 VALIDATION_TEXTS = 6

@@ -27,9 +27,10 @@ from helpers import (
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.anatomy.hooks import is_hooked
+from trimtab.dials import budgets
+from trimtab.dials.budgets import Budget, Solution, _of_set, _run, _Search
 from trimtab.steering.operators import Add
-from trimtab.strength import budget, budgets, calibrate, within
-from trimtab.strength.budgets import Budget, Solution, _of_set, _run, _Search
+from trimtab.strength import budget, calibrate, within
 
 #: For tests that leave the model as it is.
 shared = cache(language_model)

@@ -121,8 +121,8 @@ def test_p_are_corrected_for_their_number(compared: tuple[Comparison, Path]) -> 
 def test_side_effects(compared: tuple[Comparison, Path]) -> None:
     found, _ = compared
     lm = language_model("llama")
+    from trimtab.reading import plain_texts
     from trimtab.reading.likelihood import cross_entropy
-    from trimtab.sweeps.effect import plain_texts
 
     for row in found.rows:
         assert row.sweep is not None

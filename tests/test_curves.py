@@ -26,10 +26,10 @@ from helpers import (
     token_ids,
 )
 from tiny import tiny_tokenizer
+from trimtab.dials.turning import Turning
 from trimtab.steering.operators import Add, Rotate, Turn
 from trimtab.strength import Curve, curve, resampled, token_log_odds
 from trimtab.strength.curves import at_layers, method_of
-from trimtab.strength.turning import Turning
 
 ALL = list(range(len(tiny_tokenizer())))
 

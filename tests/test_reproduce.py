@@ -33,7 +33,7 @@ from trimtab.papers.recipe import (
 from trimtab.papers.reproduction import Reproduction, beside_paper, reproduce
 from trimtab.papers.result import contrast_of
 from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, find_study, run_study
-from trimtab.sweeps.effect import plain_texts
+from trimtab.reading import plain_texts
 from trimtab.sweeps.metering import Used
 
 NAMES = [recipe.name for recipe in recipes()]

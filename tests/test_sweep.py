@@ -19,7 +19,8 @@ import trimtab as tt
 from helpers import language_model, refused_in_one_line, write_pairs
 from postgres import postgres
 from trimtab.figures import METRICS, Metric
-from trimtab.sweeps.effect import Effect, plain_texts
+from trimtab.reading import plain_texts
+from trimtab.sweeps.effect import Effect
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Range

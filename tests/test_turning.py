@@ -23,10 +23,8 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.steering import Positions
-from trimtab.steering.operators import Ablate, Add, Rotate, Scale
-from trimtab.strength.budgets import variance
-from trimtab.strength.turning import (
+from trimtab.dials.budgets import variance
+from trimtab.dials.turning import (
     Turning,
     check_turns,
     dial_limits,
@@ -34,6 +32,8 @@ from trimtab.strength.turning import (
     entropy,
     idle_dial,
 )
+from trimtab.steering import Positions
+from trimtab.steering.operators import Ablate, Add, Rotate, Scale
 
 TEXTS = [token_ids(prompt) for prompt in PROMPTS]
 #: Of each operator some dials at which it does something, and the one at which it does nothing.

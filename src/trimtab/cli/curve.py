@@ -352,7 +352,7 @@ def _denser(spaced: list[float]) -> list[float]:
 
 def _plain(path: Path | None) -> list[str]:
     """Texts of a file: one plain text, or JSONL with `text`; without one our own paragraphs."""
-    from trimtab.sweeps import plain_texts
+    from trimtab.reading import plain_texts
 
     if path is None:
         return plain_texts()

@@ -24,9 +24,10 @@ from trimtab.files import write_whole
 from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
 from trimtab.model import LanguageModel, bake
+from trimtab.reading import plain_texts
 from trimtab.reports import units_and_effects
 from trimtab.steering import Steering
-from trimtab.sweeps import Effect, Trial, plain_texts
+from trimtab.sweeps import Effect, Trial
 
 CONTRAST = "formality"
 #: A setting is allowed when plain text gets no harder to predict than this, in nats per token.

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
+from trimtab.dials import measured
 from trimtab.errors import TrimtabError
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
@@ -37,6 +38,8 @@ class Method(ABC):
     name: ClassVar[str]
     #: The hyperparameter that is the steering's dial.
     dial: ClassVar[str] = "alpha"
+    #: Where the dial stands if it is neither given nor measured. None: the method's formula says.
+    unmeasured: ClassVar[float | None] = None
     #: Columns that the tables of its steerings always have, beside the one that numbers the units,
     #: heads or features it chose.
     columns: ClassVar[tuple[str, ...]] = ()
@@ -68,9 +71,23 @@ class Method(ABC):
         *,
         max_length: int | None = None,
         cache: str | Path | None = None,
+        measure: bool = True,
     ) -> Steering:
         """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
-        return fit([self], language_model, contrast, max_length=max_length, cache=cache)[0]
+        return fit(
+            [self], language_model, contrast, max_length=max_length, cache=cache, measure=measure
+        )[0]
+
+    @property
+    def at_default(self) -> float:
+        """Where the dial stands as it was given, or unmeasured."""
+        given = getattr(self, self.dial)
+        return float(self.unmeasured if given is None else given)  # type: ignore[arg-type]
+
+    @property
+    def asks_for_dial(self) -> bool:
+        """Whether the dial's default is to be measured."""
+        return self.unmeasured is not None and getattr(self, self.dial) is None
 
     @abstractmethod
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
@@ -90,6 +107,7 @@ def fit(
     *,
     max_length: int | None = None,
     cache: str | Path | None = None,
+    measure: bool = True,
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
@@ -97,10 +115,33 @@ def fit(
     something itself does so on the rows of part "validation". `max_length` is the longest text in
     tokens (default: what the model takes). `cache` names a directory that keeps what the model
     was run for: a pass that was interrupted goes on there, and a later one need not run again.
+
+    Each steering's dial is then measured on this model and contrast: its range, the dials of the
+    named strengths (`steering.at("clear")`), and, where the method was given no strength, its
+    default. `measure=False` leaves that out: the dial's default and range are then the method's
+    own numbers, which know neither the model nor the texts.
     """
     wants = [want for method in methods for want in method.wants(language_model, contrast)]
     statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
-    return [method.build(language_model, contrast, statistics) for method in methods]
+    steerings = [method.build(language_model, contrast, statistics) for method in methods]
+    if not measure:
+        return steerings
+    return [
+        _measured(method, language_model, contrast.train, steering)
+        for method, steering in zip(methods, steerings, strict=True)
+    ]
+
+
+def _measured(
+    method: Method, language_model: LanguageModel, contrast: Contrast, steering: Steering
+) -> Steering:
+    """The steering with its dial measured; warned about where the user's own dial is out of the
+    range that was found."""
+    if not steering.acts:
+        return steering
+    found = measured(language_model, steering, contrast, default=method.asks_for_dial)
+    found.warn_out_of_range()
+    return found
 
 
 def new_steering(

@@ -51,7 +51,9 @@ class ActAdd(Method):
         default=None,
         metadata={"help": "Block whose output is steered; negative from the end (default: 40%)."},
     )
-    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number | None = field(
+        default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
+    )
     pairs: OneOrMore = field(default=1, metadata={"help": "How many pairs, from the first on."})
     token: Token = field(
         default="mean",
@@ -60,6 +62,7 @@ class ActAdd(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "actadd"
+    unmeasured = 1.0
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -94,7 +97,7 @@ class ActAdd(Method):
         want = self._want(language_model.anatomy, contrast)
         vector = statistics[want].difference.float()
         interventions = [Intervention(want.site, Add(vector), self.positions)]
-        dial = Dial("alpha", self.alpha, (-20.0, 20.0))
+        dial = Dial("alpha", self.at_default, (-20.0, 20.0))
         return new_steering(self, language_model, contrast, interventions, dial)
 
     @classmethod

@@ -91,7 +91,9 @@ class AUSteer(Method):
         default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
     k: CountOrAll = field(default=16, metadata={"help": "How many units to steer, or all."})
-    alpha: Number = field(default=8.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number | None = field(
+        default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
+    )
     direction: Literal["paper", "signed"] = field(
         default="paper", metadata={"help": "Sign of gamma: paper, or signed by the unit's mean."}
     )
@@ -118,6 +120,7 @@ class AUSteer(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "austeer"
+    unmeasured = 8.0
     columns = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
 
     def check(self) -> None:
@@ -131,7 +134,7 @@ class AUSteer(Method):
                         "austeer: choose least shrinks units by one factor, 1 - alpha: leave "
                         f"{option} out"
                     )
-            if not 0 <= self.alpha <= 1:
+            if not 0 <= self.at_default <= 1:
                 raise TrimtabError(
                     "austeer: choose least multiplies by 1 - alpha: alpha must be 0 to 1, not "
                     f"{self.alpha:g}"
@@ -145,6 +148,15 @@ class AUSteer(Method):
             raise TrimtabError(f"austeer: clamp_sign is for scaling, not for change {self.change}")
         if self.strength == "fixed" and self.change == "vector":
             raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
+
+    @property
+    def at_default(self) -> float:
+        return 1.0 if self.choose == "least" and self.alpha is None else super().at_default
+
+    @property
+    def asks_for_dial(self) -> bool:
+        """Suppressed units have a dial of their own, the share that is taken away."""
+        return self.choose == "most" and super().asks_for_dial
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -206,7 +218,7 @@ class AUSteer(Method):
             "gain": gain[chosen].float(),
         }
         high = 1.0 if self.choose == "least" else 100.0
-        dial = Dial("alpha", self.alpha, (0.0, high))
+        dial = Dial("alpha", self.at_default, (0.0, high))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     def _score(self, r_pos: Tensor, r_neg: Tensor, difference: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ class CAA(Method):
             "validation: the one that does most on validation rows at alpha (default: 40%)."
         },
     )
-    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number | None = field(
+        default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
+    )
     token: Token = field(
         default="last",
         metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
@@ -70,6 +72,7 @@ class CAA(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "caa"
+    unmeasured = 1.0
 
     def check(self) -> None:
         if self.layer == ():
@@ -105,7 +108,7 @@ class CAA(Method):
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
-        dial = Dial("alpha", self.alpha, (-20.0, 20.0))
+        dial = Dial("alpha", self.at_default, (-20.0, 20.0))
         interventions = [
             Intervention(site, Add(self._vector(statistics, site)), self.positions)
             for site in self.sites(language_model.anatomy)
@@ -120,7 +123,9 @@ class CAA(Method):
             gain = preference(language_model, validation, steering) - base
             gains[intervention.site] = gain
         # A negative alpha is meant to lower the preference; of equal layers the lower one.
-        best = max(interventions, key=lambda each: math.copysign(1, self.alpha) * gains[each.site])
+        best = max(
+            interventions, key=lambda each: math.copysign(1, self.at_default) * gains[each.site]
+        )
         findings = {"site": best.site, "validation_gain": gains}
         return new_steering(self, language_model, contrast, [best], dial, findings=findings)
 

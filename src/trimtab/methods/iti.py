@@ -54,7 +54,9 @@ class ITI(Method):
     """ITI: move the attention heads that know which side a text is on."""
 
     k: Count = field(default=48, metadata={"help": "How many heads to steer (K)."})
-    alpha: Number = field(default=15.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number | None = field(
+        default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
+    )
     direction: Literal["mean", "probe"] = field(
         default="mean", metadata={"help": "theta: the mean difference, or the probe's weights."}
     )
@@ -66,6 +68,7 @@ class ITI(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "iti"
+    unmeasured = 15.0
     columns = ("layer", "head", "accuracy", "sigma")
 
     @classmethod
@@ -105,7 +108,7 @@ class ITI(Method):
             "accuracy": scores[chosen].float(),
             "sigma": torch.stack(deviations)[chosen].float(),
         }
-        dial = Dial("alpha", self.alpha, (-50.0, 50.0))
+        dial = Dial("alpha", self.at_default, (-50.0, 50.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     def _probes(

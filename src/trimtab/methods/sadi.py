@@ -60,13 +60,17 @@ class SADI(Method):
         default="head", metadata={"help": "What to scale: head, neuron, hidden or resid."}
     )
     k: Count = field(default=8, metadata={"help": "How many heads or units (K)."})
-    delta: Number = field(
-        default=1.0, metadata={"help": "Strength, the dial's default: activations times 1 + delta."}
+    delta: Number | None = field(
+        default=None,
+        metadata={
+            "help": "Strength, the dial's default: activations times 1 + delta (default: measured)."
+        },
     )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sadi"
     dial = "delta"
+    unmeasured = 1.0
     columns = ("layer", "score")
 
     @classmethod
@@ -123,7 +127,7 @@ class SADI(Method):
             "head" if heads else "unit": element,
             "score": score[ranked].float(),
         }
-        dial = Dial("delta", self.delta, (-1.0, 90.0))
+        dial = Dial("delta", self.at_default, (-1.0, 90.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables)
 
     @classmethod

@@ -59,7 +59,9 @@ class STA(Method):
 
     sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
     p: Share = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
-    alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
+    alpha: Number | None = field(
+        default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
+    )
     token: Token = field(
         default="answer",
         metadata={"help": "What stands for a text: answer, mean, last, or -2 and so on."},
@@ -67,6 +69,7 @@ class STA(Method):
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sta"
+    unmeasured = 1.0
     columns = ("feature", "amplitude", "frequency")
 
     def check(self) -> None:
@@ -110,7 +113,7 @@ class STA(Method):
             language_model,
             contrast,
             interventions,
-            Dial("alpha", self.alpha, (-20.0, 20.0)),
+            Dial("alpha", self.at_default, (-20.0, 20.0)),
             _table(features, amplitude, frequency, kept),
             {"autoencoder": features.name, "features": features.width, "kept": int(kept.sum())},
         )

@@ -1,6 +1,12 @@
 """A model over many texts, with nothing computed twice."""
 
-from trimtab.reading.likelihood import cross_entropy, log_odds, preference, side_readings
+from trimtab.reading.likelihood import (
+    cross_entropy,
+    log_odds,
+    plain_texts,
+    preference,
+    side_readings,
+)
 from trimtab.reading.packing import (
     Batch,
     Packed,

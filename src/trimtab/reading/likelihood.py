@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -155,3 +156,9 @@ def cross_entropy(
             nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in scored])
             advance(len(batch.rows))
     return nll, torch.tensor([len(reading.positions) for reading in readings])
+
+
+def plain_texts() -> list[str]:
+    """Paragraphs of plain English that come with trimtab."""
+    path = files("trimtab") / "data" / "plain.txt"
+    return path.read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
 """The artifact and its algebra: operators, interventions, one dial, calibration."""
 
 from trimtab.steering.artifact import Steering, Steerings, together
-from trimtab.steering.calibration import Calibration
+from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.document import refuse_other_file
 from trimtab.steering.operators import (
     Ablate,

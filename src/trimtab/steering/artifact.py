@@ -18,7 +18,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
-from trimtab.steering.calibration import Calibration
+from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.operators import to_tensors
 from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity
 
@@ -69,36 +69,45 @@ class Steering:
 
     def at(
         self,
-        value: float | None = None,
+        value: float | str | None = None,
         *,
         kl: float | None = None,
         side: Literal["positive", "negative"] = "positive",
         median: bool = False,
     ) -> Steering:
-        """The same steering with its dial turned to `value`.
+        """The same steering with its dial turned to `value`: a number, or a strength by its name.
 
-        Of a calibrated steering `kl` turns it as far as so many nats allow: 95 % of the prompts
-        that it was calibrated on stay within them, or with `median` half of them.
+        gentle, clear and strong change the next token by 0.1, 0.5 and 1 nats on half of the prompts
+        that the steering was calibrated on, as `fit` does; -clear is the same on the other side,
+        where that is calibrated. Of a calibrated steering `kl` turns it as far as so many nats
+        allow: 95 % of the prompts stay within them, or with `median` half of them.
         """
         if (value is None) is (kl is None):
             raise TrimtabError("at() takes a dial, or kl= and a budget in nats")
+        if isinstance(value, str):
+            kl, side, median = *_strength(value), True
+            value = None
         if value is None:
-            if self.calibration is None:
-                raise TrimtabError(
-                    f"this {shown(self.method)} steering is not calibrated, so it does not know "
-                    f"what {kl:g} nats allow: trimtab strength budget --save, or "
-                    "strength.calibrate()"
-                )
             assert kl is not None
-            value = self.calibration.dial(kl, side, median)
+            value = self._calibrated(kl).dial(kl, side, median)
         value = float(value)
         if not abs(value) <= LARGEST:
             raise TrimtabError(f"the dial {shown(self.dial.name)} cannot be {value}")
         turned = replace(self, value=value)
-        turned._warn_out_of_range()
+        turned.warn_out_of_range()
         return turned
 
-    def _warn_out_of_range(self) -> None:
+    def _calibrated(self, kl: float) -> Calibration:
+        if self.calibration is None:
+            raise TrimtabError(
+                f"this {shown(self.method)} steering is not calibrated, so it does not know "
+                f"what {kl:g} nats allow: trimtab strength budget --save, or "
+                "strength.calibrate()"
+            )
+        return self.calibration
+
+    def warn_out_of_range(self) -> None:
+        """Warn where the dial stands outside its sensible range."""
         low, high = self.dial.range
         if not low <= self.setting <= high:
             warnings.warn(
@@ -189,26 +198,37 @@ class Steering:
     def load(cls, path: str | Path) -> Steering:
         """Read and check a file that `save` wrote."""
         steering = cls(**document.read(Path(path)))
-        steering._warn_out_of_range()
+        steering.warn_out_of_range()
         return steering
 
     @classmethod
     def read(cls, argument: str) -> Steering:
-        """From `FILE`, `FILE@DIAL` or `FILE@kl=NATS`: what follows the last @ is the dial, unless
-        there is a file of that name."""
+        """From `FILE`, `FILE@DIAL`, `FILE@clear` or `FILE@kl=NATS`: what follows the last @ is the
+        dial, unless there is a file of that name."""
         path, at, value = argument.rpartition("@")
         if not at or exists(Path(argument)):
             return cls.load(argument)
+        if value.removeprefix("-") in STRENGTHS:
+            return cls(**document.read(Path(path))).at(value)
         number = value.removeprefix("kl=")
         try:
             dial = float(number)
         except ValueError as error:
             raise TrimtabError(
                 f"{shown(argument, 150)}: '{shown(number)}' is no number; write FILE@DIAL, as in "
-                "joy.safetensors@12, or FILE@kl=NATS"
+                f"joy.safetensors@12, FILE@kl=NATS, or a strength: {', '.join(STRENGTHS)}"
             ) from error
         steering = cls(**document.read(Path(path)))
         return steering.at(dial) if number == value else steering.at(kl=dial)
+
+
+def _strength(name: str) -> tuple[float, Literal["positive", "negative"]]:
+    """Nats and side of a named strength."""
+    if name.removeprefix("-") not in STRENGTHS:
+        raise TrimtabError(
+            f"{shown(name)} is no dial: give a number, or a strength: {', '.join(STRENGTHS)}"
+        )
+    return STRENGTHS[name.removeprefix("-")], "negative" if name.startswith("-") else "positive"
 
 
 class Steerings(tuple[Steering, ...]):

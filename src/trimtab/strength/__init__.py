@@ -3,6 +3,16 @@
 `trimtab.strength.theory.ufm` is the theory behind them.
 """
 
+from trimtab.dials import (
+    BUDGETS,
+    Budget,
+    PromptBudget,
+    Turning,
+    budget,
+    calibrate,
+    dial_limits,
+    divergence,
+)
 from trimtab.strength import theory
 from trimtab.strength.all_curves import (
     Beside,
@@ -14,7 +24,6 @@ from trimtab.strength.all_curves import (
     follow,
     spaced,
 )
-from trimtab.strength.budgets import BUDGETS, Budget, PromptBudget, budget, calibrate
 from trimtab.strength.concept import (
     ChatConceptJudge,
     ConceptCurve,
@@ -39,4 +48,3 @@ from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within
 from trimtab.strength.theory import ufm
-from trimtab.strength.turning import Turning, dial_limits, divergence

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trimtab.dials import check_turns, idle_dial
 from trimtab.errors import TrimtabError
 from trimtab.figures import weighted_interval
 from trimtab.model import LanguageModel, batches_by_length, turned
 from trimtab.reading import blocks_below, read_columns, run_lower, run_upper
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
-from trimtab.strength.turning import check_turns, idle_dial
 from trimtab.terminal import progress
 
 

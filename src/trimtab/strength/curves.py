@@ -18,6 +18,7 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from trimtab.contrasts import Contrast
+from trimtab.dials import Turning, divergence, entropy, idle_dial
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
@@ -25,7 +26,6 @@ from trimtab.model import LanguageModel, batches_by_length
 from trimtab.options import Tracing, flat
 from trimtab.reading import last_logits
 from trimtab.steering import Steering
-from trimtab.strength.turning import Turning, divergence, entropy, idle_dial
 from trimtab.terminal import progress
 
 #: KL and entropy may be off by this many nats, or this share of their size.

@@ -16,13 +16,13 @@ from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.special import expit
 from torch import Tensor
 
+from trimtab.dials import idle_dial
 from trimtab.errors import TrimtabError
 from trimtab.figures import weighted_interval
 from trimtab.options import Bounds
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve, TokenCurve
-from trimtab.strength.turning import idle_dial
 
 #: Cost is read as quadratic as far as it stays below this, in nats per token.
 _QUADRATIC = 0.5

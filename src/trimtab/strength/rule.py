@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trimtab.dials import dials_for
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
-from trimtab.strength.budgets import dials_for
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from trimtab.sweeps.compare_methods import Candidate, compare, default_candidate
 from trimtab.sweeps.comparison import Comparison
 from trimtab.sweeps.comparison_page import comparison_pictures
-from trimtab.sweeps.effect import Effect, Trial, plain_texts
+from trimtab.sweeps.effect import Effect, Trial
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 from torch import Tensor
 
@@ -60,9 +59,3 @@ class Effect:
             cost = self.cost(turned)
             gain = float(self.gains(turned).mean()) if cost <= limit else None
             yield Trial(turned, cost, gain)
-
-
-def plain_texts() -> list[str]:
-    """Paragraphs of plain English that come with trimtab."""
-    path = files("trimtab") / "data" / "plain.txt"
-    return path.read_text(encoding="utf-8").splitlines()

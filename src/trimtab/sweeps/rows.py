@@ -44,9 +44,8 @@ from trimtab.figures import (
 )
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
-from trimtab.reading import Reading, StreamCache, next_tokens, side_readings
+from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
 from trimtab.reports import Run
-from trimtab.sweeps.effect import plain_texts
 
 #: How far the right answer is ahead of the wrong one, in nats.
 FINE = "log_odds"

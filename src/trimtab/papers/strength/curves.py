@@ -21,6 +21,7 @@ from trimtab.methods import CAA
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, Tracing, flat
 from trimtab.papers.result import StudyResult, Value, contrast_of
+from trimtab.reading import plain_texts
 from trimtab.reports import Picture, Table
 from trimtab.steering import Steering
 from trimtab.strength import (
@@ -40,7 +41,6 @@ from trimtab.strength import (
     resampled,
     spaced,
 )
-from trimtab.sweeps import plain_texts
 
 #: Words of a context: the paper's are up to 100 tokens.
 _WORDS = 60

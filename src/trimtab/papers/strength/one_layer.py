@@ -18,9 +18,9 @@ from trimtab.model import LanguageModel, wrap
 from trimtab.options import Tracing, flat
 from trimtab.papers.result import StudyResult, Value
 from trimtab.papers.strength.curves import plain_corpus
+from trimtab.reading import plain_texts
 from trimtab.reports import Picture, Table
 from trimtab.strength import Curves, curve, draw, read
-from trimtab.sweeps import plain_texts
 from trimtab.terminal import progress
 
 _BLOCK, _RATE = 64, 3e-3

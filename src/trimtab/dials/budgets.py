@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,11 +23,11 @@ import numpy as np
 from torch import Tensor
 
 from trimtab.contrasts import Prompt
+from trimtab.dials.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
 from trimtab.steering import Calibration, Steering
-from trimtab.strength.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 from trimtab.terminal import progress
 
 Side = Literal["positive", "negative"]
@@ -174,8 +174,17 @@ def calibrate(
     """
     budgets = sorted({float(one) for one in kl})
     _check_budgets(budgets)
-    wanted, encoded = _encoded(language_model, prompts, chat)
+    _, encoded = _encoded(language_model, prompts, chat)
     per_side = solve(language_model, steering, encoded, budgets, "both", False, force)
+    return replace(steering, calibration=calibration(budgets, encoded, per_side))
+
+
+def calibration(
+    budgets: Sequence[float],
+    texts: Sequence[Sequence[int]],
+    per_side: Mapping[Side, Sequence[Sequence[Solution]]],
+) -> Calibration:
+    """What the solutions of some texts (token ids) say of budgets that rise."""
     columns: dict[str, tuple[float | None, ...]] = {}
     for side, solutions in per_side.items():
         dials, worst = [], []
@@ -185,9 +194,8 @@ def calibrate(
             dials.append(median if sum(reached) * 2 > len(reached) else None)
             worst.append(lowest if sum(reached) >= 0.05 * len(reached) else None)
         columns |= {side: tuple(dials), f"{side}_worst5": tuple(worst)}
-    digest = json_digest(encoded, separators=(",", ":"))
-    calibration = Calibration.rising(budgets, len(wanted), digest, **columns)
-    return replace(steering, calibration=calibration)
+    digest = json_digest(list(map(list, texts)), separators=(",", ":"))
+    return Calibration.rising(budgets, len(texts), digest, **columns)
 
 
 def _encoded(
