@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ def _repeatable() -> None:
     tiny matrices are slower on more; and one seed for what has none."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unmeasured() -> Iterator[pytest.MonkeyPatch]:
+    """`fit` leaves dials as the methods' own numbers have them, which formulas are checked against;
+    tests of measured dials ask for `measuring`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "trimtab.fitting.method.measured", lambda model, steering, *rest, **more: steering
+        )
+        yield patch
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` measures dials, as it does for users."""
+    from trimtab.dials import measured
+
+    monkeypatch.setattr("trimtab.fitting.method.measured", measured)
 
 
 @pytest.fixture(params=TINY)

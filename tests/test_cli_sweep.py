@@ -137,7 +137,7 @@ def test_two_workers(trimtab: Command) -> None:
         ("--site heads,nowhere --k 1", ["site is 'nowhere'"]),
         ("--k 4,5 --limit -1", ["--limit must be 1 or more"]),
         ("--k 4,5 --workers 2 --overwrite", ["--overwrite is for one worker"]),
-        ("--k 4,5 --max-cost inf", ["a finite number of nats"]),
+        ("--k 4,5 --max-cost nan", ["a finite number of nats"]),
         ("--k 4,5 --better worse", ["'worse' for --better", "less"]),
         ("--k 4,5 --protocol nosuch", ["'nosuch' for --protocol", "paper"]),
         ("--k 4,5 --judge oracle", ["--judge oracle: known are phrases"]),

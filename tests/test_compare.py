@@ -223,7 +223,7 @@ def test_refusals(pairs: str, tmp_path: Path) -> None:
         (lambda: compare(lm, twice, task), "two methods are called caa"),
         (lambda: compare(lm, CANDIDATES, task, trials=0), "1 trial or more"),
         (lambda: compare(lm, CANDIDATES, task, kl=-1), "above 0 nats"),
-        (lambda: compare(lm, CANDIDATES, task, max_cost=math.inf), "finite number of nats"),
+        (lambda: compare(lm, CANDIDATES, task, max_cost=math.nan), "finite number of nats"),
         (lambda: Candidate("cab", {"layer": (1,)}), "unknown method 'cab'"),
         (lambda: compare(lm, [Candidate("caa", {"depth": (1,)}, {}, "x")], task), "no depth"),
         (lambda: compare(lm, CANDIDATES, "lm-eval:arc_challenge"), "no validation rows"),

@@ -20,6 +20,8 @@ Protocol = Literal["trimtab", "paper"]
 Better = Literal["more", "less"]
 #: Rows that are enough to choose on, as the AUSteer paper's fast sweep has them.
 FAST = 100
+#: What a setting that is chosen may cost, in nats per token of plain text.
+MAX_COST = 0.3
 #: How far a probability may be off between the dials at which the model ran.
 TOLERANCE = 1e-3
 _REQUIRED: Any = object()
@@ -158,7 +160,15 @@ class Choosing:
         "more or less of the metric is better, where its name does not say (attack success: less).",
         None,
     )
-    max_cost: float | None = option("Leave out what costs more nats per token of plain text.", None)
+    max_cost: float | None = option(
+        "Leave out what costs more nats per token of plain text, which is what breaks text; inf: "
+        "no limit.",
+        MAX_COST,
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_cost == math.inf:
+            object.__setattr__(self, "max_cost", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,12 @@ class Fitting:
         "and a later one need not run the model again.",
         None,
     )
+    measure: bool = option(
+        "Measure the dial on this model and contrast: its range, the strengths gentle, clear and "
+        "strong, and its default where none is given.",
+        True,
+    )
+    samples: int = option("Prompts to show texts for, unsteered beside steered.", 2, least=0)
 
 
 def commands(app: App) -> None:

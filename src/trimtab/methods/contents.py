@@ -12,7 +12,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods.known import METHODS
-from trimtab.steering import Steering, chosen, operators_in_words, steered_blocks
+from trimtab.steering import STRENGTHS, Steering, chosen, operators_in_words, steered_blocks
 
 _TOKENS = {
     "all": "every token",
@@ -86,11 +86,38 @@ def explain(steering: Steering) -> list[str]:
         f"Made for {model} from {contrast.get('rows', '?')} rows of "
         f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
     ]
+    lines += _what_was_measured(steering)
     if steering.calibration is not None:
         budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
         lines.append(
             f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
             "FILE@kl=NATS turns the dial to one of them, or to one between."
+        )
+    return lines
+
+
+def _what_was_measured(steering: Steering) -> list[str]:
+    """What its dial does on the model and the contrast that it was made from."""
+    measured, known = steering.findings.get("measured"), steering.calibration
+    if not (isinstance(measured, dict) and known is not None):
+        return []
+    unit, lines = steering.dial.unit, []
+    dials = dict(zip(known.kl, known.positive, strict=False))
+    strengths = {name: dials.get(kl) for name, kl in STRENGTHS.items()}
+    reached = [f"{name} {dial:.3g}{unit}" for name, dial in strengths.items() if dial is not None]
+    if reached:
+        lines.append(
+            f"Strengths, by how far half of {known.prompts} prompts' next tokens move: "
+            f"{', '.join(reached)}. FILE@{next(iter(strengths))} and so on turn the dial there."
+        )
+    else:
+        lines.append(
+            f"It hardly moves the next token: {STRENGTHS['gentle']:g} nats are not reached."
+        )
+    if isinstance(measured.get("cost"), float):
+        lines.append(
+            f"At {steering.dial.default:g}{unit} plain text costs {measured['cost']:+.2f} nats per "
+            f"token; the range ends where that is {measured.get('breaks', 1):g}, and text breaks."
         )
     return lines
 

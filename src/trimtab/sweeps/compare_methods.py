@@ -171,6 +171,7 @@ def compare(
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
         (*bench.notes(), *([_ORACLE] if oracle else []), *caveats),
+        bench.samples({name: one for name, one in chosen.items() if one.acts}),
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib

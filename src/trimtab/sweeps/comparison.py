@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trimtab.evaluation import Sample, samples_table
 from trimtab.figures import Difference, Evaluation, Result
 from trimtab.reports import Table, cell, difference_cell, number_cell
 from trimtab.sweeps.metering import Overhead, Used
@@ -52,12 +53,16 @@ class Comparison:
     model: dict[str, Any]
     seconds: float
     notes: tuple[str, ...] = ()
+    #: What the model writes on some test prompts, unsteered and with each method as it was chosen.
+    samples: tuple[Sample, ...] = ()
 
     def tables(self) -> list[Table]:
         """What each method is worth, what it changes and costs, at an equal budget, between which
-        two there is a difference, and what it took."""
+        two there is a difference, what each writes, and what it took."""
         at_budget = [] if self.kl is None else [self._budget_table(self.kl)]
-        return [self._worth(), self._effects(), *at_budget, self._between_table(), self._spent()]
+        written = [samples_table(self.samples)] if self.samples else []
+        tables = [self._worth(), self._effects(), *at_budget, self._between_table()]
+        return [*tables, *written, self._spent()]
 
     def _worth(self) -> Table:
         """Each method at the setting that was chosen on validation."""
@@ -177,6 +182,7 @@ class Comparison:
             "model": self.model,
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "samples": [sample.as_json() for sample in self.samples],
         }
 
 

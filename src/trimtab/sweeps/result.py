@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trimtab.evaluation import Sample, samples_table
 from trimtab.figures import Difference, Estimate, Record, Result
 from trimtab.reports import Table, cell, difference_cell, number_cell, tested_cell
 from trimtab.steering import Steering
@@ -79,10 +80,14 @@ class Sweep:
     notes: tuple[str, ...] = ()
     #: Records of the best trial on the test rows.
     tested: tuple[Record, ...] = ()
+    #: What the model writes on some test prompts, unsteered and with the best.
+    samples: tuple[Sample, ...] = ()
 
     def tables(self) -> list[Table]:
-        """What was chosen, beside the unsteered model and the oracle; and all trials."""
-        return [self._chosen_table(), self._trials_table()]
+        """What was chosen, beside the unsteered model and the oracle; what it writes; and all
+        trials."""
+        written = [samples_table(self.samples)] if self.samples else []
+        return [self._chosen_table(), *written, self._trials_table()]
 
     def _chosen_table(self) -> Table:
         base, best, oracle, note = self.unsteered, self.best, self.oracle, ""
@@ -152,4 +157,5 @@ class Sweep:
             "model": self.model,
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "samples": [sample.as_json() for sample in self.samples],
         }

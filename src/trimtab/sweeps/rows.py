@@ -23,6 +23,7 @@ from trimtab.evaluation import (
     Attached,
     Judging,
     PreferenceJob,
+    Sample,
     Settings,
     TaskJob,
     Wanted,
@@ -31,6 +32,7 @@ from trimtab.evaluation import (
     find_task,
     load_contrast,
     misfit,
+    samples,
 )
 from trimtab.figures import (
     Difference,
@@ -292,6 +294,11 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.target for example in job.entries[0].examples]
         return [None] * job.rows
+
+    def samples(self, steerings: Mapping[str, Any]) -> tuple[Sample, ...]:
+        """What the model writes on some test prompts, unsteered and under each steering."""
+        planned = self.jobs["test"].planned(self.language_model).values()
+        return samples(self.language_model, steerings, [row["prompt"] for row in planned])
 
     # -- what a steering costs on plain text ------------------------------------------------------
 

@@ -9,6 +9,7 @@ the oracle that nobody has.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
@@ -61,7 +62,8 @@ def sweep(
     test rows; `validation_task` is another task whose test rows stand in for the validation rows,
     for tasks that have none. `metric` is by default the first that the task has, and `better` says
     whether more or less of it is, where its name does not (attack success: less, unless told).
-    `max_cost` leaves out settings that cost more nats per token of plain text. `oracle` runs every
+    `max_cost` leaves out settings that cost more nats per token of plain text (None: no limit);
+    what costs more breaks text, whatever it gains. `oracle` runs every
     complete trial on the test rows too. `output` names a run directory, in which a sweep that was
     interrupted goes on, and `cache` one that keeps the pass over the contrast (see `fit`).
     `storage` is any Optuna storage, on which other processes and machines may work at the same
@@ -120,6 +122,9 @@ def sweep(
     if found.trials and all(trial.state == "failed" for trial in found.trials):
         some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
         raise TrimtabError(f"{some} failed: {found.trials[0].why}")
+    if found.steering is not None and found.steering.acts:
+        shown = bench.samples({"steered": found.steering})
+        found = replace(found, samples=shown)
     if run.path is not None:
         from trimtab.sweeps.sweep_page import sweep_page  # loads matplotlib
 

@@ -32,7 +32,7 @@ from trimtab.sweeps.space import Range, shown
 def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     """The page of a sweep; its pictures are also saved beside it."""
     pictures = sweep_pictures(found)
-    chosen, trials = found.tables()
+    chosen, *others = found.tables()
     if run.path is not None:
         directory = run.path / "pictures"
         directory.mkdir(exist_ok=True)
@@ -41,7 +41,7 @@ def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
     return render_page(
         f"Sweep of {found.method} on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
-        [chosen, *pictures, trials],
+        [chosen, *pictures, *others],
         run.config,
         environment,
         notes=found.notes,

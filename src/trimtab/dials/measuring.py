@@ -30,10 +30,9 @@ from trimtab.terminal import progress
 #: Nats per token of plain text at which the dial's range ends: tokens are then two to three times
 #: less probable, and text that the model writes falls apart.
 BREAKS = 1.0
-#: What plain text may cost at most where the dial stands by default.
-MAX_COST = 0.3
-#: The strength on which a dial stands by default.
-DEFAULT = "clear"
+#: The strength on which a dial stands by default, unless plain text costs more there than half of
+#: what breaks it.
+DEFAULT, MOST = "strong", BREAKS / 2
 #: How many of the contrast's prompts are asked, and how long they may be in tokens.
 _PROMPTS, _LONGEST = 8, 256
 #: How many of the plain paragraphs are read, and how many tokens of each.
@@ -65,8 +64,9 @@ def measured(
     language_model: LanguageModel, steering: Steering, contrast: Contrast, *, default: bool
 ) -> Steering:
     """The steering with its dial's range measured, and the dials of the named strengths in its
-    calibration; with `default` it stands on the clear one, or, where plain text would cost more
-    than `MAX_COST` nats per token there, on the one that costs so much.
+    calibration; with `default` it stands on the strong one, at which most behaviours show in what
+    is written, or, where plain text would cost more than `MOST` nats per token there, on the one
+    that costs so much.
 
     The range ends where plain text costs `BREAKS` nats per token, on either side. A steering that
     sets an angle rather than turning by one (SAS, AAS) is returned as it is. One of generated
@@ -78,7 +78,7 @@ def measured(
     low, high = dial_limits(steering, _BEYOND)
     budgets = sorted(STRENGTHS.values())
     goals: list[Goal] = [(_median, kl) for kl in budgets]
-    goals += [(_cost, MAX_COST), (_cost, BREAKS)]
+    goals += [(_cost, MOST), (_cost, BREAKS)]
     with progress("measuring the dial", 2 * _DIALS) as advance:
         run = _runner(language_model, steering, prompts, advance)
         known = _ladder(run, goals, abs(steering.dial.default) or 1.0, high)
@@ -93,8 +93,8 @@ def measured(
             below = -_solution(other, _cost, BREAKS).dial
         where = steering.dial.default
         if default:
-            clear = calibrated.positive[budgets.index(STRENGTHS[DEFAULT])] or end
-            where = _tidy(min(clear, _solution(known, _cost, MAX_COST).dial))
+            strong = calibrated.positive[budgets.index(STRENGTHS[DEFAULT])] or end
+            where = _tidy(min(strong, _solution(known, _cost, MOST).dial))
         cost = run(where).cost
     findings = {
         "prompts": len(prompts),

@@ -1,0 +1,83 @@
+"""What a model writes, unsteered beside steered: figures say how much, texts say what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.contrasts import Prompt, last_message
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel
+from trimtab.reports import Table
+from trimtab.steering import Steering, Steerings
+
+#: Prompts that are shown, and tokens that are written after each.
+SHOWN, NEW_TOKENS = 3, 32
+#: Characters of a prompt that stand in a table, from its end.
+_WIDTH = 200
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and what follows it: unsteered, and under each steering by its name."""
+
+    prompt: Prompt
+    unsteered: str
+    steered: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt": last_message(self.prompt),
+            "unsteered": self.unsteered,
+            "steered": dict(self.steered),
+        }
+
+
+def samples(
+    language_model: LanguageModel,
+    steerings: Mapping[str, Steering | Steerings],
+    prompts: Sequence[Prompt],
+    *,
+    count: int = SHOWN,
+    max_new_tokens: int = NEW_TOKENS,
+    force: bool = False,
+) -> tuple[Sample, ...]:
+    """Greedy continuations of some of the prompts, spread over them. A steering under which the
+    model's numbers overflow has that said in place of a text."""
+    asked = _spread(list(dict.fromkeys(prompt for prompt in prompts if prompt)), count)
+    if not asked or not steerings:
+        return ()
+
+    def written(steering: Steering | Steerings | None) -> list[str]:
+        try:
+            completions = language_model.generate(
+                asked, steering=steering, max_new_tokens=max_new_tokens, chat=False, force=force
+            )
+        except TrimtabError as error:
+            return [f"({error})"] * len(asked)
+        return [completion.text for completion in completions]
+
+    columns = [written(None), *(written(steering) for steering in steerings.values())]
+    return tuple(
+        Sample(prompt, base, dict(zip(steerings, texts, strict=True)))
+        for prompt, base, *texts in zip(asked, *columns, strict=True)
+    )
+
+
+def _spread(prompts: list[Any], count: int) -> list[Any]:
+    """So many of the prompts, from the whole list."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def samples_table(shown: Sequence[Sample]) -> Table:
+    """A row for each text, the unsteered one first."""
+    rows = []
+    for sample in shown:
+        prompt = last_message(sample.prompt)
+        first = prompt if len(prompt) <= _WIDTH else "..." + prompt[-_WIDTH:]
+        for name, text in {"unsteered": sample.unsteered, **sample.steered}.items():
+            rows.append([first, name, text])
+            first = ""
+    return Table("What it writes", ["prompt", "", "text"], rows, "Greedy, the first tokens.")
