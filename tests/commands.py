@@ -29,14 +29,14 @@ PROMPTS = ["Today I feel", "She looked at the map and"]
 #: Every method but STA, which takes an autoencoder, with options that suit the tiny model.
 EVERY: dict[str, Any] = {
     "actadd": tt.ActAdd(layer=1, pairs=2),
-    "caa": tt.CAA(layer=(0, 2)),
+    "caa": tt.CAA(layer=(0, 2), token="last"),
     "iti": tt.ITI(k=3, alpha=2),
     "sadi": tt.SADI("neuron", k=4),
     "ablation": tt.Ablation(layer=1),
     "sas": tt.SAS(theta=30),
     "aas": tt.AAS(theta=30),
     "ss": tt.SS(theta=30, whole_blocks=False),
-    "austeer": tt.AUSteer(k=4),
+    "austeer": tt.AUSteer(k=4, site="ffn_out", direction="paper"),
 }
 
 
@@ -96,7 +96,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     lm = tt.load(home / "model", device="cpu")
     contrast = tt.Contrast.from_pairs([tuple(pair.values()) for pair in PAIRS])
-    methods = [tt.AUSteer(k=5, alpha=2.0), tt.CAA(layer=1), tt.CAA(layer=1, positions="generated")]
+    methods = [
+        tt.AUSteer(k=5, alpha=2.0, site="ffn_out", direction="paper"),
+        tt.CAA(layer=1, token="last"),
+        tt.CAA(layer=1, positions="generated", token="last"),
+    ]
     for name, steering in zip(("au", "caa", "late"), tt.fit(methods, lm, contrast), strict=True):
         steering.save(home / f"{name}.safetensors")
     (home / "every").mkdir()

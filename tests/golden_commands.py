@@ -36,7 +36,7 @@ PLACES = ("The ship left the harbour", "She looked at the map", "The king was ol
 #: Each method with options that suit the tiny model, and with other ones.
 FITS = {
     "actadd": "actadd --layer 1 --pairs 2",
-    "caa": "caa --layer 1 --alpha 2",
+    "caa": "caa --layer 1 --alpha 2 --token last",
     "iti": "iti --k 3 --alpha 2",
     "sadi": "sadi --variant neuron --k 4",
     "sta": "sta --sae sae --p 0.3",
@@ -44,13 +44,13 @@ FITS = {
     "sas": "sas --theta 30",
     "aas": "aas --theta 30",
     "ss": "ss --theta 30 --no-whole-blocks",
-    "austeer": "austeer --k 5 --alpha 2",
+    "austeer": "austeer --site ffn_out --k 5 --alpha 2 --direction paper",
 }
 VARIANTS = {
     "actadd-default": "actadd",
     "caa-layers": "caa --layer 0,2 --token mean --unit-norm --positions generated",
     "caa-pca": "caa --layer 0-1 --variant pca --token answer",
-    "caa-validation": "caa --layer validation",
+    "caa-validation": "caa --layer validation --token last",
     "iti-probe": "iti --k 2 --direction probe --no-scale --seed 3",
     "sadi-head": "sadi --variant head --k 2",
     "sadi-resid": "sadi --variant resid --k 3 --positions last",
@@ -62,7 +62,7 @@ VARIANTS = {
     "ss-own-angle": "ss --ss-compat --no-whole-blocks",
     "austeer-heads": "austeer --site heads --k 7 --direction signed --clamp-sign --layers 0,2",
     "austeer-random": "austeer --site ffn_in --k 6 --locate random --seed 2 --change absolute",
-    "austeer-least": "austeer --k 4 --choose least --locate difference --alpha 0.5",
+    "austeer-least": "austeer --site ffn_out --k 4 --choose least --locate difference --alpha 0.5",
     "austeer-vector": "austeer --site resid --k 10 --change vector",
 }
 #: Those that choose on validation rows.
@@ -89,12 +89,20 @@ def _commands() -> dict[str, str]:
         for name in names:
             line = fit.replace("--model model", f"--model {other}")
             found[f"fit/{other}-{name}"] = f"fit {FITS[name]} {line} -o {other}-{name}.safetensors"
-    found["fit/many"] = f'fit many "caa layer=1" "austeer k=3 site=heads" sadi {fit} -o many'
-    found["fit/builtin"] = (
-        "fit caa --model model -c builtin:formality --layer 1 --max-length 120 -o f.st --json"
+    found["fit/many"] = (
+        'fit many "caa layer=1 token=last" "austeer k=3 site=heads direction=paper" sadi '
+        f"{fit} -o many"
     )
-    found["fit/task"] = "fit caa --model speaker -c task:copa --data data --layer 1 -o c.st --json"
-    found["fit/said"] = "fit caa --model model -c pairs.jsonl --layer -1 -o said.safetensors"
+    found["fit/builtin"] = (
+        "fit caa --token last --model model -c builtin:formality --layer 1 --max-length 120 "
+        "-o f.st --json"
+    )
+    found["fit/task"] = (
+        "fit caa --token last --model speaker -c task:copa --data data --layer 1 -o c.st --json"
+    )
+    found["fit/said"] = (
+        "fit caa --token last --model model -c pairs.jsonl --layer -1 -o said.safetensors"
+    )
     for name in FITS:
         found[f"inspect/{name}"] = f"inspect {name}.safetensors --json"
         found[f"inspect/{name}-said"] = f"inspect {name}.safetensors@1.5 --top 3"
@@ -212,19 +220,21 @@ def _search() -> dict[str, str]:
     pair = "'caa layer=0,1 alpha=1,4' 'late: caa layer=1 alpha=2,8' 'sas theta=0,90'"
     return {
         "sweep/grid": (
-            f"sweep austeer {sweep} --k 0,5 --alpha 1,8 --site heads --max-cost 5 -o out-grid"
+            f"sweep austeer --direction paper {sweep} --k 0,5 --alpha 1,8 --site heads "
+            "--max-cost 5 -o out-grid"
         ),
         "sweep/copa": (
-            "sweep caa --model speaker --data data --task copa --layer 0,1 --alpha 4,12 "
-            f"{QUICK} --no-oracle --json"
+            "sweep caa --token last --model speaker --data data --task copa --layer 0,1 "
+            f"--alpha 4,12 {QUICK} --no-oracle --json"
         ),
         "sweep/paper": f"sweep actadd {sweep} --layer 1 --no-oracle",
         "sweep/tpe": (
-            f"sweep caa {sweep} --layer 0:2 --alpha 0.1:10:log --search tpe --trials 5 --seed 4"
+            f"sweep caa --token last {sweep} --layer 0:2 --alpha 0.1:10:log --search tpe "
+            "--trials 5 --seed 4"
         ),
         "sweep/halving": (
-            "sweep caa --model model --task contrast:many.jsonl --limit 0 --test-limit 2 "
-            "--layer 0,1,2 --alpha -9,1,9 --search halving --json"
+            "sweep caa --token last --model model --task contrast:many.jsonl --limit 0 "
+            "--test-limit 2 --layer 0,1,2 --alpha -9,1,9 --search halving --json"
         ),
         "compare/three": (
             f"compare {pair} {PARTS} --untimed --kl 0.01 --max-cost 50 -o out-compare --json"

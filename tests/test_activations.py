@@ -242,7 +242,7 @@ def test_real_model(smollm2: Any, real: Any, kind: str) -> None:
         for unit, score in enumerate(row.tolist())
     )
     expected = [(layer, unit) for _, layer, unit in by_rank[:100]]
-    method = tt.AUSteer(site=kind, k=100)
+    method = tt.AUSteer(site=kind, k=100, direction="paper")
     tables = method.build(smollm2, contrast, statistics).tables
     found = list(zip(tables["layer"].tolist(), tables["unit"].tolist(), strict=True))
     # Units with a close call may stand elsewhere; without them the two rankings are one.

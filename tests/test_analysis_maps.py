@@ -212,7 +212,7 @@ def test_layers_of_different_widths_are_refused() -> None:
 # -- fewer pairs ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [AUSteer(site="heads", k=9), SADI(k=3)])
+@pytest.mark.parametrize("method", [AUSteer(site="heads", k=9, direction="paper"), SADI(k=3)])
 def test_subsets_of_one_pass_are_fits_of_their_own(lm: tt.LanguageModel, method: Any) -> None:
     subsets = [frozenset(range(20)), frozenset((3, 4, 11)), frozenset((0, 19))]
     found = fit_subsets(lm, method, CONTRASTS["right"], subsets)
@@ -240,7 +240,7 @@ def test_pairs_says_how_units_and_effect_settle(lm: tt.LanguageModel, tmp_path: 
     # Two disjoint subsets of 4 fit into 14 pairs, two of 10 do not.
     assert [len(entry["overlap_disjoint"]) for entry in entries] == [3, 0, 0]
     assert entries[-1]["overlap"] == [1.0]
-    whole = AUSteer(site="heads", k=8, alpha=9.0).fit(lm, contrast)
+    whole = AUSteer(site="heads", k=8, alpha=9.0, direction="paper").fit(lm, contrast)
     # The log-odds of the four validation pairs, read off plain logits.
     validation = RIGHT[14:18]
     assert entries[-1]["values"]["log_odds"][0] == pytest.approx(

@@ -133,7 +133,9 @@ def test_an_angle_of_zero_is_not_nothing_for_turn() -> None:
 def test_no_units_change_no_bit(name: str) -> None:
     lm = language_model(name)
     pairs = [(f"The {word} cat", " sleeps", " runs") for word in ("red", "big", "old")]
-    none = tt.AUSteer(site="ffn_out", k=0, alpha=8).fit(lm, tt.Contrast.from_pairs(pairs))
+    none = tt.AUSteer(site="ffn_out", k=0, alpha=8, direction="paper").fit(
+        lm, tt.Contrast.from_pairs(pairs)
+    )
     units, width = torch.tensor([], dtype=torch.long), lm.anatomy.hidden_size
     empty = steer(lm, ("layers.1.ffn_out", Scale(units, units.float(), width)))
     before = logits_of(lm)

@@ -69,7 +69,7 @@ def test_austeer_is_the_paper_by_hand(name: str, kind: str) -> None:
         pytest.skip("no module shows the inner activations of fused experts")
     lm, k, alpha = tiny_lm(name), 30, 6.0
     positive, negative = last_of(lm.model, kind)
-    steering = tt.AUSteer(site=kind, k=k, alpha=alpha).fit(lm, CONTRAST)
+    steering = tt.AUSteer(site=kind, k=k, alpha=alpha, direction="paper").fit(lm, CONTRAST)
     expected = _by_hand(positive, negative)[:k]
     # Exact ranks can be compared, because no pair hangs on a rounding.
     scale = torch.cat([positive, negative]).abs().amax(0)
@@ -88,7 +88,7 @@ def test_austeer_is_the_paper_by_hand(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [1, 2, 17, 100])
 def test_exactly_k_gammas(kind: str, k: int) -> None:
-    steering = tt.AUSteer(site=kind, k=k, alpha=3).fit(tiny_lm(), CONTRAST)
+    steering = tt.AUSteer(site=kind, k=k, alpha=3, direction="paper").fit(tiny_lm(), CONTRAST)
     gammas = gammas_of(steering)
     assert len(gammas) == k
     assert all(gammas.values())
@@ -102,24 +102,33 @@ def test_exactly_k_gammas(kind: str, k: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_units_or_at_alpha_zero_nothing_changes(kind: str) -> None:
     lm = tiny_lm()
-    nothing = tt.AUSteer(site=kind, k=0).fit(lm, CONTRAST)
+    nothing = tt.AUSteer(site=kind, k=0, direction="paper").fit(lm, CONTRAST)
     assert nothing.interventions == ()
     base = lm.logits(PROMPTS)
     assert torch.equal(lm.logits(PROMPTS, steering=nothing), base)
     for change in ("scale", "absolute", "vector"):
-        steering = tt.AUSteer(site=kind, k=40, change=change).fit(lm, CONTRAST)  # type: ignore[arg-type]
+        steering = tt.AUSteer(site=kind, k=40, change=change, direction="paper").fit(lm, CONTRAST)  # type: ignore[arg-type]
         assert torch.equal(lm.logits(PROMPTS, steering=steering.at(0)), base)
         assert not torch.equal(lm.logits(PROMPTS, steering=steering), base)
 
 
 def test_as_many_units_as_there_are() -> None:
     lm = tiny_lm()
-    everything = tt.AUSteer(site="heads", k=3 * 64).fit(lm, CONTRAST)
+    everything = tt.AUSteer(site="heads", k=3 * 64, direction="paper").fit(lm, CONTRAST)
     assert len(gammas_of(everything)) == 3 * 64
-    named = tt.AUSteer(site="heads", k="all").fit(lm, CONTRAST)
+    named = tt.AUSteer(site="heads", k="all", direction="paper").fit(lm, CONTRAST)
     assert ranked(named) == ranked(everything)
     assert gammas_of(named) == gammas_of(everything)
-    assert len(gammas_of(tt.AUSteer(k="all", layers=(1,)).fit(lm, CONTRAST))) == 48
+    assert (
+        len(
+            gammas_of(
+                tt.AUSteer(k="all", layers=(1,), site="ffn_out", direction="paper").fit(
+                    lm, CONTRAST
+                )
+            )
+        )
+        == 48
+    )
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 144))
@@ -127,7 +136,7 @@ def test_as_many_units_as_there_are() -> None:
 def test_ranking_rates_and_gammas(seed: int, pairs: int, k: int) -> None:
     positive, negative = _random(seed, pairs)
     expected = [row for row in _by_hand(positive, negative)[:k] if row[0] > 0]
-    method = tt.AUSteer(k=len(expected), alpha=2.0)
+    method = tt.AUSteer(k=len(expected), alpha=2.0, site="ffn_out", direction="paper")
     steering = _from_activations(method, positive, negative)
     assert ranked(steering) == [(layer, unit) for _, layer, unit, _, _ in expected]
     r_pos, r_neg = steering.tables["r_pos"], steering.tables["r_neg"]
@@ -144,7 +153,9 @@ def test_ranking_rates_and_gammas(seed: int, pairs: int, k: int) -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_least_are_the_other_end_of_the_ranking(seed: int, k: int, locate: Any) -> None:
     positive, negative = _random(seed, pairs=4)  # four: means are exact, and so are their ties
-    method = tt.AUSteer(k=k, alpha=0.5, choose="least", locate=locate)
+    method = tt.AUSteer(
+        k=k, alpha=0.5, choose="least", locate=locate, site="ffn_out", direction="paper"
+    )
     steering = _from_activations(method, positive, negative)
     score = {
         (layer, unit): (s if locate == "momentum" else (positive - negative)[:, layer, unit].sum())
@@ -157,7 +168,7 @@ def test_the_least_are_the_other_end_of_the_ranking(seed: int, k: int, locate: A
 
 def test_tied_rates_take_the_minus() -> None:
     for strength, gain_of_ties in (("adaptive", -0.5), ("fixed", -1.0)):
-        method = tt.AUSteer(k=144, alpha=4, strength=strength)  # type: ignore[arg-type]
+        method = tt.AUSteer(k=144, alpha=4, strength=strength, site="ffn_out", direction="paper")  # type: ignore[arg-type]
         steering = method.fit(tiny_lm(), TWO)
         r_pos, r_neg, gain = (steering.tables[name] for name in ("r_pos", "r_neg", "gain"))
         tied = r_pos == r_neg
@@ -172,8 +183,10 @@ def test_tied_rates_take_the_minus() -> None:
 @settings(max_examples=25, deadline=None)
 def test_swapped_sides_flip_signs_and_keep_scores(seed: int) -> None:
     positive, negative = _random(seed)
-    one = _from_activations(tt.AUSteer(k=60), positive, negative)
-    other = _from_activations(tt.AUSteer(k=60), negative, positive)
+    one = _from_activations(tt.AUSteer(k=60, site="ffn_out", direction="paper"), positive, negative)
+    other = _from_activations(
+        tt.AUSteer(k=60, site="ffn_out", direction="paper"), negative, positive
+    )
     assert ranked(one) == ranked(other)
     assert torch.equal(one.tables["score"], other.tables["score"])
     assert torch.equal(one.tables["r_pos"], other.tables["r_neg"])
@@ -195,12 +208,18 @@ def test_swapped_texts() -> None:
 @settings(max_examples=25, deadline=None)
 def test_scores_do_not_depend_on_scales(seed: int) -> None:
     positive, negative = _random(seed)
-    base = _from_activations(tt.AUSteer(k=100), positive, negative)
+    base = _from_activations(
+        tt.AUSteer(k=100, site="ffn_out", direction="paper"), positive, negative
+    )
     generator = torch.Generator().manual_seed(seed)
     of_units = torch.rand(1, 3, 48, generator=generator) * 10 + 0.01
     of_samples = torch.rand(5, 1, 1, generator=generator) * 10 + 0.01
     for factor in (of_units, of_samples, of_units * of_samples):
-        scaled = _from_activations(tt.AUSteer(k=100), positive * factor, negative * factor)
+        scaled = _from_activations(
+            tt.AUSteer(k=100, site="ffn_out", direction="paper"),
+            positive * factor,
+            negative * factor,
+        )
         assert ranked(scaled) == ranked(base)
         for name in ("score", "r_pos", "r_neg", "gain"):
             assert torch.equal(scaled.tables[name], base.tables[name])
@@ -225,7 +244,10 @@ def test_a_rescaled_model_has_the_same_units() -> None:
         before = last_of(tiny_lm().model, kind)[0]
         after = last_of(model, kind)[0]
         assert not torch.allclose(before, after, rtol=0.5)
-        one, other = (tt.AUSteer(site=kind, k=20).fit(lm, CONTRAST) for lm in (tiny_lm(), rescaled))
+        one, other = (
+            tt.AUSteer(site=kind, k=20, direction="paper").fit(lm, CONTRAST)
+            for lm in (tiny_lm(), rescaled)
+        )
         assert ranked(one) == ranked(other)
         assert torch.equal(one.tables["gain"], other.tables["gain"])
 
@@ -234,25 +256,29 @@ def test_equal_sides_are_never_chosen() -> None:
     positive, negative = _random(3)
     negative[:, :, 7:] = positive[:, :, 7:]
     for locate in ("momentum", "difference"):
-        method = tt.AUSteer(k=40, locate=locate)  # type: ignore[arg-type]
+        method = tt.AUSteer(k=40, locate=locate, site="ffn_out", direction="paper")  # type: ignore[arg-type]
         with pytest.warns(tt.TrimtabWarning, match=r"k is 40, but only \d+ units differ"):
             steering = _from_activations(method, positive, negative)
         assert 15 < len(gammas_of(steering)) <= 21
         assert all(unit < 7 for _, unit in ranked(steering))
         assert all(gammas_of(steering).values())
     # Asked for all of them, the rest is left alone without a word.
-    everything = _from_activations(tt.AUSteer(k="all"), positive, negative)
+    everything = _from_activations(
+        tt.AUSteer(k="all", site="ffn_out", direction="paper"), positive, negative
+    )
     assert {unit for _, unit in ranked(everything)} == set(range(7))
     # Where none differs there is nothing to steer.
     for k in (5, "all"):
         with pytest.raises(tt.TrimtabError, match="no unit of ffn_out differs"):
-            _from_activations(tt.AUSteer(k=k), positive, positive)  # type: ignore[arg-type]
+            _from_activations(
+                tt.AUSteer(k=k, site="ffn_out", direction="paper"), positive, positive
+            )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
 def test_heads_may_be_wider_than_the_model(name: str) -> None:
     lm = tiny_lm(name)
-    steering = tt.AUSteer(site="heads", k=100).fit(lm, CONTRAST)
+    steering = tt.AUSteer(site="heads", k=100, direction="paper").fit(lm, CONTRAST)
     assert {i.operator.width for i in steering.interventions} == {64}
     assert lm.anatomy.hidden_size == 48
     assert max(unit for _, unit in ranked(steering)) >= 48
@@ -270,7 +296,10 @@ def test_the_last_token_is_the_last_real_one(monkeypatch: pytest.MonkeyPatch) ->
     expected = [(layer, unit) for _, layer, unit, _, _ in _by_hand(positive, negative)[:60]]
     for tokens in (1, 10_000):
         monkeypatch.setattr(tt.LanguageModel, "batch_tokens", tokens)
-        assert ranked(tt.AUSteer(k=60).fit(lm, contrast)) == expected
+        assert (
+            ranked(tt.AUSteer(k=60, site="ffn_out", direction="paper").fit(lm, contrast))
+            == expected
+        )
 
 
 # -- layers ------------------------------------------------------------------------------------
@@ -278,7 +307,7 @@ def test_the_last_token_is_the_last_real_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_layers() -> None:
     lm = tiny_lm()
-    everywhere = tt.AUSteer(k=144).fit(lm, CONTRAST)
+    everywhere = tt.AUSteer(k=144, site="ffn_out", direction="paper").fit(lm, CONTRAST)
     for layers, chosen in (
         ((1,), {1}),
         ((-1,), {2}),
@@ -286,7 +315,9 @@ def test_layers() -> None:
         # Twice the same layer, and from the top: still each unit once, from the lowest layer up.
         ((2, -1, 0), {0, 2}),
     ):
-        steering = tt.AUSteer(k=48 * len(chosen), layers=layers).fit(lm, CONTRAST)
+        steering = tt.AUSteer(
+            k=48 * len(chosen), layers=layers, site="ffn_out", direction="paper"
+        ).fit(lm, CONTRAST)
         places = [place for place in ranked(everywhere) if place[0] in chosen]
         assert ranked(steering) == places
         sites = [intervention.site for intervention in steering.interventions]
@@ -295,7 +326,7 @@ def test_layers() -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "olmo2"])
 def test_ties_go_to_the_lower_layer_and_unit(name: str) -> None:
-    steering = tt.AUSteer(k=50).fit(tiny_lm(name), TWO)
+    steering = tt.AUSteer(k=50, site="ffn_out", direction="paper").fit(tiny_lm(name), TWO)
     assert (steering.tables["score"] == 1).all()
     assert ranked(steering) == sorted(ranked(steering))
 
@@ -304,7 +335,7 @@ def test_ties_go_to_the_lower_layer_and_unit(name: str) -> None:
 
 
 def test_fit_records_where_it_came_from() -> None:
-    method = tt.AUSteer(site="heads", k=3, alpha=5, layers=(0, -1))
+    method = tt.AUSteer(site="heads", k=3, alpha=5, layers=(0, -1), direction="paper")
     steering = method.fit(tiny_lm(), CONTRAST)
     assert steering.method == "austeer"
     assert steering.hyperparameters == {
@@ -327,7 +358,13 @@ def test_fit_records_where_it_came_from() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_variant_is_the_same(variant: str, tmp_path: Path) -> None:
-    options = {"k": 9, "layers": (0, 2), "positions": "last", **VARIANTS[variant]}
+    options = {
+        "site": "ffn_out",
+        "k": 9,
+        "layers": (0, 2),
+        "positions": "last",
+        **VARIANTS[variant],
+    }
     made = tt.AUSteer(**options).fit(tiny_lm(), CONTRAST)
     loaded = tt.Steering.load(made.save(tmp_path / "a.safetensors"))
     given = {**options, "layers": [0, 2]}

@@ -92,7 +92,9 @@ def _edits(kind: str, changes: Changes) -> dict[str, Callable[[Tensor], Tensor]]
 def _check_effect(name: str, kind: str, options: dict[str, Any]) -> None:
     """Units in rank order, and logits, equal those of the loop over units."""
     lm, options = tiny_lm(name), {"k": 25, **options}
-    steering = tt.AUSteer(site=kind, **options).fit(lm, CONTRAST)
+    steering = tt.AUSteer(**{"site": kind, "k": 16, "direction": "paper", **options}).fit(
+        lm, CONTRAST
+    )
     positive, negative = last_of(lm.model, kind)
     changes = _changes(positive, negative, options, ranked(steering))
     assert ranked(steering) == list(changes)
@@ -120,16 +122,25 @@ def test_variants_on_every_architecture(name: str) -> None:
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
 def test_positions_reach_the_interventions(positions: Any) -> None:
     for options in ({}, {"change": "vector"}):
-        steering = tt.AUSteer(k=3, positions=positions, **options).fit(tiny_lm(), CONTRAST)  # type: ignore[arg-type]
+        steering = tt.AUSteer(
+            **{"site": "ffn_out", "k": 3, "direction": "paper", "positions": positions, **options}
+        ).fit(tiny_lm(), CONTRAST)  # type: ignore[arg-type]
         assert {intervention.positions for intervention in steering.interventions} == {positions}
 
 
 def test_random_units() -> None:
     lm = tiny_lm()
     drawn = [
-        ranked(tt.AUSteer(k=40, locate="random", seed=seed).fit(lm, CONTRAST)) for seed in range(9)
+        ranked(
+            tt.AUSteer(k=40, locate="random", seed=seed, site="ffn_out", direction="paper").fit(
+                lm, CONTRAST
+            )
+        )
+        for seed in range(9)
     ]
-    again = tt.AUSteer(k=40, locate="random", seed=4).fit(lm, TWO)
+    again = tt.AUSteer(k=40, locate="random", seed=4, site="ffn_out", direction="paper").fit(
+        lm, TWO
+    )
     assert ranked(again) == drawn[4]  # the texts have no say in it
     assert len({tuple(units) for units in drawn}) == 9
     assert all(len(set(units)) == 40 for units in drawn)
@@ -138,26 +149,32 @@ def test_random_units() -> None:
     assert (layers.bincount(minlength=3) > 90).all()
     upper = sum(unit >= 24 for units in drawn for _, unit in units)
     assert 140 < upper < 220
-    assert tt.AUSteer(k=3, locate="random") == tt.AUSteer(k=3, locate="random", seed=0)
+    assert tt.AUSteer(k=3, locate="random", site="ffn_out", direction="paper") == tt.AUSteer(
+        k=3, locate="random", seed=0, site="ffn_out", direction="paper"
+    )
 
 
 def test_random_draws_leave_the_global_state_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    tt.AUSteer(k=3, locate="random").fit(tiny_lm(), TWO)
+    tt.AUSteer(k=3, locate="random", site="ffn_out", direction="paper").fit(tiny_lm(), TWO)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_the_dial_of_the_least_is_a_share() -> None:
     lm = tiny_lm()
-    steering = tt.AUSteer(k=20, choose="least", alpha=0.5).fit(lm, CONTRAST)
+    steering = tt.AUSteer(k=20, choose="least", alpha=0.5, site="ffn_out", direction="paper").fit(
+        lm, CONTRAST
+    )
     assert steering.dial == tt.Dial("alpha", 0.5, (0.0, 1.0))
     for value in (0.0, 1.0):
         steering.at(value)
     with pytest.warns(tt.TrimtabWarning, match="0 to 1"):
         steering.at(1.5)
-    assert tt.AUSteer(k=3).fit(lm, TWO).dial == tt.Dial("alpha", 8.0, (0.0, 100.0))
+    assert tt.AUSteer(k=3, site="ffn_out", direction="paper").fit(lm, TWO).dial == tt.Dial(
+        "alpha", 8.0, (0.0, 100.0)
+    )
 
 
 # -- what it does to activations ---------------------------------------------------------------
@@ -175,7 +192,9 @@ def _steered_and_not(steering: tt.Steering, kind: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("clamp", [False, True])
 def test_suppressed_units_flip_unless_clamped(clamp: bool) -> None:
-    method = tt.AUSteer(k=20, alpha=8, layers=(0,), clamp_sign=clamp)
+    method = tt.AUSteer(
+        k=20, alpha=8, layers=(0,), clamp_sign=clamp, site="ffn_out", direction="paper"
+    )
     steering = method.fit(tiny_lm(), CONTRAST)
     after, before = _steered_and_not(steering, "ffn_out")
     gammas = gammas_of(steering)
@@ -199,8 +218,12 @@ def test_suppressed_units_flip_unless_clamped(clamp: bool) -> None:
 
 
 def test_a_weak_suppression_keeps_the_sign() -> None:
-    steering = tt.AUSteer(k=20, alpha=0.5, layers=(0,)).fit(tiny_lm(), CONTRAST)
-    clamped = tt.AUSteer(k=20, alpha=0.5, layers=(0,), clamp_sign=True).fit(tiny_lm(), CONTRAST)
+    steering = tt.AUSteer(k=20, alpha=0.5, layers=(0,), site="ffn_out", direction="paper").fit(
+        tiny_lm(), CONTRAST
+    )
+    clamped = tt.AUSteer(
+        k=20, alpha=0.5, layers=(0,), clamp_sign=True, site="ffn_out", direction="paper"
+    ).fit(tiny_lm(), CONTRAST)
     after, before = _steered_and_not(steering, "ffn_out")
     assert (after[0] * before[0] > 0).all()
     assert torch.equal(_steered_and_not(clamped, "ffn_out")[0], after)
@@ -208,8 +231,8 @@ def test_a_weak_suppression_keeps_the_sign() -> None:
 
 def test_signed_direction() -> None:
     positive, negative = last_of(tiny_lm().model, "ffn_out")
-    paper = tt.AUSteer(k=60, alpha=2).fit(tiny_lm(), CONTRAST)
-    signed = tt.AUSteer(k=60, alpha=2, direction="signed").fit(tiny_lm(), CONTRAST)
+    paper = tt.AUSteer(k=60, alpha=2, site="ffn_out", direction="paper").fit(tiny_lm(), CONTRAST)
+    signed = tt.AUSteer(k=60, alpha=2, direction="signed", site="ffn_out").fit(tiny_lm(), CONTRAST)
     assert ranked(paper) == ranked(signed)
     sign = torch.cat([positive, negative]).mean(0).sign()
     assert {-1.0, 1.0} == {sign[place].item() for place in ranked(paper)}
@@ -225,7 +248,9 @@ def test_signed_direction() -> None:
 
 
 def test_absolute_goes_toward_the_positive_side_at_every_token() -> None:
-    steering = tt.AUSteer(k=20, layers=(0,), change="absolute").fit(tiny_lm(), CONTRAST)
+    steering = tt.AUSteer(
+        k=20, layers=(0,), change="absolute", site="ffn_out", direction="paper"
+    ).fit(tiny_lm(), CONTRAST)
     after, before = _steered_and_not(steering, "ffn_out")
     for (_, unit), r_pos, r_neg in zip(
         ranked(steering), steering.tables["r_pos"], steering.tables["r_neg"], strict=True
@@ -256,7 +281,7 @@ def _map(block: nn.Module, kind: str) -> tuple[nn.Module, str]:
 def test_scaling_is_a_column_or_a_row_edit(name: str, kind: str) -> None:
     """W_o[:, i] and W_down[:, i] are columns; of the FFN's output it is W_down[i, :] and b[i]."""
     lm = tiny_lm(name)
-    steering = tt.AUSteer(site=kind, k=40, alpha=2).fit(lm, CONTRAST)
+    steering = tt.AUSteer(site=kind, k=40, alpha=2, direction="paper").fit(lm, CONTRAST)
     edited = tiny_model(name)
     blocks: Any = edited.transformer.h if name == "gpt2" else edited.model.layers
     with torch.no_grad():
@@ -316,7 +341,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "least vector": (_austeer(**_LEAST, change="vector"), "by one factor.* leave change out"),
     "least absolute": (_austeer(**_LEAST, change="absolute"), "by one factor.* leave change out"),
     "least fixed": (_austeer(**_LEAST, strength="fixed"), "by one factor.* leave strength out"),
-    "least alpha": (_austeer(choose="least"), "1 - alpha: alpha must be 0 to 1, not 8"),
+    "least alpha": (_austeer(choose="least", alpha=8), "1 - alpha: alpha must be 0 to 1, not 8"),
     "least negative": (_austeer(choose="least", alpha=-0.1), "alpha must be 0 to 1, not -0.1"),
     "signed vector": (_austeer(direction="signed", change="vector"), "signed is for scaling"),
     "signed absolute": (_austeer(direction="signed", change="absolute"), "signed is for scaling"),
@@ -324,11 +349,14 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "clamped absolute": (_austeer(clamp_sign=True, change="absolute"), "clamp_sign is for scaling"),
     "fixed vector": (_austeer(strength="fixed", change="vector"), "fixed is for gamma"),
     # What does not fit the model or the texts.
-    "k too large": (_fit(k=145), "k is 145, .* has 144 units"),
+    "k too large": (_fit(site="ffn_out", k=145), "k is 145, .* has 144 units"),
     "k too large for heads": (_fit(site="heads", k=193), "192 units"),
     "k too large for ffn_in": (_fit(site="ffn_in", k=241), "240"),
     # A layer that is named twice has its units once.
-    "k too large for layers": (_fit(k=97, layers=(1, 2, -1)), "k is 97, .* has 96 units"),
+    "k too large for layers": (
+        _fit(site="ffn_out", k=97, layers=(1, 2, -1)),
+        "k is 97, .* has 96 units",
+    ),
     "layer": (_fit(layers=(0, 3)), "layer 3 .* 0 to 2"),
     "negative layer": (_fit(layers=(-4,)), "layer -4 .* 0 to 2"),
     "unpaired": (_fit(_UNPAIRED), "mine is unpaired"),

@@ -214,9 +214,9 @@ def check_real(lm: tt.LanguageModel, *steerings: tt.Steering) -> None:
 
 
 METHODS = {
-    "austeer-heads": tt.AUSteer(site="heads", k=20, alpha=4.0),
-    "austeer-ffn_out": tt.AUSteer(site="ffn_out", k=20, alpha=4.0),
-    "caa": tt.CAA(layer=12),
+    "austeer-heads": tt.AUSteer(site="heads", k=20, alpha=4.0, direction="paper"),
+    "austeer-ffn_out": tt.AUSteer(site="ffn_out", k=20, alpha=4.0, direction="paper"),
+    "caa": tt.CAA(layer=12, token="last"),
 }
 
 
@@ -242,5 +242,5 @@ def test_smollm2_baked_equals_attached(
 @pytest.mark.slow
 @pytest.mark.parametrize("site", ["heads", "ffn_out", "ffn_in"])
 def test_gemma3_baked_equals_attached(gemma3: tt.LanguageModel, site: str) -> None:
-    method = tt.AUSteer(site=site, k=20, alpha=4.0)
+    method = tt.AUSteer(site=site, k=20, alpha=4.0, direction="paper")
     check_real(gemma3, method.fit(gemma3, tt.Contrast.from_pairs(REAL_PAIRS)))

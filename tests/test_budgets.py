@@ -387,9 +387,9 @@ def fitted(lm: tt.LanguageModel, method: str) -> tt.Steering:
     """A steering that a method made; SS's plane at blocks where its angle matters."""
     layer = lm.anatomy.layers // 3
     if method == "caa":
-        return tt.CAA(layer=layer).fit(lm, CONTRAST)
+        return tt.CAA(layer=layer, token="last").fit(lm, CONTRAST)
     if method == "austeer":
-        return tt.AUSteer(k=16).fit(lm, CONTRAST)
+        return tt.AUSteer(k=16, site="ffn_out", direction="paper").fit(lm, CONTRAST)
     steering = tt.SS(whole_blocks=False).fit(lm, CONTRAST)
     plane = steering.interventions[0].operator
     sites = [f"layers.{i}.resid" for i in range(layer, layer + 3)]

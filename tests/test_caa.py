@@ -128,7 +128,7 @@ def test_minus_one_is_the_last_token() -> None:
 def test_caa_adds_its_vectors(positions: Any) -> None:
     """To the residual stream after each of its blocks, alpha times."""
     lm = _lm()
-    steering = tt.CAA(layer=(0, 2), alpha=2.0, positions=positions).fit(lm, CONTRAST)
+    steering = tt.CAA(layer=(0, 2), alpha=2.0, positions=positions, token="last").fit(lm, CONTRAST)
     assert {i.positions for i in steering.interventions} == {positions}
     vectors = {int(site.split(".")[1]): v.float() for site, v in _vectors(steering).items()}
     if positions == "all":
@@ -157,12 +157,12 @@ def _added(model: Any, vectors: dict[int, Tensor]) -> Iterator[None]:
 def test_default_layer(layers: int) -> None:
     lm = tt.wrap(tiny_model("llama", num_hidden_layers=layers), tiny_tokenizer())
     expected = f"layers.{[None, 0, 0, 1, None, 2, None, None, 3][layers]}.resid"
-    for method in (tt.CAA(), tt.ActAdd()):
+    for method in (tt.CAA(token="last"), tt.ActAdd()):
         assert [i.site for i in method.fit(lm, TWO).interventions] == [expected]
 
 
 def test_a_layer_that_is_named_twice_is_steered_once() -> None:
-    sites = [i.site for i in tt.CAA(layer=(2, 0, -1)).fit(_lm(), TWO).interventions]
+    sites = [i.site for i in tt.CAA(layer=(2, 0, -1), token="last").fit(_lm(), TWO).interventions]
     assert sites == ["layers.2.resid", "layers.0.resid"]
 
 
@@ -177,7 +177,11 @@ def test_caa_takes_texts_that_are_not_pairs(token: Any) -> None:
 def test_unit_norm() -> None:
     for variant in ("mean", "pca"):
         plain, unit = (
-            _vectors(tt.CAA(layer=(0, 1), variant=variant, unit_norm=u).fit(_lm(), CONTRAST))  # type: ignore[arg-type]
+            _vectors(
+                tt.CAA(layer=(0, 1), variant=variant, unit_norm=u, token="last").fit(
+                    _lm(), CONTRAST
+                )
+            )  # type: ignore[arg-type]
             for u in (False, True)
         )
         for site, vector in plain.items():
@@ -225,7 +229,7 @@ def test_pca_is_numpys(name: str, token: Any) -> None:
 def test_swapped_sides_flip_both_variants() -> None:
     swapped = Contrast.from_pairs([(prompt, no, yes) for prompt, yes, no in PAIRS])
     for variant in ("mean", "pca"):
-        method = tt.CAA(variant=variant)  # type: ignore[arg-type]
+        method = tt.CAA(variant=variant, token="last")  # type: ignore[arg-type]
         one, other = (_vector(method.fit(_lm(), contrast)) for contrast in (CONTRAST, swapped))
         _close(one, -other, 1e-6)
 
@@ -233,7 +237,7 @@ def test_swapped_sides_flip_both_variants() -> None:
 def test_one_pair_is_its_own_component() -> None:
     one = Contrast.from_pairs(PAIRS[:1])
     mean, component = (
-        _vector(tt.CAA(variant=variant).fit(_lm(), one))  # type: ignore[arg-type]
+        _vector(tt.CAA(variant=variant, token="last").fit(_lm(), one))  # type: ignore[arg-type]
         for variant in ("mean", "pca")
     )
     _close(component, mean, 1e-6)
@@ -346,12 +350,12 @@ def test_not_every_case_picks_the_same_layer() -> None:
 def test_validation_at_last_positions() -> None:
     """The prompt's last token and the answer's, as they stand in a text that is read at once."""
     lm, contrast = _lm(), _parts(MANY)
-    method = tt.CAA(layer="validation", alpha=0.5, positions="last")
+    method = tt.CAA(layer="validation", alpha=0.5, positions="last", token="last")
     found = method.fit(lm, contrast).findings["validation_gain"]
     gains = []
     validation = contrast.part("validation")
     for layer in range(3):
-        vector = 0.5 * _vector(tt.CAA(layer=layer).fit(lm, contrast)).float()
+        vector = 0.5 * _vector(tt.CAA(layer=layer, token="last").fit(lm, contrast)).float()
         odds = []
         for pair in validation.pairs:
             start = len(token_ids(str(pair.prompt)))
@@ -368,14 +372,14 @@ def test_validation_at_last_positions() -> None:
             odds.append(positive - negative)
         gains.append(float(np.mean(odds)) - _preference(lm.model, validation))
     assert list(found.values()) == pytest.approx(gains, abs=1e-3)
-    everywhere = tt.CAA(layer="validation", alpha=0.5).fit(lm, contrast)
+    everywhere = tt.CAA(layer="validation", alpha=0.5, token="last").fit(lm, contrast)
     assert everywhere.findings["validation_gain"] != pytest.approx(found, abs=1e-3)
 
 
 def test_only_validation_rows_choose() -> None:
     """Other test rows choose nothing; other validation rows may."""
     lm, contrast = _lm(), _parts(MANY)
-    method = tt.CAA(layer="validation", alpha=0.5)
+    method = tt.CAA(layer="validation", alpha=0.5, token="last")
     found = method.fit(lm, contrast)
     other = tuple(
         replace(row, positive=" yes", negative=" no") if row.part == "test" else row
@@ -387,7 +391,7 @@ def test_only_validation_rows_choose() -> None:
 
 
 def test_a_fixed_layer_has_no_findings() -> None:
-    assert tt.CAA(layer=1).fit(_lm(), _parts(MANY)).findings == {}
+    assert tt.CAA(layer=1, token="last").fit(_lm(), _parts(MANY)).findings == {}
 
 
 # -- ActAdd ------------------------------------------------------------------------------------
@@ -579,6 +583,6 @@ def test_missing_validation_rows_are_noticed_before_the_model_runs() -> None:
     lm, passes = _lm(), []
     handle = lm.model.model.register_forward_pre_hook(lambda *_: passes.append(1))
     with pytest.raises(tt.TrimtabError, match="validation"):
-        tt.CAA(layer="validation").fit(lm, CONTRAST)
+        tt.CAA(layer="validation", token="last").fit(lm, CONTRAST)
     handle.remove()
     assert not passes

@@ -532,7 +532,7 @@ def test_fit_on_the_contrast_of_a_task(trimtab: Command, work: Path) -> None:
             )
             right, wrong = ("A", "B") if row["label"] == 0 else ("B", "A")
             pairs.append((prompt, right, wrong))
-    expected = tt.CAA(layer=1).fit(lm, tt.Contrast.from_pairs(pairs))
+    expected = tt.CAA(layer=1, token="last").fit(lm, tt.Contrast.from_pairs(pairs))
     fitted = tt.Steering.load("copa.safetensors")
     vectors: list[Any] = [s.interventions[0].operator for s in (fitted, expected)]
     assert torch.allclose(vectors[0].vector, vectors[1].vector, atol=1e-6)

@@ -58,6 +58,7 @@ def compared(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comp
         CANDIDATES,
         f"contrast:{pairs}",
         kl=0.01,
+        max_cost=None,
         timed=False,
         output=directory,
     )
@@ -185,6 +186,7 @@ def test_the_directory_goes_on_and_the_page_shows_everything(
         CANDIDATES,
         f"contrast:{pairs}",
         kl=0.01,
+        max_cost=None,
         timed=False,
         output=directory,
     )

@@ -129,7 +129,8 @@ def test_fits_read_a_compiled_model() -> None:
         layer.compile(**FAST)
     logits_of(other)
     vectors = [
-        tt.CAA(layer=1).fit(m, contrast).interventions[0].operator.vector for m in (lm, other)
+        tt.CAA(layer=1, token="last").fit(m, contrast).interventions[0].operator.vector
+        for m in (lm, other)
     ]
     assert torch.equal(*vectors)
 

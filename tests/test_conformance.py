@@ -95,9 +95,13 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     },
     "caa": {
         "answer": _always(tt.CAA(layer=0, token="answer"), FFN_BIAS, _NO_FFN_BIAS),
-        "layers": _always(tt.CAA(layer=(0, 2), variant="pca"), FFN_BIAS, _NO_FFN_BIAS),
-        "validation": _always(tt.CAA(layer="validation", alpha=2), FFN_BIAS, _NO_FFN_BIAS),
-        "last": _always(tt.CAA(alpha=-1, positions="last"), NONE, "'last' positions"),
+        "layers": _always(
+            tt.CAA(layer=(0, 2), variant="pca", token="last"), FFN_BIAS, _NO_FFN_BIAS
+        ),
+        "validation": _always(
+            tt.CAA(layer="validation", alpha=2, token="last"), FFN_BIAS, _NO_FFN_BIAS
+        ),
+        "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "'last' positions"),
     },
     "iti": {
         "mean": _always(tt.ITI(k=5, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
@@ -148,12 +152,22 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         ),
     },
     "austeer": {
-        "ffn_out": _always(tt.AUSteer(k=12, alpha=4), EVERY),
+        "ffn_out": _always(tt.AUSteer(k=12, alpha=4, site="ffn_out", direction="paper"), EVERY),
         "heads": _always(tt.AUSteer("heads", k=20, alpha=3, direction="signed"), EVERY),
-        "ffn_in": _always(tt.AUSteer("ffn_in", k=30, alpha=3, clamp_sign=True), EVERY),
-        "resid": _always(tt.AUSteer("resid", k=6, alpha=2), NONE, _STREAM),
-        "absolute": _always(tt.AUSteer(k=12, change="absolute", alpha=2), NONE, "multiple of |x|"),
-        "vector": _always(tt.AUSteer(k=40, change="vector"), FFN_BIAS, _NO_FFN_BIAS),
+        "ffn_in": _always(
+            tt.AUSteer("ffn_in", k=30, alpha=3, clamp_sign=True, direction="paper"), EVERY
+        ),
+        "resid": _always(tt.AUSteer("resid", k=6, alpha=2, direction="paper"), NONE, _STREAM),
+        "absolute": _always(
+            tt.AUSteer(k=12, change="absolute", alpha=2, site="ffn_out", direction="paper"),
+            NONE,
+            "multiple of |x|",
+        ),
+        "vector": _always(
+            tt.AUSteer(k=40, change="vector", site="ffn_out", direction="paper"),
+            FFN_BIAS,
+            _NO_FFN_BIAS,
+        ),
     },
 }
 

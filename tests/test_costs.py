@@ -246,7 +246,7 @@ def test_json_of_costs() -> None:
 @pytest.mark.slow
 def test_cost_is_convex_at_zero_on_a_real_model(smollm2: Any) -> None:
     """Its slope need not vanish: the model is not a perfect one."""
-    steering = tt.CAA(layer=15).fit(smollm2, tt.Contrast.builtin("formality").take(6))
+    steering = tt.CAA(layer=15, token="last").fit(smollm2, tt.Contrast.builtin("formality").take(6))
     found = cost_curve(smollm2, steering, [TEXT], [-1.0, -0.5, 0.0, 0.5, 1.0], block=64)
     second = np.polyfit(found.dials.numpy(), found.delta.numpy(), 2)[0]
     assert second > 0

@@ -251,7 +251,7 @@ def test_a_looser_tolerance_runs_fewer_dials() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", [4, 15])
 def test_adaptive_sampling_on_smollm2(smollm2: Any, layer: int) -> None:
-    steering = tt.CAA(layer=layer).fit(smollm2, tt.Contrast.builtin("formality"))
+    steering = tt.CAA(layer=layer, token="last").fit(smollm2, tt.Contrast.builtin("formality"))
     text = "She looked at the map and"
     exact = dense(
         smollm2, steering, smollm2.encode([text])[0], np.linspace(-200, 200, 1025).tolist()
@@ -404,7 +404,7 @@ PAIRS = [
 
 def test_error_bars_come_from_resampled_contrasts() -> None:
     lm, contrast = language_model("llama"), tt.Contrast.from_pairs(PAIRS)
-    method = tt.CAA(layer=1)
+    method = tt.CAA(layer=1, token="last")
     fitted = method.fit(lm, contrast)
     others = resampled(lm, method, contrast, 3, seed=1)
     options: Any = {"span": (-3, 3), "points": 7, "tokens": [8, 80], "chat": False}
@@ -438,15 +438,18 @@ def vectors(steerings: list[tt.Steering]) -> list[Tensor]:
 def test_resampling_repeats_by_its_seed() -> None:
     lm, contrast = language_model("llama"), tt.Contrast.from_pairs(PAIRS)
     first, again, another = (
-        vectors(resampled(lm, tt.CAA(layer=1), contrast, 3, seed)) for seed in (0, 0, 1)
+        vectors(resampled(lm, tt.CAA(layer=1, token="last"), contrast, 3, seed))
+        for seed in (0, 0, 1)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     six = [*first, *another]
     assert not any(torch.equal(six[i], six[j]) for i in range(6) for j in range(i))
     # A run is the plain fit of its resampled rows.
-    own = tt.CAA(layer=1).fit(lm, contrast.resample(3))
+    own = tt.CAA(layer=1, token="last").fit(lm, contrast.resample(3))
     assert torch.equal(vectors([own])[0], another[0])
-    refused_in_one_line(lambda: resampled(lm, tt.CAA(layer=1), contrast, 1), "2 resamples or more")
+    refused_in_one_line(
+        lambda: resampled(lm, tt.CAA(layer=1, token="last"), contrast, 1), "2 resamples or more"
+    )
 
 
 def test_resample_draws_train_rows_with_replacement() -> None:
@@ -485,18 +488,22 @@ def test_resample_keeps_the_labels_of_an_unpaired_contrast() -> None:
 
 def test_a_steering_knows_its_method() -> None:
     lm, contrast = language_model("llama"), tt.Contrast.from_pairs(PAIRS)
-    methods: list[Any] = [tt.CAA(layer=(0, 2)), tt.AUSteer(k=4), tt.SAS(theta=30)]
+    methods: list[Any] = [
+        tt.CAA(layer=(0, 2), token="last"),
+        tt.AUSteer(k=4, site="ffn_out", direction="paper"),
+        tt.SAS(theta=30),
+    ]
     for method in methods:
         steering = method.fit(lm, contrast)
         assert method_of(steering) == method
     refused_in_one_line(lambda: method_of(sharp(lm)), "no method 'test'")
-    wrong = replace(tt.CAA(layer=1).fit(lm, contrast), hyperparameters={"depth": 3})
+    wrong = replace(tt.CAA(layer=1, token="last").fit(lm, contrast), hyperparameters={"depth": 3})
     refused_in_one_line(lambda: method_of(wrong), "hyperparameters that the method does not")
 
 
 def test_layers_from_the_first_to_the_last() -> None:
     lm, contrast = language_model("llama"), tt.Contrast.from_pairs(PAIRS)
-    steering = tt.CAA(layer=1).fit(lm, contrast)
+    steering = tt.CAA(layer=1, token="last").fit(lm, contrast)
     for layers, count, expected in (
         (30, 4, [0, 9, 19, 29]), (12, 4, [0, 3, 7, 11]), (32, 3, [0, 15, 31]), (3, 5, [0, 1, 2]),
         (12, 1, [0]),
@@ -504,7 +511,7 @@ def test_layers_from_the_first_to_the_last() -> None:
         found: list[Any] = at_layers(steering, layers, count)
         assert [method.layer for method in found] == expected
     refused_in_one_line(lambda: at_layers(steering, 12, 0), "1 layer or more")
-    wide = tt.AUSteer(k=4).fit(lm, contrast)
+    wide = tt.AUSteer(k=4, site="ffn_out", direction="paper").fit(lm, contrast)
     refused_in_one_line(lambda: at_layers(wide, 12, 3), "austeer has no layer")
 
 

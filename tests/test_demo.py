@@ -304,7 +304,7 @@ def test_units_scaled_up_and_down_are_drawn_apart(work: Path) -> None:
     """The picture's legend counts what `inspect` says."""
     lm = tt.load("model", device="cpu")
     contrast = tt.load_contrast("pairs.jsonl")
-    steering = tt.AUSteer(site="heads", k=8).fit(lm, contrast)
+    steering = tt.AUSteer(site="heads", k=8, direction="paper").fit(lm, contrast)
     axes = Figure().subplots()
     plot_units(axes, steering, lm.anatomy.layers, lm.anatomy.width("layers.0.heads"))
     up = int((steering.tables["gain"] >= 0).sum())

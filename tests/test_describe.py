@@ -68,7 +68,7 @@ def text(steering: Steering) -> str:
 
 
 def test_the_last_lines_say_dial_and_origin() -> None:
-    steering = made(tt.CAA(), {"layers.4.resid": Add(torch.ones(8))})
+    steering = made(tt.CAA(token="last"), {"layers.4.resid": Add(torch.ones(8))})
     assert explain(steering.at(-3.5))[-2:] == [
         "Dial alpha: -3.5 now, 2 as fitted, sensible from -20 to 20.",
         "Made for tiny (llama, 12 layers, 01234567) from 7 rows of mine on 2026-01-31.",
@@ -103,7 +103,7 @@ def test_an_unknown_method_is_described_by_its_operators() -> None:
     operators: dict[str, Operator] = {
         "layers.1.resid": Add(torch.tensor([1.0, 0.0] * 4)), "layers.2.heads": scale(),
     }  # fmt: skip
-    steering = replace(made(tt.CAA(), operators), method="mine")
+    steering = replace(made(tt.CAA(token="last"), operators), method="mine")
     assert explain(steering)[:2] == [
         "mine: Add on 4 units of layers.1.resid.",
         "mine: Scale on 8 units of layers.2.heads.",
@@ -116,7 +116,7 @@ def test_a_file_with_only_a_methods_name_is_described_all_the_same(
     method: str, findings: dict[str, Any]
 ) -> None:
     steering = replace(
-        made(tt.CAA(), {"layers.1.resid": Add(torch.ones(8))}, findings=findings),
+        made(tt.CAA(token="last"), {"layers.1.resid": Add(torch.ones(8))}, findings=findings),
         method=method,
         hyperparameters={},
     )
@@ -131,7 +131,11 @@ def test_a_file_with_only_a_methods_name_is_described_all_the_same(
 
 def test_tables_of_several_lengths_are_refused() -> None:
     wrong = {**units([1.0, 2.0]), "gain": torch.ones(3)}
-    steering = made(tt.AUSteer(), {"layers.3.ffn_out": scale()}, tables=wrong)
+    steering = made(
+        tt.AUSteer(site="ffn_out", k=16, direction="paper"),
+        {"layers.3.ffn_out": scale()},
+        tables=wrong,
+    )
     for look in (describe, explain):
         with pytest.raises(tt.TrimtabError, match="several lengths"):
             look(steering)
@@ -142,7 +146,8 @@ def test_tables_of_several_lengths_are_refused() -> None:
 
 def test_units_in_rank_order_with_gamma_at_the_dial() -> None:
     steering = made(
-        tt.AUSteer(), {"layers.3.heads": scale(), "layers.5.heads": scale()},
+        tt.AUSteer(site="ffn_out", k=16, direction="paper"),
+        {"layers.3.heads": scale(), "layers.5.heads": scale()},
         tables=units([0.5, -1.0], layers=[5, 3]),
     ).at(6)  # fmt: skip
     found = describe(steering)["units"]
@@ -199,7 +204,9 @@ def test_a_basis_is_measured_as_it_is_stored() -> None:
 
 def test_austeer() -> None:
     own = units([0.9, -0.8, 0.7, -0.1], layers=[2, 0, 2, 7])
-    steering = made(tt.AUSteer("heads", k=4), {"layers.2.heads": scale()}, tables=own).at(5)
+    steering = made(
+        tt.AUSteer("heads", k=4, direction="paper"), {"layers.2.heads": scale()}, tables=own
+    ).at(5)
     lines = explain(steering)
     assert lines[0] == (
         "AUSteer changes 4 single units of heads, in layers 0 (1 of them), 2 (2), 7 (1): each "
@@ -246,7 +253,11 @@ def test_austeers_options_are_said(options: dict[str, Any], words: list[str], wi
 @pytest.mark.parametrize(
     ("method", "column", "words"),
     [
-        (tt.AUSteer(k=0), "unit", "AUSteer with k = 0: no unit is changed."),
+        (
+            tt.AUSteer(k=0, site="ffn_out", direction="paper"),
+            "unit",
+            "AUSteer with k = 0: no unit is changed.",
+        ),
         (tt.SADI(k=0), "head", "SADI with k = 0: nothing is changed."),
         (tt.ITI(k=0), "head", "ITI with k = 0: no head is changed."),
     ],
@@ -293,7 +304,7 @@ def test_caas_choice() -> None:
     gains = {"layers.1.resid": 0.25, "layers.2.resid": 1.5, "layers.3.resid": -2.0}
     said = text(
         made(
-            tt.CAA(layer="validation"), {"layers.2.resid": Add(torch.ones(8))},
+            tt.CAA(layer="validation", token="last"), {"layers.2.resid": Add(torch.ones(8))},
             findings={"site": "layers.2.resid", "validation_gain": gains},
         )
     )  # fmt: skip
@@ -410,7 +421,7 @@ def test_ss_says_whether_whole_blocks_had_to_qualify() -> None:
 
 def test_lengths_are_of_the_vector_at_dial_one() -> None:
     """Whatever the dial stands at: it is said beside."""
-    steering = made(tt.CAA(), {"layers.4.resid": Add(torch.full((8,), 0.5))})
+    steering = made(tt.CAA(token="last"), {"layers.4.resid": Add(torch.full((8,), 0.5))})
     length = f"length {math.sqrt(2):.2f} at alpha 1"
     assert length in text(steering)
     assert length in text(steering.at(7))

@@ -23,10 +23,10 @@ PAIRS = [
 CONTRAST = Contrast.from_pairs(PAIRS, "mine")
 
 SEVERAL: list[Any] = [
-    tt.AUSteer(site="ffn_out", k=10),
+    tt.AUSteer(site="ffn_out", k=10, direction="paper"),
     tt.AUSteer(site="heads", k=7, direction="signed", layers=(0, 1)),
-    tt.AUSteer(site="ffn_out", k=10, change="vector"),
-    tt.CAA(layer=1),
+    tt.AUSteer(site="ffn_out", k=10, change="vector", direction="paper"),
+    tt.CAA(layer=1, token="last"),
     tt.CAA(layer=1, token="mean", alpha=2),
     tt.CAA(layer=0, token="answer", variant="pca"),
     tt.ActAdd(pairs=2),
@@ -83,7 +83,13 @@ def test_fit_uses_the_train_part_only() -> None:
     parts = ["train", "test", "validation"] * 3
     rows = tuple(replace(row, part=part) for row, part in zip(CONTRAST.pairs, parts, strict=True))
     train = Contrast.from_pairs(PAIRS[::3], "mine")
-    for method in (tt.AUSteer(k=20), tt.CAA(), tt.ActAdd(), tt.ITI(k=2), tt.SADI()):
+    for method in (
+        tt.AUSteer(k=20, site="ffn_out", direction="paper"),
+        tt.CAA(token="last"),
+        tt.ActAdd(),
+        tt.ITI(k=2),
+        tt.SADI(),
+    ):
         found = method.fit(lm, Contrast(rows, "mine"))  # type: ignore[arg-type]
         _same(found, method.fit(lm, train))
         assert found.contrast == {"name": "mine", "digest": train.digest, "rows": 3}
@@ -91,13 +97,17 @@ def test_fit_uses_the_train_part_only() -> None:
         assert everything.contrast["rows"] == 9
         assert everything.contrast["digest"] != train.digest
     with pytest.raises(tt.TrimtabError, match="mine has no train rows"):
-        tt.CAA().fit(lm, Contrast((replace(CONTRAST.pairs[0], part="test"),), "mine"))
+        tt.CAA(token="last").fit(lm, Contrast((replace(CONTRAST.pairs[0], part="test"),), "mine"))
 
 
 def test_one_method_that_cannot_stops_them_all() -> None:
     unpaired = Contrast.from_texts(["I love it"], ["I hate it"], "mine")
     with pytest.raises(tt.TrimtabError, match="mine is unpaired"):
-        tt.fit([tt.CAA(), tt.AUSteer()], _lm(), unpaired)
+        tt.fit(
+            [tt.CAA(token="last"), tt.AUSteer(site="ffn_out", k=16, direction="paper")],
+            _lm(),
+            unpaired,
+        )
 
 
 def test_long_texts_are_warned_about_once() -> None:

@@ -37,8 +37,8 @@ CONTRAST = Contrast.from_pairs(PAIRS, "mine")
 #: Every method that reads both sides of any contrast.
 METHODS: list[Method] = [
     tt.ActAdd(),
-    tt.CAA(),
-    tt.CAA(variant="pca"),
+    tt.CAA(token="last"),
+    tt.CAA(variant="pca", token="last"),
     tt.ITI(k=3),
     tt.SADI(k=3),
     tt.SADI(variant="neuron"),
@@ -46,7 +46,7 @@ METHODS: list[Method] = [
     tt.SAS(),
     tt.AAS(),
     tt.SS(whole_blocks=False),
-    tt.AUSteer(k=3),
+    tt.AUSteer(k=3, site="ffn_out", direction="paper"),
 ]
 
 
@@ -134,7 +134,7 @@ def test_messages_that_a_template_drops(method: Method) -> None:
 def test_texts_that_are_cut_until_they_are_equal() -> None:
     ending = " and then they said that they would rule together"
     contrast = Contrast.from_texts(["The king" + ending], ["The ship" + ending], "mine")
-    method = tt.CAA()
+    method = tt.CAA(token="last")
     assert method.fit(_lm(), contrast).interventions
     with pytest.warns(tt.TrimtabWarning, match="2 of 2 rows are longer"):
         refused_in_one_line(
@@ -146,7 +146,7 @@ def test_the_same_texts_in_other_shares_are_a_contrast() -> None:
     """A text may stand on both sides, if it is more often on one."""
     one, other = PROMPTS[:2]
     contrast = Contrast.from_texts([one, one, other], [one, other, other], "mine")
-    (intervention,) = tt.CAA().fit(_lm(), contrast).interventions
+    (intervention,) = tt.CAA(token="last").fit(_lm(), contrast).interventions
     assert intervention.operator.vector.any()  # type: ignore[attr-defined]
 
 
@@ -168,7 +168,7 @@ def test_a_token_at_which_the_sides_are_equal(name: str) -> None:
 
 
 def test_what_asks_for_nothing_may_be_nothing() -> None:
-    for method in (tt.ITI(k=0), tt.SADI(k=0), tt.AUSteer(k=0)):
+    for method in (tt.ITI(k=0), tt.SADI(k=0), tt.AUSteer(k=0, site="ffn_out", direction="paper")):
         assert method.fit(_lm(), CONTRAST).interventions == ()
 
 
@@ -218,7 +218,9 @@ def test_activations_beyond_float16(method: Method, name: str, tmp_path: Path) -
 
 def test_rows_that_are_not_read_may_be_anything() -> None:
     assert tt.ActAdd(layer=1, pairs=2).fit(_overflowing(), MARKED).interventions
-    assert tt.CAA(layer=0).fit(_overflowing(), MARKED).interventions  # below the overflow
+    assert (
+        tt.CAA(layer=0, token="last").fit(_overflowing(), MARKED).interventions
+    )  # below the overflow
     wants = [Want("layers.1.resid", "mean", Means, rows=frozenset({0, 4}))]
     assert collect(_overflowing(), MARKED, wants)[wants[0]].difference.isfinite().all()
 
@@ -228,7 +230,7 @@ def test_weights_that_are_not_numbers() -> None:
     with torch.no_grad():
         lm.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     refused_in_one_line(
-        lambda: tt.CAA(layer=1).fit(lm, CONTRAST),
+        lambda: tt.CAA(layer=1, token="last").fit(lm, CONTRAST),
         r"mine, row \d: the activation at layers\.1\.resid is not finite in float32: its weights",
     )
 

@@ -47,7 +47,7 @@ def test_peak_memory_is_what_was_used_on_top() -> None:
 
 def test_overhead_measures_both_in_turns() -> None:
     lm = language_model("llama")
-    steering = tt.CAA(layer=1).fit(lm, PAIRS)
+    steering = tt.CAA(layer=1, token="last").fit(lm, PAIRS)
     found = overhead(lm, steering, ["Hi there", "You"], new_tokens=3, rounds=2)
     assert found.steered > 0
     assert found.unsteered > 0

@@ -94,15 +94,15 @@ def test_nothing_wanted_nothing_run() -> None:
 
 MANY = (
     tt.ActAdd(layer=1),
-    tt.CAA(layer=(0, 2)),
-    tt.CAA(layer=1, variant="pca"),
+    tt.CAA(layer=(0, 2), token="last"),
+    tt.CAA(layer=1, variant="pca", token="last"),
     tt.ITI(k=3),
     tt.SADI(k=3),
     tt.SAS(),
     tt.AAS(candidates="output"),
     tt.SS(whole_blocks=False),
     tt.Ablation(layer=1, tokens=(-2,)),
-    tt.AUSteer(k=5),
+    tt.AUSteer(k=5, site="ffn_out", direction="paper"),
 )
 NEED_PAIRS = (2, 9)
 
@@ -168,7 +168,9 @@ def test_many_methods_of_nothing() -> None:
 def test_one_method_twice() -> None:
     language_model = wrapped("llama")
     contrast = Contrast.from_pairs(PAIRS)
-    weak, strong = tt.fit([tt.CAA(alpha=1), tt.CAA(alpha=2)], language_model, contrast)
+    weak, strong = tt.fit(
+        [tt.CAA(alpha=1, token="last"), tt.CAA(alpha=2, token="last")], language_model, contrast
+    )
     assert (weak.setting, strong.setting) == (1, 2)
     assert all(torch.equal(x, _tensors(strong)[name]) for name, x in _tensors(weak).items())
 

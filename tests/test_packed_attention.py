@@ -84,7 +84,7 @@ def test_fit_reads_the_same(name: str) -> None:
         found = tt.CAA(layer=2, token="mean").fit(lm, CONTRAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was said of this model
-        tt.AUSteer(k=3).fit(lm, CONTRAST)
+        tt.AUSteer(k=3, site="ffn_out", direction="paper").fit(lm, CONTRAST)
         log_odds(lm, CONTRAST)
     (warning,) = said
     assert str(warning.message) == (
@@ -126,7 +126,10 @@ def test_figures_are_the_same(name: str, attention: str) -> None:
 def test_attention_is_put_back_after_an_error() -> None:
     lm = _lm("llama", "flash_attention_2")
     lm.model.model.layers[1].mlp.down_proj.weight.data.fill_(torch.nan)
-    for action in (lambda: tt.CAA(layer=1).fit(lm, CONTRAST), lambda: log_odds(lm, CONTRAST)):
+    for action in (
+        lambda: tt.CAA(layer=1, token="last").fit(lm, CONTRAST),
+        lambda: log_odds(lm, CONTRAST),
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", tt.TrimtabWarning)
             with pytest.raises(tt.TrimtabError, match="not finite"):
@@ -142,6 +145,6 @@ def test_attention_that_takes_masks_stays(attention: str) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tt.CAA(layer=1).fit(lm, CONTRAST)
+        tt.CAA(layer=1, token="last").fit(lm, CONTRAST)
         log_odds(lm, CONTRAST)
     assert used == {attention}

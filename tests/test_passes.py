@@ -282,7 +282,7 @@ def test_dropout_is_refused_where_figures_are_made(name: str) -> None:
     for action in (
         lambda: lm.logits(PROMPTS),
         lambda: lm.generate(PROMPTS),
-        lambda: tt.CAA(layer=1).fit(lm, contrast),
+        lambda: tt.CAA(layer=1, token="last").fit(lm, contrast),
     ):
         refused_in_one_line(action, r"training mode.*eval\(\)")
     lm.model.eval()

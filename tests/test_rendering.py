@@ -142,7 +142,7 @@ def test_a_fit_reads_the_last_token_of_the_text_and_not_eos() -> None:
     contrast = tt.Contrast.from_pairs(pairs)
     vectors = []
     for tokenizer in (tiny_tokenizer(), closing("<s> $A </s>")):
-        steering = tt.CAA(layer=1).fit(tt.wrap(lm.model, tokenizer), contrast)
+        steering = tt.CAA(layer=1, token="last").fit(tt.wrap(lm.model, tokenizer), contrast)
         vectors.append(steering.interventions[0].operator.vector)
     assert torch.equal(*vectors)
 

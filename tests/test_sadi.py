@@ -261,7 +261,7 @@ def test_reading_several_sites_of_a_mixture_at_once() -> None:
     """What is read before and after the gate in one pass is the same as in two, whichever is
     first, and a steering at `ffn_in` stays where it is."""
     lm = _lm("qwen3_moe")
-    methods = [tt.SADI(variant="neuron", k=9), tt.AUSteer(site="ffn_in", k=9)]
+    methods = [tt.SADI(variant="neuron", k=9), tt.AUSteer(site="ffn_in", k=9, direction="paper")]
     alone = [method.fit(lm, CONTRAST) for method in methods]
     for order in (1, -1):
         both = tt.fit(methods[::order], lm, CONTRAST)[::order]

@@ -142,7 +142,10 @@ def test_files_from_before_findings_and_absolute_load(tmp_path: Path) -> None:
     assert Steering.load(old).save(tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("method", [tt.AUSteer(k=5, alpha=4), tt.CAA(layer=1, token="mean")])
+@pytest.mark.parametrize(
+    "method",
+    [tt.AUSteer(k=5, alpha=4, site="ffn_out", direction="paper"), tt.CAA(layer=1, token="mean")],
+)
 def test_what_a_method_makes(tmp_path: Path, method: Any) -> None:
     lm = tt.wrap(tiny_model("llama"), tiny_tokenizer(), "tiny")
     contrast = tt.Contrast.from_pairs([(f"The {i}", " yes", " no") for i in range(5)], "mine")

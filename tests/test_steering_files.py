@@ -60,7 +60,9 @@ def test_what_does_nothing_is_no_file(name: str, tmp_path: Path) -> None:
     refused(lambda: Steering.load(bad), r"bad\.safetensors does nothing")
 
 
-@pytest.mark.parametrize("method", [tt.AUSteer(k=0), tt.ITI(k=0), tt.SADI(k=0)])
+@pytest.mark.parametrize(
+    "method", [tt.AUSteer(k=0, site="ffn_out", direction="paper"), tt.ITI(k=0), tt.SADI(k=0)]
+)
 def test_the_model_as_it_is_may_be_tried_but_not_saved(method: Any, tmp_path: Path) -> None:
     lm = language_model("llama")
     contrast = tt.Contrast.from_pairs([(f"The {i}", " yes", " no") for i in range(5)])

@@ -71,10 +71,10 @@ def test_methods_with_a_cache(tmp_path: Path) -> None:
     lm, contrast = language_model("llama"), contrast_of()
     methods = [
         tt.ActAdd(layer=1, pairs=3),
-        tt.CAA(layer=1, variant="pca"),
+        tt.CAA(layer=1, variant="pca", token="last"),
         tt.SADI(k=3),
         tt.SAS(),
-        tt.AUSteer(k=4),
+        tt.AUSteer(k=4, site="ffn_out", direction="paper"),
     ]
     plain = tt.fit(methods, lm, contrast)
     check_same(tt.fit(methods, lm, contrast, cache=tmp_path), plain)
@@ -326,18 +326,18 @@ def test_some_rows_and_then_all(tmp_path: Path) -> None:
 def test_some_texts_of_each_side_and_then_all(tmp_path: Path) -> None:
     lm, contrast = language_model("gpt2"), contrast_of(paired=False)
     few = tt.ActAdd(layer=0, token="last")
-    plain = tt.CAA(layer=0).fit(lm, contrast)
+    plain = tt.CAA(layer=0, token="last").fit(lm, contrast)
     with watched(lm) as run:
         few.fit(lm, contrast, cache=tmp_path)
     assert run.rows == 2
-    check_same([tt.CAA(layer=0).fit(lm, contrast, cache=tmp_path)], [plain])
+    check_same([tt.CAA(layer=0, token="last").fit(lm, contrast, cache=tmp_path)], [plain])
 
 
 def test_a_steered_model_is_not_kept(tmp_path: Path) -> None:
     """Its weights say nothing of the steering, and the next pass would be served with it."""
     lm, contrast = language_model("llama"), contrast_of()
     cache = tmp_path / "cache"
-    method = tt.CAA(layer=2)
+    method = tt.CAA(layer=2, token="last")
     with lm.steered(steer_at(lm, "resid", layer=0)):
         with pytest.raises(tt.TrimtabError, match="is steered.*leave the cache out") as error:
             method.fit(lm, contrast, cache=cache)

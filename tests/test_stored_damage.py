@@ -64,10 +64,10 @@ for number, steering in enumerate(fitted):
     steering.save(f"{log}.{number}.safetensors")
 """
 RESUMED = [
-    tt.CAA(layer=(0, 2)),
+    tt.CAA(layer=(0, 2), token="last"),
     tt.CAA(layer=1, variant="pca", token="answer"),
     tt.SADI(k=3),
-    tt.AUSteer(k=4),
+    tt.AUSteer(k=4, site="ffn_out", direction="paper"),
 ]
 
 
@@ -292,7 +292,7 @@ def test_reading_changes_nothing(tmp_path: Path) -> None:
 def _check_refused(cache: Path, match: str) -> None:
     lm = language_model("llama")
     with watched(lm) as run, pytest.raises(tt.TrimtabError, match=match) as error:
-        tt.CAA(layer=1).fit(lm, contrast_of(), cache=cache)
+        tt.CAA(layer=1, token="last").fit(lm, contrast_of(), cache=cache)
     assert "\n" not in str(error.value)
     assert not run.modules
 
@@ -324,19 +324,19 @@ def test_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("trimtab.fitting.stored._write_at", full)
         with pytest.raises(tt.TrimtabError, match="^cannot write to the cache .*: No space left"):
-            tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
-    plain = tt.CAA(layer=1).fit(lm, contrast)
-    check_same([tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)], [plain])
+            tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)
+    plain = tt.CAA(layer=1, token="last").fit(lm, contrast)
+    check_same([tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)], [plain])
 
 
 def test_reading_fails(tmp_path: Path) -> None:
     lm, contrast = language_model("llama"), contrast_of()
-    tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
+    tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)
     (file,) = tmp_path.glob("*/*.f32")
     file.unlink()
     file.mkdir()
     with pytest.raises(tt.TrimtabError, match="^cannot read the cache .*: Is a directory$"):
-        tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
+        tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
@@ -349,12 +349,12 @@ def test_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     _check_refused(tmp_path, f"^the cache {tmp_path} needs 0.0 GB.*disk has 0.0 GB: name another")
     _free(monkeypatch, 18 * ROW)
     lm, contrast = language_model("llama"), contrast_of()
-    tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
+    tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)
     # What is there needs no room.
     _free(monkeypatch, 0)
-    tt.CAA(layer=1).fit(lm, contrast, cache=tmp_path)
+    tt.CAA(layer=1, token="last").fit(lm, contrast, cache=tmp_path)
     with pytest.raises(tt.TrimtabError, match="needs"):
-        tt.CAA(layer=2).fit(lm, contrast, cache=tmp_path)
+        tt.CAA(layer=2, token="last").fit(lm, contrast, cache=tmp_path)
 
 
 def test_a_few_rows_need_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -467,7 +467,7 @@ def test_two_processes_on_postgresql(lm: tt.LanguageModel, task: str, tmp_path: 
     ("options", "says"),
     [
         ({"method": "nosuch"}, "unknown method 'nosuch'"),
-        ({"method": tt.CAA(layer=1)}, "name a method, 'caa'"),
+        ({"method": tt.CAA(layer=1, token="last")}, "name a method, 'caa'"),
         ({"search": "random"}, "search is 'random'"),
         ({"space": {"k": Range(1, 5)}}, "search with tpe"),
         ({"space": {"k": 5}}, "k: give several values"),

@@ -351,10 +351,16 @@ def random_methods(lm: LanguageModel, count: int, seed: int = 0) -> list[Any]:
     for number in range(count):
         kind = number % 4
         if kind == 0:
-            made.append(tt.CAA(layer=chance.choice(layers), alpha=chance.choice((0.5, 1.0, 2.0))))
+            made.append(
+                tt.CAA(
+                    layer=chance.choice(layers), alpha=chance.choice((0.5, 1.0, 2.0)), token="last"
+                )
+            )
         elif kind == 1:
             site, k = chance.choice(("heads", "ffn_out")), chance.choice((1, 2, 4, 16, 64))
-            made.append(tt.AUSteer(site=site, k=k, alpha=chance.choice((1.0, 4.0, 8.0))))
+            made.append(
+                tt.AUSteer(site=site, k=k, alpha=chance.choice((1.0, 4.0, 8.0)), direction="paper")
+            )
         elif kind == 2:
             made.append(tt.ITI(k=chance.choice((1, 4, 16, 48)), alpha=chance.choice((1.0, 5.0))))
         else:
@@ -416,5 +422,9 @@ def test_the_cost_on_a_real_model_is_that_of_an_effect(
     bench = TaskRows(smollm2, "copa", data=str(data_dir))
     few = tt.Contrast.builtin("formality").part("train").take(12)
     effect = Effect(smollm2, few.take(2), module.plain_texts())
-    for steering in tt.fit([tt.CAA(layer=10), tt.AUSteer(k=16)], smollm2, few):
+    for steering in tt.fit(
+        [tt.CAA(layer=10, token="last"), tt.AUSteer(k=16, site="ffn_out", direction="paper")],
+        smollm2,
+        few,
+    ):
         assert bench.cost(steering) == pytest.approx(effect.cost(steering), abs=1e-5)

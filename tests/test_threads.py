@@ -55,11 +55,11 @@ def test_logits_and_fits_in_threads_are_those_of_one() -> None:
     steering = steer_at(lm, "resid")
     contrast = tt.Contrast.from_pairs([(p, " yes", " no it is not") for p in PROMPTS])
     plain, steered = lm.logits(PROMPTS), lm.logits(PROMPTS, steering=steering)
-    vector = tt.CAA(layer=1).fit(lm, contrast).interventions[0].operator.vector
+    vector = tt.CAA(layer=1, token="last").fit(lm, contrast).interventions[0].operator.vector
     jobs: list[Callable[[], Any]] = [
         lambda: lm.logits(PROMPTS),
         lambda: lm.logits(PROMPTS, steering=steering),
-        lambda: tt.CAA(layer=1).fit(lm, contrast).interventions[0].operator.vector,
+        lambda: tt.CAA(layer=1, token="last").fit(lm, contrast).interventions[0].operator.vector,
     ]
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(lambda job: job(), jobs * 4))
@@ -77,7 +77,9 @@ def test_a_block_of_another_thread_is_refused_and_says_what_to_do() -> None:
             lambda: texts(tt.wrap(lm.model, lm.tokenizer), steering),
             lambda: lm.logits(PROMPTS),
             lambda: lm.steered(steering).__enter__(),
-            lambda: tt.CAA(layer=1).fit(lm, tt.Contrast.from_pairs([("a", " b", " c")])),
+            lambda: tt.CAA(layer=1, token="last").fit(
+                lm, tt.Contrast.from_pairs([("a", " b", " c")])
+            ),
         ):
             with pytest.raises(tt.TrimtabError, match=r"thread 'MainThread' is steering") as caught:
                 in_thread(action)

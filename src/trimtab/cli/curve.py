@@ -314,7 +314,8 @@ def _at_layers(
     from trimtab.strength import at_layers
 
     assert source is not None
-    return fit(at_layers(steering, language_model.anatomy.layers, layers), language_model, source)
+    methods = at_layers(steering, language_model.anatomy.layers, layers)
+    return fit(methods, language_model, source, measure=False)
 
 
 def _print_curves(found: Curves) -> None:

@@ -162,7 +162,7 @@ def _fit(language_model: LanguageModel, contrast: Contrast, say: Say) -> list[St
         *(CAA(layer=int(depth * layers), token="mean") for depth in DEPTHS),
     ]
     say(f"Fitting {len(methods)} steerings on {len(contrast.train)} pairs, in one pass ...")
-    return fit(methods, language_model, contrast)
+    return fit(methods, language_model, contrast, measure=False)
 
 
 def _choose(

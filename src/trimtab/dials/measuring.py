@@ -39,7 +39,9 @@ _PROMPTS, _LONGEST = 8, 256
 _PARAGRAPHS, _TOKENS = 4, 32
 #: How many dials are run on one side at most; two neighbours of what is looked for are close enough
 #: when one is so many times the other.
-_DIALS, _CLOSE = 9, 2.0
+_DIALS, _CLOSE = 10, 2.0
+#: The first size that is run: of a strength, and of an angle in degrees.
+_START = (1.0, 10.0)
 #: Dials are looked for so many times beyond a method's own range, which knows no model.
 _BEYOND = 100.0
 
@@ -81,7 +83,7 @@ def measured(
     goals += [(_cost, MOST), (_cost, BREAKS)]
     with progress("measuring the dial", 2 * _DIALS) as advance:
         run = _runner(language_model, steering, prompts, advance)
-        known = _ladder(run, goals, abs(steering.dial.default) or 1.0, high)
+        known = _ladder(run, goals, _START[steering.dial.unit != ""], high)
         solutions = [
             [_solution(known, _of_prompt(i), kl) for kl in budgets] for i in range(len(prompts))
         ]
@@ -231,7 +233,7 @@ def _step(known: Mapping[float, Probe], goal: Goal, end: float) -> float | None:
     high = min(over, default=math.inf)
     low = max((size for size in known if size < high), default=0.0)
     if high == math.inf:
-        return None if low >= end else min(end, low * _growth(figure(known[low]), limit, 1.3, 4.0))
+        return None if low >= end else min(end, low * _growth(figure(known[low]), limit, 1.5, 4.0))
     if low == 0.0:
         return high * _growth(figure(known[high]), limit, 0.1, 0.8)
     return None if high <= _CLOSE * low else math.sqrt(low * high)

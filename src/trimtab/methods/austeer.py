@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -88,14 +88,18 @@ class AUSteer(Method):
     """
 
     site: SiteKind = field(
-        default="ffn_out", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
+        default="heads", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
     )
-    k: CountOrAll = field(default=16, metadata={"help": "How many units to steer, or all."})
+    k: CountOrAll = field(default=96, metadata={"help": "How many units to steer, or all."})
     alpha: Number | None = field(
         default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
     )
-    direction: Literal["paper", "signed"] = field(
-        default="paper", metadata={"help": "Sign of gamma: paper, or signed by the unit's mean."}
+    direction: Literal["paper", "signed"] | None = field(
+        default=None,
+        metadata={
+            "help": "Sign of gamma: paper, or signed by the unit's mean (default: signed, where "
+            "units are scaled)."
+        },
     )
     locate: Literal["momentum", "difference", "random"] = field(
         default="momentum", metadata={"help": "Score of a unit: momentum, difference or random."}
@@ -129,7 +133,7 @@ class AUSteer(Method):
         if self.choose == "least":
             defaults = {"change": "scale", "strength": "adaptive", "direction": "paper"}
             for option, default in defaults.items():
-                if getattr(self, option) != default:
+                if getattr(self, option) not in (default, None):
                     raise TrimtabError(
                         "austeer: choose least shrinks units by one factor, 1 - alpha: leave "
                         f"{option} out"
@@ -177,12 +181,22 @@ class AUSteer(Method):
         return wants
 
     @property
+    def _signed(self) -> bool:
+        """Whether gamma has the sign of the unit's mean: as told, or where it can have."""
+        if self.direction is None:
+            return self.change == "scale" and self.choose == "most"
+        return self.direction == "signed"
+
+    @property
     def _needs_means(self) -> bool:
-        return self.direction == "signed" or self.locate == "difference" or self.change == "vector"
+        return self._signed or self.locate == "difference" or self.change == "vector"
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
+        if self.direction is None:
+            made = replace(self, direction="signed" if self._signed else "paper")
+            return made.build(language_model, contrast, statistics)
         anatomy = language_model.anatomy
         sites = self.sites(anatomy)
         widths = [anatomy.width(site) for site in sites]
@@ -193,7 +207,7 @@ class AUSteer(Method):
         if self._needs_means:
             means = [statistics.of(site, "last", Means) for site in sites]
             difference = torch.cat([mean.difference for mean in means])
-            if self.direction == "signed":
+            if self._signed:
                 sign = torch.cat([(mean.positive + mean.negative).sign() for mean in means])
         score = self._score(r_pos, r_neg, difference)
         chosen = self._chosen(score)  # flat over (layer, unit)

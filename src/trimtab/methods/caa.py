@@ -4,9 +4,10 @@
 
     v_l = mean(h_l^pos) - mean(h_l^neg)  at block l's output,      h_l <- h_l + alpha v_l
 
-`token` says whose activation stands for a text: its last token's (as in the comparisons of
-AUSteer's paper), the mean over all its tokens or over its answer's, or a token counted from the
-end (-2 is the answer's letter in the authors' prompts).
+`token` says whose activation stands for a text: the mean over its answer's tokens (the default,
+which gains most here), its last token's (as in the comparisons of AUSteer's paper), the mean over
+all its tokens, or a token counted from the end (-2 is the answer's letter in the authors'
+prompts).
 
 `variant="pca"` keeps the length of v and takes as its direction the first principal component of
 the pairs' differences. They are not centred, because their mean is what is looked for; the sign is
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -59,9 +60,12 @@ class CAA(Method):
     alpha: Number | None = field(
         default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
     )
-    token: Token = field(
-        default="last",
-        metadata={"help": "What stands for a text: last, mean, answer, or -2 and so on."},
+    token: Token | None = field(
+        default=None,
+        metadata={
+            "help": "What stands for a text: last, mean, answer, or -2 and so on (default: answer; "
+            "of unpaired texts, which have none, last)."
+        },
     )
     variant: Literal["mean", "pca"] = field(
         default="mean", metadata={"help": "Direction: mean difference, or pca of the differences."}
@@ -99,15 +103,23 @@ class CAA(Method):
                     f"caa: layer validation reads unpaired texts as they are, and positions "
                     f"{self.positions} changes nothing there: use all, or a paired contrast"
                 )
-        sites = self.sites(language_model.anatomy)
-        wants = [Want(site, self.token, Means) for site in sites]
+        sites, token = self.sites(language_model.anatomy), self._for(contrast).token
+        assert token is not None
+        wants = [Want(site, token, Means) for site in sites]
         if self.variant == "pca":
-            wants += [Want(site, self.token, SecondMoment) for site in sites]
+            wants += [Want(site, token, SecondMoment) for site in sites]
         return wants
+
+    def _for(self, contrast: Contrast) -> CAA:
+        """The method with what it takes of this contrast's texts, if it was not told."""
+        default: Token = "answer" if contrast.paired else "last"
+        return self if self.token is not None else replace(self, token=default)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
+        if self.token is None:
+            return self._for(contrast).build(language_model, contrast, statistics)
         dial = Dial("alpha", self.at_default, (-20.0, 20.0))
         interventions = [
             Intervention(site, Add(self._vector(statistics, site)), self.positions)
@@ -130,6 +142,7 @@ class CAA(Method):
         return new_steering(self, language_model, contrast, [best], dial, findings=findings)
 
     def _vector(self, statistics: Statistics, site: str) -> Tensor:
+        assert self.token is not None
         vector = statistics.of(site, self.token, Means).difference
         length = vector.norm()
         if self.variant == "pca":

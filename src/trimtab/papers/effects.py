@@ -60,7 +60,7 @@ def fitted(
     """Methods as a recipe writes them, {name, method, fixed}, fitted in one pass."""
     made = [METHODS[one["method"]](**one.get("fixed", {})) for one in methods]
     names = [one.get("name", one["method"]) for one in methods]
-    return dict(zip(names, fit(made, language_model, contrast), strict=True))
+    return dict(zip(names, fit(made, language_model, contrast, measure=False), strict=True))
 
 
 def cost(

@@ -65,7 +65,9 @@ def footprint(
     source = contrast_of(contrast, data)
     made = [METHODS[one["method"]](**one.get("fixed", {})) for one in methods]
     counts, rows = {}, []
-    for one, steering in zip(methods, fit(made, language_model, source), strict=True):
+    for one, steering in zip(
+        methods, fit(made, language_model, source, measure=False), strict=True
+    ):
         name = one.get("name", one["method"])
         counts[name] = sum(each.operator.size for each in steering.interventions)
         rows.append([name, len(steering.interventions), counts[name]])
@@ -104,7 +106,9 @@ def overview(
 ) -> StudyResult:
     """AUSteer step by step: the k highest scores, their shares, the factors that follow."""
     source = contrast_of(contrast, data)
-    steering = AUSteer(site=site, k=k, alpha=alpha).fit(language_model, source)
+    steering = AUSteer(site=site, k=k, alpha=alpha, direction="paper").fit(
+        language_model, source, measure=False
+    )
     units = chosen(steering)["units"]
     if not units:
         raise TrimtabError(f"no unit of {site} tells the two sides apart")

@@ -412,7 +412,7 @@ def resampled(
     if times < 2:
         raise TrimtabError(f"error bars need 2 resamples or more, not {times}")
     seeds = range(seed * times, (seed + 1) * times)  # another seed shares none of them
-    return [method.fit(language_model, contrast.resample(own)) for own in seeds]
+    return [method.fit(language_model, contrast.resample(own), measure=False) for own in seeds]
 
 
 @torch.no_grad()

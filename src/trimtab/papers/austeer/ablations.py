@@ -132,11 +132,11 @@ def ablations(
         drawn = [{"seed": seed + i} for i in range(seeds)] if random else [{}]
         draws += [(name, {**changed, **more}) for more in drawn]
     methods = [
-        AUSteer(site=site, k=k, alpha=float(alphas[0]), **changed)
+        AUSteer(site=site, k=k, alpha=float(alphas[0]), direction="paper", **changed)
         for _, changed in draws
         for k in ks
     ]
-    fitted = iter(fit(methods, language_model, texts))
+    fitted = iter(fit(methods, language_model, texts, measure=False))
     rows = rows_of(language_model, task, asked, seed)
     variants = {name: Variant(name) for name in VARIANTS}
     for name, changed in draws:

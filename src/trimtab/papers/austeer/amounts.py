@@ -74,7 +74,7 @@ def pairs(
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
     texts = contrast_for(task, contrast, asked.data)
     train = texts.train
-    method = AUSteer(site=site, k=k, alpha=alpha)
+    method = AUSteer(site=site, k=k, alpha=alpha, direction="paper")
     sizes = sorted({count for count in counts if 0 < count < len(train)})
     drawn = _subsets(len(train), sizes, resamples, seed)
     everything = frozenset(range(len(train)))
@@ -296,7 +296,7 @@ def count(
     if not wanted or not alphas:
         raise TrimtabError("there is no number of units, or no strength, to try")
     methods = [AUSteer(site=site, k=k, alpha=alphas[0], direction=direction) for k in wanted]
-    fitted = fit(methods, language_model, texts)
+    fitted = fit(methods, language_model, texts, measure=False)
     rows = _rows(language_model, task, asked, seed)
     settings = [
         ({"k": len(steering.tables["unit"]), "alpha": each}, replace(steering, value=each))

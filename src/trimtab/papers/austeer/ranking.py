@@ -140,7 +140,7 @@ def scaling(
         places, factors = (list(each) for each in zip(*here, strict=True))
         operator = Scale(torch.tensor(places), torch.tensor(factors).float(), anatomy.width(site))
         interventions.append(Intervention(site, operator))
-    method = AUSteer(site=kind, k=len(units), alpha=alpha)
+    method = AUSteer(site=kind, k=len(units), alpha=alpha, direction="paper")
     dial = Dial("alpha", alpha, (0.0, 100.0))
     tables: dict[str, Any] = {
         "layer": torch.tensor([unit.layer for unit in units]),

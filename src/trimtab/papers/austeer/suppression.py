@@ -102,9 +102,9 @@ def suppression(
     total = site_units(language_model, site)
     numbers = {share: max(1, round(share * total)) for share in shares}
     methods = [AUSteer(site=site, k=k, alpha=0.5, choose="least") for k in numbers.values()]
-    methods += [AUSteer(site=site, k=k, alpha=0.5) for k in numbers.values()]
-    methods += [AUSteer(site=site, k=k, alpha=1.0) for k in ks]
-    fitted = fit(methods, language_model, texts)
+    methods += [AUSteer(site=site, k=k, alpha=0.5, direction="paper") for k in numbers.values()]
+    methods += [AUSteer(site=site, k=k, alpha=1.0, direction="paper") for k in ks]
+    fitted = fit(methods, language_model, texts, measure=False)
     n = len(numbers)
     groups = {
         "least": _at_shares(numbers, fitted[:n], shrink),

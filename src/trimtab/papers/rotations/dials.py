@@ -92,7 +92,7 @@ def dial(
         for name in dict.fromkeys(methods)
     ]
     texts = contrast_for(task, contrast, rows.data)
-    steerings = fit(made, language_model, texts)
+    steerings = fit(made, language_model, texts, measure=False)
     variants = [Variant(steering.method, steering) for steering in steerings]
     found = study.turn(variants, angles)
     drawn = study.unsteered("validation")
@@ -265,7 +265,7 @@ def masks(
         SS(whole_blocks=whole, ss_compat=circle.ss_compat, positions=circle.positions)
         for whole in dict.fromkeys((circle.whole_blocks, False))
     ]
-    own, *alone = fit(made, language_model, texts)
+    own, *alone = fit(made, language_model, texts, measure=False)
     every = sites_of(made[0], language_model.anatomy)
     variants = variants_of(own, alone[0] if alone else own, every, seeds)
     found = study.turn(variants, angles)

@@ -113,7 +113,7 @@ def curves(
     beside = _beside(also, data, seed)
     every = []
     for layer, method, steering in zip(
-        layers, methods, fit(methods, language_model, source), strict=True
+        layers, methods, fit(methods, language_model, source, measure=False), strict=True
     ):
         others: Sequence[Steering] = ()
         if tracing.resamples:
