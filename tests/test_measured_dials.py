@@ -66,7 +66,7 @@ def check_strengths(lm: tt.LanguageModel, found: tt.Steering, prompts: Sequence[
         assert here == pytest.approx(kl, rel=0.4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_strengths_are_those_of_plain_passes(name: str) -> None:
     lm = sure(name)
     steering = with_range(steer_at(lm, "resid", "Add", layer=1), -50, 50)
