@@ -17,7 +17,8 @@ def demo(
     contrast: Annotated[
         str,
         Parameter(
-            name=("--contrast", "-c"), help="A contrast with train, validation and test parts."
+            name=("--contrast", "-c"),
+            help="Pairs; where they name no parts, a fifth each is for validation and test.",
         ),
     ] = "builtin:formality",
     output: Annotated[
@@ -32,7 +33,7 @@ def demo(
     from trimtab.cli import demonstration
     from trimtab.evaluation import load_contrast
 
-    texts = load_contrast(contrast)
+    texts = load_contrast(contrast).with_parts()
     language_model = open_model(opened)
 
     def say(line: str) -> None:

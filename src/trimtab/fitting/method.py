@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,8 +11,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.contrasts import Contrast
-from trimtab.errors import TrimtabError
+from trimtab.contrasts import SINGLE, Contrast
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
 from trimtab.model import LanguageModel
@@ -99,6 +100,8 @@ def fit(
     was run for: a pass that was interrupted goes on there, and a later one need not run again.
     """
     wants = [want for method in methods for want in method.wants(language_model, contrast)]
+    if len(contrast.train) == 1 and any(want.rows is None for want in wants):  # not asked for one
+        warnings.warn(f"{contrast.name}: {SINGLE}", TrimtabWarning, stacklevel=2)
     statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
     return [method.build(language_model, contrast, statistics) for method in methods]
 
@@ -115,13 +118,14 @@ def new_steering(
     """A method's result, with where it came from; one that would change nothing is refused."""
     _check_interventions(method.name, contrast, interventions)
     train = contrast.train
+    split = {} if contrast.drawn is None else {"split": str(contrast.drawn)}
     return Steering(
         method=method.name,
         hyperparameters=_plain(asdict(method)),  # type: ignore[call-overload]
         interventions=tuple(interventions),
         dial=dial,
         model=language_model.identity,
-        contrast={"name": train.name, "digest": train.digest, "rows": len(train)},
+        contrast={"name": train.name, "digest": train.digest, "rows": len(train), **split},
         tables=tables or {},
         findings=findings or {},
     )
@@ -151,7 +155,7 @@ def validation_part(method: str, contrast: Contrast) -> Contrast:
     if not any(row.part == "validation" for row in contrast.rows):
         raise TrimtabError(
             f"{method} chooses on validation rows, and {contrast.name} has none: name parts in its "
-            "rows, or call contrast.split()"
+            "rows, or call contrast.split() (--split)"
         )
     return contrast.part("validation")
 
