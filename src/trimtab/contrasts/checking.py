@@ -26,6 +26,8 @@ _FEW = 5
 _LONGER = 3.0
 #: How far a row's words must speak for the other side, in nats per side, before it is said.
 _EXCHANGED = 4.0
+#: Marks after which a word begins with a blank.
+_ENDS = tuple(".,;:!?)")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _duplicates(contrast: Contrast) -> Finding | None:
             else (row.text, row.label)
         )
         places.setdefault(key, []).append(number)
-    again = tuple(number for each in places.values() for number in each[1:])
+    again = tuple(sorted(number for each in places.values() for number in each[1:]))
     return _about("duplicate", again, "the same as an earlier row")
 
 
@@ -269,7 +271,7 @@ def _glued(contrast: Contrast) -> Finding | None:
         n
         for n, pair in enumerate(contrast.pairs, 1)
         if isinstance(pair.prompt, str)
-        and pair.prompt[-1:].strip()
+        and (pair.prompt[-1:].isalnum() or pair.prompt[-1:] in _ENDS)
         and (pair.positive[:1].isalnum() or pair.negative[:1].isalnum())
     )
     if not rows:

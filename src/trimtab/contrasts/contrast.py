@@ -84,8 +84,8 @@ class Contrast:
 
         Also read are pairs without a prompt (as repeng has them), preference data (prompt, chosen,
         rejected, as text or as messages whose shared beginning is the prompt), and CAA's and
-        Anthropic's behaviours (question, answer_matching_behavior, answer_not_matching_behavior);
-        of those other columns are left out.
+        Anthropic's questions (question, answer_matching_behavior, answer_not_matching_behavior; or
+        prompt, correct, incorrect). Of those more columns than the texts' are left out.
         """
         return cls(read_rows(read_json(user_path(path)), str(path), others=True), str(path))
 

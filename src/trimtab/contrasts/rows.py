@@ -1,5 +1,5 @@
 """The rows of a contrast, and how one is read from the columns of a file: ours, and those of
-preference data (chosen, rejected) and of CAA's and Anthropic's behaviours."""
+preference data (chosen, rejected) and of CAA's and Anthropic's questions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Prompt = str | Conversation
 #: What the prompt and the sides of a pair are called, ours first.
 _NAMES = {
     "prompt": ("prompt", "question"),
-    "positive": ("positive", "chosen", "answer_matching_behavior"),
-    "negative": ("negative", "rejected", "answer_not_matching_behavior"),
+    "positive": ("positive", "chosen", "correct", "answer_matching_behavior"),
+    "negative": ("negative", "rejected", "incorrect", "answer_not_matching_behavior"),
 }
 _OURS = ("prompt", "positive", "negative", "text", "label", "part")
 #: In these files a row has more columns (scores, categories), which say nothing of the texts.
@@ -27,8 +27,8 @@ _OTHERS = tuple(name for names in _NAMES.values() for name in names[1:])
 #: Every column that is known.
 COLUMNS = (*_OURS, *_OTHERS)
 _KNOWN = (
-    "known are prompt, positive, negative; text, label; prompt, chosen, rejected; and question, "
-    "answer_matching_behavior, answer_not_matching_behavior"
+    "known are prompt, positive, negative; text, label; chosen, rejected; correct, incorrect; and "
+    "question, answer_matching_behavior, answer_not_matching_behavior"
 )
 #: Where the answer begins in preference data that has conversations as plain text.
 _TURN = "\n\nAssistant:"
@@ -151,13 +151,13 @@ def _in_our_columns(row: Mapping[str, Any], where: str, promptless: bool) -> Map
         ours["part"] = row["part"]
     if "chosen" in row and "rejected" in row:
         return ours | _preference(row, where)
-    if named.get("positive") == "answer_matching_behavior":
+    if named.get("positive") in ("answer_matching_behavior", "correct"):
         return ours | _with_blanks(ours)
     return ours
 
 
 def _with_blanks(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Answers with the blank that Anthropic's begin with, which CAA's copies of them lack."""
+    """Answers with the blank that Anthropic's begin with, which those in CAA's files lack."""
     return {
         side: f" {row[side]}"
         for side in ("positive", "negative")
