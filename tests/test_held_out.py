@@ -140,7 +140,7 @@ def test_an_honest_figure_is_said_to_be_one_and_another_is_not() -> None:
         warnings.simplefilter("error")
         found = tt.evaluate(lm, contrast, steering=clean)
     assert ids(found) == held_out(contrast.with_parts(), "test")
-    assert found.notes == [
+    assert list(found.notes) == [
         "contrast:own names no parts: 18 train, 6 validation, 6 test pairs were drawn (split "
         "0.6,0.2,0.2)"
     ]

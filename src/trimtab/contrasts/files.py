@@ -94,11 +94,11 @@ def meant_file(path: str | Path) -> str:
     """Which file beside it a name that is none may mean, as the end of a message; or nothing."""
     place = user_path(path)
     try:
-        beside = [each.name for each in place.parent.iterdir() if each.is_file()]
+        beside = {each.stem.lower(): each for each in place.parent.iterdir() if each.is_file()}
     except OSError:
-        beside = []
-    near = difflib.get_close_matches(place.name, beside, n=1, cutoff=0.6)
-    return "".join(f"; did you mean {shown(place.parent / name)}?" for name in near)
+        beside = {}
+    near = difflib.get_close_matches(place.stem.lower(), beside, n=1, cutoff=0.7)
+    return "".join(f"; did you mean {shown(beside[name])}?" for name in near)
 
 
 def _text(path: str | Path, what: str) -> str:
