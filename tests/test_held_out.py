@@ -345,3 +345,19 @@ def test_one_pair_is_warned_about(trimtab: Command, work: Path) -> None:
     assert "one.jsonl: there is one pair to fit on" in said.err
     quiet = trimtab("fit actadd --model model --layer 1 -c one.jsonl -o two.safetensors --json")
     assert quiet.err == ""  # it takes one pair, whatever there is
+
+
+def test_a_recipe_takes_a_contrast(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = tt.reproduce(shared("llama"), "ss-norms", scale="full", contrast=own(), output=run)
+    assert found.values
+    config = json.loads((run / "config.json").read_text())
+    assert {"name": "own", "digest": own().digest} in [
+        part["contrast"] for part in config["parts"].values()
+    ]
+    refused_in_one_line(
+        lambda: tt.reproduce(
+            shared("llama"), "ss-norms", scale="full", contrast=own(29), output=run
+        ),
+        "differs in parts",
+    )

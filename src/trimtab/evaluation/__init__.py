@@ -36,6 +36,7 @@ from trimtab.evaluation.tasks import (
     Source,
     Task,
     check_protocol,
+    check_task,
     find_task,
     load_contrast,
 )

@@ -84,6 +84,16 @@ def find_task(name: str, data: str | None = None) -> Task:
     return TASKS[name]
 
 
+def check_task(name: str, data: str | None = None) -> None:
+    """Refuse a name that is no task, or whose file is not there, before a model is loaded. What
+    lm-eval knows is known when it is loaded."""
+    kind, colon, source = name.partition(":")
+    if colon and kind == "contrast":
+        load_contrast(source, data=data)
+    elif not (colon and kind in ("lm-eval", "perplexity")):
+        find_task(name, data)
+
+
 def _meant_task(name: str) -> str:
     """What an unknown task may be, or nothing."""
     if Path(name).suffix.lower() in TABLES:
