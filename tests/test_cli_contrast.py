@@ -132,6 +132,17 @@ def test_check_with_a_model_counts_tokens(trimtab: Command, work: Path) -> None:
     )  # fmt: skip
 
 
+def test_fit_warns_of_exchanged_columns(trimtab: Command, work: Path) -> None:
+    save_model(work / "model", name="llama")
+    turned = [(positive, prompt, negative) for prompt, positive, negative in pirate()]
+    Contrast.from_pairs(turned).to_jsonl("turned.jsonl")
+    fit = "fit caa --model model --layer 1 --json -o a.safetensors -c"
+    said = trimtab(f"{fit} turned.jsonl").err
+    assert "turned.jsonl, most texts of the positive side end in a question mark" in said
+    assert "(trimtab contrast check turned.jsonl has more)" in said
+    assert trimtab(f"{fit} pirate.jsonl --overwrite").err == ""
+
+
 def test_split_writes_parts(trimtab: Command, work: Path) -> None:
     found = trimtab("contrast split pirate.jsonl -o parts.jsonl --split 0.5,0.2,0.3:7 --json").json
     read = Contrast.from_jsonl("parts.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -96,6 +97,13 @@ def test_pairs_without_a_prompt_go_by_their_sides() -> None:
     assert all(split.rows[i].part == split.rows[i + 1].part for i in range(0, 40, 2))
 
 
+def test_thousands_of_rows_of_one_prompt_take_no_time() -> None:
+    started = time.process_time()
+    many = Contrast.from_pairs([(f"p {i % 40}", f"a {i}", f"b {i}") for i in range(20_000)])
+    assert many.with_parts().sizes == {"train": 12_000, "validation": 4_000, "test": 4_000}
+    assert time.process_time() - started < 20
+
+
 def test_a_chain_of_shared_sides_is_one_group() -> None:
     chain = Contrast.from_pairs([("", f"t {i}", f"t {i + 1}") for i in range(25)])
     assert chain.too_few == "1 prompt is too few to hold some out (20 are the least)"
@@ -141,8 +149,7 @@ def test_an_honest_figure_is_said_to_be_one_and_another_is_not() -> None:
         found = tt.evaluate(lm, contrast, steering=clean)
     assert ids(found) == held_out(contrast.with_parts(), "test")
     assert list(found.notes) == [
-        "contrast:own names no parts: 18 train, 6 validation, 6 test pairs were drawn (split "
-        "0.6,0.2,0.2)"
+        "own names no parts: 18 train, 6 validation, 6 test pairs were drawn (split 0.6,0.2,0.2)"
     ]
     for given, count in ((contrast, 6), (contrast.split(seed=9), None)):
         known = tt.CAA(layer=1).fit(lm, given)
@@ -266,7 +273,7 @@ def test_fit_holds_out_what_evaluate_asks(trimtab: Command, work: Path) -> None:
     found = trimtab(f"{run} own.safetensors").json  # nothing is said on standard error
     assert {result["n"] for result in found["results"]} == {6}
     assert found["notes"] == [
-        "contrast:own.jsonl names no parts: 18 train, 6 validation, 6 test pairs were drawn (split "
+        "own.jsonl names no parts: 18 train, 6 validation, 6 test pairs were drawn (split "
         "0.6,0.2,0.2)"
     ]
     train = trimtab(f"{run} own.safetensors --part train").json

@@ -40,6 +40,8 @@ def demo(
         if not as_json:
             console.print(line)
 
+    if texts.drawn is not None:
+        say(f"{texts.drawn_in_words}.")
     numbers = demonstration.run(language_model, texts, output, say)
     if as_json:
         print_json(numbers)

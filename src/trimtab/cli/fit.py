@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,7 +18,8 @@ from trimtab.cli.common import console, open_model, print_json, refuse_steering_
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Overwrite
 from trimtab.cli.values import read_value
-from trimtab.errors import TrimtabError
+from trimtab.contrasts import MISTAKES, check
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import SPLIT, Split, option
 
 if TYPE_CHECKING:
@@ -159,7 +161,8 @@ def _one(
 
 
 def _contrast(fitting: Fitting) -> Contrast:
-    """What is fitted on, with its parts; before the model is loaded, because it may be missing."""
+    """What is fitted on, with its parts; before the model is loaded, because it may be missing, or
+    look like a mistake."""
     from trimtab.evaluation import load_contrast
 
     most = fitting.max_length
@@ -167,6 +170,10 @@ def _contrast(fitting: Fitting) -> Contrast:
         raise TrimtabError(f"--max-length must be 2 or more, not {most}")
     split = Split.read(fitting.split)
     texts = load_contrast(fitting.contrast, data=fitting.data, protocol=fitting.protocol)
+    for finding in check(texts).warnings:
+        if finding.kind in MISTAKES:
+            about = f"(trimtab contrast check {texts.name} has more)"
+            warnings.warn(f"{texts.name}, {finding.says} {about}", TrimtabWarning, stacklevel=2)
     return texts.with_parts(split)
 
 

@@ -1,6 +1,6 @@
 """Contrasting texts: where a steering comes from."""
 
-from trimtab.contrasts.checking import SINGLE, Checked, Finding, check, columns
+from trimtab.contrasts.checking import MISTAKES, SINGLE, Checked, Finding, check, columns
 from trimtab.contrasts.contrast import Contrast, builtins
 from trimtab.contrasts.files import TABLES, meant_file, read_table
 from trimtab.contrasts.held_out import shared_rows

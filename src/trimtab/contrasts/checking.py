@@ -20,6 +20,8 @@ from trimtab.contrasts.rows import PARTS, Pair, Text, last_message
 
 _SIDES = ("positive", "negative")
 SINGLE = "there is one pair to fit on: what is its own and what is the behaviour are not told apart"
+#: Findings that are said where a contrast is fitted on, too: a mistake in the file, most likely.
+MISTAKES = ("columns", "constant", "repeats-prompt", "two-parts", "no-part")
 #: Rows below which a habit of all of them is no sign of anything.
 _FEW = 5
 #: How many times as long one side is as the other, by their medians, before it is said.

@@ -192,6 +192,15 @@ class Contrast:
         return self.split(chosen.validation, chosen.test, chosen.seed)
 
     @property
+    def drawn_in_words(self) -> str:
+        """Which parts were drawn for rows that name none; nothing where they name them."""
+        if self.drawn is None:
+            return ""
+        sizes = ", ".join(f"{count} {part}" for part, count in self.sizes.items())
+        rows = "pairs" if self.paired else "texts"
+        return f"{self.name} names no parts: {sizes} {rows} were drawn (split {self.drawn})"
+
+    @property
     def too_few(self) -> str:
         """Why its prompts are too few to hold some out, in words; nothing where they are not."""
         return too_few(self.rows)

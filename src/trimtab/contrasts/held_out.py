@@ -62,19 +62,23 @@ def grouped(rows: Sequence[Row]) -> list[list[int]]:
 
     Pairs without a prompt belong together that share a side.
     """
-    group_of: dict[Any, list[int]] = {}
+    first: dict[Any, int] = {}
+    leads_to = list(range(len(rows)))  # an earlier row of the same group, or the row itself
+
+    def leader(index: int) -> int:
+        while leads_to[index] != index:
+            leads_to[index] = leads_to[leads_to[index]]
+            index = leads_to[index]
+        return index
+
     for index, row in enumerate(rows):
-        joined = [index]
-        keys = _keys(row)
-        for key in keys:
-            other = group_of.get(key)
-            if other is not None and other is not joined:
-                joined = [*other, *(i for i in joined if i not in other)]
-                for moved in joined:
-                    group_of |= dict.fromkeys(_keys(rows[moved]), joined)
-        group_of |= dict.fromkeys(keys, joined)
-    found = {id(group): group for group in group_of.values()}
-    return sorted((sorted(group) for group in found.values()), key=lambda group: group[0])
+        for key in _keys(row):
+            one, other = sorted((leader(first.setdefault(key, index)), leader(index)))
+            leads_to[other] = one
+    groups: dict[int, list[int]] = {}
+    for index in range(len(rows)):
+        groups.setdefault(leader(index), []).append(index)
+    return list(groups.values())
 
 
 def _keys(row: Row) -> list[Any]:

@@ -94,8 +94,9 @@ def fit(
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
-    Uses the rows of part "train", or all rows where none names a part; a method that chooses
-    something itself does so on the rows of part "validation". `max_length` is the longest text in
+    Uses the rows of part "train", or all rows where none names a part: to hold some out, `split`
+    the contrast first. A method that chooses something itself does so on the rows of part
+    "validation". `max_length` is the longest text in
     tokens (default: what the model takes). `cache` names a directory that keeps what the model
     was run for: a pass that was interrupted goes on there, and a later one need not run again.
     """

@@ -69,11 +69,8 @@ class PreferenceJob:
         return {"task": self.name, "rows": len(self.pairs), "sha256": self.digest, **split}
 
     def notes(self) -> list[str]:
-        drawn = self.contrast.drawn
-        if drawn is None:
-            return []
-        sizes = ", ".join(f"{count} {part}" for part, count in self.contrast.sizes.items())
-        return [f"{self.name} names no parts: {sizes} pairs were drawn (split {drawn})"]
+        said = self.contrast.drawn_in_words
+        return [said] if said else []
 
     def trained(self, steering: Attached) -> str:
         """That a steering was fitted on some of these pairs, which are to say how it does on
