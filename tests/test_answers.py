@@ -243,7 +243,7 @@ def test_a_contrast_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "reasonable cause.\nA:The yeast was 1 days old.\nB:The oven was cold.\n\nAnswer:\n"
     )
     paper = load_contrast("task:copa", data=str(tmp_path), protocol="paper")
-    assert [pair.part for pair in paper.pairs] == [None] * 10
+    assert [pair.part for pair in paper.pairs] == ["train"] * 10
     monkeypatch.setenv("TRIMTAB_DATA", str(tmp_path))
     assert load_contrast("task:copa") == contrast
 

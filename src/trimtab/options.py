@@ -128,8 +128,8 @@ class Split:
 
     @classmethod
     def read(cls, value: Any) -> Split | None:
-        """From TRAIN,VALIDATION,TEST or TRAIN,VALIDATION,TEST:SEED, or three numbers; none, 0 or
-        None is no split."""
+        """From TRAIN,VALIDATION,TEST or TRAIN,VALIDATION,TEST:SEED, or three numbers; none, 0,
+        None and nothing held out are no split."""
         if value is None or isinstance(value, cls):
             return value
         if str(value).strip() in ("none", "0"):
@@ -143,7 +143,7 @@ class Split:
             raise TrimtabError(f"split {text!r}: {_SPLITS}") from error
         if drawn_by < 0 or not math.isclose(train + validation + test, 1, abs_tol=1e-6):
             raise TrimtabError(f"split {text!r}: {_SPLITS}; shares that add up to 1, a seed from 0")
-        return cls(validation, test, drawn_by)
+        return cls(validation, test, drawn_by) if validation or test else None
 
 
 _SPLITS = f"write TRAIN,VALIDATION,TEST as in {SPLIT}, with :SEED behind it for others, or none"
