@@ -55,6 +55,8 @@ def test_a_split_is_written_as_it_is_read() -> None:
     assert Split.read((0.5, 0.25, 0.25)) == Split(0.25, 0.25)
     assert Split.read("none") is Split.read("0") is Split.read(None) is None
     assert Split.read("1,0,0") is None
+    third = Split(1 / 3, 1 / 3)
+    assert Split.read(str(third)) == Split.read(str(Split.read(str(third))))
     assert Rows(split=Split(0.25, 0.25, 3)).split == "0.5,0.25,0.25:3"
     for bad in ("0.6,0.2", "0.6,0.2,0.3", "a,b,c", "0.6,0.2,0.2:x", "0.6,0.2,0.2:-1", "0,0.5,0.5"):
         refused_in_one_line(lambda bad=bad: Evaluated(split=bad), "split")

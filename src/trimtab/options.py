@@ -124,7 +124,7 @@ class Split:
     def __str__(self) -> str:
         """As `--split` takes it."""
         shares = (1 - self.validation - self.test, self.validation, self.test)
-        return ",".join(f"{share:g}" for share in shares) + (f":{self.seed}" if self.seed else "")
+        return ",".join(f"{share:.9g}" for share in shares) + (f":{self.seed}" if self.seed else "")
 
     @classmethod
     def read(cls, value: Any) -> Split | None:
@@ -141,7 +141,7 @@ class Split:
             drawn_by = int(seed) if colon else 0
         except ValueError as error:
             raise TrimtabError(f"split {text!r}: {_SPLITS}") from error
-        if drawn_by < 0 or not math.isclose(train + validation + test, 1, abs_tol=1e-6):
+        if drawn_by < 0 or not math.isclose(train + validation + test, 1, abs_tol=1e-5):
             raise TrimtabError(f"split {text!r}: {_SPLITS}; shares that add up to 1, a seed from 0")
         return cls(validation, test, drawn_by) if validation or test else None
 
