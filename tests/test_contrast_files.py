@@ -256,3 +256,15 @@ def test_prompts_of_any_file(tmp_path: Path) -> None:
         rows = task.rows("test", "trimtab", None)
         found = [task.example(row, i, "trimtab").prompt for i, row in enumerate(rows)]
         assert found == wanted, name
+
+
+def test_the_real_files_of_other_tools(data_dir: Path) -> None:
+    for file, count, sides in (
+        ("caa/generate.jsonl", 4911, {" (A)", " (B)"}),
+        ("caa/truthfulqa_ab.jsonl", 817, {" (A)", " (B)"}),
+        ("anthropic_evals/persona_16x250.jsonl", 4000, {" Yes", " No"}),
+    ):
+        contrast = load_contrast(str(data_dir / file))
+        assert len(contrast) == count
+        assert {side for pair in contrast.pairs for side in (pair.positive, pair.negative)} == sides
+        assert set(contrast.with_parts().sizes) == {"train", "validation", "test"}

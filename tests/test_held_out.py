@@ -170,6 +170,22 @@ def test_an_honest_figure_is_said_to_be_one_and_another_is_not() -> None:
         )
 
 
+def test_a_file_that_has_changed_since_is_said_to_have() -> None:
+    lm = shared("llama")
+    fitted = tt.CAA(layer=1).fit(lm, own(30).with_parts())
+    with pytest.warns(tt.TrimtabWarning, match="was fitted on other rows of own than those that"):
+        tt.evaluate(lm, own(36), steering=fitted)
+    unnamed = tt.CAA(layer=1).fit(lm, own(30, "contrast").with_parts())
+    for contrast in (own(36, "contrast"), own(36).split(seed=3), own(36, "another")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if contrast.name == "own":  # parts that the file names are its writer's matter
+                contrast = replace(contrast, drawn=None)
+                tt.evaluate(lm, contrast, steering=fitted)
+            else:
+                tt.evaluate(lm, contrast, steering=unnamed)
+
+
 def test_another_split_holds_out_other_rows(tmp_path: Path) -> None:
     lm, contrast = shared("llama"), own()
     found = tt.evaluate(lm, contrast, split="0.4,0.2,0.4:3", output=tmp_path / "run")

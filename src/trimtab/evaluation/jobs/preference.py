@@ -78,7 +78,16 @@ class PreferenceJob:
         if self.wanted.part == "train":
             return ""
         for one in together(steering):
-            count = shared_rows(self.pairs, self.contrast.fitted_rows(one.contrast))
+            known = self.contrast.fitted_rows(one.contrast)
+            count = shared_rows(self.pairs, known)
+            # Parts that were drawn are others where the file has changed since.
+            changed = self.contrast.drawn and not known and self.contrast.name != Contrast.name
+            if changed and one.contrast.get("name") == self.contrast.name:
+                return (
+                    f"{one.label} was fitted on other rows of {self.contrast.name} than those that "
+                    f"are there now: how many of the {len(self.pairs)} {self.wanted.part} pairs it "
+                    "has seen cannot be told; fit it anew"
+                )
             if count:
                 return (
                     f"{one.label} was fitted on {count} of the {len(self.pairs)} "
