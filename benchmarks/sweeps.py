@@ -36,6 +36,7 @@ from clock import Report, Times, interleaved, ratio, timed
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
 from trimtab.methods import AUSTEER_GRID
+from trimtab.options import Rows
 from trimtab.reading.streams import blocks_below
 from trimtab.reports.run import Run
 from trimtab.sweeps.rows import TaskRows, contrast_for
@@ -58,7 +59,7 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     count = rows or ROWS
     space = {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))}
     settings = grid(space)
-    contrast = contrast_for(TASK, None, str(data))
+    contrast = contrast_for(TASK, None, Rows(data=data))
     if rows is not None:  # a quick look
         contrast = contrast.train.take(max(8, rows))
     say(f"sweeps: fitting AUSteer on {len(contrast.train)} pairs")

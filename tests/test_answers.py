@@ -204,7 +204,10 @@ def test_bad_files(tmp_path: Path) -> None:
         path = write(tmp_path / "rows.jsonl", [GOOD, GOOD, row])
         refused_in_one_line(lambda: read_answers(path), f"rows.jsonl, row 3: '{key}' is missing")
     missing = tmp_path / "none.jsonl"
-    refused_in_one_line(lambda: load_contrast(f"answers:{missing}"), f"cannot read {missing}")
+    refused_in_one_line(
+        lambda: load_contrast(f"answers:{missing}"),
+        f"cannot read the answers {missing}: No such file or directory$",
+    )
     path.write_text('{"prompt": "a"\n')
     refused_in_one_line(lambda: read_answers(path), "rows.jsonl, line 1 is not JSON")
     path.write_text("\n")
@@ -240,7 +243,7 @@ def test_a_contrast_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "reasonable cause.\nA:The yeast was 1 days old.\nB:The oven was cold.\n\nAnswer:\n"
     )
     paper = load_contrast("task:copa", data=str(tmp_path), protocol="paper")
-    assert [pair.part for pair in paper.pairs] == [None] * 10
+    assert [pair.part for pair in paper.pairs] == ["train"] * 10
     monkeypatch.setenv("TRIMTAB_DATA", str(tmp_path))
     assert load_contrast("task:copa") == contrast
 

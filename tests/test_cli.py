@@ -41,12 +41,13 @@ __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their n
 @pytest.mark.parametrize(
     "words",
     ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit many",
+     "contrast", "contrast check", "contrast show", "contrast split",
      *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake"],
 )  # fmt: skip
 def test_help(trimtab: Command, words: str) -> None:
     text = trimtab(*words.split(), "--help").text
     assert "Usage: trimtab" in text
-    if words not in ("", "fit"):  # which only lead on to commands
+    if words not in ("", "fit", "contrast"):  # which only lead on to commands
         assert "Example: trimtab" in " ".join(text.split())
 
 

@@ -103,7 +103,7 @@ def test_ids_of_prompts(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": ""}\n', "p.jsonl, row 1 has no prompt"),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', "p.jsonl, row 1: a message must be"),
         ("p.jsonl", '{"prompt": "a"}\nbread\n', "p.jsonl, line 2 is not JSON"),
-        ("p.jsonl", '["a"]\n', "p.jsonl, line 1 is not a JSON object"),
+        ("p.jsonl", '["a"]\n', "p.jsonl, row 1 is not a JSON object"),
         ("p.jsonl", "\n\n", "p.jsonl has no rows"),
         ("p.csv", "goal\n", "p.csv has no rows"),
         ("p.csv", 'goal\n"never closed\n', "p.csv cannot be read as CSV"),
@@ -205,7 +205,8 @@ def test_no_such_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unknown_names() -> None:
-    refused_in_one_line(lambda: find_task("copaa"), "unknown task 'copaa': known are boolq, copa")
+    says = r"unknown task .copaa.: did you mean copa\? known are boolq, copa"
+    refused_in_one_line(lambda: find_task("copaa"), says)
     refused_in_one_line(lambda: find_task("rebuttal:x.jsonl"), "unknown task")
     refused_in_one_line(lambda: TASKS["copa"].contrast("ours"), "unknown protocol 'ours'")  # type: ignore[arg-type]
     refused_in_one_line(lambda: TASKS["xstest"].contrast(), "xstest has no contrast")

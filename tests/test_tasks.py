@@ -291,7 +291,7 @@ def test_contrasts_say_which_rows_were_held_out(tmp_path: Path) -> None:
     assert [pair.part for pair in ours.pairs] == ["train"] * 8 + ["validation"] * 2
     assert [pair.prompt.count("Passage 4.") for pair in ours.part("validation").pairs] == [1, 0]
     paper = TASKS["boolq"].contrast("paper", str(tmp_path))
-    assert [pair.part for pair in paper.pairs] == [None] * 10
+    assert [pair.part for pair in paper.pairs] == ["train"] * 10
     assert sorted(map(str, (p.prompt for p in ours.pairs))) == sorted(
         map(str, (p.prompt for p in paper.pairs))
     )

@@ -24,6 +24,8 @@ FAST = 100
 MAX_COST = 0.3
 #: How far a probability may be off between the dials at which the model ran.
 TOLERANCE = 1e-3
+#: Train, validation and test: how the rows of a contrast are dealt out that name no part.
+SPLIT = "0.6,0.2,0.2"
 _REQUIRED: Any = object()
 
 
@@ -104,6 +106,66 @@ def flat_values(groups: Iterable[Any]) -> dict[str, Any]:
     return values
 
 
+@dataclass(frozen=True)
+class Split:
+    """Shares of a contrast's prompts for validation and for test, the rest for train, drawn at
+    random by a seed."""
+
+    validation: float = 0.2
+    test: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        held_out = self.validation, self.test
+        if not (min(held_out) >= 0 and sum(held_out) < 1):
+            raise TrimtabError(
+                f"split: validation {self.validation} and test {self.test} must leave some rows "
+                "for train"
+            )
+
+    def __str__(self) -> str:
+        """As `--split` takes it."""
+        shares = (1 - self.validation - self.test, self.validation, self.test)
+        return ",".join(f"{share:.9g}" for share in shares) + (f":{self.seed}" if self.seed else "")
+
+    @classmethod
+    def read(cls, value: Any) -> Split | None:
+        """From TRAIN,VALIDATION,TEST or TRAIN,VALIDATION,TEST:SEED, or three numbers; none, 0,
+        None and nothing held out are no split."""
+        if value is None or isinstance(value, cls):
+            return value
+        if str(value).strip() in ("none", "0"):
+            return None
+        text = value if isinstance(value, str) else ",".join(map(str, value))
+        shares, colon, seed = text.partition(":")
+        try:
+            train, validation, test = map(float, shares.split(","))
+            drawn_by = int(seed) if colon else 0
+        except ValueError as error:
+            raise TrimtabError(f"split {text!r}: {_SPLITS}") from error
+        if drawn_by < 0 or not math.isclose(train + validation + test, 1, abs_tol=1e-5):
+            raise TrimtabError(f"split {text!r}: {_SPLITS}; shares that add up to 1, a seed from 0")
+        return cls(validation, test, drawn_by) if validation or test else None
+
+
+_SPLITS = f"write TRAIN,VALIDATION,TEST as in {SPLIT}, with :SEED behind it for others, or none"
+
+
+def _split_option() -> Any:
+    """How rows are dealt out, in each group that says which rows are taken."""
+    return option(
+        "Of a contrast whose rows name no part: TRAIN,VALIDATION,TEST:SEED, or none.",
+        SPLIT,
+        record=False,
+    )
+
+
+def _split_as_text(group: Any) -> None:
+    """Python may give a `Split`, or three numbers; refused here is what is no split."""
+    split = Split.read(group.split)
+    object.__setattr__(group, "split", None if split is None else str(split))
+
+
 # -- the groups -----------------------------------------------------------------------------------
 
 
@@ -119,9 +181,11 @@ class ValidationRows:
     limit: int | None = option(
         "Validation rows; 0 takes all.", FAST, record=False, zero_is_all=True
     )
+    split: Any = _split_option()
 
     def __post_init__(self) -> None:
         _path_as_text(self)
+        _split_as_text(self)
         _refuse_below_one(self, {"limit": "validation", "test_limit": "test"})
 
 
@@ -152,7 +216,7 @@ class Choosing:
     heading = "Choosing"
 
     protocol: Protocol = option("trimtab, or paper, which follows the authors.", "trimtab")
-    validation_task: str | None = option(
+    validation_task: Any = option(
         "Another task whose rows stand in for the validation rows.", None, record=False
     )
     metric: str | None = option("What counts (default: the task's first).", None)
@@ -253,9 +317,11 @@ class Evaluated:
         "test, or validation or train rows of the train set.", "test"
     )
     limit: int | None = option("Only the first examples of a task.", None)
+    split: Any = _split_option()
 
     def __post_init__(self) -> None:
         _path_as_text(self)
+        _split_as_text(self)
         if isinstance(self.protocol, str):
             object.__setattr__(self, "protocol", (self.protocol,))
 

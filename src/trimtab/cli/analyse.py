@@ -19,9 +19,8 @@ from trimtab.cli.making import argument_option, prepared, rows_or_all
 from trimtab.cli.options import Data, Json, Opened, Task
 from trimtab.cli.tables import show
 from trimtab.cli.values import list_in
-from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.options import Keep, flat_values
+from trimtab.options import Keep, ValidationRows, flat_values
 
 #: What the options say, by the name of the argument; `NAME.ARGUMENT` is that of one analysis.
 _HELP = {
@@ -61,6 +60,9 @@ _HELP = {
     "massive": "A token is massive that is so many times as long as the median one.",
 }
 
+#: Options whose digests stand for them in a run's configuration.
+_NOT_KEPT = ("data", "split")
+
 #: What a person would type, after `trimtab analyse NAME --model smollm2-135m-instruct`.
 _EXAMPLES = {
     "units": "--task copa --data DIR --site ffn_out --count 64 -o runs/units",
@@ -89,7 +91,7 @@ def commands(app: App) -> None:
 
 # -- options from a function's arguments ----------------------------------------------------------
 
-_SOURCE = "A .jsonl or .csv file, builtin:NAME, task:NAME or answers:FILE"
+_SOURCE = "A .jsonl, .json, .csv or .tsv file, builtin:NAME, task:NAME or answers:FILE"
 _NOT_NAMED = " (default: the task's train rows, where there is a task)."
 _SPECIAL: dict[str, Any] = {
     "contrasts": Annotated[
@@ -224,7 +226,7 @@ def _run(
     language_model = open_model(opened)
     config = {
         "analysis": name,
-        "options": {key: value for key, value in plain.items() if key != "data"},
+        "options": {key: value for key, value in plain.items() if key not in _NOT_KEPT},
         **source,
         "model": language_model.described,
     }
@@ -261,9 +263,10 @@ def _describe(arguments: Mapping[str, Any], judging: Any) -> dict[str, Any]:
         described["task"] = _describe_task(arguments, judging)
     contrasts = dict(arguments.get("contrasts") or {})
     if "contrast" in arguments and (task is not None or arguments["contrast"] is not None):
-        contrasts["contrast"] = contrast_for(task or "", arguments["contrast"], data)
+        rows = ValidationRows(data=data, split=arguments.get("split"))
+        contrasts["contrast"] = contrast_for(task or "", arguments["contrast"], rows)
     for name, given in contrasts.items():
-        texts = given if isinstance(given, Contrast) else load_contrast(given, data=data)
+        texts = load_contrast(given, data=data)
         described.setdefault("contrasts", {})[name] = {"name": texts.name, "digest": texts.digest}
     return described
 
@@ -276,7 +279,8 @@ def _describe_task(arguments: Mapping[str, Any], judging: Any) -> dict[str, Any]
     data, other = arguments.get("data"), arguments.get("validation_task")
 
     def job(name: str, part: Any, limit: str) -> dict[str, Any]:
-        wanted = Wanted((protocol,), part, arguments.get(limit), data)
+        split = arguments.get("split")
+        wanted = Wanted((protocol,), part, arguments.get(limit), data, split)
         return find_job(name, wanted, judging or Judging()).describe()
 
     described = {"test": job(arguments["task"], "test", "test_limit")}

@@ -110,12 +110,7 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:
         else:
             raise TrimtabError(f"prompt {len(texts) + 1} is empty")
     if file is not None:
-        try:
-            with file.open(encoding="utf-8-sig") as opened:
-                lines = _lines(opened, str(file))
-        except OSError as error:
-            raise TrimtabError(f"cannot read prompts from {file}: {error.strerror}") from error
-        texts += [_prompt(line, file, number) for number, line in lines]
+        texts += _prompts_in(file)
     if not texts:
         raise TrimtabError("there is no prompt: give one on the command line, or --prompts FILE")
     for number, text in enumerate(texts, 1):
@@ -135,10 +130,19 @@ def _lines(stream: Iterable[str], name: str) -> list[tuple[int, str]]:
         raise TrimtabError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
 
 
-def _prompt(line: str, file: Path, number: int) -> Any:
-    if file.suffix != ".jsonl":
-        return line
+def _prompts_in(file: Path) -> list[Any]:
+    """The column `prompt` of a table, or the lines of a text."""
+    from trimtab.contrasts import TABLES, meant_file, read_table
+
+    if file.suffix.lower() in TABLES:
+        rows = read_table(file, "prompts from", ("prompt",))
+        for number, row in enumerate(rows, 1):
+            if "prompt" not in row:
+                raise TrimtabError(f'{file}, row {number}: write {{"prompt": TEXT}}')
+        return [row["prompt"] for row in rows]
     try:
-        return json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TrimtabError(f'{file}, line {number}: write {{"prompt": TEXT}}') from error
+        with file.open(encoding="utf-8-sig") as opened:
+            return [line for _, line in _lines(opened, str(file))]
+    except OSError as error:
+        meant = meant_file(file) if isinstance(error, FileNotFoundError) else ""
+        raise TrimtabError(f"cannot read prompts from {file}: {error.strerror}{meant}") from error

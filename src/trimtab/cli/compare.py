@@ -45,10 +45,12 @@ def compare(
     smollm2-135m-instruct --task contrast:builtin:formality --max-cost 0.1 --kl 0.1 -o runs/formal`
     """
     from trimtab import sweeps
+    from trimtab.evaluation import check_task
 
     if not methods:
         raise TrimtabError('name methods to compare, as in "caa layer=7,12" "iti k=16"')
     read = [read_candidate(text) for text in methods]
+    check_task(task, rows.data)
     measured = measuring.measured(opened)
     language_model = open_model(opened)
     found = sweeps.compare(

@@ -247,7 +247,7 @@ def curve(
     if output is not None:
         refuse_holding(output, "curve.json", keep.overwrite, {"curves", "model"})
     plain = also.cost.texts()
-    source = _source(refitted, also.task.data)
+    source = _source(refitted, also.task.data, steerings[0])
     labeller = also.concept.labeller(opened)
     language_model = open_model(opened)
     if refitted.layers is not None:
@@ -299,12 +299,14 @@ def _check(traced: Traced, refitted: Refitted, also: Also) -> None:
         raise TrimtabError("--resamples and --layers fit anew: name the steering's --contrast")
 
 
-def _source(refitted: Refitted, data: str | None) -> Contrast | None:
+def _source(refitted: Refitted, data: str | None, steering: Steering) -> Contrast | None:
+    """The contrast, with the parts that the steering was fitted with."""
     from trimtab.evaluation import load_contrast
 
     if refitted.contrast is None:
         return None
-    return load_contrast(refitted.contrast, data=data, seed=refitted.seed)
+    texts = load_contrast(refitted.contrast, data=data, seed=refitted.seed)
+    return texts.with_parts(steering.contrast.get("split"))
 
 
 def _at_layers(

@@ -17,7 +17,8 @@ def demo(
     contrast: Annotated[
         str,
         Parameter(
-            name=("--contrast", "-c"), help="A contrast with train, validation and test parts."
+            name=("--contrast", "-c"),
+            help="Pairs; where they name no parts, a fifth each is for validation and test.",
         ),
     ] = "builtin:formality",
     output: Annotated[
@@ -32,13 +33,15 @@ def demo(
     from trimtab.cli import demonstration
     from trimtab.evaluation import load_contrast
 
-    texts = load_contrast(contrast)
+    texts = load_contrast(contrast).with_parts()
     language_model = open_model(opened)
 
     def say(line: str) -> None:
         if not as_json:
             console.print(line)
 
+    if texts.drawn is not None:
+        say(f"{texts.drawn_in_words}.")
     numbers = demonstration.run(language_model, texts, output, say)
     if as_json:
         print_json(numbers)

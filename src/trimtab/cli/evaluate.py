@@ -89,6 +89,8 @@ def evaluate(
         return
     if opened.model is None or not task:
         raise TrimtabError("name a --model and a --task (--list shows the tasks)")
+    for name in task:
+        evaluation.check_task(name, rows.data)
     steerings = _alternatives(steered.steer, steered.dial)
     judging = judges.judging(opened)
     found = evaluation.evaluate(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import shlex
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,11 +18,16 @@ from trimtab.cli.common import console, open_model, print_json, refuse_steering_
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Overwrite
 from trimtab.cli.values import read_value
-from trimtab.errors import TrimtabError
-from trimtab.options import option
+from trimtab.contrasts import MISTAKES, Pair, check, last_message
+from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.options import SPLIT, Split, option
+from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
+    from trimtab.contrasts import Contrast
+    from trimtab.evaluation import Sample
     from trimtab.fitting import Method
+    from trimtab.model import LanguageModel
     from trimtab.steering import Steering
 
 
@@ -32,13 +38,18 @@ class Fitting:
     heading = "Fitting"
 
     contrast: str = option(
-        "A .jsonl or .csv file, builtin:NAME, task:NAME or answers:FILE.",
+        "A .jsonl, .json, .csv or .tsv file, builtin:NAME, task:NAME or answers:FILE.",
         flag=("--contrast", "-c"),
     )
     data: str | None = option(
         "Directory of data sets (default: the environment's TRIMTAB_DATA).", None
     )
     protocol: str = option("Of task:NAME: trimtab, or paper as the authors have it.", "trimtab")
+    split: str = option(
+        "Where rows name no part, TRAIN,VALIDATION,TEST of their prompts, with :SEED behind it for "
+        "others: what is not for train is held out. none fits on all.",
+        SPLIT,
+    )
     max_length: int | None = option("Longest text in tokens; prompts are cut on the left.", None)
     cache: Path | None = option(
         "Directory that keeps the activations that were read: an interrupted fit goes on there, "
@@ -118,7 +129,9 @@ def many(
             refuse_steering_path(path, overwrite)
     if not output.is_dir():
         refuse_steering_path(output, overwrite)
-    steerings = _fit(parsed, opened, fitting)
+    texts = _contrast(fitting)
+    language_model = open_model(opened)
+    steerings = _fit(parsed, language_model, fitting, texts)
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
         steering.save(path, overwrite)
@@ -129,6 +142,7 @@ def many(
         ]
         print_json({"steerings": records})
         return
+    _say_rows(texts)
     for steering, path in zip(steerings, paths, strict=True):
         console.print(str(path), style="bold")
         for line in explain(steering):
@@ -143,26 +157,88 @@ def _one(
     refuse_steering_path(output, overwrite)
     if output.is_dir():
         raise TrimtabError(f"{output} is a directory: name a file")
-    (steering,) = _fit([method], opened, fitting)
+    texts = _contrast(fitting)
+    language_model = open_model(opened)
+    (steering,) = _fit([method], language_model, fitting, texts)
     steering.save(output, overwrite)
+    shown = _samples(language_model, {output.name: steering}, texts, fitting.samples)
     if as_json:
-        print_json({**describe(steering), "output": str(output)})
+        written = [sample.as_json() for sample in shown]
+        print_json({**describe(steering), "output": str(output), "samples": written})
         return
     for line in explain(steering):
         console.print(line)
+    _say_rows(texts)
+    _say_samples(shown)
     model = opened.model
     console.print(f"Saved as {output}. Try: trimtab generate --model {model} --steer {output} ...")
 
 
-def _fit(methods: Sequence[Method], opened: Opened, fitting: Fitting) -> list[Steering]:
+def _contrast(fitting: Fitting) -> Contrast:
+    """What is fitted on, with its parts; before the model is loaded, because it may be missing, or
+    look like a mistake."""
     from trimtab.evaluation import load_contrast
-    from trimtab.fitting import fit
 
     most = fitting.max_length
     if most is not None and most < 2:
         raise TrimtabError(f"--max-length must be 2 or more, not {most}")
+    split = Split.read(fitting.split)
     texts = load_contrast(fitting.contrast, data=fitting.data, protocol=fitting.protocol)
-    return fit(methods, open_model(opened), texts, max_length=most, cache=fitting.cache)
+    for finding in check(texts).warnings:
+        if finding.kind in MISTAKES:
+            about = f"(trimtab contrast check {texts.name} has more)"
+            warnings.warn(f"{texts.name}, {finding.says} {about}", TrimtabWarning, stacklevel=2)
+    return texts.with_parts(split)
+
+
+def _fit(
+    methods: Sequence[Method], language_model: LanguageModel, fitting: Fitting, texts: Contrast
+) -> list[Steering]:
+    from trimtab.fitting import fit
+
+    return fit(
+        methods,
+        language_model,
+        texts,
+        max_length=fitting.max_length,
+        cache=fitting.cache,
+        measure=fitting.measure,
+    )
+
+
+def _samples(
+    language_model: LanguageModel, steerings: dict[str, Steering], texts: Contrast, count: int
+) -> Sequence[Sample]:
+    """What the model writes on prompts of the contrast, on held-out ones where there are some."""
+    from trimtab.evaluation import samples
+
+    if not count:
+        return ()
+    rows = [row for row in texts.rows if row.part == "test"] or list(texts.rows)
+    prompts = [row.prompt if isinstance(row, Pair) else row.text for row in rows]
+    return samples(language_model, steerings, prompts, count=count)
+
+
+def _say_samples(shown: Sequence[Sample]) -> None:
+    for sample in shown:
+        console.print(last_message(sample.prompt), style="bold")
+        for name, text in {"unsteered": sample.unsteered, **sample.steered}.items():
+            console.print(name, style="dim")
+            write_text(text)
+
+
+def _say_rows(texts: Contrast) -> None:
+    """Which rows were fitted on, where the file does not say it."""
+    rows = "pairs" if texts.paired else "texts"
+    if texts.drawn is not None:
+        sizes = texts.sizes
+        held_out = [f"{sizes[part]} {part}" for part in ("validation", "test") if part in sizes]
+        console.print(
+            f"Fitted on {sizes['train']} of {len(texts)} {rows}; {' and '.join(held_out)} {rows} "
+            f"are held out (split {texts.drawn}; --split none fits on all)."
+        )
+    elif not texts.has_parts and texts.too_few:
+        console.print(f"Fitted on all {len(texts)} {rows}: {texts.too_few}.")
 
 
 def _file_names(methods: Sequence[Method]) -> list[str]:

@@ -65,12 +65,15 @@ def _command(method: type[Method]) -> Callable[..., None]:
         keep: Keep = Keep(),
         as_json: Json = False,
     ) -> None:
+        from trimtab.evaluation import check_task
+
         space, fixed = read_settings(
             {name: text for name, text in vars(settings).items() if text is not None}, hints
         )
         if "seed" in hints:  # the seed is that of the sweep
             fixed["seed"] = measuring.answering.seed
         _check_workers(searching, keep)
+        check_task(task, rows.data)
         given = {
             "space": space or None, "fixed": fixed, "on": on, "rows": rows,
             "searching": searching, "keep": keep,

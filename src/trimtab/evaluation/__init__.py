@@ -4,6 +4,7 @@ from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.endpoint import ChatEndpoint
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import (
+    Asked,
     Attached,
     Judging,
     PreferenceJob,
@@ -11,6 +12,7 @@ from trimtab.evaluation.jobs import (
     Wanted,
     find_job,
     misfit,
+    task_name,
 )
 from trimtab.evaluation.metrics.coherence import coherence, repetition
 from trimtab.evaluation.metrics.judges import (
@@ -35,6 +37,7 @@ from trimtab.evaluation.tasks import (
     Source,
     Task,
     check_protocol,
+    check_task,
     find_task,
     load_contrast,
 )

@@ -7,15 +7,26 @@ interrupted and continued gives the table of one that was not.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import last_message
-from trimtab.errors import TrimtabError
+from trimtab.contrasts import Contrast, last_message
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.answering import Settings
-from trimtab.evaluation.jobs import Job, Judging, TaskJob, Wanted, find_job, misfit
+from trimtab.evaluation.jobs import (
+    Asked,
+    Job,
+    Judging,
+    PreferenceJob,
+    TaskJob,
+    Wanted,
+    find_job,
+    misfit,
+    task_name,
+)
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
 from trimtab.evaluation.tasks import check_protocol
@@ -39,7 +50,7 @@ Alternatives = (
 @flat
 def evaluate(
     language_model: LanguageModel,
-    tasks: str | Sequence[str],
+    tasks: Asked | Sequence[Asked],
     *,
     steering: Alternatives = None,
     unsteered: bool = True,
@@ -53,8 +64,11 @@ def evaluate(
     """Evaluate a model on tasks, unsteered (unless `unsteered` is false) and steered.
 
     `tasks` are names of `TASKS`, or refusal:FILE, coherence:FILE, perplexity:FILE, contrast:SOURCE
-    (pairs, named as for `load_contrast`) or lm-eval:NAME. `steering` is one steering or `a + b`;
-    a list or a mapping by name holds alternatives, each evaluated by itself.
+    (pairs, named as for `load_contrast`), lm-eval:NAME, or a `Contrast`, whose pairs are asked as
+    those of contrast:NAME. Where a contrast's rows name no part, the `split` draws them (see
+    `Contrast.with_parts`), and a steering that was fitted on rows of the part is said to be.
+    `steering` is one steering or `a + b`; a list or a mapping by name holds alternatives, each
+    evaluated by itself.
     `data` names the directory of data sets (default: TRIMTAB_DATA, else the hub). `limit` takes
     the first examples of each task. `few_shot`, `chat` (through the chat template) and `task_files`
     (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
@@ -62,7 +76,8 @@ def evaluate(
     chat model that compares answers (bpo). `output` names a run directory, in which a run that was
     interrupted goes on.
     """
-    names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
+    asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
+    names = _names(asked)
     protocols = tuple(dict.fromkeys(rows.protocol))
     for one in protocols:
         check_protocol(one)
@@ -82,12 +97,13 @@ def evaluate(
         rows.part,
         rows.limit,
         rows.data,
+        rows.split,
         harness.few_shot,
         harness.chat,
         tuple(str(directory) for directory in harness.task_files),
         None if keep.output is None else Path(keep.output),
     )
-    jobs = [find_job(name, wanted, judging) for name in names]
+    jobs = [find_job(task, wanted, judging) for task in asked]
     for job in jobs:
         if isinstance(job, TaskJob):
             for attached in subjects.values():
@@ -102,7 +118,7 @@ def evaluate(
         "model": language_model.described,
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
-    notes = list(dict.fromkeys(note for job in jobs for note in job.notes()))
+    notes = list(dict.fromkeys([n for job in jobs for n in job.notes()] + _trained(jobs, subjects)))
     with Run(keep.output, config, keep.overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
@@ -128,6 +144,28 @@ def evaluate(
             lambda environment: evaluation_page(evaluation, run.config, environment),
         )
     return evaluation
+
+
+def _names(tasks: Sequence[Asked]) -> list[str]:
+    names = [task_name(task) for task in tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise TrimtabError(f"two tasks are called {name!r}: give their contrasts other names")
+    return names
+
+
+def _trained(jobs: Sequence[Job], subjects: Mapping[str | None, Any]) -> list[str]:
+    """Which steerings are to answer what they were fitted on, also warned about."""
+    said = [
+        note
+        for job in jobs
+        if isinstance(job, PreferenceJob)
+        for attached in subjects.values()
+        if (note := job.trained(attached))
+    ]
+    for note in dict.fromkeys(said):
+        warnings.warn(note, TrimtabWarning, stacklevel=4)
+    return said
 
 
 def _reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import SINGLE, Contrast
 from trimtab.dials import measured
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
 from trimtab.model import LanguageModel
@@ -111,8 +112,9 @@ def fit(
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
-    Uses the rows of part "train", or all rows where none names a part; a method that chooses
-    something itself does so on the rows of part "validation". `max_length` is the longest text in
+    Uses the rows of part "train", or all rows where none names a part: to hold some out, `split`
+    the contrast first. A method that chooses something itself does so on the rows of part
+    "validation". `max_length` is the longest text in
     tokens (default: what the model takes). `cache` names a directory that keeps what the model
     was run for: a pass that was interrupted goes on there, and a later one need not run again.
 
@@ -122,6 +124,8 @@ def fit(
     own numbers, which know neither the model nor the texts.
     """
     wants = [want for method in methods for want in method.wants(language_model, contrast)]
+    if len(contrast.train) == 1 and any(want.rows is None for want in wants):  # not asked for one
+        warnings.warn(f"{contrast.name}: {SINGLE}", TrimtabWarning, stacklevel=2)
     statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
     steerings = [method.build(language_model, contrast, statistics) for method in methods]
     if not measure:
@@ -156,13 +160,14 @@ def new_steering(
     """A method's result, with where it came from; one that would change nothing is refused."""
     _check_interventions(method.name, contrast, interventions)
     train = contrast.train
+    split = {} if contrast.drawn is None else {"split": str(contrast.drawn)}
     return Steering(
         method=method.name,
         hyperparameters=_plain(asdict(method)),  # type: ignore[call-overload]
         interventions=tuple(interventions),
         dial=dial,
         model=language_model.identity,
-        contrast={"name": train.name, "digest": train.digest, "rows": len(train)},
+        contrast={"name": train.name, "digest": train.digest, "rows": len(train), **split},
         tables=tables or {},
         findings=findings or {},
     )
@@ -192,7 +197,7 @@ def validation_part(method: str, contrast: Contrast) -> Contrast:
     if not any(row.part == "validation" for row in contrast.rows):
         raise TrimtabError(
             f"{method} chooses on validation rows, and {contrast.name} has none: name parts in its "
-            "rows, or call contrast.split()"
+            "rows, or call contrast.split() (--split)"
         )
     return contrast.part("validation")
 

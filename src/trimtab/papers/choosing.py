@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast
-from trimtab.evaluation import from_answers, load_contrast
+from trimtab.evaluation import Asked, from_answers, load_contrast, task_name
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.sweeps import (
@@ -24,9 +24,9 @@ from trimtab.sweeps import compare as compare_methods
 def compare(
     language_model: LanguageModel,
     methods: Sequence[str | Mapping[str, Any]],
-    task: str,
+    task: Asked,
     *,
-    contrast: str | None = None,
+    contrast: Contrast | str | None = None,
     data: str | None = None,
     timed: bool = False,
     seed: int = 0,
@@ -64,9 +64,9 @@ def _candidate(language_model: LanguageModel, one: str | Mapping[str, Any]) -> s
 def sweep_of(
     language_model: LanguageModel,
     method: str,
-    task: str,
+    task: Asked,
     *,
-    contrast: str | None = None,
+    contrast: Contrast | str | None = None,
     nearest: int | None = None,
     data: str | None = None,
     seed: int = 0,
@@ -77,7 +77,7 @@ def sweep_of(
     against the nearest wrong one (AUSteer, appendix B.1)."""
     source = contrast_of(contrast, data)
     if nearest is not None:
-        source = _nearest_wrong(task, nearest, data)
+        source = _nearest_wrong(task_name(task), nearest, data)
     found = sweep(
         language_model,
         method,

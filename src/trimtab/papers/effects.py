@@ -138,7 +138,7 @@ def _memory(peak: int | None) -> str:
 def incoherence(
     language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
-    contrast: str,
+    contrast: Contrast | str,
     *,
     angles: Sequence[float],
     prompts: str | None = None,
@@ -264,7 +264,7 @@ def _coherence_picture(
 def harness(
     language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
-    contrast: str,
+    contrast: Contrast | str,
     tasks: Sequence[str],
     *,
     limit: int | None = None,

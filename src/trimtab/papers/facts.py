@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trimtab.contrasts import last_message
+from trimtab.contrasts import Contrast, last_message
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import find_task
 from trimtab.fitting import fit
@@ -57,7 +57,7 @@ def prompts(
 def footprint(
     language_model: LanguageModel,
     methods: Sequence[Mapping[str, Any]],
-    contrast: str,
+    contrast: Contrast | str,
     *,
     data: str | None = None,
 ) -> StudyResult:
@@ -97,7 +97,7 @@ def _footprint_picture(counts: Mapping[str, int]) -> Picture:
 
 def overview(
     language_model: LanguageModel,
-    contrast: str,
+    contrast: Contrast | str,
     *,
     site: str = "ffn_out",
     k: int = 16,

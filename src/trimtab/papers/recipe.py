@@ -17,6 +17,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import TASKS, data_directory, source_file
 from trimtab.files import user_path
@@ -172,16 +173,19 @@ def _order(name: str) -> list[tuple[int, int, str]]:
 
 
 def resolve(
-    value: Any, brought: Mapping[str, str | None], layers: int | None = None, heads: int = 0
+    value: Any, brought: Mapping[str, Any], layers: int | None = None, heads: int = 0
 ) -> Any:
-    """An argument with files (`{prompts}`) put in, and with the blocks and heads of a model of so
-    many."""
+    """An argument with what the user brings (`{prompts}`) put in, and with the blocks and heads of
+    a model of so many."""
     if isinstance(value, Mapping):
         return {key: resolve(one, brought, layers, heads) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [resolve(one, brought, layers, heads) for one in value]
     if not isinstance(value, str):
         return value
+    alone = _BROUGHT.fullmatch(value)
+    if alone and isinstance(brought.get(alone[1]), Contrast):
+        return brought[alone[1]]
     text = _BROUGHT.sub(lambda found: str(brought.get(found[1])), value)
     place = _PLACE.fullmatch(text)
     if place is None or layers is None:
@@ -190,7 +194,16 @@ def resolve(
     return min(every - 1, int(place[2]) * every // int(place[3]))
 
 
-def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, str | None]) -> None:
+def described(value: Any) -> Any:
+    """Arguments for a configuration: a contrast by its name and digest."""
+    if isinstance(value, Contrast):
+        return {"name": value.name, "digest": value.digest}
+    if isinstance(value, Mapping):
+        return {key: described(one) for key, one in value.items()}
+    return [described(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, Any]) -> None:
     """Stop where a file is wanted that only the user can bring."""
     wanted = _BROUGHT.findall(str(recipe.parts(scale)))
     for name in dict.fromkeys(wanted):
@@ -199,6 +212,8 @@ def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, str | None])
             raise TrimtabError(
                 f"{recipe.name} at scale {scale} runs on what you bring: give --{name} FILE, {what}"
             )
+        if isinstance(brought[name], Contrast):
+            continue
         file = str(brought[name])
         if ":" not in file and not user_path(file).is_file():
             raise TrimtabError(f"--{name} {file}: there is no such file")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.papers.recipe import (
@@ -22,6 +23,7 @@ from trimtab.papers.recipe import (
     check_brought,
     check_data,
     check_needs,
+    described,
     find_recipe,
     recipes,
     resolve,
@@ -105,7 +107,7 @@ def reproduce(
     data: str | Path | None = None,
     output: str | Path | None = None,
     prompts: str | None = None,
-    contrast: str | None = None,
+    contrast: Contrast | str | None = None,
     seed: int = 0,
     overwrite: bool = False,
     force: bool = False,
@@ -113,9 +115,10 @@ def reproduce(
     """Run a recipe on a model (None for those that no model takes part in).
 
     `scale` is smoke (a look whether it runs), small (minutes to an hour on a small model) or full
-    (as published). `data` names the directory of data sets; `prompts` and `contrast` are what some
-    recipes want the user to bring. `output` names a run directory, in which a run that was
-    interrupted goes on. `force` runs a recipe also where the hardware is not what it needs.
+    (as published). `data` names the directory of data sets; `prompts` (a file) and `contrast` (a
+    contrast or its source) are what some recipes want the user to bring. `output` names a run
+    directory, in which a run that was interrupted goes on. `force` runs a recipe also where the
+    hardware is not what it needs.
     """
     recipe = find_recipe(name)
     brought = {"prompts": prompts, "contrast": contrast}
@@ -136,7 +139,7 @@ def reproduce(
         "recipe": recipe.name,
         "study": recipe.study,
         "scale": scale,
-        "parts": resolved,
+        "parts": described(resolved),
         "seed": seed,
         "model": model,
     }
@@ -166,9 +169,7 @@ def reproduce(
     return done
 
 
-def check_ready(
-    recipe: Recipe, scale: str, data: str | None, brought: Mapping[str, str | None]
-) -> None:
+def check_ready(recipe: Recipe, scale: str, data: str | None, brought: Mapping[str, Any]) -> None:
     """Stop before a model is loaded where something is missing that the recipe runs on."""
     check_brought(recipe, scale, brought)
     check_data(recipe, scale, data)

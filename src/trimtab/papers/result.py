@@ -95,7 +95,7 @@ def contrast_of(source: Any, data: str | None) -> Any:
 
 def opened(contrast: Contrast | str, data: str | None) -> Contrast:
     """A contrast in hand, or what its source names."""
-    return load_contrast(contrast, data=data) if isinstance(contrast, str) else contrast
+    return load_contrast(contrast, data=data)
 
 
 def write(result: StudyResult, run: Run) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab import options
 from trimtab.contrasts import Part
+from trimtab.evaluation import Asked
 from trimtab.figures import Difference, Estimate, corrected
 from trimtab.model import LanguageModel
 from trimtab.reports import Line, Table, cell, tested_cell
@@ -45,7 +46,7 @@ class Tried:
 
 
 def rows_of(
-    language_model: LanguageModel, task: str, asked: options.Rows = options.Rows(), seed: int = 0
+    language_model: LanguageModel, task: Asked, asked: options.Rows = options.Rows(), seed: int = 0
 ) -> TaskRows:
     """The rows of a task that an analysis measures on."""
     measured = Measured(answering=options.Answering(seed=seed))

@@ -16,6 +16,7 @@ from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.choosing import compare, sweep_of
 from trimtab.papers.effects import cost, harness, incoherence, sheet
 from trimtab.papers.facts import footprint, overview, prompts, sizes
+from trimtab.papers.recipe import described
 from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.papers.strength.curves import curves
 from trimtab.papers.strength.one_layer import one_layer
@@ -68,7 +69,7 @@ def run_study(
     if "run" in takes:  # an analysis that keeps what it has done
         assert language_model is not None
         model = language_model.described
-        config = {"study": name, "args": own, "seed": shared.get("seed"), "model": model}
+        config = {"study": name, "args": described(own), "seed": shared.get("seed"), "model": model}
         given["run"] = Run(shared.get("output"), config)
     if name not in STUDIES:
         own = _with_contrasts(own, shared.get("data"))

@@ -23,7 +23,7 @@ import torch
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import TaskJob, evaluate
+from trimtab.evaluation import Asked, TaskJob, evaluate
 from trimtab.figures import Difference, Record, corrected, paired_difference
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
@@ -80,7 +80,7 @@ class Candidate:
 def compare(
     language_model: LanguageModel,
     methods: Sequence[str | Candidate],
-    task: str,
+    task: Asked,
     *,
     comparing: Comparing = Comparing(),
     on: FitOn = FitOn(),
@@ -105,7 +105,7 @@ def compare(
     _check(candidates, comparing)
     check_cost(measured.choosing.max_cost)
     bench = TaskRows(language_model, task, rows, measured, chooses=not oracle)
-    texts = contrast_for(task, on.contrast, rows.data)
+    texts = contrast_for(task, on.contrast, rows)
     config = {
         "methods": [_described(one) for one in candidates],
         "trials": comparing.trials,
@@ -158,7 +158,7 @@ def compare(
         )
     caveats = _caveats(compared, between, comparing.trials)
     found = Comparison(
-        task,
+        bench.task,
         bench.metric,
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
         bench.perplexity(0.0),

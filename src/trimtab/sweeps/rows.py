@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Part, last_message
-from trimtab.errors import TrimtabError
+from trimtab.contrasts import Contrast, Part, last_message, shared_rows
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
+    Asked,
     Attached,
     Judging,
     PreferenceJob,
@@ -33,6 +35,7 @@ from trimtab.evaluation import (
     load_contrast,
     misfit,
     samples,
+    task_name,
 )
 from trimtab.figures import (
     Difference,
@@ -45,7 +48,7 @@ from trimtab.figures import (
     paired_difference,
 )
 from trimtab.model import LanguageModel
-from trimtab.options import Answering, Choosing, Rows, flat
+from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
 from trimtab.reports import Run
 
@@ -69,8 +72,9 @@ class Measured:
 class TaskRows:
     """Measures steerings on the validation and the test rows of a task.
 
-    `task` is one of ours or contrast:SOURCE; `measured.choosing.validation_task` another one whose
-    test rows stand in for the validation rows, for tasks that have none (refusal:FILE). `shuffle`
+    `asked` is a task of ours, contrast:SOURCE or a contrast, and `task` its name;
+    `measured.choosing.validation_task` is another one whose test rows stand in for the validation
+    rows, for tasks that have none (refusal:FILE). `shuffle`
     is a seed for the order of the validation rows. `resumed` false runs all blocks for every
     steering. The model's weights must stay as they are. `chooses` false: nothing is chosen on the
     validation rows, so that they may be the test rows.
@@ -80,7 +84,7 @@ class TaskRows:
     def __init__(
         self,
         language_model: LanguageModel,
-        task: str,
+        asked: Asked,
         rows: Rows = Rows(limit=None),
         measured: Measured = Measured(),
         *,
@@ -88,7 +92,7 @@ class TaskRows:
         resumed: bool = True,
         chooses: bool = True,
     ) -> None:
-        self.language_model, self.task = language_model, task
+        self.language_model, self.task = language_model, task_name(asked)
         choosing, answering = measured.choosing, measured.answering
         kept = StreamCache(language_model) if resumed else None
         self.settings = Settings(
@@ -102,15 +106,15 @@ class TaskRows:
         self._unsteered_values: dict[Part, Values] = {}
         self._choices: dict[Part, list[Reading] | None] = {}
         other = choosing.validation_task
-        names: dict[Part, str] = {"validation": other or task, "test": task}
+        tasks: dict[Part, Asked] = {"validation": asked if other is None else other, "test": asked}
         limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
         self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
-        for part, name in names.items():
-            source: Part = "test" if part == "validation" and other else part
-            wanted = Wanted((choosing.protocol,), source, limits[part], rows.data)
-            self.jobs[part] = _job(name, wanted, measured.judging)
+        for part, one in tasks.items():
+            source: Part = "test" if part == "validation" and other is not None else part
+            wanted = Wanted((choosing.protocol,), source, limits[part], rows.data, rows.split)
+            self.jobs[part] = _job(one, wanted, measured.judging)
         if chooses and other is not None:
-            _refuse_shared(task, other, self.jobs)
+            _refuse_shared(self.jobs)
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)
@@ -414,8 +418,9 @@ def _choices(language_model: LanguageModel, job: Any, part: Part) -> list[Readin
     return readings
 
 
-def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:
+def _job(task: Asked, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:
     """The job of a part, for tasks that have validation rows."""
+    name = task_name(task)
     kind = name.partition(":")[0]
     if kind in ("lm-eval", "perplexity"):
         raise TrimtabError(
@@ -428,14 +433,12 @@ def _job(name: str, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob
             f"{name} has no validation rows to choose on: name another task whose rows stand in "
             "for them (--validation-task)"
         )
-    job = find_job(name, wanted, judging)
+    job = find_job(task, wanted, judging)
     assert isinstance(job, TaskJob | PreferenceJob)
     return job
 
 
-def _refuse_shared(
-    task: str, validation_task: str, jobs: Mapping[Part, TaskJob | PreferenceJob]
-) -> None:
+def _refuse_shared(jobs: Mapping[Part, TaskJob | PreferenceJob]) -> None:
     """Refuse another task whose rows are among those that the choice is reported on."""
     validation, test = jobs["validation"], jobs["test"]
     sides = isinstance(validation, PreferenceJob) and isinstance(test, PreferenceJob)
@@ -443,9 +446,9 @@ def _refuse_shared(
     shared = sum(row in known for row in _rows(validation, sides))
     if shared:
         raise TrimtabError(
-            f"{shared} of the {validation.rows} rows of {validation_task} are among those of "
-            f"{task}: what is chosen on rows cannot be reported on them; name another validation "
-            "task"
+            f"{shared} of the {validation.rows} rows of {validation.name} are among those of "
+            f"{test.name}: what is chosen on rows cannot be reported on them; name another "
+            "validation task"
         )
 
 
@@ -469,15 +472,43 @@ def _bare(prompt: Any) -> str:
     return " ".join(last_message(prompt).split())
 
 
-def contrast_for(task: str, contrast: Contrast | str | None, data: str | None) -> Contrast:
-    """What methods are fitted on: what was named, or the task's own train rows."""
-    if isinstance(contrast, Contrast):
-        return contrast
-    if contrast is not None:
-        return load_contrast(contrast, data=data)
-    kind, colon, source = task.partition(":")
-    if colon and kind == "contrast":
-        return load_contrast(source, data=data)
-    if colon:
-        raise TrimtabError(f"{task} has nothing to fit on: name a contrast")
-    return load_contrast(f"task:{task}", data=data)
+def contrast_for(task: Asked, contrast: Contrast | str | None, rows: ValidationRows) -> Contrast:
+    """What methods are fitted on: what was named, or the task's own train rows.
+
+    Of a task that is a contrast these are the rows that its parts, or else the split, have for
+    train, also where the same contrast is named once more. Another contrast is fitted on as it is;
+    that its rows are among the test rows is warned about.
+    """
+    own = _own_contrast(task, rows)
+    if contrast is None and own is not None:
+        return own
+    if contrast is None:
+        name = task_name(task)
+        if ":" in name:
+            raise TrimtabError(f"{name} has nothing to fit on: name a contrast")
+        return load_contrast(f"task:{name}", data=rows.data)
+    given = load_contrast(contrast, data=rows.data)
+    if own is None:
+        return given
+    if given.digest == own.digest and not given.has_parts:
+        return own
+    tested = [row for row in own.rows if row.part == "test"]
+    shared = shared_rows(tested, given.train.rows)
+    if shared:
+        warnings.warn(
+            f"{shared} of the {len(tested)} test rows of {task_name(task)} are among the rows of "
+            f"{given.name} that methods are fitted on: what they do there says nothing of others",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    return given
+
+
+def _own_contrast(task: Asked, rows: ValidationRows) -> Contrast | None:
+    """The contrast that a task is, with its parts."""
+    if not isinstance(task, Contrast):
+        kind, _, source = task.partition(":")
+        if kind != "contrast":
+            return None
+        task = load_contrast(source, data=rows.data)
+    return task.with_parts(rows.split)

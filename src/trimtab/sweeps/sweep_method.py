@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import Asked
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
@@ -40,7 +41,7 @@ from trimtab.sweeps.worker import try_settings
 def sweep(
     language_model: LanguageModel,
     method: str | type[Method],
-    task: str,
+    task: Asked,
     space: Space | None = None,
     *,
     fixed: Params | None = None,
@@ -52,6 +53,8 @@ def sweep(
 ) -> Sweep:
     """Try settings of a method on a task, choose on its validation rows, report on its test rows.
 
+    `task` is a name, or a `Contrast` whose pairs are asked; where its rows name no part, the
+    `split` draws them (see `Contrast.with_parts`).
     The fields of the groups are keywords too: `limit=4` is `rows=Rows(limit=4)`.
 
     `space` gives values (or a `Range`) for each hyperparameter that is searched (default: the
@@ -91,7 +94,7 @@ def sweep(
         shuffle=measured.answering.seed if searching.search == "halving" else None,
         resumed=searching.resumed,
     )
-    texts = contrast_for(task, on.contrast, rows.data)
+    texts = contrast_for(task, on.contrast, rows)
     config = {
         "method": kind.name,
         "space": described(given),

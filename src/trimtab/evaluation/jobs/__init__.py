@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 
+from trimtab.contrasts import Contrast
 from trimtab.evaluation.jobs.harness import HarnessJob
-from trimtab.evaluation.jobs.job import Attached, Done, Job, Judging, Planned, Wanted
+from trimtab.evaluation.jobs.job import Asked, Attached, Done, Job, Judging, Planned, Wanted
 from trimtab.evaluation.jobs.perplexity import PerplexityJob
 from trimtab.evaluation.jobs.preference import PreferenceJob
 from trimtab.evaluation.jobs.task import TaskJob
@@ -29,8 +30,16 @@ def misfit(record: Record, planned: Record | None) -> str:
     return ""
 
 
-def find_job(name: str, wanted: Wanted, judging: Judging) -> Job:
-    """The job of a task by its name."""
+def task_name(task: Asked) -> str:
+    """What a task is called in tables and records."""
+    return f"contrast:{task.name}" if isinstance(task, Contrast) else task
+
+
+def find_job(task: Asked, wanted: Wanted, judging: Judging) -> Job:
+    """The job of a task by its name, or of a contrast."""
+    name = task_name(task)
+    if isinstance(task, Contrast):
+        return PreferenceJob.of(name, task, wanted)
     kind, colon, rest = name.partition(":")
     if colon and kind == "lm-eval":
         return HarnessJob(name, rest, wanted)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from trimtab.contrasts import Part
+from trimtab.contrasts import Contrast, Part
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.metrics.judges import Chat, Judge
 from trimtab.evaluation.metrics.toxicity import Scorer
 from trimtab.evaluation.tasks import Protocol as TaskProtocol
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
+from trimtab.options import SPLIT, Split
 from trimtab.steering import Steering, Steerings
 
 Attached = Steering | Steerings | None
+#: A task by its name, or a contrast, which is the task contrast:NAME of its pairs.
+Asked = str | Contrast
 #: What of a job is there already: (protocol, index).
 Done = set[tuple[str, int]]
 #: What the record of each example says of it, whatever the model answers, by (protocol, index).
@@ -61,6 +64,7 @@ class Wanted:
     part: Part = "test"
     limit: int | None = None
     data: str | None = None
+    split: Split | str | None = SPLIT  # of a contrast whose rows name no part
     few_shot: int | None = None
     chat: bool = False  # lm-eval's prompts through the chat template
     task_files: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimtab.contrasts import Contrast, Pair
+from trimtab.contrasts import Contrast, Pair, shared_rows
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
@@ -15,6 +15,7 @@ from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
 from trimtab.reading import next_tokens, side_readings
+from trimtab.steering import together
 from trimtab.terminal import progress
 
 
@@ -22,23 +23,31 @@ from trimtab.terminal import progress
 class PreferenceJob:
     """Which side of each pair of a contrast's part the model finds more probable, and by how many
     nats (log-odds of the positive side). `numbers` are those of the pairs' rows in the contrast,
-    from 1."""
+    from 1. Where its rows name no part, they are given one as `Contrast.with_parts` says; where
+    they are too few for that, all of them are train rows."""
 
     name: str
     wanted: Wanted
     pairs: tuple[Pair, ...]
     numbers: tuple[int, ...]
     digest: str
+    contrast: Contrast
 
     @classmethod
-    def of(cls, name: str, source: str, wanted: Wanted) -> PreferenceJob:
-        contrast = load_contrast(source, data=wanted.data)
+    def of(cls, name: str, source: str | Contrast, wanted: Wanted) -> PreferenceJob:
+        contrast = load_contrast(source, data=wanted.data).with_parts(wanted.split)
         if not contrast.paired:
-            raise TrimtabError(f"{source} is unpaired: a preference is between the sides of a pair")
-        chosen = contrast.part(wanted.part)
-        numbers = [n for n, pair in enumerate(contrast.pairs, 1) if pair.part == wanted.part]
+            raise TrimtabError(
+                f"{contrast.name} is unpaired: a preference is between the sides of a pair"
+            )
+        chosen = _chosen(contrast, wanted)
+        numbers = [
+            n for n, pair in enumerate(contrast.pairs, 1) if pair.part == chosen.rows[0].part
+        ]
         limit = wanted.limit
-        return cls(name, wanted, chosen.pairs[:limit], tuple(numbers[:limit]), chosen.digest)
+        return cls(
+            name, wanted, chosen.pairs[:limit], tuple(numbers[:limit]), chosen.digest, contrast
+        )
 
     @property
     def rows(self) -> int:
@@ -55,10 +64,37 @@ class PreferenceJob:
         return replace(self, pairs=self.pairs[start:stop], numbers=self.numbers[start:stop])
 
     def describe(self) -> dict[str, Any]:
-        return {"task": self.name, "rows": len(self.pairs), "sha256": self.digest}
+        drawn = self.contrast.drawn
+        split = {} if drawn is None else {"split": str(drawn)}
+        return {"task": self.name, "rows": len(self.pairs), "sha256": self.digest, **split}
 
     def notes(self) -> list[str]:
-        return []
+        said = self.contrast.drawn_in_words
+        return [said] if said else []
+
+    def trained(self, steering: Attached) -> str:
+        """That a steering was fitted on some of these pairs, which are to say how it does on
+        others; or nothing."""
+        if self.wanted.part == "train":
+            return ""
+        for one in together(steering):
+            known = self.contrast.fitted_rows(one.contrast)
+            count = shared_rows(self.pairs, known)
+            # Parts that were drawn are others where the file has changed since.
+            changed = self.contrast.drawn and not known and self.contrast.name != Contrast.name
+            if changed and one.contrast.get("name") == self.contrast.name:
+                return (
+                    f"{one.label} was fitted on other rows of {self.contrast.name} than those that "
+                    f"are there now: how many of the {len(self.pairs)} {self.wanted.part} pairs it "
+                    "has seen cannot be told; fit it anew"
+                )
+            if count:
+                return (
+                    f"{one.label} was fitted on {count} of the {len(self.pairs)} "
+                    f"{self.wanted.part} pairs of {self.name}: what it does there says nothing of "
+                    "pairs that it has not seen; fit it on the train pairs of the same split"
+                )
+        return ""
 
     def planned(self, language_model: LanguageModel) -> Planned:
         return {
@@ -115,3 +151,16 @@ class PreferenceJob:
             "values": {"log_odds": log_odds, "prefers": float(log_odds > 0)},
             "seconds": round(seconds, 4),
         }
+
+
+def _chosen(contrast: Contrast, wanted: Wanted) -> Contrast:
+    """The rows of the part that is wanted."""
+    if contrast.has_parts:
+        return contrast.part(wanted.part)
+    if wanted.part == "train":
+        return contrast
+    why = contrast.too_few or "there is no split"
+    raise TrimtabError(
+        f"{contrast.name} has no {wanted.part} rows, and {why}: name parts in its rows, as "
+        "`trimtab contrast split` does, or take the train rows, which are all of them"
+    )

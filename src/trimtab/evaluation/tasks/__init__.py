@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast
+from trimtab.contrasts import TABLES, Contrast, builtins
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks import boolq, bpo, copa, detox, mawps, svamp, winogrande, xstest
 from trimtab.evaluation.tasks.answers import read_answers
@@ -19,6 +21,7 @@ from trimtab.evaluation.tasks.task import (
     Task,
     check_protocol,
 )
+from trimtab.files import exists, user_path
 from trimtab.plugins import Extended
 
 _OWN = (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest)
@@ -34,12 +37,14 @@ TASKS: Mapping[str, Task] = Extended(
 
 
 def load_contrast(
-    source: str, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
+    source: str | Contrast, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
 ) -> Contrast:
-    """`builtin:NAME`, a .jsonl or .csv file, `task:NAME` (right against wrong answers of a task, by
-    `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and answer; the
-    wrong one is another row's, at random by `seed`, or, as `answers-similar:FILE`, the most similar
-    one)."""
+    """`builtin:NAME`, a .jsonl, .json, .csv or .tsv file, `task:NAME` (right against wrong answers
+    of a task, by `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and
+    answer; the wrong one is another row's, at random by `seed`, or, as `answers-similar:FILE`, the
+    most similar one). A contrast is given back as it is."""
+    if isinstance(source, Contrast):
+        return source
     kind, colon, name = source.partition(":")
     if colon and kind == "task":
         check_protocol(protocol)
@@ -48,7 +53,21 @@ def load_contrast(
         return read_answers(name, wrong="random" if kind == "answers" else "similar", seed=seed)
     if colon and kind == "builtin":
         return Contrast.builtin(name)
-    return Contrast.from_csv(source) if source.endswith(".csv") else Contrast.from_jsonl(source)
+    meant = _meant_contrast(source)
+    if meant and not exists(user_path(source)):
+        raise TrimtabError(f"there is no file {source!r} with a contrast: did you mean {meant}?")
+    return Contrast.from_file(source)
+
+
+def _meant_contrast(source: str) -> str:
+    """What a name that is no file stands for elsewhere, or nothing."""
+    kind, colon, name = source.partition(":")
+    if colon:
+        return name if kind == "contrast" else ""
+    known = {each: f"builtin:{each}" for each in builtins()}
+    known = {each: f"task:{each}" for each, task in TASKS.items() if task.pairs} | known
+    near = difflib.get_close_matches(source, known, n=1, cutoff=0.8)
+    return known[near[0]] if near else ""
 
 
 def find_task(name: str, data: str | None = None) -> Task:
@@ -59,5 +78,28 @@ def find_task(name: str, data: str | None = None) -> Task:
     if name not in TASKS:
         files = (f"{kind}:FILE" for kind in (*MEASURES, "perplexity"))
         known = ", ".join([*TASKS, *files, "contrast:SOURCE", "lm-eval:NAME"])
-        raise TrimtabError(f"unknown task {name!r}: known are {known}")
+        meant = _meant_task(name)
+        hint = f"did you mean {meant}? " if meant else ""
+        raise TrimtabError(f"unknown task {name!r}: {hint}known are {known}")
     return TASKS[name]
+
+
+def check_task(name: str, data: str | None = None) -> None:
+    """Refuse a name that is no task, or whose file is not there, before a model is loaded. What
+    lm-eval knows is known when it is loaded."""
+    kind, colon, source = name.partition(":")
+    if colon and kind == "contrast":
+        load_contrast(source, data=data)
+    elif not (colon and kind in ("lm-eval", "perplexity")):
+        find_task(name, data)
+
+
+def _meant_task(name: str) -> str:
+    """What an unknown task may be, or nothing."""
+    if Path(name).suffix.lower() in TABLES:
+        return f"contrast:{name} (pairs), or refusal:{name} or coherence:{name} (prompts)"
+    if Path(name).suffix.lower() == ".txt":
+        return f"refusal:{name} or coherence:{name} (prompts), or perplexity:{name} (text)"
+    if name in builtins():
+        return f"contrast:builtin:{name}"
+    return next(iter(difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)), "")

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trimtab.contrasts import Contrast, Pair, Prompt, read_prompt
+from trimtab.contrasts import Contrast, Pair, Prompt, read_prompt, read_table
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation.tasks.encoder import encode
-from trimtab.files import read_jsonl
 
 Wrong = Literal["random", "similar"]
 
@@ -53,9 +52,9 @@ def from_answers(
 
 
 def read_answers(path: str | Path, *, wrong: Wrong = "random", seed: int = 0) -> Contrast:
-    """A contrast of a JSONL file with `prompt` and `answer`; a row may have `choices` of its own,
-    among which its wrong answer is then chosen at random."""
-    rows = read_jsonl(Path(path))
+    """A contrast of a JSONL, JSON or CSV file with `prompt` and `answer`; a row may have `choices`
+    of its own, among which its wrong answer is then chosen at random."""
+    rows = read_table(Path(path), "the answers", ("prompt", "answer"))
     found: list[Pair | None] = []
     open_rows: list[tuple[Prompt, str]] = []
     generator = random.Random(seed)

@@ -1,22 +1,22 @@
 """Tasks over prompts that the user brings: refusal and attack success, and coherence.
 
 Known are the columns of AdvBench and JailbreakBench (goal), HarmBench (behavior, with a context),
-lists of instructions, and plain prompts, as JSONL or CSV. trimtab itself has no harmful prompts.
+lists of instructions, and plain prompts, as JSONL, JSON or CSV; a .txt file has one prompt a line.
+trimtab itself has no harmful prompts.
 A column `label` of safe and unsafe, as XSTest has it, tells over-refusal from refusal.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Prompt, read_cell, read_prompt
+from trimtab.contrasts import Prompt, meant_file, read_prompt, read_table
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks.data import Row, Source, data_directory
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.files import read_jsonl, user_path
+from trimtab.files import user_path
 
 #: Columns that hold the prompt, the most telling first, in any case.
 _COLUMNS = ("prompt", "goal", "instruction", "behavior")
@@ -63,29 +63,20 @@ def _find(file: str, data: str | None) -> Path:
     directory = data_directory(data)
     if directory is not None and (directory / file).is_file():
         return (directory / file).absolute()
-    raise TrimtabError(f"no such file of prompts: {file}")
+    raise TrimtabError(f"no such file of prompts: {file}{meant_file(file)}")
 
 
 def _read(path: Path) -> Sequence[Row]:
-    """JSONL, or CSV with a header."""
-    if path.suffix.lower() != ".csv":
-        return read_jsonl(path)
+    """The rows of a table, or the lines of a text."""
+    if path.suffix.lower() != ".txt":
+        return read_table(path, "the prompts", (*_COLUMNS, *_CONTEXTS, "label"))
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(csv.DictReader(lines, strict=True))
+        with path.open(encoding="utf-8-sig") as lines:
+            return [{"prompt": line.rstrip("\n")} for line in lines if line.strip()]
     except OSError as error:
         raise TrimtabError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TrimtabError(f"{path} cannot be read as CSV: {error}") from error
-    return [
-        {
-            key: read_cell(value, f"{path}, row {number}, {key}")
-            if str(key).lower() in _COLUMNS and isinstance(value, str)
-            else value
-            for key, value in row.items()
-        }
-        for number, row in enumerate(rows, 1)
-    ]
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def _conversation(columns: Row, where: str) -> Prompt:

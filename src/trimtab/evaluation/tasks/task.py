@@ -110,9 +110,8 @@ class Task:
         for part in parts:
             rows = self.rows(part, protocol, data)
             if rows:
-                marked = part if protocol == "trimtab" else None
                 found += [
-                    Pair(pair.prompt, pair.positive, pair.negative, marked)
+                    Pair(pair.prompt, pair.positive, pair.negative, part)
                     for pair in self.pairs(rows, protocol, seed)
                 ]
         return Contrast(tuple(found), f"task:{self.name}")

@@ -12,6 +12,7 @@ import torch
 from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import Asked
 from trimtab.figures import Difference, corrected
 from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
@@ -106,7 +107,7 @@ class Variant:
 @timed
 def ablations(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.Rows = options.Rows(),
@@ -125,7 +126,7 @@ def ablations(
     """
     if seeds < 1 or not ks or not alphas:
         raise TrimtabError("ablations take at least one k, one alpha and one random draw")
-    texts = contrast_for(task, contrast, asked.data)
+    texts = contrast_for(task, contrast, asked)
     draws: list[tuple[str, dict[str, Any]]] = []
     for name, changed in VARIANTS.items():
         random = changed.get("locate") == "random"
@@ -153,7 +154,7 @@ def ablations(
     found = list(variants.values())
     _compare(found)
     unsteered, metric = means(rows.values(None, "test")), rows.first
-    title = f"Ablations of AUSteer at {site} on {task}"
+    title = f"Ablations of AUSteer at {site} on {rows.task}"
     count = rows.rows("validation")
     notes = [
         *rows.notes(),
@@ -164,7 +165,7 @@ def ablations(
         "to those that scale",
     ]
     document = {
-        "task": task,
+        "task": rows.task,
         "site": site,
         "metric": metric,
         "rows": count,
@@ -254,7 +255,7 @@ def _picture(
 @timed
 def heatmap(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.Rows = options.Rows(),
@@ -310,5 +311,5 @@ def heatmap(
         [picture for picture in sweep_pictures(found) if picture.name in ("heatmap", "line")],
         notes,
         "heatmap",
-        f"AUSteer at {site} on {task}: k × alpha",
+        f"AUSteer at {site} on {found.task}: k × alpha",
     )

@@ -13,6 +13,7 @@ import torch
 from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import Asked
 from trimtab.figures import Estimate
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
@@ -52,7 +53,7 @@ COUNTS: tuple[int | Literal["all"], ...] = (
 @timed
 def pairs(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.ValidationRows = options.ValidationRows(),
@@ -72,7 +73,7 @@ def pairs(
     """
     if resamples < 1:
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
-    texts = contrast_for(task, contrast, asked.data)
+    texts = contrast_for(task, contrast, asked)
     train = texts.train
     method = AUSteer(site=site, k=k, alpha=alpha, direction="paper")
     sizes = sorted({count for count in counts if 0 < count < len(train)})
@@ -97,7 +98,7 @@ def pairs(
                 advance(1)
             groups.append(group)
     document: dict[str, Any] = {
-        "task": task,
+        "task": rows.task,
         "site": site,
         "k": k,
         "alpha": alpha,
@@ -113,7 +114,7 @@ def pairs(
         scores = group.values[metric]
         mean = sum(scores) / len(scores)
         values[f"{group.pairs} pairs"] = Value(mean, n=len(scores), share=True)
-    title = f"AUSteer from fewer pairs on {task}"
+    title = f"AUSteer from fewer pairs on {rows.task}"
     return StudyResult(
         document,
         values,
@@ -262,10 +263,10 @@ def _ranges(label: str, groups: Mapping[int, Sequence[float]], colour: str) -> L
 
 
 def _rows(
-    language_model: LanguageModel, task: str, asked: options.ValidationRows, seed: int
+    language_model: LanguageModel, task: Asked, asked: options.ValidationRows, seed: int
 ) -> TaskRows:
     """The validation rows; of the test rows, on which nothing is measured, one."""
-    one = options.Rows(data=asked.data, limit=asked.limit, test_limit=1)
+    one = options.Rows(data=asked.data, limit=asked.limit, split=asked.split, test_limit=1)
     return rows_of(language_model, task, one, seed)
 
 
@@ -276,7 +277,7 @@ def _rows(
 @timed
 def count(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.ValidationRows = options.ValidationRows(),
@@ -289,7 +290,7 @@ def count(
     """AUSteer with more and more units, up to all of them (Table 12), at one strength or several;
     all fitted from one pass and measured on the same validation rows."""
     alphas = [float(each) for each in ([alpha] if isinstance(alpha, int | float) else alpha)]
-    texts = contrast_for(task, contrast, asked.data)
+    texts = contrast_for(task, contrast, asked)
     total = site_units(language_model, site)
     wanted: list[int | Literal["all"]] = [k for k in ks if k == "all" or k < total]
     wanted += ["all"] if any(k != "all" and k >= total for k in ks) and "all" not in ks else []
@@ -305,7 +306,7 @@ def count(
     ]
     tried = compared(rows, measured(rows, settings))
     unsteered, metric = means(rows.values(None)), rows.first
-    title, number = f"AUSteer with more units on {task}", rows.rows("validation")
+    title, number = f"AUSteer with more units on {rows.task}", rows.rows("validation")
     notes = [
         *rows.notes(),
         f"{len(tried)} settings were tried on {number} validation rows; p-values are "
@@ -313,7 +314,7 @@ def count(
         "the largest numbers leave out units that are equal on both sides of every pair",
     ]
     document = {
-        "task": task,
+        "task": rows.task,
         "site": site,
         "units": total,
         "metric": metric,

@@ -11,6 +11,7 @@ import torch
 from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import Asked
 from trimtab.figures import Difference, Estimate, holm
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
@@ -78,7 +79,7 @@ class _Way:
 @timed
 def suppression(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.Rows = options.Rows(),
@@ -98,7 +99,7 @@ def suppression(
     """
     if not all(0 < share <= 1 for share in shares) or not shares or not shrink:
         raise TrimtabError("shares of units lie above 0 and up to 1: 0.9 is 90 %")
-    texts = contrast_for(task, contrast, asked.data)
+    texts = contrast_for(task, contrast, asked)
     total = site_units(language_model, site)
     numbers = {share: max(1, round(share * total)) for share in shares}
     methods = [AUSteer(site=site, k=k, alpha=0.5, choose="least") for k in numbers.values()]
@@ -120,7 +121,7 @@ def suppression(
     ways = _ways(rows, {name: settings for name, settings in groups.items() if settings})
     parts: tuple[Part, ...] = ("validation", "test")
     unsteered = {part: means(rows.values(None, part)) for part in parts}
-    title = f"Suppressing units of {site} on {task}"
+    title = f"Suppressing units of {site} on {rows.task}"
     notes = [
         *rows.notes(),
         "each way's setting was chosen on the validation rows among "
@@ -129,7 +130,7 @@ def suppression(
         "the paper chose on the test rows",
     ]
     document = {
-        "task": task,
+        "task": rows.task,
         "site": site,
         "units": total,
         "metric": metric,

@@ -14,6 +14,7 @@ from scipy import stats
 from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
+from trimtab.evaluation import Asked
 from trimtab.figures import Difference, corrected
 from trimtab.model import LanguageModel
 from trimtab.options import flat, option
@@ -65,7 +66,7 @@ class Combined:
 @timed
 def units(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     contrast: Contrast | str | None = None,
     asked: options.Rows = options.Rows(test_limit=100),
@@ -93,7 +94,7 @@ def units(
         raise TrimtabError("a head is one of a layer's heads: name site heads and a layer")
     if count < 2 or positives < 1 or negatives < 1:
         raise TrimtabError("heterogeneity takes 2 units or more, and 1 of each to combine")
-    texts = contrast_for(task, contrast, asked.data)
+    texts = contrast_for(task, contrast, asked)
     rows = rows_of(language_model, task, asked, seed)
     ranking = rankings(language_model, texts, [site])[site]
     chosen, block = _chosen(language_model, ranking, layer, head, count, seed)
@@ -142,7 +143,7 @@ def units(
         metric: {name: each.count(name) for name in COLOURS} for metric, each in verdicts.items()
     }
     document = {
-        "task": task,
+        "task": rows.task,
         "site": site,
         "layer": layer,
         "head": head,
@@ -162,13 +163,13 @@ def units(
     where = (
         "" if layer is None else f" of layer {layer}" + ("" if head is None else f", head {head}")
     )
-    title = f"Single units of {site}{where} on {task}"
+    title = f"Single units of {site}{where} on {rows.task}"
     shown = {one.name: value_of(one.parts["test"][deciding].mean) for one in conditions}
     return StudyResult(
         document,
         shown | {name: Value(number) for name, number in counts[deciding].items()},
         [counts_table(counts, rows), conditions_table(conditions, rows), units_table(alone, order)],
-        [alone_picture(title, alone, verdicts, rows), conditions_picture(conditions, rows, task)],
+        [alone_picture(title, alone, verdicts, rows), conditions_picture(conditions, rows)],
         [*rows.notes(), *notes_of(document)],
         "units",
         title,

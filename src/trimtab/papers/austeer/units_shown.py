@@ -175,7 +175,7 @@ def alone_picture(
 
 
 @styled
-def conditions_picture(conditions: Sequence[Condition], rows: TaskRows, task: str) -> Picture:
+def conditions_picture(conditions: Sequence[Condition], rows: TaskRows) -> Picture:
     """Combinations on the rows that they were chosen on, and on others."""
     metrics = list(conditions[0].parts["test"])
     names = [one.name for one in conditions]
@@ -196,7 +196,7 @@ def conditions_picture(conditions: Sequence[Condition], rows: TaskRows, task: st
             unsteered = line.figures[0].value
             axes.axvline(unsteered, color=line.colour, linestyle="--", linewidth=0.8)
     every[-1].legend(frameon=False, fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    title = f"Units together on {task}"
+    title = f"Units together on {rows.task}"
     figure.suptitle(title, x=0.02, ha="left")
     return Picture(
         title,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError, check_choice
+from trimtab.evaluation import Asked
 from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected, summarise
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
@@ -263,7 +264,7 @@ def angles_of(step: float) -> list[float]:
 
 def study_of(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     part: str,
     rows: Rows,
     measured: Measured,

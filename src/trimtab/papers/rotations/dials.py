@@ -16,6 +16,7 @@ from typing import Any, Literal
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError, check_choice
+from trimtab.evaluation import Asked
 from trimtab.figures import VIOLATION, Estimate, Result
 from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
@@ -53,7 +54,7 @@ from trimtab.sweeps import Measured, contrast_for
 @timed
 def dial(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     methods: Sequence[str] = ("ss", "sas", "aas"),
     contrast: Contrast | str | None = None,
@@ -91,7 +92,7 @@ def dial(
         ANGULAR[name](**shared, **(whole if name == "ss" else {}))
         for name in dict.fromkeys(methods)
     ]
-    texts = contrast_for(task, contrast, rows.data)
+    texts = contrast_for(task, contrast, rows)
     steerings = fit(made, language_model, texts, measure=False)
     variants = [Variant(steering.method, steering) for steering in steerings]
     found = study.turn(variants, angles)
@@ -104,10 +105,10 @@ def dial(
         figures_of(drawn),
         {turned.variant.name: turned.theta for turned in found},
         study.rows.metric,
-        f"{task}, {len(drawn)} {part} rows",
+        f"{study.rows.task}, {len(drawn)} {part} rows",
         chosen=study.chooses,
     )
-    head = {**_head(study, task, texts, part), "step": circle.step}
+    head = {**_head(study, texts, part), "step": circle.step}
     return StudyResult(
         {**head, "methods": [turned.as_json(study.rows.metric) for turned in found]},
         _values(study, found),
@@ -115,7 +116,7 @@ def dial(
         [picture],
         [*study.rows.notes(), *_dial_notes(study, found)],
         "dial",
-        f"The dial from 0 to 360° on {task}",
+        f"The dial from 0 to 360° on {study.rows.task}",
     )
 
 
@@ -124,13 +125,13 @@ def _values(study: Study, found: Sequence[Turned]) -> dict[str, Value]:
     return {name: value for values in each for name, value in values.items()}
 
 
-def _head(study: Study, task: str, texts: Contrast, part: str) -> dict[str, Any]:
+def _head(study: Study, texts: Contrast, part: str) -> dict[str, Any]:
     """What is said of the rows, whichever study it is."""
     rows = study.rows
     parts: tuple[Part, ...] = ("validation", "test") if study.chooses else ("validation",)
     names = {"validation": part, "test": "test"}
     return {
-        "task": task,
+        "task": rows.task,
         "part": part,
         "metric": rows.metric,
         "maximise": rows.maximise,
@@ -232,7 +233,7 @@ def _short(found: Result | None) -> str:
 @timed
 def masks(
     language_model: LanguageModel,
-    task: str,
+    task: Asked,
     *,
     theta: float | None = None,
     seeds: Sequence[int] = (42, 43, 44),
@@ -260,7 +261,7 @@ def masks(
     study = study_of(
         language_model, task, part, rows, measured, oracle=False, cost=circle.cost, run=run
     )
-    texts = contrast_for(task, contrast, rows.data)
+    texts = contrast_for(task, contrast, rows)
     made = [
         SS(whole_blocks=whole, ss_compat=circle.ss_compat, positions=circle.positions)
         for whole in dict.fromkeys((circle.whole_blocks, False))
@@ -278,10 +279,10 @@ def masks(
         base,
         language_model.anatomy.layers,
         study.rows.metric,
-        task,
+        study.rows.task,
     )
     document = {
-        **_head(study, task, texts, part),
+        **_head(study, texts, part),
         "theta": theta,
         "step": circle.step,
         "source_site": own.findings["source_site"],
@@ -294,7 +295,7 @@ def masks(
         [picture],
         [*study.rows.notes(), *_mask_notes(study, found, theta)],
         "masks",
-        f"Layers of Selective Steering on {task}",
+        f"Layers of Selective Steering on {study.rows.task}",
     )
 
 

@@ -21,10 +21,9 @@ from trimtab.anatomy import hooked, parse_site
 from trimtab.contrasts import Contrast, Text
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
-from trimtab.papers.result import StudyResult, Value, timed
+from trimtab.papers.result import StudyResult, Value, opened, timed
 from trimtab.reading import Batch, batches, encode_contrast, run_packed
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, banded, panels, styled
-from trimtab.sweeps import contrast_for
 from trimtab.terminal import progress
 
 #: The sites that are shown: the stream, what the branches read, what they add.
@@ -63,7 +62,7 @@ def norms(
     check_choice("token", token, Literal["last", "mean"])
     if not massive > 1:
         raise TrimtabError(f"massive is a factor above 1, not {massive:g}")
-    anatomy, train = language_model.anatomy, _first(contrast_for("", contrast, data).train, limit)
+    anatomy, train = language_model.anatomy, _first(opened(contrast, data).train, limit)
     for kind in kinds:
         if kind in ("embed", "final_norm"):
             raise TrimtabError(f"{kind} is not a site of the blocks: norms go by layer")

@@ -34,7 +34,7 @@ from trimtab.methods import (
     unit_means,
 )
 from trimtab.model import LanguageModel
-from trimtab.papers.result import StudyResult, Value, timed
+from trimtab.papers.result import StudyResult, Value, opened, timed
 from trimtab.reports import (
     DOWN,
     GREEN,
@@ -48,7 +48,6 @@ from trimtab.reports import (
     panels,
     styled,
 )
-from trimtab.sweeps import contrast_for
 
 #: The methods that turn activations in a plane.
 ANGULAR: dict[str, type[SAS] | type[SS]] = {"ss": SS, "sas": SAS, "aas": AAS}
@@ -90,7 +89,7 @@ def plane(
     """
     check_choice("method", method, Literal["ss", "sas", "aas"])
     made = _method(method, candidates_from, selection, ss_compat)
-    anatomy, train = language_model.anatomy, contrast_for("", contrast, data).train
+    anatomy, train = language_model.anatomy, opened(contrast, data).train
     sites = sites_of(made, anatomy)
     every = [Want(site, "last", Samples, read=UnitLength()) for site in sites]
     wants = [*candidate_wants(made, anatomy).values(), *map(unit_means, sites), *every]

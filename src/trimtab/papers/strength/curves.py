@@ -85,7 +85,7 @@ class Also:
 @flat
 def curves(
     language_model: LanguageModel,
-    contrast: str,
+    contrast: Contrast | str,
     *,
     written: Written = Written(),
     depths: Sequence[float] = (0.5,),
@@ -159,12 +159,14 @@ def _contexts(count: int) -> list[str]:
 
 def _contrast(
     language_model: LanguageModel,
-    contrast: str,
+    contrast: Contrast | str,
     written: Written,
     data: str | None,
     seed: int,
     output: Path | None,
 ) -> Contrast:
+    if isinstance(contrast, Contrast):
+        return contrast
     kind, colon, name = contrast.partition(":")
     if not (colon and kind == "concept"):
         source: Contrast = contrast_of(contrast, data)

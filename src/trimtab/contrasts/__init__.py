@@ -1,0 +1,16 @@
+"""Contrasting texts: where a steering comes from."""
+
+from trimtab.contrasts.checking import MISTAKES, SINGLE, Checked, Finding, check, columns
+from trimtab.contrasts.contrast import Contrast, builtins
+from trimtab.contrasts.files import TABLES, meant_file, read_table
+from trimtab.contrasts.held_out import shared_rows
+from trimtab.contrasts.rows import (
+    PARTS,
+    Conversation,
+    Pair,
+    Part,
+    Prompt,
+    Text,
+    last_message,
+    read_prompt,
+)

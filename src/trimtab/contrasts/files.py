@@ -1,0 +1,137 @@
+"""Files of rows, whoever wrote them: JSON lines, a JSON array, or CSV with commas, semicolons or
+tabs. What is no such file, or is not there, is said with what to do."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.contrasts.rows import COLUMNS
+from trimtab.errors import TrimtabError, shown
+from trimtab.files import json_object, parse_json, user_path
+
+#: The endings of files with rows of named columns.
+TABLES = (".jsonl", ".json", ".csv", ".tsv")
+_CSV = (".csv", ".tsv")
+#: Columns whose cells in CSV may hold messages.
+_CONVERSATIONS = (
+    *("prompt", "text", "question", "chosen", "rejected"),
+    *("goal", "instruction", "behavior"),
+)
+#: How a list of JSON objects begins; JSON's blanks are these four.
+_MESSAGES = re.compile(r"\ufeff?[ \t\r\n]*\[[ \t\r\n]*\{")
+
+
+def read_table(
+    path: str | Path, what: str = "the contrast", columns: Sequence[str] = COLUMNS
+) -> list[dict[str, Any]]:
+    """The rows of a file by its ending and its beginning; by `columns` the delimiter of CSV is
+    told."""
+    place = user_path(path)
+    if place.suffix.lower() in _CSV:
+        return read_csv(place, what, columns)
+    return read_json(place, what)
+
+
+def read_json(path: str | Path, what: str = "the contrast") -> list[dict[str, Any]]:
+    """One JSON object a line, or one array of them."""
+    text = _text(path, what)
+    if text.lstrip(" \t\r\n").startswith("["):
+        found = parse_json(text, str(path))
+        for number, row in enumerate(found, 1):
+            if not isinstance(row, dict):
+                raise TrimtabError(f"{path}, row {number} is not a JSON object")
+        return list(found)
+    # Iterating over a file, not str.splitlines(): texts may hold U+2028 and the like.
+    return [
+        json_object(line, f"{path}, line {number}")
+        for number, line in enumerate(io.StringIO(text, newline="\n"), 1)
+        if line.strip()
+    ]
+
+
+def read_csv(
+    path: str | Path, what: str = "the contrast", columns: Sequence[str] = COLUMNS
+) -> list[dict[str, Any]]:
+    """CSV whose header names columns, with whichever of comma, semicolon and tab gives most of
+    those that are known."""
+    text = _text(path, what)
+    delimiter = _delimiter(text, columns)
+    try:
+        # Strict, or a quote that nobody closes would swallow the rest of the file.
+        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        lines.fieldnames = [_column(name, columns) for name in lines.fieldnames or ()]
+        rows = list(lines)
+    except csv.Error as error:
+        named = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
+        raise TrimtabError(
+            f"{path} cannot be read as CSV with {named} between its columns: {error}"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise TrimtabError(
+                f"{path}, row {number} has more cells than the header has columns: put texts with "
+                f"{delimiter!r} in them between quotes"
+            )
+    return [
+        {
+            key: _cell(value, f"{path}, row {number}, {key}")
+            if key in _CONVERSATIONS and isinstance(value, str)
+            else value
+            for key, value in row.items()
+            if value is not None and (key, value) != ("part", "")
+        }
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+def meant_file(path: str | Path) -> str:
+    """Which file beside it a name that is none may mean, as the end of a message; or nothing."""
+    place = user_path(path)
+    try:
+        beside = {each.stem.lower(): each for each in place.parent.iterdir() if each.is_file()}
+    except OSError:
+        beside = {}
+    near = difflib.get_close_matches(place.stem.lower(), beside, n=1, cutoff=0.7)
+    return "".join(f"; did you mean {shown(beside[name])}?" for name in near)
+
+
+def _text(path: str | Path, what: str) -> str:
+    place = user_path(path)
+    try:
+        with place.open(encoding="utf-8-sig", newline="") as opened:
+            return opened.read()
+    except OSError as error:
+        meant = meant_file(path) if isinstance(error, FileNotFoundError) else ""
+        raise TrimtabError(f"cannot read {what} {path}: {error.strerror}{meant}") from error
+    except UnicodeDecodeError as error:
+        raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _delimiter(text: str, columns: Sequence[str]) -> str:
+    """What stands between the columns of the header; a comma where none says more."""
+
+    def known(delimiter: str) -> tuple[int, int]:
+        try:
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        except csv.Error:
+            return (0, 0)
+        return (sum(name.strip().lower() in columns for name in header), len(header))
+
+    return max((",", ";", "\t"), key=known)
+
+
+def _column(name: str, columns: Sequence[str]) -> str:
+    """The name of a column, without the blanks and capitals that spreadsheets give it."""
+    plain = name.strip().lower()
+    return plain if plain in columns else name.strip()
+
+
+def _cell(text: str, where: str) -> Any:
+    """A cell of CSV: messages, where it begins as a list of JSON objects does, or text."""
+    return parse_json(text.lstrip("\ufeff"), where) if _MESSAGES.match(text) else text
