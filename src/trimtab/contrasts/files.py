@@ -111,11 +111,16 @@ def meant_file(path: str | Path) -> str:
     """Which file beside it a name that is none may mean, as the end of a message; or nothing."""
     place = user_path(path)
     try:
-        beside = {each.stem.lower(): each for each in place.parent.iterdir() if each.is_file()}
+        beside = [each for each in place.parent.iterdir() if each.is_file()]
     except OSError:
-        beside = {}
-    near = difflib.get_close_matches(place.stem.lower(), beside, n=1, cutoff=0.7)
-    return "".join(f"; did you mean {shown(beside[name])}?" for name in near)
+        beside = []
+    near = [each for each in beside if _likeness(each.stem, place.stem) >= 0.7]
+    best = max(near, key=lambda each: _likeness(each.name, place.name), default=None)
+    return f"; did you mean {shown(best)}?" if best is not None else ""
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
 
 
 def _text(path: str | Path, what: str) -> str:
