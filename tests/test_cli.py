@@ -47,7 +47,7 @@ __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their n
 def test_help(trimtab: Command, words: str) -> None:
     text = trimtab(*words.split(), "--help").text
     assert "Usage: trimtab" in text
-    if words not in ("", "fit", "contrast"):  # which only lead on to commands
+    if words not in ("", "fit"):  # which only lead on to commands
         assert "Example: trimtab" in " ".join(text.split())
 
 

@@ -56,6 +56,8 @@ def test_json_arrays(tmp_path: Path, suffix: str) -> None:
         assert Contrast.from_jsonl(path).rows == PAIRS
     broken = write(tmp_path / f"broken{suffix}", json.dumps(rows, indent=2)[:-3])
     refused_in_one_line(lambda: load_contrast(broken), "broken.* is not JSON: .*line")
+    one = write(tmp_path / f"one{suffix}", json.dumps({"pairs": rows}, indent=2))
+    refused_in_one_line(lambda: load_contrast(one), "one.* is one JSON object over several lines")
     mixed = write(tmp_path / f"mixed{suffix}", [rows[0], 3])
     refused_in_one_line(lambda: load_contrast(mixed), "row 2 is not a JSON object")
 
@@ -261,7 +263,7 @@ def test_prompts_of_any_file(tmp_path: Path) -> None:
 
 def test_the_real_files_of_other_tools(data_dir: Path) -> None:
     for file, count, side in (
-        ("caa/generate.jsonl", 4911, r" \([AB]\)"),
+        ("caa/generate.jsonl", 4911, r" \([A-H]\)"),
         ("caa/truthfulqa_ab.jsonl", 817, r" \([A-H]\)"),
         ("anthropic_evals/persona_16x250.jsonl", 4000, " (Yes|No)"),
     ):

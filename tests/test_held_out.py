@@ -142,6 +142,7 @@ def test_the_rows_that_a_steering_was_fitted_on_are_found_again() -> None:
         }
     assert own(29).fitted_rows(method.fit(lm, contrast).contrast) == ()
     assert contrast.fitted_rows({"digest": "x", "split": ["no", {"split": 1}]}) == ()
+    assert contrast.fitted_rows({"digest": 3, "split": 5}) == ()
 
 
 def test_an_honest_figure_is_said_to_be_one_and_another_is_not() -> None:

@@ -136,7 +136,8 @@ class Split:
             return value
         if str(value).strip() in ("none", "0"):
             return None
-        text = value if isinstance(value, str) else ",".join(map(str, value))
+        several = isinstance(value, list | tuple)
+        text = ",".join(map(str, value)) if several else str(value)
         shares, colon, seed = text.partition(":")
         try:
             train, validation, test = map(float, shares.split(","))

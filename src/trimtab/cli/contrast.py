@@ -32,7 +32,10 @@ Count = Annotated[
 
 
 def commands(app: App) -> None:
-    """Your own contrast: `check` it, `show` some of it, `split` it into parts."""
+    """Your own contrast: `check` it, `show` some of it, `split` it into parts.
+
+    Example: `trimtab contrast check pairs.jsonl`, then `trimtab fit caa --contrast pairs.jsonl ...`
+    """
     for name, command in (("check", check_it), ("show", show), ("split", split)):
         app.command(prepared(command), name=name)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,12 +48,28 @@ def read_json(path: str | Path, what: str = "the contrast") -> list[dict[str, An
             if not isinstance(row, dict):
                 raise TrimtabError(f"{path}, row {number} is not a JSON object")
         return list(found)
-    # Iterating over a file, not str.splitlines(): texts may hold U+2028 and the like.
-    return [
-        json_object(line, f"{path}, line {number}")
-        for number, line in enumerate(io.StringIO(text, newline="\n"), 1)
-        if line.strip()
-    ]
+    try:
+        # Iterating over a file, not str.splitlines(): texts may hold U+2028 and the like.
+        return [
+            json_object(line, f"{path}, line {number}")
+            for number, line in enumerate(io.StringIO(text, newline="\n"), 1)
+            if line.strip()
+        ]
+    except TrimtabError:
+        if _is_one_object(text):
+            raise TrimtabError(
+                f"{path} is one JSON object over several lines: write an array of rows, "
+                "[{...}, {...}], or one row a line"
+            ) from None
+        raise
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether a text is a JSON object that is written over several lines."""
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_csv(
@@ -94,11 +111,16 @@ def meant_file(path: str | Path) -> str:
     """Which file beside it a name that is none may mean, as the end of a message; or nothing."""
     place = user_path(path)
     try:
-        beside = {each.stem.lower(): each for each in place.parent.iterdir() if each.is_file()}
+        beside = [each for each in place.parent.iterdir() if each.is_file()]
     except OSError:
-        beside = {}
-    near = difflib.get_close_matches(place.stem.lower(), beside, n=1, cutoff=0.7)
-    return "".join(f"; did you mean {shown(beside[name])}?" for name in near)
+        beside = []
+    near = [each for each in beside if _likeness(each.stem, place.stem) >= 0.7]
+    best = max(near, key=lambda each: _likeness(each.name, place.name), default=None)
+    return f"; did you mean {shown(best)}?" if best is not None else ""
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
 
 
 def _text(path: str | Path, what: str) -> str:
