@@ -14,7 +14,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, put_as
 from trimtab.steering import (
     POSITIONS,
     Dial,
@@ -121,7 +121,12 @@ def new_steering(
         interventions=tuple(interventions),
         dial=dial,
         model=language_model.identity,
-        contrast={"name": train.name, "digest": train.digest, "rows": len(train)},
+        contrast={
+            "name": train.name,
+            "digest": train.digest,
+            "rows": len(train),
+            **put_as(train, language_model.chat_form),
+        },
         tables=tables or {},
         findings=findings or {},
     )
