@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
-from commands import Command, refused, warnings_of
+from commands import Command, home, refused, trimtab, warnings_of, work
 from helpers import PROMPTS, language_model, warned
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import trimtab as tt
-from commands import Command, refused, save_model, warnings_of, write_rows
+from commands import Command, home, refused, save_model, trimtab, warnings_of, work, write_rows
 from helpers import warned
 from tiny import tiny_model, tiny_tokenizer
 
@@ -194,10 +194,10 @@ def test_commands_take_them(trimtab: Command, chatty: str) -> None:
     assert found["text"] == lm.generate(["Hello"], max_new_tokens=5)[0].text
     assert found["text"] != trimtab("generate", *given).json["outputs"][0]["text"]
 
-    write_rows("chats.jsonl", [dict(zip(("prompt", "positive", "negative"), row)) for row in CHATS])
-    trimtab(
-        "fit", "caa", "-m", chatty, *put, "-c", "chats.jsonl", "--layer", "1", "-o", "x.safetensors"
-    )
+    keys = ("prompt", "positive", "negative")
+    write_rows("chats.jsonl", [dict(zip(keys, row, strict=True)) for row in CHATS])
+    fit = ["fit", "caa", "--layer", "1", "-c", "chats.jsonl", "-o", "x.safetensors"]
+    trimtab(*fit, "-m", chatty, *put)
     kept = tt.Steering.load("x.safetensors").contrast["chat"]
     assert kept == {"options": {"enable_thinking": False}, "system": "Be kind."}
     steer = ["--steer", "x.safetensors"]

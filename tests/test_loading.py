@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import trimtab as tt
-from commands import Command, refused, save_model
+from commands import Command, home, refused, save_model, trimtab, work
 from helpers import PROMPTS, relative, steer_at, warned
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.checkpoints import Found, counted, weight_bytes

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import trimtab as tt
-from commands import Command, refused
+from commands import Command, home, refused, trimtab, work
 from trimtab.cli.app import build
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here

@@ -87,6 +87,43 @@ def quantisation(quantise: str, precision: torch.dtype | str, cpu: bool) -> Any:
     )
 
 
+def how_held(
+    dtype: str | torch.dtype | None,
+    place: torch.device,
+    device_map: Any,
+    quantise: str | None,
+    config: Any,
+) -> dict[str, Any]:
+    """What transformers is asked for: dtype, and where they are wanted device_map and
+    quantization_config (`config` is one that the user made)."""
+    cpu = on_cpu(place, device_map)
+    held: dict[str, Any] = {"dtype": precision_of(dtype, cpu)}
+    if quantise is not None:
+        if config is not None:
+            raise TrimtabError("give quantise or quantization_config, not both")
+        config = quantisation(quantise, held["dtype"], cpu)
+    if config is not None:
+        held["quantization_config"] = config
+    # Quantised weights are made where they stay; and what goes to a card need not fit into the
+    # memory beside it first.
+    on_card = place.type == "cuda" and torch.cuda.is_available()
+    if device_map is None and (on_card or config is not None):
+        device_map = {"": 0 if place.type == "cuda" and place.index is None else place}
+    if device_map is not None:
+        held["device_map"] = device_map
+    return held
+
+
+def bits_of(config: Any) -> str | None:
+    """In how many bits a quantisation stores linear maps: "4bit", "8bit", another kind; None where
+    there is none."""
+    if config is None:
+        return None
+    if getattr(config, "load_in_4bit", False):
+        return "4bit"
+    return "8bit" if getattr(config, "load_in_8bit", False) else "another kind"
+
+
 # -- does it fit ------------------------------------------------------------------------------
 
 
@@ -94,7 +131,7 @@ def say_size(
     name: str,
     counts: Counts,
     precision: torch.dtype | str | None,
-    quantise: str | None,
+    bits: str | None,
     places: tuple[torch.device, ...],
 ) -> None:
     """Say how much memory the weights take where that is much, and warn where it is too much.
@@ -103,14 +140,18 @@ def say_size(
     depends on what is run, and is not in it.
     """
     size = precision.itemsize if isinstance(precision, torch.dtype) else None
-    needed, free = weight_bytes(counts, size, quantise), sum(map(free_bytes, places))
-    stored = "as stored" if size is None else f"in {str(precision).removeprefix('torch.')}"
+    known = bits is None or bits in get_args(Quantise)
+    needed = weight_bytes(counts, size, bits if known else None)
+    free = sum(map(free_bytes, places))
+    held = bits or ("as stored" if size is None else f"in {str(precision).removeprefix('torch.')}")
     where = " and ".join(dict.fromkeys(place.type for place in places))
     said = (
-        f"the weights of {shown(name)} take about {_gb(needed)} {quantise or stored}; "
-        f"{_gb(free)} of memory is free ({where})"
+        f"the weights of {shown(name)} take about {_gb(needed)} {held}; {_gb(free)} of memory is "
+        f"free ({where})"
     )
-    if needed > free:
+    if not known:
+        said = f"the weights of {shown(name)} take at most {_gb(needed)}, and less quantised"
+    if known and needed > free:
         warnings.warn(
             f"{said}: it does not fit; load it in fewer bits (--dtype bfloat16, --quantise 4bit), "
             "over several devices (--device-map auto), or a smaller model",
@@ -136,9 +177,9 @@ def places_of(place: torch.device, device_map: Any) -> tuple[torch.device, ...]:
 
 def free_bytes(place: torch.device) -> float:
     """Bytes of memory that are free on a device."""
-    if place.type == "cuda":
+    if place.type == "cuda" and torch.cuda.is_available():
         return float(torch.cuda.mem_get_info(place)[0])
-    if place.type == "mps":
+    if place.type == "mps" and torch.backends.mps.is_available():
         used = torch.mps.driver_allocated_memory()
         return float(torch.mps.recommended_max_memory() - used)
     return min(float(psutil.virtual_memory().available), _free_in_group())

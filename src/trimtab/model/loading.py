@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_peft_available
 from trimtab.checkpoints import (
     ADAPTER_CONFIG,
     CheckpointError,
+    Found,
     Misfit,
     check_adapter_files,
     check_files,
@@ -40,11 +41,10 @@ from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import exists, user_path
 from trimtab.model.holding import (
     Quantise,
+    bits_of,
     device_of,
-    on_cpu,
+    how_held,
     places_of,
-    precision_of,
-    quantisation,
     say_size,
 )
 from trimtab.model.language_model import LanguageModel
@@ -102,37 +102,29 @@ def load(
     if device_map is not None and device != "auto":
         raise TrimtabError("device_map says where a model goes: leave device out")
     place = device_of(device)
-    cpu = on_cpu(place, device_map)
-    making: dict[str, Any] = {key: options.pop(key) for key in _OF_MODEL if key in options}
-    making["dtype"] = precision_of(dtype, cpu)
-    if quantise is not None:
-        if "quantization_config" in making:
-            raise TrimtabError("give quantise or quantization_config, not both")
-        making["quantization_config"] = quantisation(quantise, making["dtype"], cpu)
-    # Quantised weights are made where they stay; and what goes to a card need not fit the memory
-    # beside it first.
-    on_card = place.type == "cuda" and torch.cuda.is_available()
-    if device_map is None and (on_card or "quantization_config" in making):
-        device_map = {"": place if place.type == "cpu" or place.index is not None else 0}
-    if device_map is not None:
-        making["device_map"] = device_map
+    making = {key: options.pop(key) for key in _OF_MODEL if key in options}
+    making |= how_held(dtype, place, device_map, quantise, making.get("quantization_config"))
+    opening = _Opening(
+        {**options, "trust_remote_code": trust_remote_code is True},
+        making,
+        bits_of(making.get("quantization_config")),
+        places_of(place, making.get("device_map")),
+    )
     path = _locate(name)
     if revision is not None and Path(path).is_dir():
         raise TrimtabError(f"{name} is not of the hub: it has no revision {revision!r}")
-    origin = {**options, "trust_remote_code": trust_remote_code is True}
     full = name
     if revision is not None:
-        origin["revision"], full = revision, f"{name}@{revision}"
+        full, opening = f"{name}@{revision}", opening.at(revision=revision)
     try:
         with status(f"loading {full}"):
-            opening = _Opening(origin, making, quantise, places_of(place, device_map))
             model, tokenizer = _read(path, opening)
     except CheckpointError as error:
         raise TrimtabError(
             f"cannot load the model {full!r}: {error} (packs: {', '.join(packs.PACKS)}; or a "
             "directory, a .gguf file, a hub id)"
         ) from error
-    if device_map is None:
+    if "device_map" not in making:
         try:
             model = model.to(place)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -146,12 +138,16 @@ def load(
 @dataclass(frozen=True)
 class _Opening:
     """How the files of a model are read: `origin` says where they are, `making` how a model is made
-    of them, which then takes memory at `places`."""
+    of them, which then takes memory at `places`, in fewer `bits` or not."""
 
     origin: dict[str, Any]
     making: dict[str, Any]
-    quantise: str | None
+    bits: str | None
     places: tuple[torch.device, ...]
+
+    def at(self, **origin: Any) -> _Opening:
+        """The same with more said about where the files are."""
+        return replace(self, origin={**self.origin, **origin})
 
 
 def _name_and_revision(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -185,7 +181,7 @@ def _read(path: str, opening: _Opening) -> tuple[Any, Any]:
     if directory.is_dir():
         if is_adapter(directory):
             return _read_adapter(directory, opening)
-        opening = replace(opening, origin={**opening.origin, "local_files_only": True})
+        opening = opening.at(local_files_only=True)
     else:
         opening = _asked_hub(path, opening)
     return _read_whole(path, opening), _read_tokenizer(path, opening)
@@ -197,19 +193,25 @@ def _asked_hub(name: str, opening: _Opening) -> _Opening:
     found = find_on_hub(name, opening.origin)
     if not found.reached:
         note(f"{name} is taken from the cache of the hub's files")
-        opening = replace(opening, origin={**opening.origin, "local_files_only": True})
-    if found.cached is not None and has_weights(found.cached):
-        _say_size(name, found.cached, opening)
-    elif found.parameters:
-        counts = counted_on_hub(found.parameters)
-        say_size(name, counts, opening.making["dtype"], opening.quantise, opening.places)
+        opening = opening.at(local_files_only=True)
+    _say_size_of_found(name, found, opening)
     return opening
+
+
+def _say_size_of_found(name: str, found: Found, opening: _Opening) -> None:
+    if found.cached is not None:
+        with suppress(CheckpointError):  # some of its files are not here yet
+            return _say_size(name, found.cached, opening)
+    if found.parameters:
+        counts = counted_on_hub(found.parameters)
+        return say_size(name, counts, opening.making["dtype"], opening.bits, opening.places)
+    return note(f"how much memory the weights of {name} take is not known before they are here")
 
 
 def _say_size(name: str, directory: Path, opening: _Opening) -> None:
     counts, quantised = counted(directory)
     dtype = None if quantised else opening.making["dtype"]
-    say_size(name, counts, dtype, None if quantised else opening.quantise, opening.places)
+    say_size(name, counts, dtype, None if quantised else opening.bits, opening.places)
 
 
 def _read_whole(path: str, opening: _Opening) -> Any:
@@ -217,9 +219,11 @@ def _read_whole(path: str, opening: _Opening) -> Any:
 
     if Path(path).is_dir():
         check_files(Path(path))
-        _say_size(path, Path(path), opening)
+        _say_size(Path(path).name, Path(path), opening)
     _check_attention(opening)
     config = read_config(path, **opening.origin)
+    if opening.bits is not None and getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError("it is quantised already, in its files: leave quantising out")
     model, found = read_model(
         AutoModelForCausalLM, path, config=config, **opening.origin, **opening.making
     )
@@ -282,13 +286,12 @@ def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, Any]:
     if Path(base).is_dir() and is_adapter(Path(base)):
         raise CheckpointError(f"the model that the adapter is for, {base}, is an adapter itself")
     own = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    here = replace(opening, origin={**opening.origin, "local_files_only": True})
+    here = opening.at(local_files_only=True)
     if Path(base).is_dir():
         of_base = here
     else:
         revision = config.get("revision")
-        its_own = {} if revision is None else {"revision": revision}
-        of_base = _asked_hub(base, replace(opening, origin={**opening.origin, **its_own}))
+        of_base = _asked_hub(base, opening.at(revision=revision) if revision else opening)
     model = _read_whole(base, of_base)
     with damage_is_said():
         Misfit(model, model.load_adapter(str(directory)).to_dict()).check()
