@@ -41,7 +41,7 @@ def test_python_m_trimtab() -> None:
 @pytest.mark.parametrize(
     ("words", "heavy"),
     [
-        (["--version"], ["torch", "numpy", "rich.progress_bar"]),
+        (["--version"], ["torch", "numpy"]),
         (["--help"], ["torch", "numpy"]),
         (["models"], ["torch", "transformers"]),
         (["inspect", "DIR"], ["torch", "transformers"]),
