@@ -35,7 +35,7 @@ def read_baked(directory: Path) -> tuple[Record, ...]:
     try:
         content = json_object(file.read_text(encoding="utf-8"), RECORD)
         records = content.get("baked")
-        if content.get("format") != _FORMAT or not _are_records(records):
+        if content.get("format") != _FORMAT or records is None or not _are_records(records):
             raise TrimtabError(f"{RECORD} is not of format {_FORMAT}")
     except (OSError, UnicodeDecodeError, TrimtabError) as error:
         warnings.warn(

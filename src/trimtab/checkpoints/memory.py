@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trimtab.checkpoints.directory import CONFIG, INDEX, WEIGHTS, CheckpointError, read_json
 
@@ -41,12 +42,12 @@ def counted(directory: Path) -> tuple[Counts, bool]:
     return counts, "quantization_config" in read_json(directory / CONFIG)
 
 
-def _header(file: Path) -> dict[str, dict[str, object]]:
+def _header(file: Path) -> dict[str, dict[str, Any]]:
     """What a safetensors file says of its tensors."""
     try:
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
-            header: dict[str, dict[str, object]] = json.loads(content.read(length))
+            header: dict[str, dict[str, Any]] = json.loads(content.read(length))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {file.name}: {error}") from error
     return header

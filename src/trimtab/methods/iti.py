@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -172,6 +171,8 @@ class ITI(Method):
 
 def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
     """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
+    from sklearn.linear_model import LogisticRegression
+
     # The default solver stops early on activations as they come, whose sizes differ widely: its
     # accuracies would rank heads by where it stopped.
     probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
