@@ -111,6 +111,12 @@ class ITI(Method):
         self, anatomy: Anatomy, paired: bool, statistics: Statistics
     ) -> tuple[list[float], list[Tensor], list[Tensor]]:
         """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
+        # Before threads are limited, which they are of libraries that are there.
+        from sklearn.linear_model import LogisticRegression
+
+        # The default solver stops early on activations as they come, whose sizes differ widely: its
+        # accuracies would rank heads by where it stopped.
+        probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
         sites = anatomy.sites("heads")
         accuracies: list[float] = []
         shifts: list[Tensor] = []
@@ -122,7 +128,7 @@ class ITI(Method):
                 heads = texts.unflatten(-1, (anatomy.heads, -1))  # [texts, heads, units]
                 held = self._held_out(rows, positive, paired)
                 for head in heads.double().unbind(1):
-                    accuracy, weights = _probe(head, positive, held)
+                    accuracy, weights = _fitted(probe, head, positive, held)
                     mean = head[positive].mean(0) - head[~positive].mean(0)
                     theta = _unit(mean if self.direction == "mean" else weights)
                     deviation = (head @ theta).std(correction=0)
@@ -169,13 +175,8 @@ class ITI(Method):
         ]
 
 
-def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
+def _fitted(probe: Any, head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
     """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
-    from sklearn.linear_model import LogisticRegression
-
-    # The default solver stops early on activations as they come, whose sizes differ widely: its
-    # accuracies would rank heads by where it stopped.
-    probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
     probe.fit(head[~held].numpy(), positive[~held].numpy())
     accuracy = float(probe.score(head[held].numpy(), positive[held].numpy()))
     return accuracy, torch.from_numpy(probe.coef_[0])
