@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -111,16 +112,11 @@ class ITI(Method):
         self, anatomy: Anatomy, paired: bool, statistics: Statistics
     ) -> tuple[list[float], list[Tensor], list[Tensor]]:
         """Of each head its probe's held-out accuracy, what is added to it, and its spread."""
-        # Before threads are limited, which they are of libraries that are there.
-        from sklearn.linear_model import LogisticRegression
-
-        # The default solver stops early on activations as they come, whose sizes differ widely: its
-        # accuracies would rank heads by where it stopped.
-        probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
         sites = anatomy.sites("heads")
         accuracies: list[float] = []
         shifts: list[Tensor] = []
         deviations: list[Tensor] = []
+        import_module("sklearn.linear_model")  # only of what is there threads can be limited
         # A probe is small: threads in its matrix products would cost ten times what they save.
         with progress("training probes", len(sites)) as advance, threadpool_limits(1, "blas"):
             for site in sites:
@@ -128,7 +124,7 @@ class ITI(Method):
                 heads = texts.unflatten(-1, (anatomy.heads, -1))  # [texts, heads, units]
                 held = self._held_out(rows, positive, paired)
                 for head in heads.double().unbind(1):
-                    accuracy, weights = _fitted(probe, head, positive, held)
+                    accuracy, weights = _probe(head, positive, held)
                     mean = head[positive].mean(0) - head[~positive].mean(0)
                     theta = _unit(mean if self.direction == "mean" else weights)
                     deviation = (head @ theta).std(correction=0)
@@ -175,8 +171,13 @@ class ITI(Method):
         ]
 
 
-def _fitted(probe: Any, head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
+def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
     """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
+    from sklearn.linear_model import LogisticRegression
+
+    # The default solver stops early on activations as they come, whose sizes differ widely: its
+    # accuracies would rank heads by where it stopped.
+    probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")
     probe.fit(head[~held].numpy(), positive[~held].numpy())
     accuracy = float(probe.score(head[held].numpy(), positive[held].numpy()))
     return accuracy, torch.from_numpy(probe.coef_[0])
