@@ -116,10 +116,9 @@ def test_inspecting_a_checkpoint(trimtab: Command, baked: Path) -> None:
     refused(trimtab("inspect model"), "does not say that something is baked into it")
 
 
-def test_the_command_says_what_it_baked(trimtab: Command, work: Path) -> None:
-    found = trimtab("bake --model model --steer au.safetensors@5 -o x --json").json
-    assert found["baked"] == json.loads((work / "x/trimtab.json").read_text())["baked"]
-    assert found["baked"][0]["dial"]["value"] == 5
+def test_the_command_says_in_the_directory_what_it_baked(trimtab: Command, work: Path) -> None:
+    trimtab("bake --model model --steer au.safetensors@5 -o x --json")
+    assert json.loads((work / "x/trimtab.json").read_text())["baked"][0]["dial"]["value"] == 5
     # Over a directory that has a record and a card.
     trimtab("bake --model model --steer caa.safetensors -o x --overwrite --json")
     assert json.loads((work / "x/trimtab.json").read_text())["baked"][0]["method"] == "caa"

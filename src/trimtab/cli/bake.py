@@ -54,7 +54,6 @@ def bake(
                 "model": dict(vars(language_model.identity)),
                 "architecture": baked.anatomy.name,
                 "steering": steer,
-                "baked": list(baked.baked),
             }
         )
         return
