@@ -7,7 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def load(
     if revision is not None:
         full, opening = f"{name}@{revision}", opening.at(revision=revision)
     try:
-        with status(f"loading {full}"):
+        with _shown(full):
             model, tokenizer = _read(path, opening)
     except CheckpointError as error:
         raise TrimtabError(
@@ -133,6 +133,13 @@ def load(
     language_model = wrap(model, tokenizer, full, chat_options, system)
     language_model.baked = read_baked(Path(path))
     return language_model
+
+
+def _shown(name: str) -> AbstractContextManager[Any]:
+    """That a model is loaded, unless transformers shows it with bars of its own."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    return nullcontext() if is_progress_bar_enabled() else status(f"loading {name}")
 
 
 @dataclass(frozen=True)
