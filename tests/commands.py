@@ -156,11 +156,13 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def refused(ran: Ran, *words: str, status: int = 2) -> str:
-    """Assert a refusal in one line that holds the words; warnings may come before it."""
+    """Assert a refusal in one line that holds the words; warnings may come before it, and that the
+    hub is asked."""
     assert ran.status == status, (ran.out, ran.err)
     assert ran.out == ""
     assert "Traceback" not in ran.err
-    lines = [line for line in ran.err.splitlines() if not line.startswith("trimtab: warning: ")]
+    before = ("trimtab: warning: ", "trimtab: looking for ")
+    lines = [line for line in ran.err.splitlines() if not line.startswith(before)]
     assert len(lines) == 1, ran.err
     assert lines[0].startswith("trimtab: ")
     assert "internal error" not in lines[0]

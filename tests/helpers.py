@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,6 +91,14 @@ def without_bos() -> PreTrainedTokenizerFast:
     )
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     return tokenizer
+
+
+def warned(run: Callable[[], Any]) -> list[str]:
+    """The warnings of trimtab that something gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", tt.TrimtabWarning)
+        run()
+    return [str(one.message) for one in caught if issubclass(one.category, tt.TrimtabWarning)]
 
 
 #: The tokens of the first prompt.

@@ -167,7 +167,7 @@ def _splits(
     """(texts, labels) of each probe's training and of its scoring, in turn."""
     seen: list[tuple[Any, Any]] = []
     monkeypatch.setattr(_Recorded, "seen", seen)
-    monkeypatch.setattr("trimtab.methods.iti.LogisticRegression", _Recorded)
+    monkeypatch.setattr("sklearn.linear_model.LogisticRegression", _Recorded)
     tt.ITI(k=2, **options).fit(_lm(), contrast)
     return seen
 

@@ -210,6 +210,15 @@ def test_a_template_that_refuses_the_messages_is_one_line(lm: tt.LanguageModel) 
     refused_in_one_line(lambda: model.apply_chat_template(talk), "strict refuses .* must alternate")
 
 
+def test_the_models_chats_are_the_harnesss_too(lm: tt.LanguageModel) -> None:
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template += "{% if brief is defined %}{{ brief }} words{% endif %}"
+    model = TrimtabLM(tt.wrap(lm.model, tokenizer, "tiny", {"brief": "few"}, "Be kind."))
+    rendered = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    assert "<|system|>\nBe kind.</s>" in rendered
+    assert rendered.endswith("<|assistant|>\nfew words")
+
+
 def test_what_is_sampled_several_times_differs(lm: tt.LanguageModel) -> None:
     """As a task with `repeats` wants it; and the harness's seed says what is sampled."""
     options: dict[str, Any] = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.0}

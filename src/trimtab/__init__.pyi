@@ -14,6 +14,8 @@ from .steering import Dial, Intervention, Steering, Steerings
 from .strength import generate_contrast, within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
 
+__version__: str
+
 __all__ = [
     "AAS",
     "CAA",

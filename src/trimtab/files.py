@@ -115,6 +115,13 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     return path
 
 
+def open_as_usual(directory: Path) -> None:
+    """Let others read the files of a directory as the user's umask says: safetensors writes through
+    private temporary ones, and leaves them so."""
+    for file in directory.rglob("*"):
+        os.chmod(file, (0o777 if file.is_dir() else 0o666) & ~_UMASK)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, for records."""
     with path.open("rb") as file:

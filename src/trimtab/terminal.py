@@ -1,13 +1,13 @@
 """What reaches a terminal: text of models, files and servers, which is shown and never obeyed; and
-progress bars of long work, on standard error, none where that is not a terminal. Work inside other
-work gets a line under the other's."""
+what long work is going on, on standard error: bars and spinners, none where that is not a terminal,
+and notes. Work inside other work gets a line under the other's."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -73,6 +73,31 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             yield from _line(bar, what, total)
         finally:
             _shown.remove(bar)
+
+
+@contextmanager
+def status(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows `what` with a spinner, for work whose length nobody knows; the block is handed a
+    function that says another step."""
+    if not is_terminal(sys.stderr):
+        yield lambda text: None
+    elif _shown:
+        bar = _shown[-1]
+        task = bar.add_task(printable(what), total=None)
+        try:
+            yield lambda text: bar.update(task, description=printable(text))
+        finally:
+            bar.remove_task(task)
+    else:
+        # The stream of now: some work redirects sys.stderr for a while.
+        with CleanConsole(file=sys.stderr).status(printable(what)) as spinner:
+            yield lambda text: spinner.update(printable(text))
+
+
+def note(text: str) -> None:
+    """One line on standard error about work that is going on, also where that is no terminal."""
+    with suppress(OSError, ValueError):  # nobody reads it
+        print(f"trimtab: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:

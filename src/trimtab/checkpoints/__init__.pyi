@@ -1,12 +1,14 @@
 # What is in this folder for others. __init__.py loads each when it is asked for.
 
 from . import packs
+from .baked import CARD, RECORD, baked_already, in_words, read_baked, write_baked
 from .directory import (
     ADAPTER_CONFIG,
     CheckpointError,
     Misfit,
     check_adapter_files,
     check_files,
+    check_tokenizer_files,
     damage_is_said,
     has_weights,
     is_adapter,
@@ -16,22 +18,37 @@ from .directory import (
     read_model,
     some,
 )
+from .hub import Found, find_on_hub
+from .memory import Counts, counted, counted_on_hub, weight_bytes
 from .packs import encoder_directory
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "CARD",
+    "RECORD",
     "CheckpointError",
+    "Counts",
+    "Found",
     "Misfit",
+    "baked_already",
     "check_adapter_files",
     "check_files",
+    "check_tokenizer_files",
+    "counted",
+    "counted_on_hub",
     "damage_is_said",
     "encoder_directory",
+    "find_on_hub",
     "has_weights",
+    "in_words",
     "is_adapter",
     "not_finite",
     "packs",
+    "read_baked",
     "read_config",
     "read_json",
     "read_model",
     "some",
+    "weight_bytes",
+    "write_baked",
 ]

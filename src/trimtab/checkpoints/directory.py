@@ -23,8 +23,13 @@ from trimtab.errors import first_line
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+#: The files that tokenizers are in, each enough by itself.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+    "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken",
+)  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -41,17 +46,18 @@ def is_adapter(directory: Path) -> bool:
 
 def has_weights(directory: Path) -> bool:
     """Whether a directory holds weights of a whole model."""
-    return any((directory / name).exists() for name in (_WEIGHTS, _INDEX))
+    return any((directory / name).exists() for name in (WEIGHTS, INDEX))
 
 
 def check_files(directory: Path) -> None:
     """Whether a configuration and weights are there that can be read, by their headers alone."""
+    _check_what_is_there(directory)
     config = read_json(directory / CONFIG)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{CONFIG} names no model_type")
-    if (directory / _WEIGHTS).exists():
-        tensors = _names(directory / _WEIGHTS)
-    elif (directory / _INDEX).exists():
+    if (directory / WEIGHTS).exists():
+        tensors = _names(directory / WEIGHTS)
+    elif (directory / INDEX).exists():
         tensors = _indexed(directory)
     elif list(directory.glob("*.bin")):
         raise CheckpointError(
@@ -59,7 +65,7 @@ def check_files(directory: Path) -> None:
             "transformers' save_pretrained"
         )
     else:
-        raise CheckpointError(f"there is no {_WEIGHTS}")
+        raise CheckpointError(f"there is no {WEIGHTS}")
     # Before the architecture is built: a number that is too large would fill the memory.
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
@@ -69,6 +75,28 @@ def check_files(directory: Path) -> None:
                 raise CheckpointError(
                     f"{CONFIG} says {name} {layers}, and the files hold {len(tensors)} tensors"
                 )
+
+
+def _check_what_is_there(directory: Path) -> None:
+    """Say all that a directory lacks of a model, and where one is inside it."""
+    if (directory / CONFIG).exists():
+        return
+    lacks = CONFIG if has_weights(directory) else f"{CONFIG} and no {WEIGHTS}"
+    inside = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG}"))
+    there = f"; there is one in {inside[0]}/" if inside else ""
+    raise CheckpointError(
+        f"there is no {lacks} in it (a model's directory has {CONFIG}, weights as safetensors, and "
+        f"a tokenizer){there}"
+    )
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Whether there is a tokenizer, in one of the ways in which models have it."""
+    if not any((directory / name).exists() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"there is no tokenizer in it (none of {', '.join(_TOKENIZERS)}): copy the files of "
+            "the model that it was made from"
+        )
 
 
 def check_adapter_files(directory: Path) -> dict[str, Any]:
@@ -101,19 +129,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _indexed(directory: Path) -> list[str]:
     """The tensors of a checkpoint in several files."""
-    places = read_json(directory / _INDEX).get("weight_map")
+    places = read_json(directory / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise CheckpointError(f"{_INDEX} has no weight_map of tensors and files")
+        raise CheckpointError(f"{INDEX} has no weight_map of tensors and files")
     held: list[str] = []
     for file in sorted(set(places.values())):
         if Path(file).name != file:
-            raise CheckpointError(f"{_INDEX} names {file!r}, which is not a file of this directory")
+            raise CheckpointError(f"{INDEX} names {file!r}, which is not a file of this directory")
         if not (directory / file).exists():
-            raise CheckpointError(f"{_INDEX} names {file!r}, and there is no such file")
+            raise CheckpointError(f"{INDEX} names {file!r}, and there is no such file")
         held += _names(directory / file)
     lost = sorted(set(places) - set(held))
     if lost:
-        raise CheckpointError(f"{_INDEX} names {lost[0]!r}, which is in none of the files")
+        raise CheckpointError(f"{INDEX} names {lost[0]!r}, which is in none of the files")
     return held
 
 

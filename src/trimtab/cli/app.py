@@ -21,9 +21,11 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    UnknownOptionError,
     UnusedCliTokensError,
 )
 
+from trimtab import __version__
 from trimtab.cli.common import trusting
 from trimtab.cli.making import as_typed, prepared, strict, summary
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -39,8 +41,11 @@ GROUPS = ("models", "contrast", "fit", "strength", "sweep", "analyse")
 _ABOUT = (
     "Steer open-weight language models at inference time. With `--debug` errors show where they "
     "come from; with `--trust-remote-code` Python code that comes with a model is run. "
-    "`--install-completion` lets the shell complete commands and options."
+    "`--install-completion` lets bash, zsh or fish complete commands and options: it writes to the "
+    "files of the shell that runs it, or `--shell fish` says which."
 )
+#: What a steering's dial is called where it is no option.
+_DIALS = ("--alpha", "--dial", "--strength", "--theta", "--scale", "--coeff", "--multiplier")
 #: The exit status of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED = 130
 _NOT_READ = 1
@@ -53,7 +58,7 @@ def build(words: Sequence[str] | None) -> App:
         name="trimtab",
         help=_ABOUT,
         help_epilogue="`--help` after any command shows its page.",
-        version_flags=[],
+        version=__version__,
         help_format="markdown",
         console=CleanConsole(),
         exit_on_error=False,
@@ -191,8 +196,20 @@ def _mistake(error: CycloptsError) -> str:
         return f"missing option {argument.name}"
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]!r}"
+    if isinstance(error, UnknownOptionError) and _is_a_dial(error):
+        return (
+            f"unknown option {error.token.keyword or error.token.value}: the dial is said with the "
+            "steering, as in --steer FILE@3"
+        )
     said = str(error).replace('"', "'")
     return said[:1].lower() + said[1:]
+
+
+def _is_a_dial(error: UnknownOptionError) -> bool:
+    """Whether an option that is not there is how people call a steering's dial."""
+    given = (error.token.keyword or error.token.value).partition("=")[0]
+    takes = {name for argument in error.argument_collection for name in argument.names}
+    return given in _DIALS and "--steer" in takes
 
 
 def _quiet_libraries(debug: bool) -> None:

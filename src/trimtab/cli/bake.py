@@ -15,6 +15,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Force, Json, OpenedOnCpu, Overwrite, Steer
 from trimtab.files import check_output
+from trimtab.terminal import status
 
 
 def bake(
@@ -28,6 +29,9 @@ def bake(
 ) -> None:
     """Fold steerings into the weights: a checkpoint that plain transformers loads.
 
+    Beside the weights, trimtab.json and the model card (README.md) say what was baked; `trimtab
+    inspect DIR` shows it.
+
     With --overwrite the files of a checkpoint that is there are replaced; a directory that holds
     anything else is refused, and so are the model's own, one inside it and one around it.
 
@@ -40,7 +44,8 @@ def bake(
     check_output(output, overwrite)
     steerings = read_steerings(steer)
     language_model = open_model(opened)
-    baked = bake_into(language_model, *steerings, force=force)
+    with status("folding the steerings into the weights"):
+        baked = bake_into(language_model, *steerings, force=force)
     baked.save_pretrained(output, overwrite)
     if as_json:
         print_json(

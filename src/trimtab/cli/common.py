@@ -12,9 +12,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.options import Opened, Prompting
+from trimtab.cli.options import Opened, Prompting, Read
+from trimtab.cli.values import read_named
 from trimtab.errors import TrimtabError
-from trimtab.files import check_directory, check_output
+from trimtab.files import check_directory, check_output, parse_json
 from trimtab.terminal import CleanConsole, is_terminal
 
 if TYPE_CHECKING:
@@ -35,10 +36,12 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=not unicode, allow_nan=False))
 
 
-def as_chats(prompting: Prompting) -> bool | None:
+def as_chats(prompting: Prompting, opened: Opened) -> bool | None:
     """What --raw and --chat say together; None is the model's own way."""
     if prompting.raw and prompting.chat:
         raise TrimtabError("choose one of --raw and --chat")
+    if prompting.raw and opened.system is not None:
+        raise TrimtabError("--system is for conversations, and --raw takes prompts as they are")
     return True if prompting.chat else False if prompting.raw else None
 
 
@@ -56,12 +59,40 @@ def one_steering(steerings: Sequence[Steering]) -> Steering:
     return steerings[0]
 
 
-def open_model(opened: Opened) -> LanguageModel:
+def open_model(opened: Read) -> LanguageModel:
     """Load a model as the options say."""
     from trimtab.model import load
 
-    trusted = trusting.get()
-    return load(opened.model, dtype=opened.dtype, device=opened.device, trust_remote_code=trusted)
+    asked: dict[str, Any] = {"revision": opened.revision, **_held_as(opened)}
+    if isinstance(opened, Opened):
+        asked["chat_options"] = read_named("--chat-option", opened.chat_option)
+        asked["system"] = opened.system
+    return load(opened.model, **asked, trust_remote_code=trusting.get())
+
+
+def open_beside(opened: Opened, name: str) -> LanguageModel:
+    """Load another model, one that judges or writes: held as the model is, with its own revision
+    and chats. Its code is never run."""
+    from trimtab.model import load
+
+    return load(name, **_held_as(opened))
+
+
+def _held_as(opened: Read) -> dict[str, Any]:
+    """How a model is held, as arguments of `load`."""
+    held: dict[str, Any] = {"dtype": opened.dtype, "device": opened.device}
+    if isinstance(opened, Opened):
+        held["quantise"] = opened.quantise
+        if opened.device_map is not None:
+            held["device_map"] = _device_map(opened.device_map)
+        if opened.attn_implementation is not None:
+            held["attn_implementation"] = opened.attn_implementation
+    return held
+
+
+def _device_map(text: str) -> Any:
+    """A word, or a JSON object."""
+    return parse_json(text, "--device-map") if text.lstrip().startswith("{") else text
 
 
 def refuse_steering_path(path: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ from trimtab.cli.common import (
     as_chats,
     console,
     one_steering,
+    open_beside,
     open_model,
     print_json,
     read_prompts,
@@ -152,7 +153,6 @@ class Concept:
     def labeller(self, opened: Opened) -> ConceptJudge | None:
         """The judge that the options name; words where there is no model to ask."""
         from trimtab.evaluation import Chat, ChatEndpoint, LocalChat
-        from trimtab.model import load
         from trimtab.strength import ChatConceptJudge, LexiconJudge, lexicon
 
         if self.concept is None:
@@ -164,7 +164,7 @@ class Concept:
         kind, _, name = self.judge.partition(":")
         chat: Chat
         if kind == "local" and name:
-            held = load(name, dtype=opened.dtype, device=opened.device)
+            held = open_beside(opened, name)
             chat = LocalChat(held, max_tokens=4)
         elif kind == "chat" and name and self.judge_url:
             chat = ChatEndpoint(self.judge_url, name, key_variable=self.judge_key_env, max_tokens=4)
@@ -237,7 +237,7 @@ def curve(
     """
     from trimtab import strength
 
-    chats = as_chats(prompting)
+    chats = as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
     steerings = read_steerings(turned.steer)
     if not steerings:

@@ -20,7 +20,7 @@ from trimtab.cli.common import (
     read_steerings,
 )
 from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
-from trimtab.cli.values import flag_of
+from trimtab.cli.values import flag_of, read_named
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import option
 from trimtab.terminal import write_text
@@ -75,7 +75,7 @@ def generate(
     """
     from trimtab.strength import within
 
-    chats = as_chats(prompting)
+    chats = as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
     steerings = read_steerings(steer)
     if kl is not None and len(steerings) != 1:
@@ -118,17 +118,7 @@ def generate(
 
 def read_options(given: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE ...` as a dictionary; a value that is no JSON is text."""
-    options: dict[str, Any] = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name or name in options:
-            twice = " (it is given twice)" if name in options else ""
-            raise TrimtabError(f"--option {text}: write NAME=VALUE, each name once{twice}")
-        try:
-            options[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            options[name] = value
+    options = read_named("--option", given)
     own = next((name for name in options if name in _own_options()), None)
     if own:
         raise TrimtabError(f"--option {own}: it is an option by itself, {flag_of(own)}")

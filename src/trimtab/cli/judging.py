@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.common import console
+from trimtab.cli.common import console, open_beside
 from trimtab.cli.options import Opened
 from trimtab.errors import TrimtabError
 from trimtab.options import Answering, Choosing, option
@@ -69,10 +69,9 @@ class Judges:
             PhraseJudge,
             PolyGuardJudge,
         )
-        from trimtab.model import load
 
         def model(name: str) -> Any:
-            return load(name, dtype=opened.dtype, device=opened.device)
+            return open_beside(opened, name)
 
         template = HARMBENCH_TEMPLATE if self.judge_template is None else _read(self.judge_template)
         judges: list[Any] = []

@@ -9,8 +9,10 @@ import ast
 import dataclasses
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from cyclopts import Group, Parameter, convert, validators
 
 from trimtab.cli.values import flag_of, kinds_of, list_in, read_list, read_value, words_of
 from trimtab.errors import TrimtabError
+from trimtab.terminal import is_terminal, status
 
 #: The headings of groups of options, in the order of a page of help; each group names its own.
 HEADINGS = (
@@ -84,6 +87,8 @@ def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters.sort(key=lambda each: (each.kind, each.default is not each.empty))
 
     def command(*args: Any, **given: Any) -> Any:
+        if "opened" in signature.parameters:
+            _start()
         for each in parameters:  # cyclopts hands over only what is on the command line
             if each.kind is each.KEYWORD_ONLY and each.default is not each.empty:
                 given.setdefault(each.name, each.default)
@@ -93,6 +98,14 @@ def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     command.__doc__ = function.__doc__
     return command
+
+
+def _start() -> None:
+    """Where somebody looks on, say that work begins while PyTorch is imported, which takes
+    seconds."""
+    if is_terminal(sys.stderr):
+        with status("starting"):
+            import_module("trimtab.model")
 
 
 def _as_declared(value: Any) -> Any:

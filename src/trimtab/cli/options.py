@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -45,7 +46,7 @@ Force = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class Read:
     """Which model, and how it is held in memory."""
 
     heading = "Model"
@@ -55,8 +56,33 @@ class Opened:
         "with `--trust-remote-code`.",
         flag=("--model", "-m"),
     )
-    dtype: str = option("float32, bfloat16 or float16.", "float32")
+    revision: str | None = option("Branch, tag or commit of a model of the hub.", None)
+    dtype: str = option(
+        "auto (the checkpoint's on a GPU, float32 on a CPU), checkpoint, float32, bfloat16 or "
+        "float16.",
+        "auto",
+    )
     device: str = option("auto, cpu, cuda, cuda:1 or mps.", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened(Read):
+    """The same, and how a model that is run reads conversations."""
+
+    device_map: str | None = option(
+        "Spread it over several devices: auto, balanced, or a JSON map of modules and devices.",
+        None,
+    )
+    quantise: Literal["4bit", "8bit"] | None = option(
+        "Hold linear maps in 4bit or 8bit (the extra quantised).", None
+    )
+    attn_implementation: str | None = option("sdpa, eager, flash_attention_2 ...", None)
+    chat_option: Sequence[str] = option(
+        "NAME=VALUE: a variable of the chat template, as in enable_thinking=false; repeat.", ()
+    )
+    system: str | None = option(
+        "The system message of conversations that have none, prompts among them.", None
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +95,8 @@ class OpenedIfNamed(Opened):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedOnCpu(Opened):
-    """The same where a model is read and written, not run."""
+class OpenedOnCpu(Read):
+    """A model that is read and written, not run."""
 
     device: str = option("auto, cpu, cuda, cuda:1 or mps.", "cpu")
 

@@ -14,6 +14,7 @@ from trimtab.cli.common import (
     as_chats,
     console,
     one_steering,
+    open_beside,
     open_model,
     print_json,
     read_prompts,
@@ -78,7 +79,7 @@ def budget(
 
     from trimtab import strength
 
-    kl, chats = allowed.kl, as_chats(prompting)
+    kl, chats = allowed.kl, as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
     steering = one_steering(read_steerings(steer))
     if save_to is not None:
@@ -191,13 +192,12 @@ class Writing:
     def author(self, opened: Opened) -> Any:
         """The chat model or endpoint that writes; None is the model that is steered."""
         from trimtab.evaluation import ChatEndpoint
-        from trimtab.model import load
 
         if self.writer is None:
             return None
         kind, _, name = self.writer.partition(":")
         if kind == "local" and name:
-            return load(name, dtype=opened.dtype, device=opened.device)
+            return open_beside(opened, name)
         if kind == "chat" and name and self.writer_url:
             return ChatEndpoint(self.writer_url, name, key_variable=self.writer_key_env)
         raise TrimtabError(

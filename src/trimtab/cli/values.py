@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -61,6 +62,23 @@ def read_value(what: str, text: str, hint: Any) -> Any:
     if int in kinds and not words:
         raise TrimtabError(f"{what}: {text!r} is no whole number")
     return text  # the method says which words it knows
+
+
+def read_named(option: str, given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE ...` as a dictionary; a value that is no JSON is text, but for Python's True and
+    False."""
+    named: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or name in named:
+            twice = " (it is given twice)" if name in named else ""
+            raise TrimtabError(f"{option} {text}: write NAME=VALUE, each name once{twice}")
+        try:
+            named[name] = json.loads({"True": "true", "False": "false"}.get(value, value))
+        except (ValueError, RecursionError):
+            named[name] = value
+    return named
 
 
 def read_number(what: str, text: str) -> float:

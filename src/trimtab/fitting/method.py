@@ -16,7 +16,7 @@ from trimtab.dials import measured
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.fields import validate
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, put_as
 from trimtab.steering import (
     POSITIONS,
     Dial,
@@ -167,7 +167,13 @@ def new_steering(
         interventions=tuple(interventions),
         dial=dial,
         model=language_model.identity,
-        contrast={"name": train.name, "digest": train.digest, "rows": len(train), **split},
+        contrast={
+            "name": train.name,
+            "digest": train.digest,
+            "rows": len(train),
+            **split,
+            **put_as(train, language_model.chat_form),
+        },
         tables=tables or {},
         findings=findings or {},
     )

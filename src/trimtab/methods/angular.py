@@ -34,7 +34,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy, parse_site
@@ -285,6 +284,8 @@ def candidates(method: Any, anatomy: Anatomy, statistics: Statistics) -> Candida
 
 def plane_of(method: Any, found: Candidates) -> Plane:
     """b1 and b2 from the candidates of all sites."""
+    from sklearn.decomposition import PCA
+
     unit, lengths = found.unit, found.lengths
     cosines = found.cosines.mean(-1).masked_fill(lengths == 0, -torch.inf)
     best = int((cosines if method.selection == "cosine" else lengths).argmax())

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy
@@ -178,6 +177,8 @@ def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:
 
 def _first_component(moment: Tensor, toward: Tensor) -> Tensor:
     """The eigenvector of the largest eigenvalue, [units], pointing the way `toward` does."""
+    from scipy.sparse.linalg import eigsh
+
     if not moment.any():
         raise TrimtabError("caa: the two sides of every pair have equal activations")
     start = toward.numpy() if toward.any() else None  # the same start, the same result

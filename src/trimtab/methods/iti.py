@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -119,6 +119,7 @@ class ITI(Method):
         accuracies: list[float] = []
         shifts: list[Tensor] = []
         deviations: list[Tensor] = []
+        import_module("sklearn.linear_model")  # only of what is there threads can be limited
         # A probe is small: threads in its matrix products would cost ten times what they save.
         with progress("training probes", len(sites)) as advance, threadpool_limits(1, "blas"):
             for site in sites:
@@ -175,6 +176,8 @@ class ITI(Method):
 
 def _probe(head: Tensor, positive: Tensor, held: Tensor) -> tuple[float, Tensor]:
     """A logistic regression's accuracy on the held-out texts, and its weights [units]."""
+    from sklearn.linear_model import LogisticRegression
+
     # The default solver stops early on activations as they come, whose sizes differ widely: its
     # accuracies would rank heads by where it stopped.
     probe = LogisticRegression(max_iter=1000, solver="newton-cholesky")

@@ -3,6 +3,7 @@
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
+from trimtab.model.chats import ChatForm, put_as
 from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
 from trimtab.model.language_model import (
     Completion,
@@ -11,8 +12,9 @@ from trimtab.model.language_model import (
     per_text,
     row_steerings,
 )
-from trimtab.model.loading import load, locations, wrap
+from trimtab.model.loading import load, locations
 from trimtab.model.saving import check_target
 from trimtab.model.versions import cache_argument, warn_if_untested
+from trimtab.model.wrapping import wrap
 
 warn_if_untested()

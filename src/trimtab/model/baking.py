@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -67,6 +69,8 @@ def bake(
     single: list[Steering] = []
     for given in steerings:
         single += given if isinstance(given, Steerings) else [given]
+    for steering in single:
+        language_model.warn_of(steering)
     folds: list[_Fold] = []
     for steering in single:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
@@ -93,7 +97,26 @@ def bake(
     for fold in reversed(reading):
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in single)])
-    return LanguageModel(anatomy.model.eval(), language_model.tokenizer, name)
+    form = language_model.chat_form
+    baked = LanguageModel(anatomy.model.eval(), language_model.tokenizer, name, form)
+    base = dict(vars(language_model.identity))
+    baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
+    return baked
+
+
+def _record(steering: Steering, base: dict[str, Any]) -> dict[str, Any]:
+    """What the checkpoint says of a steering that was baked into it."""
+    dial = {"name": steering.dial.name, "value": steering.setting, "unit": steering.dial.unit}
+    return {
+        "method": steering.method,
+        "label": steering.label,
+        "dial": dial,
+        "digest": steering.digest,
+        "contrast": steering.contrast,
+        "base": base,
+        "trimtab": version("trimtab"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _fold(intervention: Intervention, steering: Steering) -> _Fold:

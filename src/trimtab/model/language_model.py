@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy
+from trimtab.checkpoints import baked_already
 from trimtab.contrasts import Prompt, read_prompt
-from trimtab.errors import TrimtabError, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.model.attach import RowSteerings, attached, attached_by
 from trimtab.model.batching import (
     BATCH_TOKENS,
@@ -23,6 +25,7 @@ from trimtab.model.batching import (
     batches_by_length,
     refuse_dropout,
 )
+from trimtab.model.chats import ChatForm, chat_form, put_otherwise, render
 from trimtab.model.decoding import (
     are_sound,
     changed,
@@ -83,10 +86,17 @@ class LanguageModel:
     `model` and `tokenizer` stay what they were and may be used directly, also inside `steered`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, chat_form: ChatForm = ChatForm()
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        #: How conversations become text; `with_chat` changes it.
+        self.chat_form = chat_form
+        #: What was baked into the weights, in order, as `trimtab.json` of a checkpoint says it.
+        self.baked: tuple[dict[str, Any], ...] = ()
+        self._warned: set[str] = set()
         self.anatomy = Anatomy(model)
         heed_soft_cap(model)
         self._weights = Weights(model)
@@ -149,15 +159,35 @@ class LanguageModel:
     def described(self) -> dict[str, Any]:
         """For the configuration of a run: the identity and the dtype."""
         identity = {k: v for k, v in vars(self.identity).items() if k != "plain_digest"}
-        return {**identity, "dtype": str(self.dtype)}
+        chat = {} if self.chat_form.plain else {"chat": self.chat_form.as_json()}
+        return {**identity, "dtype": str(self.dtype), **chat}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
-        model = copy.deepcopy(self.model, memo)
-        return LanguageModel(model, copy.deepcopy(self.tokenizer, memo), self.name)
+        model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
+        copied = LanguageModel(model, tokenizer, self.name, self.chat_form)
+        copied.baked = self.baked
+        return copied
+
+    def with_chat(
+        self, chat_options: Mapping[str, Any] | None = None, system: str | None = None
+    ) -> LanguageModel:
+        """The same model in memory, whose conversations are put otherwise: `chat_options` are
+        variables of its chat template, as in `{"enable_thinking": False}`, and `system` is the
+        system message of every conversation that has none. What is not given is the template's
+        default."""
+        changed = copy.copy(self)
+        changed.chat_form = chat_form(self.tokenizer, self.name, chat_options, system)
+        changed._warned = set()
+        return changed
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
-        """Write a plain checkpoint with its tokenizer, whole or not at all."""
-        return save_checkpoint(self.model, self.tokenizer, self.name, directory, overwrite)
+        """Write a plain checkpoint with its tokenizer, whole or not at all.
+
+        Of a baked model `trimtab.json` and the model card (README.md) say what was baked.
+        """
+        return save_checkpoint(
+            self.model, self.tokenizer, self.name, directory, overwrite, self.baked
+        )
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -167,31 +197,11 @@ class LanguageModel:
         return bool(self.tokenizer.chat_template)
 
     def render(self, prompt: Prompt) -> str:
-        """A conversation through the chat template, with the generation prompt; text as it is."""
+        """A conversation through the chat template, with the generation prompt, or, where its last
+        message is the assistant's, up to that message's end, to be continued; text as it is."""
         if isinstance(prompt, str):
             return prompt
-        if not self.chats:
-            raise TrimtabError(
-                f"{self.name} has no chat template: give it raw text (--raw), not messages"
-            )
-        messages = [{"role": role, "content": content} for role, content in prompt]
-        try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program: it fails as it likes
-            said = shown(" ".join(str(error).split()), 300) or type(error).__name__
-            raise TrimtabError(
-                f"the chat template of {self.name} refuses messages with the roles "
-                f"{', '.join(role for role, _ in prompt)}: {said}; write them as it wants them "
-                "(often without a system message, user and assistant in turn), or as raw text"
-            ) from error
-        if not rendered:
-            raise TrimtabError(
-                f"the chat template of {self.name} makes an empty text of messages with the roles "
-                f"{', '.join(role for role, _ in prompt)}: write them otherwise, or as raw text"
-            )
-        return rendered
+        return render(self.tokenizer, self.name, prompt, self.chat_form)
 
     def encode(
         self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None
@@ -288,6 +298,7 @@ class LanguageModel:
         if rule is not None:
             if len(steerings) > 1:
                 raise TrimtabError("a rule (a budget) turns one dial: give it alone")
+            self.warn_of(rule.steering)
             choose = chooser(partial(rule.dials, self, force=force))
             with attached_by(self.anatomy, rule.steering, choose) as sequences:
                 yield sequences
@@ -308,9 +319,20 @@ class LanguageModel:
         if unique:
             identity = self.identity
             for steering in unique.values():
+                self.warn_of(steering)
                 steering.check_fits(self.anatomy, identity, force, self.quantised)
         pad = self.tokenizer.pad_token_id
         return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+
+    def warn_of(self, steering: Steering) -> None:
+        """Once: it was fitted on conversations put otherwise, or the weights have it already."""
+        said = [baked_already(steering, self.name, self.baked)]
+        if self.chats:
+            said.append(put_otherwise(steering, self.name, self.chat_form))
+        for message in said:
+            if message and message not in self._warned:
+                self._warned.add(message)
+                warnings.warn(message, TrimtabWarning, stacklevel=2)
 
     def _for_call(
         self, rows: Sequence[RowSteerings], force: bool

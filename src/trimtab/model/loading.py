@@ -1,166 +1,252 @@
-"""Opens models: a pack by name, a directory, a .gguf file, a model of the hub, or one at hand."""
+"""Opens models: a pack by name, a directory, a .gguf file, or a model of the hub."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import warnings
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.import_utils import is_peft_available
 
 from trimtab.checkpoints import (
     ADAPTER_CONFIG,
     CheckpointError,
+    Found,
     Misfit,
     check_adapter_files,
     check_files,
+    check_tokenizer_files,
+    counted,
+    counted_on_hub,
     damage_is_said,
+    find_on_hub,
     has_weights,
     is_adapter,
     not_finite,
     packs,
+    read_baked,
     read_config,
     read_json,
     read_model,
     some,
 )
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line
-from trimtab.files import user_path
+from trimtab.files import exists, user_path
+from trimtab.model.holding import (
+    Quantise,
+    bits_of,
+    device_of,
+    how_held,
+    places_of,
+    say_size,
+)
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import is_quantised, unwrap
+from trimtab.model.plain import is_quantised
 from trimtab.model.saving import recover
+from trimtab.model.wrapping import wrap
+from trimtab.terminal import note, status
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def wrap(model: Any, tokenizer: Any, name: str | None = None) -> LanguageModel:
-    """A model that the user already holds, with its tokenizer (or a processor that has one).
-
-    What stands around a model (torch.compile, DataParallel, peft) is taken off; adapters that peft
-    put into its layers stay and act.
-    """
-    plain = unwrap(_checked_model(model))
-    tokenizer = _checked_tokenizer(tokenizer)
-    if not callable(getattr(plain, "generate", None)) or plain.get_output_embeddings() is None:
-        raise TrimtabError(
-            f"{type(plain).__name__} is no causal language model: it has no LM head to write "
-            "with; load it with AutoModelForCausalLM"
-        )
-    path = name or getattr(plain, "name_or_path", "") or type(plain).__name__
-    language_model = LanguageModel(plain.eval(), tokenizer, str(path))
-    _check_vocabulary(language_model)
-    return language_model
-
-
-def _checked_model(model: Any) -> Any:
-    if isinstance(model, nn.Module):
-        return model
-    if isinstance(model, str | Path):
-        raise TrimtabError(f"wrap takes a model, not a name: load it with load({str(model)!r})")
-    if isinstance(model, LanguageModel):
-        raise TrimtabError("this model is wrapped already: use it as it is")
-    if _is_tokenizer(model):
-        raise TrimtabError("wrap takes the model first, and then the tokenizer: wrap(model, tok)")
-    raise TrimtabError(f"wrap takes a model of transformers, not {type(model).__name__}")
-
-
-def _checked_tokenizer(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise TrimtabError("wrap needs a tokenizer: AutoTokenizer.from_pretrained(...)")
-    if isinstance(tokenizer, str | Path):
-        raise TrimtabError(
-            f"wrap takes a tokenizer, not a name: AutoTokenizer.from_pretrained({tokenizer!r})"
-        )
-    if _is_tokenizer(tokenizer):
-        return tokenizer
-    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
-    if _is_tokenizer(inner):
-        return inner
-    raise TrimtabError(
-        f"wrap takes a tokenizer of transformers, not {type(tokenizer).__name__}: "
-        "AutoTokenizer.from_pretrained(...)"
-    )
-
-
-def _is_tokenizer(given: Any) -> bool:
-    wanted = ("decode", "apply_chat_template", "bos_token_id", "model_max_length")
-    return callable(given) and all(hasattr(given, name) for name in wanted)
-
-
-def _check_vocabulary(language_model: LanguageModel) -> None:
-    """Tokens without a row in the embedding table would end in the middle of a run."""
-    rows = language_model.anatomy.config.vocab_size
-    tokens = getattr(language_model.tokenizer, "vocab_size", 0)  # those added later apart
-    if tokens > rows:
-        raise TrimtabError(
-            f"the tokenizer of {language_model.name} has {tokens} tokens, the model {rows}: it is "
-            "another model's tokenizer"
-        )
+#: What `load` hands on to transformers: of where files are, and of how a model is made of them.
+_OF_ORIGIN = ("token", "cache_dir", "local_files_only", "force_download")
+_OF_MODEL = (
+    "attn_implementation", "quantization_config", "max_memory", "offload_folder", "offload_buffers"
+)  # fmt: skip
 
 
 def load(
     source: str | Path,
     *,
-    dtype: str | torch.dtype = "float32",
+    dtype: str | torch.dtype | None = "auto",
     device: str = "auto",
     device_map: Any = None,
+    quantise: Quantise | None = None,
+    revision: str | None = None,
+    chat_options: Mapping[str, Any] | None = None,
+    system: str | None = None,
     trust_remote_code: bool = False,
+    **options: Any,
 ) -> LanguageModel:
     """Load a pack by name, a local directory, a .gguf file, or a model of the hub by its id.
 
-    A directory may hold a whole model or an adapter of peft. `dtype` is float32, bfloat16 or
-    float16; `device` is auto (CUDA, else MPS, else CPU) or a torch device; `device_map` spreads a
-    model over several cards as in transformers. Python code that comes with a model runs only if
+    A directory may hold a whole model or an adapter of peft.
+
+    `dtype` is auto (None is the same): the checkpoint's own on CUDA and MPS, and float32 on a CPU,
+    where half precision is slow; checkpoint: its own everywhere; or float32, bfloat16, float16.
+    `device` is auto (CUDA, else MPS, else CPU) or a torch device; `device_map` spreads a model over
+    several instead, as in transformers ("auto", "balanced", a map of modules and devices).
+    `quantise` stores linear maps in 4 or 8 bits with bitsandbytes (extra `quantised`); such a model
+    is steered as any other, and cannot be baked.
+
+    `revision` is a branch, tag or commit of a model of the hub, whose name is then ID@REVISION
+    everywhere, and may be given so. `chat_options` are variables of the chat template, as in
+    {"enable_thinking": False}, and `system` is the system message of every conversation that has
+    none; `LanguageModel.with_chat` changes both. Python code that comes with a model runs only if
     `trust_remote_code` says so.
+
+    `options` go to transformers' from_pretrained: attn_implementation, quantization_config,
+    max_memory, offload_folder, offload_buffers; token, cache_dir, local_files_only,
+    force_download.
+
+    How much memory the weights take is said where it is much, and warned about where it is more
+    than is free. Raises TrimtabError, in one line, with what cannot be loaded and why.
     """
-    name = str(source)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise TrimtabError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPES)}")
-    precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    path, place = _locate(name), _device(device)
-    options: dict[str, Any] = {"dtype": precision}
-    if device_map is not None:
-        options["device_map"] = device_map
+    name, revision = _name_and_revision(str(source), revision)
+    _check_options(options)
+    if device_map is not None and device != "auto":
+        raise TrimtabError("device_map says where a model goes: leave device out")
+    place = device_of(device)
+    making = {key: options.pop(key) for key in _OF_MODEL if key in options}
+    making |= how_held(dtype, place, device_map, quantise, making.get("quantization_config"))
+    opening = _Opening(
+        {**options, "trust_remote_code": trust_remote_code is True},
+        making,
+        bits_of(making.get("quantization_config")),
+        places_of(place, making.get("device_map")),
+    )
+    path = _locate(name)
+    if revision is not None and Path(path).is_dir():
+        raise TrimtabError(f"{name} is not of the hub: it has no revision {revision!r}")
+    full = name
+    if revision is not None:
+        full, opening = f"{name}@{revision}", opening.at(revision=revision)
     try:
-        model, tokenizer = _read(path, options, trust_remote_code is True)
+        with _shown(full):
+            model, tokenizer = _read(path, opening)
     except CheckpointError as error:
         raise TrimtabError(
-            f"cannot load the model {name!r}: {error} (packs: {', '.join(packs.PACKS)}; or a "
+            f"cannot load the model {full!r}: {error} (packs: {', '.join(packs.PACKS)}; or a "
             "directory, a .gguf file, a hub id)"
         ) from error
-    if device_map is None:
+    if "device_map" not in making:
         try:
             model = model.to(place)
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             reason = first_line(error)
-            raise TrimtabError(f"cannot move {name!r} to {place}: {reason}") from error
-    return wrap(model, tokenizer, name)
+            raise TrimtabError(f"cannot move {full!r} to {place}: {reason}") from error
+    language_model = wrap(model, tokenizer, full, chat_options, system)
+    language_model.baked = read_baked(Path(path))
+    return language_model
 
 
-def _read(path: str, options: dict[str, Any], trust: bool) -> tuple[Any, Any]:
+def _shown(name: str) -> AbstractContextManager[Any]:
+    """That a model is loaded, unless transformers shows it with bars of its own."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    return nullcontext() if is_progress_bar_enabled() else status(f"loading {name}")
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How the files of a model are read: `origin` says where they are, `making` how a model is made
+    of them, which then takes memory at `places`, in fewer `bits` or not."""
+
+    origin: dict[str, Any]
+    making: dict[str, Any]
+    bits: str | None
+    places: tuple[torch.device, ...]
+
+    def at(self, **origin: Any) -> _Opening:
+        """The same with more said about where the files are."""
+        return replace(self, origin={**self.origin, **origin})
+
+
+def _name_and_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """ID@REVISION apart, unless a file or directory is called so."""
+    before, at, after = name.rpartition("@")
+    if not at or not before or not after or exists(user_path(name)):
+        return name, revision
+    if revision is not None:
+        raise TrimtabError(f"{name} names a revision, and revision= {revision!r}: give one of them")
+    return before, after
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = (*_OF_MODEL, *_OF_ORIGIN)
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], (*_OWN, *known), 1)
+        meant = f", did you mean {near[0]}?" if near else ":"
+        raise TrimtabError(
+            f"load has no argument {unknown[0]!r}{meant} it hands on {', '.join(known)}; for "
+            "others load the model with transformers, and wrap(model, tokenizer)"
+        )
+
+
+_OWN = tuple(inspect.signature(load).parameters)
+
+
+def _read(path: str, opening: _Opening) -> tuple[Any, Any]:
     """Model and tokenizer of a directory or a hub id."""
     directory = Path(path)
-    if directory.is_dir() and is_adapter(directory):
-        return _read_adapter(directory, options, trust)
-    return _read_whole(path, options, trust), _read_tokenizer(path, trust)
+    if directory.is_dir():
+        if is_adapter(directory):
+            return _read_adapter(directory, opening)
+        opening = opening.at(local_files_only=True)
+    else:
+        opening = _asked_hub(path, opening)
+    return _read_whole(path, opening), _read_tokenizer(path, opening)
 
 
-def _read_whole(path: str, options: dict[str, Any], trust: bool) -> Any:
+def _asked_hub(name: str, opening: _Opening) -> _Opening:
+    """How a model of the hub is read, once the hub has been asked for it."""
+    note(f"looking for {name} on the hub")
+    found = find_on_hub(name, opening.origin)
+    if not found.reached:
+        note(f"{name} is taken from the cache of the hub's files")
+        opening = opening.at(local_files_only=True)
+    _say_size_of_found(name, found, opening)
+    return opening
+
+
+def _say_size_of_found(name: str, found: Found, opening: _Opening) -> None:
+    if found.cached is not None:
+        with suppress(CheckpointError):  # some of its files are not here yet
+            return _say_size(name, found.cached, opening)
+    if found.parameters:
+        counts = counted_on_hub(found.parameters)
+        return say_size(name, counts, opening.making["dtype"], opening.bits, opening.places)
+    return note(f"how much memory the weights of {name} take is not known before they are here")
+
+
+def _say_size(name: str, directory: Path, opening: _Opening) -> None:
+    counts, quantised = counted(directory)
+    dtype = None if quantised else opening.making["dtype"]
+    say_size(name, counts, dtype, None if quantised else opening.bits, opening.places)
+
+
+def _read_whole(path: str, opening: _Opening) -> Any:
     from transformers import AutoModelForCausalLM
 
-    local = Path(path).is_dir()
-    if local:
+    if Path(path).is_dir():
         check_files(Path(path))
-    origin = {"trust_remote_code": trust, "local_files_only": local}
-    config = read_config(path, **origin)
-    model, found = read_model(AutoModelForCausalLM, path, config=config, **origin, **options)
+        _say_size(Path(path).name, Path(path), opening)
+    _check_attention(opening)
+    config = read_config(path, **opening.origin)
+    if opening.bits is not None and getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError("it is quantised already, in its files: leave quantising out")
+    model, found = read_model(
+        AutoModelForCausalLM, path, config=config, **opening.origin, **opening.making
+    )
     found.check()
     _warn(model, found, path)
     return model
+
+
+def _check_attention(opening: _Opening) -> None:
+    """Code of the hub is not run unasked, by whatever name."""
+    wanted = opening.making.get("attn_implementation")
+    if "/" in str(wanted) and not opening.origin["trust_remote_code"]:
+        raise CheckpointError(
+            f"attn_implementation {wanted!r} is code of the hub; read it, then load the model with "
+            "trust_remote_code=True (--trust-remote-code)"
+        )
 
 
 def _warn(model: Any, found: Misfit, path: str) -> None:
@@ -179,16 +265,16 @@ def _warn(model: Any, found: Misfit, path: str) -> None:
             )
 
 
-def _read_tokenizer(path: str, trust: bool) -> Any:
+def _read_tokenizer(path: str, opening: _Opening) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(path).is_dir():
+        check_tokenizer_files(Path(path))
     with damage_is_said():
-        return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust, local_files_only=Path(path).is_dir()
-        )
+        return AutoTokenizer.from_pretrained(path, **opening.origin)
 
 
-def _read_adapter(directory: Path, options: dict[str, Any], trust: bool) -> tuple[Any, Any]:
+def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, Any]:
     """The model that an adapter was made for, with the adapter in its layers."""
     if has_weights(directory):
         raise CheckpointError(
@@ -206,11 +292,19 @@ def _read_adapter(directory: Path, options: dict[str, Any], trust: bool) -> tupl
         raise CheckpointError(f"the model that the adapter is for: {error}") from error
     if Path(base).is_dir() and is_adapter(Path(base)):
         raise CheckpointError(f"the model that the adapter is for, {base}, is an adapter itself")
-    model = _read_whole(base, options, trust)
+    own = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    here = opening.at(local_files_only=True)
+    if Path(base).is_dir():
+        of_base = here
+    else:
+        revision = config.get("revision")
+        of_base = _asked_hub(base, opening.at(revision=revision) if revision else opening)
+    model = _read_whole(base, of_base)
     with damage_is_said():
         Misfit(model, model.load_adapter(str(directory)).to_dict()).check()
-    own = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return model, _read_tokenizer(str(directory) if own else base, trust)
+    if own:
+        return model, _read_tokenizer(str(directory), here)
+    return model, _read_tokenizer(base, of_base)
 
 
 def _locate(name: str) -> str:
@@ -233,6 +327,12 @@ def _locate(name: str) -> str:
         raise TrimtabError(f"{name} is not a model's directory: {reason}") from error
     if there or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TrimtabError(f"{name} is not a model's directory, nor a .gguf file")
+    near = packs.similar(name)
+    if near:  # before the hub is asked for what it does not have
+        raise TrimtabError(
+            f"cannot load the model {name!r}: it is no pack (did you mean {near}?) and no "
+            "directory here; a model of the hub is OWNER/NAME"
+        )
     return name
 
 
@@ -244,18 +344,3 @@ def locations(name: str) -> list[str]:
     with suppress(CheckpointError, KeyError):
         found.append(str(read_json(Path(found[0]) / ADAPTER_CONFIG)["base_model_name_or_path"]))
     return found
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    unknown = TrimtabError(f"unknown device {device!r}: auto, cpu, cuda, cuda:1, mps")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise unknown from error
-    if chosen.type == "meta":  # a place without numbers, on which nothing runs
-        raise unknown
-    return chosen

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -22,24 +22,34 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from trimtab.anatomy import is_hooked
-from trimtab.checkpoints import CheckpointError, read_model, some
+from trimtab.checkpoints import CARD, CheckpointError, read_model, some, write_baked
 from trimtab.errors import TrimtabError, first_line, shown
+from trimtab.files import open_as_usual
 from trimtab.model.plain import is_plain, is_quantised, plain_copy
+from trimtab.terminal import status
 
 #: The files of a checkpoint and its tokenizer, which a new one replaces all together.
 _CHECKPOINT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
-    r"|chat_template|model\.safetensors\.index)\.json"
+    r"|chat_template|model\.safetensors\.index|trimtab)\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|merges\.txt|chat_template\.jinja"
     # Sentencepiece's and tiktoken's files, by the names that tokenizers write.
     r"|(tokenizer|spiece|sentencepiece|sentencepiece\.bpe|bpe)\.model|tokenizer\.tiktoken"
+    # The model card is kept.
+    r"|README\.md"
 )
 
 
 def save_checkpoint(
-    model: Any, tokenizer: Any, name: str, directory: str | Path, overwrite: bool = False
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    directory: str | Path,
+    overwrite: bool = False,
+    baked: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Write weights, configuration and tokenizer to a directory, which is returned."""
+    """Write weights, configuration and tokenizer to a directory, which is returned, with a record
+    of what was `baked`. A model card that is there is kept."""
     target = Path(directory)
     # transformers notes there which directory a model was read from.
     check_target(target, [str(getattr(model.config, "_name_or_path", ""))], overwrite)
@@ -52,10 +62,12 @@ def save_checkpoint(
         model = plain_copy(model, name)
     place = Path(os.path.realpath(target))
     try:
-        with _work_directory(place) as work:
+        with _work_directory(place) as work, status(f"writing {target}"):
             inside, old = work / "model", work / "old"
             model.save_pretrained(inside)
             tokenizer.save_pretrained(inside)
+            write_baked(inside, baked, place.name, place / CARD)
+            open_as_usual(inside)
             if not is_quantised(model):
                 _check_written(model, inside)
             if place.exists():

@@ -307,7 +307,8 @@ def _described(writer: Writer) -> dict[str, Any]:
     if isinstance(writer, ChatEndpoint):
         return {"url": writer.url, "model": writer.model, "extra": dict(writer.extra)}
     identity = writer.identity
-    return {"model": identity.name, "digest": identity.digest, "dtype": str(writer.dtype)}
+    chat = {} if writer.chat_form.plain else {"chat": writer.chat_form.as_json()}
+    return {"model": identity.name, "digest": identity.digest, "dtype": str(writer.dtype), **chat}
 
 
 class _Work:

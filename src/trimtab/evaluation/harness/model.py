@@ -115,12 +115,16 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         if not self.language_model.chats:
             raise TrimtabError(f"{self.language_model.name} has no chat template")
 
+        form = self.language_model.chat_form
+
         def render(messages: list[dict[str, str]]) -> str:
+            conversation = tuple((one["role"], one["content"]) for one in messages)
             rendered: str = self.tokenizer.apply_chat_template(
-                messages,
+                form.messages(conversation),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
+                **form.options,
             )
             return rendered
 
