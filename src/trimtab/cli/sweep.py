@@ -81,10 +81,10 @@ def _command(method: type[Method]) -> Callable[..., None]:
         if as_json:
             print_json(found.as_json() | costs_as_json(judging))
             return
-        files = ["report.html", "results.json"]
+        files = ["report.html", "results.json", "pictures/", "tables/"]
         if keep.output and Path(keep.output, "best.safetensors").exists():
             files.append("best.safetensors")  # not where nothing steers best
-        show(found.tables(), found.notes, keep.output, files)
+        show(found.tables(), found.notes, keep.output, files, summary=found.summary)
         say_costs(judging)
 
     command.__annotations__["settings"] = method_options(method, as_text=True)

@@ -20,13 +20,18 @@ def show(
     tables: Sequence[Table],
     notes: Sequence[str],
     output: str | Path | None,
-    files: Sequence[str] = ("report.html", "results.json", "pictures/"),
+    files: Sequence[str] = ("report.html", "results.json", "pictures/", "tables/"),
+    *,
+    summary: str = "",
 ) -> None:
-    """The tables of a result with at most so many rows, what to know, and the files it left."""
+    """What was found in a sentence, the tables of a result with at most so many rows, what to know,
+    and the files it left."""
     from rich.table import Table as RichTable
 
     # Intervals make tables wide; where no terminal ends the line they need not be folded.
     wide = console if console.is_terminal else CleanConsole(width=200)
+    if summary:
+        console.print(summary)
     for table in tables:
         shown = RichTable(*map(str, table.heads), title=table.title, title_justify="left")
         for row in table.rows[:_SHOWN]:

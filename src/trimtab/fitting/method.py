@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting.activations import Statistics, Want, collect
-from trimtab.fitting.fields import validate
+from trimtab.fitting.fields import fields_in_words, validate
 from trimtab.model import LanguageModel
 from trimtab.steering import (
     POSITIONS,
@@ -40,6 +41,12 @@ class Method(ABC):
     #: Columns that the tables of its steerings always have, beside the one that numbers the units,
     #: heads or features it chose.
     columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """What `help()` says of a method ends with its fields, in the words of its options."""
+        super().__init_subclass__()
+        if cls.__doc__:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{fields_in_words(cls)}"
 
     def __post_init__(self) -> None:
         validate(self, self.name)
