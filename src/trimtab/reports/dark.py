@@ -6,7 +6,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from matplotlib.cm import ScalarMappable
@@ -78,7 +78,6 @@ def _on_dark(colour: Any) -> Any:
     return (*colorsys.hls_to_rgb(hue, light, saturation), alpha)
 
 
-@cache
 def _dark_map(light: Colormap) -> Colormap:
     name = light.name.removesuffix("_r")
     if name not in _MAPS:
