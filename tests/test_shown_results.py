@@ -131,7 +131,8 @@ def test_everything_public_prints_in_a_line(
         lm, steering, units, steering + units, completion, study, curve.tokens[0],
         units.interventions[0], steering.interventions[0], tt.SS(theta=3), steering.dial,
         EVALUATION.results[0], EVALUATION.comparisons[0], SWEEP.trials[0], COMPARISON.rows[0],
-        tt.within(steering, kl=0.1), tt.Range(0, 1), tt.Candidate("caa", {"layer": (1, 2)}), SWEEP.best,
+        tt.within(steering, kl=0.1), tt.Range(0, 1), tt.Candidate("caa", {"layer": (1, 2)}),
+        SWEEP.best,
         strength.read(curve), *everything(request).values(),
     ):  # fmt: skip
         said = repr(one)

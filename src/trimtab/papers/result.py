@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import load_contrast
 from trimtab.figures import Estimate, Result
+from trimtab.papers.sentences import SENTENCES
 from trimtab.reports import Picture, Run, Table, model_line, run_page, tables_html
 
 #: `task:copa first 40`: the first so many pairs of a contrast's train part.
@@ -46,8 +47,7 @@ class Value:
 @dataclass(frozen=True, repr=False)
 class StudyResult:
     """`data` is ready for JSON; tables and pictures show the same to people; `values` are figures
-    by the row of the paper's table that they belong to. An analysis has a name, a title and a
-    `summary`, one sentence that says what was found."""
+    by the row of the paper's table that they belong to. An analysis has a name and a title."""
 
     data: dict[str, Any]
     values: Mapping[str, Value] = field(default_factory=dict)
@@ -57,7 +57,11 @@ class StudyResult:
     name: str = ""
     title: str = ""
     seconds: float = 0.0
-    summary: str = ""
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says what an analysis found; nothing of a recipe's study."""
+        return SENTENCES[self.name](self.data) if self.name in SENTENCES else ""
 
     def __repr__(self) -> str:
         said = [self.title, self.summary] if self.title else list(self.values)[:4]

@@ -58,7 +58,8 @@ def _colours_of(artist: Any) -> tuple[str, ...]:
     if isinstance(artist, Text):
         return ("color",)
     if isinstance(artist, Line2D):
-        return ("color", "markerfacecolor", "markeredgecolor")
+        # The colour last: where a marker has none of its own, it follows it.
+        return ("markerfacecolor", "markeredgecolor", "color")
     if isinstance(artist, Patch):
         return ("facecolor", "edgecolor")
     if isinstance(artist, Collection) and artist.get_array() is None:
