@@ -93,11 +93,13 @@ def _heatmap(data: Data) -> str:
     best, robust, metric = data["best"], data["robustness"], data["metric"]
     if best is None:
         return f"None of {robust['settings']} settings can be chosen on {data['task']}."
-    base = data["unsteered"]["test"]["value"]
+    new, old = (
+        value_text(value, metric) for value in (best["test"], data["unsteered"]["test"]["value"])
+    )
     return (
         f"Of {robust['settings']} settings, k {best['params']['k']} and alpha "
         f"{best['params']['alpha']:g} do best on validation: on the test rows "
-        f"{words_for(metric)} is {value_text(best['test'], metric)}, unsteered {value_text(base, metric)}; "
+        f"{words_for(metric)} is {new}, unsteered {old}; "
         f"{robust['better_than_unsteered']} settings beat the unsteered model on validation."
     )
 
