@@ -17,6 +17,7 @@ from trimtab.reports.charts import (
     curve,
     forest,
     heatmap,
+    in_percent,
     panels,
     rendered,
     save_figure,

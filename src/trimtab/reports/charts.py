@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from trimtab.figures import Difference, Estimate
+from trimtab.figures import Difference, Estimate, metric_of
 from trimtab.files import write_whole
 
 # Okabe and Ito's palette.
@@ -93,6 +93,13 @@ def one_line_each(figures: Mapping[str, Mapping[float, Estimate]]) -> list[Line]
         look = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         lines.append(Line(name, list(own), list(own.values()), *look))
     return lines
+
+
+def in_percent(axis: Any, metric: str) -> None:
+    """An axis, or the bar beside a heatmap, of which shares are read in %."""
+    if metric_of(metric).is_share:
+        formatter = matplotlib.ticker.PercentFormatter(1.0, decimals=0, symbol=" %")
+        axis.set_major_formatter(formatter)
 
 
 # -- curve ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import Collection
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgba
@@ -69,9 +70,9 @@ def _colours_of(artist: Any) -> tuple[str, ...]:
 
 def _on_dark(colour: Any) -> Any:
     """A colour, or rows of colours, as it is on a dark ground: greys turned round, others light."""
-    if not isinstance(colour, str) and len(colour) and not isinstance(colour[0], float | int):
+    if np.ndim(colour) == 2:
         return [_on_dark(one) for one in colour]
-    if not len(colour) or (isinstance(colour, str) and colour == "none"):
+    if isinstance(colour, str) and colour == "none":
         return colour
     *rgb, alpha = to_rgba(colour)
     hue, light, saturation = colorsys.rgb_to_hls(*rgb)

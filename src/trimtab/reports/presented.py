@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trimtab.reports.tables import Table
+from trimtab.reports.page import tables_html
+from trimtab.reports.tables import Table
 
 
 class Presented:
@@ -26,8 +24,6 @@ class Presented:
 
     def _repr_html_(self) -> str:
         """For notebooks: the sentence and the tables, as the page of a run has them."""
-        from trimtab.reports.page import tables_html
-
         return tables_html(self.tables(), self.summary)
 
     def to_csv(self, table: int = 0) -> str:

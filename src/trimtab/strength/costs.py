@@ -67,8 +67,8 @@ class CostCurve(Presented):
         rows = zip(self.dials, self.delta, self.low, self.high, strict=True)
         n = len(self.block_tokens)
         cells = [
-            [number_text(float(dial)), cell(Estimate(*map(float, figures), n))]
-            for dial, *figures in rows
+            [number_text(float(dial)), cell(Estimate(float(mean), float(low), float(high), n))]
+            for dial, mean, low, high in rows
         ]
         heads = [self.steering.dial.name, "change in cross-entropy, nats per token"]
         return [Table(f"Cost on {self.tokens:,} tokens of text", heads, cells)]

@@ -10,6 +10,7 @@ from trimtab.reports import (
     Evaluation,
     Presented,
     Table,
+    axes_for,
     cell,
     change_words,
     difference_cell,
@@ -91,7 +92,6 @@ class Comparison(Presented):
     def plot(self, ax: Any = None) -> Any:
         """What each method gains against the unsteered model, with intervals: on the matplotlib
         axes `ax` or those of a new figure; they are returned."""
-        from trimtab.reports import axes_for
         from trimtab.sweeps.comparison_page import draw_differences
 
         axes = axes_for(ax, (7, 1.2 + 0.42 * len(self.rows)))

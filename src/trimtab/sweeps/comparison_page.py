@@ -13,6 +13,7 @@ from trimtab.reports import (
     Run,
     bars,
     curve,
+    in_percent,
     model_line,
     panels,
     run_page,
@@ -65,6 +66,7 @@ def draw_differences(axes: Any, found: Comparison) -> None:
     if gains:
         label += f" (n = {next(iter(gains.values())).n}, 95 % intervals)"
     bars(axes, {name: _estimate(one) for name, one in gains.items()}, label, clear)
+    in_percent(axes.xaxis, found.metric)
 
 
 def _gains(found: Comparison) -> dict[str, Difference]:
@@ -105,6 +107,7 @@ def _plane(found: Comparison) -> Picture:
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(0, color="black", linewidth=0.8)
     every[0].set_ylabel(_quantity(found))
+    in_percent(every[0].yaxis, found.metric)
     handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     return Picture(

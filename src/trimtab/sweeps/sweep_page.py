@@ -20,6 +20,7 @@ from trimtab.reports import (
     axes_for,
     curve,
     heatmap,
+    in_percent,
     model_line,
     panels,
     run_page,
@@ -114,7 +115,7 @@ def _draw_heatmap(axes: Any, found: Sweep, trials: Sequence[Trial], names: Seque
     base = found.unsteered["validation"].value or 0.0
     reach = float(np.nanmax(np.abs(grid - base))) or 1e-9
     words = {
-        (y, x): (f"{grid[y, x]:.3g}", abs(grid[y, x] - base) > 0.6 * reach)
+        (y, x): (value_text(grid[y, x], found.metric), abs(grid[y, x] - base) > 0.6 * reach)
         for y, x in np.argwhere(~np.isnan(grid)).tolist()
         if grid.size <= 400
     }
@@ -122,6 +123,7 @@ def _draw_heatmap(axes: Any, found: Sweep, trials: Sequence[Trial], names: Seque
     # Purple is above unsteered and orange below: colour-blind readers tell them apart.
     colours: dict[str, Any] = {"cmap": "PuOr", "vmin": base - reach, "vmax": base + reach}
     bar = heatmap(axes.figure, axes, grid, label, words=words, fraction=0.05, **colours)
+    in_percent(bar.ax.yaxis, found.metric)
     bar.ax.axhline(base, color="black", linewidth=1)
     if found.best is not None:
         x, y = columns.index(_of(found.best, names[1])), rows.index(_of(found.best, names[0]))
@@ -152,6 +154,7 @@ def _draw_line(axes: Any, found: Sweep, trials: Sequence[Trial], name: str) -> N
     title = f"{found.method} on {found.task}: {name}"
     label = f"{with_unit(found.metric)}, {_n(found)} validation rows"
     curve(axes, lines, xlabel=name, ylabel=label, title=title)
+    in_percent(axes.yaxis, found.metric)
     _unsteered_line(axes, found)
     if found.best is not None:
         best = float(found.best.value or 0)
@@ -180,6 +183,7 @@ def _panels(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
         axes.remove()
     for axes in every[::columns]:
         axes.set_ylabel(f"{with_unit(found.metric)}, {_n(found)} rows")
+        in_percent(axes.yaxis, found.metric)
     title = f"{found.method} on {found.task}: {', '.join(names)}"
     figure.suptitle(title, fontsize=10)
     note = (
@@ -230,6 +234,7 @@ def _draw_history(axes: Any, found: Sweep) -> None:
         if trials:
             lines.append(_points(label, trials, lambda t: t.number, colour, marker))
     curve(axes, lines, xlabel="trial", ylabel=with_unit(found.metric), title="Trial by trial")
+    in_percent(axes.yaxis, found.metric)
     tested = [t for t in found.trials if t.test is not None]
     if tested:
         values = [float(t.test or 0) for t in tested]
