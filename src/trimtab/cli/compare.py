@@ -110,7 +110,7 @@ def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
 def _show(found: Comparison, output: Path | str | None) -> None:
     from rich.table import Table
 
-    from trimtab.figures import with_unit
+    from trimtab.figures import on_task
     from trimtab.reports import cell, difference_cell, number_cell
     from trimtab.sweeps import setting
 
@@ -134,7 +134,7 @@ def _show(found: Comparison, output: Path | str | None) -> None:
             "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
         )
     table.caption = (
-        f"{with_unit(found.metric)} on {found.task}, n = {base.n}; cost in nats per token of plain "
+        f"{on_task(found.metric, found.task)}, n = {base.n}; cost in nats per token of plain "
         "text; time to generate, times unsteered"
     )
     console.print(table)

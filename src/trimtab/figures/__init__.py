@@ -6,6 +6,7 @@ from trimtab.figures.metrics import (
     Metric,
     bare_name,
     metric_of,
+    on_task,
     with_unit,
     words_for,
 )

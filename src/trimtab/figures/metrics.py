@@ -31,6 +31,11 @@ class Metric:
         return self.unit == "share"
 
     @property
+    def said_unit(self) -> str:
+        """The unit that is said with a figure: nats; of shares % is, others have none."""
+        return self.unit if self.unit.startswith("nats") else ""
+
+    @property
     def unbounded(self) -> bool:
         """Whether it goes up by orders of magnitude."""
         return self.range is not None and math.isinf(self.range[1])
@@ -88,6 +93,10 @@ def words_for(name: str) -> str:
 
 
 def with_unit(name: str) -> str:
-    """A metric in words with what it is measured in; that a share is one goes without saying."""
-    metric, words = metric_of(name), words_for(name)
-    return f"{words}, {metric.unit}" if metric.unit and not metric.is_share else words
+    """A metric in words with what it is measured in, where that does not go without saying."""
+    return ", ".join(filter(None, (words_for(name), metric_of(name).said_unit)))
+
+
+def on_task(name: str, task: str) -> str:
+    """`log-odds on copa, nats`: over a table of its figures."""
+    return ", ".join(filter(None, (f"{words_for(name)} on {task}", metric_of(name).said_unit)))

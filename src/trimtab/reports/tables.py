@@ -162,10 +162,10 @@ def difference_cell(difference: Difference | None, metric: str = "") -> str:
 def change_words(difference: Difference, metric: str = "") -> str:
     """A difference as part of a sentence: `+9.0 points [2.1, 15.8], clear of chance`."""
     name = metric or difference.metric
-    unit = metric_of(name).unit
-    unit = f" {unit}" if unit.startswith("nats") else ""  # others stand in the metric's name
+    unit = metric_of(name).said_unit
     clear = "clear of chance" if difference.is_clear else "no more than chance makes"
-    text = f"{change_text(difference.difference, name)}{unit} {interval(difference.ci95, name)}"
+    said = f"{change_text(difference.difference, name)} {unit}".strip()
+    text = f"{said} {interval(difference.ci95, name)}"
     return f"{text}, {clear}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Difference, Result, metric_of, with_unit, words_for
+from trimtab.figures import Difference, Result, metric_of, on_task, words_for
 from trimtab.reports import (
     Evaluation,
     Presented,
@@ -120,7 +120,7 @@ class Comparison(Presented):
         heads = ["method", "setting, chosen on validation", "trials"]
         heads += [f"{part}, n = {base[part].n}" for part in ("validation", "test")]
         return Table(
-            f"{with_unit(self.metric)} on {self.task}",
+            on_task(self.metric, self.task),
             [*heads, "against unsteered", "p", "p, corrected"],
             rows,
             f"p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; "

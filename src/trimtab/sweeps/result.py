@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.figures import Difference, Estimate, Record, Result, with_unit, words_for
+from trimtab.figures import Difference, Estimate, Record, Result, on_task, words_for
 from trimtab.reports import (
     Presented,
     Table,
@@ -134,7 +134,7 @@ class Sweep(Presented):
             rows.append(["oracle: best on the test rows", *figures, "", ""])
         heads = ["", "setting", f"validation, n = {base['validation'].n}"]
         heads += [f"test, n = {base['test'].n}", "difference on test", "flipped"]
-        return Table(f"{with_unit(self.metric)} on {self.task}", heads, rows, note)
+        return Table(on_task(self.metric, self.task), heads, rows, note)
 
     def _cells(self, trial: Trial) -> list[str]:
         return [cell(trial, self.metric), cell(trial.on_test, self.metric)]

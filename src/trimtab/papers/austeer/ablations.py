@@ -12,7 +12,7 @@ import torch
 from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.figures import Difference, corrected, with_unit
+from trimtab.figures import Difference, corrected, on_task, with_unit
 from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
@@ -216,9 +216,7 @@ def _table(rows: TaskRows, variants: Sequence[Variant], unsteered: Figures) -> T
         "difference to AUSteer",
         "flips",
     ]
-    return Table(
-        f"{with_unit(metric)} on {rows.task}", heads, lines, "p corrected for their number."
-    )
+    return Table(on_task(metric, rows.task), heads, lines, "p corrected for their number.")
 
 
 @styled

@@ -11,7 +11,7 @@ import torch
 from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Difference, Estimate, holm, with_unit
+from trimtab.figures import Difference, Estimate, holm, on_task, with_unit
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
@@ -212,9 +212,7 @@ def _chosen_table(rows: TaskRows, ways: Sequence[_Way], unsteered: Sequence[Esti
         )
     heads = ["units", "setting", f"validation, n = {rows.rows('validation')}"]
     heads += [f"test, n = {rows.rows('test')}", "change on test", "flips"]
-    return Table(
-        f"{with_unit(metric)} on {rows.task}", heads, lines, "p corrected for their number."
-    )
+    return Table(on_task(metric, rows.task), heads, lines, "p corrected for their number.")
 
 
 def _shifted(by: float) -> Callable[[int, dict[str, Any]], float]:

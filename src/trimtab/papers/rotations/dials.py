@@ -16,7 +16,7 @@ from typing import Any, Literal
 from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError, check_choice
-from trimtab.figures import VIOLATION, Estimate, Result, with_unit
+from trimtab.figures import VIOLATION, Estimate, Result, on_task, with_unit
 from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
@@ -202,9 +202,7 @@ def _chosen_table(study: Study, found: Sequence[Turned], what: str) -> Table:
     note = "θ is chosen on the validation rows; the oracle's on the test rows themselves."
     if not study.chooses:
         note = "All on the test rows."
-    return Table(
-        f"{with_unit(metric)} on {study.rows.task}", heads, rows, note
-    ).without_empty_columns()
+    return Table(on_task(metric, study.rows.task), heads, rows, note).without_empty_columns()
 
 
 def _dial_table(found: Sequence[Turned], part: str) -> Table:
