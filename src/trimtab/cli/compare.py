@@ -14,6 +14,7 @@ from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
+from trimtab.cli.tables import show_files
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
 
@@ -152,4 +153,4 @@ def _show(found: Comparison, output: Path | str | None) -> None:
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:
-        console.print(f"{output}: report.html, results.json, pictures/, tables/", style="dim")
+        show_files(output)

@@ -106,8 +106,7 @@ def evaluate(
         flips = {"flips": _flips_as_json(found)} if shown.show else {}
         print_json(found.as_json() | {"judges": costs(judging)} | flips)
         return
-    files = ("report.html", "results.json", "records.jsonl", "tables/")
-    show(found.tables(), found.notes, keep.output, files, summary=found.summary)
+    show(found.tables(), found.notes, keep.output, summary=found.summary)
     say_costs(judging)
     console.print(f"{found.seconds:g} s of evaluation", style="dim")
     if shown.show:

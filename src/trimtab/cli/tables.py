@@ -14,13 +14,18 @@ if TYPE_CHECKING:
 
 #: Rows of a table that are shown in a terminal; the report has all.
 _SHOWN = 30
+#: What runs leave for people to look at, as far as it is there.
+LEFT = (
+    *("report.html", "results.json", "best.safetensors", "records.jsonl"),
+    *("pictures/", "tables/"),
+)
 
 
 def show(
     tables: Sequence[Table],
     notes: Sequence[str],
     output: str | Path | None,
-    files: Sequence[str] = ("report.html", "results.json", "pictures/", "tables/"),
+    files: Sequence[str] = LEFT,
     *,
     summary: str = "",
 ) -> None:
@@ -43,4 +48,10 @@ def show(
     for note in notes:
         console.print(f"note: {note}")
     if output is not None:
-        console.print(f"{output}: {', '.join(files)}", style="dim")
+        show_files(output, files)
+
+
+def show_files(output: str | Path, files: Sequence[str] = LEFT) -> None:
+    """The files and folders of a run, those that are there."""
+    there = [name for name in files if Path(output, name).exists()]
+    console.print(f"{output}: {', '.join(there)}", style="dim")
