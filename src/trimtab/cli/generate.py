@@ -133,13 +133,15 @@ def _stream(language_model: LanguageModel, prompt: Any, steering: Any, options: 
     """One prompt's text while it is written; the dial that a budget found stands below it."""
     (read,) = language_model.prompts([prompt], options["chat"])
     console.print(last_message(read), style="bold")
-    (done,) = language_model.generate(
-        [prompt],
-        steering=steering,
-        on_text=lambda _, piece: print(printable(piece), end="", flush=True),
-        **options,
-    )
-    print()
+    try:
+        (done,) = language_model.generate(
+            [prompt],
+            steering=steering,
+            on_text=lambda _, piece: print(printable(piece), end="", flush=True),
+            **options,
+        )
+    finally:
+        print()  # also where an error, or the user, ends it
     if not isinstance(steering, list) and done.steering:
         console.print(", ".join(done.steering), style="dim")
     console.print()
