@@ -534,10 +534,10 @@ def test_pictures_have_their_labels(turned: StudyResult, source: str) -> None:
     _says(_svg(found, "projections"), "attn_norm", "ffn_norm", "layer", "positive", "negative")
     lengths = norms(_lm(), CONTRAST, kinds=("resid", "ffn_out"))
     _says(_svg(lengths, "norms"), "resid", "ffn_out", "length of the activation", "longest token")
-    _says(_svg(turned, "dial"), "log_odds (nats)", "unsteered", "ss", "sas", "aas", "180°", "330°")
+    _says(_svg(turned, "dial"), "log-odds (nats)", "unsteered", "ss", "sas", "aas", "180°", "330°")
     some = masks(_lm(), f"contrast:{source}", theta=90, seeds=(42,), whole_blocks=False, cost=False)
     _says(
-        _svg(some, "masks"), "block", "log_odds", "nats", "all blocks, θ = 90°", "what is steered"
+        _svg(some, "masks"), "block", "log-odds", "nats", "all blocks, θ = 90°", "what is steered"
     )
 
 
