@@ -487,7 +487,7 @@ def test_heatmap_counts_the_settings_near_the_best(lm: tt.LanguageModel, task: s
     base = _log_odds(lm.model, "validation", {}).mean()
     assert robust["better_than_unsteered"] == sum(value > base for value in values)
     text = _svg(found.pictures[0])
-    for label in ("alpha", "k", "log_odds"):
+    for label in ("alpha", "k", "log-odds"):
         assert f">{label}" in text
 
 
