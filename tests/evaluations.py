@@ -18,8 +18,8 @@ import torch
 
 import trimtab as tt
 from helpers import add, language_model, steer
-from trimtab.figures.records import Evaluation
 from trimtab.model.language_model import LanguageModel
+from trimtab.reports import Evaluation
 
 WEATHER = ["in the morning", "when the rain came", "with a king", "and the wind was good"]
 CHOICES = [

@@ -135,12 +135,15 @@ class _Outline(HTMLParser):
             self.found.append(f"picture: {dict(attributes).get('alt')}")
         if tag == "tr":
             self._cells = []
-        self._text = ""
+        if tag not in ("a", "wbr"):  # these are within a text
+            self._text = ""
 
     def handle_data(self, data: str) -> None:
         self._text += data
 
     def handle_endtag(self, tag: str) -> None:
+        if tag == "a":
+            return
         text = " ".join(self._text.split())
         if tag in ("th", "td"):
             self._cells.append(text)

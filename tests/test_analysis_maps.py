@@ -251,7 +251,7 @@ def test_pairs_says_how_units_and_effect_settle(lm: tt.LanguageModel, tmp_path: 
         assert len(set(entry["values"]["log_odds"])) > 1
     assert any("1000 were left out" in note for note in found.notes)
     drawn = _svg(found.pictures[0])
-    for text in ("of two disjoint subsets", "share of the 8 units", "unsteered", "log_odds, nats"):
+    for text in ("of two disjoint subsets", "share of the 8 units", "unsteered", "log-odds, nats"):
         assert text in drawn
     json.dumps(found.as_json(), allow_nan=False)
 

@@ -174,9 +174,9 @@ def test_units_of_one_head_and_the_whole_of_it(lm: tt.LanguageModel, task: str) 
     by_hand = _log_odds(lm.model, "test", {(1, unit): 4.0 for unit in range(32, 48)})
     assert whole["test"]["log_odds"]["value"] == pytest.approx(by_hand.mean(), abs=1e-4)
     alone, together = (_svg(picture) for picture in found.pictures)
-    for text in ("unit, steered alone", "log_odds, nats", "neutral", "head 2"):
+    for text in ("unit, steered alone", "log-odds, nats", "neutral", "head 2"):
         assert text in alone
-    for text in ("unsteered", "all 16 of the head", "log_odds, nats", "test, n = 6"):
+    for text in ("unsteered", "all 16 of the head", "log-odds, nats", "test, n = 6"):
         assert text in together
     assert any("corrected for their number" in note for note in found.notes)
 
@@ -406,7 +406,7 @@ def test_count_goes_up_to_all_units(lm: tt.LanguageModel, task: str) -> None:
         by_hand = _log_odds(lm.model, "validation", factors).mean()
         assert entry["figures"]["log_odds"]["value"] == pytest.approx(by_hand, rel=1e-3, abs=1e-3)
     drawn = _svg(found.pictures[0])
-    for text in ("units that are steered", "log_odds, nats", "α = 9", "unsteered"):
+    for text in ("units that are steered", "log-odds, nats", "α = 9", "unsteered"):
         assert text in drawn
 
 
@@ -436,7 +436,7 @@ def test_suppression_shrinks_the_least_and_the_most(lm: tt.LanguageModel, task: 
         by_hand = _log_odds(lm.model, "test", factors).mean()
         assert chosen["test"]["log_odds"]["value"] == pytest.approx(by_hand, abs=1e-3)
     drawn = _svg(found.pictures[0])
-    for text in ("the lowest scores shrink", "share of all units", "× 0.1", "log_odds, nats"):
+    for text in ("the lowest scores shrink", "share of all units", "× 0.1", "log-odds, nats"):
         assert text in drawn
     refused_in_one_line(lambda: suppression(lm, task, shares=(1.5,)), "above 0 and up to 1")
 
@@ -487,7 +487,7 @@ def test_heatmap_counts_the_settings_near_the_best(lm: tt.LanguageModel, task: s
     base = _log_odds(lm.model, "validation", {}).mean()
     assert robust["better_than_unsteered"] == sum(value > base for value in values)
     text = _svg(found.pictures[0])
-    for label in ("alpha", "k", "log_odds"):
+    for label in ("alpha", "k", "log-odds"):
         assert f">{label}" in text
 
 

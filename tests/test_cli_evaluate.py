@@ -126,10 +126,12 @@ def test_tables_for_people(trimtab: Command, work: Path) -> None:
     value, comparison = expected.value("copa"), expected.comparisons[0]
     assert value.ci95 is not None
     assert "copa, trimtab's protocol" in text
-    assert f"{value.value:.3f} [{value.ci95[0]:.3f}, {value.ci95[1]:.3f}]" in text
-    assert f"{comparison.difference:+.3f} [" in text
+    low, high = (100 * end for end in value.ci95)
+    assert f"{100 * (value.value or 0):.1f} % [{low:.1f}, {high:.1f}]" in text
+    assert f"{100 * comparison.difference:+.1f} points [" in text
+    assert text.startswith("With one.safetensors@40 accuracy on copa is ")
     assert f"+{comparison.gained} -{comparison.lost}" in text
-    assert "records in runs/copa" in text
+    assert "runs/copa: report.html, results.json, records.jsonl, tables/" in text
     assert "one.safetensors@40" in text
 
 

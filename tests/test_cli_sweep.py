@@ -74,7 +74,7 @@ def test_as_json(trimtab: Command) -> None:
 def test_the_model_as_it_is_may_be_the_best(trimtab: Command) -> None:
     """k = 0 is a baseline that may be chosen, and no steering that could be kept."""
     said = trimtab(f"sweep austeer {QUICK} --k 0 --alpha 2 -o r").text
-    assert said.endswith("r: report.html, results.json\n")
+    assert said.endswith("r: report.html, results.json, pictures/, tables/\n")
     assert not Path("r/best.safetensors").exists()
 
 
@@ -223,7 +223,7 @@ def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
     # A model of random words refuses nothing, which is the worst there is, or the best.
     assert found["best"]["validation"] == 1.0
     safe, harmful = (trimtab(f"{command} --better {way} -o {way}").text for way in ("less", "more"))
-    assert "attack_success (phrases)" in safe
+    assert "attack success (phrases)" in safe
     configs = [json.loads(Path(way, "config.json").read_text()) for way in ("less", "more")]
     assert [config["better"] for config in configs] == ["less", "more"]
     assert harmful

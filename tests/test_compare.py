@@ -176,7 +176,7 @@ def test_the_directory_goes_on_and_the_page_shows_everything(
     for text in ("caa", "actadd", "rotation", "p, corrected", "At an equal budget", "What it took"):
         assert text in page
     svg = (directory / "pictures" / "differences.svg").read_text(encoding="utf-8")
-    assert "log_odds, steered minus unsteered" in svg
+    assert "log-odds, nats: steered minus unsteered" in svg
     assert (directory / "caa" / "best.safetensors").exists()
     assert tt.Steering.load(directory / "caa" / "best.safetensors").method == "caa"
     records = (directory / "caa" / "records").iterdir()

@@ -25,7 +25,6 @@ from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import demonstration as demo
 from trimtab.cli import main
 from trimtab.reading.likelihood import log_odds
-from trimtab.reports.charts import plot_units
 
 __all__ = ["trimtab"]  # a fixture, which pytest finds by its name here
 
@@ -306,7 +305,7 @@ def test_units_scaled_up_and_down_are_drawn_apart(work: Path) -> None:
     contrast = tt.load_contrast("pairs.jsonl")
     steering = tt.AUSteer(site="heads", k=8, direction="paper").fit(lm, contrast)
     axes = Figure().subplots()
-    plot_units(axes, steering, lm.anatomy.layers, lm.anatomy.width("layers.0.heads"))
+    steering.plot(axes)
     up = int((steering.tables["gain"] >= 0).sum())
     _, labels = axes.get_legend_handles_labels()
     assert labels == [f"scaled up ({up})", f"scaled down ({8 - up})"]

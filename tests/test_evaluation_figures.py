@@ -13,8 +13,8 @@ import trimtab as tt
 from evaluations import chooser, data, of, strong, talker, wilson
 from helpers import refused_in_one_line
 from trimtab.evaluation.evaluation import evaluate
-from trimtab.figures.records import summarise
 from trimtab.model.language_model import LanguageModel
+from trimtab.reports import summarise
 
 __all__ = ["chooser", "data", "talker"]  # fixtures, which pytest finds by their names here
 

@@ -32,8 +32,8 @@ from evaluations import (
 )
 from helpers import language_model, refused_in_one_line
 from trimtab.evaluation.evaluation import evaluate
-from trimtab.figures.records import Evaluation
 from trimtab.model.language_model import LanguageModel
+from trimtab.reports import Evaluation
 
 __all__ = ["chooser", "data", "talker"]  # fixtures, which pytest finds by their names here
 

@@ -216,7 +216,7 @@ def test_an_evaluation_has_both_metrics_with_intervals(tmp_path: Path) -> None:
     flips = found.flips()  # of what is preferred: nats do not flip
     assert len(flips) == (gained or 0) + (lost or 0) > 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    for text in ("log_odds", "prefers", "What flipped", f"{len(flips)} of {len(flips)}"):
+    for text in ("log-odds, nats", "prefers", "What flipped", f"{len(flips)} of {len(flips)}"):
         assert text in page
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["tasks"][0]["rows"] == 4

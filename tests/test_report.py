@@ -10,18 +10,21 @@ from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
-from trimtab.figures.records import summarise
-from trimtab.reports.charts import STYLE, UP
-from trimtab.reports.page import Picture, Table, evaluation_page, render_page
+from trimtab.reports import Run, summarise
+from trimtab.reports.charts import STYLE, UP, heatmap, panels, rendered
+from trimtab.reports.dark import dark
+from trimtab.reports.evaluations import evaluation_page
+from trimtab.reports.page import Picture, Table, render_page
 
 ENVIRONMENT = {"date": "2026-01-02T03:04:05+00:00", "python": "3.11"}
 CONFIG = {"task": "copa", "seed": 7, "text": "<b>Ünïcode</b>"}
 #: Would run, or break the page, if it were taken as it is.
 HOSTILE = "<script>alert('x')</script> \"quoted\" & <img src=x onerror=y>"
 #: Elements that have no end.
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "source", "wbr"}
 
 
 class Outline(HTMLParser):
@@ -181,7 +184,8 @@ def test_nothing_is_fetched() -> None:
     for tag, attributes in outline.elements:
         for name in ("src", "href", "srcset", "action", "poster", "style"):
             value = attributes.get(name) or ""
-            assert value == "" or (tag == "img" and value.startswith("data:image/svg+xml;")), tag
+            drawn = tag in ("img", "source") and value.startswith("data:image/svg+xml;")
+            assert value == "" or drawn, tag
     assert re.findall(r"https?:", content) == []
     assert re.findall(r"@import|url\(", content) == []
 
@@ -198,7 +202,12 @@ def test_light_and_dark_wide_and_narrow() -> None:
     assert re.search(r"\.wide\s*{[^}]*overflow-x:\s*auto", content)
     assert re.search(r"pre\s*{[^}]*overflow-wrap:\s*anywhere", content)
     wide = [i for i, (_, a) in enumerate(outline.elements) if a.get("class") == "wide"]
-    assert [outline.elements[i + 1][0] for i in wide] == ["table", "img"]
+    assert [outline.elements[i + 1][0] for i in wide] == ["table"]
+    # A picture fits; the headline and paragraphs break rather than scroll.
+    assert re.search(r"img\s*{[^}]*max-width:\s*100%", content)
+    assert re.search(r"h1, h2, p[^{]*{[^}]*overflow-wrap:\s*anywhere", content)
+    assert re.search(r"td:first-child\s*{[^}]*position:\s*sticky", content)
+    assert not re.search(r"filter:\s*invert", content)
     assert content.startswith("<!doctype html>")
     assert outline.elements[0] == ("html", {"lang": "en"})
 
@@ -216,7 +225,7 @@ def test_few_of_many_flips_are_shown() -> None:
         ({"accuracy": 0.0}, {"accuracy": 1.0}, "accuracy 0 to 1"),
         # The first that changed, of those that both have.
         ({"a": None, "b": 0.5, "c": 1.0}, {"a": 1.0, "b": 0.5, "c": 0.0}, "c 1 to 0"),
-        ({"log_odds": -0.123456}, {"log_odds": 2.0, "prefers": 1.0}, "log_odds -0.1235 to 2"),
+        ({"log_odds": -0.123456}, {"log_odds": 2.0, "prefers": 1.0}, "log-odds -0.123 to 2"),
     ],
 )
 def test_what_flipped_is_named(before: Any, after: Any, says: str) -> None:
@@ -253,7 +262,7 @@ def test_the_page_of_an_evaluation_has_every_figure() -> None:
     ]
     model = {"name": "tiny", "architecture": "llama", "layers": 3, "dtype": "torch.float32"}
     evaluation = summarise(records, model, ["a note of the run"])
-    outline = Outline(evaluation_page(evaluation, {"model": model}, ENVIRONMENT))
+    outline = Outline(evaluation_page(evaluation, Run(None, {"model": model}), ENVIRONMENT))
     for text in (
         "Evaluation of tiny",
         "llama, 3 layers, float32; 12 seconds; 2026-01-02",
@@ -270,7 +279,66 @@ def test_the_page_of_an_evaluation_has_every_figure() -> None:
         assert result.value is not None
         assert result.ci95 is not None
         low, high = result.ci95
-        assert f"{result.value:.4g} [{low:.4g}, {high:.4g}]" in outline.texts
+        share = f"{100 * result.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        assert share in outline.texts
     for found in evaluation.comparisons:
         low, high = found.ci95
-        assert f"{found.difference:+.4g} [{low:.4g}, {high:.4g}]" in outline.texts
+        points = f"{100 * found.difference:+.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+        assert points in outline.texts
+
+
+def test_names_break_at_their_joints_and_nowhere_else() -> None:
+    names = "layers.12.ffn_out with runs/joy.safetensors@12 at 0.0833 and 1.5"
+    shown = render_page("T", "s", [Table("T", ["a"], [[names]])], CONFIG, ENVIRONMENT)
+    (cell,) = re.findall(r"<td[^>]*>(.*?)</td>", shown)
+    assert cell == (
+        "layers.<wbr>12.<wbr>ffn_out with runs/<wbr>joy.<wbr>safetensors@<wbr>12 at 0.0833 and 1.5"
+    )
+    # A word is not broken: that takes a rule which this page has for paragraphs alone.
+    assert not re.search(r"td[^{]*{[^}]*anywhere", shown)
+
+
+def test_a_page_begins_with_what_was_found() -> None:
+    content = a_page(summary="With joy accuracy is 75.0 %.")
+    outline = Outline(content)
+    place = outline.texts.index("With joy accuracy is 75.0 %.")
+    assert outline.texts[place - 1] == "A sweep of x"
+    assert 'class="found"' not in a_page()
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+
+def colours_of(svg: bytes) -> set[bytes]:
+    return set(re.findall(rb"#[0-9a-f]{6}", svg))
+
+
+def test_a_dark_page_has_pictures_of_its_own() -> None:
+    """Light text and lines, no ground of its own, and a map of colours whose middle is dark; the
+    figure is afterwards as it was."""
+    figure, (axes,) = panels((4, 3))
+    drawn = heatmap(figure, axes, [[0.0, 0.5, 1.0]], "share", cmap="PuOr", vmin=0, vmax=1).mappable
+    words = axes.text(1, 0, "0.5", color="black")
+    (line,) = axes.plot([0, 2], [0, 0], color="black")
+    before = colours_of(rendered(figure, "svg"))
+    with dark(figure):
+        middle = to_hex(drawn.cmap(0.5))
+        ends = [to_hex(drawn.cmap(end)) for end in (0.0, 1.0)]
+        assert luminance(middle) < 0.2
+        assert all(luminance(end) > 0.5 for end in ends)
+        assert all(luminance(to_hex(each.get_color())) > 0.8 for each in (words, line))
+        assert luminance(to_hex(axes.xaxis.label.get_color())) > 0.8
+        assert to_rgba(figure.patch.get_facecolor())[3] == 0
+        on_dark = colours_of(rendered(figure, "svg"))
+    assert on_dark != before
+    assert b"#000000" not in on_dark
+    assert colours_of(rendered(figure, "svg")) == before
+    picture = Picture("T", "heatmap", figure, "colours")
+    outline = Outline(render_page("T", "s", [picture], CONFIG, ENVIRONMENT))
+    (source,), (image,) = outline.named("source"), outline.named("img")
+    assert source["media"] == "(prefers-color-scheme: dark)"
+    sources = [str(source["srcset"]), str(image["src"])]
+    decoded = [base64.b64decode(each.partition(",")[2]) for each in sources]
+    assert [colours_of(each) for each in decoded] == [on_dark, before]

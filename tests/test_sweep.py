@@ -147,7 +147,7 @@ def test_pictures_of_one_of_three_and_of_draws(
     sweep(lm, "caa", task, layers, oracle=False, test_limit=3, output=tmp_path / "one")
     assert "The oracle was chosen" not in (tmp_path / "one" / "report.html").read_text()
     line = (tmp_path / "one" / "pictures" / "line.svg").read_text()
-    for label in ("layer", "0,2", "steered, 95 % intervals", "log_odds [nats], 20 validation rows"):
+    for label in ("layer", "0,2", "steered, 95 % intervals", "log-odds, nats, 20 validation rows"):
         assert f">{label}<" in line
     three = {"layer": (0, 1), "alpha": Range(0.1, 10.0, True), "token": ("last", "mean")}
     found = sweep(

@@ -20,10 +20,10 @@ from trimtab.contrasts import Part
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import TaskJob
 from trimtab.evaluation.tasks import TASKS
-from trimtab.figures.records import summarise
 from trimtab.model.language_model import LanguageModel
 from trimtab.reading.reader import Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
+from trimtab.reports import summarise
 from trimtab.sweeps import rows as module
 from trimtab.sweeps.effect import Effect
 from trimtab.sweeps.rows import TaskRows, more_is_better

@@ -4,12 +4,13 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .figures import Difference, Evaluation, Result, mean_interval
+from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
+from .reports import Evaluation
 from .steering import Dial, Intervention, Steering, Steerings
 from .strength import generate_contrast, within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep

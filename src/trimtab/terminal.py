@@ -1,6 +1,6 @@
 """What reaches a terminal: text of models, files and servers, which is shown and never obeyed; and
 what long work is going on, on standard error: bars and spinners, none where that is not a terminal,
-and notes. Work inside other work gets a line under the other's."""
+bars in notebooks too, and notes. Work inside other work gets a line under the other's."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook, whose standard error is no terminal."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and getattr(shell.get_ipython(), "kernel", None) is not None
+
+
 def write_text(text: str) -> None:
     """A line on standard output: exactly as it is into a pipe or file, printable on a terminal."""
     print(printable(text) if is_terminal(sys.stdout) else text)
@@ -55,8 +61,14 @@ _shown: list[Progress] = []
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
     """Shows `what` with a bar; the block is handed a function that moves it on by some steps."""
+    if in_notebook():
+        from tqdm.auto import tqdm  # a widget, or text where there are no widgets
+
+        with tqdm(desc=printable(what), total=total, leave=False) as shown:
+            yield shown.update
+        return
     if _shown:
         yield from _line(_shown[-1], what, total)
         return
@@ -100,7 +112,7 @@ def note(text: str) -> None:
         print(f"trimtab: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], object]]:
     task = bar.add_task(printable(what), total=total)
     try:
         yield lambda steps: bar.advance(task, steps)

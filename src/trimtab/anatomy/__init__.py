@@ -2,7 +2,7 @@
 
 from trimtab.anatomy.anatomy import Anatomy
 from trimtab.anatomy.architectures import Architecture, known, register
-from trimtab.anatomy.exclusive import exclusively
+from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order

@@ -14,6 +14,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +33,10 @@ class _Owner:
 
     @classmethod
     def here(cls) -> _Owner:
+        """Whoever runs now, or on whose behalf a thread works."""
+        sender = _SENDER.get()
+        if sender is not None:
+            return sender
         try:
             task = asyncio.current_task()
         except RuntimeError:  # no loop runs in this thread
@@ -48,6 +53,20 @@ class _Owner:
     def __str__(self) -> str:
         task = "" if self.task is None else f", task {self.task.get_name()!r}"
         return f"thread {self.thread.name!r}{task}"
+
+
+_SENDER: ContextVar[_Owner | None] = ContextVar("sender", default=None)
+
+
+@contextmanager
+def on_behalf_of_this_thread() -> Iterator[None]:
+    """A context that is copied inside is this thread's also where another thread runs in it. It is
+    for work that this thread waits for."""
+    token = _SENDER.set(_Owner.here())
+    try:
+        yield
+    finally:
+        _SENDER.reset(token)
 
 
 class _Turn:

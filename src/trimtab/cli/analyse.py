@@ -239,7 +239,7 @@ def _run(
         print_json(found.as_json() | (costs_as_json(judging) if judging else {}))
         return
     console.print(found.title, style="bold")
-    show(found.tables, found.notes, keep.output)
+    show(found.tables, found.notes, keep.output, summary=found.summary)
     if judging is not None:
         say_costs(judging)
 

@@ -14,6 +14,7 @@ from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
+from trimtab.cli.tables import show_files
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
 
@@ -112,13 +113,14 @@ def _with_default(language_model: LanguageModel, one: Candidate) -> Candidate:
 def _show(found: Comparison, output: Path | str | None) -> None:
     from rich.table import Table
 
-    from trimtab.reports import interval, number_cell
+    from trimtab.figures import on_task
+    from trimtab.reports import cell, difference_cell, number_cell
     from trimtab.sweeps import setting
 
+    console.print(found.summary)
     base = found.unsteered["test"]
     table = Table("method", "setting", "test", "against unsteered", "p, corrected", "cost", "time")
-    value = "" if base.value is None else f"{base.value:.4g} {interval(base.ci95)}"
-    table.add_row("unsteered", "", value, "", "", "", "")
+    table.add_row("unsteered", "", cell(base, found.metric), "", "", "", "")
     for row in found.rows:
         best = None if row.sweep is None else row.sweep.best
         if best is None or row.test is None or row.test.value is None:
@@ -128,25 +130,24 @@ def _show(found: Comparison, output: Path | str | None) -> None:
         table.add_row(
             row.name,
             setting(best.params),
-            f"{row.test.value:.4g} {interval(row.test.ci95)}",
-            "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
+            cell(row.test, found.metric),
+            difference_cell(gain, found.metric),
             "" if gain is None else number_cell(gain.corrected_p, ".2g"),
             "" if row.cost is None else f"{row.cost:+.3f}",
             "" if row.overhead is None else f"{row.overhead.ratio:.3f}",
         )
     table.caption = (
-        f"{found.metric} on {found.task}, n = {base.n}; cost in nats per token of plain text; time "
-        "to generate, times unsteered"
+        f"{on_task(found.metric, found.task)}, n = {base.n}; cost in nats per token of plain "
+        "text; time to generate, times unsteered"
     )
     console.print(table)
     if found.at_budget:
         equal = Table("method", f"dial at {found.kl:g} nats", "against unsteered", "cost", "")
         for row in found.at_budget:
-            gain = row.against
             equal.add_row(
                 row.name,
                 "" if row.dial is None else f"{row.dial:.4g}",
-                "" if gain is None else f"{gain.difference:+.4g} {interval(gain.ci95)}",
+                difference_cell(row.against, found.metric),
                 "" if row.cost is None else f"{row.cost:+.3f}",
                 row.why,
             )
@@ -154,4 +155,4 @@ def _show(found: Comparison, output: Path | str | None) -> None:
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:
-        console.print(f"{output}: report.html, results.json", style="dim")
+        show_files(output)

@@ -328,6 +328,7 @@ def _print_curves(found: Curves) -> None:
         f"others within {found.tokens.tolerance:g} in probability",
         style="dim",
     )
+    console.print(found.tokens.summary)
     for line in found.reading.lines():
         console.print(line)
     if found.accuracy is not None:

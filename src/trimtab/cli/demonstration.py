@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 from trimtab.contrasts import PARTS, Contrast
 from trimtab.errors import TrimtabError
@@ -25,7 +27,7 @@ from trimtab.fitting import fit
 from trimtab.methods import CAA, AUSteer
 from trimtab.model import LanguageModel, bake
 from trimtab.reading import plain_texts
-from trimtab.reports import units_and_effects
+from trimtab.reports import bars, rendered
 from trimtab.steering import Steering
 from trimtab.sweeps import Effect, Trial
 
@@ -76,17 +78,8 @@ def run(
     test = contrast.part("test")
     results = _measure(language_model, test, plain[VALIDATION_TEXTS:], compared, say)
     texts = _texts(language_model, [None, austeer.steering, caa.steering], say)
-    anatomy, site = language_model.anatomy, austeer.steering.interventions[0].site
     _claim(output)
-    drawn = units_and_effects(
-        output / "demo.png",
-        austeer.steering,
-        anatomy.layers,
-        anatomy.width(site),
-        {result.name: result.gain for result in results[1:]},
-        {result.name: result.cost for result in results[1:]},
-        len(test),
-    )
+    drawn = _draw(output / "demo.png", austeer.steering, results[1:], len(test))
     saved = [
         trial.steering.save(output / f"{trial.steering.method}.safetensors", overwrite=True)
         for trial in (austeer, caa)
@@ -259,6 +252,23 @@ def _texts(
             say(f"  {name:18} {' '.join(text.split())}")
             shown.append({"prompt": prompt, "steering": name, "text": text})
     return shown
+
+
+def _draw(path: Path, steering: Steering, results: Sequence[Result], n: int) -> Path:
+    """Where the units are, what each steering gains and what it costs, in one PNG file."""
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False}):
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        halves: Any = figure.subfigures(1, 2, width_ratios=[1.15, 1])
+        steering.plot(halves[0].subplots())
+        upper, lower = halves[1].subplots(2, 1)
+        gains = {result.name: result.gain for result in results}
+        clear = [name for name, gain in gains.items() if gain.low > 0 or gain.high < 0]
+        bars(upper, gains, "gain in log-odds of the positive side, nats per pair", clear)
+        upper.set_title(f"What it does: {n} held-out pairs, 95 % intervals")
+        costs = {result.name: result.cost for result in results}
+        bars(lower, costs, "change in cross-entropy on plain text, nats per token")
+        lower.set_title("What it costs")
+        return write_whole(path, rendered(figure, "png"), overwrite=True)
 
 
 def _bake(language_model: LanguageModel, steering: Steering, directory: Path) -> dict[str, Any]:

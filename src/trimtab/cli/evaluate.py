@@ -13,18 +13,17 @@ from cyclopts import Parameter
 from trimtab.cli.common import console, open_model, print_json, read_steerings
 from trimtab.cli.judging import Judges, costs, say_costs
 from trimtab.cli.options import OpenedIfNamed
+from trimtab.cli.tables import show
 from trimtab.cli.values import in_float32
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
 from trimtab.options import Answering, Evaluated, Harness, Keep, option
-from trimtab.terminal import CleanConsole, write_text
+from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
-    from trimtab.figures import Difference, Evaluation, Result
+    from trimtab.reports import Evaluation
     from trimtab.steering import Steering, Steerings
 
-#: Tables keep their columns in a pipe, which has no width of its own.
-_wide = console if console.is_terminal else CleanConsole(width=120)
 #: More dials than this are a mistake in a range.
 _MOST_DIALS = 1000
 Tasks = Annotated[
@@ -109,12 +108,9 @@ def evaluate(
         flips = {"flips": _flips_as_json(found)} if shown.show else {}
         print_json(found.as_json() | {"judges": costs(judging)} | flips)
         return
-    _print_results(found)
-    for note in found.notes:
-        console.print(note, style="dim")
+    show(found.tables(), found.notes, keep.output, summary=found.summary)
     say_costs(judging)
-    where = f"; records in {keep.output}" if keep.output else ""
-    console.print(f"{found.seconds:g} s of evaluation{where}", style="dim")
+    console.print(f"{found.seconds:g} s of evaluation", style="dim")
     if shown.show:
         _print_flips(found)
 
@@ -185,66 +181,17 @@ def _dials(text: str) -> list[float]:
 # -- for people -----------------------------------------------------------------------------------
 
 
-def _print_results(evaluation: Evaluation) -> None:
-    """A table for each task; steered figures stand under the unsteered one, with the difference."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    compared = bool(evaluation.comparisons)
-    for title, rows in evaluation.tables():
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-        table.add_column("metric")
-        table.add_column("steering", overflow="fold")
-        table.add_column("value [95 %]", no_wrap=True)
-        table.add_column("n", no_wrap=True, justify="right")
-        if compared:
-            table.add_column("difference [95 %]", no_wrap=True)
-            table.add_column("flipped", no_wrap=True)
-        unclear = any(result.unclear for result, _ in rows)
-        if unclear:
-            table.add_column("unclear", no_wrap=True)
-        for result, comparison in rows:
-            name = "unsteered" if result.steering is None else _short(result.steering)
-            cells = [result.metric, name, _value(result), str(result.n)]
-            if compared:
-                cells += _difference(comparison)
-            if unclear:
-                cells.append(str(result.unclear or ""))
-            table.add_row(*cells)
-        _wide.print(table)
-
-
-def _short(steering: str) -> str:
-    """Names of files without their directories."""
-    return " + ".join(part.rpartition("/")[2] for part in steering.split(" + "))
-
-
-def _value(result: Result) -> str:
-    if result.value is None:
-        return "none is clear"
-    if result.ci95 is None:
-        return f"{result.value:.3f}"
-    return f"{result.value:.3f} [{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]"
-
-
-def _difference(comparison: Difference | None) -> list[str]:
-    if comparison is None:
-        return ["", ""]
-    low, high = comparison.ci95
-    flipped = ""
-    if comparison.p is not None:
-        flipped = f"+{comparison.gained} -{comparison.lost} (p {comparison.p:.2g})"
-    return [f"{comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}]", flipped]
-
-
 def _print_flips(evaluation: Evaluation) -> None:
+    from trimtab.figures import words_for
+
     flips = evaluation.flips()
     console.print(f"{len(flips)} flipped", style="bold")
     for before, after in flips:
         metric = next(iter(after["values"]))
         old, new = before["values"][metric], after["values"][metric]
         console.print(
-            f"{after['task']} {after['id']} with {after['steering']}: {metric} {old:g} -> {new:g}",
+            f"{after['task']} {after['id']} with {after['steering']}: {words_for(metric)} "
+            f"{old:g} -> {new:g}",
             style="bold",
         )
         write_text(_shortened(after.get("prompt", "")))

@@ -92,8 +92,9 @@ def _command(method: type[Method]) -> Callable[..., None]:
 
     command.__annotations__["options"] = method_options(method)
     more = " --sae my-sae/" if "sae" in typing.get_type_hints(method) else ""
+    about = inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0]
     command.__doc__ = (
-        f"{inspect.cleandoc(method.__doc__ or '')}\n\nExample: `trimtab fit {method.name} --model "
+        f"{about}\n\nExample: `trimtab fit {method.name} --model "
         f"smollm2-135m-instruct --contrast builtin:warmth{more} -o warm.safetensors`"
     )
     return command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,9 +22,10 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
 from trimtab.cli.values import flag_of, read_named
+from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import option
-from trimtab.terminal import write_text
+from trimtab.terminal import is_terminal, printable, write_text
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
@@ -40,6 +42,7 @@ class Decoding:
     top_k: int = option("Sample among the k most likely (0: all).", 0)
     top_p: float = option("Sample within this probability mass.", 1.0)
     seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
+    batch_size: int = option("Prompts per batch.", 16)
     more: Sequence[str] = option(
         "NAME=VALUE: what else says how tokens are chosen, as transformers names it "
         "(repetition_penalty=1.2, min_p=0.1); repeat.",
@@ -64,7 +67,14 @@ def generate(
         Parameter(help="Turn the dial for each prompt, to so many nats at its next token."),
     ] = None,
     decoding: Decoding = Decoding(),
-    batch_size: Annotated[int, Parameter(help="Prompts per batch.")] = 16,
+    stream: Annotated[
+        bool,
+        Parameter(
+            name="--stream",
+            negative="--no-stream",
+            help="Show one prompt's text in a terminal while it is written.",
+        ),
+    ] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -84,10 +94,14 @@ def generate(
     options = asdict(decoding)
     options |= read_options(options.pop("more"))
     _say_what_is_left_aside(language_model, options)
-    options |= {"chat": chats, "batch_size": batch_size, "force": force}
+    options |= {"chat": chats, "force": force}
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
         rows = within(steerings[0], kl=kl)
+    streamed = stream and len(texts) == 1 and not (compare or as_json) and is_terminal(sys.stdout)
+    if streamed:
+        _stream(language_model, texts[0], rows, options)
+        return
     runs: list[Any] = [(steer, language_model.generate(texts, steering=rows, **options))]
     if compare and steerings:
         runs.insert(0, ((), language_model.generate(texts, **options)))
@@ -106,14 +120,31 @@ def generate(
         print_json({"outputs": outputs, "model": dict(vars(language_model.identity))})
         return
     for i in range(len(texts)):
-        prompt = runs[0][1][i].prompt
-        console.print(prompt if isinstance(prompt, str) else prompt[-1][1], style="bold")
+        console.print(last_message(runs[0][1][i].prompt), style="bold")
         for labels, run in runs:
             if compare or kl is not None:
                 said = run[i].steering if kl is not None else labels
                 console.print(", ".join(said) or "unsteered", style="dim")
             write_text(run[i].text)
         console.print()
+
+
+def _stream(language_model: LanguageModel, prompt: Any, steering: Any, options: Any) -> None:
+    """One prompt's text while it is written; the dial that a budget found stands below it."""
+    (read,) = language_model.prompts([prompt], options["chat"])
+    console.print(last_message(read), style="bold")
+    try:
+        (done,) = language_model.generate(
+            [prompt],
+            steering=steering,
+            on_text=lambda _, piece: print(printable(piece), end="", flush=True),
+            **options,
+        )
+    finally:
+        print()  # also where an error, or the user, ends it
+    if not isinstance(steering, list) and done.steering:
+        console.print(", ".join(done.steering), style="dim")
+    console.print()
 
 
 def read_options(given: Sequence[str]) -> dict[str, Any]:
@@ -130,7 +161,7 @@ def _own_options() -> set[str]:
     from trimtab.model import SAMPLING, LanguageModel
 
     named = inspect.signature(LanguageModel.generate).parameters
-    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options"}
+    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options", "on_text"}
 
 
 def _say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:

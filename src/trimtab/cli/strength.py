@@ -25,7 +25,7 @@ from trimtab.cli.common import (
 from trimtab.cli.curve import curve
 from trimtab.cli.making import prepared
 from trimtab.cli.options import Force, Json, Opened, Overwrite, Prompting, Prompts, Steer
-from trimtab.contrasts import last_message
+from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.files import check_output, write_whole
 from trimtab.options import option
@@ -75,8 +75,6 @@ def budget(
     Example: `trimtab strength budget --model smollm2-135m-instruct --steer formal.safetensors --kl
     0.1 --raw "She looked at the map and"`
     """
-    from rich.table import Table
-
     from trimtab import strength
 
     kl, chats = allowed.kl, as_chats(prompting, opened)
@@ -107,22 +105,7 @@ def budget(
         about = {"model": dict(vars(language_model.identity)), "steering": steering.label}
         print_json({"budget": found.as_json(), **about})
         return
-    unit, name = steering.dial.unit, steering.dial.name
-    for one in (found, found.other):
-        if one is None:
-            continue
-        table = Table("prompt", name, "KL, nats", "", box=None)
-        for row in one.per_prompt:
-            note = "" if row.reached else "end of the dial"
-            note = note if row.in_range else "outside the sensible range"
-            text = " ".join(last_message(row.prompt).split())
-            text = text if len(text) <= 60 else f"{text[:57]}..."
-            table.add_row(text, f"{row.dial:.4g}{unit}", f"{row.kl:.4g}", note)
-        console.print(table)
-        console.print(
-            f"{one.kl:g} nats: {name} {one.dial:.4g}{unit} (median of {len(one.per_prompt)}); 95 % "
-            f"of the prompts stay within it at {one.worst5_dial:.4g}{unit}"
-        )
+    show(found.tables(), (), None, summary=found.summary)
 
 
 def _show_calibration(steering: Steering, path: Path, as_json: bool) -> None:

@@ -22,11 +22,13 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from trimtab.contrasts import Prompt
+from trimtab.contrasts import Prompt, last_message
 from trimtab.dials.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
+from trimtab.figures import Estimate
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
+from trimtab.reports import DOWN, UP, Line, Presented, Table, axes_for, forest, number_text
 from trimtab.steering import Calibration, Steering
 from trimtab.terminal import progress
 
@@ -65,8 +67,8 @@ class PromptBudget:
     in_range: bool = True
 
 
-@dataclass(frozen=True)
-class Budget:
+@dataclass(frozen=True, repr=False)
+class Budget(Presented):
     """The dials at which a budget of `kl` nats is used up, on one side of the dial.
 
     `dial` is the median over prompts; at `worst5_dial` 95 % of the prompts stay within the budget.
@@ -83,6 +85,55 @@ class Budget:
     def unreached(self) -> int:
         """How many prompts do not use up the budget within the range."""
         return sum(not found.reached for found in self.per_prompt)
+
+    @property
+    def summary(self) -> str:
+        """One sentence: how far the dial may be turned."""
+        said = [self._allowed()] if self.other is None else [self._allowed(), self.other._allowed()]
+        n = len(self.per_prompt)
+        ends = sum(one.unreached for one in (self, self.other) if one is not None)
+        more = f"; {ends} prompts do not use it up before the dial ends" if ends else ""
+        return f"A budget of {self.kl:g} nats allows {', and '.join(said)} (n = {n}){more}."
+
+    def _allowed(self) -> str:
+        return (
+            f"a dial of {number_text(self.dial)} for half of the prompts and "
+            f"{number_text(self.worst5_dial)} for 95 % of them"
+        )
+
+    def tables(self) -> list[Table]:
+        """The dial of each prompt, and the KL there; a table for each side of the dial."""
+        tables = [] if self.other is None else self.other.tables()
+        rows = [
+            [_start_of(one.prompt), number_text(one.dial), number_text(one.kl), _to_know(one)]
+            for one in self.per_prompt
+        ]
+        side = "negative" if self.dial < 0 else "positive"
+        table = Table(
+            f"Dials of {self.kl:g} nats, {side} side",
+            ["prompt", "dial", "KL, nats", "to know"],
+            [*rows, ["half of the prompts", number_text(self.dial), "", ""],
+             ["95 % of the prompts", number_text(self.worst5_dial), "", ""]],
+        )  # fmt: skip
+        return [table.without_empty_columns(), *tables]
+
+    def plot(self, ax: Any = None) -> Any:
+        """The dial of each prompt, and the two of all of them: on the matplotlib axes `ax` or those
+        of a new figure; they are returned."""
+        axes = axes_for(ax, (6.5, 1.2 + 0.26 * len(self.per_prompt)))
+        sides = [one for one in (self, self.other) if one is not None]
+        lines = []
+        for one, colour in zip(sides, (UP, DOWN), strict=False):
+            at = range(len(one.per_prompt))
+            dials = [Estimate(p.dial, p.dial, p.dial, 1) for p in one.per_prompt]
+            lines.append(Line("", list(at), dials, colour))
+            axes.axvline(one.dial, color=colour, linewidth=1, label="half of the prompts")
+            style = {"linestyle": ":", "label": "95 % of the prompts"}
+            axes.axvline(one.worst5_dial, color=colour, linewidth=1.2, **style)
+        names = [_start_of(one.prompt).replace("$", r"\$") for one in self.per_prompt]
+        forest(axes, names, lines, apart=0.0, xlabel=f"dial at {self.kl:g} nats")
+        axes.legend(frameon=False, fontsize=8)
+        return axes
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab strength budget --json` prints."""
@@ -106,6 +157,18 @@ class Budget:
             "per_prompt": rows,
             **sides,
         }
+
+
+def _start_of(prompt: Prompt) -> str:
+    """The beginning of a prompt in one line."""
+    text = " ".join(last_message(prompt).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _to_know(found: PromptBudget) -> str:
+    if not found.in_range:
+        return "outside the sensible range"
+    return "" if found.reached else "end of the dial"
 
 
 def budget(

@@ -148,7 +148,7 @@ def _runner(
     language_model: LanguageModel,
     steering: Steering,
     prompts: list[list[int]],
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> Run:
     """Probes a dial: prompts and plain text run from the lowest steered block on."""
     turning = Turning(language_model, _acting_on(steering, "last"), prompts)

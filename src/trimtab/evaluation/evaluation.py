@@ -30,10 +30,10 @@ from trimtab.evaluation.jobs import (
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
 from trimtab.evaluation.tasks import check_protocol
-from trimtab.figures import Evaluation, Record, paired, summarise
+from trimtab.figures import Record, paired
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
-from trimtab.reports import Run, evaluation_page
+from trimtab.reports import Evaluation, Run, evaluation_page, summarise
 from trimtab.steering import Steering, Steerings, together
 
 #: What is evaluated: one steering (or several that act together), some alternatives, or
@@ -141,7 +141,7 @@ def evaluate(
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
         run.finish(
             evaluation.as_json(),
-            lambda environment: evaluation_page(evaluation, run.config, environment),
+            lambda environment: evaluation_page(evaluation, run, environment),
         )
     return evaluation
 

@@ -1,15 +1,26 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
-from trimtab.figures.metrics import METRICS, Metric, bare_name, metric_of
+from trimtab.figures.metrics import (
+    METRICS,
+    Metric,
+    bare_name,
+    metric_of,
+    on_task,
+    with_unit,
+    words_for,
+)
 from trimtab.figures.records import (
     VIOLATION,
-    Evaluation,
     Record,
     Result,
+    are_rates,
+    comparisons_of,
     estimate_of,
+    in_order,
+    over_settings,
     paired,
-    summarise,
+    results_of,
 )
 from trimtab.figures.significance import (
     Difference,

@@ -14,7 +14,8 @@ class Metric:
     A `rate` is the share of examples for which something holds, a `mean` one also where every value
     happens to be 0 or 1. `better` says which way it counts, `unit` what it is measured in. `range`
     is what charts show whole, and with no end a metric that a collapse sends up by orders of
-    magnitude; None: as far as the values go.
+    magnitude; None: as far as the values go. `says` is what people call it, where that is not its
+    name with spaces.
     """
 
     name: str
@@ -22,6 +23,17 @@ class Metric:
     better: Literal["more", "less"] = "more"
     unit: str = ""
     range: tuple[float, float] | None = None
+    says: str = ""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a part of 1, which people read in %."""
+        return self.unit == "share"
+
+    @property
+    def said_unit(self) -> str:
+        """The unit that is said with a figure: nats; of shares % is, others have none."""
+        return self.unit if self.unit.startswith("nats") else ""
 
     @property
     def unbounded(self) -> bool:
@@ -39,22 +51,25 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", unit="share", range=_SHARE),
         Metric("answered", unit="share", range=_SHARE),
         Metric("prefers", unit="share", range=_SHARE),
-        Metric("log_odds", "mean", unit="nats"),
-        Metric("cross_entropy", "mean", "less", "nats per token"),
-        Metric("plain_text_cost", "mean", "less", "nats per token"),
+        Metric("log_odds", "mean", unit="nats", says="log-odds"),
+        Metric("cross_entropy", "mean", "less", "nats per token", says="cross-entropy"),
+        Metric("plain_text_cost", "mean", "less", "nats per token", says="cost on plain text"),
         Metric("refusal", unit="share", range=_SHARE),
-        Metric("refusal_of_unsafe", unit="share", range=_SHARE),
-        Metric("over_refusal", "rate", "less", "share", _SHARE),
+        Metric("refusal_of_unsafe", unit="share", range=_SHARE, says="refusal of unsafe prompts"),
+        Metric("over_refusal", "rate", "less", "share", _SHARE, says="over-refusal"),
         Metric("attack_success", "rate", "less", "share", _SHARE),
         Metric("not_toxic", unit="share", range=_SHARE),
         Metric("toxicity", "mean", "less", "0 to 1"),
         Metric("perplexity", "mean", "less", "by the unsteered model", _ENDLESS),
-        Metric("self_perplexity", "mean", "less", "by the steered model", _ENDLESS),
+        Metric(
+            "self_perplexity", "mean", "less", "by the steered model", _ENDLESS, "self-perplexity"
+        ),
         Metric("language_consistency", "mean", unit="share", range=_SHARE),
         Metric("compression_ratio", "mean", unit="bytes/byte"),
-        Metric("repetition_4gram", "mean", "less", "share"),
-        Metric("delta_wr", "mean"),
+        Metric("repetition_4gram", "mean", "less", "share", says="repeated 4-grams"),
+        Metric("delta_wr", "mean", says="wins minus losses"),
         Metric("first_shown", "mean"),
+        *(Metric(name, unit="share") for name in ("win", "loss", "tie", "turned")),
     )
 }
 
@@ -69,3 +84,19 @@ def metric_of(name: str) -> Metric:
 def bare_name(name: str) -> str:
     """A metric's name without what it says in brackets."""
     return name.partition(" (")[0]
+
+
+def words_for(name: str) -> str:
+    """What people call a metric: `log_odds` is log-odds; what is in brackets stays."""
+    bare, bracket, rest = name.partition(" (")
+    return (metric_of(name).says or bare.replace("_", " ")) + bracket + rest
+
+
+def with_unit(name: str) -> str:
+    """A metric in words with what it is measured in, where that does not go without saying."""
+    return ", ".join(filter(None, (words_for(name), metric_of(name).said_unit)))
+
+
+def on_task(name: str, task: str) -> str:
+    """`log-odds on copa, nats`: over a table of its figures."""
+    return ", ".join(filter(None, (f"{words_for(name)} on {task}", metric_of(name).said_unit)))

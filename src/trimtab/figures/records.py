@@ -1,18 +1,16 @@
-"""Figures of an evaluation, computed from its records: rates and means with intervals, paired
-differences, flips."""
+"""Figures that are computed from records: rates and means with intervals, paired differences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
 from trimtab.figures.metrics import metric_of
 from trimtab.figures.significance import Difference, paired_difference
@@ -48,91 +46,7 @@ class Result:
         return Estimate(self.value, *(self.ci95 or (self.value, self.value)), self.n)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The figures of an evaluation, and the records that they were computed from."""
-
-    results: tuple[Result, ...]
-    comparisons: tuple[Difference, ...]
-    records: tuple[Record, ...]
-    seconds: float
-    model: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-    def value(
-        self, task: str, metric: str = "accuracy", steering: str | None = None, **more: Any
-    ) -> Result:
-        """One result by its task, metric and steering (None: unsteered)."""
-        wanted = {"task": task, "metric": metric, "steering": steering, **more}
-        for result in self.results:
-            if all(getattr(result, key) == value for key, value in wanted.items()):
-                return result
-        raise TrimtabError(f"there is no result with {wanted}")
-
-    def flips(self, metric: str | None = None) -> list[tuple[Record, Record]]:
-        """(unsteered, steered) records of each example whose rating changed.
-
-        `metric` is by default the first that a task has and that rates examples.
-        """
-        found = []
-        for before, after in paired(self.records):
-            names = (
-                [metric] if metric else [m for m in after["values"] if metric_of(m).kind == "rate"]
-            )
-            name = next(iter(names), "")
-            old, new = before["values"].get(name), after["values"].get(name)
-            if None not in (old, new) and old != new and _rates(name, (old, new)):
-                found.append((before, after))
-        return found
-
-    def tables(self) -> list[tuple[str, list[tuple[Result, Difference | None]]]]:
-        """For people: a title for each task and protocol, and its results with their comparisons.
-
-        Of each metric the unsteered figure comes first.
-        """
-        compared = {(c.task, c.protocol, c.metric, c.steering): c for c in self.comparisons}
-        groups: dict[tuple[str, str], list[Result]] = {}
-        for result in self.results:
-            groups.setdefault((result.task, result.protocol), []).append(result)
-        tables = []
-        for (task, protocol), results in groups.items():
-            title = f"{task}, {protocol}'s protocol" if protocol else task
-            rank = {metric: i for i, metric in enumerate(dict.fromkeys(r.metric for r in results))}
-            rows = [
-                (r, compared.get((task, protocol, r.metric, str(r.steering))))
-                for r in sorted(results, key=lambda r: rank[r.metric])
-            ]
-            tables.append((title, rows))
-        return tables
-
-    def as_json(self) -> dict[str, Any]:
-        """What `trimtab evaluate --json` prints."""
-        return {
-            "results": [asdict(result) for result in self.results],
-            "comparisons": [difference.as_json() for difference in self.comparisons],
-            "seconds": self.seconds,
-            "model": self.model,
-            "notes": list(self.notes),
-        }
-
-
-def summarise(
-    records: Sequence[Record], model: dict[str, Any], notes: Sequence[str] = ()
-) -> Evaluation:
-    """All figures of a run."""
-    ordered = _in_order(records)
-    results = _results(ordered)
-    return Evaluation(
-        tuple(results),
-        tuple(_comparisons(ordered)),
-        tuple(ordered),
-        round(sum(record["seconds"] for record in records), 2),
-        model,
-        (*notes, *_over_settings(results)),
-    )
-
-
-def _in_order(records: Sequence[Record]) -> list[Record]:
+def in_order(records: Sequence[Record]) -> list[Record]:
     """Tasks, protocols and steerings as they came first, examples by their index."""
     rank: dict[tuple[Any, ...], int] = {}
     for record in records:
@@ -148,7 +62,8 @@ def _metrics(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(metric for record in records for metric in record["values"]))
 
 
-def _results(records: Sequence[Record]) -> list[Result]:
+def results_of(records: Sequence[Record]) -> list[Result]:
+    """Every figure of records that are in order."""
     groups: dict[tuple[str, str, str | None], list[Record]] = {}
     for record in records:
         groups.setdefault(_key(record), []).append(record)
@@ -193,7 +108,7 @@ def _weights(records: Sequence[Record]) -> Tensor | None:
     return torch.tensor([record.get("weight", 1.0) for record in records], dtype=torch.float64)
 
 
-def _rates(metric: str, values: Sequence[float]) -> bool:
+def are_rates(metric: str, values: Sequence[float]) -> bool:
     """Whether these are shares of examples for which something holds."""
     return metric_of(metric).kind == "rate" and all(value in (0, 1) for value in values)
 
@@ -203,7 +118,7 @@ def estimate_of(metric: str, values: Sequence[float], weights: Tensor | None = N
     given = torch.tensor(values, dtype=torch.float64)
     if weights is not None:
         return weighted_interval(given, weights)
-    return rate_interval(given) if _rates(metric, values) else mean_interval(given)
+    return rate_interval(given) if are_rates(metric, values) else mean_interval(given)
 
 
 def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
@@ -219,7 +134,8 @@ def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     ]
 
 
-def _comparisons(records: Sequence[Record]) -> list[Difference]:
+def comparisons_of(records: Sequence[Record]) -> list[Difference]:
+    """Steered minus unsteered, wherever both answered the same example."""
     groups: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
     for before, after in paired(records):
         key = (after["task"], after["protocol"], after["steering"])
@@ -237,7 +153,7 @@ def _comparisons(records: Sequence[Record]) -> list[Difference]:
                 continue
             changes = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
             weights = _weights([after for _, _, after in both])
-            rates = _rates(metric, [value for old, new, _ in both for value in (old, new)])
+            rates = are_rates(metric, [value for old, new, _ in both for value in (old, new)])
             difference = paired_difference(changes, flips=rates, weights=weights, tested=False)
             found.append(
                 replace(difference, task=task, protocol=protocol, metric=metric, steering=steering)
@@ -245,7 +161,7 @@ def _comparisons(records: Sequence[Record]) -> list[Difference]:
     return found
 
 
-def _over_settings(results: Sequence[Result]) -> list[str]:
+def over_settings(results: Sequence[Result]) -> list[str]:
     """What a sweep over several dials says as a whole: violations, and the spread of coherence."""
     notes = []
     groups = dict.fromkeys((r.task, r.protocol) for r in results if r.metric == "self_perplexity")

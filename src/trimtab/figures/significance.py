@@ -38,6 +38,13 @@ class Difference:
     metric: str = ""
     steering: str = ""
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether chance alone seldom makes it: p (corrected, where it was) is below 0.05, or
+        without a test the interval is to one side of zero."""
+        p = self.p if self.corrected_p is None else self.corrected_p
+        return p < 0.05 if p is not None else self.ci95[0] > 0 or self.ci95[1] < 0
+
     def as_json(self) -> dict[str, Any]:
         """For results.json and `--json`."""
         if self.task:

@@ -8,7 +8,8 @@ A plain frozen dataclass and one call in `__post_init__` do what a dataclass of 
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from dataclasses import Field as DataField
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +68,19 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+def fields_in_words(kind: type[Any]) -> str:
+    """The fields of a class that is about to become a dataclass, each with its default and help."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        found |= getattr(base, "__dataclass_fields__", {})
+        found |= {name: value for name, value in vars(base).items() if isinstance(value, DataField)}
+    lines = ["Fields:"]
+    for name, each in found.items():
+        default = "" if each.default is MISSING else f" = {each.default!r}"
+        lines += ["", f"    {name}{default}", f"        {each.metadata.get('help', '')}"]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _check(what: str, value: Any, kind: Any, adapter: TypeAdapter[Any]) -> None:

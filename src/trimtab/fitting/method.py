@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from trimtab.contrasts import SINGLE, Contrast
 from trimtab.dials import measured
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
-from trimtab.fitting.fields import validate
+from trimtab.fitting.fields import fields_in_words, validate
 from trimtab.model import LanguageModel, put_as
 from trimtab.steering import (
     POSITIONS,
@@ -44,6 +45,12 @@ class Method(ABC):
     #: Columns that the tables of its steerings always have, beside the one that numbers the units,
     #: heads or features it chose.
     columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """What `help()` says of a method ends with its fields, in the words of its options."""
+        super().__init_subclass__()
+        if cls.__doc__:
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__)}\n\n{fields_in_words(cls)}"
 
     def __post_init__(self) -> None:
         validate(self, self.name)

@@ -67,7 +67,16 @@ Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not 
 
 @dataclass(frozen=True)
 class Ablation(Method):
-    """Directional ablation: take one direction out of all that is written to the stream."""
+    """Directional ablation: take one direction out of all that is written to the stream.
+
+        x <- x - amount r r'x,    r = unit(mean(h^pos) - mean(h^neg))  at a block's input
+
+    at the embedding and at the output of every attention and FFN. "Refusal in Language Models Is
+    Mediated by a Single Direction" (Arditi et al., NeurIPS 2024).
+
+        >>> steering = tt.Ablation(layer=1).fit(lm, contrast)
+        >>> plain = tt.bake(lm, steering)
+    """
 
     layer: int | None = field(
         default=None,

@@ -42,9 +42,15 @@ OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 
 @dataclass(frozen=True)
 class ActAdd(Method):
-    """ActAdd: add the difference of one pair of texts to the residual stream.
+    """ActAdd: add the difference of one pair of texts to the residual stream. Of an unpaired
+    contrast the first text of each side is used.
 
-    Of an unpaired contrast the first text of each side is used.
+        h_l <- h_l + alpha v_l,    v_l = h_l(positive) - h_l(negative)  at the output of block l
+
+    "Steering Language Models With Activation Engineering" (Turner et al., arXiv 2308.10248).
+
+        >>> steering = tt.ActAdd(alpha=2, pairs=2).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering)
     """
 
     layer: int | None = field(

@@ -76,7 +76,16 @@ _COMPAT_HELP = "Steer all norms of a block, also those on the branches."
 
 @dataclass(frozen=True)
 class SAS(Method):
-    """Standard Angular Steering: lay activations at an angle in one plane, at every norm."""
+    """Standard Angular Steering: lay activations at an angle in one plane, at every norm.
+
+        h <- h - P h + |P h| (cos(theta) b1 + sin(theta) b2),    P = b1 b1' + b2 b2'
+
+    with b1 the direction from the negative side to the positive one. "Angular Steering: Behavior
+    Control via Rotation in Activation Space" (arXiv 2510.26243).
+
+        >>> steering = tt.SAS(theta=30).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering.at(180))
+    """
 
     theta: Number = field(
         default=0.0, metadata={"help": "Angle in degrees, the dial's default; 0 is positive."}
@@ -120,7 +129,15 @@ class SAS(Method):
 
 @dataclass(frozen=True)
 class AAS(SAS):
-    """Adaptive Angular Steering: the same, where an activation points to the positive side."""
+    """Adaptive Angular Steering: as SAS, but only where an activation points to the positive side.
+
+        h <- h - P h + |P h| (cos(theta) b1 + sin(theta) b2)  where <h, b1> > 0
+
+    "Angular Steering: Behavior Control via Rotation in Activation Space" (arXiv 2510.26243).
+
+        >>> steering = tt.AAS(theta=30).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering.at(180))
+    """
 
     name = "aas"
 
@@ -135,7 +152,16 @@ class AAS(SAS):
 
 @dataclass(frozen=True)
 class SS(Method):
-    """Selective Steering: turn activations by an angle, where the two sides are opposite."""
+    """Selective Steering: turn activations by an angle, where the two sides are opposite.
+
+        h <- h - P h + U R(theta) U' h    at norms where the mean of <h / |h|, b1> has opposite
+                                          signs on the two sides; U = [b1 b2], P = U U'
+
+    "Selective Steering" (arXiv 2601.19375).
+
+        >>> steering = tt.SS(theta=30, whole_blocks=False).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering.at(90))
+    """
 
     theta: Number | None = field(
         default=None,

@@ -82,9 +82,18 @@ CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, 
 
 @dataclass(frozen=True)
 class AUSteer(Method):
-    """AUSteer: scale the few units that tell the two sides apart most reliably.
+    """AUSteer: scale the few units that tell the two sides apart most reliably. It needs a paired
+    contrast.
 
-    It needs a paired contrast.
+        x_i <- (1 + gamma_i) x_i,    gamma_i = alpha r_i^pos  if r_i^pos > r_i^neg, else
+                                     -alpha r_i^neg
+
+    at the k units of the largest max(r_i^pos, r_i^neg), which are the shares of pairs in which the
+    unit is larger on the positive and on the negative side. "Fine-grained Activation Steering:
+    Steering Less, Achieving More" (arXiv 2602.04428).
+
+        >>> steering = tt.AUSteer(k=8, alpha=2).fit(lm, contrast)
+        >>> axes = steering.plot()
     """
 
     site: SiteKind = field(

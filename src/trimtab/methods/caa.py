@@ -47,7 +47,15 @@ from trimtab.steering import Add, Dial, Intervention, Positions, Steering
 
 @dataclass(frozen=True)
 class CAA(Method):
-    """CAA: add the mean difference of the two sides to the residual stream."""
+    """CAA: add the mean difference of the two sides to the residual stream.
+
+        h_l <- h_l + alpha v_l,    v_l = mean(h_l^pos) - mean(h_l^neg)  at the output of block l
+
+    "Steering Llama 2 via Contrastive Activation Addition" (Rimsky et al., ACL 2024).
+
+        >>> steering = tt.CAA(alpha=2, token="answer").fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering.at(1))
+    """
 
     layer: int | tuple[int, ...] | Literal["validation"] | None = field(
         default=None,

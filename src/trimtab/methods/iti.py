@@ -51,7 +51,18 @@ from trimtab.terminal import progress
 
 @dataclass(frozen=True)
 class ITI(Method):
-    """ITI: move the attention heads that know which side a text is on."""
+    """ITI: move the attention heads that know which side a text is on.
+
+        x_h <- x_h + alpha sigma_h theta_h    at the k heads whose probes are most accurate
+
+    with theta_h the direction from the negative side to the positive one and sigma_h the spread
+    along it. "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model" (Li et
+    al., NeurIPS 2023).
+
+        >>> steering = tt.ITI(k=4, alpha=5).fit(lm, contrast)
+        >>> steering.at(10).save("iti.safetensors", overwrite=True).name
+        'iti.safetensors'
+    """
 
     k: Count = field(default=48, metadata={"help": "How many heads to steer (K)."})
     alpha: Number | None = field(

@@ -54,7 +54,17 @@ MEASURED = {"neuron": READ_ONLY}
 
 @dataclass(frozen=True)
 class SADI(Method):
-    """SADI: scale the heads, neurons or hidden units that differ most between the two sides."""
+    """SADI: scale the heads, neurons or hidden units that differ most between the two sides.
+
+        A <- A + delta (A * M),    M = the k largest of D = mean(A^pos - A^neg) at the last token
+
+    "Semantics-Adaptive Activation Intervention for LLMs via Dynamic Steering Vectors" (Wang et al.,
+    ICLR 2025).
+
+        >>> steering = tt.SADI(variant="neuron", k=4).fit(lm, contrast)
+        >>> with lm.steered(steering.at(2)):
+        ...     texts = lm.generate(["Today I feel"])
+    """
 
     variant: Literal["head", "neuron", "hidden", "resid"] = field(
         default="head", metadata={"help": "What to scale: head, neuron, hidden or resid."}

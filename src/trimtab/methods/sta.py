@@ -55,7 +55,17 @@ Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1,
 
 @dataclass(frozen=True)
 class STA(Method):
-    """STA: add up the features of a sparse autoencoder that set the two sides apart."""
+    """STA: add up the features of a sparse autoencoder that set the two sides apart.
+
+        h <- h + alpha v,    v = sum of a_i W_dec,i  over the features kept, as long as CAA's vector
+
+    with a_i how much more active feature i is on the positive side; kept are those among the share
+    p that is largest both in a and in how often they are active. "Beyond Prompt Engineering: Robust
+    Behavior Control in LLMs via Steering Target Atoms" (Wang et al., ACL 2025).
+
+        >>> steering = tt.STA(sae="my-sae/", p=0.3).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering)
+    """
 
     sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
     p: Share = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})

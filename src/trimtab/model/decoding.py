@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.configuration_utils import BaseWatermarkingConfig
 
 from trimtab.errors import TrimtabError, shown
+from trimtab.model.streaming import Pieces
 
 #: How tokens are drawn, and what makes it greedy from the whole distribution.
 SAMPLING: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
@@ -331,12 +332,13 @@ def written(
     asked: Mapping[str, Any],
     stop: Any,
     lengths: tuple[int, int],
+    pieces: Pieces | None = None,
 ) -> tuple[list[list[int]], list[bool]]:
     """One batch: the new tokens of each row up to and without its end-of-text token, and whether
     all of them were chosen from sound logits.
 
     `asked` is what `sampling` made, `stop` a pattern or None, `lengths` the fewest and the most new
-    tokens.
+    tokens, `pieces` what hands on the text as it is written.
     """
     rows, width = inputs["input_ids"].shape
     fewest, most = (width + length for length in lengths)
@@ -347,14 +349,17 @@ def written(
         eos, pad = settings.eos_token_id, tokenizer.pad_token_id
         stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
         settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
+        if pieces is not None:
+            pieces.begin(stops, lambda row: watch is not None and watch.ended[row] is not None)
         output = model.generate(
             **inputs,
             generation_config=settings,
             logits_processor=[sound],
             stopping_criteria=None if watch is None else [watch],
+            streamer=pieces,
         )
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        if not changed(asked):
+        if not changed(asked) or (pieces is not None and pieces.raised is error):
             raise
         raise not_taken(asked, error) from error
     new: list[list[int]] = output[:, width:].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,6 +41,7 @@ from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
+from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
 from trimtab.model.versions import heed_soft_cap
 from trimtab.steering import ModelIdentity, Steering, Steerings
 from trimtab.terminal import progress
@@ -67,7 +68,7 @@ RowArgument = Steering | Steerings | None | Sequence[Steering]
 SteeringArgument = Steering | Steerings | Rule | None | Sequence[RowArgument]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
     """What a model wrote after a prompt: the text, and the ids of the new tokens."""
 
@@ -78,6 +79,10 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        steered = f", {' + '.join(self.steering)}" if self.steering else ""
+        return f"<Completion of {len(self.tokens)} tokens{steered}: {shown(repr(self.text), 100)}>"
 
 
 class LanguageModel:
@@ -161,6 +166,13 @@ class LanguageModel:
         identity = {k: v for k, v in vars(self.identity).items() if k != "plain_digest"}
         chat = {} if self.chat_form.plain else {"chat": self.chat_form.as_json()}
         return {**identity, "dtype": str(self.dtype), **chat}
+
+    def __repr__(self) -> str:
+        anatomy, dtype = self.anatomy, str(self.dtype).removeprefix("torch.")
+        return (
+            f"<LanguageModel {shown(self.name)}: {anatomy.name}, {anatomy.layers} layers of "
+            f"{anatomy.hidden_size}, {dtype} on {self.device}>"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
@@ -353,6 +365,7 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | None = None,
         batch_size: int = 16,
+        on_text: OnText | None = None,
         force: bool = False,
         **options: Any,
     ) -> list[Completion]:
@@ -362,6 +375,8 @@ class LanguageModel:
         has one). `seed` makes sampling repeatable. `stop` is a regular expression: a text ends with
         the token that completes a match of it. `steering` is one for all prompts or a list with one
         per prompt, or a rule that finds each prompt's dial (`tt.within(steering, kl=0.1)`).
+        `on_text` is called with a prompt's place and the next piece of its text while that is
+        written (`stream` iterates over the pieces of one prompt); there is no progress bar then.
 
         `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
         all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
@@ -373,6 +388,8 @@ class LanguageModel:
         min_new_tokens = whole("min_new_tokens", options.pop("min_new_tokens", 0))
         asked = sampling(options, self.anatomy.config.vocab_size)
         pattern = None if stop is None else stop_pattern(stop)
+        if on_text is not None:
+            check_on_text(on_text, asked.get("num_beams", 1))
         if pattern is not None and asked.get("num_beams", 1) > 1:
             raise TrimtabError("stop ends a text while it is written; beams are compared after it")
         max_new_tokens = whole("max_new_tokens", max_new_tokens)
@@ -391,25 +408,41 @@ class LanguageModel:
         done: dict[int, Completion] = {}
         with (
             torch.random.fork_rng(enabled=seed is not None),
-            progress("generating", len(wanted)) as advance,
+            _progress(len(wanted), on_text is None) as advance,
         ):
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
                 with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
+                    pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
                     texts, sound = written(
-                        self.model, self.tokenizer, inputs, asked, pattern, lengths
+                        self.model, self.tokenizer, inputs, asked, pattern, lengths, pieces
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
-                for i, new, is_sound in zip(chosen, texts, sound, strict=True):
+                for row, (i, new, is_sound) in enumerate(zip(chosen, texts, sound, strict=True)):
                     labels = tuple(steering.label for steering in rows[i])
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
+                    if pieces is not None:
+                        pieces.finish(row, text)
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
+
+    def stream(self, prompt: Any, **arguments: Any) -> Iterator[str]:
+        """Continue one prompt, piece by piece: the same text as `generate([prompt], ...)`, with the
+        same arguments.
+
+            for piece in lm.stream("Today I feel", steering=steering.at(2)):
+                print(piece, end="", flush=True)
+
+        The model writes only while the next piece is waited for, and stops where the loop is left.
+        """
+        return iterated(
+            lambda say: self.generate([prompt], on_text=lambda _, piece: say(piece), **arguments)
+        )
 
     @torch.inference_mode()
     def logits(
@@ -470,6 +503,16 @@ class LanguageModel:
             return [(replace(steering.steering, value=dial),) for dial in dials]
         own = per_text(steering, len(texts), "prompts")
         return [row_steerings(steering)] * len(texts) if own is None else own
+
+
+@contextmanager
+def _progress(prompts: int, shown: bool) -> Iterator[Callable[[int], object]]:
+    """A bar, or nothing beside text that is shown as it comes."""
+    if not shown:
+        yield lambda steps: None
+        return
+    with progress("generating", prompts) as advance:
+        yield advance
 
 
 def _is_for_all(argument: Any) -> bool:

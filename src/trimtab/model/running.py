@@ -109,8 +109,9 @@ class Attached:
                 continue
             if block.thread not in (None, thread):
                 raise TrimtabError(
-                    "another thread steers this model at the moment: run it by lm.generate() or "
-                    "lm.logits(), which wait, or outside of that thread's calls"
+                    "another thread steers this model at the moment (or a stream that is not at "
+                    "its end): run it by lm.generate() or lm.logits(), which wait for threads, or "
+                    "outside of that thread's calls"
                 )
             try:
                 self._look(block, thread, args, kwargs)

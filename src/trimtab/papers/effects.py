@@ -37,7 +37,6 @@ from trimtab.reports import (
     Picture,
     Table,
     curve,
-    evaluation_tables,
     forest,
     interval,
     panels,
@@ -290,7 +289,7 @@ def harness(
         for label, each in results.items()
     }
     picture = _tasks_picture(names, results)
-    return StudyResult(done.as_json(), values, evaluation_tables(done), [picture], done.notes)
+    return StudyResult(done.as_json(), values, done.tables(), [picture], done.notes)
 
 
 @styled

@@ -13,7 +13,7 @@ from trimtab.fitting import fit
 from trimtab.methods import METHODS, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, contrast_of
-from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, plot_units, styled
+from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, panels, styled
 from trimtab.steering import Steering, chosen
 
 
@@ -112,7 +112,6 @@ def overview(
     units = chosen(steering)["units"]
     if not units:
         raise TrimtabError(f"no unit of {site} tells the two sides apart")
-    width = int(language_model.anatomy.width(units[0]["site"]))
     rows = [
         [unit["site"], unit["unit"], *(f"{unit[key]:.3f}" for key in ("r_pos", "r_neg", "score")),
          f"{unit['gamma']:+.2f}"]
@@ -129,16 +128,14 @@ def overview(
         "scaled up": Value(sum(unit["gamma"] > 0 for unit in units)),
         "scaled down": Value(sum(unit["gamma"] < 0 for unit in units)),
     }
-    picture = _overview_picture(steering, units, language_model.anatomy.layers, width)
+    picture = _overview_picture(steering, units)
     return StudyResult({"units": units}, values, [table], [picture])
 
 
 @styled
-def _overview_picture(
-    steering: Steering, units: Sequence[Mapping[str, Any]], layers: int, width: int
-) -> Picture:
+def _overview_picture(steering: Steering, units: Sequence[Mapping[str, Any]]) -> Picture:
     figure, (left, right) = panels((10, 3.8), 1, 2, width_ratios=[1.3, 1])
-    plot_units(left, steering, layers, width)
+    steering.plot(left)
     gammas = [unit["gamma"] for unit in units]
     colours = [UP if gamma > 0 else DOWN for gamma in gammas]
     right.bar(range(1, len(gammas) + 1), gammas, color=colours, width=0.8)

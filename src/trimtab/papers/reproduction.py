@@ -28,16 +28,15 @@ from trimtab.papers.recipe import (
     recipes,
     resolve,
 )
-from trimtab.papers.result import save_pictures
 from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, run_study
-from trimtab.reports import Picture, Run, Table, model_line, render_page
+from trimtab.reports import Picture, Run, Table, model_line, run_page, tables_html
 from trimtab.sweeps import Used, metered
 from trimtab.terminal import progress
 
 __all__ = ["Recipe", "Reproduction", "find_recipe", "recipes", "reproduce"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reproduction:
     """What a recipe gave: for each of its parts what the study found and what it took."""
 
@@ -47,6 +46,14 @@ class Reproduction:
     found: dict[str, StudyResult]
     used: dict[str, Used]
     seconds: float
+
+    def __repr__(self) -> str:
+        where = "no model" if self.model is None else self.model["name"]
+        return f"<Reproduction of {self.recipe.name} at scale {self.scale}, {where}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the paper's figures beside ours."""
+        return tables_html(beside_paper(self), self.recipe.shows)
 
     @property
     def values(self) -> dict[str, dict[str, Value]]:
@@ -163,8 +170,6 @@ def reproduce(
     seconds = round(sum(one.seconds for one in used.values()), 2)
     done = Reproduction(recipe, scale, model, found, used, seconds)
     if run.path is not None:
-        pictures = _pictures(done)
-        save_pictures(pictures, run.path / "pictures")
         run.finish(done.as_json(), lambda environment: reproduction_page(done, run, environment))
     return done
 
@@ -198,12 +203,12 @@ def reproduction_page(done: Reproduction, run: Run, environment: dict[str, Any])
         blocks += [_named(table, part) for table in found.tables]
     if model is not None:
         blocks.append(_cost(done))
-    return render_page(
+    return run_page(
+        run,
+        environment,
         f"{recipe.paper}, {recipe.item}",
         f"{recipe.shows} {where}; scale {done.scale}; {done.seconds:g} seconds",
         blocks,
-        run.config,
-        environment,
         notes=done.notes,
     )
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec
 
 from trimtab.contrasts import Contrast
 from trimtab.evaluation import load_contrast
 from trimtab.figures import Estimate, Result
-from trimtab.reports import Picture, Run, Table, interval, model_line, render_page, save_figure
+from trimtab.papers.sentences import SENTENCES
+from trimtab.reports import Picture, Run, Table, model_line, run_page, tables_html
 
 #: `task:copa first 40`: the first so many pairs of a contrast's train part.
 _FIRST = re.compile(r"(.+) first (\d+)")
@@ -37,13 +37,14 @@ class Value:
             return self.value or ""
         times = 100.0 if unit == "%" and self.share else 1.0
         ends = self.ci95 and (times * self.ci95[0], times * self.ci95[1])
-        return f"{times * self.value:.4g} {interval(ends)}".strip()
+        shown = "" if ends is None else f"[{ends[0]:.4g}, {ends[1]:.4g}]"
+        return f"{times * self.value:.4g} {shown}".strip()
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StudyResult:
     """`data` is ready for JSON; tables and pictures show the same to people; `values` are figures
     by the row of the paper's table that they belong to. An analysis has a name and a title."""
@@ -56,6 +57,19 @@ class StudyResult:
     name: str = ""
     title: str = ""
     seconds: float = 0.0
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says what an analysis found; nothing of a recipe's study."""
+        return SENTENCES[self.name](self.data) if self.name in SENTENCES else ""
+
+    def __repr__(self) -> str:
+        said = [self.title, self.summary] if self.title else list(self.values)[:4]
+        return f"<StudyResult: {': '.join(filter(None, said))}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the sentence and the tables, as the page of a run has them."""
+        return tables_html(self.tables, self.summary)
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab analyse --json` prints; of a recipe's study the data alone."""
@@ -99,29 +113,20 @@ def opened(contrast: Contrast | str, data: str | None) -> Contrast:
 
 
 def write(result: StudyResult, run: Run) -> None:
-    """results.json, report.html and pictures/ of a run directory."""
+    """results.json, report.html, tables/ and pictures/ of a run directory."""
     if run.path is None:
         return
-    run.begin()
-    if result.pictures:
-        save_pictures(result.pictures, run.path / "pictures")
     model = run.config["model"]
 
     def made(environment: dict[str, Any]) -> str:
-        return render_page(
+        return run_page(
+            run,
+            environment,
             result.title,
             f"{model['name']}; {model_line(model)}; {result.seconds:g} seconds",
             [*result.pictures, *result.tables],
-            run.config,
-            environment,
+            summary=result.summary,
             notes=result.notes,
         )
 
     run.finish(result.as_json(), made)
-
-
-def save_pictures(pictures: Sequence[Picture], directory: Path) -> None:
-    """Each as NAME.png and NAME.svg."""
-    directory.mkdir(exist_ok=True)
-    for picture in pictures:
-        save_figure(picture.figure, directory, picture.name)

@@ -9,9 +9,9 @@ from typing import Any
 from trimtab import options
 from trimtab.contrasts import Part
 from trimtab.evaluation import Asked
-from trimtab.figures import Difference, Estimate, corrected
+from trimtab.figures import Difference, Estimate, corrected, with_unit
 from trimtab.model import LanguageModel
-from trimtab.reports import Line, Table, cell, tested_cell
+from trimtab.reports import Line, Table, cell, change_text, tested_cell
 from trimtab.steering import Steering
 from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, more_is_better, shown
 from trimtab.terminal import progress
@@ -116,32 +116,28 @@ def best_of(rows: TaskRows, tried: Sequence[Tried]) -> Tried:
 def settings_table(title: str, tried: Sequence[Tried], base: Figures, count: int) -> Table:
     names = list(tried[0].params)
     rows: list[list[Any]] = [["unsteered", *[""] * (len(names) - 1)]]
-    rows[0] += [text for figure in base.values() for text in (cell(figure.mean), "")]
+    rows[0] += [text for metric, figure in base.items() for text in (cell(figure.mean, metric), "")]
     for each in tried:
         row = [_counted(value) for value in each.params.values()]
-        for figure in each.figures.values():
-            row += [cell(figure.mean), change_cell(figure.change)]
+        for metric, figure in each.figures.items():
+            row += [cell(figure.mean, metric), change_cell(figure.change, metric)]
         rows.append(row)
-    heads = names + [head for metric in base for head in (named(metric), "change")]
+    heads = names + [head for metric in base for head in (with_unit(metric), "change")]
     note = f"n = {count} validation rows; p corrected for {len(tried)} comparisons."
     return Table(title, heads, rows, note)
 
 
-def change_cell(change: Difference | None) -> str:
+def change_cell(found: Difference | None, metric: str) -> str:
     """The flips of a change, or its mean, with its p."""
-    if change is None:
+    if found is None:
         return ""
-    mean = f"{change.difference:+.3g} " if change.gained is None else ""
-    return mean + tested_cell(change)
+    mean = f"{change_text(found.difference, metric)} " if found.gained is None else ""
+    return mean + tested_cell(found)
 
 
 def _counted(value: Any) -> str:
     """Whole numbers with commas, to be read rather than typed."""
     return f"{value:,}" if isinstance(value, int) else shown(value)
-
-
-def named(metric: str) -> str:
-    return f"{metric}, nats" if metric == FINE else metric
 
 
 def drawn_metrics(rows: TaskRows, figures: Figures) -> list[str]:

@@ -1,4 +1,4 @@
-"""The directory of a run, its page, and its pictures."""
+"""The directory of a run, its page, its pictures, and how results show themselves."""
 
 from trimtab.reports.charts import (
     COLOURS,
@@ -9,6 +9,7 @@ from trimtab.reports.charts import (
     STYLE,
     UP,
     Line,
+    axes_for,
     banded,
     bars,
     circle,
@@ -16,20 +17,22 @@ from trimtab.reports.charts import (
     curve,
     forest,
     heatmap,
+    in_percent,
     panels,
-    plot_units,
     rendered,
     save_figure,
     styled,
-    units_and_effects,
 )
+from trimtab.reports.evaluations import Evaluation, evaluation_page, short_name, summarise
 from trimtab.reports.page import (
     Picture,
-    evaluation_page,
-    evaluation_tables,
     model_line,
     render_page,
+    run_page,
+    save_blocks,
+    tables_html,
 )
+from trimtab.reports.presented import Presented
 from trimtab.reports.run import (
     Finite,
     Run,
@@ -41,9 +44,13 @@ from trimtab.reports.tables import (
     Table,
     Valued,
     cell,
+    change_text,
+    change_words,
     difference_cell,
     flips_cell,
     interval,
     number_cell,
+    number_text,
     tested_cell,
+    value_text,
 )

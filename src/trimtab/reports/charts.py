@@ -17,9 +17,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from trimtab.figures import Difference, Estimate
+from trimtab.figures import Difference, Estimate, metric_of
 from trimtab.files import write_whole
-from trimtab.steering import Steering, chosen
 
 # Okabe and Ito's palette.
 UP, DOWN, NEUTRAL, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
@@ -63,6 +62,16 @@ def panels(
     return figure, figure.subplots(rows, columns, squeeze=False, **options).ravel()
 
 
+def axes_for(ax: Any, size: tuple[float, float]) -> Any:
+    """The axes to draw on: those that were given, or those of a new figure of so many inches,
+    which a notebook shows."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt  # looks for a screen, which pages need not
+
+    return plt.subplots(figsize=size, layout="constrained")[1]
+
+
 @dataclass(frozen=True)
 class Line:
     """Figures of one colour: over the numbers `at` in a curve, one a row in a forest; `faint` draws
@@ -75,6 +84,22 @@ class Line:
     marker: str = "o"
     dash: Any = "-"
     faint: bool = False
+
+
+def one_line_each(figures: Mapping[str, Mapping[float, Estimate]]) -> list[Line]:
+    """Figures by name and place, each name with a colour and a mark of its own."""
+    lines = []
+    for i, (name, own) in enumerate(figures.items()):
+        look = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        lines.append(Line(name, list(own), list(own.values()), *look))
+    return lines
+
+
+def in_percent(axis: Any, metric: str) -> None:
+    """An axis, or the bar beside a heatmap, of which shares are read in %."""
+    if metric_of(metric).is_share:
+        formatter = matplotlib.ticker.PercentFormatter(1.0, decimals=0, symbol=" %")
+        axis.set_major_formatter(formatter)
 
 
 # -- curve ----------------------------------------------------------------------------------------
@@ -258,57 +283,3 @@ def circle(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(color="#cccccc", linewidth=0.5)
     axes.spines["polar"].set_color("#cccccc")
-
-
-# -- units ----------------------------------------------------------------------------------------
-
-
-def plot_units(axes: Any, steering: Steering, layers: int, width: int) -> None:
-    """Where a unit method's units are: layer against unit, larger for a larger score."""
-    units = chosen(steering)["units"]
-    for up, colour, label in ((True, UP, "scaled up"), (False, DOWN, "scaled down")):
-        these = [unit for unit in units if (unit["gamma"] >= 0) is up]
-        axes.scatter(
-            [unit["layer"] for unit in these],
-            [unit["unit"] for unit in these],
-            s=[12 + 160 * (unit["score"] - 0.5) for unit in these],
-            c=colour,
-            marker="^" if up else "v",
-            alpha=0.8,
-            linewidths=0,
-            label=f"{label} ({len(these)})",
-        )
-    kind = steering.hyperparameters["site"]
-    axes.set(
-        xlim=(-0.7, layers - 0.3),
-        ylim=(-0.02 * width, 1.14 * width),  # room for the legend
-        xlabel="layer",
-        ylabel=f"unit of {kind} (0 to {width - 1})",
-        title=f"The {len(units)} of {layers * width:,} units that are steered",
-    )
-    axes.legend(loc="upper center", ncols=2, frameon=False)
-
-
-def units_and_effects(
-    path: Path,
-    steering: Steering,
-    layers: int,
-    width: int,
-    effects: Mapping[str, Estimate],
-    costs: Mapping[str, Estimate],
-    n: int,
-) -> Path:
-    """Where the units are, what each steering gains and what it costs, in one PNG file."""
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False}):
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        halves: Any = figure.subfigures(1, 2, width_ratios=[1.15, 1])
-        plot_units(halves[0].subplots(), steering, layers, width)
-        upper, lower = halves[1].subplots(2, 1)
-        clear = [name for name, gain in effects.items() if gain.low > 0 or gain.high < 0]
-        bars(upper, effects, "gain in log-odds of the positive side, nats per pair", clear)
-        upper.set_title(f"What it does: {n} held-out pairs, 95 % intervals")
-        bars(lower, costs, "change in cross-entropy on plain text, nats per token")
-        lower.set_title("What it costs")
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=150)
-    return write_whole(path, drawn.getvalue(), overwrite=True)

@@ -1,19 +1,24 @@
-"""A run as one page of HTML that needs no network: tables, pictures, caveats, flips, how to repeat
-it; light and dark."""
+"""A run as one page of HTML that needs no network: what was found, tables, pictures, caveats,
+flips, how to repeat it; light and dark, wide and narrow. Its tables and pictures lie beside it."""
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from trimtab.contrasts import last_message
-from trimtab.reports.tables import Table, cell, difference_cell, tested_cell
+from trimtab.figures import words_for
+from trimtab.files import make_directory, write_whole
+from trimtab.reports.run import TABLE_MARK, Run
+from trimtab.reports.tables import Table, number_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,8 +28,11 @@ _MOST_FLIPS = 100
 
 _INTERVALS = (
     "Intervals are 95 %: Wilson for shares, bootstrap over examples for other means, paired "
-    "bootstrap for differences."
+    "bootstrap for differences. Of shares, values are in % and differences in points (hundredths)."
 )
+#: Where a name such as layers.12.ffn_out or runs/joy.safetensors@12 may go on in the next line; a
+#: number's point is no such place.
+_JOINTS = re.compile(r"(?<=[^\W\d])[.](?=\w)|[.](?=[^\W\d])|(?<=\w)[/@](?=\w)")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,34 @@ class Picture:
     note: str = ""
 
 
+def run_page(
+    run: Run,
+    environment: dict[str, Any],
+    title: str,
+    subtitle: str,
+    blocks: Sequence[Table | Picture],
+    *,
+    summary: str = "",
+    notes: Sequence[str] = (),
+    flips: Sequence[tuple[dict[str, Any], dict[str, Any]]] = (),
+) -> str:
+    """The page of a run; where it has a directory, its tables and pictures lie there as files,
+    which the page names."""
+    if run.path is not None:
+        save_blocks(blocks, run.path)
+    return render_page(
+        title,
+        subtitle,
+        blocks,
+        run.config,
+        environment,
+        summary=summary,
+        notes=notes,
+        flips=flips,
+        linked=run.path is not None,
+    )
+
+
 def render_page(
     title: str,
     subtitle: str,
@@ -45,17 +81,19 @@ def render_page(
     config: dict[str, Any],
     environment: dict[str, Any],
     *,
+    summary: str = "",
     notes: Sequence[str] = (),
     flips: Sequence[tuple[dict[str, Any], dict[str, Any]]] = (),
+    linked: bool = False,
 ) -> str:
-    """The page; `flips` are (unsteered, steered) records whose rating changed."""
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(
-        (files("trimtab") / "data" / "report.html.jinja").read_text(encoding="utf-8")
-    )
-    return template.render(
+    """The page; `summary` is the sentence that says what was found, `flips` are (unsteered,
+    steered) records whose rating changed; `linked` names the files that `save_blocks` wrote."""
+    names = _file_names(blocks) if linked else [""] * len(blocks)
+    page: str = _template("report.html.jinja").render(
         title=title,
+        summary=summary,
         subtitle=f"{subtitle}; {environment['date'][:10]}",
-        blocks=[_shown(block) for block in blocks],
+        blocks=[_shown(block, name) for block, name in zip(blocks, names, strict=True)],
         intervals=_INTERVALS,
         notes=notes,
         flips=[_flip(before, after) for before, after in flips[:_MOST_FLIPS]],
@@ -64,19 +102,28 @@ def render_page(
         config=json.dumps(config, indent=1, ensure_ascii=False),
         environment=json.dumps(environment, indent=1, ensure_ascii=False),
     )
+    return page
 
 
-def evaluation_page(evaluation: Any, config: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The page of an `Evaluation`."""
-    return render_page(
-        f"Evaluation of {config['model']['name']}",
-        f"{model_line(config['model'])}; {evaluation.seconds:g} seconds",
-        evaluation_tables(evaluation),
-        config,
-        environment,
-        notes=evaluation.notes,
-        flips=evaluation.flips(),
-    )
+def tables_html(tables: Sequence[Table], summary: str = "") -> str:
+    """Tables as the page has them, for a notebook."""
+    blocks = [_shown(table) for table in tables]
+    return str(_template("notebook.html.jinja").render(summary=summary, blocks=blocks))
+
+
+def save_blocks(blocks: Sequence[Table | Picture], directory: Path) -> None:
+    """Each picture as pictures/NAME.png and .svg, each table as tables/NAME.csv and .tex."""
+    from trimtab.reports.charts import save_figure  # matplotlib takes a second to import
+
+    for block, name in zip(blocks, _file_names(blocks), strict=True):
+        if isinstance(block, Picture):
+            make_directory(directory / "pictures")
+            save_figure(block.figure, directory / "pictures", name)
+            continue
+        make_directory(directory / "tables")
+        for kind, text in (("csv", block.to_csv()), ("tex", TABLE_MARK + block.to_latex())):
+            file = directory / "tables" / f"{name}.{kind}"
+            write_whole(file, text.encode(errors="replace"), overwrite=True)
 
 
 def model_line(model: dict[str, Any]) -> str:
@@ -85,40 +132,61 @@ def model_line(model: dict[str, Any]) -> str:
     return f"{model['architecture']}, {model['layers']} layers, {precision}"
 
 
-def evaluation_tables(evaluation: Any) -> list[Table]:
-    """A table for each task and protocol of an `Evaluation`."""
-    heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
-    tables = []
-    for title, results in evaluation.tables():
-        rows = [
-            [
-                r.metric,
-                r.steering or "unsteered",
-                cell(r) or "none is clear",
-                r.n,
-                r.unclear or "",
-                difference_cell(difference),
-                tested_cell(difference),
-            ]
-            for r, difference in results
-        ]
-        # Columns that this task has nothing for are left out.
-        tables.append(Table(title, heads, rows).without_empty_columns(first=4))
-    return tables
+def _template(name: str) -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, loader=PackageLoader("trimtab", "data")
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template(name)
 
 
-def _shown(block: Table | Picture) -> dict[str, Any]:
+def _breakable(value: Any) -> Markup:
+    """A cell's text, in which a long name may be broken at its joints and nowhere else."""
+    parts = []
+    begin = 0
+    text = str(value)
+    for found in _JOINTS.finditer(text):
+        parts.append(escape(text[begin : found.end()]))
+        begin = found.end()
+    return Markup("<wbr>").join([*parts, escape(text[begin:])])
+
+
+def _file_names(blocks: Sequence[Table | Picture]) -> list[str]:
+    """The names of the blocks' files: a picture's own, a table's from its title."""
+    names: list[str] = []
+    for block in blocks:
+        if isinstance(block, Picture):
+            names.append(block.name)
+            continue
+        name = re.sub(r"[^a-z0-9]+", "-", block.title.lower())[:60].strip("-") or "table"
+        count = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in names)
+        names.append(f"{name}-{count + 1}" if count else name)
+    return names
+
+
+def _shown(block: Table | Picture, name: str = "") -> dict[str, Any]:
+    """A block for the template; with a `name`, it also lies beside the page as files."""
     if isinstance(block, Table):
-        return {"kind": "table", **vars(block)}
-    from trimtab.reports.charts import rendered  # matplotlib takes a second to import
+        files = [f"tables/{name}.{kind}" for kind in ("csv", "tex")] if name else []
+        return {"kind": "table", "files": files, **vars(block)}
+    from trimtab.reports.charts import rendered
+    from trimtab.reports.dark import dark
 
-    svg = base64.b64encode(rendered(block.figure, "svg", block.name)).decode()
-    return {"kind": "picture", "source": f"data:image/svg+xml;base64,{svg}", **vars(block)}
+    light = rendered(block.figure, "svg", block.name)
+    with dark(block.figure):
+        on_dark = rendered(block.figure, "svg", block.name)
+    files = [f"pictures/{name}.{kind}" for kind in ("svg", "png")] if name else []
+    sources = {"light": _as_source(light), "dark": _as_source(on_dark)}
+    return {"kind": "picture", "files": files, **sources, **vars(block)}
+
+
+def _as_source(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _flip(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     changes = (
-        f"{metric} {old:.4g} to {new:.4g}"
+        f"{words_for(metric)} {number_text(old)} to {number_text(new)}"
         for metric, new in after["values"].items()
         if None not in (new, old := before["values"].get(metric)) and old != new
     )

@@ -51,6 +51,8 @@ PICTURES = [
     "footprint", "gain-and-cost", "heatmap", "line", "masks", "norms", "overlap", "overview",
     "pairs", "panels", "projections", "suppression", "tasks", "tokens", "trials", "units",
 ]  # fmt: skip
+#: The first line of the LaTeX tables of runs, by which they and the CSV beside them are known.
+TABLE_MARK = "% A table of a run of trimtab; needs \\usepackage{booktabs}.\n"
 _PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
 #: The records of parts, by name: of trials, of the unsteered model and of dials.
 _PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
@@ -219,6 +221,9 @@ class Run:
         pictures = [*path.glob("pictures/*.svg"), *path.glob("pictures/*.png")]
         made = [file for file in pictures if _PICTURE.fullmatch(file.stem)]
         made += [file for file in path.glob("records/*.jsonl") if _is_part(file)]
+        for file in path.glob("tables/*.tex"):
+            if file.read_bytes().startswith(TABLE_MARK.encode()):
+                made += [file, file.with_suffix(".csv")]
         for file in (*made, *(path / name for name in _LEFT)):
             file.unlink(missing_ok=True)
 

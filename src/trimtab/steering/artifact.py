@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy
+from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
@@ -36,7 +36,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Steering:
     """What a method's `fit` returns: attach it, turn its dial, bake it, save it.
 
@@ -126,6 +126,49 @@ class Steering:
         """For people: method and dial."""
         method, dial, unit = shown(self.method), shown(self.dial.name), shown(self.dial.unit)
         return f"{method} {dial}={self.setting:g}{unit}"
+
+    @property
+    def where(self) -> str:
+        """For people: its site, or how many there are of which kinds, and in which blocks."""
+        sites = [intervention.site for intervention in self.interventions]
+        if len(sites) == 1:
+            return sites[0]
+        placed = [parse_site(site) for site in sites]
+        kinds = ", ".join(dict.fromkeys(kind for _, kind in placed))
+        blocks = sorted({layer for layer, _ in placed if layer is not None})
+        among = f" in blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else ""
+        return f"{len(sites)} sites ({kinds}{among})"
+
+    def __repr__(self) -> str:
+        return f"<Steering: {self.label} at {self.where}, for {shown(self.model.name)}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, in a small table."""
+        from trimtab.reports import Table, tables_html
+
+        low, high = self.dial.range
+        label = self.label.removeprefix(shown(self.method)).strip()
+        rows = [
+            ["method", shown(self.method)],
+            ["dial", f"{label}, sensible from {low:g} to {high:g}"],
+            ["acts at", self.where],
+            ["model", str(self.model)],
+            ["contrast", f"{self.contrast.get('name', '')}, {self.contrast.get('rows', '?')} rows"],
+            ["made on", self.date[:10]],
+        ]
+        return tables_html([Table("Steering", ["", ""], rows)])
+
+    def plot(self, ax: Any = None) -> Any:
+        """Where it acts, drawn: the units or heads that were chosen, or its sites block by block.
+
+        On the matplotlib axes `ax`, or on those of a new figure; they are returned.
+        """
+        from trimtab.reports import axes_for
+        from trimtab.steering.pictures import plot_steering
+
+        axes = axes_for(ax, (6.5, 3.8))
+        plot_steering(axes, self)
+        return axes
 
     @property
     def acts(self) -> bool:
@@ -249,6 +292,9 @@ class Steerings(tuple[Steering, ...]):
     def label(self) -> str:
         """For people: the methods and their dials."""
         return " + ".join(steering.label for steering in self)
+
+    def __repr__(self) -> str:
+        return f"<Steerings: {', then '.join(f'{one.label} at {one.where}' for one in self)}>"
 
 
 def together(steering: Steering | Steerings | None) -> tuple[Steering, ...]:

@@ -104,6 +104,9 @@ class LinearOperator(Operator, Protocol):
 class OperatorDefaults:
     """What is so of most operators."""
 
+    def __repr__(self: Operator) -> str:
+        return f"<{type(self).__name__} on {self.size} of {self.width} units>"
+
     @property
     def acts(self) -> bool:
         return True
@@ -135,7 +138,7 @@ class LinearDefaults(OperatorDefaults):
         return torch.zeros(self.width)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scale(LinearDefaults):
     """x_i <- (1 + dial * gain_i) x_i on the chosen units; the others stay as they are.
 
@@ -207,7 +210,7 @@ class Scale(LinearDefaults):
             raise TrimtabError(f"Scale names a unit twice, or one outside 0 to {self.width - 1}")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Add(LinearDefaults):
     """x <- x + dial * vector; vector [units] float32."""
 
@@ -249,7 +252,7 @@ class Add(LinearDefaults):
         _check_numbers("Add", self.vector)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablate(LinearDefaults):
     """x <- x - dial * r r'x; direction r [units] float32 of length 1.
 
@@ -295,7 +298,7 @@ class Ablate(LinearDefaults):
         _check_orthonormal("Ablate", self.direction[None])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _InPlane(OperatorDefaults):
     """What turns in a plane; basis [2, units] float32, orthonormal."""
 
@@ -317,7 +320,7 @@ class _InPlane(OperatorDefaults):
         _check_plane(type(self).__name__, self.basis)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rotate(_InPlane, LinearDefaults):
     """Turns the part of x in a plane by `dial` degrees from b1 toward b2; the rest stays.
 
@@ -353,7 +356,7 @@ class Rotate(_InPlane, LinearDefaults):
         return self.linear_part(x, -dial)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Turn(_InPlane):
     """Lays the part of x in a plane at `dial` degrees from b1 toward b2, keeping its length.
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Chat
-from trimtab.figures import rate_interval
+from trimtab.figures import Estimate, rate_interval
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, flat
+from trimtab.reports import Presented, Table, cell, number_text
 from trimtab.steering import Steering
 
 #: Words that show one of the paper's concepts, for a judge that only looks for words.
@@ -131,8 +132,8 @@ def _one_or_zero(answer: str) -> bool | None:
     return None if found is None else found.group(1) == "1"
 
 
-@dataclass(frozen=True)
-class ConceptCurve:
+@dataclass(frozen=True, repr=False)
+class ConceptCurve(Presented):
     """The share of completions that show a concept, [dials], with its 95 % interval (Wilson).
 
     `n` [dials] are the labelled completions (or groups of them), `unclear` those that the judge
@@ -149,6 +150,39 @@ class ConceptCurve:
     unclear: int
     any_of: bool
     texts: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One sentence: where most completions show the concept."""
+        most = int(self.probability.argmax())
+        share = cell(self.estimates[most], "prefers")
+        return (
+            f"Most completions show the concept at {self.steering.dial.name} "
+            f"{self.dials[most]:g}{self.steering.dial.unit}: {share} of {int(self.n[most])}, says "
+            f"{self.judge}."
+        )
+
+    @property
+    def estimates(self) -> list[Estimate]:
+        """The share at each dial with its interval."""
+        parts = (self.probability, self.low, self.high, self.n)
+        return [Estimate(*row) for row in zip(*(part.tolist() for part in parts), strict=True)]
+
+    def tables(self) -> list[Table]:
+        """The share at each dial, with its interval."""
+        rows = [
+            [number_text(dial), cell(found, "prefers"), found.n]
+            for dial, found in zip(self.dials.tolist(), self.estimates, strict=True)
+        ]
+        heads = [self.steering.dial.name, "share that shows the concept", "n"]
+        return [Table(f"As {self.judge} says", heads, rows)]
+
+    def plot(self, ax: Any = None) -> Any:
+        """The share over the dial with its intervals: on the matplotlib axes `ax` or those of a new
+        figure; they are returned."""
+        from trimtab.strength.pictures import plot_concept
+
+        return plot_concept(self, ax)
 
     def as_json(self) -> dict[str, Any]:
         """For `trimtab strength curve --json`."""

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from trimtab.dials import check_turns, idle_dial
 from trimtab.errors import TrimtabError
-from trimtab.figures import weighted_interval
+from trimtab.figures import Estimate, weighted_interval
 from trimtab.model import LanguageModel, batches_by_length, turned
 from trimtab.reading import blocks_below, read_columns, run_lower, run_upper
+from trimtab.reports import Presented, Table, cell, number_text
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
 from trimtab.terminal import progress
 
 
-@dataclass(frozen=True)
-class CostCurve:
+@dataclass(frozen=True, repr=False)
+class CostCurve(Presented):
     """Cross-entropy of text above the unsteered one, in nats per token.
 
     `delta` [dials] is the mean over blocks of text, `per_block` [dials, blocks] each of them, and
@@ -49,6 +50,35 @@ class CostCurve:
     def tokens(self) -> int:
         """How many tokens are scored."""
         return int(self.block_tokens.sum())
+
+    @property
+    def summary(self) -> str:
+        """One sentence: what plain text costs at both ends of the dial."""
+        dial = self.steering.dial
+        ends = " and ".join(
+            f"{number_text(float(self.delta[i]), '+')} [{number_text(float(self.low[i]))}, "
+            f"{number_text(float(self.high[i]))}] nats per token at {self.dials[i]:g}{dial.unit}"
+            for i in ((0, -1) if len(self.dials) > 1 else (0,))
+        )
+        return f"Turning {dial.name} costs {ends}, over {self.tokens:,} tokens of text."
+
+    def tables(self) -> list[Table]:
+        """The cost at each dial, with its interval."""
+        rows = zip(self.dials, self.delta, self.low, self.high, strict=True)
+        n = len(self.block_tokens)
+        cells = [
+            [number_text(float(dial)), cell(Estimate(float(mean), float(low), float(high), n))]
+            for dial, mean, low, high in rows
+        ]
+        heads = [self.steering.dial.name, "change in cross-entropy, nats per token"]
+        return [Table(f"Cost on {self.tokens:,} tokens of text", heads, cells)]
+
+    def plot(self, ax: Any = None) -> Any:
+        """The cost over the dial with its interval: on the matplotlib axes `ax` or those of a new
+        figure; they are returned."""
+        from trimtab.strength.pictures import plot_cost
+
+        return plot_cost(self, ax)
 
     def as_json(self) -> dict[str, Any]:
         """For `trimtab strength curve --json`."""

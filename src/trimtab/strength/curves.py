@@ -25,6 +25,7 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, batches_by_length
 from trimtab.options import Tracing, flat
 from trimtab.reading import last_logits
+from trimtab.reports import Presented, Table, change_text, number_text, value_text
 from trimtab.steering import Steering
 from trimtab.terminal import progress
 
@@ -34,9 +35,11 @@ _NATS, _SHARE = 0.01, 0.01
 _COARSE = 33
 #: Tokens count that are ever more probable than this share of the tolerance, and than this.
 _LIVE, _NEVER = 0.25, 1e-6
+#: Rows of the table of a curve.
+_SHOWN = 11
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TokenCurve:
     """One token: its probability minus the unsteered one, [dials] in float64, mean over prompts.
 
@@ -51,9 +54,18 @@ class TokenCurve:
     runs: Tensor | None = None
     log_odds: float | None = None
 
+    @property
+    def farthest(self) -> int:
+        """The place of the dial at which its probability is farthest from the unsteered one."""
+        return int(self.delta_p.abs().argmax())
 
-@dataclass(frozen=True)
-class Curve:
+    def __repr__(self) -> str:
+        most = change_text(float(self.delta_p[self.farthest]), "prefers")
+        return f"<TokenCurve of {self.token!r}: {most} at most>"
+
+
+@dataclass(frozen=True, repr=False)
+class Curve(Presented):
     """The next token over the dial, as a mean over `prompts` prompts.
 
     `dials` rise, and the dial that does nothing is among them; at `measured` ones the model ran
@@ -73,6 +85,52 @@ class Curve:
     base_entropy: float
     tolerance: float
     passes: int = field(default=0)  # (prompt, dial) pairs at which the model ran
+
+    @property
+    def summary(self) -> str:
+        """One sentence: the token that changes most, where, and how far the rest has moved."""
+        unit, name = self.steering.dial.unit, self.steering.dial.name
+        most = max(self.tokens, key=lambda token: float(token.delta_p.abs().max()))
+        place = most.farthest
+        return (
+            f"From {name} {self.dials[0]:g}{unit} to {self.dials[-1]:g}{unit}, {most.token!r} "
+            f"changes most: {change_text(float(most.delta_p[place]), 'prefers')} in probability at "
+            f"{self.dials[place]:.4g}{unit}, where KL is {number_text(float(self.kl[place]))} nats "
+            f"(mean over {self.prompts} prompt{'s' if self.prompts > 1 else ''})."
+        )
+
+    def tables(self) -> list[Table]:
+        """Each token where it changes most, and what the whole distribution does over the dial."""
+        tokens = [
+            [
+                repr(token.token),
+                value_text(token.base_p, "prefers"),
+                change_text(float(token.delta_p[token.farthest]), "prefers"),
+                number_text(float(self.dials[token.farthest])),
+                "" if token.log_odds is None else number_text(token.log_odds, "+"),
+            ]
+            for token in self.tokens
+        ]
+        dial = (
+            f"{self.steering.dial.name}{self.steering.dial.unit and ', '}{self.steering.dial.unit}"
+        )
+        heads = ["token", "unsteered", "largest change", f"at {dial}", "log-odds in the contrast"]
+        places = np.linspace(0, len(self.dials) - 1, min(_SHOWN, len(self.dials))).round()
+        whole = [
+            [number_text(float(each[int(i)])) for each in (self.dials, self.kl, self.entropy)]
+            for i in places
+        ]
+        return [
+            Table("Next tokens", heads, tokens).without_empty_columns(),
+            Table("The whole distribution", [dial, "KL, nats", "entropy, nats"], whole),
+        ]
+
+    def plot(self, ax: Any = None) -> Any:
+        """The change of each token's probability over the dial, and the sweet spot: on the
+        matplotlib axes `ax` or those of a new figure; they are returned."""
+        from trimtab.strength.pictures import plot_tokens
+
+        return plot_tokens(self, ax)
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab strength curve --json` prints as `curve`."""

@@ -248,7 +248,7 @@ def _collect(
     sampling: Sampling,
     work: _Work,
     seen: set[str],
-    advance: Callable[[int], None],
+    advance: Callable[[int], object],
 ) -> list[str]:
     """New texts of one side, batch by batch: first the batches that are there already."""
     kept: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from trimtab.reports import (
     NEUTRAL,
     UP,
     Line,
+    axes_for,
     banded,
     curve,
     panels,
@@ -25,7 +26,7 @@ from trimtab.reports import (
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
-from trimtab.strength.reading import Reading
+from trimtab.strength.reading import Reading, read
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 
@@ -85,6 +86,28 @@ def draw(steerings: Sequence[Curves]) -> Figure:
             axes.set_title(curves.name, fontsize=10)
         axes.set_xlabel(dial_label(curves.reading))
     return figure
+
+
+def plot_tokens(found: Curve, ax: Any) -> Any:
+    """The tokens of a curve on axes of their own."""
+    return _alone(_tokens, Curves("", read(found), tokens=found), ax)
+
+
+def plot_cost(found: CostCurve, ax: Any) -> Any:
+    """A curve of cost on axes of its own."""
+    return _alone(_cost, Curves("", read(cost=found), cost=found), ax)
+
+
+def plot_concept(found: ConceptCurve, ax: Any) -> Any:
+    """A concept's curve on axes of its own."""
+    return _alone(_concept, Curves("", read(concept=found), concept=found), ax)
+
+
+def _alone(panel: Callable[[Any, Curves], None], curves: Curves, ax: Any) -> Any:
+    axes = axes_for(ax, (6.6, 3.7))
+    panel(axes, curves)
+    axes.set_xlabel(dial_label(curves.reading))
+    return axes
 
 
 def dial_label(reading: Reading) -> str:
@@ -164,8 +187,7 @@ def _concept(axes: Any, curves: Curves) -> None:
     """Probability of the concept with its intervals, and the sigmoid."""
     concept, fit = curves.concept, curves.reading.concept
     assert concept is not None
-    parts = (concept.probability, concept.low, concept.high, concept.n)
-    each = [Estimate(*row) for row in zip(*(part.tolist() for part in parts), strict=True)]
+    each = concept.estimates
     label = f"{concept.judge}, n {each[0].n}"
     curve(axes, [Line(label, concept.dials.tolist(), each, dash="none")])
     if fit is not None:

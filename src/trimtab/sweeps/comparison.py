@@ -6,8 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trimtab.evaluation import Sample, samples_table
-from trimtab.figures import Difference, Evaluation, Result
-from trimtab.reports import Table, cell, difference_cell, number_cell
+from trimtab.figures import Difference, Result, metric_of, on_task, words_for
+from trimtab.reports import (
+    Evaluation,
+    Presented,
+    Table,
+    axes_for,
+    cell,
+    change_words,
+    difference_cell,
+    number_cell,
+    number_text,
+)
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting
@@ -36,8 +46,8 @@ class Compared:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Presented):
     """The rows of a comparison: of methods as they were chosen, and at an equal budget of KL."""
 
     task: str
@@ -64,11 +74,44 @@ class Comparison:
         tables = [self._worth(), self._effects(), *at_budget, self._between_table()]
         return [*tables, *written, self._spent()]
 
+    @property
+    def summary(self) -> str:
+        """One sentence: the method that does most on the test rows, and what it costs."""
+        compared = {row.name: row.against for row in self.rows if row.against is not None}
+        if not compared:
+            return f"None of {len(self.rows)} methods has a setting that could be chosen."
+        sign = 1 if metric_of(self.metric).better == "more" else -1
+        best = max(compared, key=lambda name: sign * compared[name].difference)
+        found = compared[best]
+        cost = next(row.cost for row in self.rows if row.name == best)
+        priced = (
+            "" if cost is None else f", for {number_text(cost, '+')} nats per token of plain text"
+        )
+        clear = sum(one.is_clear for one in compared.values())
+        return (
+            f"Of {len(self.rows)} methods {best} moves {words_for(self.metric)} on {self.task} "
+            f"most: {change_words(found, self.metric)}, n = {found.n}{priced}; {clear} of "
+            f"{len(compared)} differ clearly from the unsteered model."
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """What each method gains against the unsteered model, with intervals: on the matplotlib
+        axes `ax` or those of a new figure; they are returned."""
+        from trimtab.sweeps.comparison_page import draw_differences
+
+        axes = axes_for(ax, (7, 1.2 + 0.42 * len(self.rows)))
+        draw_differences(axes, self)
+        return axes
+
     def _worth(self) -> Table:
         """Each method at the setting that was chosen on validation."""
         base = self.unsteered
         rows: list[list[Any]] = [
-            ["unsteered", "", "", cell(base["validation"]), cell(base["test"]), "", "", ""]
+            [
+                *("unsteered", "", ""),
+                *(cell(base[part], self.metric) for part in ("validation", "test")),
+                *("", "", ""),
+            ]
         ]
         for row in self.rows:
             trials = "" if row.sweep is None else len(row.sweep.trials)
@@ -76,12 +119,13 @@ class Comparison:
             if best is None:
                 rows.append([row.name, row.why, trials, "", "", "", "", ""])
                 continue
-            figures = [setting(best.params), trials, cell(best), cell(row.test)]
-            rows.append([row.name, *figures, *_cells(row.against)])
+            figures = [cell(best, self.metric), cell(row.test, self.metric)]
+            compared = _cells(row.against, self.metric)
+            rows.append([row.name, setting(best.params), trials, *figures, *compared])
         heads = ["method", "setting, chosen on validation", "trials"]
         heads += [f"{part}, n = {base[part].n}" for part in ("validation", "test")]
         return Table(
-            f"{self.metric} on {self.task}",
+            on_task(self.metric, self.task),
             [*heads, "against unsteered", "p", "p, corrected"],
             rows,
             f"p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; "
@@ -117,8 +161,8 @@ class Comparison:
             [
                 row.name,
                 number_cell(row.dial),
-                cell(row.test),
-                *_cells(row.against),
+                cell(row.test, self.metric),
+                *_cells(row.against, self.metric),
                 number_cell(row.cost, "+.3f"),
                 row.why,
             ]
@@ -131,7 +175,7 @@ class Comparison:
 
     def _between_table(self) -> Table:
         rows = [
-            [f"{first} minus {second}", *_cells(difference)]
+            [f"{first} minus {second}", *_cells(difference, self.metric)]
             for (first, second), difference in self.between.items()
         ]
         heads = ["", "difference", "p", "p, corrected"]
@@ -186,11 +230,11 @@ class Comparison:
         }
 
 
-def _cells(difference: Difference | None) -> list[str]:
+def _cells(difference: Difference | None, metric: str) -> list[str]:
     if difference is None:
         return ["", "", ""]
     p = [number_cell(difference.p, ".2g"), number_cell(difference.corrected_p, ".2g")]
-    return [difference_cell(difference), *p]
+    return [difference_cell(difference, metric), *p]
 
 
 def _used(used: Used | None) -> list[str]:

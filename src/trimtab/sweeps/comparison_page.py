@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.figures import Difference, Estimate
+from trimtab.figures import Difference, Estimate, with_unit, words_for
 from trimtab.reports import (
     COLOURS,
     MARKERS,
@@ -13,11 +13,10 @@ from trimtab.reports import (
     Run,
     bars,
     curve,
-    evaluation_tables,
+    in_percent,
     model_line,
     panels,
-    render_page,
-    save_figure,
+    run_page,
     styled,
 )
 from trimtab.sweeps.comparison import Comparison
@@ -27,20 +26,16 @@ _LEVEL = 0.05
 
 
 def comparison_page(found: Comparison, run: Run, environment: dict[str, Any]) -> str:
-    """The page of a comparison; its pictures are also saved beside it."""
-    pictures = comparison_pictures(found)
-    if run.path is not None:
-        (run.path / "pictures").mkdir(exist_ok=True)
-        for picture in pictures:
-            save_figure(picture.figure, run.path / "pictures", picture.name)
+    """The page of a comparison; its tables and pictures are also saved beside it."""
     worth, *tables = found.tables()
-    more = [] if found.capability is None else evaluation_tables(found.capability)
-    return render_page(
+    more = [] if found.capability is None else found.capability.tables()
+    return run_page(
+        run,
+        environment,
         f"{len(found.rows)} methods on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
-        [worth, *pictures, *tables, *more],
-        run.config,
-        environment,
+        [worth, *comparison_pictures(found), *tables, *more],
+        summary=found.summary,
         notes=found.notes,
     )
 
@@ -48,23 +43,39 @@ def comparison_page(found: Comparison, run: Run, environment: dict[str, Any]) ->
 @styled
 def comparison_pictures(found: Comparison) -> list[Picture]:
     """Differences with their intervals, and gain against cost."""
-    against = {row.name: row.against for row in found.rows if row.against is not None}
-    if not against:
+    gains = _gains(found)
+    if not gains:
         return []
-    clear = [name for name, one in against.items() if (one.corrected_p or 0.0) < _LEVEL]
-    gains = {name: _estimate(one) for name, one in against.items()}
     figure, (axes,) = panels((7, 1.2 + 0.42 * len(gains)))
-    n = next(iter(gains.values())).n
-    label = f"{found.metric}, steered minus unsteered"
-    bars(axes, gains, f"{label} (n = {n}, 95 % intervals)", clear)
+    draw_differences(axes, found)
     differences = Picture(
         "Against the unsteered model",
         "differences",
         figure,
-        f"{label}, with 95 % intervals, for {', '.join(gains)}",
+        f"{_quantity(found)}, with 95 % intervals, for {', '.join(gains)}",
         f"Coloured where the corrected p is below {_LEVEL:g}.",
     )
     return [differences, _plane(found)]
+
+
+def draw_differences(axes: Any, found: Comparison) -> None:
+    """A bar for each method, with its interval."""
+    gains = _gains(found)
+    clear = [name for name, one in gains.items() if (one.corrected_p or 0.0) < _LEVEL]
+    label = _quantity(found)
+    if gains:
+        label += f" (n = {next(iter(gains.values())).n}, 95 % intervals)"
+    bars(axes, {name: _estimate(one) for name, one in gains.items()}, label, clear)
+    in_percent(axes.xaxis, found.metric)
+
+
+def _gains(found: Comparison) -> dict[str, Difference]:
+    return {row.name: row.against for row in found.rows if row.against is not None}
+
+
+def _quantity(found: Comparison) -> str:
+    """What the differences are of, for an axis."""
+    return f"{with_unit(found.metric)}: steered minus unsteered"
 
 
 def _estimate(difference: Difference) -> Estimate:
@@ -95,12 +106,13 @@ def _plane(found: Comparison) -> Picture:
         curve(axes, lines, title=title, xlabel="cost on plain text, nats per token")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(0, color="black", linewidth=0.8)
-    every[0].set_ylabel(f"{found.metric}, steered minus unsteered")
+    every[0].set_ylabel(_quantity(found))
+    in_percent(every[0].yaxis, found.metric)
     handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
     return Picture(
         "Gain and cost",
         "gain-and-cost",
         figure,
-        f"gain in {found.metric} against cost on plain text for each method",
+        f"gain in {words_for(found.metric)} against cost on plain text for each method",
     )

@@ -6,8 +6,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trimtab.evaluation import Sample, samples_table
-from trimtab.figures import Difference, Estimate, Record, Result
-from trimtab.reports import Table, cell, difference_cell, number_cell, tested_cell
+from trimtab.figures import Difference, Estimate, Record, Result, on_task, words_for
+from trimtab.reports import (
+    Presented,
+    Table,
+    cell,
+    change_words,
+    difference_cell,
+    number_cell,
+    tested_cell,
+    value_text,
+)
 from trimtab.steering import Steering
 from trimtab.sweeps.space import Params, setting
 
@@ -52,8 +61,8 @@ class Trial:
         return Estimate(self.test, *(self.test_ci95 or (self.test, self.test)), self.test_n)
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Presented):
     """What a sweep found.
 
     `best` is the complete trial of the best value on the validation rows, the first of those that
@@ -89,23 +98,51 @@ class Sweep:
         written = [samples_table(self.samples)] if self.samples else []
         return [self._chosen_table(), *written, self._trials_table()]
 
+    @property
+    def summary(self) -> str:
+        """One sentence: what was chosen, and what it does on the test rows."""
+        tried = f"Of {len(self.trials)} settings of {self.method}"
+        best, base = self.best, self.unsteered["test"]
+        if best is None:
+            return f"{tried} none can be chosen."
+        what = f"{words_for(self.metric)} on {self.task}"
+        chosen = f"{tried} {setting(best.params)} does best on the validation rows"
+        if best.test is None or base.value is None or self.difference is None:
+            return f"{chosen}; no figure says what it does on the test rows."
+        new, old = value_text(best.test, self.metric), value_text(base.value, self.metric)
+        return (
+            f"{chosen}: on the test rows {what} is {new}, unsteered {old}: "
+            f"{change_words(self.difference, self.metric)}, n = {self.difference.n}."
+        )
+
+    def plot(self, ax: Any = None) -> Any:
+        """The metric over the one or two hyperparameters that were searched, or trial by trial: on
+        the matplotlib axes `ax` or those of a new figure; they are returned."""
+        from trimtab.sweeps.sweep_page import plot_sweep
+
+        return plot_sweep(self, ax)
+
     def _chosen_table(self) -> Table:
         base, best, oracle, note = self.unsteered, self.best, self.oracle, ""
-        rows = [["unsteered", "", cell(base["validation"]), cell(base["test"]), "", ""]]
+        shown = [cell(base[part], self.metric) for part in ("validation", "test")]
+        rows = [["unsteered", "", *shown, "", ""]]
         if best is not None:
-            figures = [setting(best.params), cell(best), cell(best.on_test)]
-            compared = [difference_cell(self.difference), tested_cell(self.difference)]
+            figures = [setting(best.params), *self._cells(best)]
+            compared = [difference_cell(self.difference, self.metric), tested_cell(self.difference)]
             rows.append(["chosen on validation", *figures, *compared])
         if oracle is not None:
             note = (
                 "The oracle was chosen on the rows that it is reported on: no one has it "
                 "beforehand."
             )
-            figures = [setting(oracle.params), cell(oracle), cell(oracle.on_test)]
+            figures = [setting(oracle.params), *self._cells(oracle)]
             rows.append(["oracle: best on the test rows", *figures, "", ""])
         heads = ["", "setting", f"validation, n = {base['validation'].n}"]
         heads += [f"test, n = {base['test'].n}", "difference on test", "flipped"]
-        return Table(f"{self.metric} on {self.task}", heads, rows, note)
+        return Table(on_task(self.metric, self.task), heads, rows, note)
+
+    def _cells(self, trial: Trial) -> list[str]:
+        return [cell(trial, self.metric), cell(trial.on_test, self.metric)]
 
     def _trials_table(self) -> Table:
         rows = [
@@ -113,9 +150,9 @@ class Sweep:
                 t.number,
                 setting(t.params),
                 t.state,
-                cell(t),
+                cell(t, self.metric),
                 t.n,
-                cell(t.on_test),
+                cell(t.on_test, self.metric),
                 number_cell(t.cost, ".3f"),
                 f"{t.seconds:.1f}",
             ]

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from trimtab.figures import metric_of
+from trimtab.figures import with_unit, words_for
 from trimtab.reports import (
     DOWN,
     NEUTRAL,
@@ -17,33 +17,30 @@ from trimtab.reports import (
     Line,
     Picture,
     Run,
+    axes_for,
     curve,
     heatmap,
+    in_percent,
     model_line,
     panels,
-    render_page,
-    save_figure,
+    run_page,
     styled,
+    value_text,
 )
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.space import Range, shown
 
 
 def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
-    """The page of a sweep; its pictures are also saved beside it."""
-    pictures = sweep_pictures(found)
+    """The page of a sweep; its tables and pictures are also saved beside it."""
     chosen, *others = found.tables()
-    if run.path is not None:
-        directory = run.path / "pictures"
-        directory.mkdir(exist_ok=True)
-        for picture in pictures:
-            save_figure(picture.figure, directory, picture.name)
-    return render_page(
+    return run_page(
+        run,
+        environment,
         f"Sweep of {found.method} on {found.task}",
         f"{found.model['name']}; {model_line(run.config['model'])}; {found.seconds:g} seconds",
-        [chosen, *pictures, *others],
-        run.config,
-        environment,
+        [chosen, *sweep_pictures(found), *others],
+        summary=found.summary,
         notes=found.notes,
         flips=found.flips,
     )
@@ -51,12 +48,10 @@ def sweep_page(found: Sweep, run: Run, environment: dict[str, Any]) -> str:
 
 def sweep_pictures(found: Sweep) -> list[Picture]:
     """The metric over the one or two hyperparameters that were searched, and trial by trial."""
-    valued = [t for t in found.trials if t.value is not None and t.state == "complete"]
+    valued, names = _valued(found), list(found.space)
     if not valued:
         return []
-    names = list(found.space)
-    drawn = any(isinstance(values, Range) for values in found.space.values())
-    if len(names) == 2 and not drawn:
+    if _is_grid(found):
         pictures = [_heatmap(found, valued, names)]
     elif len(names) == 1:
         pictures = [_line(found, valued, names[0])]
@@ -65,27 +60,70 @@ def sweep_pictures(found: Sweep) -> list[Picture]:
     return [*pictures, _history(found)]
 
 
+def plot_sweep(found: Sweep, ax: Any) -> Any:
+    """The first of the pictures that has one pair of axes."""
+    valued, names = _valued(found), list(found.space)
+    axes = axes_for(ax, _size_of_grid(found) if _is_grid(found) else (6.5, 3.8))
+    if valued and _is_grid(found):
+        _draw_heatmap(axes, found, valued, names)
+    elif valued and len(names) == 1:
+        _draw_line(axes, found, valued, names[0])
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        _draw_history(axes, found)
+        axes.legend(frameon=False, fontsize=8)
+    return axes
+
+
+def _valued(found: Sweep) -> list[Trial]:
+    return [t for t in found.trials if t.value is not None and t.state == "complete"]
+
+
+def _is_grid(found: Sweep) -> bool:
+    """Whether two hyperparameters were tried against each other."""
+    drawn = any(isinstance(values, Range) for values in found.space.values())
+    return len(found.space) == 2 and not drawn
+
+
+def _size_of_grid(found: Sweep) -> tuple[float, float]:
+    rows, columns = (len({str(_of(t, name)) for t in _valued(found)}) for name in found.space)
+    return max(5.0, 1.6 + 0.55 * columns), max(3.0, 1.4 + 0.36 * rows)
+
+
 @styled
 def _heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Picture:
     """Two hyperparameters against each other; the chosen setting is framed."""
+    figure, (axes,) = panels(_size_of_grid(found))
+    _draw_heatmap(axes, found, trials, names)
+    base = found.unsteered["validation"].value or 0.0
+    return Picture(
+        axes.get_title(),
+        "heatmap",
+        figure,
+        f"{words_for(found.metric)} for each {names[0]} and {names[1]}; the middle of the colours "
+        f"is the unsteered model, {value_text(base, found.metric)}",
+        "The middle of the colours is the unsteered model; the chosen setting is framed.",
+    )
+
+
+def _draw_heatmap(axes: Any, found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> None:
     down, across = ([_of(t, name) for t in trials] for name in names)
     rows, columns = _ordered(down), _ordered(across)
     grid = np.full((len(rows), len(columns)), np.nan)
     for trial, y, x in zip(trials, down, across, strict=True):
         grid[rows.index(y), columns.index(x)] = trial.value
-    size = (max(5.0, 1.6 + 0.55 * len(columns)), max(3.0, 1.4 + 0.36 * len(rows)))
-    figure, (axes,) = panels(size)
     base = found.unsteered["validation"].value or 0.0
     reach = float(np.nanmax(np.abs(grid - base))) or 1e-9
     words = {
-        (y, x): (f"{grid[y, x]:.3g}", abs(grid[y, x] - base) > 0.6 * reach)
+        (y, x): (value_text(grid[y, x], found.metric), abs(grid[y, x] - base) > 0.6 * reach)
         for y, x in np.argwhere(~np.isnan(grid)).tolist()
         if grid.size <= 400
     }
-    label = f"{_quantity(found)} on {_n(found)} validation rows"
+    label = f"{with_unit(found.metric)} on {_n(found)} validation rows"
     # Purple is above unsteered and orange below: colour-blind readers tell them apart.
     colours: dict[str, Any] = {"cmap": "PuOr", "vmin": base - reach, "vmax": base + reach}
-    bar = heatmap(figure, axes, grid, label, words=words, fraction=0.05, **colours)
+    bar = heatmap(axes.figure, axes, grid, label, words=words, fraction=0.05, **colours)
+    in_percent(bar.ax.yaxis, found.metric)
     bar.ax.axhline(base, color="black", linewidth=1)
     if found.best is not None:
         x, y = columns.index(_of(found.best, names[1])), rows.index(_of(found.best, names[0]))
@@ -95,34 +133,32 @@ def _heatmap(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pic
     axes.set_yticks(range(len(rows)), [shown(v) for v in rows])
     title = f"{found.method} on {found.task}: {names[0]} × {names[1]}"
     axes.set(xlabel=names[1], ylabel=names[0], title=title)
-    return Picture(
-        title,
-        "heatmap",
-        figure,
-        f"{found.metric} for each {names[0]} and {names[1]}; the middle of the colours is the "
-        f"unsteered model, {base:.4g}",
-        "The middle of the colours is the unsteered model; the chosen setting is framed.",
-    )
 
 
 @styled
 def _line(found: Sweep, trials: Sequence[Trial], name: str) -> Picture:
     """One hyperparameter: the metric with its intervals."""
     figure, (axes,) = panels((6.5, 3.8))
+    _draw_line(axes, found, trials, name)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    alt = f"{words_for(found.metric)} over {name}, with 95 % intervals"
+    return Picture(axes.get_title(), "line", figure, alt)
+
+
+def _draw_line(axes: Any, found: Sweep, trials: Sequence[Trial], name: str) -> None:
     place = _places(axes, [_of(t, name) for t in trials], found.space[name])
     ordered = sorted(trials, key=lambda t: place[_of(t, name)])
     lines = [
         _points("steered, 95 % intervals", ordered, lambda t: place[_of(t, name)], UP, dash="-")
     ]
     title = f"{found.method} on {found.task}: {name}"
-    label = f"{_quantity(found)}, {_n(found)} validation rows"
+    label = f"{with_unit(found.metric)}, {_n(found)} validation rows"
     curve(axes, lines, xlabel=name, ylabel=label, title=title)
+    in_percent(axes.yaxis, found.metric)
     _unsteered_line(axes, found)
     if found.best is not None:
         best = float(found.best.value or 0)
         axes.plot(place[_of(found.best, name)], best, "D", color=DOWN, label="chosen", zorder=3)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    return Picture(title, "line", figure, f"{found.metric} over {name}, with 95 % intervals")
 
 
 @styled
@@ -146,14 +182,15 @@ def _panels(found: Sweep, trials: Sequence[Trial], names: Sequence[str]) -> Pict
     for axes in every[len(names) :]:
         axes.remove()
     for axes in every[::columns]:
-        axes.set_ylabel(f"{_quantity(found)}, {_n(found)} rows")
+        axes.set_ylabel(f"{with_unit(found.metric)}, {_n(found)} rows")
+        in_percent(axes.yaxis, found.metric)
     title = f"{found.method} on {found.task}: {', '.join(names)}"
     figure.suptitle(title, fontsize=10)
     note = (
         "Validation rows, 95 % intervals; the chosen setting is a diamond, the dashed line is the "
         "unsteered model."
     )
-    alt = f"{found.metric} of each trial over {', '.join(names)}, with 95 % intervals"
+    alt = f"{words_for(found.metric)} of each trial over {', '.join(names)}, with 95 % intervals"
     return Picture(title, "panels", figure, alt, note)
 
 
@@ -180,6 +217,14 @@ def _places(axes: Any, values: Sequence[Any], searched: Any) -> dict[Any, float]
 def _history(found: Sweep) -> Picture:
     """Trial by trial: validation, and test where it was run."""
     figure, (axes,) = panels((6.5, 3.6))
+    _draw_history(axes, found)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    what = words_for(found.metric)
+    alt = f"{what} of each trial on validation rows, with 95 % intervals, and on test rows"
+    return Picture("Trial by trial", "trials", figure, alt)
+
+
+def _draw_history(axes: Any, found: Sweep) -> None:
     lines = []
     for label, colour, marker, state in (
         ("validation", UP, "o", "complete"),
@@ -188,7 +233,8 @@ def _history(found: Sweep) -> Picture:
         trials = [t for t in found.trials if t.value is not None and t.state == state]
         if trials:
             lines.append(_points(label, trials, lambda t: t.number, colour, marker))
-    curve(axes, lines, xlabel="trial", ylabel=_quantity(found), title="Trial by trial")
+    curve(axes, lines, xlabel="trial", ylabel=with_unit(found.metric), title="Trial by trial")
+    in_percent(axes.yaxis, found.metric)
     tested = [t for t in found.trials if t.test is not None]
     if tested:
         values = [float(t.test or 0) for t in tested]
@@ -197,9 +243,6 @@ def _history(found: Sweep) -> Picture:
     _unsteered_line(axes, found)
     _unsteered_line(axes, found, "test", DOWN)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
-    alt = f"{found.metric} of each trial on validation rows, with 95 % intervals, and on test rows"
-    return Picture("Trial by trial", "trials", figure, alt)
 
 
 def _points(
@@ -218,13 +261,6 @@ def _unsteered_line(
     if base is not None:
         style = {"linestyle": "--" if part == "validation" else ":", "linewidth": 1}
         axes.axhline(base, color=colour, label=f"unsteered, {part}", **style)
-
-
-def _quantity(found: Sweep) -> str:
-    """The metric with its unit, for an axis."""
-    metric = metric_of(found.metric)
-    shows = metric.unit and metric.kind == "mean"  # that a rate is a share goes without saying
-    return f"{found.metric} [{metric.unit}]" if shows else found.metric
 
 
 def _n(found: Sweep) -> int:

@@ -11,10 +11,10 @@ from typing import Any
 
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Difference, Record, Result, summarise
+from trimtab.figures import Difference, Record, Result
 from trimtab.files import json_digest
 from trimtab.options import Search
-from trimtab.reports import Run, line_of
+from trimtab.reports import Run, line_of, summarise
 from trimtab.steering import Steering
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose

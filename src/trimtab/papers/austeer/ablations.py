@@ -13,7 +13,7 @@ from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Asked
-from trimtab.figures import Difference, corrected
+from trimtab.figures import Difference, corrected, on_task, with_unit
 from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
@@ -26,7 +26,6 @@ from trimtab.papers.settings import (
     drawn_metrics,
     means,
     measured,
-    named,
     plain_means,
     rows_of,
 )
@@ -198,7 +197,7 @@ def _compare(variants: Sequence[Variant]) -> None:
 
 def _table(rows: TaskRows, variants: Sequence[Variant], unsteered: Figures) -> Table:
     metric = rows.first
-    lines = [["unsteered", "", cell(unsteered[metric].mean), "", ""]]
+    lines = [["unsteered", "", cell(unsteered[metric].mean, metric), "", ""]]
     for one in variants:
         params = {tuple(best.params.items()) for best in one.chosen}
         change = one.against_austeer.get(metric)
@@ -206,8 +205,8 @@ def _table(rows: TaskRows, variants: Sequence[Variant], unsteered: Figures) -> T
             [
                 one.name + (f", {len(one.draws)} draws" if len(one.draws) > 1 else ""),
                 "; ".join(setting(dict(each)) for each in sorted(params)),
-                cell(one.test[metric].mean),
-                difference_cell(change),
+                cell(one.test[metric].mean, metric),
+                difference_cell(change, metric),
                 tested_cell(change),
             ]
         )
@@ -218,7 +217,7 @@ def _table(rows: TaskRows, variants: Sequence[Variant], unsteered: Figures) -> T
         "difference to AUSteer",
         "flips",
     ]
-    return Table(f"{metric} on {rows.task}", heads, lines, "p corrected for their number.")
+    return Table(on_task(metric, rows.task), heads, lines, "p corrected for their number.")
 
 
 @styled
@@ -230,7 +229,7 @@ def _picture(
     figure, every = panels((4.8 * len(metrics) + 0.6, 3.2), 1, len(metrics), sharey=True)
     for axes, metric in zip(every, metrics, strict=True):
         line = Line("", range(len(names)), [one.test[metric].mean for one in variants])
-        label = f"{named(metric)}, {rows.rows('test')} test rows"
+        label = f"{with_unit(metric)}, {rows.rows('test')} test rows"
         forest(axes, names, [line], unsteered[metric].mean, xlabel=label)
         for place, one in enumerate(variants):
             if len(one.draws) > 1:

@@ -14,7 +14,7 @@ from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Asked
-from trimtab.figures import Estimate
+from trimtab.figures import Estimate, with_unit
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
@@ -29,7 +29,6 @@ from trimtab.papers.settings import (
     line_of,
     means,
     measured,
-    named,
     plain_means,
     rows_of,
     settings_table,
@@ -234,7 +233,7 @@ def _pairs_picture(
     left.axhline(k / found["units"], color="black", linestyle=":", label="chance")
     steered = {group.pairs: group.values[metric] for group in groups}
     line = _ranges("steered, range over subsets", steered, UP)
-    curve(right, [line], unsteered[metric].mean, ylabel=named(metric))
+    curve(right, [line], unsteered[metric].mean, ylabel=with_unit(metric))
     sizes = [group.pairs for group in groups]
     for axes in (left, right):
         axes.set(xlabel="pairs", xscale="log")
@@ -361,7 +360,7 @@ def _count_picture(
             )
             for i, alpha in enumerate(alphas)
         ]
-        labels = {"xlabel": "units that are steered", "ylabel": named(metric)}
+        labels = {"xlabel": "units that are steered", "ylabel": with_unit(metric)}
         curve(axes, lines, unsteered[metric].mean, xscale="log", **labels)
         axes.axvline(units, color="black", linewidth=0.8, linestyle=":")
     every[0].legend(frameon=False, fontsize=8)

@@ -12,7 +12,7 @@ from trimtab import options
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Asked
-from trimtab.figures import Difference, Estimate, holm
+from trimtab.figures import Difference, Estimate, holm, on_task, with_unit
 from trimtab.fitting import fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
@@ -28,7 +28,6 @@ from trimtab.papers.settings import (
     line_of,
     means,
     measured,
-    named,
     plain,
     plain_means,
     rows_of,
@@ -198,7 +197,7 @@ def shrinking(steering: Steering) -> Steering:
 def _chosen_table(rows: TaskRows, ways: Sequence[_Way], unsteered: Sequence[Estimate]) -> Table:
     """What was chosen of each way, and its figures on both parts."""
     metric = rows.first
-    lines = [["unsteered", "", *map(cell, unsteered), "", ""]]
+    lines = [["unsteered", "", *(cell(one, metric) for one in unsteered), "", ""]]
     for way in ways:
         change = _change(way, metric)
         said = [flips_cell(change), f"p {number_cell(way.corrected_p, '.2g')}"]
@@ -206,15 +205,15 @@ def _chosen_table(rows: TaskRows, ways: Sequence[_Way], unsteered: Sequence[Esti
             [
                 way.name,
                 setting(way.best.params),
-                cell(way.best.figures[metric].mean),
-                cell(way.test[metric].mean),
-                difference_cell(change),
+                cell(way.best.figures[metric].mean, metric),
+                cell(way.test[metric].mean, metric),
+                difference_cell(change, metric),
                 ", ".join(filter(None, said)),
             ]
         )
     heads = ["units", "setting", f"validation, n = {rows.rows('validation')}"]
     heads += [f"test, n = {rows.rows('test')}", "change on test", "flips"]
-    return Table(f"{metric} on {rows.task}", heads, lines, "p corrected for their number.")
+    return Table(on_task(metric, rows.task), heads, lines, "p corrected for their number.")
 
 
 def _shifted(by: float) -> Callable[[int, dict[str, Any]], float]:
@@ -242,7 +241,7 @@ def _picture(title: str, rows: TaskRows, ways: Sequence[_Way], shrink: Sequence[
         shares = dict.fromkeys(each.params["share"] for each in way.tried)
         axes.set_xticks(range(len(shares)), [f"{100 * share:g} %" for share in shares])
         axes.set(xlabel="share of all units", title=names[way.name])
-    every[0].set(ylabel=named(metric))
+    every[0].set(ylabel=with_unit(metric))
     every[1].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title)
     return Picture(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.contrasts import Part
-from trimtab.figures import Difference
+from trimtab.figures import Difference, with_unit, words_for
 from trimtab.papers.austeer.ranking import Unit
-from trimtab.papers.settings import Figures, change_cell, named, plain
+from trimtab.papers.settings import Figures, change_cell, plain
 from trimtab.reports import (
     DOWN,
     NEUTRAL,
@@ -96,7 +96,7 @@ def counts_table(counts: dict[str, dict[str, int]], rows: TaskRows) -> Table:
     return Table(
         "Units by what they do alone",
         ["metric", *COLOURS],
-        [[metric, *numbers.values()] for metric, numbers in counts.items()],
+        [[words_for(metric), *numbers.values()] for metric, numbers in counts.items()],
         f"n = {rows.rows('validation')} validation rows; p < {LEVEL:g} after Holm's correction.",
     )
 
@@ -105,9 +105,9 @@ def conditions_table(conditions: Sequence[Condition], rows: TaskRows) -> Table:
     lines = [
         [
             one.name,
-            metric,
-            *(cell(one.parts[part][metric].mean) for part in PARTS),
-            change_cell(one.parts["test"][metric].change),
+            with_unit(metric),
+            *(cell(one.parts[part][metric].mean, metric) for part in PARTS),
+            change_cell(one.parts["test"][metric].change, metric),
         ]
         for metric in conditions[0].parts["test"]
         for one in conditions
@@ -123,14 +123,14 @@ def units_table(alone: Sequence[Alone], order: Sequence[int]) -> Table:
     lines = []
     for one in (alone[i] for i in shown):
         cells = []
-        for change in one.changes.values():
+        for metric, change in one.changes.items():
             flips = "" if change.gained is None else tested_cell(change)
-            cells += [difference_cell(change), flips]
+            cells += [difference_cell(change, metric), flips]
         unit = one.unit
         lines.append([unit.layer, unit.unit, one.chosen, unit.rank, f"{unit.score:.3f}", *cells])
     heads = ["layer", "unit", "chosen", "rank", "s"]
     for metric in alone[0].changes:
-        heads += [f"change in {metric}", f"{metric}: flips"]
+        heads += [f"change in {with_unit(metric)}", f"{words_for(metric)}: flips"]
     title = "Units alone" if len(shown) == len(order) else "The units that gain and lose most"
     return Table(title, heads, lines, "p for one unit, not corrected.").without_empty_columns()
 
@@ -148,7 +148,7 @@ def alone_picture(
             places = [i for i, verdict in enumerate(verdicts[metric]) if verdict == name]
             changes = [alone[i].changes[metric] for i in places]
             columns(axes, places, changes, colour, f"{name} ({len(places)})")
-        axes.set(ylabel=f"change in\n{named(metric)}")
+        axes.set(ylabel=f"change in\n{with_unit(metric)}")
         axes.legend(frameon=False, fontsize=7, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.12))
         for edge in edges:
             axes.axvline(edge - 0.5, color="black", linewidth=0.8, linestyle=":")
@@ -191,7 +191,7 @@ def conditions_picture(conditions: Sequence[Condition], rows: TaskRows) -> Pictu
             )
             for part, colour in zip(PARTS, (NEUTRAL, UP), strict=True)
         ]
-        forest(axes, names, lines, xlabel=named(metric))
+        forest(axes, names, lines, xlabel=with_unit(metric))
         for line in lines:
             unsteered = line.figures[0].value
             axes.axvline(unsteered, color=line.colour, linestyle="--", linewidth=0.8)

@@ -11,11 +11,11 @@ from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Asked
-from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected, summarise
+from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected
 from trimtab.model import LanguageModel
 from trimtab.options import Rows, option
 from trimtab.papers.result import Value, value_of
-from trimtab.reports import Run
+from trimtab.reports import Run, summarise
 from trimtab.steering import Positions, Steering
 from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
 from trimtab.terminal import progress

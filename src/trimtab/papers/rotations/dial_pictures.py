@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from trimtab.figures import VIOLATION, Estimate, Result, metric_of
+from trimtab.figures import VIOLATION, Estimate, Result, metric_of, words_for
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, circle, panels, styled
 
 
@@ -61,7 +61,7 @@ def dial_picture(
         best = angles if name == metric else {}
         circle(axes, own, base, (low, high), best=best, limit=limit, by_orders=by_orders)
         unit = metric_of(name).unit
-        axes.set_title(f"{name} ({unit})" if unit else name, pad=12)
+        axes.set_title(f"{words_for(name)} ({unit})" if unit else words_for(name), pad=12)
     for axes in panes[len(names) :]:
         axes.set_axis_off()
     handles, labels = panes[0].get_legend_handles_labels()
@@ -156,5 +156,5 @@ def _dots(axes: Any, masks: Sequence[Mask], name: str, base: float | None) -> No
     axes.grid(axis="y", color="#eeeeee", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(name, fontsize=9)
+    axes.set_title(words_for(name), fontsize=9)
     axes.set_xlabel(metric_of(name).unit, fontsize=8)

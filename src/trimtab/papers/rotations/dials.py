@@ -17,7 +17,7 @@ from trimtab.anatomy import parse_site
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Asked
-from trimtab.figures import VIOLATION, Estimate, Result
+from trimtab.figures import VIOLATION, Estimate, Result, on_task, with_unit
 from trimtab.fitting import check_number, fit
 from trimtab.methods import SS, sites_of
 from trimtab.model import LanguageModel
@@ -43,6 +43,7 @@ from trimtab.reports import (
     difference_cell,
     flips_cell,
     number_cell,
+    value_text,
 )
 from trimtab.steering import Intervention, Operator, Rotate, Steering, Turn
 from trimtab.sweeps import Measured, contrast_for
@@ -147,10 +148,10 @@ def _dial_notes(study: Study, found: Sequence[Turned]) -> list[str]:
     for turned in found:
         name = turned.variant.name
         if turned.violations is not None:
-            count, of = turned.violations
+            (count, of), own = turned.violations, "self_perplexity"
             notes.append(
                 f"{name}: self-perplexity above {VIOLATION:g} at {count} of {of} angles "
-                f"(violations; unsteered it is {_short(base.get('self_perplexity'))})"
+                f"(violations; unsteered it is {_short(base.get(own), own)})"
             )
         if turned.theta is None:
             limit = "" if study.max_cost is None else f" within {study.max_cost:g} nats per token"
@@ -174,10 +175,10 @@ def _chosen_table(study: Study, found: Sequence[Turned], what: str) -> Table:
     drawn = figures_of(study.unsteered("validation")).get(metric) if study.chooses else None
     extra = dict.fromkeys(name for turned in found for name in turned.tested if name != metric)
     heads = [what, "blocks", "sites", "θ", "validation", "test", "change on test", "flipped"]
-    heads += ["p, Holm", *extra, "plain text, nats/token", "oracle"]
+    heads += ["p, Holm", *map(with_unit, extra), "plain text, nats/token", "oracle"]
     rows: list[list[Any]] = [
-        ["unsteered", "", "", "", cell(drawn), cell(base.get(metric)), "", "", ""]
-        + [_short(base.get(name)) for name in extra]
+        ["unsteered", "", "", "", cell(drawn, metric), cell(base.get(metric), metric), "", "", ""]
+        + [_short(base.get(name), name) for name in extra]
         + ["", ""]
     ]
     for turned in found:
@@ -189,20 +190,20 @@ def _chosen_table(study: Study, found: Sequence[Turned], what: str) -> Table:
                 spans(turned.variant.layers),
                 len(turned.variant.steering.interventions),
                 "" if theta is None else f"{theta:g}°",
-                cell(drawn),
-                cell(turned.tested.get(metric)),
-                difference_cell(change),
+                cell(drawn, metric),
+                cell(turned.tested.get(metric), metric),
+                difference_cell(change, metric),
                 flips_cell(change),
                 number_cell(None if change is None else change.corrected_p, ".2g"),
-                *(_short(turned.tested.get(name)) for name in extra),
+                *(_short(turned.tested.get(name), name) for name in extra),
                 "" if theta not in turned.costs else f"{turned.costs[theta]:+.3f}",
-                "" if oracle is None else f"{oracle[0]:g}°: {_short(oracle[1])}",
+                "" if oracle is None else f"{oracle[0]:g}°: {_short(oracle[1], metric)}",
             ]
         )
     note = "θ is chosen on the validation rows; the oracle's on the test rows themselves."
     if not study.chooses:
         note = "All on the test rows."
-    return Table(f"{metric} on {study.rows.task}", heads, rows, note).without_empty_columns()
+    return Table(on_task(metric, study.rows.task), heads, rows, note).without_empty_columns()
 
 
 def _dial_table(found: Sequence[Turned], part: str) -> Table:
@@ -212,18 +213,18 @@ def _dial_table(found: Sequence[Turned], part: str) -> Table:
         [
             turned.variant.name,
             f"{theta:g}°",
-            *(cell(figures.get(name)) for name in names),
+            *(cell(figures.get(name), name) for name in names),
             number_cell(turned.costs.get(theta), "+.3f"),
         ]
         for turned in found
         for theta, figures in turned.figures.items()
     ]
-    heads = ["method", "θ", *names, "plain text, nats/token"]
+    heads = ["method", "θ", *map(with_unit, names), "plain text, nats/token"]
     return Table(f"Every angle, {part} rows", heads, rows).without_empty_columns(len(names) + 2)
 
 
-def _short(found: Result | None) -> str:
-    return number_cell(None if found is None else found.value)
+def _short(found: Result | None, metric: str) -> str:
+    return "" if found is None or found.value is None else value_text(found.value, metric)
 
 
 # -- which layers ---------------------------------------------------------------------------------

@@ -1,0 +1,129 @@
+"""Text as it is written: the pieces of each row while its tokens come, and a function that hands on
+its pieces turned into an iterator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import copy_context
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from trimtab.anatomy import on_behalf_of_this_thread
+from trimtab.errors import TrimtabError
+
+#: What is called with the place of a prompt and the next piece of its text.
+OnText = Callable[[int, str], object]
+#: Stands for the bytes of a character that has not come whole.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def check_on_text(on_text: Any, beams: int) -> None:
+    """Refuse what cannot be called, and beams, whose text is known at the end only."""
+    if not callable(on_text):
+        raise TrimtabError(f"on_text must be a function of a prompt's place and text: {on_text!r}")
+    if beams > 1:
+        raise TrimtabError(
+            "beams are compared when they are whole: text as it is written takes num_beams 1"
+        )
+
+
+class Pieces(BaseStreamer):
+    """Hands on the text of the rows of one batch while `model.generate` chooses their tokens.
+
+    `places` are the prompts' among all of them. Text that may still change is kept back: the bytes
+    of a character that is not whole. What was handed on and `finish` together are the row's text.
+    """
+
+    def __init__(self, tokenizer: Any, places: Sequence[int], on_text: OnText) -> None:
+        self.tokenizer, self.places, self.on_text = tokenizer, places, on_text
+        self.stops: set[int] = set()
+        self.ended: Callable[[int], bool] = lambda row: False
+        #: What the caller's function raised.
+        self.raised: Exception | None = None
+        self._tokens: list[list[int]] | None = None
+        self._said = [""] * len(places)
+        self._closed: set[int] = set()
+
+    def begin(self, stops: set[int], ended: Callable[[int], bool]) -> None:
+        """Before the model writes: the tokens that end a row, and what tells that one has ended."""
+        self.stops, self.ended = stops, ended
+
+    def put(self, value: Tensor) -> None:
+        """The prompts, and then each next token, [rows]."""
+        if self._tokens is None:
+            self._tokens = [[] for _ in self.places]
+            return
+        for row, token in enumerate(value.flatten().tolist()):
+            if token in self.stops or self.ended(row):
+                self._closed.add(row)
+            if row not in self._closed:
+                self._tokens[row].append(token)
+                text = self.tokenizer.decode(self._tokens[row], skip_special_tokens=True)
+                self._say(row, text.rstrip(_BROKEN))
+
+    def end(self) -> None:
+        """All rows have ended; `finish` says the rest of each."""
+
+    def finish(self, row: int, text: str) -> None:
+        """The whole text of a row, of which the rest is handed on."""
+        self._say(row, text)
+
+    def _say(self, row: int, text: str) -> None:
+        said = self._said[row]
+        # Shorter for a moment where a tokenizer takes back a space before a comma.
+        if len(text) > len(said) and text.startswith(said):
+            self._said[row] = text
+            try:
+                self.on_text(self.places[row], text[len(said) :])
+            except Exception as error:
+                self.raised = error
+                raise
+
+
+class _LeftError(Exception):
+    """Nobody asks for more."""
+
+
+def iterated(write: Callable[[Callable[[str], None]], object]) -> Iterator[str]:
+    """What `write` hands to its callback, piece by piece.
+
+    It runs in a thread of its own, which works only while the next piece is waited for, and on
+    behalf of this one: what is steered here is steered there. Where the iterator is left, `write`
+    ends at its next piece.
+    """
+    asked: SimpleQueue[bool] = SimpleQueue()
+    given: SimpleQueue[tuple[str | None, BaseException | None]] = SimpleQueue()
+
+    def say(piece: str) -> None:
+        given.put((piece, None))
+        if not asked.get():
+            raise _LeftError
+
+    def run() -> None:
+        failed: BaseException | None = None
+        try:
+            if asked.get():
+                write(say)
+        except BaseException as error:
+            failed = error
+        given.put((None, failed))
+
+    with on_behalf_of_this_thread():
+        thread = Thread(target=copy_context().run, args=(run,), daemon=True)
+    thread.start()
+    try:
+        while True:
+            asked.put(True)
+            piece, failed = given.get()
+            if failed is not None:
+                raise failed
+            if piece is None:
+                return
+            yield piece
+    finally:
+        asked.put(False)
+        thread.join()
