@@ -14,6 +14,8 @@ from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
+from trimtab.cli.tables import say_files
+from trimtab.cli.values import field_named
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
 
@@ -91,7 +93,7 @@ def read_candidate(text: str) -> Candidate:
     texts = {}
     for option in words[1:]:
         key, equals, value = option.partition("=")
-        key = key.removeprefix("--").replace("-", "_")
+        key = field_named(key.removeprefix("--").replace("-", "_"), own)
         if not equals or key not in own:
             raise TrimtabError(
                 f"{method.name}: {option!r} is no OPTION=VALUES of it: it has {', '.join(own)}"
@@ -152,4 +154,4 @@ def _show(found: Comparison, output: Path | str | None) -> None:
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:
-        console.print(f"{output}: report.html, results.json", style="dim")
+        say_files(output, ("report.html", "results.json", "pictures/", "best.safetensors"))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
@@ -81,10 +80,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         if as_json:
             print_json(found.as_json() | costs_as_json(judging))
             return
-        files = ["report.html", "results.json"]
-        if keep.output and Path(keep.output, "best.safetensors").exists():
-            files.append("best.safetensors")  # not where nothing steers best
-        show(found.tables(), found.notes, keep.output, files)
+        show(found.tables(), found.notes, keep.output)
         say_costs(judging)
 
     command.__annotations__["settings"] = method_options(method, as_text=True)

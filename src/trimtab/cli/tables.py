@@ -20,7 +20,7 @@ def show(
     tables: Sequence[Table],
     notes: Sequence[str],
     output: str | Path | None,
-    files: Sequence[str] = ("report.html", "results.json", "pictures/"),
+    files: Sequence[str] = ("report.html", "results.json", "pictures/", "best.safetensors"),
 ) -> None:
     """The tables of a result with at most so many rows, what to know, and the files it left."""
     from rich.table import Table as RichTable
@@ -38,4 +38,10 @@ def show(
     for note in notes:
         console.print(f"note: {note}")
     if output is not None:
-        console.print(f"{output}: {', '.join(files)}", style="dim")
+        say_files(output, files)
+
+
+def say_files(output: str | Path, files: Sequence[str]) -> None:
+    """Those of the files of a run that are there: not every one leaves pictures or a steering."""
+    there = [file for file in files if Path(output, file).exists()]
+    console.print(f"{output}: {', '.join(there)}", style="dim")

@@ -18,6 +18,7 @@ from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs import Job, Judging, TaskJob, Wanted, find_job, misfit
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
+from trimtab.evaluation.shown import pictures_of, samples_table, save_pictures
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Evaluation, Record, paired, summarise
 from trimtab.model import LanguageModel
@@ -123,9 +124,13 @@ def evaluate(
                         run.append(records)
         ordered = _in_order(run.records, subjects, jobs, protocols)
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
+        pictures = pictures_of(evaluation, subjects) if run.path is not None else []
+        if run.path is not None:
+            save_pictures(pictures, run.path / "pictures")
+        more = [*pictures, *samples_table(evaluation)]
         run.finish(
             evaluation.as_json(),
-            lambda environment: evaluation_page(evaluation, run.config, environment),
+            lambda environment: evaluation_page(evaluation, run.config, environment, more),
         )
     return evaluation
 

@@ -19,6 +19,8 @@ from trimtab.figures.significance import Difference, paired_difference
 
 Record = dict[str, Any]
 
+#: Steerings of which all are shown where texts are.
+_FEW = 3
 #: Mean self-perplexity above which an angle counts as a violation (Selective Steering).
 VIOLATION = 2.0
 
@@ -85,6 +87,22 @@ class Evaluation:
                 found.append((before, after))
         return found
 
+    def samples(self, prompts: int = 3) -> list[dict[str, Any]]:
+        """What is written for the first prompts of each task of coherence, unsteered beside
+        steered; of many steerings the one in the middle and the last."""
+        written = [r for r in self.records if r["task"].startswith("coherence:")]
+        steered = list(dict.fromkeys(r["steering"] for r in written if r["steering"] is not None))
+        if len(steered) > _FEW:
+            steered = [steered[(len(steered) - 1) // 2], steered[-1]]
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for record in written:
+            place = record["task"], record["index"]
+            if record["index"] < prompts and record["steering"] in (None, *steered):
+                about = {"task": record["task"], "prompt": record["prompt"], "outputs": []}
+                output = {"steering": record["steering"], "text": record["output"]}
+                found.setdefault(place, about)["outputs"].append(output)
+        return list(found.values())
+
     def tables(self) -> list[tuple[str, list[tuple[Result, Difference | None]]]]:
         """For people: a title for each task and protocol, and its results with their comparisons.
 
@@ -107,12 +125,14 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab evaluate --json` prints."""
+        samples = self.samples()
         return {
             "results": [asdict(result) for result in self.results],
             "comparisons": [difference.as_json() for difference in self.comparisons],
             "seconds": self.seconds,
             "model": self.model,
             "notes": list(self.notes),
+            **({"samples": samples} if samples else {}),
         }
 
 

@@ -66,12 +66,17 @@ def render_page(
     )
 
 
-def evaluation_page(evaluation: Any, config: dict[str, Any], environment: dict[str, Any]) -> str:
-    """The page of an `Evaluation`."""
+def evaluation_page(
+    evaluation: Any,
+    config: dict[str, Any],
+    environment: dict[str, Any],
+    more: Sequence[Table | Picture] = (),
+) -> str:
+    """The page of an `Evaluation`, with what else is to be seen of it."""
     return render_page(
         f"Evaluation of {config['model']['name']}",
         f"{model_line(config['model'])}; {evaluation.seconds:g} seconds",
-        evaluation_tables(evaluation),
+        [*evaluation_tables(evaluation), *more],
         config,
         environment,
         notes=evaluation.notes,

@@ -26,6 +26,7 @@ from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
 from trimtab.strength.reading import Reading
+from trimtab.strength.samples import Sample
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 
@@ -63,6 +64,7 @@ class Curves:
     cost: CostCurve | None = None
     concept: ConceptCurve | None = None
     accuracy: Accuracy | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @styled
@@ -103,15 +105,14 @@ def _tokens(axes: Any, curves: Curves) -> None:
     tokens = curves.tokens
     assert tokens is not None
     dials = tokens.dials
-    peaks = {peak.id: peak for peak in curves.reading.peaks}
-    for i, token in enumerate(tokens.tokens):
+    peaks = curves.reading.peaks or [None] * len(tokens.tokens)
+    for i, (token, peak) in enumerate(zip(tokens.tokens, peaks, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         dash = _DASHES[i // len(COLOURS) % len(_DASHES)]
         axes.plot(dials, token.delta_p, color=colour, linestyle=dash, label=token_name(token.token))
         if token.runs is not None:
             mean, sd = token.runs.mean(0), token.runs.std(0)
             banded(axes, dials, mean - sd, mean + sd, colour)
-        peak = peaks.get(token.id)
         if peak is not None and peak.kind == "bump":
             axes.plot(peak.dial, peak.delta_p, marker="v", color=colour, markersize=5)
     _shade(axes, curves)
