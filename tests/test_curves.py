@@ -269,7 +269,8 @@ def test_adaptive_sampling_on_smollm2(smollm2: Any, layer: int) -> None:
 def test_the_tokens_that_are_most_probable_at_the_largest_dial() -> None:
     lm = language_model("llama")
     steering = sharp(lm)
-    found = curve(lm, steering, PROMPTS, span=(-2, 2), points=5, tokens=4, tolerance=0, chat=False)
+    options: Any = {"span": (-2, 2), "points": 5, "tolerance": 0, "chat": False}
+    found = curve(lm, steering, PROMPTS, tokens=4, choose="end", **options)
     op = steering.interventions[0].operator
     at_end = torch.stack(
         [plain_p(lm.model, token_ids(text), 1, by_hand(op, 2.0)) for text in PROMPTS]

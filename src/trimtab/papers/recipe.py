@@ -60,6 +60,22 @@ class Published(_Strict):
     says: str = ""
 
 
+class Claim(_Strict):
+    """A sentence of the paper, and how our figures tell whether it holds here.
+
+    `ours` is the name of one of our rows (or a pattern of it), which is to lie `above` or `below`
+    another one or a number, to be `like` it (within 10 % or its interval), or `between` two
+    numbers. Rows of a part ("block 3, ...") are held against rows of the same part.
+    """
+
+    says: str
+    ours: str
+    above: float | str | None = None
+    below: float | str | None = None
+    like: float | str | None = None
+    between: tuple[float, float] | None = None
+
+
 class Scale(_Strict):
     """Arguments of one scale; `only` takes some of the recipe's parts, `data` are other data sets
     than the recipe's, `note` is said in the report."""
@@ -81,7 +97,8 @@ class Recipe(_Strict):
 
     `each` are parts that the study runs for one by one (tasks, methods), with what differs. `names`
     gives our rows the paper's names. `brings` says what the user brings, by the name that stands
-    in braces in the arguments.
+    in braces in the arguments. `baseline` is the row of the unsteered model, from which figures
+    that are held against the paper's are changes; `claims` are its findings in words.
     """
 
     name: str = Field(pattern=r"^[a-z]+-[a-z0-9-]+$")
@@ -97,6 +114,8 @@ class Recipe(_Strict):
     brings: dict[str, str] = Field(default_factory=dict)
     names: dict[str, str] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    baseline: str | None = None
+    claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()
 
     def scale(self, name: str) -> Scale:

@@ -33,6 +33,7 @@ from trimtab.papers.recipe import (
 )
 from trimtab.papers.result import save_pictures
 from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, find_study, run_study
+from trimtab.papers.verdicts import verdicts
 from trimtab.reports import Picture, Run, Table, model_line, render_page
 from trimtab.sweeps import Used, metered
 from trimtab.terminal import progress
@@ -95,6 +96,11 @@ class Reproduction:
                 for row, columns in self.values.items()
             },
             "published": [one.model_dump() for one in recipe.published],
+            "verdicts": [
+                dict(zip(table.heads, row, strict=True))
+                for table in verdicts(recipe, self.values)
+                for row in table.rows
+            ],
             "parts": {name: found.as_json() for name, found in self.found.items()},
             "cost": {name: vars(used) for name, used in self.used.items()},
             "seconds": self.seconds,
@@ -271,7 +277,8 @@ def reproduction_page(done: Reproduction, run: Run, environment: dict[str, Any])
 
 
 def beside_paper(done: Reproduction) -> list[Table]:
-    """The paper's figures and ours, row by row; and what the paper says in words."""
+    """The paper's figures and ours, row by row; what the paper says in words; and whether that is
+    found here."""
     recipe, ours = done.recipe, done.values
     name = "theory" if done.model is None else done.model["name"]
     columns = list(dict.fromkeys(
@@ -293,11 +300,13 @@ def beside_paper(done: Reproduction) -> list[Table]:
     tables = []
     if rows:
         note = "In %." if unit else ""
-        tables.append(Table("The paper's figures and ours", ["", "whose", *columns], rows, note))
+        both = any(one.rows for one in recipe.published)
+        title = "The paper's figures and ours" if both else "Our figures"
+        tables.append(Table(title, ["", "whose", *columns], rows, note))
     says = [[one.model, one.says] for one in recipe.published if one.says]
     if says:
         tables.append(Table("What the paper says", ["model", "finding"], says))
-    return tables
+    return [*tables, *verdicts(recipe, ours)]
 
 
 def _pictures(done: Reproduction) -> list[Picture]:
