@@ -1,4 +1,4 @@
-"""Which tokens a curve follows: texts of several tokens, and those that are chosen by themselves."""
+"""Which tokens a curve follows: texts of several tokens, and those that nobody named."""
 
 from __future__ import annotations
 
