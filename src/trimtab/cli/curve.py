@@ -334,11 +334,12 @@ def curve(
         )
     documents = [strength.document(each) | {"words": each.reading.lines()} for each in every]
     about: dict[str, Any] = {"model": dict(vars(language_model.identity)), "prompts": texts}
-    seconds = round(time.perf_counter() - started, 2)
-    pictures = strength.write_curves(every, {"curves": documents, **about}, run, seconds)
+    several = {"curves": documents} if len(documents) > 1 else {}
+    results = {**documents[0], **several, **about}
+    results["seconds"] = round(time.perf_counter() - started, 2)
+    pictures = strength.write_curves(every, {"curves": documents, **about}, results, run)
     if as_json:
-        several = {"curves": documents} if len(documents) > 1 else {}
-        print_json({**documents[0], **several, **about, "pictures": list(map(str, pictures))})
+        print_json({**results, "pictures": list(map(str, pictures))})
         return
     for each in every:
         _print_curves(each)

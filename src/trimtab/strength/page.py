@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from trimtab.strength.samples import Sample
 
 
 def write_curves(
-    found: Sequence[Curves], document: dict[str, Any], run: Run, seconds: float
+    found: Sequence[Curves], document: dict[str, Any], results: dict[str, Any], run: Run
 ) -> list[Path]:
-    """report.html, curve.png and .svg, curve.json (the `document`), records/dials.jsonl, and
-    texts.jsonl where texts were judged, in the directory of a run; the pictures' paths."""
+    """report.html, results.json, curve.png and .svg, curve.json (the `document`),
+    records/dials.jsonl, and texts.jsonl where texts were judged, in the directory of a run; the
+    pictures' paths."""
     if run.path is None:
         return []
     figure = draw(found)
@@ -40,16 +42,16 @@ def write_curves(
 
     def page(environment: dict[str, Any]) -> str:
         model, names = run.config["model"], ", ".join(one.name for one in found)
-        blocks = [_said(found), _picture(figure, found), _peaks(found), samples_table(found)]
+        blocks = [_said(found), _picture(figure, found), _peaks(found), _samples(found)]
         return render_page(
             f"Curves of {names}",
-            f"{model['name']}; {model_line(model)}; {seconds:g} seconds",
+            f"{model['name']}; {model_line(model)}; {results['seconds']:g} seconds",
             [block for block in blocks if isinstance(block, Picture) or block.rows],
             run.config,
             environment,
         )
 
-    run.finish({**document, "seconds": seconds}, page)
+    run.finish(results, page)
     return pictures
 
 
@@ -75,7 +77,7 @@ def _dial_rows(found: Curves) -> list[dict[str, Any]]:
     ]
 
 
-def samples_table(found: Sequence[Curves]) -> Table:
+def _samples(found: Sequence[Curves]) -> Table:
     """Completions of each prompt, unsteered first."""
     rows = [
         [one.name, *_place(one, sample), last_message(sample.prompt), sample.text]
@@ -84,7 +86,7 @@ def samples_table(found: Sequence[Curves]) -> Table:
     ]
     heads = ["steering", "dial", "which is", "prompt", "what is written"]
     note = "Greedy: the most probable token each time."
-    return Table("What is written over the dial", heads, rows, note)
+    return _by_steering(found, Table("What is written over the dial", heads, rows, note))
 
 
 def _place(one: Curves, sample: Sample) -> tuple[str, str]:
@@ -94,7 +96,14 @@ def _place(one: Curves, sample: Sample) -> tuple[str, str]:
 
 def _said(found: Sequence[Curves]) -> Table:
     rows = [[one.name, line] for one in found for line in one.reading.lines()]
-    return Table("What the curves say", ["steering", "in words"], rows)
+    return _by_steering(found, Table("What the curves say", ["steering", "in words"], rows))
+
+
+def _by_steering(found: Sequence[Curves], table: Table) -> Table:
+    """The table, without its first column where there is one steering only."""
+    if len(found) > 1:
+        return table
+    return replace(table, heads=table.heads[1:], rows=[row[1:] for row in table.rows])
 
 
 def _peaks(found: Sequence[Curves]) -> Table:
@@ -109,7 +118,7 @@ def _peaks(found: Sequence[Curves]) -> Table:
             rows.append([one.name, repr(token.token), *cells, change, ends, peak.interval])
     heads = ["steering", "token", "unsteered", "course", "highest at", "change there"]
     heads += ["interval", "which is"]
-    return Table("Where tokens are most probable", heads, rows)
+    return _by_steering(found, Table("Where tokens are most probable", heads, rows))
 
 
 def _picture(figure: Figure, found: Sequence[Curves]) -> Picture:

@@ -117,7 +117,9 @@ def _tokens(axes: Any, curves: Curves) -> None:
             axes.plot(peak.dial, peak.delta_p, marker="v", color=colour, markersize=5)
     _shade(axes, curves)
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.set_ylabel("change in next-token probability")
+    fits = [len(token.runs) for token in tokens.tokens if token.runs is not None]
+    bands = f"\n(bands: standard deviation of {fits[0]} fits)" if fits else ""
+    axes.set_ylabel(f"change in next-token probability{bands}")
     axes.legend(fontsize=7, frameon=False, ncols=2 if len(tokens.tokens) > 4 else 1)
 
 
@@ -157,7 +159,7 @@ def _cost(axes: Any, curves: Curves) -> None:
     if curves.reading.plateaus:
         axes.plot([], [], color=DOWN, linestyle=":", label="plateau of Proposition 4.1")
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.set_ylabel("change in cross-entropy, nats per token")
+    axes.set_ylabel("change in cross-entropy, nats per token\n(band: 95 % interval)")
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -173,7 +175,7 @@ def _concept(axes: Any, curves: Curves) -> None:
         x = torch.linspace(float(concept.dials[0]), float(concept.dials[-1]), 400)
         axes.plot(x, fit.at(x), color=NEUTRAL, linestyle=_DASHES[1], label="sigmoid")
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("share that shows the concept")
+    axes.set_ylabel("share that shows the concept\n(bars: 95 % intervals)")
     axes.legend(fontsize=7, frameon=False)
 
 

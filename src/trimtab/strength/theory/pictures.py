@@ -19,6 +19,7 @@ from trimtab.files import make_directory, write_whole
 from trimtab.reports import DOWN, NEUTRAL, UP, panels, rendered, styled
 from trimtab.strength.theory.data import Array
 from trimtab.strength.theory.ufm import SteeredUFM, perfect, specification, train
+from trimtab.terminal import progress
 
 # Eq. 2, but for its last three, α, β and γ: α is the strength here.
 TOKENS = ("a", "b", "c", "A", "B", "C", "φ", "χ", "ψ")
@@ -93,7 +94,11 @@ def save_pictures(directory: Path | str, *, overwrite: bool = False) -> list[Pat
         if path.exists() and not overwrite:
             raise TrimtabError(f"{path} exists: choose another directory, or pass overwrite")
     make_directory(directory)
-    drawn = {f"{name}.{kind}": file for name in FIGURES for kind, file in _rendered(name).items()}
+    drawn = {}
+    with progress("drawing", len(FIGURES)) as advance:
+        for name in FIGURES:
+            drawn |= {f"{name}.{kind}": file for kind, file in _rendered(name).items()}
+            advance(1)
     return [write_whole(directory / name, drawn[name], overwrite=overwrite) for name in drawn]
 
 
