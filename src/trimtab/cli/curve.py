@@ -306,7 +306,7 @@ def curve(
         "plain_text": json_digest(plain) if plain else None,
         "model": language_model.described,
     }
-    # An earlier version left a directory without a configuration.
+    # A directory from before curves had one has no configuration to compare this one with.
     known = output is not None and (output / "config.json").exists()
     run = Run(output, config, keep.overwrite and known)
     every = []

@@ -219,7 +219,7 @@ def method_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any:
         return read_value(name, text, hint)
 
     # Any, because cyclopts holds what was read to the type where pydantic is loaded.
-    own = {"help": words, "name": names, "metavar": _metavar(hint)}
+    own: dict[str, Any] = {"help": words, "name": names, "metavar": _metavar(hint)}
     return Annotated[Any, Parameter(**own, **_one_text(read))]
 
 
@@ -235,7 +235,7 @@ def argument_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any
     """An option of an analysis' argument: lists have commas."""
     several = list_in(hint)
     if several is None:
-        own = {} if hint is bool else {"name": names}
+        own: dict[str, Any] = {} if hint is bool else {"name": names}
         return Annotated[hint, Parameter(help=words, **own)]
     item = typing.get_args(several)[0]
     reading = _one_text(lambda name, text: read_list(name, text, item))
