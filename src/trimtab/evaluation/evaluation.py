@@ -23,7 +23,7 @@ from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Evaluation, Record, paired, summarise
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
-from trimtab.reports import Run, evaluation_page
+from trimtab.reports import Picture, Run, Table, evaluation_page
 from trimtab.steering import Steering, Steerings, together
 
 #: What is evaluated: one steering (or several that act together), some alternatives, or
@@ -127,7 +127,7 @@ def evaluate(
         pictures = pictures_of(evaluation, subjects) if run.path is not None else []
         if run.path is not None:
             save_pictures(pictures, run.path / "pictures")
-        more = [*pictures, *samples_table(evaluation)]
+        more: list[Table | Picture] = [*pictures, *samples_table(evaluation)]
         run.finish(
             evaluation.as_json(),
             lambda environment: evaluation_page(evaluation, run.config, environment, more),

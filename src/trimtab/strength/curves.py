@@ -198,11 +198,13 @@ def sequences(language_model: LanguageModel, tokens: Sequence[str | int]) -> lis
     found: list[tuple[int, ...]] = []
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
     for token in tokens:
-        ids = [token]
+        ids: list[int] = []
         if isinstance(token, str):
             ids = language_model.tokenizer(token, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise TrimtabError(f"{token!r} has no token")
+        else:
+            ids = [token]
+        if not ids:
+            raise TrimtabError(f"{token!r} has no token")
         for one in ids:
             if not 0 <= one < vocabulary:
                 raise TrimtabError(f"there is no token {one}: {vocabulary} are known")

@@ -42,11 +42,11 @@ def write_curves(
 
     def page(environment: dict[str, Any]) -> str:
         model, names = run.config["model"], ", ".join(one.name for one in found)
-        blocks = [_said(found), _picture(figure, found), _peaks(found), _samples(found)]
+        tables = [table for table in (_peaks(found), _samples(found)) if table.rows]
         return render_page(
             f"Curves of {names}",
             f"{model['name']}; {model_line(model)}; {results['seconds']:g} seconds",
-            [block for block in blocks if isinstance(block, Picture) or block.rows],
+            [_said(found), _picture(figure, found), *tables],
             run.config,
             environment,
         )

@@ -94,7 +94,7 @@ def save_pictures(directory: Path | str, *, overwrite: bool = False) -> list[Pat
         if path.exists() and not overwrite:
             raise TrimtabError(f"{path} exists: choose another directory, or pass overwrite")
     make_directory(directory)
-    drawn = {}
+    drawn: dict[str, bytes] = {}
     with progress("drawing", len(FIGURES)) as advance:
         for name in FIGURES:
             drawn |= {f"{name}.{kind}": file for kind, file in _rendered(name).items()}
