@@ -495,15 +495,17 @@ def _choose(
             first, end = sorted((middle, last))
             gains = p[first : end + 1].amax(0) - p[middle]
             if float(gains.max()) > max(tracing.tolerance, 1e-9):
+                ids = _highest(live, gains, count)
                 reach = f"from {dials[middle]:g} to {dials[last]:.4g}{unit}"
-                return _highest(live, gains, count), (
-                    f"the tokens are the {count} that gain most {reach}, where KL and entropy keep "
-                    "to their bounds"
+                return ids, (
+                    f"the tokens are the {len(ids)} that gain most {reach}, where KL and entropy "
+                    "keep to their bounds"
                 )
         why = "none gains at a dial of the curve at which KL and entropy keep to their bounds"
     end = -1 if abs(dials[-1] - (idle or 0)) >= abs(dials[0] - (idle or 0)) else 0
-    said = f"the tokens are the {count} most probable at {dials[end]:.4g}{unit}, the far end"
-    return _highest(live, p[end], count), "" if tracing.choose == "end" else f"{said}: {why}"
+    ids = _highest(live, p[end], count)
+    said = f"the tokens are the {len(ids)} most probable at {dials[end]:.4g}{unit}, the far end"
+    return ids, "" if tracing.choose == "end" else f"{said}: {why}"
 
 
 def _highest(ids: Tensor, values: Tensor, count: int) -> list[int]:

@@ -72,4 +72,4 @@ def told_dials(steering: Steering, spot: SweetSpot | None) -> dict[str, float]:
         end, name = spot.best, "the end of the sweet spot"
     if idle is None or idle == end:
         return {name: end}
-    return {"half of that": (idle + end) / 2, name: end}
+    return {f"half way to {name}": (idle + end) / 2, name: end}
