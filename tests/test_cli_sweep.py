@@ -74,7 +74,7 @@ def test_as_json(trimtab: Command) -> None:
 def test_the_model_as_it_is_may_be_the_best(trimtab: Command) -> None:
     """k = 0 is a baseline that may be chosen, and no steering that could be kept."""
     said = trimtab(f"sweep austeer {QUICK} --k 0 --alpha 2 -o r").text
-    assert said.endswith("r: report.html, results.json\n")
+    assert said.endswith("r: report.html, results.json, pictures/\n")
     assert not Path("r/best.safetensors").exists()
 
 

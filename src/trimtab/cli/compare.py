@@ -154,4 +154,4 @@ def _show(found: Comparison, output: Path | str | None) -> None:
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:
-        say_files(output, ("report.html", "results.json", "pictures/", "best.safetensors"))
+        say_files(output, ("report.html", "results.json", "best.safetensors", "pictures/"))

@@ -20,7 +20,7 @@ def show(
     tables: Sequence[Table],
     notes: Sequence[str],
     output: str | Path | None,
-    files: Sequence[str] = ("report.html", "results.json", "pictures/", "best.safetensors"),
+    files: Sequence[str] = ("report.html", "results.json", "best.safetensors", "pictures/"),
 ) -> None:
     """The tables of a result with at most so many rows, what to know, and the files it left."""
     from rich.table import Table as RichTable
