@@ -103,6 +103,8 @@ def test_claims_are_held_against_ours() -> None:
         "risers": {"value": Value(0.5, (0.4, 0.6))},
     }
     assert lines(one, clear)[0][-1] == "no clear difference"
+    even = {name: {"value": Value(4)} for name in clear}
+    assert lines(one, even)[0][-1] == "no clear difference"
     assert lines(one, {"bumps": {"value": Value(3)}}) == []  # there is nothing to hold it against
 
 

@@ -64,7 +64,7 @@ def _over_dial(
             at, values = [at for at, _ in clear], [estimate for _, estimate in clear]
             lines.append(Line(label, at, values, colour, marker))
         base = figures.get((metric, None))
-        curve(axes, lines, base, xlabel=dial, ylabel=metric, title=metric)
+        curve(axes, lines, base, xlabel=dial, ylabel=metric)
         axes.legend(frameon=False, fontsize=8)
     name = f"{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}-dial"
     alt = f"{', '.join(metrics)} over the dial, with 95 % intervals"

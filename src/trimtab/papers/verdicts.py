@@ -100,7 +100,7 @@ def _range(values: Sequence[float], sign: str = "") -> str:
 
 
 def _apart(one: Value, other: Value) -> bool:
-    """Whether the intervals of two figures, where they have any, do not overlap."""
+    """Whether two figures differ, and their intervals, where they have any, do not overlap."""
     if one.ci95 is None or other.ci95 is None:
         return one.value != other.value
     return one.ci95[0] > other.ci95[1] or other.ci95[0] > one.ci95[1]
@@ -145,7 +145,7 @@ def _claimed(claim: Claim, ours: Values, label: str) -> list[list[str]]:
         against = "" if other is None else f" against {other.shown('')}"
         finding = f"{claim.says} ({place})" if place else claim.says
         verdict = _held(claim, own, mine, other)
-        rows.append([finding, "", f"{own.shown('')}{against}", verdict])
+        rows.append([finding, "says so", f"{own.shown('')}{against}", verdict])
     return rows
 
 
@@ -172,6 +172,6 @@ def _held(claim: Claim, own: Value, mine: float, other: Value | None) -> str:
         near = abs(mine - theirs) <= _ALIKE * abs(theirs) or not _apart(own, other)
         return "agrees" if near else "contradicts"
     right = mine > theirs if claim.above is not None else mine < theirs
-    if own.ci95 is not None and other.ci95 is not None and not _apart(own, other):
+    if not _apart(own, other):
         return "no clear difference"
     return "agrees" if right else "contradicts"
