@@ -106,7 +106,12 @@ def facts() -> dict[str, Any]:
     """The numbers behind the pictures, ready for JSON. A peak at infinity is null."""
     steered, uniform = example(), specification()
     near = np.linspace(-0.01, 0.01, 41)
-    trained, trained_uniform = train(steered.data), train(uniform)
+    with progress("training", 2) as advance:
+        trained = train(steered.data)
+        advance(1)
+        trained_uniform = train(uniform)
+        advance(1)
+    peaks = steered.peaks()[CONTEXT]
     return {
         "uniform": {"entropy": uniform.entropy, "trained_loss": trained_uniform.loss},
         "entropy": steered.data.entropy,
@@ -114,7 +119,7 @@ def facts() -> dict[str, Any]:
         "context": {"index": CONTEXT, "concept": CONCEPTS[steered.data.contexts[CONTEXT]]},
         "positive": list(steered.positive),
         "negative": list(steered.negative),
-        "tokens": [_token_facts(steered, z) for z in range(steered.data.vocabulary)],
+        "tokens": [_token_facts(steered, z, float(peak)) for z, peak in enumerate(peaks)],
         "concepts": [_concept_facts(steered, concept) for concept in range(3)],
         "curvature": float(steered.curvature()[0]),
         # Twice the coefficient of α² in a polynomial fitted to ΔCE near zero.
@@ -236,13 +241,12 @@ def _rendered(name: str) -> dict[str, bytes]:
     return {kind: rendered(page, kind, name) for kind in ("png", "svg")}
 
 
-def _token_facts(steered: SteeredUFM, z: int) -> dict[str, Any]:
-    peak = steered.peaks()[CONTEXT, z]
+def _token_facts(steered: SteeredUFM, z: int, peak: float) -> dict[str, Any]:
     return {
         "token": TOKENS[z],
         "concept": CONCEPTS[z // steered.data.size],
         "log_odds": float(steered.log_odds[z]),
-        "peak": float(peak) if np.isfinite(peak) else None,
+        "peak": peak if np.isfinite(peak) else None,
         "course": "peaks" if np.isfinite(peak) else "rises" if peak > 0 else "falls",
         "limits": [float(steered.limit(sign)[CONTEXT, z]) for sign in (-1, 1)],
     }
