@@ -3,9 +3,9 @@
     python benchmarks/defaults.py [--model M ...] [--contrast C ...] [--pairs 24] --out FILE.json
     python benchmarks/defaults.py --table FILE.json ...
 
-Every setting of every method is fitted on the train rows of every contrast; its dial then stands
-where `fit` puts it: at 1 nat of the next token, or where plain text costs 0.5 nats per token. What
-it gains there is measured on other rows of the contrast, what it costs on other plain text. A setting
+Every setting of every method is fitted on train rows of every contrast; its dial then stands where
+`fit` puts it: at 1 nat of the next token, or where plain text costs 0.5 nats per token. What it
+gains there is measured on other rows of the contrast, what it costs on other plain text. A setting
 is worth its gain as a share of the best gain of any setting on the same model and contrast, at
 least -1, averaged over all of them. The table has of each method the settings in that order.
 

@@ -269,7 +269,8 @@ def test_adaptive_sampling_on_smollm2(smollm2: Any, layer: int) -> None:
 def test_the_tokens_that_are_most_probable_at_the_largest_dial() -> None:
     lm = language_model("llama")
     steering = sharp(lm)
-    found = curve(lm, steering, PROMPTS, span=(-2, 2), points=5, tokens=4, tolerance=0, chat=False)
+    options: Any = {"span": (-2, 2), "points": 5, "tolerance": 0, "chat": False}
+    found = curve(lm, steering, PROMPTS, tokens=4, choose="end", **options)
     op = steering.interventions[0].operator
     at_end = torch.stack(
         [plain_p(lm.model, token_ids(text), 1, by_hand(op, 2.0)) for text in PROMPTS]
@@ -288,13 +289,13 @@ def test_the_tokens_that_are_most_probable_at_the_largest_dial() -> None:
 def test_tokens_by_text_and_by_id() -> None:
     lm = language_model("llama")
     tokenizer = tiny_tokenizer()
-    happy = tokenizer(" happy", add_special_tokens=False).input_ids[0]
+    (the,) = tokenizer(" the", add_special_tokens=False).input_ids
     found = curve(
-        lm, sharp(lm), PROMPTS[:1], span=(-1, 1), points=3, tokens=[" happy", 9, happy], chat=False
+        lm, sharp(lm), PROMPTS[:1], span=(-1, 1), points=3, tokens=[" the", 9, the], chat=False
     )
-    assert [token.id for token in found.tokens] == [happy, 9]  # once each
+    assert [token.id for token in found.tokens] == [the, 9]  # once each
     assert [token.token for token in found.tokens] == [
-        tokenizer.decode([happy]),
+        tokenizer.decode([the]),
         tokenizer.decode([9]),
     ]
 

@@ -125,6 +125,37 @@ def test_a_peak_on_uneven_dials() -> None:
     assert find_peak(next_token([one], dials=dials), one).dial == pytest.approx(0.8)
 
 
+def test_a_peak_lies_in_its_own_interval_whatever_the_grid() -> None:
+    coarse = torch.linspace(-200, 200, 65, dtype=torch.float64)  # 6.25 apart
+    for place in range(60):
+        at, width = -150 + 5.1 * place, 2 + place / 4
+        p = 0.5 * torch.exp(-(((coarse - at) / width) ** 2))
+        peak = find_peak(next_token([token(p)], dials=coarse), token(p))
+        assert peak.low <= peak.dial <= peak.high, (at, width, peak)
+        if width > 10:  # where the grid is fine enough to see the bump
+            reach = width * math.sqrt(-math.log(1 - 1e-3 / 0.5))
+            assert peak.dial == pytest.approx(at, abs=0.4)
+            assert peak.high - peak.low == pytest.approx(2 * reach, rel=0.25)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        p = torch.rand(33, generator=draw, dtype=torch.float64).cumsum(0)
+        p = (p - p.mean() * torch.rand((), generator=draw)).abs() / 40
+        dials = torch.linspace(-1, 1, 33, dtype=torch.float64)
+        peak = find_peak(next_token([token(p)], dials=dials), token(p))
+        assert peak.low <= peak.dial <= peak.high
+        assert peak.interval == "within 0.001 of its probability there"
+
+
+def test_an_interval_says_what_it_is() -> None:
+    runs = torch.stack([bump(at) for at in (6.0, 7.5, 8.25)])
+    one = token(bump(7.0), runs)
+    assert find_peak(next_token([one]), one).interval == "peaks of 3 fits on resampled rows"
+    lines = read(next_token([one])).lines()
+    assert any("(6 to 8.25: peaks of 3 fits on resampled rows)" in line for line in lines)
+    plain = read(next_token([token(bump(7.0))])).lines()
+    assert any("within 0.001 of its probability there" in line for line in plain)
+
+
 # -- the sweet spot -------------------------------------------------------------------------------
 
 
@@ -160,6 +191,25 @@ def test_the_sweet_spot_ends_at_a_bound_or_with_the_range() -> None:
     assert spot(rising, Bounds(max_entropy=3.0), entropy=higher).end == pytest.approx(20.0)
     found = spot(rising)
     assert (found.why, found.end) == ("range", 20.0)
+
+
+def test_the_sweet_spot_says_why_it_goes_no_further() -> None:
+    dials = torch.linspace(-40, 40, 9, dtype=torch.float64)  # 10 apart
+    kl = 0.00447 * dials**2  # 0.447 at 10, 1.788 at 20
+    one = token(torch.sigmoid(dials / 8))
+    found = find_sweet_spot(next_token([one], kl=kl, dials=dials), Bounds())
+    assert found is not None
+    assert (found.best, found.why, found.beyond) == (10.0, "kl", 20.0)
+    assert found.left == pytest.approx(1.788)
+    line = read(next_token([one], kl=kl, dials=dials)).lines()[0]
+    assert "KL is 0.447" in line
+    assert "at the next dial of the curve, 20, KL is 1.79" in line
+    assert "leaves" not in line
+    lower = 2.0 - 0.11 * dials.clamp(min=0)  # 0.9 at 10, less than half
+    line = read(next_token([one], entropy=lower, dials=dials)).lines()[0]
+    assert line.startswith("no sweet spot")
+    ends = read(next_token([one], dials=dials)).lines()[0]
+    assert "the curve ends there" in ends
 
 
 def test_the_sweet_spot_of_a_negative_dial() -> None:
@@ -385,8 +435,10 @@ def test_a_reading_in_words_and_in_json() -> None:
     reading = read(*everything())
     said = reading.lines()
     assert len(said) == 1 + 4 + 1 + 1 + 2
-    assert said[0].startswith("sweet spot: 0.1 to 7; at 7 (the tokens gain no more beyond)")
-    assert said[1].startswith("' kind' peaks at 7 (6.5 to 7.5), +0.500 in probability")
+    assert said[0].startswith("sweet spot: 0.1 to 7; at 7 the tokens have +0.539 in probability")
+    assert "the tokens gain no more beyond it" in said[0]
+    runs = "peaks of 2 fits on resampled rows"
+    assert said[1].startswith(f"' kind' peaks at 7 (6.5 to 7.5: {runs}), +0.500 in probability")
     assert "is highest where the dial ends, 20 (no lower from " in said[2]
     assert "is highest where the dial begins, -20 (no lower from " in said[3]
     assert said[4] == "'_under' stays as probable as it is"

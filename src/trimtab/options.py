@@ -359,12 +359,15 @@ class Keep:
 
 @dataclass(frozen=True, kw_only=True)
 class Tracing:
-    """What of the next token is followed over the dial, and how closely."""
+    """What of the next token is followed over the dial, and how closely; of a number of `tokens`
+    `choose` says whether they are those that gain most within the bounds, or the most probable at
+    the far end of the dial."""
 
     span: tuple[float, float] | None = None
     points: int = 1025
     tokens: int | Sequence[str | int] = 8
     tolerance: float = TOLERANCE
+    choose: Literal["gain", "end"] = "gain"
 
 
 @dataclass(frozen=True, kw_only=True)

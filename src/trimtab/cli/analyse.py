@@ -18,7 +18,7 @@ from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.making import argument_option, prepared, rows_or_all
 from trimtab.cli.options import Data, Json, Opened, Task
 from trimtab.cli.tables import show
-from trimtab.cli.values import list_in
+from trimtab.cli.values import flags_of, list_in
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, ValidationRows, flat_values
 
@@ -124,7 +124,7 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
     parameters = []
     for argument in list(inspect.signature(grouped).parameters.values())[1:]:
         if argument.name != "run":
-            hint = _hint(name, argument, hints[argument.name])
+            hint = _hint(name, argument, hints)
             default = argument.default
             if hint is Measuring:
                 default = Measuring(answering=default.answering, choosing=default.choosing)
@@ -150,11 +150,11 @@ def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
     return command
 
 
-def _hint(analysis: str, argument: inspect.Parameter, hint: Any) -> Any:
+def _hint(analysis: str, argument: inspect.Parameter, hints: Mapping[str, Any]) -> Any:
     """The type of an option, with its words."""
     from trimtab.sweeps import Measured
 
-    name = argument.name
+    name, hint = argument.name, hints[argument.name]
     required = argument.default is argument.empty
     if hint is Measured:
         return Measuring
@@ -171,7 +171,7 @@ def _hint(analysis: str, argument: inspect.Parameter, hint: Any) -> Any:
     words = _HELP.get(f"{analysis}.{name}", _HELP.get(name, ""))
     if name == "limit":
         return Annotated[hint, Parameter(help=words, converter=rows_or_all)]
-    return argument_option(hint, words)
+    return argument_option(hint, words, flags_of(name, hints))
 
 
 def _example(name: str, parameters: Sequence[inspect.Parameter]) -> str:

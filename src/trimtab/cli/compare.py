@@ -15,6 +15,7 @@ from trimtab.cli.judging import Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
 from trimtab.cli.tables import show_files
+from trimtab.cli.values import field_named
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
 
@@ -94,7 +95,7 @@ def read_candidate(text: str) -> Candidate:
     texts = {}
     for option in words[1:]:
         key, equals, value = option.partition("=")
-        key = key.removeprefix("--").replace("-", "_")
+        key = field_named(key.removeprefix("--").replace("-", "_"), own)
         if not equals or key not in own:
             raise TrimtabError(
                 f"{method.name}: {option!r} is no OPTION=VALUES of it: it has {', '.join(own)}"

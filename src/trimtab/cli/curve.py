@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.cli.common import (
     as_chats,
@@ -20,9 +21,12 @@ from trimtab.cli.common import (
     refuse_holding,
 )
 from trimtab.cli.options import Json, Opened, Prompting, Prompts
+from trimtab.cli.tables import show_files
+from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.files import json_object, make_directory, write_whole
-from trimtab.options import TOLERANCE, Bounds, Keep, Sampling, Tracing, option
+from trimtab.files import json_digest, json_object
+from trimtab.options import TOLERANCE, Bounds, Keep, Sampling, Tracing, flat_values, option
+from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
     from trimtab.contrasts import Contrast
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
         Curves,
         Refits,
         TaskAsked,
+        TextsAsked,
     )
 
 #: More points than this are a slip of the finger.
@@ -68,13 +73,28 @@ class Traced:
     tolerance: float = option(
         "Error in probability between measured dials; 0 measures all.", TOLERANCE
     )
-    token: Sequence[str] = option("A token to follow, with its space: ' happy'; repeat.", ())
-    top: int = option("Follow the most probable ones at the end.", 8)
+    token: Sequence[str] = option(
+        "A token to follow, with its space: ' happy'; a text of several tokens is followed as "
+        "their sequence; repeat.",
+        (),
+    )
+    top: int = option("Follow so many tokens, where none is named.", 8)
+    choose: Literal["gain", "end"] = option(
+        "Which these are: gain, those that gain most while KL and entropy keep to their bounds; "
+        "end, the most probable at the far end of the dial.",
+        "gain",
+    )
 
     def tracing(self, ends: Span) -> Tracing:
         """Between two ends of the dial."""
         tokens = self.token or self.top
-        return Tracing(span=ends, points=self.points, tokens=tokens, tolerance=self.tolerance)
+        return Tracing(
+            span=ends,
+            points=self.points,
+            tokens=tokens,
+            tolerance=self.tolerance,
+            choose=self.choose,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +107,9 @@ class Refitted:
         "The steering's contrast: log-odds of tokens, --resamples, --layers.", None
     )
     resamples: int = option("Fit so often on resampled rows, for error bars.", 0, least=0)
-    layers: int | None = option("Fit at so many layers, from the first to the last.", None, least=1)
+    layers: int | None = option(
+        "Fit at so many layers, from the first to the last.", None, least=1, flag="--layers"
+    )
     seed: int = option("For sampling and resampling.", 0, least=0)
 
     def refits(
@@ -210,12 +232,31 @@ class OnTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is written over the dial, to be read."""
+
+    heading = "Curves"
+
+    texts: int = option(
+        "Prompts whose completions are shown, unsteered and at two dials.", 2, least=0
+    )
+    text_tokens: int = option("Tokens of such a completion.", 40, least=1)
+
+    def asked(self) -> TextsAsked:
+        """How many, and how long."""
+        from trimtab.strength import TextsAsked
+
+        return TextsAsked(self.texts, self.text_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Also:
     """What is measured beside the next token."""
 
     cost: Cost = Cost()
     concept: Concept = Concept()
     task: OnTask = OnTask()
+    texts: Texts = Texts()
 
 
 def curve(
@@ -236,6 +277,7 @@ def curve(
     "She looked at the map and" --ce -o curves`
     """
     from trimtab import strength
+    from trimtab.reports import Run
 
     chats = as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
@@ -246,12 +288,27 @@ def curve(
     output = None if keep.output is None else Path(keep.output)
     if output is not None:
         refuse_holding(output, "curve.json", keep.overwrite, {"curves", "model"})
+    started = time.perf_counter()
     plain = also.cost.texts()
     source = _source(refitted, also.task.data, steerings[0])
     labeller = also.concept.labeller(opened)
     language_model = open_model(opened)
     if refitted.layers is not None:
         steerings = _at_layers(language_model, one_steering(steerings), refitted.layers, source)
+    config = {
+        "steerings": [
+            {"label": one.label, "dial": one.setting, "sha256": one.digest} for one in steerings
+        ],
+        "prompts": texts,
+        "chat": chats,
+        "options": _options(traced, refitted, bounds, also),
+        "contrast": source and {"name": source.name, "digest": source.digest},
+        "plain_text": json_digest(plain) if plain else None,
+        "model": language_model.described,
+    }
+    # A directory from before curves had one has no configuration to compare this one with.
+    known = output is not None and (output / "config.json").exists()
+    run = Run(output, config, keep.overwrite and known)
     every = []
     for steering in steerings:
         ends = _ends(traced.span, "--range") or strength.dial_limits(steering)
@@ -259,6 +316,7 @@ def curve(
             also.cost.asked(plain, ends),
             also.concept.asked(labeller, texts, ends, refitted.seed),
             also.task.asked(ends),
+            also.texts.asked(),
         )
         every.append(
             strength.follow(
@@ -276,15 +334,27 @@ def curve(
         )
     documents = [strength.document(each) | {"words": each.reading.lines()} for each in every]
     about: dict[str, Any] = {"model": dict(vars(language_model.identity)), "prompts": texts}
-    pictures = _write(every, {"curves": documents, **about}, output) if output else []
+    several = {"curves": documents} if len(documents) > 1 else {}
+    results = {**documents[0], **several, **about}
+    results["seconds"] = round(time.perf_counter() - started, 2)
+    pictures = strength.write_curves(every, {"curves": documents, **about}, results, run)
     if as_json:
-        several = {"curves": documents} if len(documents) > 1 else {}
-        print_json({**documents[0], **several, **about, "pictures": list(map(str, pictures))})
+        print_json({**results, "pictures": list(map(str, pictures))})
         return
     for each in every:
         _print_curves(each)
     for path in pictures:
         console.print(f"picture  {path}", style="dim")
+    if output is not None:
+        show_files(output, ("report.html", "curve.json", "texts.jsonl"))
+
+
+def _options(*groups: Any) -> dict[str, Any]:
+    """What config.json says of the options: not where data is, and no keys."""
+    values = flat_values(groups)
+    left_out = ("data", "judge_url", "judge_key_env")
+    plain = {name: value for name, value in values.items() if name not in left_out}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
 
 
 def _check(traced: Traced, refitted: Refitted, also: Also) -> None:
@@ -333,6 +403,12 @@ def _print_curves(found: Curves) -> None:
         console.print(line)
     if found.accuracy is not None:
         console.print(_accuracy_line(found.accuracy))
+    for prompt, some in groupby(found.samples, key=lambda sample: sample.prompt):
+        console.print(last_message(prompt), style="bold")
+        for sample in some:
+            dial = "" if sample.dial is None else f" ({sample.dial:.4g}{found.reading.unit})"
+            console.print(f"  {sample.place}{dial}", style="dim")
+            write_text(f"    {sample.text.strip()}")
 
 
 def _ends(text: str | None, option: str) -> tuple[float, float] | None:
@@ -385,19 +461,3 @@ def _name(steering: Steering) -> str:
     sites = [intervention.site for intervention in steering.interventions]
     where = sites[0] if len(sites) == 1 else f"{len(sites)} sites"
     return f"{steering.method} at {where}"
-
-
-def _write(found: Sequence[Curves], document: dict[str, Any], output: Path) -> list[Path]:
-    """Pictures, numbers and the texts that were judged, in a directory."""
-    from trimtab.reports import save_figure
-    from trimtab.strength import draw
-
-    make_directory(output)
-    pictures = save_figure(draw(found), output, "curve")
-    judged = [dict(text) for one in found if one.concept is not None for text in one.concept.texts]
-    if judged:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judged)
-        write_whole(output / "texts.jsonl", lines.encode(), overwrite=True)
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(output / "curve.json", text.encode(), overwrite=True)
-    return pictures

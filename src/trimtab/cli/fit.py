@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from trimtab.cli.common import console, open_model, print_json, refuse_steering_path
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Overwrite
-from trimtab.cli.values import read_value
+from trimtab.cli.values import field_named, read_value
 from trimtab.contrasts import MISTAKES, Pair, check, last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import SPLIT, Split, option
@@ -268,7 +268,7 @@ def read_method(text: str) -> Method:
     values = {}
     for each in given:
         key, equals, value = each.partition("=")
-        key = key.removeprefix("--").replace("-", "_")
+        key = field_named(key.removeprefix("--").replace("-", "_"), known)
         if not equals or key not in known:
             raise TrimtabError(
                 f"{name}: {each!r} is no OPTION=VALUE of it: it has {', '.join(known)}"

@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter, convert, validators
 
-from trimtab.cli.values import flag_of, kinds_of, list_in, read_list, read_value, words_of
+from trimtab.cli.values import flags_of, kinds_of, list_in, read_list, read_value, words_of
 from trimtab.errors import TrimtabError
 from trimtab.terminal import is_terminal, status
 
@@ -139,7 +139,7 @@ def _group(kind: Any, default: Any) -> Any:
             hint = _group(hints[item.name], value)
             value = typing.get_args(hint)[0]()
         elif "help" in item.metadata:
-            hint = _option(hints[item.name], item.metadata)
+            hint = _option(item.name, hints, item.metadata)
         else:  # a method's, which is an option already
             hint = hints[item.name]
         about = {} if value is dataclasses.MISSING else {"default": value}
@@ -152,8 +152,9 @@ def _group(kind: Any, default: Any) -> Any:
     return Annotated[new, Parameter(name="*", group=group)]
 
 
-def _option(hint: Any, about: Any) -> Any:
+def _option(name: str, hints: Mapping[str, Any], about: Any) -> Any:
     """A field as an option, as its metadata say."""
+    hint = hints[name]
     flag, least, most = (about.get(name) for name in ("flag", "least", "most"))
     own: dict[str, Any] = {"help": about["help"]}
     if list_in(hint) is not None:
@@ -163,6 +164,8 @@ def _option(hint: Any, about: Any) -> Any:
     elif flag is not None:
         own["name"] = flag
         own["negative"] = ()
+    elif hint is not bool:
+        own["name"] = flags_of(name, hints)
     if least is not None:
         own["validator"] = validators.Number(gte=least, lte=most)
     if about.get("zero_is_all"):
@@ -201,17 +204,16 @@ def method_options(method: type, as_text: bool = False) -> Any:
     """A group whose fields are those of a method; `as_text` leaves all of them as text, not given
     unless the user does."""
     hints = typing.get_type_hints(method)
+    known = [item.name for item in dataclasses.fields(method)]
     made: list[tuple[str, Any, Any]] = []
     hint: Any
     for item in dataclasses.fields(method):
-        words = item.metadata.get("help")
+        words, names = item.metadata.get("help"), flags_of(item.name, known)
         if as_text:
-            hint = Annotated[
-                str | None, Parameter(help=words, name=flag_of(item.name), metavar="VALUES")
-            ]
+            hint = Annotated[str | None, Parameter(help=words, name=names, metavar="VALUES")]
             about = dataclasses.field(default=None)
         else:
-            hint = method_option(hints[item.name], words)
+            hint = method_option(hints[item.name], words, names)
             about = dataclasses.field(default=item.default)
         made.append((item.name, hint, about))
     options = dataclasses.make_dataclass(
@@ -221,7 +223,7 @@ def method_options(method: type, as_text: bool = False) -> Any:
     return options
 
 
-def method_option(hint: Any, words: str | None) -> Any:
+def method_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any:
     """An option of a method, which itself says which words it knows."""
     if hint is bool:
         return Annotated[hint, Parameter(help=words)]
@@ -230,7 +232,8 @@ def method_option(hint: Any, words: str | None) -> Any:
         return read_value(name, text, hint)
 
     # Any, because cyclopts holds what was read to the type where pydantic is loaded.
-    return Annotated[Any, Parameter(help=words, metavar=_metavar(hint), **_one_text(read))]
+    own: dict[str, Any] = {"help": words, "name": names, "metavar": _metavar(hint)}
+    return Annotated[Any, Parameter(**own, **_one_text(read))]
 
 
 def _metavar(hint: Any) -> str:
@@ -241,14 +244,15 @@ def _metavar(hint: Any) -> str:
     return "|".join([*plain, *words_of(hint)])
 
 
-def argument_option(hint: Any, words: str | None) -> Any:
+def argument_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any:
     """An option of an analysis' argument: lists have commas."""
     several = list_in(hint)
     if several is None:
-        return Annotated[hint, Parameter(help=words)]
+        own: dict[str, Any] = {} if hint is bool else {"name": names}
+        return Annotated[hint, Parameter(help=words, **own)]
     item = typing.get_args(several)[0]
     reading = _one_text(lambda name, text: read_list(name, text, item))
-    return Annotated[hint, Parameter(help=words, metavar="VALUES", **reading)]
+    return Annotated[hint, Parameter(help=words, name=names, metavar="VALUES", **reading)]
 
 
 # -- pages that are not asked for -----------------------------------------------------------------

@@ -17,6 +17,9 @@ from trimtab.options import Keep, option
 if TYPE_CHECKING:
     from trimtab.papers import Reproduction
 
+#: How a model is held where nothing is said of it.
+_AS_IT_IS = vars(OpenedIfNamed())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Brought:
@@ -42,8 +45,9 @@ def reproduce(
     brought: Brought = Brought(),
     listed: Annotated[bool, Parameter(name="--list", help="All recipes.", negative=())] = False,
     seed: Annotated[
-        int, Parameter(help="For whatever is drawn.", validator=validators.Number(gte=0))
-    ] = 0,
+        int | None,
+        Parameter(help="For whatever is drawn (default: 0).", validator=validators.Number(gte=0)),
+    ] = None,
     keep: Keep = Keep(),
     force: Annotated[
         bool,
@@ -68,6 +72,10 @@ def reproduce(
     recipe = papers.find_recipe(name)
     if scale not in papers.SCALES:
         raise TrimtabError(f"unknown scale {scale!r}: known are {', '.join(papers.SCALES)}")
+    said = {"data": data, "seed": seed, "force": force or None}
+    if recipe.study in papers.WITHOUT_MODEL:
+        said |= {name: value for name, value in vars(opened).items() if value != _AS_IT_IS[name]}
+    papers.check_used(recipe, scale, said)
     papers.check_ready(recipe, scale, data, asdict(brought))
     language_model = None
     if recipe.study not in papers.WITHOUT_MODEL:
@@ -83,7 +91,7 @@ def reproduce(
         output=keep.output,
         prompts=brought.prompts,
         contrast=brought.contrast,
-        seed=seed,
+        seed=seed or 0,
         overwrite=keep.overwrite,
         force=force,
     )

@@ -6,7 +6,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _UNIONS = (typing.Union, types.UnionType)
 _LISTS = (tuple, list, Sequence)
 _SWITCHES = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+#: Some methods have one layer and some several: either word will do.
+_SPELLINGS = {"layer": "layers", "layers": "layer"}
 #: The largest number of float32, in which steering runs, and the smallest that is not rounded.
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 
@@ -24,6 +26,19 @@ _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 def flag_of(name: str) -> str:
     """How a field or an argument is written as an option: max_cost as --max-cost."""
     return f"--{name.replace('_', '-')}"
+
+
+def flags_of(name: str, known: Collection[str]) -> tuple[str, ...]:
+    """An option with the other spelling that is taken for it, among all fields that are `known`:
+    --layer, and --layers where nothing else is called so."""
+    other = _SPELLINGS.get(name)
+    return (flag_of(name),) if other in (None, *known) else (flag_of(name), flag_of(str(other)))
+
+
+def field_named(key: str, known: Collection[str]) -> str:
+    """The field that a name means, which may be its other spelling."""
+    other = _SPELLINGS.get(key, key)
+    return other if key not in known and other in known else key
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:

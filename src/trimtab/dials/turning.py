@@ -25,6 +25,9 @@ from trimtab.steering import Steering
 class Turning:
     """Some texts (token ids) under one steering at any dial.
 
+    Of each text the first `given` tokens are the prompt (default: all of them), and the others are
+    read as if the model had written them.
+
     `base` is the unsteered log-distribution of each text's next token, [texts, vocabulary] in
     float32 on the model's device.
     """
@@ -36,10 +39,12 @@ class Turning:
         texts: Sequence[Sequence[int]],
         *,
         force: bool = False,
+        given: Sequence[int] | None = None,
     ) -> None:
         check_turns(language_model, steering, force)
         self.language_model, self.steering = language_model, steering
         self.texts = texts
+        self.given = [len(text) for text in texts] if given is None else given
         self.blocks = blocks_below(language_model.anatomy, [steering])
         self._streams = run_lower(language_model, texts, self.blocks)
         #: Rows that have run, and the tokens in them: what all of this costs.
@@ -87,7 +92,7 @@ class Turning:
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
         lm = self.language_model
         with turned(lm.anatomy, self.steering, dials) as sequences:
-            sequences.given_ends = [len(self.texts[text]) for text in texts]
+            sequences.given_ends = [self.given[text] for text in texts]
             return self._logits(texts)
 
     def _logits(self, texts: Sequence[int]) -> Tensor:

@@ -29,11 +29,12 @@ from trimtab.evaluation.jobs import (
 )
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
+from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, paired
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
-from trimtab.reports import Evaluation, Run, evaluation_page, summarise
+from trimtab.reports import Evaluation, Picture, Run, Table, evaluation_page, summarise
 from trimtab.steering import Steering, Steerings, together
 
 #: What is evaluated: one steering (or several that act together), some alternatives, or
@@ -139,9 +140,11 @@ def evaluate(
                         run.append(records)
         ordered = _in_order(run.records, subjects, jobs, protocols)
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
+        pictures = pictures_of(evaluation, subjects) if run.path is not None else []
+        more: list[Table | Picture] = [*pictures, *written_table(evaluation)]
         run.finish(
             evaluation.as_json(),
-            lambda environment: evaluation_page(evaluation, run, environment),
+            lambda environment: evaluation_page(evaluation, run, environment, more),
         )
     return evaluation
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,6 +31,10 @@ SCALES: tuple[ScaleName, ...] = get_args(ScaleName)
 _PLACE = re.compile(r"<(head )?(\d+) of (\d+)>")
 #: `{prompts}` in an argument: a file that the user brings.
 _BROUGHT = re.compile(r"{(\w+)}")
+#: What a recipe that needs more plain text than trimtab has calls it among its data sets, and the
+#: files that will do.
+_PLAIN_TEXT = "plain text"
+_TEXTS = ("wikitext2/raw_test_articles.jsonl", "webtext/openwebtext_sentences.jsonl")
 #: Models that are this much smaller than a published one are not held to what it needs.
 _NEARLY = 0.85
 
@@ -56,6 +61,22 @@ class Published(_Strict):
     says: str = ""
 
 
+class Claim(_Strict):
+    """A sentence of the paper, and how our figures tell whether it holds here.
+
+    `ours` is the name of one of our rows (or a pattern of it), which is to lie `above` or `below`
+    another one or a number, to be `like` it (within 10 % or its interval), or `between` two
+    numbers. Rows of a part ("block 3, ...") are held against rows of the same part.
+    """
+
+    says: str
+    ours: str
+    above: float | str | None = None
+    below: float | str | None = None
+    like: float | str | None = None
+    between: tuple[float, float] | None = None
+
+
 class Scale(_Strict):
     """Arguments of one scale; `only` takes some of the recipe's parts, `data` are other data sets
     than the recipe's, `note` is said in the report."""
@@ -77,7 +98,8 @@ class Recipe(_Strict):
 
     `each` are parts that the study runs for one by one (tasks, methods), with what differs. `names`
     gives our rows the paper's names. `brings` says what the user brings, by the name that stands
-    in braces in the arguments.
+    in braces in the arguments. `baseline` is the row of the unsteered model, from which figures
+    that are held against the paper's are changes; `claims` are its findings in words.
     """
 
     name: str = Field(pattern=r"^[a-z]+-[a-z0-9-]+$")
@@ -93,6 +115,8 @@ class Recipe(_Strict):
     brings: dict[str, str] = Field(default_factory=dict)
     names: dict[str, str] = Field(default_factory=dict)
     published: tuple[Published, ...] = ()
+    baseline: str | None = None
+    claims: tuple[Claim, ...] = ()
     differences: tuple[str, ...] = ()
 
     def scale(self, name: str) -> Scale:
@@ -101,6 +125,11 @@ class Recipe(_Strict):
             raise TrimtabError(f"unknown scale {name!r}: known are {', '.join(SCALES)}")
         found: Scale = getattr(self.scales, name)
         return found
+
+    def data_at(self, scale: str) -> tuple[str, ...]:
+        """The data sets of a scale."""
+        own = self.scale(scale).data
+        return self.data if own is None else own
 
     def parts(self, scale: str) -> dict[str, dict[str, Any]]:
         """The arguments of each part at a scale, which has the last word; a recipe without parts
@@ -203,10 +232,14 @@ def described(value: Any) -> Any:
     return [described(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+def brought_at(recipe: Recipe, scale: str) -> list[str]:
+    """What the user brings at a scale, by the options' names."""
+    return list(dict.fromkeys(_BROUGHT.findall(str(recipe.parts(scale)))))
+
+
 def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, Any]) -> None:
     """Stop where a file is wanted that only the user can bring."""
-    wanted = _BROUGHT.findall(str(recipe.parts(scale)))
-    for name in dict.fromkeys(wanted):
+    for name in brought_at(recipe, scale):
         if not brought.get(name):
             what = recipe.brings.get(name, "a file")
             raise TrimtabError(
@@ -220,20 +253,48 @@ def check_brought(recipe: Recipe, scale: str, brought: Mapping[str, Any]) -> Non
 
 
 def check_data(recipe: Recipe, scale: str, data: str | None) -> None:
-    """Stop before hours of work where a data set is not among the user's."""
+    """Stop before hours of work where a data set is neither among the user's nor on the hub."""
     directory = data_directory(data)
-    if directory is None:  # the hub may have it
-        return
-    own = recipe.scale(scale).data
-    for name in recipe.data if own is None else own:
-        task = TASKS.get(name)
-        if task is None:
-            missing = None if (directory / name).is_dir() else name
-        else:
-            sources = [task.test] if task.train is None else [task.test, task.train]
-            missing = next((s.file for s in sources if source_file(s, data) is None), None)
-        if missing:
-            raise TrimtabError(f"{recipe.name} needs {missing}, which is not in {directory}")
+    for name in recipe.data_at(scale):
+        if name == _PLAIN_TEXT:
+            plain_text_file(data)
+        elif directory is not None:
+            missing = _missing(name, directory, data)
+            if missing:
+                raise TrimtabError(f"{recipe.name} needs {missing}, which is not in {directory}")
+        elif name in TASKS:  # what is no task of ours lm-eval looks for
+            _try_hub(name)
+
+
+def _missing(name: str, directory: Path, data: str | None) -> str | None:
+    """What of a data set is not in the user's directory."""
+    task = TASKS.get(name)
+    if task is None:
+        return None if (directory / name).is_dir() else name
+    sources = [task.test] if task.train is None else [task.test, task.train]
+    return next((s.file for s in sources if source_file(s, data) is None), None)
+
+
+@cache
+def _try_hub(name: str) -> None:
+    """Read the rows of a task, which are kept for later, or say what stands against it."""
+    task = TASKS[name]
+    task.rows("test", "paper", None)
+    if task.train is not None:
+        task.rows("train", "paper", None)
+
+
+def plain_text_file(data: str | None) -> Path:
+    """Plain text beside trimtab's own, in the user's directory: the first that is there."""
+    directory = data_directory(data)
+    there = [directory / name for name in _TEXTS] if directory is not None else []
+    for path in there:
+        if path.is_file():
+            return path
+    raise TrimtabError(
+        "this takes more plain text than comes with trimtab: name a directory with "
+        f"{' or '.join(_TEXTS)} by --data"
+    )
 
 
 def check_needs(recipe: Recipe, model: str, billions: float | None, force: bool = False) -> None:

@@ -7,9 +7,11 @@ figures beside ours.
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from typing import Any
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
+from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.recipe import (
+    SCALES,
     Recipe,
     ScaleName,
+    brought_at,
     check_brought,
     check_data,
     check_needs,
@@ -28,7 +33,8 @@ from trimtab.papers.recipe import (
     recipes,
     resolve,
 )
-from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, run_study
+from trimtab.papers.studies import WITHOUT_MODEL, StudyResult, Value, find_study, run_study
+from trimtab.papers.verdicts import verdicts
 from trimtab.reports import Picture, Run, Table, model_line, run_page, tables_html
 from trimtab.sweeps import Used, metered
 from trimtab.terminal import progress
@@ -99,6 +105,11 @@ class Reproduction:
                 for row, columns in self.values.items()
             },
             "published": [one.model_dump() for one in recipe.published],
+            "verdicts": [
+                dict(zip(table.heads, row, strict=True))
+                for table in verdicts(recipe, self.values)
+                for row in table.rows
+            ],
             "parts": {name: found.as_json() for name, found in self.found.items()},
             "cost": {name: vars(used) for name, used in self.used.items()},
             "seconds": self.seconds,
@@ -155,7 +166,7 @@ def reproduce(
         run.begin()
         shutil.rmtree(run.path / "parts", ignore_errors=True)
     found, used = {}, {}
-    with progress(recipe.name, len(resolved)) as advance:
+    with _left_in_order(run), progress(recipe.name, len(resolved)) as advance:
         for part, args in resolved.items():
             own = None if run.path is None else run.path / "parts" / (_file(part) or "all")
             shared = {"data": source, "seed": seed, "output": own}
@@ -174,8 +185,66 @@ def reproduce(
     return done
 
 
+@contextmanager
+def _left_in_order(run: Run) -> Iterator[None]:
+    """A run that fails with nothing done leaves no directory; one with some work done, on which a
+    later call goes on, is known as a run by its configuration."""
+    made = run.path is not None and not run.path.exists()
+    try:
+        yield
+    except BaseException:
+        if run.path is not None:
+            _remove_empty(run.path if made else run.path / "parts")
+            with suppress(TrimtabError, OSError):  # what went wrong before is said
+                if (run.path / "parts").exists():
+                    run.begin()
+        raise
+
+
+def _remove_empty(path: Path) -> None:
+    """Remove a directory if there are only such directories in it, and locks."""
+    if not path.is_dir():
+        return
+    for inner in path.iterdir():
+        _remove_empty(inner)
+    if all(file.name == ".lock" for file in path.iterdir()):
+        (path / ".lock").unlink(missing_ok=True)
+        path.rmdir()
+
+
+def check_used(recipe: Recipe, scale: str, given: Mapping[str, Any]) -> None:
+    """Refuse options, those of `given` that are not None, that have no part in a recipe at a
+    scale."""
+    for name, value in given.items():
+        if value is None or name in options_of(recipe, scale):
+            continue
+        elsewhere = [one for one in SCALES if name in options_of(recipe, one)]
+        hint = "leave it out"
+        if elsewhere:
+            hint = f"scale {' and '.join(elsewhere)} takes it"
+        elif name == "contrast" and recipe.study in ANALYSES:
+            hint += f"; trimtab analyse {recipe.study} runs the same on yours"
+        raise TrimtabError(
+            f"{recipe.name} at scale {scale} has no use for --{name.replace('_', '-')}: {hint}"
+        )
+
+
+def options_of(recipe: Recipe, scale: str) -> set[str]:
+    """What a user may say of a recipe at a scale, beside how the model is held."""
+    takes = inspect.signature(find_study(recipe.study)).parameters
+    brought = brought_at(recipe, scale)
+    used = {*brought, *(("seed",) if "seed" in takes else ())}
+    if recipe.data_at(scale) or brought:  # a contrast that is brought may be task:NAME
+        used.add("data")
+    if recipe.study not in WITHOUT_MODEL:
+        used |= {"model", "force"} if recipe.needs else {"model"}
+    return used
+
+
 def check_ready(recipe: Recipe, scale: str, data: str | None, brought: Mapping[str, Any]) -> None:
-    """Stop before a model is loaded where something is missing that the recipe runs on."""
+    """Stop before a model is loaded where something is missing that the recipe runs on, or brought
+    that it does not run on."""
+    check_used(recipe, scale, brought)
     check_brought(recipe, scale, brought)
     check_data(recipe, scale, data)
 
@@ -214,7 +283,8 @@ def reproduction_page(done: Reproduction, run: Run, environment: dict[str, Any])
 
 
 def beside_paper(done: Reproduction) -> list[Table]:
-    """The paper's figures and ours, row by row; and what the paper says in words."""
+    """The paper's figures and ours, row by row; what the paper says in words; and whether that is
+    found here."""
     recipe, ours = done.recipe, done.values
     name = "theory" if done.model is None else done.model["name"]
     columns = list(dict.fromkeys(
@@ -236,11 +306,13 @@ def beside_paper(done: Reproduction) -> list[Table]:
     tables = []
     if rows:
         note = "In %." if unit else ""
-        tables.append(Table("The paper's figures and ours", ["", "whose", *columns], rows, note))
+        both = any(one.rows for one in recipe.published)
+        title = "The paper's figures and ours" if both else "Our figures"
+        tables.append(Table(title, ["", "whose", *columns], rows, note))
     says = [[one.model, one.says] for one in recipe.published if one.says]
     if says:
         tables.append(Table("What the paper says", ["model", "finding"], says))
-    return tables
+    return [*tables, *verdicts(recipe, ours)]
 
 
 def _pictures(done: Reproduction) -> list[Picture]:

@@ -23,7 +23,7 @@ from trimtab.figures import (
     with_unit,
     words_for,
 )
-from trimtab.reports.page import model_line, run_page
+from trimtab.reports.page import Picture, model_line, run_page
 from trimtab.reports.presented import Presented
 from trimtab.reports.run import Run
 from trimtab.reports.tables import (
@@ -37,6 +37,8 @@ from trimtab.reports.tables import (
 
 #: Tasks that the sentence on top names one by one.
 _NAMED = 4
+#: Steerings of which all are shown where texts are.
+_FEW = 3
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,6 +77,22 @@ class Evaluation(Presented):
             if None not in (old, new) and old != new and are_rates(name, (old, new)):
                 found.append((before, after))
         return found
+
+    def samples(self, prompts: int = 3) -> list[dict[str, Any]]:
+        """What is written for the first prompts of each task of coherence, unsteered beside
+        steered; of many steerings the one in the middle and the last."""
+        written = [r for r in self.records if r["task"].startswith("coherence:")]
+        steered = list(dict.fromkeys(r["steering"] for r in written if r["steering"] is not None))
+        if len(steered) > _FEW:
+            steered = [steered[(len(steered) - 1) // 2], steered[-1]]
+        found: dict[tuple[str, int], dict[str, Any]] = {}
+        for record in written:
+            place = record["task"], record["index"]
+            if record["index"] < prompts and record["steering"] in (None, *steered):
+                about = {"task": record["task"], "prompt": record["prompt"], "outputs": []}
+                output = {"steering": record["steering"], "text": record["output"]}
+                found.setdefault(place, about)["outputs"].append(output)
+        return list(found.values())
 
     def by_task(self) -> list[tuple[str, list[tuple[Result, Difference | None]]]]:
         """For people: a title for each task and protocol, and its results with their comparisons.
@@ -176,12 +194,14 @@ class Evaluation(Presented):
 
     def as_json(self) -> dict[str, Any]:
         """What `trimtab evaluate --json` prints."""
+        samples = self.samples()
         return {
             "results": [asdict(result) for result in self.results],
             "comparisons": [difference.as_json() for difference in self.comparisons],
             "seconds": self.seconds,
             "model": self.model,
             "notes": list(self.notes),
+            **({"samples": samples} if samples else {}),
         }
 
 
@@ -220,15 +240,21 @@ def summarise(
     )
 
 
-def evaluation_page(evaluation: Evaluation, run: Run, environment: dict[str, Any]) -> str:
-    """The page of an evaluation; its tables are also saved beside it."""
+def evaluation_page(
+    evaluation: Evaluation,
+    run: Run,
+    environment: dict[str, Any],
+    more: Sequence[Table | Picture] = (),
+) -> str:
+    """The page of an evaluation, with what else is to be seen of it; tables and pictures are also
+    saved beside it."""
     model = run.config["model"]
     return run_page(
         run,
         environment,
         f"Evaluation of {model['name']}",
         f"{model_line(model)}; {evaluation.seconds:g} seconds",
-        evaluation.tables(),
+        [*evaluation.tables(), *more],
         summary=evaluation.summary,
         notes=evaluation.notes,
         flips=evaluation.flips(),

@@ -17,6 +17,7 @@ from trimtab.strength.costs import cost_curve
 from trimtab.strength.curves import curve
 from trimtab.strength.pictures import Accuracy, Curves
 from trimtab.strength.reading import read
+from trimtab.strength.samples import Sample, TextsAsked, samples
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Beside:
     cost: CostAsked | None = None
     concept: ConceptAsked | None = None
     task: TaskAsked | None = None
+    texts: TextsAsked | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def follow(
         steering,
         prompts,
         tracing=tracing,
+        bounds=bounds,
         chat=chat,
         resamples=refits.resamples,
         contrast=refits.contrast,
@@ -111,7 +114,14 @@ def follow(
             chat=chat,
             force=force,
         )
-    return Curves(name, read(tokens, cost, concept, bounds), tokens, cost, concept, accuracy)
+    reading = read(tokens, cost, concept, bounds)
+    written: tuple[Sample, ...] = ()
+    if beside.texts is not None:
+        spot, texts_asked = reading.sweet_spot, beside.texts
+        written = samples(
+            language_model, steering, prompts, spot, texts_asked, chat=chat, force=force
+        )
+    return Curves(name, reading, tokens, cost, concept, accuracy, written)
 
 
 def spaced(low: float, high: float, points: int) -> list[float]:
@@ -156,4 +166,5 @@ def document(curves: Curves) -> dict[str, Any]:
         "reading": curves.reading,
     }
     named = {name: None if part is None else part.as_json() for name, part in parts.items()}
-    return {"name": curves.name, **named}
+    written = [sample.as_json() for sample in curves.samples]
+    return {"name": curves.name, **named, "samples": written}

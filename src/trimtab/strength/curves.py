@@ -2,13 +2,14 @@
 
 A curve has as many dials as asked for, but the model runs at few of them: the grid is refined where
 a cubic spline through the dials so far misses the probability of any token of the vocabulary, and
-read off the spline elsewhere. The error that is tolerated is stated with the curve.
+read off the spline elsewhere. The error that is tolerated is stated with the curve. A text of
+several tokens is followed as a sequence: its probability is that of all of them in turn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, batches_by_length
-from trimtab.options import Tracing, flat
+from trimtab.options import Bounds, Tracing, flat
 from trimtab.reading import last_logits
 from trimtab.reports import Presented, Table, change_text, number_text, value_text
 from trimtab.steering import Steering
@@ -45,6 +46,8 @@ class TokenCurve:
 
     `runs` [runs, dials] are the same of steerings fitted on resampled contrasts; `log_odds` is how
     much likelier the token is after a contrast's positive texts than after its negative ones.
+    Where a text of several tokens is followed, these are its `pieces` with their `ids`, `id` is the
+    first of them, and every figure is that of all pieces in turn.
     """
 
     token: str
@@ -53,6 +56,8 @@ class TokenCurve:
     delta_p: Tensor
     runs: Tensor | None = None
     log_odds: float | None = None
+    ids: tuple[int, ...] = ()
+    pieces: tuple[str, ...] = ()
 
     @property
     def farthest(self) -> int:
@@ -71,7 +76,8 @@ class Curve(Presented):
     `dials` rise, and the dial that does nothing is among them; at `measured` ones the model ran
     (for at least one prompt), the others are within `tolerance` in probability. `kl` is
     KL(unsteered || steered) and `entropy` the entropy of the steered distribution, [dials] in nats.
-    `target` is the summed probability of the tokens.
+    `target` is the summed probability of the tokens; `chosen` says how they were, where they were
+    not named.
     """
 
     steering: Steering
@@ -85,6 +91,7 @@ class Curve(Presented):
     base_entropy: float
     tolerance: float
     passes: int = field(default=0)  # (prompt, dial) pairs at which the model ran
+    chosen: str = ""
 
     @property
     def summary(self) -> str:
@@ -146,6 +153,7 @@ class Curve(Presented):
                 {
                     "token": token.token,
                     "id": token.id,
+                    "ids": list(token.ids or (token.id,)),
                     "base_p": token.base_p,
                     "delta_p": token.delta_p.tolist(),
                     "log_odds": token.log_odds,
@@ -153,6 +161,7 @@ class Curve(Presented):
                 }
                 for token in self.tokens
             ],
+            "chosen": self.chosen,
             "target": self.target.tolist(),
             "kl": self.kl.tolist(),
             "entropy": self.entropy.tolist(),
@@ -167,6 +176,7 @@ def curve(
     prompts: Sequence[Any],
     *,
     tracing: Tracing = Tracing(),
+    bounds: Bounds = Bounds(),
     chat: bool | None = None,
     resamples: Sequence[Steering] = (),
     contrast: Contrast | None = None,
@@ -175,10 +185,13 @@ def curve(
     """Follow the next token after prompts over the dial, from one end of `span` (default: the
     dial's range) to the other.
 
-    `tokens` are the ones to show, as texts (their first token) or ids, or how many of those that
-    are most probable at the largest dial. `tolerance` 0 runs the model at every dial. `resamples`
-    are steerings fitted on resampled contrasts (`resampled`), whose curves give the error bars;
-    with `contrast` tokens get their log-odds.
+    `tokens` are the ones to show, as texts or ids (a text of several tokens is followed as a
+    sequence), or how many are chosen. `choose` says which these are: those that gain most while KL
+    and entropy keep to their `bounds` (gain), or the most probable at the end that is farther from
+    the dial that does nothing (end).
+    `tolerance` 0 runs the model at every dial. `resamples` are steerings fitted on resampled
+    contrasts (`resampled`), whose curves give the error bars; with `contrast` tokens get their
+    log-odds.
     """
     wanted = language_model.fitting(language_model.prompts(prompts, chat))
     if not wanted:
@@ -187,33 +200,37 @@ def curve(
     dials = _grid(steering, tracing.span, tracing.points)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise TrimtabError(f"the tolerance must be 0 or more, not {tolerance}")
-    count = tokens if isinstance(tokens, int) else 0
-    asked = None if isinstance(tokens, int) else token_ids(language_model, tokens)
-    followed = [
-        _follow(language_model, steering, text, dials, asked or [], tolerance, force)
-        for text in _shown(wanted)
-    ]
-    shown = asked if asked is not None else _largest(followed, count)
-    runs = [_mean_p(followed, shown)]
+    shown = [] if isinstance(tokens, int) else sequences(language_model, tokens)
+    _check_room(language_model, wanted, shown)
+
+    def read(one: Steering, what: str) -> list[_Read]:
+        """The prompts under a steering, with whatever is shown by then."""
+        given = one, dials, shown, tolerance, force
+        return [_Read.of(language_model, text, *given) for text in _shown(wanted, what)]
+
+    found, chosen = read(steering, "turning the dial"), ""
+    followed = [one.next_token for one in found]
+    if isinstance(tokens, int):
+        ids, chosen = _choose(followed, steering, dials, tracing, bounds)
+        shown = [(token,) for token in ids]
+    runs = [_mean_p(found, shown)]
     for number, other in enumerate(resamples, 1):
-        found = [
-            _follow(language_model, other, text, dials, shown, tolerance, force)
-            for text in _shown(wanted, f"resample {number}")
-        ]
-        runs.append(_mean_p(found, shown))
-    odds = None if contrast is None else token_log_odds(language_model, contrast)
-    base = torch.stack([one.base_p[shown] for one in followed]).double().mean(0)
+        runs.append(_mean_p(read(other, f"resample {number}"), shown))
+    odds = None if contrast is None else _log_odds(language_model, contrast, shown)
+    base = torch.stack([one.base(shown) for one in found]).mean(0)
     drawn = []
-    for place, token in enumerate(shown):
+    for place, ids_shown in enumerate(shown):
         rises = torch.stack([run[:, place] for run in runs]) - base[place]
         drawn.append(
             TokenCurve(
-                language_model.tokenizer.decode([token]),
-                token,
+                language_model.tokenizer.decode(ids_shown),
+                ids_shown[0],
                 float(base[place]),
                 rises[0],
                 rises[1:] if len(rises) > 2 else None,
-                None if odds is None else float(odds[token]),
+                None if odds is None else odds[place],
+                ids_shown,
+                tuple(language_model.tokenizer.decode([token]) for token in ids_shown),
             )
         )
     return Curve(
@@ -222,36 +239,53 @@ def curve(
         torch.tensor(dials, dtype=torch.float64),
         torch.stack([one.measured for one in followed]).any(0),
         tuple(drawn),
-        runs[0].sum(1),
+        _summed(runs[0], shown),
         torch.stack([one.kl for one in followed]).mean(0),
         torch.stack([one.entropy for one in followed]).mean(0),
         float(torch.stack([one.base_entropy for one in followed]).mean()),
         tolerance,
         sum(int(one.measured.sum()) for one in followed),
+        chosen,
     )
 
 
-def token_ids(language_model: LanguageModel, tokens: Sequence[str | int]) -> list[int]:
-    """The id of each token: itself, or the first token of a text as it stands."""
+def sequences(language_model: LanguageModel, tokens: Sequence[str | int]) -> list[tuple[int, ...]]:
+    """The ids of each token: itself, or all tokens of a text as it stands."""
     if isinstance(tokens, str):
         raise TrimtabError("tokens must be a list: write [token]")
-    found = []
+    found: list[tuple[int, ...]] = []
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
     for token in tokens:
+        ids: list[int] = []
         if isinstance(token, str):
             ids = language_model.tokenizer(token, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise TrimtabError(f"{token!r} has no token")
-            token = ids[0]
-        if not 0 <= token < vocabulary:
-            raise TrimtabError(f"there is no token {token}: {vocabulary} are known")
-        found.append(token)
+        else:
+            ids = [token]
+        if not ids:
+            raise TrimtabError(f"{token!r} has no token")
+        for one in ids:
+            if not 0 <= one < vocabulary:
+                raise TrimtabError(f"there is no token {one}: {vocabulary} are known")
+        found.append(tuple(ids))
     if not found:
         raise TrimtabError("there is no token to show")
     return list(dict.fromkeys(found))
 
 
-def _shown(texts: Sequence[list[int]], what: str = "turning the dial") -> Any:
+def _check_room(
+    language_model: LanguageModel, texts: Sequence[list[int]], shown: Sequence[tuple[int, ...]]
+) -> None:
+    """Refuse what is longer than the model takes with the pieces of a sequence after it."""
+    more = max((len(ids) for ids in shown), default=1) - 1
+    longest = max(map(len, texts))
+    if longest + more > language_model.max_length:
+        raise TrimtabError(
+            f"a prompt of {longest} tokens and {more} pieces of a token exceed the "
+            f"{language_model.max_length} tokens that {language_model.name} takes: shorten it"
+        )
+
+
+def _shown(texts: Sequence[list[int]], what: str) -> Any:
     """The texts, with a progress bar."""
     with progress(what, len(texts)) as advance:
         for text in texts:
@@ -302,16 +336,71 @@ class _Followed:
         return columns
 
 
+@dataclass(frozen=True)
+class _Read:
+    """One prompt over the grid, and what follows the first pieces of the sequences, by these."""
+
+    after: dict[tuple[int, ...], _Followed]
+
+    @classmethod
+    def of(
+        cls,
+        language_model: LanguageModel,
+        text: Sequence[int],
+        steering: Steering,
+        dials: Sequence[float],
+        shown: Sequence[tuple[int, ...]],
+        tolerance: float,
+        force: bool,
+    ) -> _Read:
+        """Pieces are read as if the model had written them."""
+        after = {}
+        for prefix, asked in _prefixes(shown).items():
+            whole = [*text, *prefix]
+            turning = Turning(language_model, steering, [whole], force=force, given=[len(text)])
+            after[prefix] = _follow(turning, dials, asked, tolerance)
+        return cls(after)
+
+    @property
+    def next_token(self) -> _Followed:
+        """What comes right after the prompt."""
+        return self.after[()]
+
+    def p(self, shown: Sequence[tuple[int, ...]]) -> Tensor:
+        """Probabilities [dials, shown] in float64."""
+        return torch.stack(
+            [
+                torch.stack([one.of([token])[:, 0] for one, token in self._steps(ids)]).prod(0)
+                for ids in shown
+            ],
+            1,
+        )
+
+    def base(self, shown: Sequence[tuple[int, ...]]) -> Tensor:
+        """The same without steering, [shown]."""
+        return torch.stack(
+            [
+                torch.stack([one.base_p[token].double() for one, token in self._steps(ids)]).prod(0)
+                for ids in shown
+            ]
+        )
+
+    def _steps(self, ids: tuple[int, ...]) -> list[tuple[_Followed, int]]:
+        return [(self.after[ids[:place]], token) for place, token in enumerate(ids)]
+
+
+def _prefixes(shown: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """What is read on from, and which tokens are asked for there."""
+    found: dict[tuple[int, ...], list[int]] = {(): []}
+    for ids in shown:
+        for place, token in enumerate(ids):
+            found.setdefault(ids[:place], []).append(token)
+    return found
+
+
 def _follow(
-    language_model: LanguageModel,
-    steering: Steering,
-    text: Sequence[int],
-    dials: Sequence[float],
-    asked: Sequence[int],
-    tolerance: float,
-    force: bool,
+    turning: Turning, dials: Sequence[float], asked: Sequence[int], tolerance: float
 ) -> _Followed:
-    turning = Turning(language_model, steering, [text], force=force)
     nodes = _Nodes(turning, dials, asked, tolerance)
     everywhere = list(range(len(dials)))
     if tolerance == 0 or len(dials) <= 2 * _COARSE:
@@ -370,10 +459,15 @@ class _Nodes:
     def measure(self, indices: Sequence[int]) -> None:
         """Run the model at these dials, where it has not."""
         indices = [i for i in indices if i not in self._rows]
+        with progress("running dials", len(indices)) as advance:
+            self._measure(indices, advance)
+
+    def _measure(self, indices: Sequence[int], advance: Callable[[int], object]) -> None:
         base = self.turning.base
         for places, log_p in self.turning.log_p(
             [0] * len(indices), [self.dials[i] for i in indices]
         ):
+            advance(len(places))
             nats = torch.stack((divergence(base, log_p), entropy(log_p)), 1).cpu()
             p = log_p.float().exp().cpu()
             if not torch.isfinite(nats).all():
@@ -429,19 +523,78 @@ class _Nodes:
         return torch.stack(rows)
 
 
-def _largest(followed: Sequence[_Followed], count: int) -> list[int]:
-    """The tokens that are most probable at the largest dial, on average over prompts."""
+# -- which tokens ---------------------------------------------------------------------------------
+
+
+def _choose(
+    followed: Sequence[_Followed],
+    steering: Steering,
+    dials: Sequence[float],
+    tracing: Tracing,
+    bounds: Bounds,
+) -> tuple[list[int], str]:
+    """As many tokens as are wanted, and how they were chosen, in words."""
+    count = tracing.tokens
+    assert isinstance(count, int)
     if count < 1:
         raise TrimtabError(f"a curve shows 1 token or more, not {count}")
-    every = torch.cat([one.live for one in followed]).unique()
-    p = torch.stack([one.of(every.tolist())[-1] for one in followed]).mean(0)
-    chosen: list[int] = every[p.argsort(descending=True, stable=True)[:count]].tolist()
+    live = torch.cat([one.live for one in followed]).unique()
+    p = torch.stack([one.of(live.tolist()) for one in followed]).mean(0)
+    idle, unit = idle_dial(steering), steering.dial.unit
+    why = "the steering does nothing at no dial of the curve"
+    if tracing.choose == "gain" and idle is not None and idle in dials:
+        middle = dials.index(idle)
+        kl, nats, base = (
+            torch.stack([getattr(one, name) for one in followed]).mean(0)
+            for name in ("kl", "entropy", "base_entropy")
+        )
+        for step in (1, -1):
+            last = farthest(kl, nats / base, bounds, middle, step)
+            first, end = sorted((middle, last))
+            gains = p[first : end + 1].amax(0) - p[middle]
+            if float(gains.max()) > max(tracing.tolerance, 1e-9):
+                ids = _highest(live, gains, count)
+                reach = f"from {dials[middle]:g} to {dials[last]:.4g}{unit}"
+                return ids, (
+                    f"the tokens are the {len(ids)} that gain most {reach}, where KL and entropy "
+                    "keep to their bounds"
+                )
+        why = "none gains at a dial of the curve at which KL and entropy keep to their bounds"
+    end = -1 if abs(dials[-1] - (idle or 0)) >= abs(dials[0] - (idle or 0)) else 0
+    ids = _highest(live, p[end], count)
+    said = f"the tokens are the {len(ids)} most probable at {dials[end]:.4g}{unit}, the far end"
+    return ids, "" if tracing.choose == "end" else f"{said}: {why}"
+
+
+def _highest(ids: Tensor, values: Tensor, count: int) -> list[int]:
+    chosen: list[int] = ids[values.argsort(descending=True, stable=True)[:count]].tolist()
     return chosen
 
 
-def _mean_p(followed: Sequence[_Followed], tokens: Sequence[int]) -> Tensor:
-    """[dials, tokens], mean over prompts."""
-    return torch.stack([one.of(tokens) for one in followed]).mean(0)
+def farthest(kl: Tensor, entropy: Tensor, bounds: Bounds, middle: int, step: int) -> int:
+    """How far KL and entropy (as a share of the unsteered one), [dials], stay within their bounds
+    from one dial on, step by step: the place of the last dial."""
+    allowed = kl <= bounds.max_kl
+    allowed &= (entropy >= bounds.min_entropy) & (entropy <= bounds.max_entropy)
+    last = middle
+    while 0 <= last + step < len(kl) and bool(allowed[last + step]):
+        last += step
+    return last
+
+
+def _mean_p(found: Sequence[_Read], shown: Sequence[tuple[int, ...]]) -> Tensor:
+    """[dials, shown], mean over prompts."""
+    return torch.stack([one.p(shown) for one in found]).mean(0)
+
+
+def _summed(p: Tensor, shown: Sequence[tuple[int, ...]]) -> Tensor:
+    """How probable any of what is shown is, [dials]; what continues another is in it already."""
+    own = [
+        place
+        for place, ids in enumerate(shown)
+        if not any(other != ids and ids[: len(other)] == other for other in shown)
+    ]
+    return p[:, own].sum(1)
 
 
 # -- the contrast ---------------------------------------------------------------------------------
@@ -475,11 +628,15 @@ def resampled(
 
 @torch.no_grad()
 def token_log_odds(
-    language_model: LanguageModel, contrast: Contrast, max_length: int = 100
+    language_model: LanguageModel,
+    contrast: Contrast,
+    max_length: int = 100,
+    after: Sequence[int] = (),
 ) -> Tensor:
     """Of every token: its mean log-probability after the positive texts of a contrast minus that
     after the negative ones, [vocabulary] in float64 nats (the measured counterpart of Def. 3.2 of
-    "Towards Understanding Steering Strength"). Texts count up to `max_length` tokens.
+    "Towards Understanding Steering Strength"). Texts count up to `max_length` tokens, and the
+    tokens `after` follow each of them.
     """
     train = contrast.train
     if train.paired:
@@ -494,13 +651,29 @@ def token_log_odds(
             for label in ("positive", "negative")
         ]
     means = []
-    for side in sides:
-        texts, total = [text[:max_length] for text in side], torch.zeros(())
-        for rows in batches_by_length([len(text) for text in texts], language_model.batch_tokens):
-            logits = last_logits(language_model, [texts[i] for i in rows])
-            total = total + logits.double().log_softmax(-1).sum(0).cpu()
-        means.append(total / len(texts))
+    with progress("reading log-odds", sum(map(len, sides))) as advance:
+        for side in sides:
+            texts = [[*text[:max_length], *after] for text in side]
+            lengths, total = [len(text) for text in texts], torch.zeros(())
+            for rows in batches_by_length(lengths, language_model.batch_tokens):
+                logits = last_logits(language_model, [texts[i] for i in rows])
+                total = total + logits.double().log_softmax(-1).sum(0).cpu()
+                advance(len(rows))
+            means.append(total / len(texts))
     return means[0] - means[1]
+
+
+def _log_odds(
+    language_model: LanguageModel, contrast: Contrast, shown: Sequence[tuple[int, ...]]
+) -> list[float]:
+    """Log-odds of tokens; those of a sequence are the sum over its pieces."""
+    after = {
+        prefix: token_log_odds(language_model, contrast, after=prefix)
+        for prefix in _prefixes(shown)
+    }
+    return [
+        sum(float(after[ids[:place]][token]) for place, token in enumerate(ids)) for ids in shown
+    ]
 
 
 def at_layers(steering: Steering, layers: int, count: int) -> list[Method]:

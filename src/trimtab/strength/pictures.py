@@ -27,6 +27,7 @@ from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
 from trimtab.strength.curves import Curve
 from trimtab.strength.reading import Reading, read
+from trimtab.strength.samples import Sample
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1)))
 
@@ -64,6 +65,7 @@ class Curves:
     cost: CostCurve | None = None
     concept: ConceptCurve | None = None
     accuracy: Accuracy | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 @styled
@@ -126,20 +128,21 @@ def _tokens(axes: Any, curves: Curves) -> None:
     tokens = curves.tokens
     assert tokens is not None
     dials = tokens.dials
-    peaks = {peak.id: peak for peak in curves.reading.peaks}
-    for i, token in enumerate(tokens.tokens):
+    peaks = curves.reading.peaks or [None] * len(tokens.tokens)
+    for i, (token, peak) in enumerate(zip(tokens.tokens, peaks, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         dash = _DASHES[i // len(COLOURS) % len(_DASHES)]
         axes.plot(dials, token.delta_p, color=colour, linestyle=dash, label=token_name(token.token))
         if token.runs is not None:
             mean, sd = token.runs.mean(0), token.runs.std(0)
             banded(axes, dials, mean - sd, mean + sd, colour)
-        peak = peaks.get(token.id)
         if peak is not None and peak.kind == "bump":
             axes.plot(peak.dial, peak.delta_p, marker="v", color=colour, markersize=5)
     _shade(axes, curves)
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.set_ylabel("change in next-token probability")
+    fits = [len(token.runs) for token in tokens.tokens if token.runs is not None]
+    bands = f"\n(bands: standard deviation of {fits[0]} fits)" if fits else ""
+    axes.set_ylabel(f"change in next-token probability{bands}")
     axes.legend(fontsize=7, frameon=False, ncols=2 if len(tokens.tokens) > 4 else 1)
 
 
@@ -179,7 +182,7 @@ def _cost(axes: Any, curves: Curves) -> None:
     if curves.reading.plateaus:
         axes.plot([], [], color=DOWN, linestyle=":", label="plateau of Proposition 4.1")
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.set_ylabel("change in cross-entropy, nats per token")
+    axes.set_ylabel("change in cross-entropy, nats per token\n(band: 95 % interval)")
     axes.legend(fontsize=7, frameon=False)
 
 
@@ -194,7 +197,7 @@ def _concept(axes: Any, curves: Curves) -> None:
         x = torch.linspace(float(concept.dials[0]), float(concept.dials[-1]), 400)
         axes.plot(x, fit.at(x), color=NEUTRAL, linestyle=_DASHES[1], label="sigmoid")
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("share that shows the concept")
+    axes.set_ylabel("share that shows the concept\n(bars: 95 % intervals)")
     axes.legend(fontsize=7, frameon=False)
 
 

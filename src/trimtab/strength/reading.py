@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.special import expit
 from torch import Tensor
@@ -22,7 +23,7 @@ from trimtab.figures import weighted_interval
 from trimtab.options import Bounds
 from trimtab.strength.concept import ConceptCurve
 from trimtab.strength.costs import CostCurve
-from trimtab.strength.curves import Curve, TokenCurve
+from trimtab.strength.curves import Curve, TokenCurve, farthest
 
 #: Cost is read as quadratic as far as it stays below this, in nats per token.
 _QUADRATIC = 0.5
@@ -31,12 +32,12 @@ _FEWEST = 5
 
 @dataclass(frozen=True)
 class Peak:
-    """Where a token is most probable: at `dial`, with certainty between `low` and `high`.
+    """Where a token is most probable: at `dial`, with `low` and `high` around it.
 
     Of a bump with runs on resampled contrasts these are the extremes of the runs' own peaks;
-    otherwise the dials around it at which the probability is within the curve's tolerance of the
-    peak's. `kind` is bump (the peak is inside the range), rises or falls (it is at the right or
-    the left end), flat.
+    otherwise they are how far around it the probability is within the curve's tolerance of the
+    peak's; `interval` says which. Between the dials of the curve a cubic spline is read. `kind` is
+    bump (the peak is inside the range), rises or falls (it is at the right or the left end), flat.
     """
 
     token: str
@@ -46,6 +47,7 @@ class Peak:
     low: float
     high: float
     delta_p: float
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class SweetSpot:
 
     `best` is the end that is farther from the dial that does nothing: there the tokens' summed
     probability has risen by `gain`, and KL and entropy (nats) are as given. It goes no further
-    because of `why`: kl, entropy, peak (the tokens gain no more) or range.
+    because of `why`: kl, entropy, peak (the tokens gain no more) or range. Of kl and entropy
+    `beyond` is the next dial of the curve, and `left` what it has there (nats).
     """
 
     start: float
@@ -64,6 +67,8 @@ class SweetSpot:
     kl: float
     entropy: float
     why: Literal["kl", "entropy", "peak", "range"]
+    beyond: float | None = None
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,16 +171,17 @@ class Reading:
         spot = self.sweet_spot
         if spot is None:
             return f"no sweet spot: the tokens gain nowhere within the bounds ({allowed})"
-        reasons = {
-            "kl": "KL leaves its bound there",
-            "entropy": "entropy leaves its bounds there",
-            "peak": "the tokens gain no more beyond",
-            "range": "the curve ends there",
-        }
+        reasons = {"peak": "the tokens gain no more beyond it", "range": "the curve ends there"}
+        if spot.beyond is None or spot.left is None:
+            why = reasons[spot.why]
+        else:
+            name = "KL" if spot.why == "kl" else "entropy"
+            beyond = f"{spot.beyond:.4g}{self.unit}"
+            why = f"at the next dial of the curve, {beyond}, {name} is {spot.left:.3g}"
         return (
-            f"sweet spot: {spot.start:.4g} to {spot.end:.4g}{self.unit}; at {spot.best:.4g} "
-            f"({reasons[spot.why]}) the tokens have {spot.gain:+.3f} in probability, KL is "
-            f"{spot.kl:.3f}, entropy {spot.entropy:.2f} nats ({allowed})"
+            f"sweet spot: {spot.start:.4g} to {spot.end:.4g}{self.unit}; at {spot.best:.4g} the "
+            f"tokens have {spot.gain:+.3f} in probability, KL is {spot.kl:.3f}, entropy "
+            f"{spot.entropy:.2f} nats; {why} ({allowed})"
         )
 
 
@@ -184,7 +190,8 @@ def _peak_line(peak: Peak, unit: str) -> str:
     if peak.kind == "flat":
         return f"{name} stays as probable as it is"
     if peak.kind == "bump":
-        return f"{name} peaks at {peak.dial:.4g}{unit} ({peak.low:.4g} to {peak.high:.4g}), {gain}"
+        ends = f"{peak.low:.4g} to {peak.high:.4g}"
+        return f"{name} peaks at {peak.dial:.4g}{unit} ({ends}: {peak.interval}), {gain}"
     place = "is highest where the dial " + ("ends" if peak.kind == "rises" else "begins")
     far = peak.low if peak.kind == "rises" else peak.high
     level = "" if far == peak.dial else f" (no lower from {far:.4g} on)"
@@ -202,7 +209,7 @@ def read(
     if not given:
         raise TrimtabError("there is no curve to read")
     steering = given[0].steering
-    notes = []
+    notes = [] if curve is None else _token_notes(curve)
     fit = None
     if concept is not None:
         try:
@@ -238,45 +245,57 @@ def read(
     )
 
 
+def _token_notes(curve: Curve) -> list[str]:
+    """Which tokens are shown, where nobody named them, and what is a sequence of several."""
+    said = [curve.chosen] if curve.chosen else []
+    for token in curve.tokens:
+        if len(token.pieces) > 1:
+            pieces = ", ".join(map(repr, token.pieces))
+            said.append(
+                f"{token.token!r} is {len(token.pieces)} tokens, {pieces}: its probability is that "
+                "of all of them in turn"
+            )
+    return said
+
+
 def find_peak(curve: Curve, token: TokenCurve) -> Peak:
     """Where a token of the curve is most probable."""
     dials, p, tolerance = curve.dials, token.delta_p, max(curve.tolerance, 1e-9)
-    top = int(p.argmax())
-    value = float(p[top])
-    if float(p.max() - p.min()) <= tolerance:
-        return Peak(token.token, token.id, "flat", float(dials[top]), *_ends(dials), value)
+    first, last = _ends(dials)
+    top = float(p.max())
+    near = f"within {tolerance:g} of its probability there"
+    if top - float(p.min()) <= tolerance:
+        return Peak(token.token, token.id, "flat", float(dials[p.argmax()]), first, last, top, near)
     kind: Literal["bump", "rises", "falls"] = "bump"
-    if value - float(p[-1]) <= tolerance:
-        kind = "rises"
-    elif value - float(p[0]) <= tolerance:
-        kind = "falls"
-    dial = float(dials[{"rises": -1, "falls": 0}.get(kind, top)])
-    if kind == "bump":
-        dial = _summit(dials, p, top)
+    dial = _summit(dials, p)
+    if top - float(p[-1]) <= tolerance:
+        kind, dial = "rises", last
+    elif top - float(p[0]) <= tolerance:
+        kind, dial = "falls", first
+    through = CubicSpline(dials.numpy(), p.numpy())
+    value = float(through(dial))
     if token.runs is not None and kind == "bump":
-        own = [dial, *(_summit(dials, run, int(run.argmax())) for run in token.runs)]
-        return Peak(token.token, token.id, kind, dial, min(own), max(own), value)
-    near = p >= value - tolerance
-    low, high = top, top
-    while low > 0 and near[low - 1]:
-        low -= 1
-    while high < len(p) - 1 and near[high + 1]:
-        high += 1
-    return Peak(token.token, token.id, kind, dial, float(dials[low]), float(dials[high]), value)
+        own = [dial, *(_summit(dials, run) for run in token.runs)]
+        fits = f"peaks of {len(token.runs)} fits on resampled rows"
+        return Peak(token.token, token.id, kind, dial, min(own), max(own), value, fits)
+    crossed = through.solve(value - tolerance, extrapolate=False)
+    low = max((float(x) for x in crossed if x <= dial), default=first)
+    high = min((float(x) for x in crossed if x >= dial), default=last)
+    return Peak(token.token, token.id, kind, dial, low, high, value, near)
 
 
 def _ends(dials: Tensor) -> tuple[float, float]:
     return float(dials[0]), float(dials[-1])
 
 
-def _summit(dials: Tensor, p: Tensor, top: int) -> float:
-    """The top of the parabola through the largest value and its neighbours."""
-    if not 0 < top < len(p) - 1:
-        return float(dials[top])
-    x, y = dials[top - 1 : top + 2].tolist(), p[top - 1 : top + 2].tolist()
-    a, b, _ = np.polyfit(np.array(x) - x[1], y, 2)
-    place = x[1] - b / (2 * a) if a < 0 else x[1]
-    return float(min(max(place, x[0]), x[2]))
+def _summit(dials: Tensor, p: Tensor) -> float:
+    """Where the spline through the largest value and its neighbours is highest."""
+    top = int(p.argmax())
+    around = dials[max(top - 1, 0) : top + 2].tolist()
+    through = CubicSpline(dials.numpy(), p.numpy())
+    flat = through.derivative().roots(extrapolate=False)
+    between = [float(x) for x in flat if around[0] <= x <= around[-1]]
+    return max([float(dials[top]), *between], key=lambda dial: float(through(dial)))
 
 
 def find_sweet_spot(curve: Curve, bounds: Bounds) -> SweetSpot | None:
@@ -287,17 +306,10 @@ def find_sweet_spot(curve: Curve, bounds: Bounds) -> SweetSpot | None:
     dials = curve.dials.tolist()
     if idle is None or idle not in dials:
         return None
-    middle = dials.index(idle)
-    allowed_kl = curve.kl <= bounds.max_kl
-    share = curve.entropy / curve.base_entropy
-    allowed_entropy = (share >= bounds.min_entropy) & (share <= bounds.max_entropy)
+    middle, share = dials.index(idle), curve.entropy / curve.base_entropy
     spots = []
     for step in (1, -1):
-        last = middle
-        while 0 <= last + step < len(dials) and bool(
-            allowed_kl[last + step] & allowed_entropy[last + step]
-        ):
-            last += step
+        last = farthest(curve.kl, share, bounds, middle, step)
         inside = range(middle, last + step, step)
         best = max(inside, key=lambda i: float(curve.target[i]))
         gain = float(curve.target[best] - curve.target[middle])
@@ -309,15 +321,16 @@ def find_sweet_spot(curve: Curve, bounds: Bounds) -> SweetSpot | None:
             if i == middle or curve.target[i - step] <= curve.target[middle]
         )
         why: Literal["kl", "entropy", "peak", "range"] = "peak"
-        if best == last:
-            beyond = last + step
-            if not 0 <= beyond < len(dials):
-                why = "range"
-            else:
-                why = "entropy" if allowed_kl[beyond] else "kl"
+        beyond, left = last + step, None
+        if best == last and not 0 <= beyond < len(dials):
+            why = "range"
+        elif best == last:
+            why = "kl" if float(curve.kl[beyond]) > bounds.max_kl else "entropy"
+            left = float((curve.kl if why == "kl" else curve.entropy)[beyond])
         start, end = sorted((dials[first], dials[best]))
         kl, entropy = float(curve.kl[best]), float(curve.entropy[best])
-        spots.append(SweetSpot(start, end, dials[best], gain, kl, entropy, why))
+        following = None if left is None else dials[beyond]
+        spots.append(SweetSpot(start, end, dials[best], gain, kl, entropy, why, following, left))
     return max(spots, key=lambda spot: spot.gain, default=None)
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.contrasts import Contrast
-from trimtab.errors import TrimtabError
-from trimtab.evaluation import data_directory
 from trimtab.files import read_jsonl
 from trimtab.fitting import fit
 from trimtab.methods import CAA
 from trimtab.model import LanguageModel
 from trimtab.options import Sampling, Tracing, flat
+from trimtab.papers.recipe import plain_text_file
 from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.reading import plain_texts
 from trimtab.reports import Picture, Table
@@ -44,8 +43,6 @@ from trimtab.strength import (
 
 #: Words of a context: the paper's are up to 100 tokens.
 _WORDS = 60
-#: Plain text beside trimtab's own, in the user's directory of data sets: the first that is there.
-_TEXTS = ("wikitext2/raw_test_articles.jsonl", "webtext/openwebtext_sentences.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +56,10 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Traced(Tracing):
-    """What is followed, after how many neutral paragraphs, with how many resampled vectors."""
+    """What is followed, after how many neutral paragraphs, with how many resampled vectors; the
+    tokens are those of the paper, the highest at the end of the dial."""
 
+    choose: Literal["gain", "end"] = "end"
     contexts: int = 4
     resamples: int = 0
 
@@ -213,14 +212,7 @@ def plain_corpus(data: str | None, tokens: int) -> list[str]:
     own = plain_texts()
     if tokens <= sum(len(text.split()) for text in own):
         return own
-    directory = data_directory(data)
-    for name in _TEXTS if directory is not None else ():
-        if directory is not None and (directory / name).is_file():
-            return [row["text"] for row in read_jsonl(directory / name)]
-    raise TrimtabError(
-        f"{tokens} tokens of plain text are more than trimtab has: name a directory with "
-        f"{' or '.join(_TEXTS)} by --data"
-    )
+    return [row["text"] for row in read_jsonl(plain_text_file(data))]
 
 
 def _values(found: Curves, prefix: str) -> dict[str, Value]:

@@ -41,7 +41,7 @@ def one_layer(
     language_model: LanguageModel,
     *,
     training: Training = Training(),
-    tracing: Tracing = Tracing(span=(0.0, 50.0), points=513),
+    tracing: Tracing = Tracing(span=(0.0, 50.0), points=513, choose="end"),
     contexts: int = 4,
     data: str | None = None,
     seed: int = 0,

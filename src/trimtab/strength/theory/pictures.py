@@ -19,6 +19,7 @@ from trimtab.files import make_directory, write_whole
 from trimtab.reports import DOWN, NEUTRAL, UP, panels, rendered, styled
 from trimtab.strength.theory.data import Array
 from trimtab.strength.theory.ufm import SteeredUFM, perfect, specification, train
+from trimtab.terminal import progress
 
 # Eq. 2, but for its last three, α, β and γ: α is the strength here.
 TOKENS = ("a", "b", "c", "A", "B", "C", "φ", "χ", "ψ")
@@ -93,7 +94,11 @@ def save_pictures(directory: Path | str, *, overwrite: bool = False) -> list[Pat
         if path.exists() and not overwrite:
             raise TrimtabError(f"{path} exists: choose another directory, or pass overwrite")
     make_directory(directory)
-    drawn = {f"{name}.{kind}": file for name in FIGURES for kind, file in _rendered(name).items()}
+    drawn: dict[str, bytes] = {}
+    with progress("drawing", len(FIGURES)) as advance:
+        for name in FIGURES:
+            drawn |= {f"{name}.{kind}": file for kind, file in _rendered(name).items()}
+            advance(1)
     return [write_whole(directory / name, drawn[name], overwrite=overwrite) for name in drawn]
 
 
@@ -101,7 +106,12 @@ def facts() -> dict[str, Any]:
     """The numbers behind the pictures, ready for JSON. A peak at infinity is null."""
     steered, uniform = example(), specification()
     near = np.linspace(-0.01, 0.01, 41)
-    trained, trained_uniform = train(steered.data), train(uniform)
+    with progress("training", 2) as advance:
+        trained = train(steered.data)
+        advance(1)
+        trained_uniform = train(uniform)
+        advance(1)
+    peaks = steered.peaks()[CONTEXT]
     return {
         "uniform": {"entropy": uniform.entropy, "trained_loss": trained_uniform.loss},
         "entropy": steered.data.entropy,
@@ -109,7 +119,7 @@ def facts() -> dict[str, Any]:
         "context": {"index": CONTEXT, "concept": CONCEPTS[steered.data.contexts[CONTEXT]]},
         "positive": list(steered.positive),
         "negative": list(steered.negative),
-        "tokens": [_token_facts(steered, z) for z in range(steered.data.vocabulary)],
+        "tokens": [_token_facts(steered, z, float(peak)) for z, peak in enumerate(peaks)],
         "concepts": [_concept_facts(steered, concept) for concept in range(3)],
         "curvature": float(steered.curvature()[0]),
         # Twice the coefficient of α² in a polynomial fitted to ΔCE near zero.
@@ -231,13 +241,12 @@ def _rendered(name: str) -> dict[str, bytes]:
     return {kind: rendered(page, kind, name) for kind in ("png", "svg")}
 
 
-def _token_facts(steered: SteeredUFM, z: int) -> dict[str, Any]:
-    peak = steered.peaks()[CONTEXT, z]
+def _token_facts(steered: SteeredUFM, z: int, peak: float) -> dict[str, Any]:
     return {
         "token": TOKENS[z],
         "concept": CONCEPTS[z // steered.data.size],
         "log_odds": float(steered.log_odds[z]),
-        "peak": float(peak) if np.isfinite(peak) else None,
+        "peak": peak if np.isfinite(peak) else None,
         "course": "peaks" if np.isfinite(peak) else "rises" if peak > 0 else "falls",
         "limits": [float(steered.limit(sign)[CONTEXT, z]) for sign in (-1, 1)],
     }
