@@ -81,7 +81,7 @@ PARTS = f"--model model --task contrast:parts.jsonl {QUICK}"
 def _commands() -> dict[str, str]:
     """Every command by the name of its golden file and its own."""
     found = {"models/list": "models --json", "models/list-said": "models list --json"}
-    fit = "--model model --contrast pairs.jsonl --json"
+    fit = "--model model --contrast pairs.jsonl --no-measure --samples 0 --json"
     for name, options in {**FITS, **VARIANTS}.items():
         line = fit.replace("pairs", "parts") if name in CHOOSING else fit
         found[f"fit/{name}"] = f"fit {options} {line} -o {name}.safetensors"
@@ -95,13 +95,15 @@ def _commands() -> dict[str, str]:
     )
     found["fit/builtin"] = (
         "fit caa --token last --model model -c builtin:formality --layer 1 --max-length 120 "
-        "-o f.st --json"
+        "--no-measure --samples 0 -o f.st --json"
     )
     found["fit/task"] = (
-        "fit caa --token last --model speaker -c task:copa --data data --layer 1 -o c.st --json"
+        "fit caa --token last --model speaker -c task:copa --data data --layer 1 --no-measure "
+        "--samples 0 -o c.st --json"
     )
     found["fit/said"] = (
-        "fit caa --token last --model model -c pairs.jsonl --layer -1 -o said.safetensors"
+        "fit caa --token last --model model -c pairs.jsonl --layer -1 --no-measure "
+        "-o said.safetensors"
     )
     for name in FITS:
         found[f"inspect/{name}"] = f"inspect {name}.safetensors --json"
@@ -217,7 +219,7 @@ def _evaluate() -> dict[str, str]:
 
 def _search() -> dict[str, str]:
     sweep = f"{PARTS} --json"
-    pair = "'caa layer=0,1 alpha=1,4' 'late: caa layer=1 alpha=2,8' 'sas theta=0,90'"
+    pair = "'caa layer=0,1 alpha=1,4 token=last' 'late: caa layer=1 alpha=2,8 token=last' 'sas theta=0,90'"
     return {
         "sweep/grid": (
             f"sweep austeer --direction paper {sweep} --k 0,5 --alpha 1,8 --site heads "
@@ -230,7 +232,7 @@ def _search() -> dict[str, str]:
         "sweep/paper": f"sweep actadd {sweep} --layer 1 --no-oracle",
         "sweep/tpe": (
             f"sweep caa --token last {sweep} --layer 0:2 --alpha 0.1:10:log --search tpe "
-            "--trials 5 --seed 4"
+            "--trials 5 --seed 4 --max-cost inf"
         ),
         "sweep/halving": (
             "sweep caa --token last --model model --task contrast:many.jsonl --limit 0 "
@@ -239,7 +241,7 @@ def _search() -> dict[str, str]:
         "compare/three": (
             f"compare {pair} {PARTS} --untimed --kl 0.01 --max-cost 50 -o out-compare --json"
         ),
-        "compare/said": f"compare {pair} {PARTS} --untimed",
+        "compare/said": f"compare {pair} {PARTS} --untimed --max-cost inf",
     }
 
 

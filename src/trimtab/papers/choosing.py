@@ -44,7 +44,7 @@ def compare(
         timed=timed,
         seed=seed,
         output=output,
-        **options,
+        **{"max_cost": None, **options},  # papers set no limit
     )
     values = {"unsteered": value_of(found.unsteered["test"])}
     values |= {row.name: value_of(row.test) for row in found.rows if row.test is not None}
@@ -86,7 +86,7 @@ def sweep_of(
         data=data,
         seed=seed,
         output=output,
-        **options,
+        **{"max_cost": None, **options},  # papers set no limit
     )
     return StudyResult(
         found.as_json(), _sweep_values(found), found.tables()[:1], sweep_pictures(found),

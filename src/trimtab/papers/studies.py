@@ -66,6 +66,8 @@ def run_study(
     takes = inspect.signature(study).parameters
     given = {key: value for key, value in shared.items() if key in takes and key not in args}
     own = dict(args)
+    if "max_cost" in takes:  # of the analyses; papers set no limit
+        own.setdefault("max_cost", None)
     if "run" in takes:  # an analysis that keeps what it has done
         assert language_model is not None
         model = language_model.described

@@ -13,7 +13,7 @@ from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Asked
 from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected
 from trimtab.model import LanguageModel
-from trimtab.options import Rows, option
+from trimtab.options import MAX_COST, Rows, option
 from trimtab.papers.result import Value, value_of
 from trimtab.reports import Run, summarise
 from trimtab.steering import Positions, Steering
@@ -276,7 +276,8 @@ def study_of(
     """The rows; with part "test" the test rows stand where the validation rows do."""
     check_choice("part", part, Literal["validation", "test"])
     chooses, choosing = part == "validation", measured.choosing
-    if choosing.max_cost is not None and not cost:
+    limit = choosing.max_cost if cost else None
+    if not cost and choosing.max_cost not in (None, MAX_COST):
         raise TrimtabError("max_cost needs the cost to be measured: leave cost on")
     if not chooses:
         if choosing.validation_task is not None:
@@ -284,6 +285,6 @@ def study_of(
         rows = replace(rows, limit=rows.test_limit)
         measured = replace(measured, choosing=replace(choosing, validation_task=task))
     found = TaskRows(language_model, task, rows, measured, chooses=chooses)
-    study = Study(found, run, chooses, oracle, cost, choosing.max_cost)
+    study = Study(found, run, chooses, oracle, cost, limit)
     _ = found.metric  # one that the task does not have is refused before the work begins
     return study
