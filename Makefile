@@ -3,7 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Made after a complete installation, and older than these two files when it must be repeated.
+# Made after a complete installation, and older than these two files when it must be repeated: of
+# what running needs, and of what tests need beside it.
+CORE := .venv/.core
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -20,16 +22,26 @@ help:
 	@echo "make clean     remove what these commands made, .venv included"
 
 # torch first and by itself, at its pinned version: pip then never considers another one.
-$(INSTALLED): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "trimtab needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into .venv: torch (the largest part), transformers, matplotlib and a few more."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED): $(CORE)
+	@echo "Installing what the tests need beside it: lm-eval, SAELens, Optuna, linters."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)
+demo: $(CORE)
 	$(BIN)/trimtab demo
+	@echo
+	@echo "trimtab is in .venv/bin: run it as .venv/bin/trimtab, or first: . .venv/bin/activate"
+	@echo "Next: trimtab fit caa --model smollm2-135m-instruct --contrast builtin:warmth -o warm.safetensors"
+	@echo "With pairs of your own: docs/your-own.md"
 
 # Waiting OpenMP threads that spin slow down everything else that runs; and tokenizers warn about
 # their own threads when a test starts a process.
