@@ -21,7 +21,6 @@ from trimtab.cli.values import field_named, read_value
 from trimtab.contrasts import MISTAKES, Pair, check, last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import SPLIT, Split, option
-from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
     from trimtab.contrasts import Contrast
@@ -136,18 +135,21 @@ def many(
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
         steering.save(path, overwrite)
+    made = {path.name: steering for path, steering in zip(paths, steerings, strict=True)}
+    shown = _samples(language_model, made, texts, fitting.samples)
     if as_json:
         records = [
             {**describe(steering), "output": str(path)}
             for steering, path in zip(steerings, paths, strict=True)
         ]
-        print_json({"steerings": records})
+        print_json({"steerings": records, "samples": [sample.as_json() for sample in shown]})
         return
     _say_rows(texts)
     for steering, path in zip(steerings, paths, strict=True):
         console.print(str(path), style="bold")
         for line in explain(steering):
             console.print(f"  {line}")
+    _say_samples(shown)
 
 
 def _one(
@@ -225,7 +227,7 @@ def _say_samples(shown: Sequence[Sample]) -> None:
         console.print(last_message(sample.prompt), style="bold")
         for name, text in {"unsteered": sample.unsteered, **sample.steered}.items():
             console.print(name, style="dim")
-            write_text(text)
+            console.print(text)
 
 
 def _say_rows(texts: Contrast) -> None:

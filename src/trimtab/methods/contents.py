@@ -87,7 +87,7 @@ def explain(steering: Steering) -> list[str]:
         f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
     ]
     lines += _what_was_measured(steering)
-    if steering.calibration is not None:
+    if steering.calibration is not None and any(steering.calibration.positive_worst5):
         budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
         lines.append(
             f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
@@ -115,9 +115,10 @@ def _what_was_measured(steering: Steering) -> list[str]:
             f"It hardly moves the next token: {STRENGTHS['gentle']:g} nats are not reached."
         )
     if isinstance(measured.get("cost"), float):
+        end = "; the range ends where text breaks" if measured.get("breaks") else ""
         lines.append(
             f"At {steering.dial.default:g}{unit} plain text costs {measured['cost']:+.2f} nats per "
-            f"token; the range ends where that is {measured.get('breaks', 1):g}, and text breaks."
+            f"token{end}."
         )
     return lines
 
