@@ -164,7 +164,7 @@ def _one(
     language_model = open_model(opened)
     (steering,) = _fit([method], language_model, fitting, texts)
     steering.save(output, overwrite)
-    shown = _samples(language_model, {output.name: steering}, texts, fitting.samples)
+    shown = _samples(language_model, {"steered": steering}, texts, fitting.samples)
     if as_json:
         written = [sample.as_json() for sample in shown]
         print_json({**describe(steering), "output": str(output), "samples": written})
@@ -224,10 +224,9 @@ def _samples(
 
 def _say_samples(shown: Sequence[Sample]) -> None:
     for sample in shown:
-        console.print(last_message(sample.prompt), style="bold")
+        console.print(" ".join(last_message(sample.prompt).split()), style="bold")
         for name, text in {"unsteered": sample.unsteered, **sample.steered}.items():
-            console.print(name, style="dim")
-            console.print(text)
+            console.print(f"  {name:<9} {' '.join(text.split())}")
 
 
 def _say_rows(texts: Contrast) -> None:

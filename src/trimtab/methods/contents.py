@@ -86,8 +86,9 @@ def explain(steering: Steering) -> list[str]:
         f"Made for {model} from {contrast.get('rows', '?')} rows of "
         f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
     ]
-    lines += _what_was_measured(steering)
-    if steering.calibration is not None and any(steering.calibration.positive_worst5):
+    measured = _what_was_measured(steering)
+    lines += measured
+    if steering.calibration is not None and not measured:
         budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
         lines.append(
             f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
@@ -108,7 +109,8 @@ def _what_was_measured(steering: Steering) -> list[str]:
     if reached:
         lines.append(
             f"Strengths, by how far half of {known.prompts} prompts' next tokens move: "
-            f"{', '.join(reached)}. FILE@{next(iter(strengths))} and so on turn the dial there."
+            f"{', '.join(reached)}. FILE@{next(iter(strengths))} and so on turn the dial there, "
+            "FILE@kl=NATS to what 95 % of them allow."
         )
     else:
         lines.append(
