@@ -219,7 +219,10 @@ def _evaluate() -> dict[str, str]:
 
 def _search() -> dict[str, str]:
     sweep = f"{PARTS} --json"
-    pair = "'caa layer=0,1 alpha=1,4 token=last' 'late: caa layer=1 alpha=2,8 token=last' 'sas theta=0,90'"
+    pair = (
+        "'caa layer=0,1 alpha=1,4 token=last' 'late: caa layer=1 alpha=2,8 token=last' "
+        "'sas theta=0,90'"
+    )
     return {
         "sweep/grid": (
             f"sweep austeer --direction paper {sweep} --k 0,5 --alpha 1,8 --site heads "

@@ -29,7 +29,7 @@ from ablations import (
     targets_of,
     tiny_lm,
 )
-from helpers import relative
+from helpers import few_quick, relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
 
@@ -163,7 +163,7 @@ def _check_choice(
     assert relative(direction_of(steering), expected / expected.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", few_quick(["llama", "gemma2"], "llama"))
 def test_the_choice_from_unpaired_chats(name: str) -> None:
     oracle, count = _chat_oracle(name), 8 if name == "gemma2" else 12
     free, passed = oracle.best()
@@ -178,7 +178,7 @@ def test_the_choice_from_unpaired_chats(name: str) -> None:
     _check_choice(replace(method, kl=bound).fit(tiny_lm(name), CHAT), oracle, place, passed, count)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", few_quick(["llama", "gemma2"], "gemma2"))
 def test_the_choice_from_pairs(name: str) -> None:
     oracle, layers = _pair_oracle(name), 4 if name == "gemma2" else 3
     free, passed = oracle.best()

@@ -527,6 +527,7 @@ def _says(svg: str, *texts: str) -> None:
         assert f">{text}<" in svg, text
 
 
+@pytest.mark.slow
 def test_pictures_have_their_labels(turned: StudyResult, source: str) -> None:
     found = plane(_lm(), CONTRAST)
     source_site = found.data["plane"]["source_site"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -130,14 +131,17 @@ def test_all_that_bakes_together(name: str) -> None:
     check_same(lm, tt.bake(lm, *reversed(steerings)), *reversed(steerings))
 
 
+@dataclass(eq=False)
 class Shuffle:
     """A linear operator that mixes units, as rotations will: it turns their order round, adds."""
 
+    width: int
+    shift: Tensor = field(init=False)
     linear, identity = True, None
 
-    def __init__(self, width: int) -> None:
-        self.width = self.size = width
-        self.shift = torch.randn(width, generator=torch.Generator().manual_seed(4)).double()
+    def __post_init__(self) -> None:
+        self.size = self.width
+        self.shift = torch.randn(self.width, generator=torch.Generator().manual_seed(4)).double()
 
     def bind(self, dial: Any, device: Any) -> Any:
         return lambda x: (x.flip(-1) + self.shift).to(x.dtype)

@@ -72,7 +72,7 @@ def test_the_run_directory_says_what_was_run(trimtab: Command) -> None:
     assert len(config["model"]["digest"]) == 64
     assert config["model"]["dtype"] == "torch.float32"
     svg = Path("out/pictures/dial.svg").read_text()
-    assert ">log_odds (nats)<" in svg
+    assert ">log-odds" in svg
     assert Path("out/pictures/dial.png").stat().st_size > 10_000
 
 

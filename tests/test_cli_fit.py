@@ -261,14 +261,14 @@ def test_fit_of_every_method(trimtab: Command, home: Path, method: str) -> None:
     """With its options on the command line the same as in Python."""
     options = {
         "actadd": "--layer 1 --pairs 2",
-        "caa": "--layer 0,2",
+        "caa": "--layer 0,2 --token last",
         "iti": "--k 3 --alpha 2",
         "sadi": "--variant neuron --k 4",
         "ablation": "--layer 1",
         "sas": "--theta 30",
         "aas": "--theta 30",
         "ss": "--theta 30 --no-whole-blocks",
-        "austeer": "--k 4",
+        "austeer": "--site ffn_out --k 4 --direction paper",
     }[method]
     found = trimtab(f"fit {method} {FIT} {options} -o new.st --json").json
     expected = trimtab(f"inspect every/{method}.safetensors --json").json
@@ -294,7 +294,8 @@ def test_fit_many(trimtab: Command) -> None:
     names = ["caa", "austeer", "caa-2", "sadi"]
     arguments = ["fit", "many", *methods, *shlex.split(FIT), "-o", "all"]
     found = trimtab(*arguments, "--json").json
-    assert set(found) == {"steerings"}
+    assert set(found) == {"steerings", "samples"}
+    assert set(found["samples"][0]["steered"]) == {f"{name}.safetensors" for name in names}
     paths = [f"all/{name}.safetensors" for name in names]
     assert [steering["output"] for steering in found["steerings"]] == paths
     assert sorted(str(path) for path in Path("all").iterdir()) == sorted(paths)
@@ -303,6 +304,9 @@ def test_fit_many(trimtab: Command) -> None:
         assert {**shown, "output": path} == steering
     alone = trimtab(f"fit caa {FIT} --layer 0 --alpha 3 -o alone.st --json").json
     third = found["steerings"][2]
+    assert [set(sample) for sample in alone.pop("samples")] == [
+        {"prompt", "unsteered", "steered"}
+    ] * 2
     assert {**alone, "date": 0, "output": 0} == {**third, "date": 0, "output": 0}
     vectors = [tt.Steering.load(path).interventions[0].operator for path in (paths[2], "alone.st")]
     assert torch.equal(vectors[0].vector, vectors[1].vector)  # type: ignore[attr-defined]
@@ -421,7 +425,7 @@ def test_fit_of_csv(trimtab: Command) -> None:
 
 def test_fit_in_words(trimtab: Command) -> None:
     text = trimtab(f"fit austeer {FIT} --k 5 -o new.st").text
-    for words in ("AUSteer changes 5 single units of ffn_out", "Dial alpha: 8 now", "new.st"):
+    for words in ("AUSteer changes 5 single units of heads", "Dial alpha: 8 now", "new.st"):
         assert words in text
     text = trimtab(f"fit caa {FIT} -o new.st --overwrite").text
     assert "CAA adds one vector" in text

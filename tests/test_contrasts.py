@@ -37,6 +37,17 @@ def _jsonl(path: Path, rows: list[Any], ensure_ascii: bool = False) -> Path:
 # -- reading ----------------------------------------------------------------------------------
 
 
+def test_it_shows_itself_in_a_line_and_its_first_rows_in_a_notebook() -> None:
+    pairs = Contrast.from_pairs([("a <b>", " x", " y")] * 2 + [("c", " z", " w")] * 30, "mine")
+    assert repr(pairs) == "<Contrast mine: 32 pairs>"
+    parts = repr(Contrast.builtin("formality"))
+    assert parts == "<Contrast builtin:formality: 360 pairs (200 train, 60 validation, 100 test)>"
+    html = pairs._repr_html_()
+    assert "<td>a &lt;b&gt;</td><td> x</td><td> y</td>" in html
+    assert html.count("<tr>") == 4
+    assert repr(Contrast.from_texts(["a"], ["b"])) == "<Contrast contrast: 2 texts>"
+
+
 def test_paired_jsonl(tmp_path: Path) -> None:
     contrast = Contrast.from_jsonl(_jsonl(tmp_path / "pairs.jsonl", PAIRS))
     conversation = (("system", "Be kind."), ("user", "Hello"))

@@ -262,6 +262,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(found)
 
 
+@pytest.mark.slow
 def test_headers_damaged_at_random(good: list[Path], tmp_path: Path) -> None:
     """The check alone, on many: it never fails in a way of its own, and never takes long."""
     rng = random.Random(13)
@@ -328,6 +329,7 @@ def converted(sources: list[Path], room: Path, seed: int, count: int) -> None:
             assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_files_damaged_at_random(good: list[Path], tmp_path: Path) -> None:
     converted(good, tmp_path, seed=0, count=20)
 

@@ -299,6 +299,7 @@ def mutations(good: Path, room: Path, seed: int, count: int) -> None:
     assert unchecked  # files without a checksum are read, by their rules
 
 
+@pytest.mark.slow
 def test_mutations(good: Path, tmp_path: Path) -> None:
     mutations(good, tmp_path, seed=0, count=2000)
 

@@ -133,7 +133,7 @@ def _check_same(one: tt.Steering, two: tt.Steering, tolerance: float = 0.0) -> N
 def test_many_methods_in_one_pass(name: str, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Probes of a few steps are enough to see whether they are the same.
     short = lambda **_: LogisticRegression(tol=0.1)  # noqa: E731
-    monkeypatch.setattr("trimtab.methods.iti.LogisticRegression", short)
+    monkeypatch.setattr("sklearn.linear_model.LogisticRegression", short)
     language_model = wrapped(name)
     contrast = Contrast.from_pairs(PAIRS)
     methods = list(MANY)

@@ -62,7 +62,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", few_quick(NAMES, "a?b=1", "run{b}", ":memory:", "a'b\"c"))
+@pytest.mark.parametrize("name", few_quick(NAMES, "a?b=1", ":memory:"))
 def test_a_sweep_lies_where_it_was_asked_for(
     lm: tt.LanguageModel, task: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

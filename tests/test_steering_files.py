@@ -327,9 +327,10 @@ def test_one_steering_is_one_file(good: Path, tmp_path: Path) -> None:
     "one",
     [
         Scale(torch.tensor([1]), torch.tensor([0.5]), 48),
-        pytest.param(Ablate(basis(48, rows=1)[0]), marks=pytest.mark.slow),
+        Ablate(basis(48, rows=1)[0]),
     ],
 )
+@pytest.mark.slow
 def test_many_interventions_take_no_longer_each(one: Any, tmp_path: Path) -> None:
     """Tensors are found by their names, not by a search through all of them."""
     lm = language_model("llama")

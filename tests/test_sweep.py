@@ -16,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 
 import trimtab as tt
-from helpers import language_model, refused_in_one_line, write_pairs
+from helpers import few_quick, language_model, refused_in_one_line, write_pairs
 from postgres import postgres
 from trimtab.figures import METRICS, Metric
 from trimtab.reading import plain_texts
@@ -330,7 +330,7 @@ class Interrupted:
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", few_quick(SEARCHES, "tpe"))
 def test_an_interrupted_sweep_ends_as_one_that_was_not(
     lm: tt.LanguageModel, task: str, tmp_path: Path, search: str
 ) -> None:

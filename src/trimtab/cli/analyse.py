@@ -20,7 +20,7 @@ from trimtab.cli.options import Data, Json, Opened, Task
 from trimtab.cli.tables import show
 from trimtab.cli.values import flags_of, list_in
 from trimtab.errors import TrimtabError
-from trimtab.options import Keep, ValidationRows, flat_values
+from trimtab.options import MAX_COST, Keep, ValidationRows, flat_values
 
 #: What the options say, by the name of the argument; `NAME.ARGUMENT` is that of one analysis.
 _HELP = {
@@ -209,6 +209,7 @@ def _run(
 ) -> None:
     from trimtab.papers import write
     from trimtab.reports import Run
+    from trimtab.sweeps import DEFAULTS, begun_before
 
     taken = inspect.signature(inspect.unwrap(function)).parameters
     arguments = {key: given[key] for key in taken if key in given}
@@ -222,6 +223,10 @@ def _run(
     if measuring is not None:
         measured = arguments["measured"] = measuring.measured(opened)
         judging = measured.judging
+    limited = "max_cost" in plain
+    before = limited and begun_before(keep)
+    if before and plain["max_cost"] == MAX_COST:
+        arguments["max_cost"] = plain["max_cost"] = None
     source = _describe(plain, judging)  # before the model is loaded: what is missing is said
     language_model = open_model(opened)
     config = {
@@ -229,6 +234,7 @@ def _run(
         "options": {key: value for key, value in plain.items() if key not in _NOT_KEPT},
         **source,
         "model": language_model.described,
+        **(DEFAULTS if limited and not before else {}),
     }
     run = Run(keep.output, config, keep.overwrite)
     if "run" in inspect.signature(function).parameters:

@@ -21,7 +21,6 @@ from trimtab.cli.values import field_named, read_value
 from trimtab.contrasts import MISTAKES, Pair, check, last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import SPLIT, Split, option
-from trimtab.terminal import write_text
 
 if TYPE_CHECKING:
     from trimtab.contrasts import Contrast
@@ -136,18 +135,21 @@ def many(
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
         steering.save(path, overwrite)
+    made = {path.name: steering for path, steering in zip(paths, steerings, strict=True)}
+    shown = _samples(language_model, made, texts, fitting.samples)
     if as_json:
         records = [
             {**describe(steering), "output": str(path)}
             for steering, path in zip(steerings, paths, strict=True)
         ]
-        print_json({"steerings": records})
+        print_json({"steerings": records, "samples": [sample.as_json() for sample in shown]})
         return
     _say_rows(texts)
     for steering, path in zip(steerings, paths, strict=True):
         console.print(str(path), style="bold")
         for line in explain(steering):
             console.print(f"  {line}")
+    _say_samples(shown)
 
 
 def _one(
@@ -162,7 +164,7 @@ def _one(
     language_model = open_model(opened)
     (steering,) = _fit([method], language_model, fitting, texts)
     steering.save(output, overwrite)
-    shown = _samples(language_model, {output.name: steering}, texts, fitting.samples)
+    shown = _samples(language_model, {"steered": steering}, texts, fitting.samples)
     if as_json:
         written = [sample.as_json() for sample in shown]
         print_json({**describe(steering), "output": str(output), "samples": written})
@@ -222,10 +224,9 @@ def _samples(
 
 def _say_samples(shown: Sequence[Sample]) -> None:
     for sample in shown:
-        console.print(last_message(sample.prompt), style="bold")
+        console.print(" ".join(last_message(sample.prompt).split()), style="bold")
         for name, text in {"unsteered": sample.unsteered, **sample.steered}.items():
-            console.print(name, style="dim")
-            write_text(text)
+            console.print(f"  {name:<9} {' '.join(text.split())}")
 
 
 def _say_rows(texts: Contrast) -> None:

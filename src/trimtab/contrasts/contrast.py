@@ -18,19 +18,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts.files import read_csv, read_json, read_table
 from trimtab.contrasts.held_out import Row, drawn_parts, too_few
-from trimtab.contrasts.rows import PARTS, Pair, Part, Prompt, Text, read_rows
+from trimtab.contrasts.rows import PARTS, Pair, Part, Prompt, Text, last_message, read_rows
 from trimtab.errors import TrimtabError
 from trimtab.files import json_digest, user_path, write_whole
 from trimtab.options import SPLIT, Split
 
+#: Rows that a notebook shows.
+_SHOWN = 3
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Contrast:
     """Contrasting texts, in order, with a name for people and a digest for records.
 
@@ -114,6 +118,25 @@ class Contrast:
         return write_whole(user_path(path), "".join(lines).encode(), overwrite)
 
     # -- what is in it ------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        rows = "pairs" if self.paired else "texts"
+        parts = ", ".join(f"{count} {part}" for part, count in self.sizes.items())
+        return f"<Contrast {self.name}: {len(self)} {rows}{f' ({parts})' if parts else ''}>"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, and its first rows."""
+        heads = ("prompt", "positive", "negative") if self.paired else ("text", "label")
+        first = [
+            (last_message(row.prompt), row.positive, row.negative)
+            if isinstance(row, Pair)
+            else (last_message(row.text), row.label)
+            for row in self.rows[:_SHOWN]
+        ]
+        lines = [f"<td>{'</td><td>'.join(map(escape, row))}</td>" for row in first]
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        head = "".join(f"<th>{name}</th>" for name in heads)
+        return f"<p>{escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -28,7 +28,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.figures import Estimate
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
-from trimtab.reports import DOWN, UP, Line, Presented, Table, axes_for, forest, number_text
+from trimtab.reports import Presented, Table, number_text
 from trimtab.steering import Calibration, Steering
 from trimtab.terminal import progress
 
@@ -120,6 +120,8 @@ class Budget(Presented):
     def plot(self, ax: Any = None) -> Any:
         """The dial of each prompt, and the two of all of them: on the matplotlib axes `ax` or those
         of a new figure; they are returned."""
+        from trimtab.reports import DOWN, UP, Line, axes_for, forest  # loads matplotlib
+
         axes = axes_for(ax, (6.5, 1.2 + 0.26 * len(self.per_prompt)))
         sides = [one for one in (self, self.other) if one is not None]
         lines = []

@@ -63,21 +63,28 @@ Goal = tuple[Figure, float]
 
 
 def measured(
-    language_model: LanguageModel, steering: Steering, contrast: Contrast, *, default: bool
+    language_model: LanguageModel,
+    steering: Steering,
+    contrast: Contrast,
+    *,
+    default: bool,
+    beyond: bool = True,
 ) -> Steering:
     """The steering with its dial's range measured, and the dials of the named strengths in its
     calibration; with `default` it stands on the strong one, at which most behaviours show in what
     is written, or, where plain text would cost more than `MOST` nats per token there, on the one
     that costs so much.
 
-    The range ends where plain text costs `BREAKS` nats per token, on either side. A steering that
+    The range ends where plain text costs `BREAKS` nats per token, on either side; where it never
+    does it stays the method's own, beyond which is looked only with `beyond` (a share that is taken
+    away has its end by itself). A steering that
     sets an angle rather than turning by one (SAS, AAS) is returned as it is. One of generated
     tokens is measured as if the prompt's last token were generated.
     """
     if idle_dial(steering) is None:
         return steering
     prompts = _prompts(language_model, contrast)
-    low, high = dial_limits(steering, _BEYOND)
+    low, high = dial_limits(steering, _BEYOND if beyond else 1.0)
     budgets = sorted(STRENGTHS.values())
     goals: list[Goal] = [(_median, kl) for kl in budgets]
     goals += [(_cost, MOST), (_cost, BREAKS)]
@@ -88,11 +95,13 @@ def measured(
             [_solution(known, _of_prompt(i), kl) for kl in budgets] for i in range(len(prompts))
         ]
         calibrated = calibration(budgets, prompts, {"positive": solutions})
-        end = _solution(known, _cost, BREAKS).dial
-        below = low
+        breaks = _solution(known, _cost, BREAKS)
+        below, end = steering.dial.range
+        end = breaks.dial if breaks.reached else end
         if low < 0:
-            other = _ladder(lambda size: run(-size), [(_cost, BREAKS)], end, -low)
-            below = -_solution(other, _cost, BREAKS).dial
+            other = _ladder(lambda size: run(-size), [(_cost, BREAKS)], min(end, -low), -low)
+            broken = _solution(other, _cost, BREAKS)
+            below = -broken.dial if broken.reached else below
         where = steering.dial.default
         if default:
             strong = calibrated.positive[budgets.index(STRENGTHS[DEFAULT])] or end
@@ -101,7 +110,7 @@ def measured(
     findings = {
         "prompts": len(prompts),
         "cost": cost if math.isfinite(cost) else None,
-        "breaks": BREAKS,
+        "breaks": BREAKS if breaks.reached else None,
     }
     return replace(
         steering,

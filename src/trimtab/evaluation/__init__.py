@@ -26,7 +26,7 @@ from trimtab.evaluation.metrics.judges import (
     PolyGuardJudge,
 )
 from trimtab.evaluation.metrics.toxicity import Scorer
-from trimtab.evaluation.sampled import Sample, samples, samples_table
+from trimtab.evaluation.sampled import Sample, kept_samples, samples, samples_table
 from trimtab.evaluation.tasks import (
     PROTOCOLS,
     TASKS,

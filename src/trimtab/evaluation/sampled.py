@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Sample:
     steered: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
         return {
             "prompt": last_message(self.prompt),
             "unsteered": self.unsteered,
@@ -63,6 +64,16 @@ def samples(
         Sample(prompt, base, dict(zip(steerings, texts, strict=True)))
         for prompt, base, *texts in zip(asked, *columns, strict=True)
     )
+
+
+def kept_samples(results: Mapping[str, Any] | None, names: Collection[str]) -> tuple[Sample, ...]:
+    """The samples in the results of a finished run, if they are of these steerings; else none."""
+    found = (results or {}).get("samples")
+    try:
+        kept = tuple(Sample(one["prompt"], one["unsteered"], one["steered"]) for one in found or ())
+    except (TypeError, KeyError):
+        return ()
+    return kept if all(one.steered.keys() == set(names) for one in kept) else ()
 
 
 def _spread(prompts: list[Any], count: int) -> list[Any]:

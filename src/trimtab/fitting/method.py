@@ -150,7 +150,13 @@ def _measured(
     range that was found."""
     if not steering.acts:
         return steering
-    found = measured(language_model, steering, contrast, default=method.asks_for_dial)
+    found = measured(
+        language_model,
+        steering,
+        contrast,
+        default=method.asks_for_dial,
+        beyond=method.unmeasured is not None,
+    )
     found.warn_out_of_range()
     return found
 

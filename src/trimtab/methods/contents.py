@@ -86,8 +86,9 @@ def explain(steering: Steering) -> list[str]:
         f"Made for {model} from {contrast.get('rows', '?')} rows of "
         f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
     ]
-    lines += _what_was_measured(steering)
-    if steering.calibration is not None:
+    measured = _what_was_measured(steering)
+    lines += measured
+    if steering.calibration is not None and not measured:
         budgets = ", ".join(f"{kl:g}" for kl in steering.calibration.kl)
         lines.append(
             f"Calibrated on {steering.calibration.prompts} prompts for budgets of {budgets} nats: "
@@ -108,16 +109,18 @@ def _what_was_measured(steering: Steering) -> list[str]:
     if reached:
         lines.append(
             f"Strengths, by how far half of {known.prompts} prompts' next tokens move: "
-            f"{', '.join(reached)}. FILE@{next(iter(strengths))} and so on turn the dial there."
+            f"{', '.join(reached)}. FILE@{next(iter(strengths))} and so on turn the dial there, "
+            "FILE@kl=NATS to what 95 % of them allow."
         )
     else:
         lines.append(
             f"It hardly moves the next token: {STRENGTHS['gentle']:g} nats are not reached."
         )
     if isinstance(measured.get("cost"), float):
+        end = "; the range ends where text breaks" if measured.get("breaks") else ""
         lines.append(
             f"At {steering.dial.default:g}{unit} plain text costs {measured['cost']:+.2f} nats per "
-            f"token; the range ends where that is {measured.get('breaks', 1):g}, and text breaks."
+            f"token{end}."
         )
     return lines
 

@@ -190,19 +190,22 @@ def _read(path: str, opening: _Opening) -> tuple[Any, Any]:
             return _read_adapter(directory, opening)
         opening = opening.at(local_files_only=True)
     else:
-        opening = _asked_hub(path, opening)
+        path, opening = _asked_hub(path, opening)
     return _read_whole(path, opening), _read_tokenizer(path, opening)
 
 
-def _asked_hub(name: str, opening: _Opening) -> _Opening:
-    """How a model of the hub is read, once the hub has been asked for it."""
+def _asked_hub(name: str, opening: _Opening) -> tuple[str, _Opening]:
+    """From where and how a model of the hub is read, once the hub has been asked for it."""
     note(f"looking for {name} on the hub")
     found = find_on_hub(name, opening.origin)
     if not found.reached:
         note(f"{name} is taken from the cache of the hub's files")
         opening = opening.at(local_files_only=True)
     _say_size_of_found(name, found, opening)
-    return opening
+    if found.reached or found.cached is None:
+        return name, opening
+    # By its name transformers asks the hub for an adapter in any case, many times.
+    return str(found.cached), opening.at(revision=None)
 
 
 def _say_size_of_found(name: str, found: Found, opening: _Opening) -> None:
@@ -298,7 +301,7 @@ def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, Any]:
         of_base = here
     else:
         revision = config.get("revision")
-        of_base = _asked_hub(base, opening.at(revision=revision) if revision else opening)
+        base, of_base = _asked_hub(base, opening.at(revision=revision) if revision else opening)
     model = _read_whole(base, of_base)
     with damage_is_said():
         Misfit(model, model.load_adapter(str(directory)).to_dict()).check()

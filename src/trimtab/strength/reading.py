@@ -115,7 +115,7 @@ class Plateau:
     foretold: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reading:
     """What the curves of one steering say."""
 
@@ -129,6 +129,9 @@ class Reading:
     cost: Beginning | None = None
     plateaus: tuple[Plateau, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Reading of {self.method}: {'; '.join(self.lines())}>"
 
     def as_json(self) -> dict[str, Any]:
         """For `trimtab strength curve --json`."""

@@ -32,6 +32,7 @@ from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Steering
 from trimtab.strength import budget
+from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
@@ -104,6 +105,9 @@ def compare(
     ]
     _check(candidates, comparing)
     check_cost(measured.choosing.max_cost)
+    before = begun_before(keep)
+    if before:
+        measured = without_limit(measured)
     bench = TaskRows(language_model, task, rows, measured, chooses=not oracle)
     texts = contrast_for(task, on.contrast, rows)
     config = {
@@ -114,10 +118,12 @@ def compare(
         **record(measured.choosing, comparing, measured.answering),
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
+        **({} if before else DEFAULTS),
     }
     run = Run(keep.output, config, keep.overwrite)
     started = time.perf_counter()
-    fitters, fit = _fitters(bench, texts, candidates, on.cache)
+    told = [_as_before(one) for one in candidates] if before else candidates
+    fitters, fit = _fitters(bench, texts, told, on.cache)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
     own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
@@ -171,7 +177,7 @@ def compare(
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
         (*bench.notes(), *([_ORACLE] if oracle else []), *caveats),
-        bench.samples({name: one for name, one in chosen.items() if one.acts}),
+        bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
@@ -237,6 +243,12 @@ def _fitters(
         if wants:
             shared[tuple(wants)] = collect(lm, contrast.train, wants, cache=cache)
     return fitters, used
+
+
+def _as_before(one: Candidate) -> Candidate:
+    """The candidate with the former defaults of what is not said."""
+    said = {**one.space, **one.fixed}
+    return replace(one, fixed={**former(one.method, said), **one.fixed})
 
 
 def _own_run(run: Run, name: str, config: dict[str, Any], overwrite: bool) -> Run:

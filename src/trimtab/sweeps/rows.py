@@ -32,6 +32,7 @@ from trimtab.evaluation import (
     check_protocol,
     find_job,
     find_task,
+    kept_samples,
     load_contrast,
     misfit,
     samples,
@@ -50,7 +51,7 @@ from trimtab.figures import (
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
-from trimtab.reports import Run
+from trimtab.reports import Run, object_in
 
 #: How far the right answer is ahead of the wrong one, in nats.
 FINE = "log_odds"
@@ -299,8 +300,13 @@ class TaskRows:
             return [example.target for example in job.entries[0].examples]
         return [None] * job.rows
 
-    def samples(self, steerings: Mapping[str, Any]) -> tuple[Sample, ...]:
-        """What the model writes on some test prompts, unsteered and under each steering."""
+    def samples(self, steerings: Mapping[str, Any], run: Run) -> tuple[Sample, ...]:
+        """What the model writes on some test prompts, unsteered and under each steering; from the
+        results of the run where it is finished."""
+        results = None if run.path is None else object_in(run.path / "results.json")
+        kept = kept_samples(results, steerings)
+        if kept:
+            return kept
         planned = self.jobs["test"].planned(self.language_model).values()
         return samples(self.language_model, steerings, [row["prompt"] for row in planned])
 
@@ -317,7 +323,9 @@ class TaskRows:
     @cached_property
     def _readings(self) -> list[Reading]:
         found = []
-        for tokens in self.language_model.fitting(plain_texts()):
+        lm = self.language_model
+        # A model may take shorter texts than there are.
+        for tokens in (each[: lm.max_length] for each in lm.encode(plain_texts())):
             # Plain text is all prompt, as in metrics.likelihood.cross_entropy; its last token is
             # read, because to a steering it is the last.
             asked = tuple(range(len(tokens) - 1))

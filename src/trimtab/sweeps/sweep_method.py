@@ -18,6 +18,7 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run
+from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -86,6 +87,9 @@ def sweep(
     import_optuna()
     if searching.storage is not None and keep.output is None:
         raise TrimtabError("a storage needs a run directory too: name an output")
+    before = begun_before(keep)
+    if before:
+        measured = without_limit(measured)
     bench = TaskRows(
         language_model,
         task,
@@ -105,8 +109,10 @@ def sweep(
         "contrast": {"name": texts.name, "digest": texts.digest},
         **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
+        **({} if before else DEFAULTS),
     }
-    fitter = Fitter(language_model, kind, texts, given, own, cache=on.cache)
+    told = {**former(kind.name, {**given, **own}), **own} if before else own
+    fitter = Fitter(language_model, kind, texts, given, told, cache=on.cache)
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     storage = None if searching.storage is None else open_storage(searching.storage)
@@ -126,7 +132,7 @@ def sweep(
         some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
         raise TrimtabError(f"{some} failed: {found.trials[0].why}")
     if found.steering is not None and found.steering.acts:
-        shown = bench.samples({"steered": found.steering})
+        shown = bench.samples({"steered": found.steering}, run)
         found = replace(found, samples=shown)
     if run.path is not None:
         from trimtab.sweeps.sweep_page import sweep_page  # loads matplotlib
