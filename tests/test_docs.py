@@ -52,6 +52,7 @@ def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     exec(compile(script(page), str(page), "exec"), {"__name__": "docs"})
     for words in commands(page):
         with pytest.raises(SystemExit) as ended:
