@@ -47,6 +47,7 @@ def test_every_page_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measuring")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -60,12 +61,13 @@ def test_code_runs(
         assert ended.value.code == 0, (words, capsys.readouterr().err)
 
 
+@pytest.mark.usefixtures("measuring")
 def test_readme_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lm = language_model("llama", max_position_embeddings=2048)
     monkeypatch.setattr(tt, "load", lambda name: lm)
     exec(compile(script(PAGES[0]), "README.md", "exec"), {"__name__": "docs"})
-    assert Path("formal.safetensors").is_file()
+    assert Path("formal2.safetensors").is_file()
     assert Path("formal-model/config.json").is_file()
 
 
