@@ -289,6 +289,25 @@ def test_fit_of_every_method(trimtab: Command, home: Path, method: str) -> None:
 # -- fit many ----------------------------------------------------------------------------------
 
 
+def test_what_is_gained_is_what_an_evaluation_finds(trimtab: Command, work: Path) -> None:
+    rows = [{**PAIRS[i % len(PAIRS)], "prompt": f"On day {i} I felt"} for i in range(30)]
+    (work / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = "--model model --contrast own.jsonl --layer 1 --alpha 2"
+    gain = trimtab(f"fit caa {line} -o own.st --json").json["gain"]
+    task = "evaluate --model model --steer own.st --task contrast:own.jsonl --json"
+    (found,) = [c for c in trimtab(task).json["comparisons"] if c["metric"] == "log_odds"]
+    assert (gain["part"], gain["n"]) == ("test", 6)
+    assert gain["value"] == pytest.approx(found["difference"], abs=1e-4)
+    said = trimtab(f"fit caa {line} -o other.st").text
+    assert (
+        f"On 6 pairs that were held out the log-odds of the positive side change by {gain['value']:+.1f}"
+        in said
+    )
+    wrong = trimtab(f"fit caa {line.replace('alpha 2', 'alpha=-8')} -o wrong.st").text
+    assert ("It pushes the wrong way" in wrong) == (gain["ci95"][0] > 0)
+    assert trimtab(f"fit caa {line} --no-measure -o bare.st --json").json["gain"] is None
+
+
 def test_fit_many(trimtab: Command) -> None:
     methods = ["caa layer=2", "austeer k=5 site=heads", "caa layer=0 --alpha=3", "sadi k=2"]
     names = ["caa", "austeer", "caa-2", "sadi"]
@@ -304,6 +323,7 @@ def test_fit_many(trimtab: Command) -> None:
         assert {**shown, "output": path} == steering
     alone = trimtab(f"fit caa {FIT} --layer 0 --alpha 3 -o alone.st --json").json
     third = found["steerings"][2]
+    assert alone.pop("gain")["part"] == "train"  # few pairs, of which none are held out
     assert [set(sample) for sample in alone.pop("samples")] == [
         {"prompt", "unsteered", "steered"}
     ] * 2

@@ -47,7 +47,9 @@ class Steered:
         "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
     )
     dial: Sequence[str] = option(
-        "Evaluate the steering at this dial, or at each of START:STOP:STEP; repeat.", ()
+        "Evaluate the steering at this dial (a number, or gentle, clear, strong), or at each of "
+        "START:STOP:STEP; repeat.",
+        (),
     )
     unsteered: bool = option("Evaluate the unsteered model too.", True)
     force: bool = option("Allow a steering that was made for another model.", False, flag="--force")
@@ -140,7 +142,7 @@ def _list_tasks(as_json: bool) -> None:
 
 def _alternatives(steer: Sequence[str], dials: Sequence[str]) -> dict[str, Steering | Steerings]:
     """By name: all --steer together, or the one steering at each dial."""
-    from trimtab.steering import Steerings
+    from trimtab.steering import STRENGTHS, Steerings
 
     steerings = read_steerings(steer)
     if not dials:
@@ -148,12 +150,14 @@ def _alternatives(steer: Sequence[str], dials: Sequence[str]) -> dict[str, Steer
         return {" + ".join(steer): together} if steerings else {}
     if len(steerings) != 1:
         raise TrimtabError("--dial turns one steering: give exactly one --steer")
-    values = dict.fromkeys(value for text in dials for value in _dials(text))
+    named = [text for text in dials if text.removeprefix("-") in STRENGTHS]
+    values = dict.fromkeys(value for text in dials if text not in named for value in _dials(text))
     if len(values) > _MOST_DIALS:
         raise TrimtabError(f"--dial names {len(values)} dials; {_MOST_DIALS} are the most")
     (argument,), (steering,) = steer, steerings
     path = argument if Path(argument).exists() else argument.rpartition("@")[0] or argument
-    return {f"{path}@{value:.12g}": steering.at(value) for value in values}
+    found: dict[str, Any] = {f"{path}@{text}": steering.at(text) for text in named}
+    return found | {f"{path}@{value:.12g}": steering.at(value) for value in values}
 
 
 def _dials(text: str) -> list[float]:
@@ -161,7 +165,7 @@ def _dials(text: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(":")]
     except ValueError as error:
-        raise TrimtabError(f"--dial {text}: write a number, or START:STOP:STEP") from error
+        raise TrimtabError(f"--dial {text}: write a number, START:STOP:STEP, or clear") from error
     if not all(map(math.isfinite, numbers)):
         raise TrimtabError(f"--dial {text}: a dial is a finite number")
     for number in numbers:

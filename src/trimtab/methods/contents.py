@@ -105,7 +105,12 @@ def _what_was_measured(steering: Steering) -> list[str]:
     unit, lines = steering.dial.unit, []
     dials = dict(zip(known.kl, known.positive, strict=False))
     strengths = {name: dials.get(kl) for name, kl in STRENGTHS.items()}
-    reached = [f"{name} {dial:.3g}{unit}" for name, dial in strengths.items() if dial is not None]
+    end = steering.dial.range[1]
+    reached = [
+        f"{name} {dial:.3g}{unit}{' (beyond the range)' if dial > end else ''}"
+        for name, dial in strengths.items()
+        if dial is not None
+    ]
     if reached:
         lines.append(
             f"Strengths, by how far half of {known.prompts} prompts' next tokens move: "
@@ -117,10 +122,10 @@ def _what_was_measured(steering: Steering) -> list[str]:
             f"It hardly moves the next token: {STRENGTHS['gentle']:g} nats are not reached."
         )
     if isinstance(measured.get("cost"), float):
-        end = "; the range ends where text breaks" if measured.get("breaks") else ""
+        breaks = "; the range ends where text breaks" if measured.get("breaks") else ""
         lines.append(
             f"At {steering.dial.default:g}{unit} plain text costs {measured['cost']:+.2f} nats per "
-            f"token{end}."
+            f"token{breaks}."
         )
     return lines
 
