@@ -101,8 +101,8 @@ class Steering:
         if self.calibration is None:
             raise TrimtabError(
                 f"this {shown(self.method)} steering is not calibrated, so it does not know "
-                f"what {kl:g} nats allow: trimtab strength budget --save, or "
-                "strength.calibrate()"
+                f"what {kl:g} nats (or a strength by name) allow: fit it without --no-measure, "
+                "trimtab strength budget --save, or strength.calibrate()"
             )
         return self.calibration
 
@@ -207,7 +207,8 @@ class Steering:
         if same != (identity.architecture, identity.layers, identity.hidden_size):
             raise TrimtabError(
                 f"the sizes do not fit: this steering was made for {self.model} with hidden size "
-                f"{self.model.hidden_size}, the model is {identity} with {identity.hidden_size}"
+                f"{self.model.hidden_size}, the model is {identity} with {identity.hidden_size}: "
+                "fit one for this model"
             )
         for intervention in self.interventions:
             width = anatomy.width(intervention.site)
