@@ -13,4 +13,5 @@ from trimtab.contrasts.rows import (
     Text,
     last_message,
     read_prompt,
+    spread,
 )

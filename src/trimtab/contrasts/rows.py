@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from trimtab.errors import TrimtabError, shown
 
+T = TypeVar("T")
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
 #: A conversation: messages as (role, content).
@@ -74,6 +75,12 @@ def read_rows(
 def last_message(prompt: Any) -> str:
     """A prompt as text: of a conversation, also as it comes back from JSON, its last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1][1])
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """So many of the items, or all, from the whole list."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def read_prompt(value: Any, where: str) -> Prompt:

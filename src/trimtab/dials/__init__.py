@@ -12,4 +12,5 @@ from trimtab.dials.turning import (
     divergence,
     entropy,
     idle_dial,
+    read_at_dial,
 )

@@ -45,7 +45,7 @@ _STEPS = 40
 #: Prompts that are worked on at once, which bounds the memory for what is kept of them.
 _TOKENS_AT_ONCE, _TEXTS_AT_ONCE = 16384, 256
 #: `beyond_range` goes this many times further.
-_BEYOND = 100.0
+BEYOND = 100.0
 #: The budgets of a calibration, in nats.
 BUDGETS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -356,7 +356,7 @@ def _ends(
 ) -> dict[Side, float]:
     """How far the dial may be turned on each of the sides that are asked for."""
     check_choice("side", side, Side | Literal["both"])
-    low, high = dial_limits(steering, _BEYOND if beyond_range else 1.0)
+    low, high = dial_limits(steering, BEYOND if beyond_range else 1.0)
     both: dict[Side, float] = {"positive": high, "negative": -low}
     ends = {one: end for one, end in both.items() if end > 0 and side in (one, "both")}
     if not ends:

@@ -19,11 +19,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from trimtab.contrasts import Contrast
-from trimtab.dials.budgets import Solution, calibration
-from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial
-from trimtab.model import LanguageModel, turned
-from trimtab.reading import blocks_below, plain_texts, read_columns, run_lower, run_upper
+from trimtab.contrasts import Contrast, spread
+from trimtab.dials.budgets import BEYOND, Solution, calibration
+from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial, read_at_dial
+from trimtab.model import LanguageModel
+from trimtab.reading import blocks_below, plain_texts, run_lower
 from trimtab.steering import STRENGTHS, Positions, Steering
 from trimtab.terminal import progress
 
@@ -42,8 +42,6 @@ _PARAGRAPHS, _TOKENS = 4, 32
 _DIALS, _CLOSE = 10, 2.0
 #: The first size that is run: of a strength, and of an angle in degrees.
 _START = (1.0, 10.0)
-#: Dials are looked for so many times beyond a method's own range, which knows no model.
-_BEYOND = 100.0
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,14 @@ def measured(
 
     The range ends where plain text costs `BREAKS` nats per token, on either side; where it never
     does it stays the method's own, beyond which is looked only with `beyond` (a share that is taken
-    away has its end by itself). A steering that
-    sets an angle rather than turning by one (SAS, AAS) is returned as it is. One of generated
-    tokens is measured as if the prompt's last token were generated.
+    away has its end by itself). A steering that sets an angle rather than turning by one (SAS, AAS)
+    is returned as it is. One of generated tokens is measured as if the prompt's last token were
+    generated.
     """
     if idle_dial(steering) is None:
         return steering
     prompts = _prompts(language_model, contrast)
-    low, high = dial_limits(steering, _BEYOND if beyond else 1.0)
+    low, high = dial_limits(steering, BEYOND if beyond else 1.0)
     budgets = sorted(STRENGTHS.values())
     goals: list[Goal] = [(_median, kl) for kl in budgets]
     goals += [(_cost, MOST), (_cost, BREAKS)]
@@ -137,8 +135,7 @@ def _prompts(language_model: LanguageModel, contrast: Contrast) -> list[list[int
     short = [tokens for tokens in encoded if 0 < len(tokens) <= longest]
     if not short:  # the ends of what there is, which is where the next token is read from
         short = [tokens[-longest:] for tokens in encoded if tokens]
-    count = min(_PROMPTS, len(short))
-    return [short[i * len(short) // count] for i in range(count)]
+    return spread(short, _PROMPTS)
 
 
 def _acting_on(steering: Steering, positions: Positions) -> Steering:
@@ -183,18 +180,10 @@ def _cost_of(language_model: LanguageModel, steering: Steering) -> Callable[[flo
     """Nats per token that a dial adds to plain text; infinite where numbers overflow."""
     lm, below = language_model, blocks_below(language_model.anatomy, [steering])
     texts = [tokens[:_TOKENS] for tokens in lm.encode(plain_texts()[:_PARAGRAPHS])]
-    columns, targets = [range(len(t) - 1) for t in texts], [t[1:] for t in texts]
-    streams = run_lower(lm, texts, below)
+    ends, streams = [len(text) for text in texts], run_lower(lm, texts, below)
 
     def nll(dial: float | None) -> float:
-        if dial is None:
-            hidden = run_upper(lm, texts, streams, below)
-        else:
-            turns = torch.full((len(texts),), dial, dtype=torch.float64)
-            with turned(lm.anatomy, steering, turns) as sequences:
-                sequences.given_ends = [len(text) for text in texts]
-                hidden = run_upper(lm, texts, streams, below)
-        read = read_columns(lm, hidden, columns, targets)
+        read = read_at_dial(lm, steering, texts, streams, dial, ends)
         return -float(torch.cat([each.log_p for each in read]).mean())
 
     base = nll(None)

@@ -18,7 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned
-from trimtab.reading import blocks_below, last_logits, run_lower
+from trimtab.reading import (
+    Next,
+    blocks_below,
+    last_logits,
+    read_columns,
+    run_lower,
+    run_upper,
+)
 from trimtab.steering import Steering
 
 
@@ -101,6 +108,28 @@ class Turning:
         self.rows += len(chosen)
         streams = [self._streams[text] for text in texts]
         return last_logits(lm, chosen, streams, self.blocks)
+
+
+def read_at_dial(
+    language_model: LanguageModel,
+    steering: Steering,
+    texts: Sequence[Sequence[int]],
+    streams: Sequence[Tensor],
+    dial: float | None,
+    ends: Sequence[int],
+) -> list[Next]:
+    """What follows each token of texts (token ids) at a dial (None: unsteered), from their streams
+    below the steering on; `ends` are where each text's prompt ends."""
+    lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    if dial is None:
+        hidden = run_upper(lm, texts, streams, below)
+    else:
+        turns = torch.full((len(texts),), dial, dtype=torch.float64)
+        with turned(lm.anatomy, steering, turns) as sequences:
+            sequences.given_ends = list(ends)
+            hidden = run_upper(lm, texts, streams, below)
+    columns, targets = [range(len(t) - 1) for t in texts], [list(t[1:]) for t in texts]
+    return read_columns(lm, hidden, columns, targets)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.contrasts import Prompt, last_message
+from trimtab.contrasts import Prompt, last_message, spread
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.reports import Table
@@ -41,19 +41,17 @@ def samples(
     prompts: Sequence[Prompt],
     *,
     count: int = SHOWN,
-    max_new_tokens: int = NEW_TOKENS,
-    force: bool = False,
 ) -> tuple[Sample, ...]:
     """Greedy continuations of some of the prompts, spread over them. A steering under which the
     model's numbers overflow has that said in place of a text."""
-    asked = _spread(list(dict.fromkeys(prompt for prompt in prompts if prompt)), count)
+    asked = spread(list(dict.fromkeys(prompt for prompt in prompts if prompt)), count)
     if not asked or not steerings:
         return ()
 
     def written(steering: Steering | Steerings | None) -> list[str]:
         try:
             completions = language_model.generate(
-                asked, steering=steering, max_new_tokens=max_new_tokens, chat=False, force=force
+                asked, steering=steering, max_new_tokens=NEW_TOKENS, chat=False
             )
         except TrimtabError as error:
             return [f"({error})"] * len(asked)
@@ -74,12 +72,6 @@ def kept_samples(results: Mapping[str, Any] | None, names: Collection[str]) -> t
     except (TypeError, KeyError):
         return ()
     return kept if all(one.steered.keys() == set(names) for one in kept) else ()
-
-
-def _spread(prompts: list[Any], count: int) -> list[Any]:
-    """So many of the prompts, from the whole list."""
-    count = min(count, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def samples_table(shown: Sequence[Sample]) -> Table:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.dials import check_turns, idle_dial
+from trimtab.dials import check_turns, idle_dial, read_at_dial
 from trimtab.errors import TrimtabError
 from trimtab.figures import Estimate, weighted_interval
-from trimtab.model import LanguageModel, batches_by_length, turned
-from trimtab.reading import blocks_below, read_columns, run_lower, run_upper
+from trimtab.model import LanguageModel, batches_by_length
+from trimtab.reading import blocks_below, run_lower
 from trimtab.reports import Presented, Table, cell, number_text
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
@@ -193,17 +193,10 @@ def _nll(
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
         for rows in batches_by_length([len(tokens) for tokens in blocks], lm.batch_tokens):
             texts = [blocks[i] for i in rows]
-            columns, targets = [range(len(t) - 1) for t in texts], [t[1:] for t in texts]
+            ends = [1 if from_first else len(text) for text in texts]
             streams = run_lower(lm, texts, below)
             for place, dial in enumerate(dials):
-                if dial is None:
-                    hidden = run_upper(lm, texts, streams, below)
-                else:
-                    turns = torch.full((len(texts),), dial, dtype=torch.float64)
-                    with turned(lm.anatomy, steering, turns) as sequences:
-                        sequences.given_ends = [1 if from_first else len(text) for text in texts]
-                        hidden = run_upper(lm, texts, streams, below)
-                read = read_columns(lm, hidden, columns, targets)
+                read = read_at_dial(lm, steering, texts, streams, dial, ends)
                 nll[place, rows] = torch.stack([-each.log_p.mean() for each in read])
                 advance(len(rows))
     return nll
