@@ -1,8 +1,17 @@
 """Where the sites of a model are, and hooks on them."""
 
 from trimtab.anatomy.anatomy import Anatomy
-from trimtab.anatomy.architectures import Architecture, known, register
+from trimtab.anatomy.architectures import (
+    Architecture,
+    attention,
+    ffn,
+    known,
+    mixture,
+    register,
+)
+from trimtab.anatomy.description import Block, Branch, Description
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order
+from trimtab.anatomy.tracing import probe_ids

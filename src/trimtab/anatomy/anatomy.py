@@ -5,10 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab.anatomy.architectures import find_architecture
-from trimtab.anatomy.maps import LinearMap, linear_map
+from trimtab.anatomy.architectures import find_entry, find_registered
+from trimtab.anatomy.behaviour import in_width
+from trimtab.anatomy.description import Block, Branch
+from trimtab.anatomy.experts import layout_of
+from trimtab.anatomy.knowing import Known, know
+from trimtab.anatomy.maps import (
+    LinearMap,
+    experts_joint_reader,
+    experts_readers,
+    experts_writer,
+    linear_map,
+)
 from trimtab.anatomy.sites import (
     KINDS,
     READ_ONLY,
@@ -18,49 +28,33 @@ from trimtab.anatomy.sites import (
 )
 from trimtab.errors import TrimtabError
 
-#: For each kind of site in a block the module of an `Architecture` that has it, and where.
-_PLACES: dict[str, tuple[str, Literal["input", "output"]]] = {
-    "attn_norm_in": ("attn_norm", "input"),
-    "attn_norm": ("attn_norm", "output"),
-    "heads": ("attn_proj", "input"),
-    "attn_out": ("attn_proj", "output"),
-    "attn_post_norm": ("attn_post_norm", "output"),
-    "ffn_norm_in": ("ffn_norm", "input"),
-    "ffn_norm": ("ffn_norm", "output"),
-    "ffn_in": ("ffn_proj", "input"),
-    "ffn_out": ("ffn", "output"),
-    "ffn_post_norm": ("ffn_post_norm", "output"),
-}
+Side = Literal["input", "output"]
 
 
 class Anatomy:
-    """The sites of one model in memory."""
+    """The sites of one model in memory.
 
-    def __init__(self, model: nn.Module) -> None:
+    What it says of the model is proved by numbers when it is made; a copy of a model whose weights
+    alone are other ones takes over what is known (`like`).
+    """
+
+    def __init__(self, model: nn.Module, like: Anatomy | None = None) -> None:
         self.model = model
         config: Any = model.config
         self.name: str = config.model_type
-        self.architecture = find_architecture(self.name)
-        self.config: Any = config.get_text_config()
-        try:
-            self.body = model.get_submodule(self.architecture.body)
-            blocks = self.body.get_submodule(self.architecture.blocks)
-        except AttributeError as error:
-            raise TrimtabError(
-                f"this {self.name} model ({type(model).__name__}) has no module "
-                f"{self.architecture.body}.{self.architecture.blocks}: trimtab steers causal "
-                "language models; load it with AutoModelForCausalLM"
-            ) from error
-        self.blocks = list(blocks.children())
-        self.layers = len(self.blocks)
-        if not self.layers:
-            raise TrimtabError(f"this {self.name} model ({type(model).__name__}) has no blocks")
+        self.config: Any = config.get_text_config(decoder=True)
+        self.known: Known = know(model) if like is None else like.known
+        described = self.known.description
+        self.body = model.get_submodule(described.body)
+        listed = list(model.get_submodule(described.blocks).children())
+        self.layers = len(described.layers)
+        self.blocks = listed[: self.layers]
         self.hidden_size: int = self.config.hidden_size
 
     # -- sites --------------------------------------------------------------------------------
 
     def check(self, site: str) -> tuple[int | None, str]:
-        """Parse a site and make sure that this model has it."""
+        """Parse a site and make sure that this model has such a layer."""
         layer, kind = parse_site(site)
         if layer is not None and layer >= self.layers:
             raise TrimtabError(
@@ -69,15 +63,17 @@ class Anatomy:
         return layer, kind
 
     def sites(self, kind: str, layers: tuple[int, ...] | None = None) -> list[str]:
-        """All sites of a kind, or those of `layers` in their order (negative: from the end)."""
+        """The sites of a kind: of every layer that has one, or of all of `layers` in their order
+        (negative: from the end)."""
         if kind not in KINDS:
             raise TrimtabError(f"unknown site kind {kind!r}: known are {', '.join(KINDS)}")
         if kind in ("embed", "final_norm"):
+            self._refuse_missing(None, kind)
             return [kind]
-        if not self.has(kind):
-            raise TrimtabError(f"{self.name} has no {kind}: its blocks have no such norm")
         if layers is None:
-            chosen = list(range(self.layers))
+            chosen = [layer for layer in range(self.layers) if self.missing(layer, kind) is None]
+            if not chosen:
+                raise TrimtabError(f"{self.name} has no {kind}: {self.missing(0, kind)}")
         else:
             chosen = [layer + self.layers if layer < 0 else layer for layer in layers]
             for given, layer in zip(layers, chosen, strict=True):
@@ -86,30 +82,104 @@ class Anatomy:
                         f"layer {given} is out of range: this model has layers "
                         f"0 to {self.layers - 1}"
                     )
+                self._refuse_missing(layer, kind)
         return [f"layers.{layer}.{kind}" for layer in chosen]
 
     def has(self, kind: str) -> bool:
-        """Whether this architecture has sites of a kind; only norms may be missing."""
-        norm = kind.removesuffix("_in")
-        # Without a norm there, `attn_norm` and `ffn_norm` are what the branch itself reads.
-        if not norm.endswith("_norm") or kind in ("attn_norm", "ffn_norm", "final_norm"):
-            return True
-        return getattr(self.architecture, norm) is not None
+        """Whether any layer has a site of this kind."""
+        if kind in ("embed", "final_norm"):
+            return self.missing(None, kind) is None
+        return any(self.missing(layer, kind) is None for layer in range(self.layers))
+
+    def missing(self, layer: int | None, kind: str) -> str | None:
+        """Why there is no such site in a layer (None: of the whole model), None where there is."""
+        if kind == "embed":
+            return None
+        if kind == "final_norm":
+            if self.known.description.final_norm is None:
+                return "no norm is proved to stand between the last block and the unembedding"
+            return self.known.around.get("final_norm")
+        assert layer is not None
+        if kind == "resid":
+            return None
+        problems = self.known.layers[layer]
+        if (None, "stream") in problems:
+            return problems[None, "stream"]
+        part = kind.partition("_")[0]
+        part = "attn" if kind == "heads" else part
+        found = self._branch(layer, part)
+        if found is None:
+            return f"the block has no {_PARTS[part]} branch"
+        i, branch = found
+        for aspect in _RELIES_ON[kind]:
+            if (i, aspect) in problems:
+                return problems[i, aspect]
+        return self._missing_place(self._block(layer), i, branch, kind)
+
+    def _missing_place(self, block: Block, i: int, branch: Branch, kind: str) -> str | None:
+        part = _PARTS["attn" if branch.kind != "ffn" else "ffn"]
+        if kind.endswith("_norm_in"):
+            if branch.norm is None:
+                return "its blocks have no such norm"
+            if block.shares_norm(i):
+                return f"its blocks have no such norm for {part} alone: {branch.norm} is shared"
+        elif kind.endswith("_post_norm") and branch.post_norm is None:
+            return "its blocks have no such norm"
+        elif kind == "heads":
+            if branch.kind != "attn":
+                return f"{branch.out} mixes tokens in another way than attention, without heads"
+            if branch.writer is None:
+                return f"no linear map writes {branch.out}"
+        elif kind == "ffn_in" and branch.writer is None and branch.experts is None:
+            return f"no linear map, and no experts of a known layout, write {branch.out}"
+        elif kind in ("attn_norm", "ffn_norm") and self._input_place(block, i) is None:
+            return "what the branch reads is not to be seen at a module of its own"
+        return None
+
+    def _refuse_missing(self, layer: int | None, kind: str) -> None:
+        reason = self.missing(layer, kind)
+        if reason is None:
+            return
+        where = kind if layer is None else f"layers.{layer}.{kind}"
+        if layer is not None and self.has(kind):
+            others = [n for n in range(self.layers) if self.missing(n, kind) is None]
+            reason += f"; the layers that have one are {_ranges(others)}"
+        raise TrimtabError(f"{self.name} has no {where}: {reason}")
 
     @property
     def heads(self) -> int:
         """Attention heads per block; each has `width("layers.0.heads") // heads` units."""
-        return int(self.config.num_attention_heads)
+        heads = getattr(self.config, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            raise TrimtabError(f"{self.name} has no attention heads")
+        return heads
 
     @property
     def stream_writers(self) -> list[str]:
         """The sites whose sum is the residual stream: the embedding and every branch's output."""
         sites = ["embed"]
         for layer in range(self.layers):
-            for branch in ("attn", "ffn"):
-                normed = self.has(f"{branch}_post_norm")
-                sites.append(f"layers.{layer}.{branch}_{'post_norm' if normed else 'out'}")
+            block = self._block(layer)
+            if (None, "stream") in self.known.layers[layer]:
+                reason = self.known.layers[layer][None, "stream"]
+                raise TrimtabError(f"layer {layer} of {self.name} is no sum of branches: {reason}")
+            sites += [f"layers.{layer}.{kind}" for kind in self._writers_of(layer, block)]
         return sites
+
+    def _writers_of(self, layer: int, block: Block) -> list[str]:
+        """The kinds of site at which the branches of a block are written."""
+        kinds = []
+        named = {block.attention: "attn", block.ffn: "ffn"}
+        for i, branch in enumerate(block.branches):
+            part = named.get(i)
+            if part is None:
+                raise TrimtabError(
+                    f"layer {layer} of {self.name} has a branch without a site of its own "
+                    f"({branch.out}), so that the sites are not all that writes the stream: steer "
+                    "at resid or at the norms instead"
+                )
+            kinds.append(f"{part}_{'out' if branch.post_norm is None else 'post_norm'}")
+        return kinds
 
     def block_input(self, layer: int) -> str:
         """The site that block `layer` reads: the residual stream before it."""
@@ -122,27 +192,64 @@ class Anatomy:
     def point(self, site: str) -> Point:
         """Where to hook to see the site."""
         layer, kind = self.check(site)
-        names, hidden = self.architecture, self.hidden_size
+        hidden = self.hidden_size
+        self._refuse_missing(layer, kind)
         if kind == "embed":
             return Point(site, self.blocks[0], "input", hidden)
         if kind == "final_norm":
-            return Point(site, self.body.get_submodule(names.final_norm), "output", hidden)
+            return Point(site, self.final_norm, "output", hidden)
         assert layer is not None
         block = self.blocks[layer]
         if kind == "resid":
             return Point(site, block, "output", hidden)
-        if not self.has(kind):
-            raise TrimtabError(f"{self.name} has no {site}: its blocks have no such norm")
-        experts = self._experts(layer) if kind == "ffn_in" else None
-        if experts is not None:
-            width = experts.down_proj.shape[0] * experts.down_proj.shape[2]
-            return Point(site, block.get_submodule(names.ffn), "experts", width)
-        name, side = _PLACES[kind]
-        if getattr(names, name) is None:  # the branch reads the residual stream without a norm
-            name, side = {"attn_norm": "attention", "ffn_norm": "ffn"}[name], "input"
-        module = block.get_submodule(getattr(names, name))
-        width = _in_width(module) if kind in ("heads", "ffn_in") else hidden
-        return Point(site, module, side, width)
+        found = self._branch(layer, "attn" if kind == "heads" else kind.partition("_")[0])
+        assert found is not None
+        i, branch = found
+        if kind == "ffn_in" and branch.experts is not None:
+            experts = self._experts(layer, branch)
+            width = layout_of(experts).width  # type: ignore[union-attr]
+            return Point(site, experts, "experts", width, block)
+        if kind in ("heads", "ffn_in"):
+            assert branch.writer is not None
+            width = in_width(self._module(layer, branch.writer))
+            return self._point(site, layer, branch.writer, "input", width)
+        if kind in ("attn_norm", "ffn_norm"):
+            place = self._input_place(self._block(layer), i)
+            assert place is not None
+            return self._point(site, layer, *place, hidden)
+        if kind.endswith("_norm_in"):
+            return self._point(site, layer, branch.norm, "input", hidden)
+        path = branch.post_norm if kind.endswith("_post_norm") else self._output_path(branch)
+        return self._point(site, layer, path, "output", hidden)
+
+    def _point(self, site: str, layer: int, path: str | None, side: Side, width: int) -> Point:
+        """A module's input or output; where it sees all tokens in one list, their rows are known
+        from the block around it."""
+        assert path is not None
+        block = self.blocks[layer]
+        flat = path in self.known.flat[layer]
+        return Point(site, block.get_submodule(path), side, width, block if flat else None)
+
+    def _output_path(self, branch: Branch) -> str:
+        """Where a branch's output is seen: at its writer, where that is the branch as it is."""
+        if branch.kind == "attn" and branch.writer is not None and branch.writer_factor == 1.0:
+            return branch.writer
+        return branch.out
+
+    def _input_place(self, block: Block, i: int) -> tuple[str, Side] | None:
+        """The module and side at which what a branch reads is seen, and by it alone."""
+        branch = block.branches[i]
+        alone = branch.norm is not None and not block.shares_norm(i)
+        factor = branch.input_factor
+        # At the norm's output what else reads it (a router beside the experts) sees a change, too.
+        if alone and factor == 1.0:
+            assert branch.norm is not None
+            return branch.norm, "output"
+        if branch.module is not None:
+            return branch.module, "input"
+        if len(branch.readers) == 1:
+            return branch.readers[0], "input"
+        return None
 
     def read_point(self, site: str) -> Point:
         """Where to hook to read a site, or what can only be read."""
@@ -153,20 +260,53 @@ class Anatomy:
             return replace(after, site=site, side="expert_acts")
         layer, _ = self.check(after.site)
         assert layer is not None
-        name = self.architecture.ffn_act
-        try:
-            module = self.blocks[layer].get_submodule(name)
-        except AttributeError as error:
+        found = self._branch(layer, "ffn")
+        assert found is not None
+        if found[1].act is None:
             raise TrimtabError(
-                f"the blocks of this {self.name} model have no module {name}: name the FFN's "
-                "activation function, trimtab.anatomy.Architecture(ffn_act=...)"
-            ) from error
-        return Point(site, module, "output", after.width)
+                f"{self.name} has no {site}: no module of its FFN is its activation function"
+            )
+        return self._point(site, layer, found[1].act, "output", after.width)
 
-    def _experts(self, layer: int) -> Any:
-        """The fused experts of a mixture layer, None in a dense one."""
-        ffn = self.blocks[layer].get_submodule(self.architecture.ffn)
-        experts = getattr(ffn, "experts", None)
+    # -- parts --------------------------------------------------------------------------------
+
+    @property
+    def body_path(self) -> str:
+        return self.known.description.body
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm that the unembedding reads."""
+        path = self.known.description.final_norm
+        if path is None:
+            self._refuse_missing(None, "final_norm")
+        assert path is not None
+        return self.model.get_submodule(path)
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether all that mixes tokens is softmax attention, in every layer."""
+        return all(
+            block.scale is not None and all(b.kind != "mixer" for b in block.branches)
+            for block in self.known.description.layers
+        )
+
+    def _block(self, layer: int) -> Block:
+        return self.known.description.layers[layer]
+
+    def _branch(self, layer: int, part: str) -> tuple[int, Branch] | None:
+        """The branch that the sites of attention or of the FFN belong to, with its number."""
+        block = self._block(layer)
+        i = block.attention if part == "attn" else block.ffn
+        return None if i is None else (i, block.branches[i])
+
+    def _module(self, layer: int, path: str | None) -> nn.Module:
+        assert path is not None
+        return self.blocks[layer].get_submodule(path)
+
+    def _experts(self, layer: int, branch: Branch) -> Any:
+        """The fused experts of a mixture layer."""
+        experts = self._module(layer, branch.experts)
         if hasattr(experts, "base_layer"):  # their weights alone are not what they compute
             raise TrimtabError(
                 f"the experts of layer {layer} carry an adapter, so that their activations cannot "
@@ -174,73 +314,140 @@ class Anatomy:
             )
         return experts
 
+    @property
+    def llama_alike(self) -> bool:
+        """Whether it computes what Llama computes, but has no room for some of its biases."""
+        entry = find_registered(self.name) or find_entry(self.name)
+        return entry is not None and entry.llama_alike
+
     # -- linear maps, for baking --------------------------------------------------------------
 
-    def writer(self, site: str) -> LinearMap | None:
-        """The linear map whose output is exactly this site, None where there is no such map."""
+    def writers(self, site: str) -> list[LinearMap]:
+        """The linear maps whose sum, up to a factor, is exactly this site; none where there are
+        none."""
         layer, kind = self.check(site)
         if layer is None or kind not in ("attn_out", "ffn_out"):
-            return None
-        if kind == "attn_out":
-            return linear_map(self.blocks[layer].get_submodule(self.architecture.attn_proj))
-        experts = self._experts(layer)
-        if experts is not None:
+            return []
+        found = self._branch(layer, kind.partition("_")[0])
+        if found is None:
+            return []
+        branch = found[1]
+        if branch.experts is not None:
             # The router's weights mix the experts' outputs linearly, so a linear map of the sum
-            # is the same map of each expert's output.
-            return LinearMap(experts, weight="down_proj", bias=None, layout="experts")
-        return linear_map(self.blocks[layer].get_submodule(self.architecture.ffn_proj))
+            # is the same map of each expert's output, and of what stands beside them.
+            written = experts_writer(self._experts(layer, branch))
+            beside = [linear_map(self._module(layer, path)) for path in branch.beside]
+            # What stands beside may be weighed by a gate, so that a constant is none there.
+            return (
+                [] if written is None else [written, *(replace(b, constant=False) for b in beside)]
+            )
+        return [] if branch.writer is None else [linear_map(self._module(layer, branch.writer))]
+
+    def writer_factor(self, site: str) -> float:
+        """What the maps that write a site are multiplied by to give it."""
+        layer, kind = self.check(site)
+        found = None if layer is None else self._branch(layer, kind.partition("_")[0])
+        return 1.0 if found is None else float(found[1].writer_factor)
 
     def readers(self, site: str) -> list[LinearMap]:
         """The linear maps that read this site, when nothing else reads it; else an empty list."""
         layer, kind = self.check(site)
-        names = self.architecture
         if kind == "final_norm":
             head: Any = self.model
             return [linear_map(head.get_output_embeddings())]
-        if layer is None:
+        if layer is None or kind not in ("attn_norm", "heads", "ffn_norm", "ffn_in"):
             return []
-        block, experts = self.blocks[layer], self._experts(layer)
-        if kind == "attn_norm":
-            return [linear_map(block.get_submodule(name)) for name in names.attn_readers]
-        if kind == "heads":
-            return [linear_map(block.get_submodule(names.attn_proj))]
-        if kind == "ffn_norm":
-            if experts is not None:
-                router: Any = block.get_submodule(names.ffn).get_submodule("gate")
-                inputs = LinearMap(experts, weight="gate_up_proj", bias=None, layout="experts")
-                return [LinearMap(router, bias=None), inputs]
-            return [linear_map(block.get_submodule(name)) for name in names.ffn_readers]
-        if kind == "ffn_in":
-            if experts is not None:
-                joint: Literal["joint_experts"] = "joint_experts"
-                return [LinearMap(experts, weight="down_proj", bias=None, layout=joint)]
-            return [linear_map(block.get_submodule(names.ffn_proj))]
-        return []
+        found = self._branch(layer, "attn" if kind == "heads" else kind.partition("_")[0])
+        if found is None:
+            return []
+        i, branch = found
+        if kind in ("heads", "ffn_in"):
+            if branch.experts is not None:
+                joint = experts_joint_reader(self._experts(layer, branch))
+                return [] if joint is None else [joint]
+            return [linear_map(self._module(layer, branch.writer))]
+        if (i, "readers") in self.known.layers[layer]:
+            return []
+        maps = [_reader(self._module(layer, path)) for path in branch.readers]
+        if branch.experts is not None:
+            maps += experts_readers(self._experts(layer, branch))
+        return maps
 
-    def added_before_resid(self, layer: int) -> str | None:
-        """The site of the last branch that is added to block `layer`'s output as it is.
+    def added_to_resid(self, layer: int) -> tuple[str, float] | None:
+        """A site whose branch is added to block `layer`'s output, read by no other branch, and
+        what a constant there is multiplied by until it is in that output.
 
-        None where a norm stands between the branch and the residual stream (Gemma, OLMo 2).
+        None where a norm stands between every such branch and the residual stream (Gemma, OLMo 2).
         """
-        return None if self.architecture.ffn_post_norm else f"layers.{layer}.ffn_out"
+        block = self._block(layer)
+        if block.scale is None or (None, "stream") in self.known.layers[layer]:
+            return None
+        for part, i in (("ffn", block.ffn), ("attn", block.attention)):
+            if i is None:
+                continue
+            branch = block.branches[i]
+            read = any(i in other.reads for other in block.branches)
+            if not read and branch.post_norm is None and branch.writer is not None:
+                factor = float(block.scale) * float(branch.factor)
+                return f"layers.{layer}.{part}_out", factor
+        return None
+
+    @property
+    def final_factor(self) -> float:
+        """What the final norm's output is multiplied by before the unembedding reads it."""
+        return float(self.known.description.final_factor)
 
     @property
     def tables(self) -> list[LinearMap]:
         """The embedding tables whose rows are summed to the site `embed`, scaling apart."""
         return [
-            LinearMap(self.body.get_submodule(name), bias=None, layout="embedding")
-            for name in self.architecture.embeddings
+            LinearMap(self.model.get_submodule(name), bias=None, transposed=True)
+            for name in self.known.description.tables
         ]
 
     @property
     def embedding_scale(self) -> float:
         """What a row of the embedding table is multiplied by on its way to `embed` (Gemma)."""
-        table: Any = self.body.get_submodule(self.architecture.embeddings[0])
-        scale: Tensor | None = getattr(table, "embed_scale", None)
+        described = self.known.description
+        table: Any = self.model.get_submodule(described.tables[0])
+        scale = getattr(table, "embed_scale", None)
+        if scale is None:
+            return float(described.embedding_factor)
         # Gemma rounds the factor to the weights' dtype.
-        return 1.0 if scale is None else float(scale.to(table.weight.dtype))
+        return float(scale.to(table.weight.dtype) if hasattr(scale, "to") else scale)
 
 
-def _in_width(projection: Any) -> int:
-    width = getattr(projection, "in_features", None)
-    return int(projection.weight.shape[0] if width is None else width)
+#: What the parts of a block are called in messages.
+_PARTS = {"attn": "attention", "ffn": "FFN"}
+
+#: What has to hold of a branch for each kind of site to be what it says.
+_RELIES_ON = {
+    "attn_norm_in": ("read", "norm"),
+    "attn_norm": ("read", "norm"),
+    "heads": ("kind", "writer"),
+    "attn_out": ("kind",),
+    "attn_post_norm": ("kind", "post_norm"),
+    "ffn_norm_in": ("read", "norm"),
+    "ffn_norm": ("read", "norm"),
+    "ffn_in": ("kind", "writer", "experts"),
+    "ffn_out": ("kind",),
+    "ffn_post_norm": ("kind", "post_norm"),
+}
+
+
+def _reader(module: nn.Module) -> LinearMap:
+    """A linear map, or a router, of which only the weight reads."""
+    made = linear_map(module)
+    return made if hasattr(module, "bias") else replace(made, bias=None)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0 to 2, 5"."""
+    parts: list[str] = []
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            first, last = numbers[start], numbers[i - 1]
+            parts.append(str(first) if first == last else f"{first} to {last}")
+            start = i
+    return ", ".join(parts)

@@ -1,48 +1,210 @@
-"""The architectures that are known by name: the only file that knows names of modules."""
+"""The architectures that are known by name: the only file that knows names of modules.
+
+An entry is a hint. It says where the parts are, which makes the first load of a model quick, and is
+proved by numbers like what is found without any (`proof.py`); where it does not hold, a model's
+parts are looked for (`discovery.py`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from torch import nn
+
+from trimtab.anatomy.description import Block, Branch, Description
 from trimtab.errors import TrimtabError
 from trimtab.plugins import Extended
 
 
+def attention(
+    module: str = "self_attn",
+    norm: str | None = "input_layernorm",
+    readers: Sequence[str] = ("q_proj", "k_proj", "v_proj"),
+    writer: str = "o_proj",
+    **more: Any,
+) -> Branch:
+    """An attention branch; its readers and its writer are named as they are inside of it."""
+    return _branch("attn", module, norm, readers, writer, more)
+
+
+def ffn(
+    module: str = "mlp",
+    norm: str | None = "post_attention_layernorm",
+    readers: Sequence[str] = ("gate_proj", "up_proj"),
+    writer: str | None = "down_proj",
+    act: str | None = "act_fn",
+    **more: Any,
+) -> Branch:
+    """An FFN branch after an attention branch; readers, writer and activation function are named
+    as they are inside of it."""
+    more = {"reads": (0,), **more}
+    if act is not None:
+        more["act"] = f"{module}.{act}"
+    return _branch("ffn", module, norm, readers, writer, more)
+
+
+def mixture(
+    module: str = "mlp",
+    norm: str | None = "post_attention_layernorm",
+    router: str | None = "gate",
+    experts: str = "experts",
+    shared: str | None = None,
+    shared_readers: Sequence[str] = ("gate_proj", "up_proj"),
+    shared_writer: str = "down_proj",
+    gate: str | None = None,
+    **more: Any,
+) -> Branch:
+    """A mixture of experts after an attention branch: a router, fused experts, and where there is
+    one a shared expert beside them, with a gate of its own or without; named as inside of it."""
+    readers = [] if router is None else [router]
+    if shared is not None:
+        readers += [f"{shared}.{name}" for name in shared_readers]
+        more["beside"] = (f"{module}.{shared}.{shared_writer}",)
+    if gate is not None:
+        readers.append(gate)
+    more = {"reads": (0,), "experts": f"{module}.{experts}", **more}
+    return _branch("ffn", module, norm, readers, None, more)
+
+
+def _branch(
+    kind: Any,
+    module: str,
+    norm: str | None,
+    readers: Sequence[str],
+    writer: str | None,
+    more: dict[str, Any],
+) -> Branch:
+    return Branch(
+        kind,
+        module,
+        norm=norm,
+        readers=tuple(f"{module}.{reader}" for reader in readers),
+        writer=None if writer is None else f"{module}.{writer}",
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """Names of an architecture's modules. The defaults are Llama's.
+    """Where an architecture has its parts. The defaults are Llama's.
 
-    Paths of `body` and `embeddings` start at the causal language model and at the body; the
-    other paths start at a block, but for `blocks` and `final_norm`, which start at the body.
+    `body` starts at the causal language model, `blocks`, `embeddings` and `final_norm` at the body,
+    and what a `Block` names at the block. Each layer is described by the first of `layers` whose
+    modules it has and which holds for it.
     """
 
     body: str = "model"
     blocks: str = "layers"
     embeddings: tuple[str, ...] = ("embed_tokens",)
-    final_norm: str = "norm"
-    #: None where attention or the FFN reads the residual stream without a norm.
-    attn_norm: str | None = "input_layernorm"
-    ffn_norm: str | None = "post_attention_layernorm"
-    attention: str = "self_attn"
-    attn_readers: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    attn_proj: str = "self_attn.o_proj"
-    ffn: str = "mlp"
-    ffn_readers: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    ffn_proj: str = "mlp.down_proj"
-    #: The FFN's activation function.
-    ffn_act: str = "mlp.act_fn"
-    #: Norms between a branch and the residual stream: an added vector does not pass them.
-    attn_post_norm: str | None = None
-    ffn_post_norm: str | None = None
+    final_norm: str | None = "norm"
+    layers: tuple[Block, ...] = (Block((attention(), ffn())),)
+    #: What the final norm's output, and the sum of the embeddings, are multiplied by: a number, or
+    #: the name of an attribute of the configuration.
+    final_factor: float | str = 1.0
+    embedding_factor: float | str = 1.0
     #: Whether it computes what Llama computes, but has no room for some of its biases.
     llama_alike: bool = False
 
+    def described(self, model: Any) -> tuple[Description, list[list[Block]]]:
+        """What this says of a model, and the blocks that each of its layers may be. Raises
+        AttributeError, which says what is not there."""
+        blocks = f"{self.body}.{self.blocks}".strip(".")
+        listed = list(_submodule(model, blocks).children())
+        layers = []
+        for place, block in enumerate(listed):
+            options = [_resolved(model, o) for o in self.layers if not _absent(block, o)]
+            if not options:
+                absent = _absent(block, self.layers[-1])[0]
+                raise AttributeError(f"{blocks}.{place} has no {absent}")
+            layers.append(options)
+        within = [f"{self.body}.{name}".strip(".") for name in self.embeddings]
+        final_norm = None if self.final_norm is None else f"{self.body}.{self.final_norm}"
+        for name in (self.body, *within, *([] if final_norm is None else [final_norm])):
+            _submodule(model, name)
+        description = Description(
+            self.body,
+            blocks,
+            tuple(options[0] for options in layers),
+            final_norm,
+            number(model, self.final_factor),
+            tuple(within),
+            number(model, self.embedding_factor),
+        )
+        return description, layers
 
+
+def number(model: Any, value: float | str) -> float:
+    """A factor; a name stands for an attribute of the text model's configuration, which may be
+    raised to a power, as in "hidden_size**0.5"."""
+    if not isinstance(value, str):
+        return float(value)
+    name, _, power = value.partition("**")
+    found: Any = model.config.get_text_config(decoder=True)
+    for part in name.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part)
+    return float(float(found) ** float(power or 1))
+
+
+def _resolved(model: Any, block: Block) -> Block:
+    """A block whose factors are numbers."""
+    branches = tuple(
+        replace(
+            branch,
+            factor=number(model, branch.factor),
+            input_factor=number(model, branch.input_factor),
+            writer_factor=number(model, branch.writer_factor),
+        )
+        for branch in block.branches
+    )
+    scale = None if block.scale is None else number(model, block.scale)
+    return Block(branches, scale)
+
+
+def _submodule(model: Any, path: str) -> nn.Module:
+    try:
+        found: nn.Module = model.get_submodule(path)
+    except AttributeError as error:
+        raise AttributeError(f"the model has no module {path}") from error
+    return found
+
+
+def _absent(block: nn.Module, described: Block) -> list[str]:
+    """The modules that a description names and a block lacks."""
+    absent = []
+    for branch in described.branches:
+        names = (branch.module, branch.writer, branch.norm, branch.post_norm, branch.experts)
+        for name in (*names, branch.output, branch.act, *branch.readers, *branch.beside):
+            try:
+                block.get_submodule(name or "")
+            except AttributeError:
+                absent.append(str(name))
+    return absent
+
+
+def _block(*branches: Branch, scale: float | str = 1.0) -> Block:
+    return Block(branches, scale)
+
+
+_LLAMA = attention(), ffn()
 _GEMMA = Architecture(
-    ffn_norm="pre_feedforward_layernorm",
-    # Gemma's `post_attention_layernorm` is the norm on the attention branch, not the FFN's.
-    attn_post_norm="post_attention_layernorm",
-    ffn_post_norm="post_feedforward_layernorm",
+    layers=(
+        _block(
+            attention(post_norm="post_attention_layernorm"),
+            ffn(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
+        ),
+    ),
+    embedding_factor="hidden_size**0.5",
+)
+#: Norms after the branches and none before: a branch reads the stream itself.
+_POST_NORM = Architecture(
+    layers=(
+        _block(
+            attention(norm=None, post_norm="post_attention_layernorm"),
+            ffn(norm=None, post_norm="post_feedforward_layernorm"),
+        ),
+    )
 )
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -50,7 +212,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(llama_alike=True),
     "qwen2": Architecture(llama_alike=True),
     "qwen3": Architecture(),
-    "qwen3_moe": Architecture(),
+    "qwen3_moe": Architecture(layers=(_block(attention(), mixture()), _block(*_LLAMA))),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "gemma3": replace(_GEMMA, body="model.language_model"),
@@ -59,29 +221,26 @@ _ARCHITECTURES: dict[str, Architecture] = {
         blocks="h",
         embeddings=("wte", "wpe"),
         final_norm="ln_f",
-        attn_norm="ln_1",
-        ffn_norm="ln_2",
-        attention="attn",
-        attn_readers=("attn.c_attn",),
-        attn_proj="attn.c_proj",
-        ffn_readers=("mlp.c_fc",),
-        ffn_proj="mlp.c_proj",
-        ffn_act="mlp.act",
+        layers=(
+            _block(
+                attention("attn", "ln_1", ("c_attn",), "c_proj"),
+                ffn("mlp", "ln_2", ("c_fc",), "c_proj", "act"),
+            ),
+        ),
     ),
     "phi3": Architecture(
-        attn_readers=("self_attn.qkv_proj",),
-        ffn_readers=("mlp.gate_up_proj",),
-        ffn_act="mlp.activation_fn",
+        layers=(
+            _block(
+                attention(readers=("qkv_proj",)),
+                ffn(readers=("gate_up_proj",), act="activation_fn"),
+            ),
+        )
     ),
-    "olmo2": Architecture(
-        attn_norm=None,
-        ffn_norm=None,
-        attn_post_norm="post_attention_layernorm",
-        ffn_post_norm="post_feedforward_layernorm",
-    ),
+    "olmo2": _POST_NORM,
 }
 
-
+#: Architectures that a user taught trimtab, which must hold.
+_REGISTERED: dict[str, Architecture] = {}
 #: Architectures that installed packages add.
 _ADDED = Extended(
     "architecture", _ARCHITECTURES, lambda added, name: isinstance(added, Architecture)
@@ -91,23 +250,28 @@ _ADDED = Extended(
 def register(model_type: str, architecture: Architecture) -> None:
     """Teach trimtab an architecture: `model_type` is what the model's config.json says.
 
-    `register("my_model", Architecture(attn_proj="attention.out"))` names what differs from Llama.
+    What it says is proved when a model of that type is loaded, and refused where it does not hold:
+    `register("my_model", Architecture(layers=(Block((attention(writer="out"), ffn())),)))`.
     """
-    _ARCHITECTURES[model_type] = architecture
+    if not isinstance(architecture, Architecture):
+        raise TrimtabError(
+            f"register takes a trimtab.anatomy.Architecture, not {type(architecture).__name__}"
+        )
+    _REGISTERED[model_type] = architecture
 
 
 def known() -> list[str]:
-    """The model types that have an anatomy, sorted."""
-    return sorted({*_ARCHITECTURES, *_ADDED})
+    """The model types that are known by name, sorted; others are found by how they compute."""
+    return sorted({*_ARCHITECTURES, *_REGISTERED, *_ADDED})
 
 
-def find_architecture(model_type: str) -> Architecture:
-    """The entry of a model type."""
-    architecture = _ARCHITECTURES.get(model_type) or _ADDED.get(model_type)
-    if architecture is None:
-        raise TrimtabError(
-            f"unknown architecture {model_type!r}: known are {', '.join(known())}; "
-            f"register it with trimtab.anatomy.register({model_type!r}, "
-            "trimtab.anatomy.Architecture(...)), naming the modules that differ from Llama's"
-        )
-    return architecture
+def find_registered(model_type: str) -> Architecture | None:
+    """What a user or a package says of a model type."""
+    if model_type in _REGISTERED or model_type in _ARCHITECTURES:
+        return _REGISTERED.get(model_type)
+    return _ADDED.get(model_type)
+
+
+def find_entry(model_type: str) -> Architecture | None:
+    """What trimtab itself says of a model type."""
+    return _ARCHITECTURES.get(model_type)

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from trimtab.anatomy.behaviour import find_input
 from trimtab.anatomy.exclusive import exclusively
-from trimtab.anatomy.experts import experts_forward
+from trimtab.anatomy.experts import ExpertEdits, experts_forward, layout_of
 from trimtab.anatomy.sites import Edit, Point
 from trimtab.errors import TrimtabError
 
@@ -54,7 +55,7 @@ def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
 
 def is_hooked(model: nn.Module) -> bool:
     """Whether an edit is on the model at this moment."""
-    ours = (_on_output, _on_input, experts_forward)
+    ours = (_on_output, _on_input, _on_rows, experts_forward)
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         for function in (*hooks, vars(module).get("forward")):
@@ -97,16 +98,48 @@ def eager() -> Iterator[None]:
 
 
 def _install(point: Point, edit: Edit) -> Callable[[], None]:
+    if point.side in ("experts", "expert_acts"):
+        return _on_experts(point, edit)
+    removers: list[Callable[[], None]] = []
+    if point.around is not None:
+        edit = _Listed(edit)
+        noting = point.around.register_forward_pre_hook(Hook(_on_rows, edit), with_kwargs=True)
+        removers.append(noting.remove)
     if point.side == "output":
         handle = point.module.register_forward_hook(Hook(_on_output, edit))
         _ours_first(point.module._forward_hooks)
-        return handle.remove
-    if point.side == "input":
+    else:
         hook = Hook(_on_input, edit)
         handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
         _ours_first(point.module._forward_pre_hooks)
-        return handle.remove
-    return _on_experts(point.module, point.side, edit)
+    removers.append(handle.remove)
+
+    def remove() -> None:
+        for each in reversed(removers):
+            each()
+
+    return remove
+
+
+class _Listed:
+    """An edit at a module that sees the tokens of all rows in one list, [tokens, units]."""
+
+    def __init__(self, edit: Edit) -> None:
+        self._edit = edit
+        self._shape = threading.local()
+
+    def notice(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the rows and tokens of the pass, from what a module around it is given."""
+        place = find_input(args, kwargs)
+        if place is not None:
+            x = args[place] if isinstance(place, int) else kwargs[place]
+            self._shape.rows = x.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if x.dim() != 2:
+            return self._edit(x)
+        edited = self._edit(x.unflatten(0, (self._shape.rows, -1)))
+        return None if edited is None else edited.flatten(0, 1)
 
 
 def _ours_first(hooks: Any) -> None:
@@ -128,35 +161,67 @@ def _on_output(edit: Edit, module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args:
-        edited = edit(args[0])
-        return None if edited is None else ((edited, *args[1:]), kwargs)
-    edited = edit(kwargs["hidden_states"])
-    return None if edited is None else (args, {**kwargs, "hidden_states": edited})
+    place = find_input(args, kwargs)
+    if isinstance(place, int):
+        edited = edit(args[place])
+        return None if edited is None else ((*args[:place], edited, *args[place + 1 :]), kwargs)
+    assert place is not None  # what takes no activations is no site
+    edited = edit(kwargs[place])
+    return None if edited is None else (args, {**kwargs, place: edited})
 
 
-def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
-    """Replace a mixture's forward; a second edit joins the first one's list."""
-    if any(weight.is_meta for weight in block.parameters()):
+def _on_experts(point: Point, edit: Edit) -> Callable[[], None]:
+    """Replace a fused experts module's forward; a second edit joins the first one's list."""
+    experts = point.module
+    _check_shown(experts)
+    hook = vars(experts).get("forward")  # ours, somebody else's, or none
+    if not (isinstance(hook, Hook) and hook.func is experts_forward):
+        before, hook = hook, Hook(experts_forward, experts, ExpertEdits())
+        hook.before = before
+        object.__setattr__(experts, "forward", hook)
+    shown: ExpertEdits = hook.args[1]
+    entry = (point.side, edit)
+    shown.edits.append(entry)
+    rows = None
+    if point.around is not None:
+        rows = point.around.register_forward_pre_hook(Hook(_on_rows, shown), with_kwargs=True)
+
+    def remove() -> None:
+        if rows is not None:
+            rows.remove()
+        shown.edits.remove(entry)
+        if shown.edits:
+            return
+        if hook.before is None:
+            object.__delattr__(experts, "forward")
+        else:
+            object.__setattr__(experts, "forward", hook.before)
+
+    return remove
+
+
+def _on_rows(
+    shown: ExpertEdits | _Listed, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Note the rows and tokens that experts inside of a module see as one list."""
+    shown.notice(args, kwargs)
+
+
+def _check_shown(experts: nn.Module) -> None:
+    """Refuse a module whose inner activations cannot be shown."""
+    if hasattr(experts, "base_layer"):  # their weights alone are not what they compute
+        raise TrimtabError(
+            "the experts of this mixture carry an adapter, so that their activations cannot be "
+            "shown: merge it first (merge_and_unload)"
+        )
+    if any(weight.is_meta for weight in experts.parameters()):
         raise TrimtabError(
             "the experts of this mixture are offloaded, and their inner activations cannot be "
             "shown there: steer another site, or load the model whole (no device_map)"
         )
-    hook = vars(block).get("forward")  # ours, somebody else's, or none
-    if not (isinstance(hook, Hook) and hook.func is experts_forward):
-        before, hook = hook, Hook(experts_forward, block, [])
-        hook.before = before
-        object.__setattr__(block, "forward", hook)
-    edits: list[tuple[str, Edit]] = hook.args[1]
-    edits.append((side, edit))
-
-    def remove() -> None:
-        edits.remove((side, edit))
-        if edits:
-            return
-        if hook.before is None:
-            object.__delattr__(block, "forward")
-        else:
-            object.__setattr__(block, "forward", hook.before)
-
-    return remove
+    if layout_of(experts) is None:
+        raise TrimtabError(
+            f"the experts of this mixture ({type(experts).__name__}) keep their weights in a "
+            "layout that is not known, so that their inner activations cannot be shown: steer "
+            "ffn_out instead"
+        )

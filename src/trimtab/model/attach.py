@@ -226,7 +226,7 @@ def _on_model(
 ) -> Iterator[Sequences]:
     """Take the steps at every pass of the model."""
     with exclusively(anatomy.body, block):
-        body: Any = anatomy.model.get_submodule(anatomy.architecture.body)
+        body: Any = anatomy.model.get_submodule(anatomy.body_path)
         if getattr(body, "_orig_mod", body) is not anatomy.body:
             raise TrimtabError(
                 "the model's transformer body was replaced after it was wrapped: wrap it again"

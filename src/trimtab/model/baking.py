@@ -17,6 +17,7 @@ and take biases. What is not exact is refused with the reason.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
+from trimtab.anatomy import Anatomy, LinearMap, parse_site, probe_ids, site_order
 from trimtab.errors import TrimtabError
 from trimtab.model.language_model import LanguageModel
 from trimtab.model.plain import plain_copy, untie
@@ -79,10 +80,11 @@ def bake(
                 folds.append(_fold(intervention, steering))
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
-    anatomy = Anatomy(plain_copy(language_model.model, language_model.name))
+    copied = plain_copy(language_model.model, language_model.name)
+    anatomy = Anatomy(copied, like=language_model.anatomy)
     missing = _missing_biases(anatomy, folds)
     if missing:
-        anatomy = Anatomy(_with_biases(anatomy, missing))
+        anatomy = Anatomy(_with_biases(anatomy, missing), like=anatomy)
     # W (A2 A1 x): what writes a site takes the operators in their order, what reads it the other
     # way round. Where one map does both the two do not meet: it changes its rows and its columns.
     reading = [fold for fold in folds if _maps(anatomy, fold)[0] == "input"]
@@ -98,10 +100,51 @@ def bake(
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in single)])
     form = language_model.chat_form
-    baked = LanguageModel(anatomy.model.eval(), language_model.tokenizer, name, form)
+    baked = LanguageModel(anatomy.model.eval(), language_model.tokenizer, name, form, anatomy)
+    if folds:
+        _prove(language_model, single, baked, force)
     base = dict(vars(language_model.identity))
     baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
     return baked
+
+
+#: How far the logits of a baked model may be from those of the attached one: as a share of the
+#: largest logit, and in half precision, where rounding is larger, of the steering's own effect.
+_ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ALIKE_IN_HALF, _OF_EFFECT_IN_HALF = 0.02, 0.25
+
+
+@torch.no_grad()
+def _prove(
+    language_model: LanguageModel, steerings: Sequence[Steering], baked: LanguageModel, force: bool
+) -> None:
+    """Compare the baked model's logits with the attached one's on a short text.
+
+    What no boundary of modules shows, such as a second reader of the embedding, shows here.
+    """
+    ids = probe_ids(language_model.model)
+    plain = _logits(language_model, ids)
+    with language_model.steered(*steerings, force=force):
+        attached = _logits(language_model, ids)
+    found = _logits(baked, ids)
+    off, largest = (found - attached).abs(), attached.abs().max().clamp(min=1e-30)
+    share = float(off.max() / largest)
+    alike = share <= _ALIKE.get(language_model.dtype, _ALIKE_IN_HALF)
+    if not alike and language_model.dtype not in _ALIKE:
+        effect = (attached - plain).square().mean().sqrt()
+        alike = bool(off.square().mean().sqrt() <= _OF_EFFECT_IN_HALF * effect)
+    if not alike:
+        raise TrimtabError(
+            f"cannot bake into {language_model.name}: on a short text the baked model's logits "
+            f"differ from the steered model's by {share:.2g} of the largest, so something else "
+            "reads or writes there than is known; attach the steering instead"
+        )
+
+
+def _logits(language_model: LanguageModel, ids: Tensor) -> Tensor:
+    model: Any = language_model.model
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.double()
 
 
 def _record(steering: Steering, base: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +184,11 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     """How a fold is taken ("input", "output", "tables", "norm") and by which linear maps."""
     layer, kind = parse_site(fold.site)
     if kind == "embed":
+        if not anatomy.tables:
+            raise TrimtabError(
+                f"cannot bake at embed: in {anatomy.name} a norm or a map stands between the "
+                "embedding table and the first block; attach the steering instead"
+            )
         return "tables", anatomy.tables
     if kind == "resid":
         assert layer is not None
@@ -150,16 +198,16 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
                 "its length, so changing it by anything but an added vector is no change of "
                 "weights; attach the steering, or fit it at ffn_out"
             )
-        branch = anatomy.added_before_resid(layer)
-        if branch is None:
+        added = anatomy.added_to_resid(layer)
+        if added is None:
             raise TrimtabError(
                 f"cannot bake at {fold.site}: in {anatomy.name} a norm stands between the FFN's "
                 "weights and the residual stream, so no bias adds a constant to it; attach the "
                 "steering instead"
             )
-        return "output", [_writer(anatomy, branch)]
+        return "output", _writers(anatomy, added[0])
     if kind in ("attn_out", "ffn_out"):
-        return "output", [_writer(anatomy, fold.site)]
+        return "output", _writers(anatomy, fold.site)
     if kind.endswith("_norm_in"):
         raise TrimtabError(
             f"cannot bake at {fold.site}: the norm that reads it divides by its length, so no "
@@ -173,7 +221,12 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
         return "norm", []
     readers = anatomy.readers(fold.site)
-    if any(reader.layout == "joint_experts" for reader in readers) and _factors(fold) is None:
+    if not readers:
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: more than linear maps that are known reads it in "
+            f"{anatomy.name}; attach the steering instead"
+        )
+    if any(reader.joint for reader in readers) and _factors(fold) is None:
         raise TrimtabError(
             f"cannot bake at {fold.site}: the router weighs each expert's part of it anew for "
             "each token, so mixing units of several experts is no change of weights; attach the "
@@ -182,10 +235,29 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     return "input", readers
 
 
-def _writer(anatomy: Anatomy, site: str) -> LinearMap:
-    writer = anatomy.writer(site)
-    assert writer is not None  # every architecture has one for attn_out and ffn_out
-    return writer
+def _writers(anatomy: Anatomy, site: str) -> list[LinearMap]:
+    writers = anatomy.writers(site)
+    if not writers:
+        raise TrimtabError(
+            f"cannot bake at {site}: no linear maps that are known write it in {anatomy.name}; "
+            "attach the steering instead"
+        )
+    return writers
+
+
+def _part_of_offset(anatomy: Anatomy, fold: _Fold) -> float:
+    """What a constant at the site is divided by to be one in the bias of the map that takes it."""
+    layer, kind = parse_site(fold.site)
+    if kind == "resid":
+        assert layer is not None
+        added = anatomy.added_to_resid(layer)
+        assert added is not None  # or _maps would have refused
+        return added[1] * anatomy.writer_factor(added[0])
+    if kind in ("attn_out", "ffn_out"):
+        return anatomy.writer_factor(fold.site)
+    if kind == "final_norm":
+        return 1 / anatomy.final_factor
+    return 1.0
 
 
 def _factors(fold: _Fold) -> Tensor | None:
@@ -202,7 +274,10 @@ def _only_adds(fold: _Fold) -> bool:
 
 
 def _norm_bias(anatomy: Anatomy) -> Any:
-    return getattr(anatomy.point("final_norm").module, "bias", None)
+    """The bias of a final norm that multiplies by its weight as it is, not by 1 + w."""
+    norm: Any = anatomy.final_norm
+    plain = isinstance(norm, nn.LayerNorm) and type(norm).forward is nn.LayerNorm.forward
+    return norm.bias if plain else None
 
 
 def _apply(anatomy: Anatomy, fold: _Fold) -> None:
@@ -210,7 +285,7 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
     operator, dial = fold.operator, fold.dial
     how, maps = _maps(anatomy, fold)
     if how == "norm":
-        norm: Any = anatomy.point("final_norm").module
+        norm: Any = anatomy.final_norm
         factors = _factors(fold)
         assert factors is not None  # or _maps would not have said "norm"
         factors = factors.to(norm.bias.device)
@@ -235,7 +310,8 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
         weight = linear_map.read()
         old = getattr(linear_map.owner, linear_map.bias) if linear_map.bias else None
         transform = fold_input if how == "input" else fold_output
-        new, bias = transform(operator, dial, weight, None if old is None else old.detach())
+        known = None if old is None else old.detach()
+        new, bias = transform(operator, dial, weight, known, _part_of_offset(anatomy, fold))
         if not torch.equal(new.to(weight.dtype), weight):
             linear_map.write(_parameter(new, weight, fold))
         if old is not None and linear_map.bias:
@@ -267,9 +343,12 @@ def _missing_biases(anatomy: Anatomy, folds: list[_Fold]) -> list[str]:
             continue
         for linear_map in maps:
             owner = linear_map.owner
-            if linear_map.bias is None or (
-                not isinstance(owner, nn.Linear) and not hasattr(owner, "bias")
-            ):
+            if not linear_map.constant:
+                raise TrimtabError(
+                    f"cannot bake an added vector at {fold.site}: the router weighs the bias of "
+                    f"each of {names[id(owner)]} anew for each token; attach the steering instead"
+                )
+            if linear_map.bias is None or not hasattr(owner, linear_map.bias):
                 raise TrimtabError(
                     f"cannot bake an added vector at {fold.site}: {names[id(owner)]} in "
                     f"{anatomy.name} takes no bias; attach the steering instead"
@@ -283,7 +362,7 @@ def _with_biases(anatomy: Anatomy, wanted: list[str]) -> Any:
     """The same model with room for the wanted biases, which are zero at first."""
     model: Any = anatomy.model
     old_config = model.config
-    rehoused = anatomy.architecture.llama_alike
+    rehoused = anatomy.llama_alike
     config = _llama_config(old_config) if rehoused else old_config
     model_type: Any = type(model)
     if rehoused:

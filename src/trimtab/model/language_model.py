@@ -92,7 +92,12 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, name: str, chat_form: ChatForm = ChatForm()
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        chat_form: ChatForm = ChatForm(),
+        anatomy: Anatomy | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -102,8 +107,8 @@ class LanguageModel:
         #: What was baked into the weights, in order, as `trimtab.json` of a checkpoint says it.
         self.baked: tuple[dict[str, Any], ...] = ()
         self._warned: set[str] = set()
-        self.anatomy = Anatomy(model)
         heed_soft_cap(model)
+        self.anatomy = Anatomy(model, like=anatomy)
         self._weights = Weights(model)
 
     # -- what it is ---------------------------------------------------------------------------
@@ -176,7 +181,7 @@ class LanguageModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
-        copied = LanguageModel(model, tokenizer, self.name, self.chat_form)
+        copied = LanguageModel(model, tokenizer, self.name, self.chat_form, self.anatomy)
         copied.baked = self.baked
         return copied
 

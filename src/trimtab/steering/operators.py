@@ -419,21 +419,31 @@ def orthonormal(basis: Tensor) -> Tensor:
 
 
 def fold_output(
-    operator: LinearOperator, dial: float, weight: Tensor, bias: Tensor | None
+    operator: LinearOperator,
+    dial: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [..., out, in] whose output is the operator of the old output: A W, A b + c."""
+    """Weights [..., out, in] whose output is the operator of the old output: A W, A b + c; with c
+    for what is `factor` times that output."""
     columns = weight.double().transpose(-1, -2)  # each column of W is an activation [out]
     new = operator.linear_part(columns, dial).transpose(-1, -2)
-    offset = operator.offset(dial).to(new)
+    offset = operator.offset(dial).to(new) / factor
     return new, offset if bias is None else operator.linear_part(bias.double(), dial) + offset
 
 
 def fold_input(
-    operator: LinearOperator, dial: float, weight: Tensor, bias: Tensor | None
+    operator: LinearOperator,
+    dial: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [..., out, in] that read the operator of their old input: W A, b + W c."""
+    """Weights [..., out, in] that read the operator of their old input: W A, b + W c; with c for
+    what is the input divided by `factor`."""
     wide = weight.double()
-    shift = wide @ operator.offset(dial).to(wide)
+    shift = wide @ (operator.offset(dial).to(wide) / factor)
     return operator.adjoint(wide, dial), shift if bias is None else bias.double() + shift
 
 

@@ -34,7 +34,7 @@ def limit(language_model: LanguageModel, steering: Steering, sign: Literal[1, -1
     added = stream_vector(language_model.anatomy, steering)
     weight = language_model.model.get_output_embeddings().weight
     anatomy = language_model.anatomy
-    norm: Any = anatomy.body.get_submodule(anatomy.architecture.final_norm)
+    norm: Any = anatomy.final_norm
     if isinstance(norm, nn.LayerNorm) and (added - added.mean()).norm() < 1e-6 * added.norm():
         raise TrimtabError(
             "this steering adds the same to every unit, which a LayerNorm takes away: Proposition "

@@ -1,0 +1,198 @@
+"""What a single module does, found by running it: no names of classes are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import linear, normalize
+
+from trimtab.anatomy.numbers import epsilon, flat, near
+
+if TYPE_CHECKING:
+    from trimtab.anatomy.tracing import Call
+
+
+#: Names of the argument that holds the activations, where it is not the first one.
+_ACTIVATIONS = ("hidden_states", "x", "input", "inputs_embeds")
+
+
+def find_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:
+    """Where a module's activations are among its arguments: a place, a name, or nowhere."""
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return place
+    names = [*(name for name in _ACTIVATIONS if name in kwargs), *kwargs]
+    for name in names:
+        if isinstance(kwargs[name], Tensor) and kwargs[name].is_floating_point():
+            return name
+    return None
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The activations among what a module returns."""
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()), None)
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear map by what it says of itself: a Linear, GPT-2's Conv1D, a
+    quantised one, or one of these with an adapter of peft around it."""
+    base = getattr(module, "base_layer", None)
+    if base is not None:
+        return is_linear(base)
+    return isinstance(module, nn.Linear) or _sizes(module) is not None
+
+
+def _sizes(module: Any) -> tuple[int, int] | None:
+    """How many units a linear map takes and returns, as it says itself."""
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf")):
+        sizes = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in sizes):
+            weight = getattr(module, "weight", None)
+            # Fused experts have such sizes, too, and a weight for each of them.
+            return None if isinstance(weight, Tensor) and weight.dim() > 2 else sizes  # type: ignore[return-value]
+    return None
+
+
+def in_width(module: Any) -> int:
+    """How many units a linear map takes."""
+    sizes = _sizes(getattr(module, "base_layer", module))
+    assert sizes is not None
+    return sizes[0]
+
+
+def plain_weight(module: Any) -> Tensor | None:
+    """The weight [out, in] of a linear map that is nothing but its weight and bias."""
+    weight: Any = getattr(module, "weight", None)
+    if hasattr(module, "base_layer") or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        return None
+    plain: Tensor = weight.detach()
+    return plain.T if hasattr(module, "nf") else plain
+
+
+def computes_its_map(call: Call) -> bool:
+    """Whether a linear map returned what its weight and bias say."""
+    module: Any = call.module
+    untouched = "forward" not in vars(module) and not _has_other_hooks(module)
+    weight = plain_weight(module)
+    if weight is None or (type(module) is nn.Linear and untouched):
+        return True  # a quantised or adapted one is known by its name only
+    if call.x is None or call.y is None:
+        return False
+    expected = linear(call.x, weight, module.bias if hasattr(module, "bias") else None)
+    return near(flat(expected), flat(call.y), 32 * epsilon(call.y.dtype))
+
+
+def _has_other_hooks(module: nn.Module) -> bool:
+    return len(module._forward_hooks) > 1 or len(module._forward_pre_hooks) > 1
+
+
+def is_norm(call: Call) -> bool:
+    """Whether what a module returns does not change with the length of what it takes."""
+    x, y, module = call.x, call.y, call.module
+    if x is None or y is None or x.shape != y.shape or is_linear(module):
+        return False
+    if sum(1 for _ in module.modules()) > 4 or not torch.isfinite(x).all():
+        return False
+    size = x.float().square().mean(-1, keepdim=True).sqrt()
+    # Beside a unit of length one the norm's own epsilon is nothing.
+    scaled = (x / size.clamp(min=1e-20).to(x.dtype)) if bool((size < 1).any()) else x
+    try:
+        once, more = (first_tensor(call.again(scaled * factor)) for factor in (1, 4))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    if once is None or more is None or once.shape != y.shape:
+        return False
+    return near(flat(more), flat(once), 2e-2) and not near(flat(once), flat(scaled), 1e-3)
+
+
+def mixes_tokens(call: Call, rows: int) -> bool:
+    """Whether changing one token of what a module takes changes what it returns for others."""
+    assert call.x is not None
+    assert call.y is not None
+    changed = call.x.clone(memory_format=torch.contiguous_format)
+    tokens = changed.view(rows, -1, changed.shape[-1])
+    place = 2
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(tokens.shape[-1], generator=generator).to(tokens)
+    tokens[:, place] += tokens.float().std().to(tokens) * noise
+    after = first_tensor(call.again(changed))
+    if after is None or after.shape != call.y.shape:
+        return True
+    before, after = (
+        call.y.reshape(rows, -1, call.y.shape[-1]),
+        after.reshape(rows, -1, call.y.shape[-1]),
+    )
+    others = [i for i in range(before.shape[1]) if i != place]
+    room = 4 * epsilon(before.dtype) * before[:, others].float().abs().amax(-1)
+    return bool(((after - before)[:, others].float().abs().amax(-1) > room).any())
+
+
+def averages_tokens(call: Call, writer: nn.Module, heads: int, rows: int) -> bool:
+    """Whether a module is softmax attention: where all tokens are one token, each head says the
+    same at all of them, because it averages what they say. With attention sinks, up to a factor.
+    `writer` is the map that the heads go through."""
+    assert call.x is not None
+    x = call.x.reshape(rows, -1, call.x.shape[-1])
+    alike = x[:, :1].expand_as(x).reshape(call.x.shape).contiguous()
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+
+    handle = writer.register_forward_pre_hook(see)
+    try:
+        call.again(alike)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].shape[-1] % heads:
+        return False
+    inner = seen[0].reshape(rows, -1, heads, seen[0].shape[-1] // heads)
+    eps = epsilon(inner.dtype)
+    tolerance = 100 * eps if eps < 1e-5 else 8 * eps
+    first_tokens = inner[:, :1].expand_as(inner)
+    if near(flat(inner), flat(first_tokens), tolerance):
+        return True
+    sinks = any("sink" in name for name, _ in call.module.named_parameters())
+    directions = [flat(normalize(each.double(), dim=-1)) for each in (inner, first_tokens)]
+    return sinks and near(directions[0], directions[1], tolerance)
+
+
+def reads_by_weight(call: Call) -> bool:
+    """Whether a module that is no plain linear map, such as a router, reads what it takes through
+    its weight [out, in] alone: scaling units does what scaling the weight's columns does."""
+    weight = getattr(call.module, "weight", None)
+    if call.x is None or not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        return False
+    if weight.shape[-1] != call.x.shape[-1]:
+        return False
+    generator = torch.Generator().manual_seed(2)
+    factors = (0.5 + torch.rand(weight.shape[-1], generator=generator)).to(weight)
+    args, kwargs = call.arguments(call.x)
+    try:
+        scaled = _tensors(call.again(call.x * factors.to(call.x.dtype)))
+        folded = _tensors(functional_call(call.module, {"weight": weight * factors}, args, kwargs))
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return False
+    if not scaled or len(scaled) != len(folded):
+        return False
+    return all(
+        a.shape == b.shape and near(flat(a), flat(b), 64 * epsilon(weight.dtype))
+        for a, b in zip(scaled, folded, strict=True)
+    )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple | list) else [output]
+    return [v.float() for v in values if isinstance(v, Tensor) and v.dim() > 0]

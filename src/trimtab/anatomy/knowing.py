@@ -1,0 +1,280 @@
+"""From a model in memory to a description of it that is proved.
+
+A description comes from one of three places, in this order: what the user registered for the model
+type, which is refused where it does not hold; the entry that trimtab has or the description that an
+earlier discovery left in the cache, neither of them believed before it is proved; and discovery.
+Whatever it comes from, one pass over two short texts proves it, with the branches run again on
+other activations, which together takes about three passes' time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from trimtab.anatomy.architectures import Architecture, find_entry, find_registered
+from trimtab.anatomy.description import Block, Description
+from trimtab.anatomy.discovery import Finder, constants
+from trimtab.anatomy.exclusive import exclusively
+from trimtab.anatomy.hooks import eager
+from trimtab.anatomy.outer import (
+    NoBlocksError,
+    Outer,
+    equal,
+    find_blocks,
+    find_body,
+    find_final_norm,
+    find_tables,
+    prove_outer,
+    refuse_encoder_decoder,
+)
+from trimtab.anatomy.proof import BlockCalls, Problems, Shown, prove_block
+from trimtab.anatomy.tracing import Call, Trace, probe_ids, survey, trace_blocks
+from trimtab.errors import TrimtabError, first_line
+from trimtab.files import cache_dir, write_whole
+
+#: Goes up when discovery learns to find more, so that what it left out before is looked for again.
+_DISCOVERY = 1
+
+
+@dataclass
+class Known:
+    """A description with what of it does not hold: of layers by number, branch and aspect, and of
+    what is around them by name."""
+
+    description: Description
+    layers: list[Problems] = field(default_factory=list)
+    around: dict[str, str] = field(default_factory=dict)
+    #: In each layer the modules that see the tokens of all rows in one list, [tokens, units].
+    flat: list[frozenset[str]] = field(default_factory=list)
+    #: "registered", "entry", "cache" or "discovery".
+    source: str = "discovery"
+
+    def first_problem(self) -> str | None:
+        """What does not hold, for people; of several the first."""
+        for name in ("causal", "body", "final_norm", "tables"):
+            if name in self.around:
+                return self.around[name]
+        for number, problems in enumerate(self.layers):
+            for reason in problems.values():
+                return f"layer {number}: {reason}"
+        return None
+
+
+def know(model: Any) -> Known:
+    """A proved description of a model. Raises TrimtabError where it cannot be steered."""
+    name = str(model.config.model_type)
+    refuse_encoder_decoder(model, name)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise TrimtabError(
+            f"this {name} model ({type(model).__name__}) is no causal language model: it has no "
+            "LM head to write with; load it with AutoModelForCausalLM"
+        )
+    with exclusively(model), eager(), torch.no_grad():
+        registered = find_registered(name)
+        if registered is not None:
+            return _registered(model, name, registered)
+        entry = find_entry(name)
+        if entry is not None:
+            known = _claimed(model, entry)
+            if known is not None:
+                return known
+        cached = _read_cache(model)
+        if cached is not None:
+            proved = _proved(model, cached, [[block] for block in cached.layers], "cache")
+            if isinstance(proved, Known) and not proved.around:
+                return proved
+        known = discover(model)
+        _write_cache(model, known.description)
+        return known
+
+
+def discover(model: Any) -> Known:
+    """A description found without any hint, and proved."""
+    name, ids = str(model.config.model_type), probe_ids(model)
+    try:
+        trace, _ = survey(model, ids)
+        blocks = find_blocks(model, trace)
+    except NoBlocksError as error:
+        raise _refusal(model, name, f"no residual stream runs through it: {error}") from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+        reason = first_line(error) or type(error).__name__
+        raise _refusal(model, name, f"it does not run on a short text: {reason}") from error
+    head = _head(model)
+    calls = [c for c in trace.calls if c.name.rpartition(".")[0] == blocks]
+    body = find_body(trace, blocks, head)
+    norm = find_final_norm(trace, calls[-1], head)
+    tables, factor = find_tables(trace, calls[0], ids, constants(model))
+    description = Description(
+        body=body,
+        blocks=blocks,
+        layers=(Block(),) * len(calls),
+        final_norm=None if norm is None else norm[0],
+        final_factor=1.0 if norm is None else norm[1],
+        tables=tables,
+        embedding_factor=factor,
+    )
+    known = _proved(model, description, None, "discovery")
+    if isinstance(known, str):
+        raise _refusal(model, name, known)
+    for aspect in ("causal", "body", "final_norm"):
+        if aspect in known.around:
+            raise _refusal(model, name, known.around[aspect])
+    return known
+
+
+def _refusal(model: Any, name: str, reason: str) -> TrimtabError:
+    return TrimtabError(
+        f"cannot steer this {name} model ({type(model).__name__}): {reason}; registering an "
+        "architecture is no way out, because steering needs one residual stream to act on"
+    )
+
+
+def _registered(model: Any, name: str, architecture: Architecture) -> Known:
+    known = _claim(model, architecture, "registered")
+    reason = known if isinstance(known, str) else known.first_problem()
+    if reason is not None:
+        raise TrimtabError(
+            f"what is registered for {name} does not hold for this model "
+            f"({type(model).__name__}): {reason}"
+        )
+    assert isinstance(known, Known)
+    return known
+
+
+def _claimed(model: Any, architecture: Architecture) -> Known | None:
+    """What an entry of trimtab's own says, where all of it holds."""
+    known = _claim(model, architecture, "entry")
+    return known if isinstance(known, Known) and known.first_problem() is None else None
+
+
+def _claim(model: Any, architecture: Architecture, source: str) -> Known | str:
+    try:
+        described, layers = architecture.described(model)
+    except AttributeError as error:
+        return first_line(error)
+    return _proved(model, described, layers, source)
+
+
+def _proved(
+    model: Any, description: Description, layers: Sequence[Sequence[Block]] | None, source: str
+) -> Known | str:
+    """Prove a description by one pass; with several blocks to choose from for a layer, the first
+    one that holds is taken, and without any they are found."""
+    ids, shown = probe_ids(model), Shown(_heads(model))
+    finder = Finder(model, shown) if layers is None else None
+    blocks = list(model.get_submodule(description.blocks).children())[: len(description.layers)]
+    head = _head(model)
+    names = {head, description.body, *description.tables}
+    if description.final_norm is not None:
+        names.add(description.final_norm)
+    found: list[tuple[Block, Problems]] = []
+    flat: list[frozenset[str]] = []
+    ends: list[Call] = []
+    broken: list[str] = []
+
+    def visit(layer: int, trace: Trace) -> None:
+        top = trace.calls[0] if trace.calls else None
+        if top is None or top.x is None or top.y is None or layer != len(found):
+            broken.append(f"block {layer} does not run once, in its turn")
+        elif top.x.shape != top.y.shape or top.x.dim() != 3:
+            broken.append(f"block {layer} does not return what it takes, [rows, tokens, units]")
+        elif ends and not equal(ends[-1].y, top.x):
+            broken.append(f"block {layer} does not read what block {layer - 1} returns")
+        if broken or top is None or top.x is None:
+            return
+        del ends[1:]
+        ends.append(Call("", top.module, (), {}, None, top.x, top.y))
+        flat.append(frozenset(c.name for c in trace.calls if _is_flat(c.x) or _is_flat(c.y)))
+        calls = BlockCalls(trace, top.x.shape[-1])
+        if finder is not None:
+            block, reason = finder.block(calls)
+            problems = prove_block(block, calls, shown)
+            if reason is not None:
+                problems = {(None, "stream"): reason}
+            found.append((block, problems))
+        else:
+            assert layers is not None
+            found.append(_best(layers[layer], calls, shown))
+
+    around = {name: model.get_submodule(name) for name in names}
+    trace, logits = trace_blocks(model, ids, blocks, around, visit)
+    if broken or len(found) < len(blocks):
+        return broken[0] if broken else "its blocks do not run once each"
+    description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})
+    outer = Outer(trace, ends[0], ends[-1], logits, ids, head)
+    problems_around = prove_outer(model, description, outer)
+    return Known(description, [p for _, p in found], problems_around, flat, source)
+
+
+def _is_flat(x: torch.Tensor | None) -> bool:
+    return x is not None and x.dim() == 2
+
+
+def _best(options: Sequence[Block], calls: BlockCalls, shown: Shown) -> tuple[Block, Problems]:
+    """The first of several descriptions of a layer that holds, else the one that nearly does."""
+    tried: list[tuple[Block, Problems]] = []
+    for block in options:
+        problems = prove_block(block, calls, shown)
+        if not problems:
+            return block, problems
+        tried.append((block, problems))
+    return min(tried, key=lambda each: ((None, "stream") in each[1], len(each[1])))
+
+
+def _head(model: Any) -> str:
+    head = model.get_output_embeddings()
+    names: list[str] = [name for name, module in model.named_modules() if module is head]
+    return names[0]
+
+
+def _heads(model: Any) -> int | None:
+    heads = getattr(model.config.get_text_config(decoder=True), "num_attention_heads", None)
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
+# -- the cache ------------------------------------------------------------------------------------
+
+_DESCRIPTION = TypeAdapter(Description)
+
+
+def _cache_file(model: Any) -> Any:
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
+        config.pop(name, None)
+    parts = [_DISCOVERY, version("transformers"), type(model).__qualname__, config]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir() / "anatomy" / f"{digest}.json"
+
+
+def _read_cache(model: Any) -> Description | None:
+    """What an earlier discovery found; anything else there is as if nothing were."""
+    try:
+        path = _cache_file(model)
+        description = _DESCRIPTION.validate_json(path.read_bytes())
+        blocks = model.get_submodule(description.blocks)
+        names = [description.body, *description.tables, description.final_norm or ""]
+        for name in names:
+            model.get_submodule(name)
+    except (OSError, ValueError, TypeError, ValidationError, AttributeError):
+        return None
+    whole = isinstance(blocks, nn.ModuleList) and len(description.layers) <= len(blocks)
+    return description if whole and description.layers else None
+
+
+def _write_cache(model: Any, description: Description) -> None:
+    try:
+        path = _cache_file(model)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, _DESCRIPTION.dump_json(description), overwrite=True)
+    except (OSError, ValueError, TypeError):
+        pass  # a cache that cannot be written costs the next load some time, and nothing else

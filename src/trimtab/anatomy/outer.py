@@ -1,0 +1,291 @@
+"""What is around a model's blocks: the list of blocks, embedding tables, final norm, body."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.anatomy.behaviour import is_norm
+from trimtab.anatomy.description import Description
+from trimtab.anatomy.discovery import snapped
+from trimtab.anatomy.numbers import epsilon, flat, is_sum, multiple, near, ratio
+from trimtab.anatomy.tracing import ALIKE, LENGTH, ROWS, Call, Trace, run
+from trimtab.errors import TrimtabError
+
+
+class NoBlocksError(Exception):
+    """Why a model is no stack of blocks with one residual stream."""
+
+
+# -- the blocks -----------------------------------------------------------------------------------
+
+
+def find_blocks(model: Any, trace: Trace) -> str:
+    """The path of the list of modules that take the residual stream and return it."""
+    found, reasons = [], []
+    for path, members in _lists(model):
+        calls = [[c for c in trace.calls if c.name == f"{path}.{i}"] for i in range(len(members))]
+        if not any(calls):
+            continue
+        reason = _why_no_blocks(path, members, calls)
+        if reason is None:
+            found.append(path)
+        elif len([each for each in calls if each]) > 1:
+            reasons.append(reason)
+    if len(found) > 1:
+        raise NoBlocksError(f"more than one list of blocks runs: {', '.join(found)}")
+    if not found:
+        raise NoBlocksError("; ".join(reasons[:2]) or "no list of its modules runs")
+    return found[0]
+
+
+def _lists(model: Any) -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost lists of modules."""
+    above: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{a}.") for a in above):
+            above.append(path)
+            yield path, module
+
+
+def _why_no_blocks(path: str, members: nn.ModuleList, calls: list[list[Call]]) -> str | None:
+    ran = [each for each in calls if each]
+    for each in ran:
+        call = each[0]
+        if call.x is None or call.y is None or call.x.shape != call.y.shape or call.y.dim() != 3:
+            shapes = [None if t is None else list(t.shape) for t in (call.x, call.y)]
+            kind = type(call.module).__name__
+            return f"the members of {path} ({kind}) take {shapes[0]} and return {shapes[1]}"
+        if call.y.shape[:2] != (ROWS, LENGTH):
+            return f"the members of {path} do not see the text as [rows, tokens, units]"
+        if not any(True for _ in call.module.children()):
+            return f"the members of {path} have nothing inside of them"
+    times = max(len(each) for each in ran)
+    if times > 1:
+        return f"the members of {path} run {times} times in one pass: the model loops over them"
+    for number, each in enumerate(calls[: len(ran)]):
+        if not each:
+            return f"{path}.{number} does not run on a text"
+    for number, (before, after) in enumerate(pairwise(ran), 1):
+        if not equal(before[0].y, after[0].x):
+            return f"{path}.{number} does not read what {path}.{number - 1} returns"
+    if len(ran) < len(members) and not calls[len(ran) - 1]:
+        return f"only some of {path} run"
+    return None
+
+
+def equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two activations are the same to the bit, wherever they are."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return torch.equal(a, b.to(a.device))
+
+
+# -- body -----------------------------------------------------------------------------------------
+
+
+def find_body(trace: Trace, blocks: str, head: str) -> str:
+    """The path of the innermost module around the blocks that takes the tokens and returns what
+    the unembedding reads, up to a factor."""
+    parts, read = blocks.split("."), trace.at(head)
+    for depth in range(len(parts) - 1, 0, -1):
+        call = trace.at(".".join(parts[:depth]))
+        if call is None or not _takes_tokens(call) or call.y is None:
+            continue
+        if read is None or read.x is None or _multiple_of(call.y, read.x) is not None:
+            return call.name
+    return ".".join(parts[:1])
+
+
+def _takes_tokens(call: Call) -> bool:
+    names = ("input_ids", "inputs_embeds")
+    given = any(isinstance(call.kwargs.get(name), Tensor) for name in names)
+    first = call.args[0] if call.args else None
+    return given or (isinstance(first, Tensor) and not first.is_floating_point())
+
+
+def _multiple_of(a: Tensor, b: Tensor) -> float | None:
+    """The factor with which b is a; None where it is none."""
+    if a.shape != b.shape:
+        return None
+    factor = 1.0 if torch.equal(a, b) else ratio(flat(a), flat(b))
+    return factor if factor and multiple(flat(a), flat(b), factor) else None
+
+
+# -- final norm and embedding ---------------------------------------------------------------------
+
+
+def find_final_norm(trace: Trace, last: Call, head: str) -> tuple[str, float] | None:
+    """The norm that reads the last block's output and is read by the unembedding, and by which
+    factor it is read."""
+    read = trace.at(head)
+    for call in trace.calls if read is not None and read.x is not None else ():
+        if equal(last.y, call.x) and call.y is not None and call.name != head:
+            assert read is not None
+            assert read.x is not None
+            factor = _multiple_of(call.y, read.x.to(call.y.device))
+            if factor is not None and is_norm(call):
+                return call.name, factor
+    return None
+
+
+def find_tables(
+    trace: Trace, first: Call, ids: Tensor, known: list[float]
+) -> tuple[tuple[str, ...], float]:
+    """The embedding tables whose rows, times one factor, are summed to the first block's input."""
+    assert first.x is not None
+    stream = flat(first.x)
+    rows = {}
+    for call in trace.calls:
+        found = _rows(call, ids, stream.shape[-1])
+        if found is not None:
+            rows[call.name] = found.to(stream.device)
+    for size in (1, 2):
+        for picked in combinations(rows, size):
+            total = sum((rows[name].double() for name in picked), torch.zeros(()))
+            factor = ratio(total, stream)
+            for each in (snapped(factor, known, stream.dtype), factor):
+                if each and is_sum(stream, [rows[name] for name in picked], [each] * size):
+                    return picked, each
+    return (), 1.0
+
+
+def _rows(call: Call, ids: Tensor, width: int) -> Tensor | None:
+    """The rows of its table that an embedding returned, whatever it multiplied them by."""
+    weight: Any = getattr(call.module, "weight", None)
+    if not isinstance(call.module, nn.Embedding) or weight is None or weight.shape[-1] != width:
+        return None
+    if call.y is None or call.y.shape[-1] != width:
+        return None
+    if weight.is_meta:
+        return None
+    if len(weight) > int(ids.max()):
+        tokens: Tensor = weight.detach()[ids.to(weight.device).flatten()]
+        if _proportional(tokens, flat(call.y)):
+            return tokens
+    if call.y.numel() == width * LENGTH:  # positions, alike for all rows
+        rows = _nearest(weight.detach(), flat(call.y))
+        return None if rows is None else rows.repeat(ROWS, 1)
+    if call.y.numel() == width * LENGTH * ROWS:
+        return _nearest(weight.detach(), flat(call.y))
+    return None
+
+
+def _proportional(rows: Tensor, returned: Tensor) -> bool:
+    if rows.shape != returned.shape:
+        return False
+    factor = ratio(rows, returned)
+    return bool(factor) and multiple(rows, returned, factor)
+
+
+def _nearest(weight: Tensor, returned: Tensor) -> Tensor | None:
+    """The rows of a table that are exactly what was returned."""
+    matches = [(weight == row.to(weight)).all(-1).nonzero() for row in returned]
+    if not all(len(match) for match in matches):
+        return None
+    return weight[torch.stack([match[0, 0] for match in matches])]
+
+
+# -- proof ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outer:
+    """What a pass showed of everything outside of the blocks."""
+
+    trace: Trace
+    first: Call
+    last: Call
+    logits: Tensor
+    ids: Tensor
+    head: str
+
+
+def prove_outer(model: Any, description: Description, outer: Outer) -> dict[str, str]:
+    """What of the parts around the blocks does not hold: "causal", "body", "final_norm",
+    "tables"."""
+    problems: dict[str, str] = {}
+    if not is_causal(outer.logits):
+        problems["causal"] = (
+            "what it says of a token depends on later tokens, so that it is no causal language "
+            "model"
+        )
+    problems |= _prove_final_norm(model, description, outer)
+    body, read = outer.trace.at(description.body), outer.trace.at(outer.head)
+    if body is None or body.y is None:
+        problems["body"] = f"{description.body} does not run once, or returns no activations"
+    elif read is not None and read.x is not None and _multiple_of(body.y, read.x) is None:
+        problems["body"] = f"{description.body} does not return what the unembedding reads"
+    if description.tables:
+        rows = []
+        for name in description.tables:
+            call = outer.trace.at(name)
+            found = None if call is None else _rows(call, outer.ids, outer.first.x.shape[-1])  # type: ignore[union-attr]
+            rows.append(found)
+        assert outer.first.x is not None
+        stream, scale = flat(outer.first.x), float(description.embedding_factor)
+        known = [row.to(stream.device) for row in rows if row is not None]
+        if len(known) < len(rows) or not is_sum(stream, known, [scale] * len(known)):
+            names = " + ".join(description.tables)
+            problems["tables"] = f"the first block does not read {scale:g} * ({names})"
+    return problems
+
+
+def _prove_final_norm(model: Any, description: Description, outer: Outer) -> dict[str, str]:
+    name = description.final_norm
+    if name is None:
+        if not reads_only_last(model, description, outer):
+            return {"final_norm": "the logits depend on more than what the last block returns"}
+        return {}
+    norm, read = outer.trace.at(name), outer.trace.at(outer.head)
+    if norm is None or norm.y is None or not is_norm(norm):
+        return {"final_norm": f"{name} is no norm that runs once"}
+    if not equal(outer.last.y, norm.x):
+        return {"final_norm": f"{name} does not read what the last block returns"}
+    if read is None or read.x is None:
+        return {"final_norm": f"the unembedding ({outer.head}) does not run once"}
+    if not multiple(flat(norm.y), flat(read.x).to(norm.y.device), float(description.final_factor)):
+        return {"final_norm": f"the unembedding does not read what {name} returns"}
+    return {}
+
+
+def is_causal(logits: Tensor) -> bool:
+    """Whether two texts that begin alike have the same logits while they are alike."""
+    alike = logits[:, :ALIKE].float()
+    tolerance = 1e-3 if epsilon(logits.dtype) < 1e-5 else 0.1
+    return near(flat(alike[1:]), flat(alike[:1]), tolerance)
+
+
+@torch.no_grad()
+def reads_only_last(model: Any, description: Description, outer: Outer) -> bool:
+    """Whether the logits come from the last block's output alone: where that is one and the same
+    for all tokens, so are the logits."""
+    block = model.get_submodule(description.blocks)[len(description.layers) - 1]
+
+    def alike(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        same = first[:1, :1].expand_as(first).contiguous()
+        return (same, *output[1:]) if isinstance(output, tuple) else same
+
+    handle = block.register_forward_hook(alike)
+    try:
+        logits = run(model, outer.ids)
+    finally:
+        handle.remove()
+    rows = flat(logits)
+    tolerance = 1e-3 if epsilon(rows.dtype) < 1e-5 else 0.05
+    return near(rows, rows[:1].expand_as(rows), tolerance)
+
+
+def refuse_encoder_decoder(model: Any, name: str) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TrimtabError(
+            f"cannot steer this {name} model ({type(model).__name__}): it is an encoder-decoder, "
+            "where the prompt and the answer have a residual stream each; registering it is no "
+            "way out, because trimtab's sites are those of one stream"
+        )
