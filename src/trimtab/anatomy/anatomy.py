@@ -8,7 +8,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from trimtab.anatomy.architectures import find_architecture
-from trimtab.anatomy.maps import LinearMap, linear_map
+from trimtab.anatomy.experts import layout_of
+from trimtab.anatomy.maps import (
+    LinearMap,
+    experts_joint_reader,
+    experts_readers,
+    experts_writer,
+    linear_map,
+)
 from trimtab.anatomy.sites import (
     KINDS,
     READ_ONLY,
@@ -135,8 +142,14 @@ class Anatomy:
             raise TrimtabError(f"{self.name} has no {site}: its blocks have no such norm")
         experts = self._experts(layer) if kind == "ffn_in" else None
         if experts is not None:
-            width = experts.down_proj.shape[0] * experts.down_proj.shape[2]
-            return Point(site, block.get_submodule(names.ffn), "experts", width)
+            layout = layout_of(experts)
+            if layout is None:
+                raise TrimtabError(
+                    f"{self.name} has no {site}: its experts ({type(experts).__name__}) keep their "
+                    "weights in a layout that is not known"
+                )
+            around = block.get_submodule(names.ffn)
+            return Point(site, experts, "experts", layout.width, around)
         name, side = _PLACES[kind]
         if getattr(names, name) is None:  # the branch reads the residual stream without a norm
             name, side = {"attn_norm": "attention", "ffn_norm": "ffn"}[name], "input"
@@ -185,9 +198,7 @@ class Anatomy:
             return linear_map(self.blocks[layer].get_submodule(self.architecture.attn_proj))
         experts = self._experts(layer)
         if experts is not None:
-            # The router's weights mix the experts' outputs linearly, so a linear map of the sum
-            # is the same map of each expert's output.
-            return LinearMap(experts, weight="down_proj", bias=None, layout="experts")
+            return experts_writer(experts)
         return linear_map(self.blocks[layer].get_submodule(self.architecture.ffn_proj))
 
     def readers(self, site: str) -> list[LinearMap]:
@@ -207,13 +218,12 @@ class Anatomy:
         if kind == "ffn_norm":
             if experts is not None:
                 router: Any = block.get_submodule(names.ffn).get_submodule("gate")
-                inputs = LinearMap(experts, weight="gate_up_proj", bias=None, layout="experts")
-                return [LinearMap(router, bias=None), inputs]
+                return [LinearMap(router, bias=None), *experts_readers(experts)]
             return [linear_map(block.get_submodule(name)) for name in names.ffn_readers]
         if kind == "ffn_in":
             if experts is not None:
-                joint: Literal["joint_experts"] = "joint_experts"
-                return [LinearMap(experts, weight="down_proj", bias=None, layout=joint)]
+                joint = experts_joint_reader(experts)
+                return [] if joint is None else [joint]
             return [linear_map(block.get_submodule(names.ffn_proj))]
         return []
 
@@ -228,7 +238,7 @@ class Anatomy:
     def tables(self) -> list[LinearMap]:
         """The embedding tables whose rows are summed to the site `embed`, scaling apart."""
         return [
-            LinearMap(self.body.get_submodule(name), bias=None, layout="embedding")
+            LinearMap(self.body.get_submodule(name), bias=None, transposed=True)
             for name in self.architecture.embeddings
         ]
 

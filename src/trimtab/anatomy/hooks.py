@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from trimtab.anatomy.exclusive import exclusively
-from trimtab.anatomy.experts import experts_forward
+from trimtab.anatomy.experts import ExpertEdits, experts_forward, layout_of
 from trimtab.anatomy.sites import Edit, Point
 from trimtab.errors import TrimtabError
 
@@ -54,7 +54,7 @@ def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
 
 def is_hooked(model: nn.Module) -> bool:
     """Whether an edit is on the model at this moment."""
-    ours = (_on_output, _on_input, experts_forward)
+    ours = (_on_output, _on_input, _on_rows, experts_forward)
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         for function in (*hooks, vars(module).get("forward")):
@@ -106,7 +106,7 @@ def _install(point: Point, edit: Edit) -> Callable[[], None]:
         handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
         _ours_first(point.module._forward_pre_hooks)
         return handle.remove
-    return _on_experts(point.module, point.side, edit)
+    return _on_experts(point, edit)
 
 
 def _ours_first(hooks: Any) -> None:
@@ -135,28 +135,58 @@ def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     return None if edited is None else (args, {**kwargs, "hidden_states": edited})
 
 
-def _on_experts(block: nn.Module, side: str, edit: Edit) -> Callable[[], None]:
-    """Replace a mixture's forward; a second edit joins the first one's list."""
-    if any(weight.is_meta for weight in block.parameters()):
+def _on_experts(point: Point, edit: Edit) -> Callable[[], None]:
+    """Replace a fused experts module's forward; a second edit joins the first one's list."""
+    experts = point.module
+    _check_shown(experts)
+    hook = vars(experts).get("forward")  # ours, somebody else's, or none
+    if not (isinstance(hook, Hook) and hook.func is experts_forward):
+        before, hook = hook, Hook(experts_forward, experts, ExpertEdits())
+        hook.before = before
+        object.__setattr__(experts, "forward", hook)
+    shown: ExpertEdits = hook.args[1]
+    entry = (point.side, edit)
+    shown.edits.append(entry)
+    rows = None
+    if point.around is not None:
+        rows = point.around.register_forward_pre_hook(Hook(_on_rows, shown), with_kwargs=True)
+
+    def remove() -> None:
+        if rows is not None:
+            rows.remove()
+        shown.edits.remove(entry)
+        if shown.edits:
+            return
+        if hook.before is None:
+            object.__delattr__(experts, "forward")
+        else:
+            object.__setattr__(experts, "forward", hook.before)
+
+    return remove
+
+
+def _on_rows(
+    shown: ExpertEdits, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Note the rows and tokens that experts inside of a module see as one list."""
+    shown.notice(args, kwargs)
+
+
+def _check_shown(experts: nn.Module) -> None:
+    """Refuse a module whose inner activations cannot be shown."""
+    if hasattr(experts, "base_layer"):  # their weights alone are not what they compute
+        raise TrimtabError(
+            "the experts of this mixture carry an adapter, so that their activations cannot be "
+            "shown: merge it first (merge_and_unload)"
+        )
+    if any(weight.is_meta for weight in experts.parameters()):
         raise TrimtabError(
             "the experts of this mixture are offloaded, and their inner activations cannot be "
             "shown there: steer another site, or load the model whole (no device_map)"
         )
-    hook = vars(block).get("forward")  # ours, somebody else's, or none
-    if not (isinstance(hook, Hook) and hook.func is experts_forward):
-        before, hook = hook, Hook(experts_forward, block, [])
-        hook.before = before
-        object.__setattr__(block, "forward", hook)
-    edits: list[tuple[str, Edit]] = hook.args[1]
-    edits.append((side, edit))
-
-    def remove() -> None:
-        edits.remove((side, edit))
-        if edits:
-            return
-        if hook.before is None:
-            object.__delattr__(block, "forward")
-        else:
-            object.__setattr__(block, "forward", hook.before)
-
-    return remove
+    if layout_of(experts) is None:
+        raise TrimtabError(
+            f"the experts of this mixture ({type(experts).__name__}) keep their weights in a "
+            "layout that is not known, so that their inner activations cannot be shown: steer "
+            "ffn_out instead"
+        )

@@ -91,10 +91,13 @@ class Point:
     """Where a hook goes to see one site: a module's input or output, of `width` units.
 
     `side="experts"` is the input of a mixture's down projections, which no module boundary shows,
-    and "expert_acts" what its activation functions put out, which an edit can only read.
+    and "expert_acts" what its activation functions put out, which an edit can only read. There
+    `module` is the fused experts' own, which mostly sees the tokens of all rows in one list, and
+    `around` a module that stands around it and is called with [rows, tokens, units].
     """
 
     site: str
     module: nn.Module
     side: Literal["input", "output", "experts", "expert_acts"]
     width: int
+    around: nn.Module | None = None

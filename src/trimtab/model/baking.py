@@ -173,7 +173,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
         return "norm", []
     readers = anatomy.readers(fold.site)
-    if any(reader.layout == "joint_experts" for reader in readers) and _factors(fold) is None:
+    if any(reader.joint for reader in readers) and _factors(fold) is None:
         raise TrimtabError(
             f"cannot bake at {fold.site}: the router weighs each expert's part of it anew for "
             "each token, so mixing units of several experts is no change of weights; attach the "
@@ -267,9 +267,12 @@ def _missing_biases(anatomy: Anatomy, folds: list[_Fold]) -> list[str]:
             continue
         for linear_map in maps:
             owner = linear_map.owner
-            if linear_map.bias is None or (
-                not isinstance(owner, nn.Linear) and not hasattr(owner, "bias")
-            ):
+            if not linear_map.constant:
+                raise TrimtabError(
+                    f"cannot bake an added vector at {fold.site}: the router weighs the bias of "
+                    f"each of {names[id(owner)]} anew for each token; attach the steering instead"
+                )
+            if linear_map.bias is None or not hasattr(owner, linear_map.bias):
                 raise TrimtabError(
                     f"cannot bake an added vector at {fold.site}: {names[id(owner)]} in "
                     f"{anatomy.name} takes no bias; attach the steering instead"

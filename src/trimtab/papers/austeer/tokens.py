@@ -251,7 +251,7 @@ def unit_direction(anatomy: Anatomy, site: str, unit: int) -> Tensor | None:
         return direction
     if kind in _WEIGHED and f"layers.{layer}.{_WEIGHED[kind]}" in writers:
         maps = anatomy.readers(site)
-        if len(maps) == 1 and maps[0].layout != "joint_experts":
+        if len(maps) == 1 and not maps[0].joint:
             weight = maps[0].read()
             if weight.is_floating_point() and weight.shape == (
                 anatomy.hidden_size,
