@@ -72,14 +72,14 @@ def test_an_edit_of_one_expert_reaches_only_the_tokens_routed_to_it() -> None:
 
 def test_experts_take_several_edits_and_give_their_forward_back() -> None:
     model = tiny_model("qwen3_moe")
-    block, point = model.model.layers[1].mlp, Anatomy(model).point("layers.1.ffn_in")
+    experts, point = model.model.layers[1].mlp.experts, Anatomy(model).point("layers.1.ffn_in")
     seen: list[Tensor] = []
     with torch.no_grad(), hooked(model, {point: lambda x: x + 1}):
         with hooked(model, {point: seen.append}):
             model(torch.tensor([IDS]))
-        assert "forward" in vars(block)
+        assert "forward" in vars(experts)
         model(torch.tensor([IDS]))
-    assert "forward" not in vars(block)
+    assert "forward" not in vars(experts)
     plain, _ = both("qwen3_moe")
     assert len(seen) == 1
     assert relative(seen[0][0], plain["layers.1.ffn_in"] + 1) < 1e-5  # the outer one came first
@@ -88,16 +88,16 @@ def test_experts_take_several_edits_and_give_their_forward_back() -> None:
 def test_experts_keep_a_forward_that_somebody_else_put_there() -> None:
     """As accelerate does, with a functools.partial, on models that are spread over devices."""
     model = tiny_model("qwen3_moe")
-    block, point = model.model.layers[1].mlp, Anatomy(model).point("layers.1.ffn_in")
-    foreign = partial(type(block).forward, block)
-    block.forward = foreign
+    experts, point = model.model.layers[1].mlp.experts, Anatomy(model).point("layers.1.ffn_in")
+    foreign = partial(type(experts).forward, experts)
+    experts.forward = foreign
     with (
         torch.no_grad(),
         hooked(model, {point: lambda x: x + 1}),
         hooked(model, {point: lambda x: x + 1}),
     ):
         model(torch.tensor([IDS]))
-    assert vars(block)["forward"] is foreign
+    assert vars(experts)["forward"] is foreign
 
 
 # -- hooks ------------------------------------------------------------------------------------

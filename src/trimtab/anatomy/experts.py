@@ -266,31 +266,33 @@ def _routes(
     bound = inspect.signature(type(experts).forward).bind(experts, *args, **kwargs)
     hidden, *rest = [value for name, value in bound.arguments.items() if name != "self"]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    count, tokens = layout.experts, len(flat)
-    every = torch.arange(tokens, device=flat.device)
-    identities, routes = None, []
     if layout.call == "every":
-        tokens //= count
-        chosen = flat.view(count, tokens, -1).any(-1)  # the weight of all others is zero
-        found = [token.nonzero()[:, 0] for token in chosen]
-        routes = [_Route(token + i * tokens, token, None) for i, token in enumerate(found)]
-    elif layout.call == "shared":
-        weights = rest[0].reshape(tokens, count)
-        routes = [_Route(every, every, weights[:, i, None]) for i in range(count)]
-    elif layout.call == "block":
-        _, token, weights, sizes, _ = experts.router(flat)
-        pairs = zip(token.split(sizes), weights[:, None].split(sizes), strict=True)
+        routes = _weighed_before(flat, layout.experts)
+        return _Routes(flat, hidden.shape, len(flat) // layout.experts, routes)
+    if layout.call == "shared":
+        every = torch.arange(len(flat), device=flat.device)
+        columns = rest[0].reshape(len(flat), layout.experts, 1).unbind(1)
+        routes = [_Route(every, every, weight) for weight in columns]
+        return _Routes(flat, hidden.shape, len(flat), routes)
+    if layout.call == "block":
+        _, tokens, weights, sizes, _ = experts.router(flat)  # sorted by expert
+        pairs = zip(tokens.split(sizes), weights[:, None].split(sizes), strict=True)
         routes = [_Route(token, token, weight) for token, weight in pairs]
-    else:
-        chosen, weights = (
-            experts.route_tokens_to_experts(rest[0]) if layout.call == "logits" else rest
-        )
-        chosen, weights = chosen.reshape(tokens, -1), weights.reshape(tokens, -1)
-        for expert in range(count):
-            token, weight = _picked(chosen == expert, weights)
-            routes.append(_Route(token, token, weight))
-        identities = _picked(chosen >= count, weights) if layout.identities else None
-    return _Routes(flat, hidden.shape, tokens, routes, identities)
+        return _Routes(flat, hidden.shape, len(flat), routes)
+    if layout.call == "logits":
+        rest = experts.route_tokens_to_experts(rest[0])
+    chosen, weights = (given.reshape(len(flat), -1) for given in rest)
+    picked = [_picked(chosen == expert, weights) for expert in range(layout.experts)]
+    routes = [_Route(token, token, weight) for token, weight in picked]
+    identities = _picked(chosen >= layout.experts, weights) if layout.identities else None
+    return _Routes(flat, hidden.shape, len(flat), routes, identities)
+
+
+def _weighed_before(flat: Tensor, count: int) -> list[_Route]:
+    """The routes where every expert gets all tokens, times a weight that is zero for most."""
+    tokens = len(flat) // count
+    found = [rows.any(-1).nonzero()[:, 0] for rows in flat.view(count, tokens, -1)]
+    return [_Route(token + i * tokens, token, None) for i, token in enumerate(found)]
 
 
 def _picked(where: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
