@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -80,6 +80,10 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 TINY = tuple(_CONFIGS)
 
+# Parameters of state-space layers, middle and spread: decays below one, so that the state stays
+# finite, and near enough to one that a token is remembered for several more.
+_STATE_SPACE = {"A_log": (0.0, 0.3), "dt_bias": (-1.0, 0.5), "D": (1.0, 0.2)}
+
 
 def tiny_model(
     name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **config_overrides: Any
@@ -110,32 +114,38 @@ def tiny_model(
     if getattr(config, "attn_logit_softcapping", None):  # which older versions leave out elsewhere
         model.set_attn_implementation("eager")
     # The name takes part, so that two architectures of one size do not share weights.
-    _randomise(model, torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
+    randomise(model, torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
     """Overwrite every parameter. Drawn in float32, so that each dtype has the same weights."""
     done: set[nn.Parameter] = set()  # a tied matrix is a parameter of two modules
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in done:
+            if parameter in done or not parameter.is_floating_point():
                 continue
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("bias"):
-                value = 0.2 * noise
-            elif "Norm" in type(module).__name__:
-                # Around what the architecture begins with: one, or zero where it uses 1 + w.
-                value = parameter.float() + 0.2 * noise
-            elif isinstance(module, nn.Embedding):
-                # Weak, or a tied embedding makes the model repeat its last token.
-                value = 0.1 * noise
-            else:
-                # Strong, so that the prompt matters more than biases and positions.
-                value = 0.2 * noise
-            parameter.copy_(value)
+            parameter.copy_(_random_value(module, name, parameter, noise))
             done.add(parameter)
+
+
+def _random_value(module: nn.Module, name: str, parameter: Tensor, noise: Tensor) -> Tensor:
+    """What a parameter becomes: as large as lets every part of a tiny model have its say."""
+    if name in _STATE_SPACE:
+        middle, spread = _STATE_SPACE[name]
+        return middle + spread * noise
+    if name.endswith("bias"):
+        return 0.2 * noise
+    if "Norm" in type(module).__name__:
+        # Around what the architecture begins with: one, or zero where it uses 1 + w.
+        return parameter.float() + 0.2 * noise
+    if isinstance(module, nn.Embedding):
+        # Weak, or a tied embedding makes the model repeat its last token.
+        return 0.1 * noise
+    # Strong, so that the prompt matters more than biases and positions.
+    return 0.2 * noise
 
 
 # Begins with BOS, as many real templates do: a second one, from the post-processor, is a bug.
