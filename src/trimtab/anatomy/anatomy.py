@@ -125,6 +125,8 @@ class Anatomy:
                 return f"its blocks have no such norm for {part} alone: {branch.norm} is shared"
         elif kind.endswith("_post_norm") and branch.post_norm is None:
             return "its blocks have no such norm"
+        elif kind.endswith("_out") and branch.out == branch.post_norm:
+            return f"what {branch.post_norm} reads is no module's output"
         elif kind == "heads":
             if branch.kind != "attn":
                 return f"{branch.out} mixes tokens in another way than attention, without heads"

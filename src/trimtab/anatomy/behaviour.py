@@ -75,6 +75,9 @@ def plain_weight(module: Any) -> Tensor | None:
         return None
     if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
         return None
+    # Float8, and weights beside which the input is rounded as well (compressed-tensors).
+    if weight.element_size() == 1 or getattr(module, "quantization_scheme", None) is not None:
+        return None
     plain: Tensor = weight.detach()
     return plain.T if hasattr(module, "nf") else plain
 

@@ -58,7 +58,7 @@ class Branch:
     @property
     def out(self) -> str:
         """The module whose output is the branch."""
-        out = self.output or self.module or self.writer
+        out = self.output or self.module or self.writer or self.post_norm
         assert out is not None
         return out
 

@@ -66,7 +66,7 @@ class Finder:
         writes it."""
         post_norm, members = _post_norm(calls, members)
         if not members:  # what the norm reads is no module's output
-            return Branch("ffn", None, output=post_norm, factor=factor)
+            return Branch("ffn", None, post_norm=post_norm, factor=factor)
         raw = calls.returned(members[0])
         assert raw is not None
         composite = [name for name in members if _is_composite(calls.call(name))]
@@ -96,7 +96,8 @@ class Finder:
         if asked is None or asked.x is None or asked.y is None:
             return "ffn"
         try:
-            if not mixes_tokens(asked, ROWS):
+            by_class = type(asked.module) in self.shown.averaging
+            if not by_class and not mixes_tokens(asked, ROWS):
                 return "ffn"
             if branch.writer is not None and attends(asked, calls, branch, self.shown) is None:
                 return "attn"
@@ -196,7 +197,7 @@ def _with_experts(calls: BlockCalls, branch: Branch, raw: Tensor) -> Branch:
     experts = next((call for call in inside if layout_of(call.module) is not None), None)
     if experts is None or experts.x is None:
         return branch
-    returned = calls.returned(experts.name)
+    returned = calls.returned_by_experts(experts.name)
     if returned is None or returned.shape != raw.shape:
         return replace(branch, writer=None)
     if is_mixture(raw, [returned]):
@@ -275,11 +276,12 @@ def _activation(calls: BlockCalls, branch: Branch) -> str | None:
 
 
 def _is_part(x: Tensor, whole: Tensor) -> bool:
-    """Whether a tensor is another one, or some of its units side by side."""
+    """Whether a tensor is another one, or some of its units side by side, up to a factor."""
     if x.shape[-1] > whole.shape[-1]:
         return False
     starts = {0, whole.shape[-1] - x.shape[-1]}
-    return any(torch.equal(x, whole[:, start : start + x.shape[-1]]) for start in starts)
+    parts = [whole[:, start : start + x.shape[-1]] for start in starts]
+    return any(torch.equal(x, part) or multiple(part, x, ratio(part, x)) for part in parts)
 
 
 # -- factors ------------------------------------------------------------------------------------

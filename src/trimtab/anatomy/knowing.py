@@ -44,6 +44,9 @@ from trimtab.files import cache_dir, write_whole
 #: Goes up when discovery learns to find more, so that what it left out before is looked for again.
 _DISCOVERY = 1
 
+#: What models raise that take something else than text, or run elsewhere.
+_DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
 
 @dataclass
 class Known:
@@ -106,7 +109,7 @@ def discover(model: Any) -> Known:
         blocks = find_blocks(model, trace)
     except NoBlocksError as error:
         raise _refusal(model, name, f"no residual stream runs through it: {error}") from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except _DOES_NOT_RUN as error:
         reason = first_line(error) or type(error).__name__
         raise _refusal(model, name, f"it does not run on a short text: {reason}") from error
     head = _head(model)
@@ -207,7 +210,10 @@ def _proved(
             found.append(_best(layers[layer], calls, shown))
 
     around = {name: model.get_submodule(name) for name in names}
-    trace, logits = trace_blocks(model, ids, blocks, around, visit)
+    try:
+        trace, logits = trace_blocks(model, ids, blocks, around, visit)
+    except _DOES_NOT_RUN as error:
+        return f"it does not run on a short text: {first_line(error) or type(error).__name__}"
     if broken or len(found) < len(blocks):
         return broken[0] if broken else "its blocks do not run once each"
     description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})

@@ -82,6 +82,17 @@ class BlockCalls:
             return None
         return flat(x)
 
+    def returned_by_experts(self, path: str) -> Tensor | None:
+        """What fused experts add up to, [tokens, units]; those that say it expert by expert
+        (Llama 4) are added up by what is around them."""
+        call = self.call(path)
+        if call is None or call.y is None or call.y.shape[-1] != self.hidden:
+            return None
+        experts, rest = divmod(call.y.numel(), self.tokens * self.hidden)
+        if rest:
+            return None
+        return call.y.reshape(experts, self.tokens, self.hidden).sum(0)
+
     def term(self, branch: Branch) -> Tensor | None:
         """What a branch adds to the stream, before its factor."""
         return self.returned(branch.post_norm or branch.out)
@@ -192,6 +203,8 @@ def _prove_post_norm(
     raw, taken = calls.returned(branch.out), calls.taken(branch.post_norm)
     if norm is None or not is_norm(norm):
         return f"{branch.post_norm} is no norm: what it returns changes with its input's length"
+    if branch.out == branch.post_norm:
+        return None  # what it reads is no module's output (Gemma 4's mixtures)
     if raw is None or taken is None or not torch.equal(raw, taken):
         return f"{branch.post_norm} does not read what {branch.out} returns"
     return None
@@ -261,7 +274,10 @@ def _prove_experts(
     if reason is not None:
         return f"{branch.experts}: {reason}"
     raw = calls.returned(branch.out)
-    parts = [calls.returned(path) for path in (branch.experts, *branch.beside)]
+    parts = [
+        calls.returned_by_experts(branch.experts),
+        *(calls.returned(path) for path in branch.beside),
+    ]
     if raw is None or any(part is None or part.shape != raw.shape for part in parts):
         return f"{branch.experts} does not return one row for each token"
     if not is_mixture(raw, [part for part in parts if part is not None]):
@@ -309,8 +325,9 @@ def attends(asked: Call, calls: BlockCalls, branch: Branch, shown: Shown) -> str
     if averages_tokens(asked, writer.module, shown.heads, ROWS):
         shown.averaging.add(type(asked.module))
         return None
-    # Attention to keys and values that another layer made (Gemma 4) cannot be asked by itself.
-    if type(asked.module) in shown.averaging and mixes_tokens(asked, ROWS):
+    # Attention to keys and values that another layer made (Gemma 4) cannot be asked by itself: it
+    # is what layers of its class that make their own have shown to be.
+    if type(asked.module) in shown.averaging:
         return None
     return f"{branch.module} is no softmax attention: alike tokens do not give alike heads"
 
@@ -344,6 +361,8 @@ def find_readers(branch: Branch, calls: BlockCalls) -> tuple[list[str], list[str
             continue
         if call.name == branch.norm or not torch.equal(flat(call.x), read):
             continue
+        if call.y is not None and call.x.shape == call.y.shape and torch.equal(call.x, call.y):
+            continue  # an identity only hands on
         if is_linear(module):
             found.append(call.name)
         elif call.name == branch.experts:
