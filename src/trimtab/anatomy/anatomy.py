@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from trimtab.anatomy.architectures import find_entry, find_registered
+from trimtab.anatomy.architectures import find_registered
 from trimtab.anatomy.behaviour import in_width
 from trimtab.anatomy.description import Block, Branch
+from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.experts import layout_of
 from trimtab.anatomy.knowing import Known, know
 from trimtab.anatomy.maps import (
@@ -19,6 +21,7 @@ from trimtab.anatomy.maps import (
     experts_writer,
     linear_map,
 )
+from trimtab.anatomy.outer import cap_of, capped
 from trimtab.anatomy.sites import (
     KINDS,
     READ_ONLY,
@@ -319,7 +322,7 @@ class Anatomy:
     @property
     def llama_alike(self) -> bool:
         """Whether it computes what Llama computes, but has no room for some of its biases."""
-        entry = find_registered(self.name) or find_entry(self.name)
+        entry = find_registered(self.name) or ENTRIES.get(self.name)
         return entry is not None and entry.llama_alike
 
     # -- linear maps, for baking --------------------------------------------------------------
@@ -356,7 +359,9 @@ class Anatomy:
         layer, kind = self.check(site)
         if kind == "final_norm":
             head: Any = self.model
-            return [linear_map(head.get_output_embeddings())]
+            unembedding = self.model.get_submodule(self.known.description.unembedding)
+            read = head.get_output_embeddings() is unembedding
+            return [linear_map(unembedding)] if read else []
         if layer is None or kind not in ("attn_norm", "heads", "ffn_norm", "ffn_in"):
             return []
         found = self._branch(layer, "attn" if kind == "heads" else kind.partition("_")[0])
@@ -393,6 +398,18 @@ class Anatomy:
                 factor = float(block.scale) * float(branch.factor)
                 return f"layers.{layer}.{part}_out", factor
         return None
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits in float32 (of a float64 model in float64) of what the body returns, with the
+        factors and the soft-cap that the model has."""
+        described = self.known.description
+        if described.final_factor != 1:
+            hidden = hidden * float(described.final_factor)
+        logits: Tensor = self.model.get_submodule(described.unembedding)(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if described.logit_factor != 1:
+            logits = logits * float(described.logit_factor)
+        return capped(logits, cap_of(self.model))
 
     @property
     def final_factor(self) -> float:

@@ -1,8 +1,8 @@
-"""The architectures that are known by name: the only file that knows names of modules.
+"""What a user, a package or `entries.py` says of an architecture: a hint, which is proved.
 
-An entry is a hint. It says where the parts are, which makes the first load of a model quick, and is
-proved by numbers like what is found without any (`proof.py`); where it does not hold, a model's
-parts are looked for (`discovery.py`).
+`Architecture` names modules, once for all layers of a kind; `described` makes a description of one
+model of it. A hint that was registered and does not hold is refused; an entry of trimtab's own that
+does not hold is as if it were not there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from trimtab.anatomy.description import Block, Branch, Description
 from trimtab.errors import TrimtabError
@@ -43,6 +43,13 @@ def ffn(
     if act is not None:
         more["act"] = f"{module}.{act}"
     return _branch("ffn", module, norm, readers, writer, more)
+
+
+def mixer(
+    module: str, norm: str | None, readers: Sequence[str], writer: str, **more: Any
+) -> Branch:
+    """A branch that mixes tokens in another way than softmax attention."""
+    return _branch("mixer", module, norm, readers, writer, more)
 
 
 def mixture(
@@ -80,7 +87,7 @@ def _branch(
         kind,
         module,
         norm=norm,
-        readers=tuple(f"{module}.{reader}" for reader in readers),
+        readers=tuple(sorted(f"{module}.{reader}" for reader in readers)),
         writer=None if writer is None else f"{module}.{writer}",
         **more,
     )
@@ -100,9 +107,12 @@ class Architecture:
     embeddings: tuple[str, ...] = ("embed_tokens",)
     final_norm: str | None = "norm"
     layers: tuple[Block, ...] = (Block((attention(), ffn())),)
-    #: What the final norm's output, and the sum of the embeddings, are multiplied by: a number, or
-    #: the name of an attribute of the configuration.
+    #: Where the unembedding is, from the model; None: where the model itself says.
+    unembedding: str | None = None
+    #: What the final norm's output, the unembedding's output and the sum of the embeddings are
+    #: multiplied by: a number, or the name of an attribute of the configuration.
     final_factor: float | str = 1.0
+    logit_factor: float | str = 1.0
     embedding_factor: float | str = 1.0
     #: Whether it computes what Llama computes, but has no room for some of its biases.
     llama_alike: bool = False
@@ -114,23 +124,26 @@ class Architecture:
         listed = list(_submodule(model, blocks).children())
         layers = []
         for place, block in enumerate(listed):
-            options = [_resolved(model, o) for o in self.layers if not _absent(block, o)]
+            options = [_resolved(model, block, o) for o in self.layers if not _absent(block, o)]
             if not options:
                 absent = _absent(block, self.layers[-1])[0]
                 raise AttributeError(f"{blocks}.{place} has no {absent}")
             layers.append(options)
         within = [f"{self.body}.{name}".strip(".") for name in self.embeddings]
         final_norm = None if self.final_norm is None else f"{self.body}.{self.final_norm}"
-        for name in (self.body, *within, *([] if final_norm is None else [final_norm])):
+        unembedding = self.unembedding or _unembedding(model)
+        for name in (self.body, unembedding, *within, final_norm or ""):
             _submodule(model, name)
         description = Description(
-            self.body,
-            blocks,
-            tuple(options[0] for options in layers),
-            final_norm,
-            number(model, self.final_factor),
-            tuple(within),
-            number(model, self.embedding_factor),
+            body=self.body,
+            blocks=blocks,
+            layers=tuple(options[0] for options in layers),
+            final_norm=final_norm,
+            unembedding=unembedding,
+            final_factor=number(model, self.final_factor),
+            logit_factor=number(model, self.logit_factor),
+            tables=tuple(within),
+            embedding_factor=number(model, self.embedding_factor),
         )
         return description, layers
 
@@ -147,19 +160,33 @@ def number(model: Any, value: float | str) -> float:
     return float(float(found) ** float(power or 1))
 
 
-def _resolved(model: Any, block: Block) -> Block:
-    """A block whose factors are numbers."""
+def _resolved(model: Any, module: nn.Module, block: Block) -> Block:
+    """A block whose factors are numbers: of the configuration, or of the block itself."""
+
+    def value(given: float | str) -> float:
+        own = getattr(module, given, None) if isinstance(given, str) else None
+        return float(own) if isinstance(own, Tensor) else number(model, given)
+
     branches = tuple(
         replace(
             branch,
-            factor=number(model, branch.factor),
-            input_factor=number(model, branch.input_factor),
-            writer_factor=number(model, branch.writer_factor),
+            factor=value(branch.factor),
+            input_factor=value(branch.input_factor),
+            writer_factor=value(branch.writer_factor),
         )
         for branch in block.branches
     )
-    scale = None if block.scale is None else number(model, block.scale)
+    scale = None if block.scale is None else value(block.scale)
     return Block(branches, scale)
+
+
+def _unembedding(model: Any) -> str:
+    """The path of what a model says is its unembedding."""
+    head = model.get_output_embeddings()
+    names: list[str] = [name for name, module in model.named_modules() if module is head]
+    if not names:
+        raise AttributeError("what the model says is its unembedding is no module of it")
+    return names[0]
 
 
 def _submodule(model: Any, path: str) -> nn.Module:
@@ -183,67 +210,11 @@ def _absent(block: nn.Module, described: Block) -> list[str]:
     return absent
 
 
-def _block(*branches: Branch, scale: float | str = 1.0) -> Block:
-    return Block(branches, scale)
-
-
-_LLAMA = attention(), ffn()
-_GEMMA = Architecture(
-    layers=(
-        _block(
-            attention(post_norm="post_attention_layernorm"),
-            ffn(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
-        ),
-    ),
-    embedding_factor="hidden_size**0.5",
-)
-#: Norms after the branches and none before: a branch reads the stream itself.
-_POST_NORM = Architecture(
-    layers=(
-        _block(
-            attention(norm=None, post_norm="post_attention_layernorm"),
-            ffn(norm=None, post_norm="post_feedforward_layernorm"),
-        ),
-    )
-)
-
-_ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(),
-    "mistral": Architecture(llama_alike=True),
-    "qwen2": Architecture(llama_alike=True),
-    "qwen3": Architecture(),
-    "qwen3_moe": Architecture(layers=(_block(attention(), mixture()), _block(*_LLAMA))),
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "gemma3": replace(_GEMMA, body="model.language_model"),
-    "gpt2": Architecture(
-        body="transformer",
-        blocks="h",
-        embeddings=("wte", "wpe"),
-        final_norm="ln_f",
-        layers=(
-            _block(
-                attention("attn", "ln_1", ("c_attn",), "c_proj"),
-                ffn("mlp", "ln_2", ("c_fc",), "c_proj", "act"),
-            ),
-        ),
-    ),
-    "phi3": Architecture(
-        layers=(
-            _block(
-                attention(readers=("qkv_proj",)),
-                ffn(readers=("gate_up_proj",), act="activation_fn"),
-            ),
-        )
-    ),
-    "olmo2": _POST_NORM,
-}
-
 #: Architectures that a user taught trimtab, which must hold.
 _REGISTERED: dict[str, Architecture] = {}
 #: Architectures that installed packages add.
-_ADDED = Extended(
-    "architecture", _ARCHITECTURES, lambda added, name: isinstance(added, Architecture)
+_ADDED: Extended[Architecture] = Extended(
+    "architecture", {}, lambda added, name: isinstance(added, Architecture)
 )
 
 
@@ -262,16 +233,11 @@ def register(model_type: str, architecture: Architecture) -> None:
 
 def known() -> list[str]:
     """The model types that are known by name, sorted; others are found by how they compute."""
-    return sorted({*_ARCHITECTURES, *_REGISTERED, *_ADDED})
+    from trimtab.anatomy.entries import ENTRIES
+
+    return sorted({*ENTRIES, *_REGISTERED, *_ADDED})
 
 
 def find_registered(model_type: str) -> Architecture | None:
     """What a user or a package says of a model type."""
-    if model_type in _REGISTERED or model_type in _ARCHITECTURES:
-        return _REGISTERED.get(model_type)
-    return _ADDED.get(model_type)
-
-
-def find_entry(model_type: str) -> Architecture | None:
-    """What trimtab itself says of a model type."""
-    return _ARCHITECTURES.get(model_type)
+    return _REGISTERED.get(model_type) or _ADDED.get(model_type)

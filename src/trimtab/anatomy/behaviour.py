@@ -41,6 +41,16 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) and output.is_floating_point() else None
 
 
+def with_first(output: Any, x: Tensor) -> Any:
+    """What a module returns, with other activations."""
+    if isinstance(output, Mapping):
+        kind: Any = type(output)
+        return kind({**output, next(iter(output)): x})
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(x, *output[1:])
+    return type(output)([x, *output[1:]]) if isinstance(output, tuple | list) else x
+
+
 def is_linear(module: Any) -> bool:
     """Whether a module is a linear map by what it says of itself: a Linear, GPT-2's Conv1D, a
     quantised one, or one of these with an adapter of peft around it."""

@@ -107,8 +107,12 @@ class Description:
     layers: tuple[Block, ...]
     #: The norm that the unembedding reads; None where none is proved.
     final_norm: str | None = None
-    #: What its output is multiplied by on the way to the unembedding.
+    #: The module that makes logits of what the body returns times `final_factor`: the unembedding,
+    #: and with it what some architectures put before it (BERT's decoders).
+    unembedding: str = "lm_head"
     final_factor: float | str = 1.0
+    #: What its output is multiplied by to give the logits, before they are capped.
+    logit_factor: float | str = 1.0
     #: The embedding tables whose rows are summed to the first block's input; none where it is no
     #: such sum.
     tables: tuple[str, ...] = ()

@@ -83,7 +83,7 @@ class Finder:
             module,
             writer=writer,
             post_norm=post_norm,
-            output=None if output == module else output,
+            output=None if output in (module, None if module else writer) else output,
             factor=factor,
             writer_factor=1.0 if writer is None else self._snapped(writer_factor, calls),
         )
@@ -140,7 +140,7 @@ class Finder:
             readers = tuple(c.name for c in calls.trace.calls[1:] if _reads_exactly(c, read))
             found = replace(found, readers=readers)
         else:
-            found = replace(found, readers=tuple(find_readers(found, calls)[0]))
+            found = replace(found, readers=tuple(sorted(find_readers(found, calls)[0])))
         return replace(found, act=_activation(calls, found))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy.behaviour import find_input
+from trimtab.anatomy.behaviour import find_input, first_tensor, with_first
 from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.experts import ExpertEdits, experts_forward, layout_of
 from trimtab.anatomy.sites import Edit, Point
@@ -154,10 +154,11 @@ def _ours_first(hooks: Any) -> None:
 
 
 def _on_output(edit: Edit, module: nn.Module, args: Any, output: Any) -> Any:
-    if not isinstance(output, tuple):
+    if isinstance(output, Tensor):
         return edit(output)
-    edited = edit(output[0])
-    return None if edited is None else (edited, *output[1:])
+    activations = first_tensor(output)
+    edited = None if activations is None else edit(activations)
+    return None if edited is None else with_first(output, edited)
 
 
 def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

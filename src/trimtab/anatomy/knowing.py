@@ -20,17 +20,19 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from trimtab.anatomy.architectures import Architecture, find_entry, find_registered
+from trimtab.anatomy.architectures import Architecture, find_registered
 from trimtab.anatomy.description import Block, Description
 from trimtab.anatomy.discovery import Finder, constants
+from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.hooks import eager
 from trimtab.anatomy.outer import (
     NoBlocksError,
     Outer,
+    cap_of,
     equal,
     find_blocks,
-    find_body,
+    find_ends,
     find_final_norm,
     find_tables,
     prove_outer,
@@ -45,7 +47,7 @@ from trimtab.files import cache_dir, write_whole
 _DISCOVERY = 1
 
 #: What models raise that take something else than text, or run elsewhere.
-_DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+_DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass
@@ -76,8 +78,7 @@ def know(model: Any) -> Known:
     """A proved description of a model. Raises TrimtabError where it cannot be steered."""
     name = str(model.config.model_type)
     refuse_encoder_decoder(model, name)
-    head = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise TrimtabError(
             f"this {name} model ({type(model).__name__}) is no causal language model: it has no "
             "LM head to write with; load it with AutoModelForCausalLM"
@@ -86,7 +87,7 @@ def know(model: Any) -> Known:
         registered = find_registered(name)
         if registered is not None:
             return _registered(model, name, registered)
-        entry = find_entry(name)
+        entry = ENTRIES.get(name)
         if entry is not None:
             known = _claimed(model, entry)
             if known is not None:
@@ -103,26 +104,31 @@ def know(model: Any) -> Known:
 
 def discover(model: Any) -> Known:
     """A description found without any hint, and proved."""
-    name, ids = str(model.config.model_type), probe_ids(model)
+    name = str(model.config.model_type)
     try:
-        trace, _ = survey(model, ids)
+        ids = probe_ids(model)
+        trace, logits = survey(model, ids)
         blocks = find_blocks(model, trace)
     except NoBlocksError as error:
         raise _refusal(model, name, f"no residual stream runs through it: {error}") from error
     except _DOES_NOT_RUN as error:
         reason = first_line(error) or type(error).__name__
         raise _refusal(model, name, f"it does not run on a short text: {reason}") from error
-    head = _head(model)
     calls = [c for c in trace.calls if c.name.rpartition(".")[0] == blocks]
-    body = find_body(trace, blocks, head)
-    norm = find_final_norm(trace, calls[-1], head)
-    tables, factor = find_tables(trace, calls[0], ids, constants(model))
+    constant = constants(model)
+    try:
+        body, maker, before, after = find_ends(trace, blocks, logits, cap_of(model), constant)
+    except NoBlocksError as error:
+        raise _refusal(model, name, str(error)) from error
+    tables, factor = find_tables(trace, calls[0], ids, constant)
     description = Description(
         body=body,
         blocks=blocks,
         layers=(Block(),) * len(calls),
-        final_norm=None if norm is None else norm[0],
-        final_factor=1.0 if norm is None else norm[1],
+        final_norm=find_final_norm(trace, calls[-1], body),
+        unembedding=maker,
+        final_factor=before,
+        logit_factor=after,
         tables=tables,
         embedding_factor=factor,
     )
@@ -176,8 +182,7 @@ def _proved(
     ids, shown = probe_ids(model), Shown(_heads(model))
     finder = Finder(model, shown) if layers is None else None
     blocks = list(model.get_submodule(description.blocks).children())[: len(description.layers)]
-    head = _head(model)
-    names = {head, description.body, *description.tables}
+    names = {description.unembedding, description.body, *description.tables}
     if description.final_norm is not None:
         names.add(description.final_norm)
     found: list[tuple[Block, Problems]] = []
@@ -217,7 +222,7 @@ def _proved(
     if broken or len(found) < len(blocks):
         return broken[0] if broken else "its blocks do not run once each"
     description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})
-    outer = Outer(trace, ends[0], ends[-1], logits, ids, head)
+    outer = Outer(trace, ends[0], ends[-1], logits, ids)
     problems_around = prove_outer(model, description, outer)
     return Known(description, [p for _, p in found], problems_around, flat, source)
 
@@ -235,12 +240,6 @@ def _best(options: Sequence[Block], calls: BlockCalls, shown: Shown) -> tuple[Bl
             return block, problems
         tried.append((block, problems))
     return min(tried, key=lambda each: ((None, "stream") in each[1], len(each[1])))
-
-
-def _head(model: Any) -> str:
-    head = model.get_output_embeddings()
-    names: list[str] = [name for name, module in model.named_modules() if module is head]
-    return names[0]
 
 
 def _heads(model: Any) -> int | None:

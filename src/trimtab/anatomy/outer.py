@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy.behaviour import is_norm
+from trimtab.anatomy.behaviour import first_tensor, is_norm, with_first
 from trimtab.anatomy.description import Description
 from trimtab.anatomy.discovery import snapped
 from trimtab.anatomy.numbers import epsilon, flat, is_sum, multiple, near, ratio
@@ -86,20 +86,69 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b.to(a.device))
 
 
-# -- body -----------------------------------------------------------------------------------------
+# -- body and unembedding -------------------------------------------------------------------------
 
 
-def find_body(trace: Trace, blocks: str, head: str) -> str:
-    """The path of the innermost module around the blocks that takes the tokens and returns what
-    the unembedding reads, up to a factor."""
-    parts, read = blocks.split("."), trace.at(head)
+def find_ends(
+    trace: Trace, blocks: str, logits: Tensor, cap: float | None, known: list[float]
+) -> tuple[str, str, float, float]:
+    """The body, the innermost module around the blocks that takes the tokens and returns what the
+    logits are made of; the module that makes them; and the factors before and after it."""
+    parts = blocks.split(".")
+    makers = [c for c in reversed(trace.calls) if _makes_logits(c, logits, cap, known) is not None]
     for depth in range(len(parts) - 1, 0, -1):
-        call = trace.at(".".join(parts[:depth]))
-        if call is None or not _takes_tokens(call) or call.y is None:
+        body = trace.at(".".join(parts[:depth]))
+        if body is None or not _takes_tokens(body) or body.y is None:
             continue
-        if read is None or read.x is None or _multiple_of(call.y, read.x) is not None:
-            return call.name
-    return ".".join(parts[:1])
+        for maker in makers:
+            before = None if maker.x is None else _multiple_of(body.y, maker.x)
+            after = _makes_logits(maker, logits, cap, known)
+            if before is not None and after is not None and trace.at(maker.name) is maker:
+                return body.name, maker.name, snapped(before, known, body.y.dtype), after
+    raise NoBlocksError(
+        "no module of its own makes the logits of what the module around the blocks returns"
+    )
+
+
+def _makes_logits(
+    call: Call, logits: Tensor, cap: float | None, known: list[float]
+) -> float | None:
+    """The factor with which a module's output gives the logits; None where it does not."""
+    y = call.y
+    if y is None or call.x is None or y.shape[:-1] != logits.shape[:-1]:
+        return None
+    if y.shape[-1] < logits.shape[-1] or call.x.shape[-1] == y.shape[-1]:
+        return None
+    made = y[..., : logits.shape[-1]].to(logits.device)
+    if cap is None:
+        measured = ratio(flat(made), flat(logits))
+        candidates = [snapped(measured, known, y.dtype), measured]
+    else:
+        candidates = [1.0]
+    for factor in candidates:
+        if factor and are_logits(made, logits, factor, cap):
+            return factor
+    return None
+
+
+def are_logits(made: Tensor, logits: Tensor, factor: float, cap: float | None) -> bool:
+    """Whether logits are what an unembedding returned, times a factor and capped."""
+    expected = capped(made.float() * factor, cap)
+    found = logits.float()
+    # A cap leaves little of what large logits differ by.
+    room = 8 * epsilon(logits.dtype) * (expected.abs() + expected.abs().mean())
+    return bool(((expected - found).abs() <= room).all())
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits that a soft-cap keeps between -cap and cap (Gemma 2)."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def cap_of(model: Any) -> float | None:
+    """The soft-cap of a model's logits, by its configuration."""
+    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
+    return None if cap is None else float(cap)
 
 
 def _takes_tokens(call: Call) -> bool:
@@ -113,6 +162,7 @@ def _multiple_of(a: Tensor, b: Tensor) -> float | None:
     """The factor with which b is a; None where it is none."""
     if a.shape != b.shape:
         return None
+    b = b.to(a.device)
     factor = 1.0 if torch.equal(a, b) else ratio(flat(a), flat(b))
     return factor if factor and multiple(flat(a), flat(b), factor) else None
 
@@ -120,17 +170,15 @@ def _multiple_of(a: Tensor, b: Tensor) -> float | None:
 # -- final norm and embedding ---------------------------------------------------------------------
 
 
-def find_final_norm(trace: Trace, last: Call, head: str) -> tuple[str, float] | None:
-    """The norm that reads the last block's output and is read by the unembedding, and by which
-    factor it is read."""
-    read = trace.at(head)
-    for call in trace.calls if read is not None and read.x is not None else ():
-        if equal(last.y, call.x) and call.y is not None and call.name != head:
-            assert read is not None
-            assert read.x is not None
-            factor = _multiple_of(call.y, read.x.to(call.y.device))
-            if factor is not None and is_norm(call):
-                return call.name, factor
+def find_final_norm(trace: Trace, last: Call, body: str) -> str | None:
+    """The norm that reads the last block's output and whose output the body returns."""
+    returned = trace.at(body)
+    for call in trace.calls if returned is not None else ():
+        if call.name == body or trace.at(call.name) is not call:
+            continue
+        assert returned is not None
+        if equal(last.y, call.x) and equal(call.y, returned.y) and is_norm(call):
+            return call.name
     return None
 
 
@@ -203,7 +251,6 @@ class Outer:
     last: Call
     logits: Tensor
     ids: Tensor
-    head: str
 
 
 def prove_outer(model: Any, description: Description, outer: Outer) -> dict[str, str]:
@@ -216,11 +263,7 @@ def prove_outer(model: Any, description: Description, outer: Outer) -> dict[str,
             "model"
         )
     problems |= _prove_final_norm(model, description, outer)
-    body, read = outer.trace.at(description.body), outer.trace.at(outer.head)
-    if body is None or body.y is None:
-        problems["body"] = f"{description.body} does not run once, or returns no activations"
-    elif read is not None and read.x is not None and _multiple_of(body.y, read.x) is None:
-        problems["body"] = f"{description.body} does not return what the unembedding reads"
+    problems |= _prove_ends(model, description, outer)
     if description.tables:
         rows = []
         for name in description.tables:
@@ -242,15 +285,31 @@ def _prove_final_norm(model: Any, description: Description, outer: Outer) -> dic
         if not reads_only_last(model, description, outer):
             return {"final_norm": "the logits depend on more than what the last block returns"}
         return {}
-    norm, read = outer.trace.at(name), outer.trace.at(outer.head)
+    norm, body = outer.trace.at(name), outer.trace.at(description.body)
     if norm is None or norm.y is None or not is_norm(norm):
         return {"final_norm": f"{name} is no norm that runs once"}
     if not equal(outer.last.y, norm.x):
         return {"final_norm": f"{name} does not read what the last block returns"}
-    if read is None or read.x is None:
-        return {"final_norm": f"the unembedding ({outer.head}) does not run once"}
-    if not multiple(flat(norm.y), flat(read.x).to(norm.y.device), float(description.final_factor)):
-        return {"final_norm": f"the unembedding does not read what {name} returns"}
+    if body is None or not equal(norm.y, body.y):
+        return {"final_norm": f"{description.body} does not return what {name} returns"}
+    return {}
+
+
+def _prove_ends(model: Any, description: Description, outer: Outer) -> dict[str, str]:
+    """The body returns what the unembedding reads, and that makes the logits."""
+    body, maker = outer.trace.at(description.body), outer.trace.at(description.unembedding)
+    if body is None or body.y is None:
+        return {"body": f"{description.body} does not run once, or returns no activations"}
+    if maker is None or maker.x is None or maker.y is None:
+        return {"body": f"{description.unembedding} does not run once"}
+    read, before = flat(maker.x).to(body.y.device), float(description.final_factor)
+    if maker.x.shape != body.y.shape or not multiple(flat(body.y), read, before):
+        return {"body": f"{description.unembedding} does not read what {description.body} returns"}
+    made = maker.y[..., : outer.logits.shape[-1]].to(outer.logits.device)
+    after = float(description.logit_factor)
+    if made.shape != outer.logits.shape or not are_logits(made, outer.logits, after, cap_of(model)):
+        times = "" if after == 1 else f"{after:g} times "
+        return {"body": f"the logits are not {times}what {description.unembedding} returns"}
     return {}
 
 
@@ -268,9 +327,10 @@ def reads_only_last(model: Any, description: Description, outer: Outer) -> bool:
     block = model.get_submodule(description.blocks)[len(description.layers) - 1]
 
     def alike(module: nn.Module, args: Any, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
-        same = first[:1, :1].expand_as(first).contiguous()
-        return (same, *output[1:]) if isinstance(output, tuple) else same
+        first = first_tensor(output)
+        if first is None:
+            return output
+        return with_first(output, first[:1, :1].expand_as(first).contiguous())
 
     handle = block.register_forward_hook(alike)
     try:

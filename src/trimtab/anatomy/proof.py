@@ -227,6 +227,8 @@ def _prove_reading(
     block: Block, i: int, branch: Branch, calls: BlockCalls, shown: Shown
 ) -> str | None:
     """The branch, or its norm, reads the stream with the branches that it says are in it."""
+    if branch.module is None and branch.norm is None and not branch.readers:
+        return None  # what it reads is not to be seen, and so is no site
     where = branch.module or branch.norm or branch.out
     read = calls.input_of(branch)
     if branch.norm is not None:

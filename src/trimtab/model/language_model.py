@@ -490,11 +490,8 @@ class LanguageModel:
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits in float32 (of a float64 model in float64) from what the final norm puts out,
-        soft-capped where the model is."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        cap = getattr(self.anatomy.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        scaled and soft-capped where the model's are."""
+        return self.anatomy.unembed(hidden)
 
     def _rows_for(
         self, texts: Sequence[Sequence[int]], steering: SteeringArgument, force: bool
