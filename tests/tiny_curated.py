@@ -56,6 +56,7 @@ _DELTA = {
     "linear_value_head_dim": 12,
 }
 
+# No bias on the way in: transformers would let it into the state through padding.
 _MAMBA = {
     "mamba_n_heads": 8,
     "mamba_n_groups": 2,
@@ -139,7 +140,6 @@ _GRANITE_HYBRID = {
     "shared_intermediate_size": 56,
     "num_experts_per_tok": 2,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "mamba_proj_bias": True,
     "attention_bias": True,
 }
 
@@ -174,7 +174,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_WIDE,
             **_MAMBA,
             "mamba_d_ssm": 96,
-            "mamba_proj_bias": True,
             "projectors_bias": True,
             "attention_bias": True,
             "mlp_bias": True,
@@ -261,7 +260,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **_GROUPED,
             "layer_types": ["conv", "full_attention", "conv"],
-            "conv_bias": True,
             "block_auto_adjust_ff_dim": False,
         },
     ),
@@ -277,7 +275,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "no_rope_layers": [1, 1, 0, 1],
             "attention_chunk_size": 8,
-            "floor_scale": 4,
             "attention_bias": True,
         },
     ),
@@ -330,8 +327,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "ssm_state_size": 8,
             "n_groups": 2,
             "chunk_size": 16,
-            "mamba_proj_bias": True,
-            "attention_bias": True,
             "mlp_bias": True,
         },
     ),

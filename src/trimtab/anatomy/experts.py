@@ -8,7 +8,7 @@ it. What its down projections read is the site `ffn_in`, which no boundary of mo
 Layouts differ (`ExpertLayout`), and so do the ways in which a module learns who reads what:
 
     routed   (hidden states, chosen experts, their weights): nearly all
-    logits   (hidden states, the router's logits): Aria up to transformers 5.16
+    logits   (hidden states, the router's logits): Aria in transformers 5.16
     every    hidden states of all experts, one below the other, already times their weights: Llama 4
     shared   (hidden states, a weight of each expert): Inkling's shared experts
     block    hidden states alone, the router being inside: JetMoE
