@@ -113,6 +113,8 @@ def tiny_model(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if getattr(config, "attn_logit_softcapping", None):  # which older versions leave out elsewhere
         model.set_attn_implementation("eager")
+    if dtype == torch.float64 and hasattr(config, "num_experts"):  # no grouped product takes it
+        model.set_experts_implementation("eager")
     # The name takes part, so that two architectures of one size do not share weights.
     randomise(model, torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed))
     return model.eval()

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import nn
 
 from trimtab.anatomy.architectures import Architecture, find_registered
@@ -94,11 +94,12 @@ def know(model: Any) -> Known:
                 return known
         cached = _read_cache(model)
         if cached is not None:
-            proved = _proved(model, cached, [[block] for block in cached.layers], "cache")
-            if isinstance(proved, Known) and not proved.around:
+            described = cached.description
+            proved = _proved(model, described, [[block] for block in described.layers], "cache")
+            if isinstance(proved, Known) and _noted(proved) == cached.problems:
                 return proved
         known = discover(model)
-        _write_cache(model, known.description)
+        _write_cache(model, _Cached(known.description, _noted(known)))
         return known
 
 
@@ -249,7 +250,25 @@ def _heads(model: Any) -> int | None:
 
 # -- the cache ------------------------------------------------------------------------------------
 
-_DESCRIPTION = TypeAdapter(Description)
+
+@dataclass
+class _Cached:
+    """What a discovery found, and what of it did not hold, which has to be the same again."""
+
+    description: Description
+    problems: list[str]
+
+
+_CACHED = TypeAdapter(_Cached)
+
+
+def _noted(known: Known) -> list[str]:
+    layers = [
+        f"{layer} {branch} {aspect}"
+        for layer, problems in enumerate(known.layers)
+        for branch, aspect in problems
+    ]
+    return sorted([*layers, *known.around])
 
 
 def _cache_file(model: Any) -> Any:
@@ -261,25 +280,25 @@ def _cache_file(model: Any) -> Any:
     return cache_dir() / "anatomy" / f"{digest}.json"
 
 
-def _read_cache(model: Any) -> Description | None:
+def _read_cache(model: Any) -> _Cached | None:
     """What an earlier discovery found; anything else there is as if nothing were."""
     try:
-        path = _cache_file(model)
-        description = _DESCRIPTION.validate_json(path.read_bytes())
+        cached = _CACHED.validate_json(_cache_file(model).read_bytes())
+        description = cached.description
         blocks = model.get_submodule(description.blocks)
-        names = [description.body, *description.tables, description.final_norm or ""]
-        for name in names:
+        names = (description.body, description.unembedding, *description.tables)
+        for name in (*names, description.final_norm or ""):
             model.get_submodule(name)
-    except (OSError, ValueError, TypeError, ValidationError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     whole = isinstance(blocks, nn.ModuleList) and len(description.layers) <= len(blocks)
-    return description if whole and description.layers else None
+    return cached if whole and description.layers else None
 
 
-def _write_cache(model: Any, description: Description) -> None:
+def _write_cache(model: Any, found: _Cached) -> None:
     try:
         path = _cache_file(model)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, _DESCRIPTION.dump_json(description), overwrite=True)
-    except (OSError, ValueError, TypeError):
+        write_whole(path, _CACHED.dump_json(found), overwrite=True)
+    except (OSError, ValueError, TypeError, TrimtabError):
         pass  # a cache that cannot be written costs the next load some time, and nothing else

@@ -324,7 +324,7 @@ def attends(asked: Call, calls: BlockCalls, branch: Branch, shown: Shown) -> str
     writer = calls.call(branch.writer)
     if writer is None or shown.heads is None:
         return "the configuration says no number of heads"
-    if averages_tokens(asked, writer.module, shown.heads, ROWS):
+    if mixes_tokens(asked, ROWS) and averages_tokens(asked, writer.module, shown.heads, ROWS):
         shown.averaging.add(type(asked.module))
         return None
     # Attention to keys and values that another layer made (Gemma 4) cannot be asked by itself: it
