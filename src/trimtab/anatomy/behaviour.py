@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,35 +128,29 @@ def is_norm(call: Call) -> bool:
     return near(flat(more), flat(once), 2e-2) and not near(flat(once), flat(scaled), 1e-3)
 
 
+#: The token that is changed when it is asked whether others see it.
+_CHANGED = 2
+
+
 def mixes_tokens(call: Call, rows: int) -> bool:
     """Whether changing one token of what a module takes changes what it returns for others."""
     assert call.x is not None
-    assert call.y is not None
-    changed = call.x.clone(memory_format=torch.contiguous_format)
-    tokens = changed.view(rows, -1, changed.shape[-1])
-    place = 2
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(tokens.shape[-1], generator=generator).to(tokens)
-    tokens[:, place] += tokens.float().std().to(tokens) * noise
-    after = first_tensor(call.again(changed))
-    if after is None or after.shape != call.y.shape:
-        return True
-    before, after = (
-        call.y.reshape(rows, -1, call.y.shape[-1]),
-        after.reshape(rows, -1, call.y.shape[-1]),
-    )
-    others = [i for i in range(before.shape[1]) if i != place]
-    room = 4 * epsilon(before.dtype) * before[:, others].float().abs().amax(-1)
-    return bool(((after - before)[:, others].float().abs().amax(-1) > room).any())
+    tokens = call.x.reshape(rows, -1, call.x.shape[-1]).clone()
+    after = first_tensor(call.again(_with_one_changed(tokens).reshape(call.x.shape)))
+    return _differs_elsewhere(call, after, rows, range(rows))
 
 
-def averages_tokens(call: Call, writer: nn.Module, heads: int, rows: int) -> bool:
-    """Whether a module is softmax attention: where all tokens are one token, each head says the
-    same at all of them, because it averages what they say. With attention sinks, up to a factor.
-    `writer` is the map that the heads go through."""
+def mixes_and_averages(call: Call, writer: nn.Module, heads: int, rows: int) -> tuple[bool, bool]:
+    """Whether a module mixes tokens, and whether it does so as softmax attention: where all tokens
+    are one token, each head says the same at all of them, because it averages what they say. With
+    attention sinks, up to a factor. `writer` is the map that the heads go through.
+
+    The module runs once: its first row has one token all over, in its last row one is changed.
+    """
     assert call.x is not None
-    x = call.x.reshape(rows, -1, call.x.shape[-1])
-    alike = x[:, :1].expand_as(x).reshape(call.x.shape).contiguous()
+    tokens = call.x.reshape(rows, -1, call.x.shape[-1]).clone()
+    tokens[:1] = tokens[:1, :1].clone()
+    tokens[-1:] = _with_one_changed(tokens[-1:])
     seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -164,22 +158,47 @@ def averages_tokens(call: Call, writer: nn.Module, heads: int, rows: int) -> boo
 
     handle = writer.register_forward_pre_hook(see)
     try:
-        call.again(alike)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
+        after = first_tensor(call.again(tokens.reshape(call.x.shape)))
     finally:
         handle.remove()
+    mixes = _differs_elsewhere(call, after, rows, [rows - 1])
     if len(seen) != 1 or seen[0].shape[-1] % heads:
-        return False
-    inner = seen[0].reshape(rows, -1, heads, seen[0].shape[-1] // heads)
+        return mixes, False
+    inner = seen[0].reshape(rows, -1, heads, seen[0].shape[-1] // heads)[:1]
+    return mixes, _same_at_all_tokens(inner, call.module)
+
+
+def _same_at_all_tokens(inner: Tensor, module: nn.Module) -> bool:
+    """Whether heads [rows, tokens, heads, units] are those of the first token everywhere."""
     eps = epsilon(inner.dtype)
     tolerance = 100 * eps if eps < 1e-5 else 8 * eps
     first_tokens = inner[:, :1].expand_as(inner)
     if near(flat(inner), flat(first_tokens), tolerance):
         return True
-    sinks = any("sink" in name for name, _ in call.module.named_parameters())
+    sinks = any("sink" in name for name, _ in module.named_parameters())
     directions = [flat(normalize(each.double(), dim=-1)) for each in (inner, first_tokens)]
     return sinks and near(directions[0], directions[1], tolerance)
+
+
+def _with_one_changed(tokens: Tensor) -> Tensor:
+    """Rows [rows, tokens, units] with another token at one place."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(tokens.shape[-1], generator=generator).to(tokens)
+    changed = tokens.clone()
+    changed[:, _CHANGED] += tokens.float().std().to(tokens) * noise
+    return changed
+
+
+def _differs_elsewhere(call: Call, after: Tensor | None, rows: int, where: Iterable[int]) -> bool:
+    """Whether rows that a module returns differ at other tokens than the changed one."""
+    assert call.y is not None
+    if after is None or after.shape != call.y.shape:
+        return True
+    shape = (rows, -1, call.y.shape[-1])
+    before, after = call.y.reshape(shape)[list(where)], after.reshape(shape)[list(where)]
+    others = [i for i in range(before.shape[1]) if i != _CHANGED]
+    room = 4 * epsilon(before.dtype) * before[:, others].float().abs().amax(-1)
+    return bool(((after - before)[:, others].float().abs().amax(-1) > room).any())
 
 
 def reads_by_weight(call: Call) -> bool:

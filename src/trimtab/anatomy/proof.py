@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from trimtab.anatomy.behaviour import (
-    averages_tokens,
     computes_its_map,
     is_linear,
     is_norm,
+    mixes_and_averages,
     mixes_tokens,
     reads_by_weight,
 )
@@ -324,7 +324,11 @@ def attends(asked: Call, calls: BlockCalls, branch: Branch, shown: Shown) -> str
     writer = calls.call(branch.writer)
     if writer is None or shown.heads is None:
         return "the configuration says no number of heads"
-    if mixes_tokens(asked, ROWS) and averages_tokens(asked, writer.module, shown.heads, ROWS):
+    try:
+        asked_both = mixes_and_averages(asked, writer.module, shown.heads, ROWS)
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        asked_both = False, False
+    if all(asked_both):
         shown.averaging.add(type(asked.module))
         return None
     # Attention to keys and values that another layer made (Gemma 4) cannot be asked by itself: it

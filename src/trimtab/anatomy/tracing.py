@@ -7,7 +7,8 @@ memory than one block's activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,8 @@ class Call:
             given = self.kwargs[self.place]
 
         def put(value: Any) -> Any:
+            if isinstance(value, MutableMapping):  # Gemma 4 keeps keys there for later layers
+                return copy.copy(value)
             alike = (
                 isinstance(value, Tensor) and value.shape == x.shape and value.is_floating_point()
             )
