@@ -435,6 +435,7 @@ def test_edits_join_and_the_forward_comes_back() -> None:
 def test_an_adapter_around_experts_is_refused() -> None:
     module = expert_module("Qwen3MoeExperts")
     module.base_layer = nn.Identity()
+    assert layout_of(module) is None
     refused_in_one_line(lambda: hooked_once(module), "adapter")
 
 
@@ -507,9 +508,9 @@ def test_factors_of_the_inner_units_are_in_the_joint_map(name: str) -> None:
     reader = experts_joint_reader(module)
     assert reader is not None
     assert reader.read().shape == (HIDDEN, WIDTH)
-    assert reader.bias is None
     fold([reader], lambda weight: weight * factors)
     assert relative(plain(module, name), expected) < 1e-5
+    assert reader.bias is None
 
 
 def test_experts_beside_their_own_input_and_normed_ones_take_no_map_of_the_output() -> None:

@@ -76,6 +76,8 @@ def layout_of(module: nn.Module) -> ExpertLayout | None:
     A layout is read off names and shapes. `disagreement` says whether it is the right one.
     """
     experts: Any = module
+    if hasattr(experts, "base_layer"):  # an adapter: its weights alone are not what it computes
+        return None
     if _stored(experts, "down_proj", 3):
         return _fused(experts)
     if _stored(experts, "fc2.weight", 3) and hasattr(experts, "route_tokens_to_experts"):
