@@ -73,14 +73,16 @@ def plain(module: nn.Module, name: str) -> Tensor:
 # -- all of transformers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_layout_of_all_experts_of_transformers_is_proved(dtype: torch.dtype) -> None:
     """Those that declare themselves, and all others; with each way of computing them."""
     assert len(declared()) > 50
     wrong = {}
     for name in everything():
         module = expert_module(name, dtype)
-        for way in ("eager", "grouped_mm", "batched_mm") if name in declared() else ("",):
+        ways = ("eager", "batched_mm", "grouped_mm")  # which has no kernel for float64
+        ways = ways[:2] if dtype is torch.float64 else ways
+        for way in ways if name in declared() else ("",):
             if way:
                 module.config._experts_implementation = way
             for huge in (False, True):
@@ -158,6 +160,31 @@ def test_what_an_activation_function_puts_out_is_the_factor_of_the_other_half(na
     gate = gate.clamp(max=1.5) if name == "DeepseekV4Experts" else gate
     seen = acts[0].view(-1, EXPERTS, UNITS)[token, expert]
     assert relative(seen, nn.functional.silu(gate)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["GptOssExperts", "Llama4TextExperts", "DbrxExperts"])
+def test_gradients_pass_through_an_edit(name: str) -> None:
+    """Both ways: fits go backward, and dials that are turned forward."""
+    module = expert_module(name, torch.float64)
+    around = Around(module)
+    given = (torch.zeros(ROWS, TOKENS, HIDDEN), *arguments(name, torch.float64))
+    point = Point("layers.0.ffn_in", module, "experts", WIDTH, around)
+
+    def squares(factor: Tensor) -> Tensor:
+        with hooked(around, {point: lambda x: x * factor}):
+            output: Tensor = around(*given)
+        return output.square().sum()
+
+    one, step = torch.ones((), dtype=torch.float64), 1e-4
+    with torch.no_grad():
+        expected = (squares(one + step) - squares(one - step)) / (2 * step)
+    backward = torch.autograd.functional.jacobian(squares, one)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(one, one)
+        forward = torch.autograd.forward_ad.unpack_dual(squares(dual)).tangent
+    assert forward is not None
+    assert relative(backward, expected) < 1e-6
+    assert relative(forward, expected) < 1e-6
 
 
 def test_experts_that_stand_alone_do_not_know_their_rows() -> None:
@@ -435,6 +462,7 @@ def test_edits_join_and_the_forward_comes_back() -> None:
 def test_an_adapter_around_experts_is_refused() -> None:
     module = expert_module("Qwen3MoeExperts")
     module.base_layer = nn.Identity()
+    assert layout_of(module) is None
     refused_in_one_line(lambda: hooked_once(module), "adapter")
 
 
@@ -507,9 +535,9 @@ def test_factors_of_the_inner_units_are_in_the_joint_map(name: str) -> None:
     reader = experts_joint_reader(module)
     assert reader is not None
     assert reader.read().shape == (HIDDEN, WIDTH)
-    assert reader.bias is None
     fold([reader], lambda weight: weight * factors)
     assert relative(plain(module, name), expected) < 1e-5
+    assert reader.bias is None
 
 
 def test_experts_beside_their_own_input_and_normed_ones_take_no_map_of_the_output() -> None:

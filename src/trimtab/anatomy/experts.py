@@ -76,6 +76,8 @@ def layout_of(module: nn.Module) -> ExpertLayout | None:
     A layout is read off names and shapes. `disagreement` says whether it is the right one.
     """
     experts: Any = module
+    if hasattr(experts, "base_layer"):  # an adapter: its weights alone are not what it computes
+        return None
     if _stored(experts, "down_proj", 3):
         return _fused(experts)
     if _stored(experts, "fc2.weight", 3) and hasattr(experts, "route_tokens_to_experts"):
@@ -429,23 +431,25 @@ def disagreement(
     """How what a fused experts module returned on these arguments differs from what its layout
     says, in one clause; None where it does not.
 
-    The layout is computed in the module's own dtype and in float64. The module has to be about as
+    The layout is computed in the output's own dtype and in float64. The module has to be about as
     near to the latter as the former is, so that the tolerance is what rounding does there.
     """
     layout = layout_of(experts)
     if layout is None:
         return "no layout of experts is known that has its weights"
+    # Models in float64, too, compute parts in float32.
+    own = torch.float32 if output.dtype is torch.float64 else output.dtype
     try:
         routes = _routes(experts, layout, args, dict(kwargs))
         exact = _replayed(experts, layout, replace(routes, hidden=routes.hidden.double()))
-        replayed = _replayed(experts, layout, routes).double()
+        replayed = _replayed(experts, layout, replace(routes, hidden=routes.hidden.to(own)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         return f"replaying its experts fails ({first_line(error) or type(error).__name__})"
     if output.shape != exact.shape:
         return f"it returns {list(output.shape)}, and its experts replayed {list(exact.shape)}"
-    rounding, found = (replayed - exact).abs(), (output.double() - exact).abs()
+    rounding, found = (replayed.double() - exact).abs(), (output.double() - exact).abs()
     # Of each number and of each token: a few huge units hide nothing in the others.
-    eps = torch.finfo(output.dtype).eps
+    eps = torch.finfo(own).eps
     size = exact.abs() + exact.abs().median(-1, keepdim=True).values
     scale = (eps * size + rounding.median(-1, keepdim=True).values).clamp(min=1e-30)
     rounding, found = rounding / scale, found / scale
