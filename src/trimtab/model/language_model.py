@@ -37,8 +37,10 @@ from trimtab.model.decoding import (
     written,
 )
 from trimtab.model.identity import Weights
+from trimtab.model.padding import left_padded, pads_generate, pads_logits, plain_logits
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
+from trimtab.model.questions import answered, probe_texts
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
@@ -60,6 +62,11 @@ class Rule(Protocol):
     ) -> list[float]:
         """The dial of each text (token ids); with no text it only says what would be wrong."""
 
+
+#: What configurations call the longest text.
+_LONGEST = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
+#: What is said of models that take texts of any length.
+_UNLIMITED = 1 << 20
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
 #: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
@@ -138,9 +145,10 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int:
-        """The longest text in tokens."""
+        """The longest text in tokens; a million where the model has no limit (ALiBi, a state)."""
+        named = (getattr(self.anatomy.config, name, None) for name in _LONGEST)
         limits = [
-            getattr(self.anatomy.config, "max_position_embeddings", None),
+            next((limit for limit in named if limit is not None), None),
             # A tokenizer without a limit says so with a number like 1e30.
             self.tokenizer.model_max_length,
         ]
@@ -150,7 +158,7 @@ class LanguageModel:
                     f"{shown(self.name)} says that its texts have at most {shown(limit, 40)} "
                     "tokens, which is no number: mend model_max_length in tokenizer_config.json"
                 )
-        return min(int(limit) for limit in limits if limit and limit < 1e9)
+        return min((int(limit) for limit in limits if limit and limit < 1e9), default=_UNLIMITED)
 
     @property
     def quantised(self) -> bool:
@@ -286,13 +294,32 @@ class LanguageModel:
                 )
         return encoded
 
+    def pads(self, how: Literal["logits", "generate"]) -> bool:
+        """Whether texts of different lengths may share a batch that is padded on the left: whether
+        each of them then gives what it gives alone. It is asked once, by numbers on a short text.
+        """
+        ask = partial(pads_logits if how == "logits" else pads_generate, self.model)
+        return answered(self.anatomy, ("pads", how), partial(ask, *probe_texts(self.anatomy)))
+
+    def _batches(
+        self, texts: Sequence[Sequence[int]], rows: int, how: Literal["logits", "generate"]
+    ) -> Iterator[list[int]]:
+        """Indices of texts (token ids) that run together; where the model does not pad, texts of
+        equal length."""
+        lengths = [len(text) for text in texts]
+        for chosen in batches_by_length(lengths, rows=rows):
+            mixed = len({lengths[i] for i in chosen}) > 1
+            if mixed and not self.pads(how):
+                own = [lengths[i] for i in chosen]
+                yield from (
+                    [chosen[place] for place in places]
+                    for places in batches_by_length(own, rows=rows, equal=True)
+                )
+            else:
+                yield chosen
+
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-        longest = max(len(row) for row in tokens)
-        # Any token will do where nothing attends to it; one that the row has anyway is not taken
-        # for another one by what counts the tokens of a text (a repetition penalty).
-        ids = torch.tensor([[row[0]] * (longest - len(row)) + list(row) for row in tokens])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        return left_padded(tokens, self.device)
 
     # -- steering -----------------------------------------------------------------------------
 
@@ -417,7 +444,7 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
+            for chosen in self._batches(tokens, batch_size, "generate"):
                 with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
@@ -468,16 +495,10 @@ class LanguageModel:
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
         found: dict[int, Tensor] = {}
-        for chosen in batches_by_length([len(row) for row in tokens], rows=batch_size):
+        for chosen in self._batches(tokens, batch_size, "logits"):
             inputs = self._left_padded([tokens[i] for i in chosen])
-            positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             with self._for_call([rows[i] for i in chosen], force):
-                logits = self.model(
-                    **inputs,
-                    position_ids=positions,
-                    use_cache=False,
-                    logits_to_keep=1 if at == "last" else 0,
-                ).logits.float()
+                logits = plain_logits(self.model, inputs, last=at == "last").float()
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
         ordered = [found[i] for i in range(len(wanted))]

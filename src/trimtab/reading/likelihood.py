@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, SteeringArgument, per_text
+from trimtab.reading.abilities import packs
 from trimtab.reading.packing import (
     Batch,
     Packed,
@@ -39,37 +40,40 @@ def log_odds(
     """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats.
 
     `steering` is one for all pairs or a list with one per pair. The two sides of a pair share
-    their prompt in one packed row, however short it is.
+    their prompt in one packed row, however short it is, where the model takes that.
     """
     rows = _scored_pairs(language_model, contrast)
     steerings = per_text(steering, len(rows))
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens):
-            indices = [row.index for row in batch.rows]
+        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
+            owners = batch.owners()
+            indices = [batch.rows[row].index for row, _ in owners]
             here = steering if steerings is None else [steerings[i] for i in indices]
             with language_model.steered(here, force=force) as sequences:
-                sequences.given_ends = [row.answers[0] for row in batch.rows]
+                sequences.given_ends = [batch.rows[row].answers[side] for row, side in owners]
                 hidden = run_packed(batch, language_model).last_hidden_state
             columns, targets = _answer_tokens(batch)
             answers = read_columns(language_model, hidden, columns, targets)
             refuse_unsound(language_model, answers, indices, here)
-            for row, each in zip(batch.rows, answers, strict=True):
-                first = row.common + row.sides[0] - row.answers[0]
-                odds[row.index] = each.log_p[:first].sum() - each.log_p[first:].sum()
+            for i, row in enumerate(batch.rows):
+                first, last = (answers[line].log_p for line in batch.lines[i].tolist())
+                positive, negative = (row.common + n - row.answers[0] for n in row.sides)
+                odds[row.index] = first[:positive].sum() - last[len(last) - negative :].sum()
             advance(len(batch.rows))
     return odds
 
 
 def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each packed row the columns that answer tokens are predicted from, and these tokens: the
-    positive side's, then the negative side's."""
-    columns: list[list[int]] = [[] for _ in batch.rows]
-    targets: list[list[int]] = [[] for _ in batch.rows]
+    """Of each line the columns that answer tokens are predicted from, and these tokens: in a
+    packed row the positive side's, then the negative side's."""
+    columns: list[list[int]] = [[] for _ in batch.tokens]
+    targets: list[list[int]] = [[] for _ in batch.tokens]
     for i, row in enumerate(batch.rows):
         for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
-            columns[i] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
-            targets[i] += text[start:]
+            line = int(batch.lines[i, side])
+            columns[line] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
+            targets[line] += text[start:]
     return columns, targets
 
 

@@ -28,7 +28,8 @@ from trimtab.model import (
     row_steerings,
     unsound,
 )
-from trimtab.reading.streams import StreamCache, blocks_below, run_prefix, run_upper
+from trimtab.reading.abilities import blocks_apart, shares_prefixes
+from trimtab.reading.streams import StreamCache, run_prefix, run_upper
 from trimtab.steering import Steering
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
@@ -79,10 +80,12 @@ class PlannedBatch:
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int) -> list[PlannedBatch]:
-    """Batches of similar length, group by group of texts that share their beginning."""
+def plan(readings: Sequence[Reading], batch_tokens: int, shares: bool = True) -> list[PlannedBatch]:
+    """Batches of similar length, group by group of texts that share their beginning; without
+    `shares` each text runs whole."""
     batches = []
-    for shared, group in _groups(readings):
+    groups = _groups(readings) if shares else [(0, list(range(len(readings))))]
+    for shared, group in groups:
         order = sorted(group)
         lengths = [len(readings[i].tokens) - shared for i in order]
         for batch in batches_by_length(lengths, batch_tokens):
@@ -108,6 +111,8 @@ def next_tokens(
     """
     steerings = per_text(steering, len(readings))
     batches = plan(readings, language_model.batch_tokens)
+    if any(batch.shared for batch in batches) and not shares_prefixes(language_model):
+        batches = plan(readings, language_model.batch_tokens, shares=False)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
     if steerings is None:
@@ -136,7 +141,8 @@ def run_batches(
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0
     if kept is not None and not is_hooked(language_model.model):
-        below = blocks_below(language_model.anatomy, steerings)
+        shared = any(batch.shared for batch in batches)
+        below = blocks_apart(language_model, steerings, shared)
     kept = kept or StreamCache(language_model)  # where no block is below it keeps nothing
     start: tuple[int, ...] = ()
     cache = None
