@@ -49,7 +49,7 @@ def pads_logits(model: Any, longer: Sequence[int], shorter: Sequence[int]) -> bo
         plain_logits(model, left_padded(texts, device), last=False)[-1, -len(shorter) :]
         for texts in ([longer, shorter], [shorter])
     )
-    return alike(both, alone)
+    return alike(both, alone, model.dtype)
 
 
 class _Forced(LogitsProcessor):
@@ -81,4 +81,4 @@ def pads_generate(model: Any, longer: Sequence[int], shorter: Sequence[int]) -> 
         )[:, -1]
         for texts in ([longer, shorter], [shorter])
     )
-    return alike(both, alone)
+    return alike(both, alone, model.dtype)

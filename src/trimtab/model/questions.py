@@ -76,14 +76,14 @@ def hidden_alone(anatomy: Anatomy, text: Sequence[int]) -> Tensor:
     return hidden[0]
 
 
-def alike(found: Tensor, alone: Tensor) -> bool:
+def alike(found: Tensor, alone: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether activations or logits of the same tokens, [tokens, units], differ by no more than
-    rounding.
+    rounding, in the `dtype` that they were computed in (default: their own).
 
     In half precision the experts of a mixture may be chosen otherwise for a rounding's sake, so
     that a few tokens may differ.
     """
-    epsilon = torch.finfo(alone.dtype).eps
+    epsilon = torch.finfo(dtype or alone.dtype).eps
     tolerance = max(1e-4, 12 * epsilon)
     if epsilon < 1e-5:
         return near(found, alone, tolerance)

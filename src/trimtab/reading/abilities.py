@@ -25,6 +25,8 @@ from trimtab.steering import Steering
 _REACH = 5
 #: The names in a configuration of how far it reaches, which its body reads at each pass.
 _REACHES = ("sliding_window", "attention_chunk_size")
+#: What is in names of numbers that sound like one and are none.
+_NO_REACH = ("pattern", "layers", "feed_forward")
 
 
 def packs(language_model: LanguageModel) -> bool:
@@ -132,7 +134,7 @@ def _knows_reach(config: Any) -> bool:
         any(part in name for part in ("window", "chunk", "local_att"))
         and isinstance(value, int)
         and not isinstance(value, bool)
-        and not (name in _REACHES or "pattern" in name or "layers" in name)
+        and not (name in _REACHES or any(part in name for part in _NO_REACH))
         for name, value in vars(config).items()
     )
 
