@@ -1,4 +1,4 @@
-"""Clever ways of running a model are taken where they are right, and give what each text alone does.
+"""Clever ways of running a model are taken where they give what each text alone does.
 
 The oracle is each text by itself, in plain transformers.
 """
