@@ -111,3 +111,29 @@ def test_unknown_hub_id_without_a_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(trimtab("generate --model nobody/has-this Hello"), "'nobody/has-this'")
     assert "smollm2-135m-instruct" in line  # what could be meant
+
+
+def test_show_draws_the_blocks_and_says_where_sites_are(tmp_path: Path) -> None:
+    from tiny_curated import curated_model
+
+    directory = tmp_path / "hybrid"
+    curated_model("qwen3_next").save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    shown = run("models", "show", str(directory))
+    assert "layers 0, 2" in shown.output.replace("layer 0\n", "layers 0, 2")
+    for line in (
+        "├─╮ mixes tokens, no heads",
+        "writer    linear_attn.out_proj   attn_out",
+        "writer    self_attn.o_proj   heads → attn_out",
+        "experts   mlp.experts   ffn_in → ffn_out",
+        "beside    mlp.shared_expert.down_proj",
+    ):
+        assert line in shown.output, line
+    record = json.loads(run("models", "show", str(directory), "--json").output)
+    assert record["known"] == "entry"
+    assert record["sites"]["heads"]["layers"] == [1]
+    assert record["sites"]["resid"] == {"layers": [0, 1, 2], "there": True, "missing": {}}
+    ((reason, layers),) = record["sites"]["heads"]["missing"].items()
+    assert layers == [0, 2]
+    assert "without heads" in reason
+    assert record["description"]["layers"][1]["branches"][1]["experts"] == "mlp.experts"

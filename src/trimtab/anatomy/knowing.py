@@ -25,7 +25,7 @@ from trimtab.anatomy.description import Block, Description
 from trimtab.anatomy.discovery import Finder, constants
 from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.exclusive import exclusively
-from trimtab.anatomy.hooks import eager
+from trimtab.anatomy.hooks import eager, is_hooked
 from trimtab.anatomy.outer import (
     NoBlocksError,
     Outer,
@@ -56,6 +56,8 @@ class Known:
     what is around them by name."""
 
     description: Description
+    #: Units of the residual stream.
+    width: int
     layers: list[Problems] = field(default_factory=list)
     around: dict[str, str] = field(default_factory=dict)
     #: In each layer the modules that see the tokens of all rows in one list, [tokens, units].
@@ -82,6 +84,11 @@ def know(model: Any) -> Known:
         raise TrimtabError(
             f"this {name} model ({type(model).__name__}) is no causal language model: it has no "
             "LM head to write with; load it with AutoModelForCausalLM"
+        )
+    if is_hooked(model):
+        raise TrimtabError(
+            f"cannot look at this {name} model while it is steered or read, because what it "
+            "computes is not its own: wrap it before the block, or after it"
         )
     with exclusively(model), eager(), torch.no_grad():
         registered = find_registered(name)
@@ -225,7 +232,8 @@ def _proved(
     description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})
     outer = Outer(trace, ends[0], ends[-1], logits, ids)
     problems_around = prove_outer(model, description, outer)
-    return Known(description, [p for _, p in found], problems_around, flat, source)
+    width = int(ends[0].x.shape[-1]) if ends[0].x is not None else 0
+    return Known(description, width, [p for _, p in found], problems_around, flat, source)
 
 
 def _is_flat(x: torch.Tensor | None) -> bool:
