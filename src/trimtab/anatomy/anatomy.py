@@ -232,9 +232,8 @@ class Anatomy:
         """A module's input or output; where it sees all tokens in one list, their rows are known
         from the block around it."""
         assert path is not None
-        block = self.blocks[layer]
-        flat = path in self.known.flat[layer]
-        return Point(site, block.get_submodule(path), side, width, block if flat else None)
+        around = self.blocks[layer] if path in self.known.flat[layer] else None
+        return Point(site, self._module(layer, path), side, width, around)
 
     def _output_path(self, branch: Branch) -> str:
         """Where a branch's output is seen: at its writer, where that is the branch as it is."""
@@ -308,7 +307,13 @@ class Anatomy:
 
     def _module(self, layer: int, path: str | None) -> nn.Module:
         assert path is not None
-        return self.blocks[layer].get_submodule(path)
+        try:
+            return self.blocks[layer].get_submodule(path)
+        except AttributeError as error:
+            raise TrimtabError(
+                f"block {layer} of this {self.name} model has no module {path} any more: the model "
+                "was changed after it was wrapped; wrap it again"
+            ) from error
 
     def _experts(self, layer: int, branch: Branch) -> Any:
         """The fused experts of a mixture layer."""
@@ -395,7 +400,8 @@ class Anatomy:
                 continue
             branch = block.branches[i]
             read = any(i in other.reads for other in block.branches)
-            if not read and branch.post_norm is None and branch.writer is not None:
+            written = branch.writer is not None or branch.experts is not None
+            if not read and branch.post_norm is None and written:
                 factor = float(block.scale) * float(branch.factor)
                 return f"layers.{layer}.{part}_out", factor
         return None

@@ -72,7 +72,9 @@ def show(
     model: Annotated[str, Parameter(help="A pack, a directory, a .gguf file or a hub id.")],
     /,
     *,
-    dtype: Annotated[str, Parameter(help="auto, checkpoint, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, Parameter(help="auto, checkpoint, float32, bfloat16 or float16.")
+    ] = "auto",
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
     revision: Annotated[str | None, Parameter(help="A branch, tag or commit of the hub.")] = None,
     as_json: Json = False,

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, probe_ids, site_order
 from trimtab.errors import TrimtabError
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import plain_copy, untie
+from trimtab.model.plain import is_plain, plain_copy, untie
 from trimtab.steering import (
     Intervention,
     LinearOperator,
@@ -81,7 +81,9 @@ def bake(
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
     copied = plain_copy(language_model.model, language_model.name)
-    anatomy = Anatomy(copied, like=language_model.anatomy)
+    # Adapters that were merged stood in the place of other modules.
+    same = is_plain(language_model.model)
+    anatomy = Anatomy(copied, like=language_model.anatomy if same else None)
     missing = _missing_biases(anatomy, folds)
     if missing:
         anatomy = Anatomy(_with_biases(anatomy, missing), like=anatomy)
