@@ -58,6 +58,11 @@ def save_checkpoint(
             f"cannot save {name} while it is steered: the file would hold the unsteered model; "
             "save it after the block, or save what bake makes of it"
         )
+    if is_quantised(model) and getattr(model, "hf_quantizer", None) is None:
+        raise TrimtabError(
+            f"cannot save {name}: its weights were quantised by another package than transformers, "
+            "which cannot write them; save it as that package does"
+        )
     if not is_plain(model):
         model = plain_copy(model, name)
     place = Path(os.path.realpath(target))
