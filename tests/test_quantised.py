@@ -182,10 +182,13 @@ MODELS: dict[str, Callable[[Path], tt.LanguageModel]] = {
     "GPTQ": partial(grouped, method="gptq"),
     "AWQ": partial(grouped, method="awq"),
 }
-#: Whose files transformers cannot write.
-NOT_WRITTEN = ("hqq", "quanto int8")
+#: Whose files transformers cannot write, or writes as those of another model.
+NOT_WRITTEN = ("hqq", "quanto int8", "GPTQ")
 #: Which round their inputs, too: what differs by a rounding may be rounded to the next number.
-ROUND_INPUTS = ("bitsandbytes 8bit", "torchao int8, inputs too", "compressed-tensors W8A8") + (
+ROUND_INPUTS = (
+    "bitsandbytes 8bit",
+    "torchao int8, inputs too",
+    "compressed-tensors W8A8",
     "compressed-tensors FP8",
 )
 
