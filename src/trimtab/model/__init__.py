@@ -14,7 +14,7 @@ from trimtab.model.language_model import (
 )
 from trimtab.model.loading import load, locations
 from trimtab.model.saving import check_target
-from trimtab.model.versions import cache_argument, warn_if_untested
+from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
 
 warn_if_untested()

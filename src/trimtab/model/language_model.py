@@ -42,7 +42,7 @@ from trimtab.model.plain import is_quantised
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
-from trimtab.model.versions import heed_soft_cap
+from trimtab.model.versions import mend_attention
 from trimtab.steering import ModelIdentity, Steering, Steerings
 from trimtab.terminal import progress
 
@@ -107,7 +107,7 @@ class LanguageModel:
         #: What was baked into the weights, in order, as `trimtab.json` of a checkpoint says it.
         self.baked: tuple[dict[str, Any], ...] = ()
         self._warned: set[str] = set()
-        heed_soft_cap(model)
+        mend_attention(model)
         self.anatomy = Anatomy(model, like=anatomy)
         self._weights = Weights(model)
 

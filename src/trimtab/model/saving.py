@@ -58,6 +58,7 @@ def save_checkpoint(
             f"cannot save {name} while it is steered: the file would hold the unsteered model; "
             "save it after the block, or save what bake makes of it"
         )
+    _refuse_quantised(model, name)
     if not is_plain(model):
         model = plain_copy(model, name)
     place = Path(os.path.realpath(target))
@@ -85,6 +86,24 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or first_line(error)
         raise TrimtabError(f"cannot write {target}: {reason}") from error
     return target
+
+
+def _refuse_quantised(model: Any, name: str) -> None:
+    """Refuse quantised weights that transformers does not write, or writes as others."""
+    if not is_quantised(model):
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        raise TrimtabError(
+            f"cannot save {name}: its weights were quantised by another package than transformers, "
+            "which cannot write them; save it as that package does"
+        )
+    # In memory its zero points have another meaning than in the files that would be written.
+    if "gptq" in str(getattr(quantizer.quantization_config, "quant_method", "")).lower():
+        raise TrimtabError(
+            f"cannot save {name}: it is quantised by GPTQ, and what transformers writes of it "
+            "would be read as another model; copy the files that it was read from"
+        )
 
 
 def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from trimtab.errors import TrimtabError
 from trimtab.model.chats import chat_form
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import unwrap
+from trimtab.model.plain import decompress, unwrap
 
 
 def wrap(
@@ -34,6 +34,7 @@ def wrap(
             f"{type(plain).__name__} is no causal language model: it has no LM head to write "
             "with; load it with AutoModelForCausalLM"
         )
+    decompress(plain)
     path = str(name or getattr(plain, "name_or_path", "") or type(plain).__name__)
     form = chat_form(tokenizer, path, chat_options, system)
     language_model = LanguageModel(plain.eval(), tokenizer, path, form)

@@ -25,7 +25,13 @@ from torch import Tensor
 from trimtab.anatomy import exclusively
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import BATCH_TOKENS, LanguageModel, batches_by_length, refuse_dropout
+from trimtab.model import (
+    BATCH_TOKENS,
+    LanguageModel,
+    batches_by_length,
+    caps_attention,
+    refuse_dropout,
+)
 
 #: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
 #: the hub, and of others nobody knows.
@@ -199,10 +205,8 @@ def _masked_attention(language_model: LanguageModel) -> Iterator[None]:
     if own is None or own in _MASKED_ATTENTION:
         yield
         return
-    # Only eager attention caps its scores, as Gemma 2 does.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
     supported = getattr(language_model.anatomy.body, "_supports_sdpa", False)
-    instead = "sdpa" if supported and not capped else "eager"
+    instead = "sdpa" if supported and not caps_attention(model) else "eager"
     if model not in _told:
         _told.add(model)
         warnings.warn(
