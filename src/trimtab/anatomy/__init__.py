@@ -10,7 +10,7 @@ from trimtab.anatomy.architectures import (
     register,
 )
 from trimtab.anatomy.description import Block, Branch, Description
-from trimtab.anatomy.drawing import drawing, places, ranges
+from trimtab.anatomy.drawing import blocks_drawn, places, ranges
 from trimtab.anatomy.entries import known
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked

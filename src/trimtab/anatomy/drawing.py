@@ -27,7 +27,7 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join(parts)
 
 
-def drawing(anatomy: Anatomy) -> str:
+def blocks_drawn(anatomy: Anatomy) -> str:
     """Each kind of layer once, from top to bottom in the order of the computation."""
     shapes: dict[Any, list[int]] = {}
     for layer, block in enumerate(anatomy.known.description.layers):

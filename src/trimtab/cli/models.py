@@ -83,7 +83,7 @@ def show(
 
     Example: `trimtab models show smollm2-135m-instruct`
     """
-    from trimtab.anatomy import drawing, places, ranges
+    from trimtab.anatomy import blocks_drawn, places, ranges
 
     anatomy = open_model(Read(model=model, dtype=dtype, device=device, revision=revision)).anatomy
     known = anatomy.known
@@ -106,7 +106,7 @@ def show(
         f"{_SOURCES[known.source]}, and proved on two short texts"
     )
     console.print()
-    console.print(drawing(anatomy), highlight=False, markup=False)
+    console.print(blocks_drawn(anatomy), highlight=False, markup=False)
     console.print()
     for kind, place in sites.items():
         layers = place["layers"]
