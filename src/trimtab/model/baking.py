@@ -77,6 +77,11 @@ def bake(
         for intervention in steering.interventions:
             if intervention.operator.identity != steering.setting:
                 folds.append(_fold(intervention, steering))
+    if language_model.image_tokens and any(fold.site == "embed" for fold in folds):
+        raise TrimtabError(
+            f"cannot bake at embed: {language_model.name} sees images, which do not come from the "
+            "embedding table; attach the steering instead"
+        )
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
     anatomy = Anatomy(plain_copy(language_model.model, language_model.name))
@@ -97,8 +102,9 @@ def bake(
     for fold in reversed(reading):
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in single)])
-    form = language_model.chat_form
-    baked = LanguageModel(anatomy.model.eval(), language_model.tokenizer, name, form)
+    lm = language_model
+    baked = LanguageModel(anatomy.model.eval(), lm.tokenizer, name, lm.chat_form, lm.processor)
+    baked.no_processor = lm.no_processor
     base = dict(vars(language_model.identity))
     baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
     return baked
@@ -124,6 +130,11 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
     if intervention.positions != "all":
         raise TrimtabError(
             f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
+            "weights act on all of them; attach it instead"
+        )
+    if intervention.tokens != "all":
+        raise TrimtabError(
+            f"cannot bake {steering.method}: it steers {intervention.tokens} tokens only, and "
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:
