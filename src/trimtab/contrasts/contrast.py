@@ -299,7 +299,7 @@ def _as_json(row: Row, folder: Path) -> dict[str, Any]:
 
 def _unplaced(prompt: Prompt) -> Any:
     """A prompt whose images are what they hold, and not where they lie."""
-    if not images_in(prompt):
+    if isinstance(prompt, str) or not images_in(prompt):
         return prompt
     return [
         [role, content if isinstance(content, str) else [_held(piece) for piece in content]]

@@ -124,9 +124,9 @@ def _decoded(content: bytes, what: str) -> Any:
     except Pillow.DecompressionBombError as error:
         raise _too_large(what) from error
     except Exception as error:  # a decoder fails at damaged files as it likes
-        known = ", ".join(_FORMATS)
-        reason = "" if isinstance(error, Pillow.UnidentifiedImageError) else f": {first_line(error)}"
-        raise TrimtabError(f"{what} is no image that can be read ({known}){reason}") from error
+        unknown = isinstance(error, Pillow.UnidentifiedImageError)
+        reason = f"known are {', '.join(_FORMATS)}" if unknown else first_line(error)
+        raise TrimtabError(f"{what} is no image that can be read: {reason}") from error
 
 
 def _refuse_large(image: Any, what: str) -> None:

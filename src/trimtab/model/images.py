@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.contrasts import Image
 from trimtab.errors import TrimtabError, first_line, shown
@@ -20,17 +20,23 @@ class ImageText(tuple[int, ...]):
     """Token ids of a text with images, each image being as many tokens as the processor gives it.
 
     It carries the text and the images that it was made of, because ids alone do not say what is to
-    be seen; two are equal where ids and images are. A part of one is refused.
+    be seen, and the ids that were written after it; two are equal where ids and images are. A part
+    of one is refused.
     """
 
     text: str
     images: tuple[Image, ...]
+    written: tuple[int, ...]
 
     def __new__(
-        cls, ids: Iterable[int], text: str = "", images: tuple[Image, ...] = ()
+        cls,
+        ids: Iterable[int],
+        text: str = "",
+        images: tuple[Image, ...] = (),
+        written: tuple[int, ...] = (),
     ) -> ImageText:
         made = super().__new__(cls, ids)
-        made.text, made.images = text, images
+        made.text, made.images, made.written = text, images, written
         return made
 
     @property
@@ -50,17 +56,29 @@ class ImageText(tuple[int, ...]):
         return hash((super().__hash__(), self.digests))
 
     def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice) and range(len(self))[place] != range(len(self)):
-            raise TrimtabError(
-                f"a text with images ({', '.join(map(str, self.images))}) of {len(self)} tokens "
-                "cannot be read in part: shorten it, or take a smaller image"
-            )
-        return self if isinstance(place, slice) else super().__getitem__(place)
+        if not isinstance(place, slice):
+            return super().__getitem__(place)
+        taken = range(len(self))[place]
+        if not taken:
+            return ()
+        if taken == range(len(self)):
+            return self
+        raise TrimtabError(
+            f"a text with images ({', '.join(map(str, self.images))}) of {len(self)} tokens "
+            "cannot be read in part: shorten it, or take a smaller image"
+        )
 
 
-def kept(tokens: Sequence[int]) -> tuple[int, ...]:
+def frozen(tokens: Sequence[int]) -> tuple[int, ...]:
     """Token ids that stay as they are, with the images of a text that has some."""
     return tokens if isinstance(tokens, ImageText) else tuple(tokens)
+
+
+def extended(tokens: Sequence[int], new: Sequence[int]) -> tuple[int, ...]:
+    """A text and token ids that were written after it."""
+    if isinstance(tokens, ImageText):
+        return ImageText((*tokens, *new), tokens.text, tokens.images, (*tokens.written, *new))
+    return (*tokens, *new)
 
 
 def has_images(text: Sequence[int]) -> bool:
@@ -78,6 +96,14 @@ def image_tokens(config: Any) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int) and token >= 0)
 
 
+def model_around(model: Any, body: nn.Module) -> nn.Module | None:
+    """The model between a whole model and its transformer body, in which images become embeddings;
+    None where the body is run by the whole model itself."""
+    inner: Any = getattr(model, "base_model", model)
+    inner = getattr(inner, "_orig_mod", inner)
+    return None if inner is body or inner is model else inner
+
+
 def refuse_bare(tokens: frozenset[int], texts: Sequence[Sequence[int]], name: str) -> None:
     """Refuse texts without images in which tokens stand for some: they would be read as words."""
     if tokens and any(not tokens.isdisjoint(text) for text in texts):
@@ -87,9 +113,7 @@ def refuse_bare(tokens: frozenset[int], texts: Sequence[Sequence[int]], name: st
         )
 
 
-def refuse_unseen(
-    rows: Sequence[Sequence[Steering]], texts: Sequence[Sequence[int]]
-) -> None:
+def refuse_unseen(rows: Sequence[Sequence[Steering]], texts: Sequence[Sequence[int]]) -> None:
     """Refuse a steering of image tokens none of whose texts (`rows` are those of each) has one."""
     seeing = {
         id(one) for row, text in zip(rows, texts, strict=True) for one in row if has_images(text)
@@ -102,9 +126,9 @@ def refuse_unseen(
             )
 
 
-def expanded(processor: Any, name: str, text: str, images: tuple[Image, ...]) -> ImageText:
+def processed(processor: Any, name: str, text: str, images: tuple[Image, ...]) -> ImageText:
     """A rendered text with its images as token ids."""
-    ids = _processed(processor, name, text, images)["input_ids"][0]
+    ids = _inputs_of(processor, name, text, images)["input_ids"][0]
     return ImageText(ids.tolist(), text, images)
 
 
@@ -113,16 +137,17 @@ def image_inputs(
 ) -> dict[str, Tensor]:
     """All that a model is given of a batch of texts with images, padded on one side: whatever
     their processor makes of each."""
-    made = [_processed(processor, name, text.text, text.images) for text in texts]
+    made = [
+        _with_written(_inputs_of(processor, name, text.text, text.images), text.written)
+        for text in texts
+    ]
     for text, one in zip(texts, made, strict=True):
         if one["input_ids"][0].tolist() != list(text):
             raise TrimtabError(
                 f"the processor of {name} made other tokens of a text than before: it, or the chat "
                 "template, was changed meanwhile"
             )
-    of_token = [
-        key for key in made[0] if all(one[key].shape == one["input_ids"].shape for one in made)
-    ]
+    of_token = set.intersection(*map(_of_token, made))
     width = max(map(len, texts))
     inputs = {}
     for key in made[0]:
@@ -133,6 +158,21 @@ def image_inputs(
             parts = [_padded(part, width, side, f) for part, f in zip(parts, fill, strict=True)]
         inputs[key] = torch.cat(_of_one_size(parts))
     return inputs
+
+
+def _of_token(made: Mapping[str, Tensor]) -> set[str]:
+    """The names of what says something of each token."""
+    return {name for name, value in made.items() if value.shape == made["input_ids"].shape}
+
+
+def _with_written(made: Mapping[str, Tensor], written: Sequence[int]) -> dict[str, Tensor]:
+    """The same with tokens after it that were written, which are text."""
+    more = {"input_ids": torch.tensor([written]), "attention_mask": torch.ones(1, len(written))}
+    added = dict(made)
+    for name in _of_token(made) if written else ():
+        own = more.get(name, torch.zeros(1, len(written)))
+        added[name] = torch.cat([made[name], own.to(made[name].dtype)], dim=1)
+    return added
 
 
 def _padded(row: Tensor, width: int, side: str, fill: int) -> Tensor:
@@ -152,7 +192,7 @@ def _of_one_size(parts: Sequence[Tensor]) -> list[Tensor]:
     return filled
 
 
-def _processed(
+def _inputs_of(
     processor: Any, name: str, text: str, images: tuple[Image, ...]
 ) -> Mapping[str, Tensor]:
     """What the processor makes of one text and its images, the tensors of it."""

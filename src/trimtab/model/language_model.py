@@ -39,9 +39,10 @@ from trimtab.model.decoding import (
 from trimtab.model.identity import Weights
 from trimtab.model.images import (
     ImageText,
-    expanded,
     image_inputs,
     image_tokens,
+    model_around,
+    processed,
     refuse_bare,
     refuse_unseen,
     with_images,
@@ -275,7 +276,7 @@ class LanguageModel:
     def _expanded(self, text: str, images: tuple[Image, ...]) -> ImageText:
         """A rendered text with images."""
         self._require_processor()
-        found = expanded(self.processor, self.name, text, images)
+        found = processed(self.processor, self.name, text, images)
         if self.image_tokens.isdisjoint(found):
             raise TrimtabError(
                 f"the chat template of {self.name} leaves images out of the text: it takes none"
@@ -307,6 +308,19 @@ class LanguageModel:
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in made.items()
         }
+
+    def read_with_images(self, texts: Sequence[Sequence[int]]) -> Any:
+        """What the transformer body puts out for texts with images, [texts, longest, units];
+        padding on the right. The model around the body runs, which puts the images in their
+        places."""
+        around: Any = model_around(self.model, self.anatomy.body)
+        if around is None:
+            raise TrimtabError(f"{self.name} has no part that puts images in their places")
+        return around(**self.image_inputs(texts, "right"), use_cache=False)
+
+    def refuse_bare(self, texts: Sequence[Sequence[int]]) -> None:
+        """Refuse texts that come without the images that tokens in them stand for."""
+        refuse_bare(self.image_tokens, texts, self.name)
 
     def _closing_tokens(self) -> int:
         """How many special tokens the tokenizer adds after a text."""
@@ -348,7 +362,7 @@ class LanguageModel:
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         if any(with_images(tokens)):
             return self.image_inputs(tokens, "left")
-        refuse_bare(self.image_tokens, tokens, self.name)
+        self.refuse_bare(tokens)
         longest = max(len(row) for row in tokens)
         # Any token will do where nothing attends to it; one that the row has anyway is not taken
         # for another one by what counts the tokens of a text (a repetition penalty).
@@ -487,8 +501,8 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            lengths, apart = [len(row) for row in tokens], with_images(tokens)
-            for chosen in batches_by_length(lengths, rows=batch_size, apart=apart):
+            sizes, apart = [len(row) for row in tokens], with_images(tokens)
+            for chosen in batches_by_length(sizes, rows=batch_size, apart=apart):
                 with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)

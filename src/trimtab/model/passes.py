@@ -53,9 +53,7 @@ class Pass:
     images: Tensor | None = None
     _masks: dict[Any, Tensor | bool] = field(default_factory=dict)
 
-    def mask(
-        self, positions: Positions, tokens: Tokens, device: torch.device
-    ) -> Tensor | bool:
+    def mask(self, positions: Positions, tokens: Tokens, device: torch.device) -> Tensor | bool:
         """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
         if positions == tokens == "all":
             return True

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Hook
 from trimtab.errors import TrimtabError
+from trimtab.model.images import model_around
 from trimtab.model.passes import Sequences, find_cache
 
 
@@ -58,7 +59,7 @@ class Attached:
     def __init__(self, model: Any, body: nn.Module) -> None:
         self._model, self._body = model, body
         #: The model that puts images in their places and runs the body, where there is one.
-        self._around = _around(model, body)
+        self._around = model_around(model, body)
         self._given = _Given()
         self.blocks: list[Block] = []
         #: Threads in which a call of generate has outlived its block.
@@ -260,14 +261,6 @@ class _Given(local):
     """What the model around the body was given, in each thread that runs it."""
 
     arguments: Mapping[str, Any] = MappingProxyType({})
-
-
-def _around(model: Any, body: nn.Module) -> nn.Module | None:
-    """The model between a whole model and its transformer body, in which images become embeddings;
-    None where the body is run by the whole model itself."""
-    inner: Any = getattr(model, "base_model", model)
-    inner = getattr(inner, "_orig_mod", inner)
-    return None if inner is body or inner is model else inner
 
 
 def _is_sound(output: Any) -> Tensor | bool:
