@@ -4,7 +4,7 @@ from trimtab.contrasts.checking import MISTAKES, SINGLE, Checked, Finding, check
 from trimtab.contrasts.contrast import Contrast, builtins
 from trimtab.contrasts.files import TABLES, meant_file, read_table
 from trimtab.contrasts.held_out import shared_rows
-from trimtab.contrasts.images import Image
+from trimtab.contrasts.images import Image, read_image
 from trimtab.contrasts.rows import (
     PARTS,
     Content,

@@ -31,9 +31,9 @@ def batches_by_length(
     """
     sign = 1 if tokens is None else -1
     order = sorted(range(len(lengths)), key=lambda i: sign * lengths[i])
-    groups = (
-        [[i for i in order if apart[i] is kind] for kind in (False, True)] if apart else [order]
-    )
+    groups = [order]
+    if apart:
+        groups = [[i for i in order if apart[i] is kind] for kind in (False, True)]
     for waiting in groups:
         while waiting:
             count = rows

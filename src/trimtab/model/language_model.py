@@ -305,7 +305,7 @@ class LanguageModel:
         seen = [text for text in texts if isinstance(text, ImageText)]
         made = image_inputs(self.processor, self.name, seen, side)
         return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
             for name, value in made.items()
         }
 

@@ -28,7 +28,7 @@ from trimtab.files import open_as_usual
 from trimtab.model.plain import is_plain, is_quantised, plain_copy
 from trimtab.terminal import status
 
-#: The files of a checkpoint, its tokenizer and its processor, which a new one replaces all together.
+#: The files of a checkpoint, its tokenizer and processor, which a new one replaces all together.
 _CHECKPOINT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|processor_config|preprocessor_config|video_preprocessor_config"

@@ -80,7 +80,7 @@ def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
     for i, row in enumerate(batch.rows):
         for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
             columns[i] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
-            targets[i] += text[start:]
+            targets[i] += tuple(text)[start:]
     return columns, targets
 
 

@@ -100,6 +100,8 @@ class Steering:
     def on(self, tokens: Tokens) -> Steering:
         """The same steering on tokens of one kind: "text", "image" (those that stand for images),
         or "all". What was measured of its dial is that of the tokens it was fitted for."""
+        if all(each.tokens == tokens for each in self.interventions):
+            return self
         changed = tuple(replace(each, tokens=tokens) for each in self.interventions)
         return replace(self, interventions=changed)
 
