@@ -88,8 +88,6 @@ def test_without_a_cache_and_in_parts(
     one = steering(lm, tokens)
     for prompt in PROMPTS[:2]:
         given = inputs_alone(prompt)
-        if "prefill_chunk_size" in options:  # images go into embeddings at once, text in parts
-            given = inputs_alone([{"role": "user", "content": "What is this? <img>"}])
         expected = given["input_ids"].shape[1]
         with lm.steered(one):
             found = lm.model.generate(**given, max_new_tokens=NEW, do_sample=False, **options)
