@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -57,7 +56,7 @@ def generate(
     opened: Opened,
     prompting: Prompting = Prompting(),
     image: Annotated[
-        tuple[Path, ...],
+        tuple[str, ...],
         Parameter(
             help="An image that the prompts on the command line are about; repeat.", negative=()
         ),
@@ -136,7 +135,7 @@ def generate(
         console.print()
 
 
-def _about(images: Sequence[Path], prompts: Sequence[str], chats: bool | None) -> Sequence[Any]:
+def _about(images: Sequence[str], prompts: Sequence[str], chats: bool | None) -> Sequence[Any]:
     """Prompts of the command line, as messages that begin with images where there are some."""
     if not images:
         return prompts
@@ -148,7 +147,7 @@ def _about(images: Sequence[Path], prompts: Sequence[str], chats: bool | None) -
         )
     for image in images:
         read_image(image, "--image")  # before the model is loaded
-    shown = [{"type": "image", "image": str(image)} for image in images]
+    shown = [{"type": "image", "image": image} for image in images]
     return [
         [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}]
         for prompt in prompts

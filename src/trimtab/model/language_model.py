@@ -285,11 +285,11 @@ class LanguageModel:
 
     def _require_processor(self) -> None:
         if self.processor is None:
-            why = self.no_processor or "it has no image processor"
-            raise TrimtabError(
-                f"{self.name} takes no images: {why}; a model in memory is given its own by "
-                "wrap(model, tokenizer, processor=...)"
+            why = self.no_processor or (
+                "it has no image processor (a model in memory is given one by "
+                "wrap(model, tokenizer, processor=...))"
             )
+            raise TrimtabError(f"{self.name} takes no images: {why}")
 
     @property
     def image_tokens(self) -> frozenset[int]:

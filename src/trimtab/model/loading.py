@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +183,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+#: The files that an image processor is in, each enough by itself.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _OWN = tuple(inspect.signature(load).parameters)
 
 
@@ -314,14 +315,18 @@ def _read_processor(path: str, opening: _Opening, model: Any) -> tuple[Any, str]
 
     if not image_tokens(model.config):
         return None, ""
+    lacking = f"there is no image processor among its files ({' or '.join(_PROCESSORS)})"
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in _PROCESSORS):
+        return None, lacking
     try:
         with damage_is_said():
             processor = AutoProcessor.from_pretrained(path, **opening.origin)
     except CheckpointError as error:
-        install = "" if find_spec("torchvision") else "; try with torchvision installed"
+        wanting = "torchvision" in str(error).lower()
+        install = "; install torchvision (pip install torchvision)" if wanting else ""
         return None, f"its processor cannot be loaded: {error}{install}"
     if getattr(processor, "image_processor", None) is None:
-        return None, "its files have no image processor (preprocessor_config.json)"
+        return None, lacking
     return processor, ""
 
 
