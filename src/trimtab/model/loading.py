@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +323,8 @@ def _read_processor(path: str, opening: _Opening, model: Any) -> tuple[Any, str]
         with damage_is_said():
             processor = AutoProcessor.from_pretrained(path, **opening.origin)
     except CheckpointError as error:
-        wanting = "torchvision" in str(error).lower()
-        install = "; install torchvision (pip install torchvision)" if wanting else ""
+        # Those that read films too need it, and do not say so.
+        install = "" if find_spec("torchvision") else "; try after pip install torchvision"
         return None, f"its processor cannot be loaded: {error}{install}"
     if getattr(processor, "image_processor", None) is None:
         return None, lacking
