@@ -182,7 +182,7 @@ def test_a_steering_is_fitted_on_images(
 ) -> None:
     file, model = pairs(folder), str(folder / "model")
     output = str(tmp_path / "image.safetensors")
-    words = ["--contrast", file, "--layer", "1", "--tokens", "image", "-o", output, "--split"]
+    words = ["--contrast", file, "--layer", "1", "--on", "image", "-o", output, "--split"]
     made = trimtab("fit", "caa", "--model", model, *words, "none", "--json").json
     assert [each["tokens"] for each in made["interventions"]] == ["image"]
     assert made["calibration"] is not None
@@ -192,7 +192,7 @@ def test_a_steering_is_fitted_on_images(
         f"[image {folder / 'blue.png'}] Well?",
     ]
     steering = tt.Steering.load(output)
-    expected = tt.CAA(layer=1).fit(loaded, tt.Contrast.from_file(file), tokens="image")
+    expected = tt.CAA(layer=1).fit(loaded, tt.Contrast.from_file(file), on="image")
     assert steering.digest == expected.digest
     red = str(folder / "red.png")
     found = generate(

@@ -63,7 +63,7 @@ def steering(lm: tt.LanguageModel, size: float = 4.0, layer: int = 1, **scope: A
     generator = torch.Generator().manual_seed(3)
     vector = torch.randn(lm.anatomy.hidden_size, generator=generator)
     added = Intervention(f"layers.{layer}.resid", Add(vector), **scope)
-    return Steering("test", {}, (added,), Dial("alpha", size, (0.0, 9.0)), lm.identity)
+    return Steering("test", {}, (added,), Dial("alpha", size, (-9.0, 9.0)), lm.identity)
 
 
 def alone(lm: tt.LanguageModel, prompt: Any, layer: int | None = None, change: Any = None) -> Any:
@@ -417,7 +417,7 @@ def test_image_tokens_without_an_image_are_refused(lm: tt.LanguageModel) -> None
 
 
 def test_what_processor_and_template_refuse_is_one_line(lm: tt.LanguageModel) -> None:
-    with pytest.raises(tt.TrimtabError, match="the processor of see refuses .image 24x20.*<boi>"):
+    with pytest.raises(tt.TrimtabError, match="the processor of see refuses .image 24x20"):
         lm.generate([about("One <boi> too many", square("red"))])
     tokenizer = copy.copy(seeing_tokenizer())
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"

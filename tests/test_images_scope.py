@@ -263,7 +263,7 @@ def test_it_is_fitted_and_kept_in_the_file(lm: tt.LanguageModel, tmp_path: Path)
         [(about("What? ", red), " good", " bad"), (about(green), " yes", " no")]
     )
     whole = tt.CAA(layer=1).fit(lm, pairs, measure=False)
-    one = tt.CAA(layer=1).fit(lm, pairs, measure=False, tokens="image")
+    one = tt.CAA(layer=1).fit(lm, pairs, measure=False, on="image")
     assert [each.tokens for each in one.interventions] == ["image"]
     again = tt.Steering.load(one.save(tmp_path / "image.safetensors"))
     assert [each.tokens for each in again.interventions] == ["image"]
@@ -284,12 +284,12 @@ def test_a_dial_is_measured_on_images_only(
     pairs = tt.Contrast.from_pairs(
         [(about("What? ", red), " good", " bad"), (about(green), " yes", " no")]
     )
-    one = tt.CAA(layer=1).fit(lm, pairs, tokens="image")
+    one = tt.CAA(layer=1).fit(lm, pairs, on="image")
     assert one.calibration is not None
     assert one.findings["measured"]["cost"] == 0  # plain text has no image to steer
     texts = tt.Contrast.from_pairs([("I am", " good", " bad")])
     with pytest.raises(tt.TrimtabError, match="has no images, on which the dial"):
-        tt.CAA(layer=1).fit(lm, texts, tokens="image")
+        tt.CAA(layer=1).fit(lm, texts, on="image")
 
 
 def test_masks_of_a_pass() -> None:

@@ -53,8 +53,8 @@ class Fitting:
         "others: what is not for train is held out. none fits on all.",
         SPLIT,
     )
-    tokens: Literal["all", "text", "image"] = option(
-        "Tokens to steer, of a model that sees images: all, text or image.", "all"
+    on: Literal["all", "text", "image"] = option(
+        "Which tokens are steered, of a model that sees images: all, text or image.", "all"
     )
     max_length: int | None = option("Longest text in tokens; prompts are cut on the left.", None)
     cache: Path | None = option(
@@ -217,7 +217,7 @@ def _fit(
         max_length=fitting.max_length,
         cache=fitting.cache,
         measure=fitting.measure,
-        tokens=fitting.tokens,
+        on=fitting.on,
     )
 
 

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asking(Prompting):
+    """The same, and images that prompts are about."""
+
+    image: Sequence[str] = option(
+        "An image that the prompts on the command line are about; repeat.", ()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How tokens are chosen."""
 
@@ -54,13 +63,7 @@ class Decoding:
 def generate(
     *prompts: Prompts,
     opened: Opened,
-    prompting: Prompting = Prompting(),
-    image: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="An image that the prompts on the command line are about; repeat.", negative=()
-        ),
-    ] = (),
+    prompting: Asking = Asking(),
     steer: Steer = (),
     compare: Annotated[
         bool,
@@ -92,7 +95,7 @@ def generate(
     from trimtab.strength import within
 
     chats = as_chats(prompting, opened)
-    texts = read_prompts(_about(image, prompts, chats), prompting.file)
+    texts = read_prompts(_about(prompting.image, prompts, chats), prompting.file)
     steerings = read_steerings(steer)
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")

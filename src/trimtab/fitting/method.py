@@ -81,7 +81,7 @@ class Method(ABC):
         max_length: int | None = None,
         cache: str | Path | None = None,
         measure: bool = True,
-        tokens: Tokens = "all",
+        on: Tokens = "all",
     ) -> Steering:
         """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
         (made,) = fit(
@@ -91,7 +91,7 @@ class Method(ABC):
             max_length=max_length,
             cache=cache,
             measure=measure,
-            tokens=tokens,
+            on=on,
         )
         return made
 
@@ -125,7 +125,7 @@ def fit(
     max_length: int | None = None,
     cache: str | Path | None = None,
     measure: bool = True,
-    tokens: Tokens = "all",
+    on: Tokens = "all",
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
@@ -140,10 +140,10 @@ def fit(
     default. `measure=False` leaves that out: the dial's default and range are then the method's
     own numbers, which know neither the model nor the texts.
 
-    `tokens` are those that are steered, of a model that sees images: all, those of text, or those
+    `on` says which tokens are steered, of a model that sees images: all, those of text, or those
     that stand for an image.
     """
-    if tokens == "image" and measure and not _has_images(contrast):
+    if on == "image" and measure and not _has_images(contrast):
         raise TrimtabError(
             f"{contrast.name} has no images, on which the dial of a steering of image tokens could "
             "be measured: give a contrast with images, or leave measuring out (--no-measure)"
@@ -152,9 +152,7 @@ def fit(
     if len(contrast.train) == 1 and any(want.rows is None for want in wants):  # not asked for one
         warnings.warn(f"{contrast.name}: {SINGLE}", TrimtabWarning, stacklevel=2)
     statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
-    steerings = [
-        method.build(language_model, contrast, statistics).on(tokens) for method in methods
-    ]
+    steerings = [method.build(language_model, contrast, statistics).on(on) for method in methods]
     if not measure:
         return steerings
     return [
