@@ -102,11 +102,11 @@ def bake(
     for fold in reversed(reading):
         _apply(anatomy, fold)
     name = " + ".join([language_model.name, *(steering.label for steering in single)])
-    lm = language_model
-    baked = LanguageModel(anatomy.model.eval(), lm.tokenizer, name, lm.chat_form, lm.processor)
-    baked.no_processor = lm.no_processor
+    form = language_model.chat_form
+    baked = LanguageModel(anatomy.model.eval(), language_model.tokenizer, name, form)
     base = dict(vars(language_model.identity))
     baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
+    baked.processor, baked.no_processor = language_model.processor, language_model.no_processor
     return baked
 
 

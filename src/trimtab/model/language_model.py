@@ -103,24 +103,19 @@ class LanguageModel:
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        name: str,
-        chat_form: ChatForm = ChatForm(),
-        processor: Any = None,
+        self, model: Any, tokenizer: Any, name: str, chat_form: ChatForm = ChatForm()
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        #: What makes a model's inputs of images; None where it takes none.
-        self.processor = processor
-        #: Why there is no processor, where there should be one.
-        self.no_processor = ""
         self.name = name
         #: How conversations become text; `with_chat` changes it.
         self.chat_form = chat_form
         #: What was baked into the weights, in order, as `trimtab.json` of a checkpoint says it.
         self.baked: tuple[dict[str, Any], ...] = ()
+        #: What makes a model's inputs of images; None where it takes none.
+        self.processor: Any = None
+        #: Why there is no processor, where there should be one.
+        self.no_processor = ""
         self._warned: set[str] = set()
         self.anatomy = Anatomy(model)
         heed_soft_cap(model)
@@ -195,11 +190,11 @@ class LanguageModel:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
-        model, tokenizer, processor = (
-            copy.deepcopy(part, memo) for part in (self.model, self.tokenizer, self.processor)
-        )
-        copied = LanguageModel(model, tokenizer, self.name, self.chat_form, processor)
-        copied.baked, copied.no_processor = self.baked, self.no_processor
+        model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
+        copied = LanguageModel(model, tokenizer, self.name, self.chat_form)
+        copied.baked = self.baked
+        copied.processor = copy.deepcopy(self.processor, memo)
+        copied.no_processor = self.no_processor
         return copied
 
     def with_chat(

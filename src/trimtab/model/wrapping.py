@@ -42,9 +42,8 @@ def wrap(
         )
     path = str(name or getattr(plain, "name_or_path", "") or type(plain).__name__)
     form = chat_form(tokenizer, path, chat_options, system)
-    language_model = LanguageModel(
-        plain.eval(), tokenizer, path, form, _checked_processor(processor, path)
-    )
+    language_model = LanguageModel(plain.eval(), tokenizer, path, form)
+    language_model.processor = _checked_processor(processor, path)
     _check_vocabulary(language_model)
     return language_model
 
