@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 import trimtab as tt
-from tiny import _SIZES, _WIDE, _randomise, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 #: Tokens that an image is, beside the two around it.
 IMAGE_LENGTH = 4
@@ -70,8 +70,13 @@ def seeing_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
     tokenizer = seeing_tokenizer()
     config = Gemma3Config(
         text_config={
-            **_SIZES,
-            **_WIDE,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "max_position_embeddings": 256,
             "vocab_size": len(tokenizer),
             "sliding_window": 8,
             "query_pre_attn_scalar": 1,
@@ -93,9 +98,20 @@ def seeing_model(seed: int = 0) -> Gemma3ForConditionalGeneration:
     )
     with torch.random.fork_rng(devices=[]):
         model = Gemma3ForConditionalGeneration(config)
-    _randomise(model, torch.Generator().manual_seed(seed))
+    _draw(model, torch.Generator().manual_seed(seed))
     model.generation_config.eos_token_id = None  # so that lengths are known
     return model.eval()
+
+
+@torch.no_grad()
+def _draw(model: Any, generator: torch.Generator) -> None:
+    """Weights that are strong enough for every token to count, and norms that are not ones."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(0.2 * noise)
+        else:
+            parameter.copy_(noise * (0.1 if "embed" in name else 0.2))
 
 
 def seeing(seed: int = 0) -> tt.LanguageModel:
