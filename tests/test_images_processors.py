@@ -44,13 +44,23 @@ def gemma3() -> tuple[Any, str]:
     return seeing_processor(), "<boi>"
 
 
-def qwen2_5_vl() -> tuple[Any, str]:
+#: How a message of Qwen writes an image.
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    kinds = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    return tokenizer(**kinds, vision_start="<|vision_start|>", vision_end="<|vision_end|>")
+
+
+def qwen_pixels() -> Any:
     sizes = {"shortest_edge": 64, "longest_edge": 4096}
-    pixels = image_processor(
-        "qwen2_vl", "Qwen2VLImageProcessorPil", size=sizes, patch_size=4, merge_size=2
-    )
-    tokens = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
-    return transformers.Qwen2_5_VLProcessor(pixels, tokenizer(**tokens), None), "<|image_pad|>"
+    given = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    return image_processor("qwen2_vl", "Qwen2VLImageProcessorPil", size=sizes, **given)
+
+
+def qwen2_5_vl() -> tuple[Any, str]:
+    return transformers.Qwen2_5_VLProcessor(qwen_pixels(), qwen_tokenizer(), None), QWEN_IMAGE
 
 
 def llava_next() -> tuple[Any, str]:
