@@ -261,3 +261,12 @@ def test_sides_are_text(tmp_path: Path) -> None:
     file.write_text(json.dumps({"chosen": chosen, "rejected": rejected}))
     with pytest.raises(tt.TrimtabError, match="positive and negative must be text"):
         tt.Contrast.from_file(file)
+
+
+def test_a_prompt_in_words() -> None:
+    messages = about("What? ", "red.png")
+    as_read = (("user", ("What? ", Image("red.png", "00"))),)
+    from_json = json.loads(json.dumps(as_read))
+    for prompt in (messages, as_read, from_json):
+        assert last_message(prompt) == "What?  [image red.png]"
+    assert last_message([{"role": "user", "content": "Hello"}]) == "Hello"

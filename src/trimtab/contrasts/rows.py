@@ -77,21 +77,29 @@ def read_rows(
 
 
 def last_message(prompt: Any) -> str:
-    """A prompt as text: of a conversation, also as it comes back from JSON, its last message."""
-    return prompt if isinstance(prompt, str) else in_words(prompt[-1][1])
+    """A prompt as text: of a conversation, also as it comes back from JSON or as it was given, its
+    last message."""
+    if isinstance(prompt, str):
+        return prompt
+    message = prompt[-1]
+    return in_words(message.get("content") if isinstance(message, Mapping) else message[1])
 
 
 def in_words(content: Any) -> str:
     """What a message says as text, its images by their names."""
     if not isinstance(content, list | tuple):
         return str(content)
-    pieces = (Image(*piece) if _names_image(piece) else piece for piece in content)
-    return " ".join(map(str, pieces))
+    return " ".join(map(_piece_in_words, content))
 
 
-def _names_image(piece: Any) -> bool:
-    """Whether it is an image, also as it comes back from JSON."""
-    return isinstance(piece, list | tuple) and len(piece) == 2
+def _piece_in_words(piece: Any) -> str:
+    if isinstance(piece, Mapping):
+        if piece.get("type") == "text":
+            return str(piece.get("text"))
+        piece = (piece.get("image") or piece.get("path"), "")
+    if isinstance(piece, list | tuple) and len(piece) == 2:  # an image, as JSON has it too
+        piece = Image(*piece)
+    return str(piece)
 
 
 def images_in(prompt: Prompt) -> tuple[Image, ...]:
