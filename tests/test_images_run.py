@@ -4,6 +4,7 @@ messages, in batches with and without images, and under steerings."""
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from seeing import (
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.contrasts import Image
 from trimtab.dials import Turning
+from trimtab.evaluation.metrics.coherence import perplexities
 from trimtab.fitting.activations import Want, collect
 from trimtab.fitting.statistics import Means
 from trimtab.model import ImageText, frozen
@@ -390,6 +392,44 @@ def test_a_steering_is_fitted_and_measured_on_images(
     assert fitted.contrast["digest"] == pairs.digest
     gained = log_odds(lm, pairs, fitted.at("strong")) - log_odds(lm, pairs)
     assert float(gained.mean()) > 0
+
+
+def test_perplexity_of_what_was_written_after_images(lm: tt.LanguageModel) -> None:
+    prompts = lm.prompts(messages(), True)
+    written = [one.tokens for one in lm.generate(messages(), max_new_tokens=NEW)]
+    found = perplexities(lm, prompts, written)
+    for prompt, tokens, one in zip(messages(), written, found, strict=True):
+        given = inputs_alone(prompt)
+        start = given["input_ids"].shape[1]
+        more = torch.tensor([tokens])
+        for name, value in (("input_ids", more), ("attention_mask", torch.ones_like(more))):
+            given[name] = torch.cat([given[name], value], 1)
+        if "token_type_ids" in given:
+            given["token_type_ids"] = torch.cat([given["token_type_ids"], 0 * more], 1)
+        with torch.no_grad():
+            log_p = lm.model(**given, use_cache=False).logits[0].double().log_softmax(-1)
+        scored = log_p[start - 1 : -1].gather(-1, more[0, :, None])
+        assert one == pytest.approx(float((-scored.mean()).exp()), rel=1e-4)
+
+
+def test_a_task_of_prompts_and_a_contrast_are_evaluated(
+    lm: tt.LanguageModel, tmp_path: Path
+) -> None:
+    saved(tmp_path)
+    rows = [{"prompt": about("What? ", "red.png")}, {"prompt": "Today I feel"}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "run"
+    tt.evaluate(lm, [f"refusal:{file}"], output=run, max_new_tokens=NEW)
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    expected = lm.generate([about("What? ", square("red")), "Today I feel"], max_new_tokens=NEW)
+    by_index = {record["index"]: record["output"] for record in records}
+    assert [by_index[0], by_index[1]] == [one.text for one in expected]
+    pairs = tmp_path / "pairs.jsonl"
+    contrast(tmp_path).to_jsonl(pairs)
+    found = tt.evaluate(lm, [f"contrast:{pairs}"], part="train")
+    (value,) = (one.value for one in found.results if one.metric == "log_odds")
+    assert value == pytest.approx(float(log_odds(lm, contrast(tmp_path)).mean()), abs=1e-3)
 
 
 # -- what is refused ------------------------------------------------------------------------------

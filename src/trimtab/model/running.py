@@ -109,7 +109,7 @@ class Attached:
 
     def _note(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What is said of a pass to the model around the body, which hands on embeddings only."""
-        names = inspect.signature(around.forward).parameters
+        names = inspect.signature(around.forward).parameters if args else ()
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         mask = given.get("attention_mask")
         said = {"input_ids": given.get("input_ids")}
