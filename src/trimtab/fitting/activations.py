@@ -255,6 +255,7 @@ def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict
 
     def reader(site: str) -> Edit:
         def read(activation: Tensor) -> None:
+            activation = batch.folded(activation)
             forms: dict[Any, Tensor] = {None: activation}
             for pick in by_site[site]:
                 picker = pickers[pick.token]

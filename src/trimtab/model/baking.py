@@ -78,6 +78,11 @@ def bake(
         for intervention in steering.interventions:
             if intervention.operator.identity != steering.setting:
                 folds.append(_fold(intervention, steering))
+    if language_model.image_tokens and any(fold.site == "embed" for fold in folds):
+        raise TrimtabError(
+            f"cannot bake at embed: {language_model.name} sees images, which do not come from the "
+            "embedding table; attach the steering instead"
+        )
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
     copied = plain_copy(language_model.model, language_model.name)
@@ -107,6 +112,7 @@ def bake(
         _prove(language_model, single, baked, force)
     base = dict(vars(language_model.identity))
     baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
+    baked.processor, baked.no_processor = language_model.processor, language_model.no_processor
     return baked
 
 
@@ -169,6 +175,11 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
     if intervention.positions != "all":
         raise TrimtabError(
             f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
+            "weights act on all of them; attach it instead"
+        )
+    if intervention.tokens != "all":
+        raise TrimtabError(
+            f"cannot bake {steering.method}: it steers {intervention.tokens} tokens only, and "
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:

@@ -7,6 +7,9 @@ The two sides of a pair share their prompt. A packed row is
 in which neither rest attends to the other and both count their positions on from the common part,
 so that one forward pass gives exactly what two separate texts would. Rows are sorted by length
 and padded on the right, where a causal model does not see it.
+
+Texts with images are not packed: each side is a line of its own, and the lines of a row, folded one
+behind the other, are looked at as a packed row is.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.model import (
     BATCH_TOKENS,
+    ImageText,
     LanguageModel,
     batches_by_length,
     caps_attention,
@@ -49,10 +53,14 @@ class Packed:
     common: int
     sides: tuple[int, ...]  # how many tokens follow for each side
     answers: tuple[int, ...]  # where in each side's own text its answer begins
+    #: Each side's own text where these have images.
+    seen: tuple[ImageText, ...] = ()
 
-    def texts(self) -> list[list[int]]:
+    def texts(self) -> list[Sequence[int]]:
         """Each side's own token sequence."""
-        common, rest, texts = list(self.tokens[: self.common]), self.common, []
+        if self.seen:
+            return list(self.seen)
+        common, rest, texts = list(self.tokens[: self.common]), self.common, list[Sequence[int]]()
         for length in self.sides:
             texts.append(common + list(self.tokens[rest : rest + length]))
             rest += length
@@ -64,7 +72,8 @@ class Batch:
     """Packed rows as tensors: tokens, positions [rows, length] and what attends to what.
 
     place[row, side, p] is the column of the token at position p of that side's text, -1 beyond
-    its end. `visible` [rows, length, length] is true where a token attends to another.
+    its end. `visible` [rows, length, length] is true where a token attends to another. Of texts
+    with images the model knows positions and what is visible, and both are empty.
     """
 
     rows: tuple[Packed, ...]
@@ -72,6 +81,21 @@ class Batch:
     positions: Tensor
     visible: Tensor
     place: Tensor
+
+    @property
+    def sees(self) -> bool:
+        """Whether its texts have images."""
+        return bool(self.rows[0].seen)
+
+    def folded(self, output: Tensor) -> Tensor:
+        """What a model put out for each of its lines, as one of each row, [rows, length, units]."""
+        return output.reshape(len(self.rows), -1, output.shape[-1]) if self.sees else output
+
+    def per_line(self, steering: Any) -> Any:
+        """A `steering` argument of each row as one of each line that the model runs."""
+        if not self.sees or not isinstance(steering, list):
+            return steering
+        return [one for one in steering for _ in self.rows[0].sides]
 
 
 def encode_contrast(
@@ -116,9 +140,9 @@ def _refuse_equal_sides(
                 f"{language_model.name}{others}: change their texts, or take them out"
             )
         return
-    sides: dict[str, Counter[tuple[int, ...]]] = {"positive": Counter(), "negative": Counter()}
+    sides: dict[str, Counter[Any]] = {"positive": Counter(), "negative": Counter()}
     for row, text in zip(rows, contrast.texts, strict=True):
-        sides[text.label][row.tokens] += 1
+        sides[text.label][row.seen or row.tokens] += 1
     shares = [
         {tokens: count / side.total() for tokens, count in side.items()} for side in sides.values()
     ]
@@ -142,25 +166,48 @@ def _pack_pairs(language_model: LanguageModel, pairs: Sequence[Pair]) -> list[Pa
         rows.append(
             Packed(
                 index,
-                tuple(texts[0] + texts[1][common:]),
+                (*texts[0], *tuple(texts[1])[common:]),
                 common,
                 tuple(len(text) - common for text in texts),
                 tuple(_common_length(start, text) for text in texts),
+                _seen(texts),
             )
         )
     return rows
 
 
+def _seen(texts: Sequence[Sequence[int]]) -> tuple[ImageText, ...]:
+    """The texts that have images: all of a row, or none."""
+    return tuple(text for text in texts if isinstance(text, ImageText))
+
+
 def encode_texts(language_model: LanguageModel, texts: Sequence[Prompt]) -> list[Packed]:
     """Single texts as packed rows, none of them cut."""
     encoded = language_model.encode(list(texts))
-    return [Packed(i, tuple(t), len(t), (0,), (len(t),)) for i, t in enumerate(encoded)]
+    return [Packed(i, tuple(t), len(t), (0,), (len(t),), _seen([t])) for i, t in enumerate(encoded)]
 
 
 def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
     """Batches of rows of similar length; no row depends on its neighbours."""
-    for indices in batches_by_length([len(row.tokens) for row in rows], max_tokens):
-        yield _batch(tuple(rows[i] for i in indices))
+    lengths = [sum(map(len, row.seen)) or len(row.tokens) for row in rows]
+    apart = [bool(row.seen) for row in rows]
+    for indices in batches_by_length(lengths, max_tokens, apart=apart):
+        chosen = tuple(rows[i] for i in indices)
+        yield _unpacked(chosen) if chosen[0].seen else _batch(chosen)
+
+
+def _unpacked(rows: tuple[Packed, ...]) -> Batch:
+    """Rows whose sides are lines of their own, one behind the other."""
+    width, sides = max(len(text) for row in rows for text in row.seen), len(rows[0].sides)
+    tokens = torch.zeros(len(rows), sides * width, dtype=torch.long)
+    place = torch.full((len(rows), sides, width), -1)
+    for i, row in enumerate(rows):
+        for side, text in enumerate(row.seen):
+            columns = torch.arange(side * width, side * width + len(text))
+            tokens[i, columns] = torch.tensor(tuple(text))
+            place[i, side, : len(text)] = columns
+    nothing = torch.empty(0)
+    return Batch(rows, tokens, nothing, nothing, place)
 
 
 def _batch(rows: tuple[Packed, ...]) -> Batch:
@@ -192,6 +239,11 @@ def _batch(rows: tuple[Packed, ...]) -> Batch:
 def run_packed(batch: Batch, language_model: LanguageModel) -> Any:
     """What the transformer body puts out for a batch."""
     refuse_dropout(language_model.model)
+    if batch.sees:
+        lines = [text for row in batch.rows for text in row.seen]
+        with exclusively(language_model.anatomy.body):
+            return language_model.read_with_images(lines)
+    language_model.refuse_bare([row.tokens for row in batch.rows])
     with exclusively(language_model.anatomy.body), _masked_attention(language_model):
         return language_model.anatomy.body(**model_inputs(batch, language_model))
 
@@ -275,6 +327,11 @@ def _cut_left(row: Packed, limit: int, bos: int | None, where: str) -> Packed:
     if excess <= 0:
         return row
     kept = 1 if row.tokens[0] == bos else 0
+    if row.seen:
+        raise TrimtabError(
+            f"{where}: its text and images have {row.common + max(row.sides)} tokens, and "
+            f"{limit} are the most: take smaller images, or raise the maximum length"
+        )
     # What may go: the prompt only, and at least one token before the answer stays.
     free = min(row.common, *row.answers) - kept
     if excess >= free:

@@ -23,10 +23,13 @@ from trimtab.model import (
     SteeringArgument,
     are_sound,
     batches_by_length,
+    frozen,
     per_text,
     refuse_dropout,
+    refuse_unseen,
     row_steerings,
     unsound,
+    with_images,
 )
 from trimtab.reading.streams import StreamCache, blocks_below, run_prefix, run_upper
 from trimtab.steering import Steering
@@ -68,7 +71,7 @@ class Next:
 
 def prompt_reading(tokens: Sequence[int]) -> Reading:
     """A text that is all prompt, of which the token after it is asked for."""
-    return Reading(tuple(tokens), (len(tokens) - 1,), len(tokens))
+    return Reading(frozen(tokens), (len(tokens) - 1,), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,17 @@ class PlannedBatch:
 
 
 def plan(readings: Sequence[Reading], batch_tokens: int) -> list[PlannedBatch]:
-    """Batches of similar length, group by group of texts that share their beginning."""
+    """Batches of similar length, group by group of texts that share their beginning; texts with
+    images are a group by themselves, and share nothing."""
     batches = []
-    for shared, group in _groups(readings):
+    seeing = with_images([reading.tokens for reading in readings])
+    plain = [i for i, sees in enumerate(seeing) if not sees]
+    groups = [
+        (shared, [plain[i] for i in group])
+        for shared, group in _groups([readings[i] for i in plain])
+    ]
+    groups.append((0, [i for i, sees in enumerate(seeing) if sees]))
+    for shared, group in groups:
         order = sorted(group)
         lengths = [len(readings[i].tokens) - shared for i in order]
         for batch in batches_by_length(lengths, batch_tokens):
@@ -107,6 +118,8 @@ def next_tokens(
     texts. A model that is steered already runs as without: what it computes is not for later.
     """
     steerings = per_text(steering, len(readings))
+    rows = [row_steerings(steering)] * len(readings) if steerings is None else steerings
+    refuse_unseen(rows, [reading.tokens for reading in readings])
     batches = plan(readings, language_model.batch_tokens)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
@@ -115,8 +128,8 @@ def next_tokens(
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
-        alone, rows = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
-        yield from run_batches(language_model, readings, [alone], rows, kept, force)
+        alone, own = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
+        yield from run_batches(language_model, readings, [alone], own, kept, force)
 
 
 @torch.inference_mode()
@@ -141,6 +154,7 @@ def run_batches(
     start: tuple[int, ...] = ()
     cache = None
     with language_model.steered(steering, force=force) as sequences:
+        sequences.may_miss_images = True
         for batch in batches:
             rows = [readings[i] for i in batch.rows]
             texts = [row.tokens for row in rows]

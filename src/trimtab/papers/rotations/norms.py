@@ -117,6 +117,7 @@ def _read(language_model: LanguageModel, batch: Batch, sites: Sequence[str]) -> 
 
     def reader(site: str) -> Any:
         def read(activation: Tensor) -> None:
+            activation = batch.folded(activation)
             seen[site] = activation.float().norm(dim=-1).double().cpu()
 
         return read
