@@ -73,7 +73,8 @@ class _Step:
         self.touched += 1
         changed = function(x)
         if isinstance(mask, Tensor):
-            changed = torch.where(mask[..., None], changed, x)
+            # Layers that read others' keys see a prompt's last token alone (Gemma 4's).
+            changed = torch.where(mask[:, -x.shape[1] :, None], changed, x)
         return changed if steered is None else torch.where(steered, changed, x)
 
     @property
