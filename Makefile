@@ -9,13 +9,13 @@ CORE := .venv/.core
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-ends lint docs-house bench clean
+.PHONY: help demo test test-all test-versions lint docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
 	@echo "make test      set up, then lint, type check and run the quick tests, in minutes"
 	@echo "make test-all  the same with the slow tests, which use real models; shows coverage"
-	@echo "make test-ends the tests of steering with the oldest and the newest transformers"
+	@echo "make test-versions  the tests of steering with the oldest and the newest transformers"
 	@echo "make lint      lint and type check only"
 	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
@@ -45,10 +45,10 @@ demo: $(CORE)
 
 # Waiting OpenMP threads that spin slow down everything else that runs; and tokenizers warn about
 # their own threads when a test starts a process.
-test test-all test-ends bench: export OMP_WAIT_POLICY = PASSIVE
-test test-all test-ends bench: export TOKENIZERS_PARALLELISM = false
+test test-all test-versions bench: export OMP_WAIT_POLICY = PASSIVE
+test test-all test-versions bench: export TOKENIZERS_PARALLELISM = false
 # Two processes share the tests, and each has one core, as have the processes that they start.
-test test-all test-ends: export OMP_NUM_THREADS = 1
+test test-all test-versions: export OMP_NUM_THREADS = 1
 
 # Two processes, each with whole files, so that what a file sets up is set up once.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -59,21 +59,9 @@ test: lint
 test-all: lint
 	$(PYTEST) --cov --cov-report=term:skip-covered
 
-# The ends of the range that versions.py names, each beside the other packages of .venv. What each
-# needs of huggingface_hub stands after the colon.
-ENDS := 5.16.1:1.29.0 5.24.0:2.4.0
-OF_STEERING := anatomy* attach* bake* compiled hooks model model_generate next_tokens* operators* \
-	passes resuming threads
-
-test-ends: $(INSTALLED)
-	@for end in $(ENDS); do \
-		version=$${end%%:*}; room=.ends/$$version; \
-		test -d $$room || $(BIN)/python -m pip install --quiet --no-deps --target $$room \
-			transformers==$$version huggingface_hub==$${end##*:} || exit 1; \
-		echo "transformers $$version"; \
-		PYTHONPATH=$$room $(BIN)/python -m pytest -q -m "not slow" -n 2 \
-			$(OF_STEERING:%=tests/test_%.py) || exit 1; \
-	done
+# The ends of the range that model/versions.py names, each beside the other packages of .venv.
+test-versions: $(INSTALLED)
+	$(BIN)/python tests/both_ends.py -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -89,5 +77,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .ends build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -88,7 +88,7 @@ def draw(used: dict[str, set[str]]) -> None:
         for i, room in enumerate(floor)
     }
     figure, axes = plt.subplots(figsize=(9, 0.75 * len(floors) + 0.5))
-    for room, other in networkx.transitive_reduction(graph).edges:
+    for room, other in sorted(networkx.transitive_reduction(graph).edges):
         (x, y), (u, v) = place[room], place[other]
         axes.annotate(
             "",

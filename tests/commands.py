@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import trimtab as tt
+from every_architecture import build
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import main
 
@@ -88,11 +88,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(home / "small", name="llama", hidden_size=32)
     save_model(home / "gpt2", name="gpt2")
     save_model(home / "base", name="llama", chat=False)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    GPTNeoXForCausalLM(
-        GPTNeoXConfig(**sizes, vocab_size=400, intermediate_size=64)
-    ).save_pretrained(home / "unknown")
-    tiny_tokenizer().save_pretrained(home / "unknown")
+    build("gemma3n_text").save_pretrained(home / "streams")
+    tiny_tokenizer().save_pretrained(home / "streams")
 
     lm = tt.load(home / "model", device="cpu")
     contrast = tt.Contrast.from_pairs([tuple(pair.values()) for pair in PAIRS])

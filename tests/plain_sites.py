@@ -117,7 +117,8 @@ _GEMMA4 = (_GEMMA,) * 4
 _DELTA, _CONV = _mixer("linear_attn"), _mixer("conv", "operator_norm")
 _LFM_FFN = _ffn("feed_forward", "w2", "ffn_norm")
 
-_PLAIN: dict[str, Plain] = {
+#: Every tiny model.
+PLAIN: dict[str, Plain] = {
     # Attention and FFN return the stream with their output added.
     "bloom": Plain(
         (
@@ -232,19 +233,19 @@ _PLAIN: dict[str, Plain] = {
 
 def plain_sites(name: str) -> list[str]:
     """All sites of a tiny model, in the order of the layers."""
-    layers = enumerate(_PLAIN[name].layers)
+    layers = enumerate(PLAIN[name].layers)
     inside = [f"layers.{i}.{kind}" for i, layer in layers for kind in (*layer, "resid")]
     return ["embed", *inside, "final_norm"]
 
 
 def _place(model: Any, name: str, site: str) -> tuple[nn.Module, str]:
-    blocks = model.get_submodule(_PLAIN[name].blocks)
+    blocks = model.get_submodule(PLAIN[name].blocks)
     if site == "embed":
         return blocks[0], "in"
     if site == "final_norm":  # what the unembedding reads
         return model.get_output_embeddings(), "in"
     _, layer, kind = site.split(".")
-    path, side = {**_PLAIN[name].layers[int(layer)], "resid": ("", "out")}[kind]
+    path, side = {**PLAIN[name].layers[int(layer)], "resid": ("", "out")}[kind]
     return blocks[int(layer)].get_submodule(path), side
 
 

@@ -144,7 +144,7 @@ BAD = {
     "model an empty folder": ("generate --model folder Hello", "cannot load", "folder"),
     "model damaged": ("generate --model damaged Hello", "cannot load", "damaged"),
     "model garbled": ("generate --model garbled Hello", "cannot load", "garbled"),
-    "architecture unknown": ("generate --model unknown Hello", "gpt_neox", "register", "llama"),
+    "several streams": ("generate --model streams Hello", "gemma3n_text", "no way out"),
     "GGUF missing": ("generate --model no.gguf Hello", "no.gguf"),
     "not a GGUF": ("generate --model not.gguf Hello", "not.gguf is not a GGUF"),
     "GGUF truncated": ("generate --model cut.gguf Hello", "cut.gguf", "truncated"),

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import trimtab as tt
 from commands import PROMPTS, Command, home, refused, trimtab, work
 from tiny import tiny_tokenizer
+from tiny_curated import curated_model
 from trimtab.checkpoints import packs
 from trimtab.checkpoints.packs import Pack
 
@@ -111,3 +112,28 @@ def test_unknown_hub_id_without_a_network(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(trimtab("generate --model nobody/has-this Hello"), "'nobody/has-this'")
     assert "smollm2-135m-instruct" in line  # what could be meant
+
+
+def test_show_draws_the_blocks_and_says_where_sites_are(trimtab: Command, tmp_path: Path) -> None:
+    directory = tmp_path / "hybrid"
+    curated_model("qwen3_next").save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    shown = trimtab(f"models show {directory}").out
+    for line in (
+        "├─╮ mixes tokens, no heads",
+        "writer    linear_attn.out_proj   attn_out",
+        "writer    self_attn.o_proj   heads → attn_out",
+        "experts   mlp.experts   ffn_in → ffn_out",
+        "beside    mlp.shared_expert.down_proj",
+        "heads          layers 1",
+        "not in 0, 2: linear_attn mixes tokens in another way",
+    ):
+        assert line in shown, line
+    record = trimtab(f"models show {directory} --json").json
+    assert record["known"] == "entry"
+    assert record["sites"]["heads"]["layers"] == [1]
+    assert record["sites"]["resid"] == {"layers": [0, 1, 2], "there": True, "missing": {}}
+    ((reason, layers),) = record["sites"]["heads"]["missing"].items()
+    assert layers == [0, 2]
+    assert "without heads" in reason
+    assert record["description"]["layers"][1]["branches"][1]["experts"] == "mlp.experts"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -18,8 +18,8 @@ from helpers import (
     PROMPTS,
     TELLING,
     by_hand,
+    left_padded,
     operator,
-    raw_greedy,
     relative,
     steer,
     token_ids,
@@ -139,6 +139,23 @@ def test_every_edit_at_every_site_equals_plain_hooks(name: str) -> None:
 # -- generated text ---------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def _written(name: str, rows: Sequence[tt.Steering | None], use_cache: bool, new: int) -> Any:
+    """Greedy text of a padded batch by transformers' own generate: tokens [rows, new], and the
+    logits of each of them [rows, new, vocabulary]."""
+    lm = _lm(name)
+    with lm.steered(list(rows)):
+        out = lm.model.generate(
+            **left_padded(lm, PROMPTS),
+            do_sample=False,
+            max_new_tokens=new,
+            use_cache=use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return out.sequences[:, -new:], torch.stack(out.logits, dim=1)
+
+
 def _between(
     change: Callable[[Tensor], Tensor], first: int, stop: int
 ) -> Callable[[Tensor], Tensor]:
@@ -151,48 +168,55 @@ def _between(
     return edit
 
 
-def _check_text(name: str, site: str, op: str, positions: Positions, new: int = 5) -> None:
-    """Greedy text of a padded batch with a cache, and without, row by row.
-
-    A pass over prompt and text together, with a plain hook, says which token follows each.
-    """
-    steering = _steering(name, site, op, positions)
-    rows = _rows(steering)
-    lm = _lm(name)
-    with lm.steered(rows):
-        texts = [raw_greedy(lm, PROMPTS, new, use_cache=cached) for cached in (True, False)]
-    for written in texts:
-        for prompt, given, tokens in zip(PROMPTS, rows, written, strict=True):
-            ids, end = [*token_ids(prompt), *tokens], len(token_ids(prompt))
-            first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
-            stop = end if positions == "prompt" else len(ids)
-            change = (lambda x: x) if given is None else _between(_change(given), first, stop)
-            following = _edited(name, site, change, ids).argmax(-1).tolist()
-            assert following[end - 1 : -1] == tokens, (site, op, positions)
+def _check_text(
+    name: str,
+    rows: Sequence[tt.Steering | None],
+    new: int = 3,
+    caches: Sequence[bool] = (True, False),
+) -> None:
+    """Text that is written with a cache, and without, is steered as the whole of it is in one pass
+    over prompt and text, with a plain hook on it."""
+    for use_cache in caches:
+        written, logits = _written(name, rows, use_cache, new)
+        for prompt, given, tokens, seen in zip(PROMPTS, rows, written, logits, strict=True):
+            end = len(token_ids(prompt))
+            ids = [*token_ids(prompt), *tokens.tolist()]
+            if given is None:
+                expected = _plain(name, ids)
+            else:
+                one = given.interventions[0]
+                first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[one.positions]
+                stop = end if one.positions == "prompt" else len(ids)
+                expected = _edited(name, one.site, _between(_change(given), first, stop), ids)
+                assert relative(expected, _plain(name, ids)) > 1e-4, given
+            # The prompt's last token and those after it, but for the last, are what is read.
+            assert relative(seen, expected[end - 1 : -1]) < 1e-4, (given, use_cache)
 
 
 @pytest.mark.parametrize("name", CURATED)
 def test_text_with_and_without_a_cache_is_steered_as_the_whole_of_it_is(name: str) -> None:
     for kind, op in zip(MAIN, ("Add", "Rotate", "Scale", "Add"), strict=True):
         if (site := _site_of(name, kind)) is not None:
-            _check_text(name, site, op, "all", new=3)
+            caches = (True, False) if kind == "resid" else (True,)
+            _check_text(name, _rows(_steering(name, site, op)), caches=caches)
 
 
-@pytest.mark.parametrize("positions", [one for one in POSITIONS if one != "all"])
 @pytest.mark.parametrize("name", CURATED)
-def test_positions_are_counted_as_the_text_grows(name: str, positions: Positions) -> None:
-    last = [site for site in plain_sites(name) if site.endswith(".attn_out")][-1]
-    _check_text(name, last, "Add", positions, new=3)
+def test_positions_are_counted_as_the_text_grows(name: str) -> None:
+    site = _site_of(name, "attn_out")
+    assert site is not None
+    _check_text(name, [_steering(name, site, "Add", one) for one in POSITIONS if one != "all"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", CURATED)
-def test_all_text_at_all_main_sites_equals_plain_hooks(name: str, op: str) -> None:
-    for site in plain_sites(name):
-        if site.split(".")[-1] in MAIN:
-            for positions in POSITIONS:
-                _check_text(name, site, op, positions)
+def test_text_is_steered_by_every_operator_at_every_position(name: str) -> None:
+    for kind in MAIN:
+        if (site := _site_of(name, kind)) is not None:
+            for op in OPS:
+                _check_text(name, _rows(_steering(name, site, op)), new=5)
+                each = [_steering(name, site, op, one) for one in POSITIONS if one != "all"]
+                _check_text(name, each, new=5)
 
 
 # -- baking -----------------------------------------------------------------------------------

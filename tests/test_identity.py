@@ -207,12 +207,12 @@ def test_the_file_keeps_both_digests_and_old_files_load(tmp_path: Path) -> None:
 
 def offloaded(lm: tt.LanguageModel, folder: Path, everything: bool) -> tt.LanguageModel:
     """The same model with a block, or all of it, on disk."""
-    names = lm.anatomy.architecture
+    names = lm.anatomy.known.description
     body = lm.anatomy.body
     places = {f"{names.body}.{name}": "cpu" for name, _ in body.named_children()}
-    del places[f"{names.body}.{names.blocks}"]
+    del places[names.blocks]
     places |= {name: "cpu" for name, _ in lm.model.named_children() if name != names.body}
-    blocks = [f"{names.body}.{names.blocks}.{layer}" for layer in range(lm.anatomy.layers)]
+    blocks = [f"{names.blocks}.{layer}" for layer in range(lm.anatomy.layers)]
     places |= dict.fromkeys(blocks, "cpu") | {blocks[1]: "disk"}
     if everything:
         places = dict.fromkeys(places, "disk") | {blocks[0]: "cpu"}

@@ -150,15 +150,13 @@ def test_unknown_dtype_and_device(saved: Path) -> None:
     one_line(caught)
 
 
-def test_load_refuses_an_architecture_without_anatomy(tmp_path: Path) -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def test_load_refuses_a_model_without_a_residual_stream(tmp_path: Path) -> None:
+    from every_architecture import build
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = GPTNeoXConfig(**sizes, num_attention_heads=2, vocab_size=400)
-    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
-    tiny_tokenizer().save_pretrained(tmp_path / "neox")
-    with pytest.raises(tt.TrimtabError, match="unknown architecture 'gpt_neox'.*register"):
-        tt.load(tmp_path / "neox")
+    build("gemma3n_text").save_pretrained(tmp_path / "streams")
+    tiny_tokenizer().save_pretrained(tmp_path / "streams")
+    with pytest.raises(tt.TrimtabError, match="gemma3n_text.*no residual stream.*no way out"):
+        tt.load(tmp_path / "streams")
 
 
 def test_wrap_takes_what_the_user_has() -> None:

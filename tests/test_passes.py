@@ -28,8 +28,7 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.model import versions
-from trimtab.model.versions import NEWEST, OLDEST, cache_argument
+from trimtab.model.versions import cache_argument
 from trimtab.strength import within
 
 POSITIONS = ("all", "prompt", "generated", "last")
@@ -481,41 +480,3 @@ def test_users_hooks_on_inputs_see_what_the_steering_made(kind: str) -> None:
     with lm.steered(steering):
         logits_of(lm)
     torch.testing.assert_close(seen[1], by_hand(steering.interventions[0].operator)(seen[0]))
-
-
-# -- versions of transformers -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("version", "tested"),
-    [
-        (OLDEST + ".0", True),
-        (NEWEST + ".9", True),
-        ("5.15.1", False),
-        ("5.25.0", False),
-        ("6.0.0", False),
-        ("4.57.6", False),
-        ("5.24.0.dev0", True),
-    ],
-)
-def test_an_untested_version_is_said(
-    version: str, tested: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(versions, "version", lambda name: version)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        versions.warn_if_untested()
-    assert [w.category for w in caught] == ([] if tested else [tt.TrimtabWarning])
-    assert all(version in str(w.message) for w in caught)
-
-
-def test_a_soft_cap_on_attention_is_heeded_in_every_version() -> None:
-    """As before 5.21, where nothing keeps Gemma 2 from running without it."""
-    model = tiny_model("gemma2")
-    model.set_attn_implementation("eager")
-    expected = model(torch.tensor([[1, 2, 3, 4]])).logits
-    model.config._attn_implementation = "sdpa"
-    with pytest.warns(tt.TrimtabWarning, match="soft-cap"):
-        lm = tt.wrap(model, tiny_tokenizer(), "gemma2")
-    assert lm.model.config._attn_implementation == "eager"
-    assert torch.equal(lm.model(torch.tensor([[1, 2, 3, 4]])).logits, expected)

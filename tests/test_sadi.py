@@ -285,7 +285,7 @@ def test_an_activation_function_that_is_not_where_it_should_be() -> None:
     method = tt.SADI(variant="neuron", k=3)
     refused_in_one_line(lambda: method.fit(lm, CONTRAST), r"layers\.1\.ffn_act was not computed")
     del body.model.layers[1].mlp.act_fn
-    refused_in_one_line(lambda: method.fit(lm, CONTRAST), r"no module mlp\.act_fn")
+    refused_in_one_line(lambda: method.fit(lm, CONTRAST), r"no module mlp\.act_fn any more")
 
 
 # -- the effect --------------------------------------------------------------------------------

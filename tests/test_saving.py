@@ -67,7 +67,10 @@ def test_what_is_written_is_all_of_the_architecture(name: str, tmp_path: Path) -
     lm = language_model(name)
     baked = tt.bake(lm, steer_at(lm, "ffn_out", "Scale"))
     folder = baked.save_pretrained(tmp_path / "m")
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    attention = lm.model.config._attn_implementation  # older versions would leave out a soft-cap
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation=attention
+    )
     assert not any(found.values())
     assert relative(plain_logits(model.eval(), IDS), plain_logits(baked.model, IDS)) < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["m"]

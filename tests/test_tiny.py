@@ -162,7 +162,8 @@ def test_saved_and_loaded(tiny: Tiny, tmp_path) -> None:
     _, model, tokenizer = tiny
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    attention = model.config._attn_implementation  # older versions would leave out a soft-cap
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention).eval()
     assert torch.allclose(_logits(model, PROMPTS[0]), _logits(again, PROMPTS[0]), atol=1e-5)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "Today I feel  happy. 漢"

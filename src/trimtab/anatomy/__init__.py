@@ -5,12 +5,14 @@ from trimtab.anatomy.architectures import (
     Architecture,
     attention,
     ffn,
-    known,
+    mixer,
     mixture,
     register,
 )
 from trimtab.anatomy.behaviour import find_input, first_tensor, with_first
 from trimtab.anatomy.description import Block, Branch, Description
+from trimtab.anatomy.drawing import blocks_drawn, places, ranges
+from trimtab.anatomy.entries import known
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
 from trimtab.anatomy.maps import LinearMap

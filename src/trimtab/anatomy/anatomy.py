@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trimtab.anatomy.architectures import find_registered
 from trimtab.anatomy.behaviour import in_width
 from trimtab.anatomy.description import Block, Branch
+from trimtab.anatomy.drawing import ranges
 from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.experts import layout_of
 from trimtab.anatomy.knowing import Known, know
@@ -52,7 +53,7 @@ class Anatomy:
         listed = list(model.get_submodule(described.blocks).children())
         self.layers = len(described.layers)
         self.blocks = listed[: self.layers]
-        self.hidden_size: int = self.config.hidden_size
+        self.hidden_size: int = self.known.width
 
     # -- sites --------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class Anatomy:
         where = kind if layer is None else f"layers.{layer}.{kind}"
         if layer is not None and self.has(kind):
             others = [n for n in range(self.layers) if self.missing(n, kind) is None]
-            reason += f"; the layers that have one are {_ranges(others)}"
+            reason += f"; the layers that have one are {ranges(others)}"
         raise TrimtabError(f"{self.name} has no {where}: {reason}")
 
     @property
@@ -231,9 +232,8 @@ class Anatomy:
         """A module's input or output; where it sees all tokens in one list, their rows are known
         from the block around it."""
         assert path is not None
-        block = self.blocks[layer]
-        flat = path in self.known.flat[layer]
-        return Point(site, block.get_submodule(path), side, width, block if flat else None)
+        around = self.blocks[layer] if path in self.known.flat[layer] else None
+        return Point(site, self._module(layer, path), side, width, around)
 
     def _output_path(self, branch: Branch) -> str:
         """Where a branch's output is seen: at its writer, where that is the branch as it is."""
@@ -307,7 +307,13 @@ class Anatomy:
 
     def _module(self, layer: int, path: str | None) -> nn.Module:
         assert path is not None
-        return self.blocks[layer].get_submodule(path)
+        try:
+            return self.blocks[layer].get_submodule(path)
+        except AttributeError as error:
+            raise TrimtabError(
+                f"block {layer} of this {self.name} model has no module {path} any more: the model "
+                "was changed after it was wrapped; wrap it again"
+            ) from error
 
     def _experts(self, layer: int, branch: Branch) -> Any:
         """The fused experts of a mixture layer."""
@@ -394,7 +400,8 @@ class Anatomy:
                 continue
             branch = block.branches[i]
             read = any(i in other.reads for other in block.branches)
-            if not read and branch.post_norm is None and branch.writer is not None:
+            written = branch.writer is not None or branch.experts is not None
+            if not read and branch.post_norm is None and written:
                 factor = float(block.scale) * float(branch.factor)
                 return f"layers.{layer}.{part}_out", factor
         return None
@@ -458,15 +465,3 @@ def _reader(module: nn.Module) -> LinearMap:
     """A linear map, or a router, of which only the weight reads."""
     made = linear_map(module)
     return made if hasattr(module, "bias") else replace(made, bias=None)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0 to 2, 5"."""
-    parts: list[str] = []
-    start = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            first, last = numbers[start], numbers[i - 1]
-            parts.append(str(first) if first == last else f"{first} to {last}")
-            start = i
-    return ", ".join(parts)

@@ -231,11 +231,9 @@ def register(model_type: str, architecture: Architecture) -> None:
     _REGISTERED[model_type] = architecture
 
 
-def known() -> list[str]:
-    """The model types that are known by name, sorted; others are found by how they compute."""
-    from trimtab.anatomy.entries import ENTRIES
-
-    return sorted({*ENTRIES, *_REGISTERED, *_ADDED})
+def registered() -> list[str]:
+    """The model types that users and packages say something of."""
+    return sorted({*_REGISTERED, *_ADDED})
 
 
 def find_registered(model_type: str) -> Architecture | None:

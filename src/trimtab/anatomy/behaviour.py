@@ -116,16 +116,16 @@ def is_norm(call: Call) -> bool:
         return False
     if sum(1 for _ in module.modules()) > 4 or not torch.isfinite(x).all():
         return False
-    size = x.float().square().mean(-1, keepdim=True).sqrt()
-    # Beside a unit of length one the norm's own epsilon is nothing.
-    scaled = (x / size.clamp(min=1e-20).to(x.dtype)) if bool((size < 1).any()) else x
+    # Beside a token of length one the norm's own epsilon is nothing, and no dtype overflows.
+    size = x.float().square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
+    scaled = (x / size.to(x.dtype)).to(x.dtype)
     try:
         once, more = (first_tensor(call.again(scaled * factor)) for factor in (1, 4))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
         return False
-    if once is None or more is None or once.shape != y.shape:
+    if once is None or more is None or once.shape != y.shape or not once.any():
         return False
-    return near(flat(more), flat(once), 2e-2) and not near(flat(once), flat(scaled), 1e-3)
+    return near(flat(more), flat(once), 2e-2)
 
 
 #: The token that is changed when it is asked whether others see it.

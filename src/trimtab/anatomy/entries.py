@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trimtab.anatomy.architectures import Architecture, attention, ffn, mixer, mixture
+from trimtab.anatomy.architectures import (
+    Architecture,
+    attention,
+    ffn,
+    mixer,
+    mixture,
+    registered,
+)
 from trimtab.anatomy.description import Block, Branch
 
 
@@ -338,3 +345,8 @@ ENTRIES: dict[str, Architecture] = {
         ),
     ),
 }
+
+
+def known() -> list[str]:
+    """The model types that are known by name, sorted; others are found by how they compute."""
+    return sorted({*ENTRIES, *registered()})

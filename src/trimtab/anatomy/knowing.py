@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,9 +24,10 @@ from torch import nn
 from trimtab.anatomy.architectures import Architecture, find_registered
 from trimtab.anatomy.description import Block, Description
 from trimtab.anatomy.discovery import Finder, constants
+from trimtab.anatomy.drawing import ranges
 from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.exclusive import exclusively
-from trimtab.anatomy.hooks import eager
+from trimtab.anatomy.hooks import eager, is_hooked
 from trimtab.anatomy.outer import (
     NoBlocksError,
     Outer,
@@ -40,11 +42,13 @@ from trimtab.anatomy.outer import (
 )
 from trimtab.anatomy.proof import BlockCalls, Problems, Shown, prove_block
 from trimtab.anatomy.tracing import Call, Trace, probe_ids, survey, trace_blocks
-from trimtab.errors import TrimtabError, first_line
+from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import cache_dir, write_whole
 
 #: Goes up when discovery learns to find more, so that what it left out before is looked for again.
 _DISCOVERY = 1
+
+_NOT_FINITE = "its activations are NaN or infinite on a short text"
 
 #: What models raise that take something else than text, or run elsewhere.
 _DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
@@ -56,6 +60,8 @@ class Known:
     what is around them by name."""
 
     description: Description
+    #: Units of the residual stream.
+    width: int
     layers: list[Problems] = field(default_factory=list)
     around: dict[str, str] = field(default_factory=dict)
     #: In each layer the modules that see the tokens of all rows in one list, [tokens, units].
@@ -82,6 +88,11 @@ def know(model: Any) -> Known:
         raise TrimtabError(
             f"this {name} model ({type(model).__name__}) is no causal language model: it has no "
             "LM head to write with; load it with AutoModelForCausalLM"
+        )
+    if is_hooked(model):
+        raise TrimtabError(
+            f"cannot look at this {name} model while it is steered or read, because what it "
+            "computes is not its own: wrap it before the block, or after it"
         )
     with exclusively(model), eager(), torch.no_grad():
         registered = find_registered(name)
@@ -190,6 +201,7 @@ def _proved(
     flat: list[frozenset[str]] = []
     ends: list[Call] = []
     broken: list[str] = []
+    unproved: list[int] = []
 
     def visit(layer: int, trace: Trace) -> None:
         top = trace.calls[0] if trace.calls else None
@@ -205,7 +217,12 @@ def _proved(
         ends.append(Call("", top.module, (), {}, None, top.x, top.y))
         flat.append(frozenset(c.name for c in trace.calls if _is_flat(c.x) or _is_flat(c.y)))
         calls = BlockCalls(trace, top.x.shape[-1])
-        if finder is not None:
+        assert top.y is not None
+        if not (top.x.isfinite().all() and top.y.isfinite().all()):
+            unproved.append(layer)
+            blind = layers[layer][0] if layers is not None else Block(scale=None)
+            found.append((blind, {} if layers is not None else {(None, "stream"): _NOT_FINITE}))
+        elif finder is not None:
             block, reason = finder.block(calls)
             problems = prove_block(block, calls, shown)
             if reason is not None:
@@ -225,7 +242,16 @@ def _proved(
     description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})
     outer = Outer(trace, ends[0], ends[-1], logits, ids)
     problems_around = prove_outer(model, description, outer)
-    return Known(description, [p for _, p in found], problems_around, flat, source)
+    if unproved and source == "discovery":
+        return f"in {str(model.dtype).removeprefix('torch.')} {_NOT_FINITE}"
+    if unproved:
+        warnings.warn(
+            f"{_NOT_FINITE} in layers {ranges(unproved)}: what is known of these is not proved",
+            TrimtabWarning,
+            stacklevel=2,
+        )
+    width = int(ends[0].x.shape[-1]) if ends[0].x is not None else 0
+    return Known(description, width, [p for _, p in found], problems_around, flat, source)
 
 
 def _is_flat(x: torch.Tensor | None) -> bool:

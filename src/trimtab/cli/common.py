@@ -130,11 +130,13 @@ def _has_keys(file: Path, keys: set[str]) -> bool:
     return found is not None and keys <= found.keys()
 
 
-def read_prompts(given: Sequence[str], file: Path | None) -> list[Any]:
+def read_prompts(given: Sequence[Any], file: Path | None) -> list[Any]:
     """Prompts from the command line, from standard input, from a file."""
     texts: list[Any] = []
     for text in given:
-        if text.strip() == "-":
+        if not isinstance(text, str):
+            texts.append(text)
+        elif text.strip() == "-":
             texts += [line for _, line in _lines(sys.stdin, "standard input")]
         elif text.strip():
             texts.append(text)

@@ -12,7 +12,7 @@ from cyclopts import App, Parameter, validators
 from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.making import prepared
 from trimtab.cli.options import Data, Json, OpenedIfNamed, Overwrite
-from trimtab.contrasts import Contrast, Pair, check, columns
+from trimtab.contrasts import Contrast, Image, Pair, as_messages, check, columns, images_in
 from trimtab.errors import TrimtabError
 from trimtab.files import check_output
 from trimtab.options import SPLIT, Split
@@ -163,7 +163,11 @@ def _token_lengths(language_model: LanguageModel, texts: Contrast) -> dict[str, 
 
 
 def _as_json(row: Pair | Text) -> dict[str, Any]:
-    return {key: value for key, value in vars(row).items() if value is not None}
+    found = {key: value for key, value in vars(row).items() if value is not None}
+    for name in ("prompt", "text"):
+        if images_in(found.get(name, "")):
+            found[name] = as_messages(found[name])
+    return found
 
 
 def _say_checked(found: Checked) -> None:
@@ -196,4 +200,6 @@ def _say_text(name: str, text: Any) -> None:
         write_text(f"{name:<9} {text!r}")
         return
     for role, content in text:
-        write_text(f"{name:<9} {role}: {content!r}")
+        pieces = (content,) if isinstance(content, str) else content
+        said = " ".join(str(one) if isinstance(one, Image) else repr(one) for one in pieces)
+        write_text(f"{name:<9} {role}: {said}")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -52,6 +52,9 @@ class Fitting:
         "Where rows name no part, TRAIN,VALIDATION,TEST of their prompts, with :SEED behind it for "
         "others: what is not for train is held out. none fits on all.",
         SPLIT,
+    )
+    on: Literal["all", "text", "image"] = option(
+        "Which tokens are steered, of a model that sees images: all, text or image.", "all"
     )
     max_length: int | None = option("Longest text in tokens; prompts are cut on the left.", None)
     cache: Path | None = option(
@@ -214,6 +217,7 @@ def _fit(
         max_length=fitting.max_length,
         cache=fitting.cache,
         measure=fitting.measure,
+        on=fitting.on,
     )
 
 

@@ -22,13 +22,22 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
 from trimtab.cli.values import flag_of, read_named
-from trimtab.contrasts import last_message
+from trimtab.contrasts import last_message, read_image
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import option
 from trimtab.terminal import is_terminal, printable, write_text
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Prompting):
+    """The same, and images that prompts are about."""
+
+    image: Sequence[str] = option(
+        "An image that the prompts on the command line are about; repeat.", ()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ class Decoding:
 def generate(
     *prompts: Prompts,
     opened: Opened,
-    prompting: Prompting = Prompting(),
+    prompting: Asking = Asking(),
     steer: Steer = (),
     compare: Annotated[
         bool,
@@ -86,7 +95,7 @@ def generate(
     from trimtab.strength import within
 
     chats = as_chats(prompting, opened)
-    texts = read_prompts(prompts, prompting.file)
+    texts = read_prompts(_about(prompting.image, prompts, chats), prompting.file)
     steerings = read_steerings(steer)
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
@@ -127,6 +136,25 @@ def generate(
                 console.print(", ".join(said) or "unsteered", style="dim")
             write_text(run[i].text)
         console.print()
+
+
+def _about(images: Sequence[str], prompts: Sequence[str], chats: bool | None) -> Sequence[Any]:
+    """Prompts of the command line, as messages that begin with images where there are some."""
+    if not images:
+        return prompts
+    if chats is False:
+        raise TrimtabError("--image is for messages, and --raw takes prompts as they are")
+    if not prompts or "-" in map(str.strip, prompts):
+        raise TrimtabError(
+            "--image is for prompts on the command line: a file of prompts names its own images"
+        )
+    for image in images:
+        read_image(image, "--image")  # before the model is loaded
+    shown = [{"type": "image", "image": image} for image in images]
+    return [
+        [{"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}]
+        for prompt in prompts
+    ]
 
 
 def _stream(language_model: LanguageModel, prompt: Any, steering: Any, options: Any) -> None:

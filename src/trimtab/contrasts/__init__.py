@@ -4,13 +4,18 @@ from trimtab.contrasts.checking import MISTAKES, SINGLE, Checked, Finding, check
 from trimtab.contrasts.contrast import Contrast, builtins
 from trimtab.contrasts.files import TABLES, meant_file, read_table
 from trimtab.contrasts.held_out import shared_rows
+from trimtab.contrasts.images import Image, read_image
 from trimtab.contrasts.rows import (
     PARTS,
+    Content,
     Conversation,
     Pair,
     Part,
     Prompt,
     Text,
+    as_messages,
+    images_in,
+    in_words,
     last_message,
     read_prompt,
     spread,

@@ -2,7 +2,8 @@
 
 A contrast is either *paired* (one prompt, a positive and a negative continuation, appended to the
 prompt exactly as they are) or *unpaired* (texts, each labelled positive or negative). A prompt or
-text is a string, taken raw, or a conversation, which goes through the model's chat template.
+text is a string, taken raw, or a conversation, which goes through the model's chat template and may
+hold images.
 
 Rows may name the part they belong to (train, validation, test); methods are fitted on train only.
 Where no row does, `fit` of a method takes all rows, and what measures on rows that are held out
@@ -25,7 +26,18 @@ from typing import Any
 
 from trimtab.contrasts.files import read_csv, read_json, read_table
 from trimtab.contrasts.held_out import Row, drawn_parts, too_few
-from trimtab.contrasts.rows import PARTS, Pair, Part, Prompt, Text, last_message, read_rows
+from trimtab.contrasts.images import Image
+from trimtab.contrasts.rows import (
+    PARTS,
+    Pair,
+    Part,
+    Prompt,
+    Text,
+    as_messages,
+    images_in,
+    last_message,
+    read_rows,
+)
 from trimtab.errors import TrimtabError
 from trimtab.files import json_digest, user_path, write_whole
 from trimtab.options import SPLIT, Split
@@ -114,8 +126,10 @@ class Contrast:
     def to_jsonl(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write one JSON object a line, parts and messages too; the file is there whole or not at
         all, and `from_jsonl` reads the same rows from it."""
-        lines = [json.dumps(_as_json(row), ensure_ascii=False) + "\n" for row in self.rows]
-        return write_whole(user_path(path), "".join(lines).encode(), overwrite)
+        place = user_path(path)
+        rows = [_as_json(row, place.parent) for row in self.rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        return write_whole(place, "".join(lines).encode(), overwrite)
 
     # -- what is in it ------------------------------------------------------------------------
 
@@ -155,11 +169,12 @@ class Contrast:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the texts in their order, whatever file they came from."""
+        """SHA-256 of the texts in their order, and of what their images hold, whatever files they
+        came from."""
         content = [
-            [row.prompt, row.positive, row.negative]
+            [_unplaced(row.prompt), row.positive, row.negative]
             if isinstance(row, Pair)
-            else [row.text, row.label]
+            else [_unplaced(row.text), row.label]
             for row in self.rows
         ]
         return json_digest(content, ensure_ascii=False, separators=(",", ":"))
@@ -273,16 +288,24 @@ def _builtin_file(name: str) -> Any:
     return files("trimtab") / "data" / "contrasts" / f"{name}.jsonl"
 
 
-def _as_json(row: Row) -> dict[str, Any]:
-    """A row as a line of a file says it."""
+def _as_json(row: Row, folder: Path) -> dict[str, Any]:
+    """A row as a line of a file in a folder says it."""
     part = {} if row.part is None else {"part": row.part}
     if isinstance(row, Text):
-        return {"text": _messages(row.text), "label": row.label, **part}
+        return {"text": as_messages(row.text, folder), "label": row.label, **part}
     sides = {"positive": row.positive, "negative": row.negative}
-    return {"prompt": _messages(row.prompt), **sides, **part}
+    return {"prompt": as_messages(row.prompt, folder), **sides, **part}
 
 
-def _messages(prompt: Prompt) -> Any:
-    if isinstance(prompt, str):
+def _unplaced(prompt: Prompt) -> Any:
+    """A prompt whose images are what they hold, and not where they lie."""
+    if isinstance(prompt, str) or not images_in(prompt):
         return prompt
-    return [{"role": role, "content": content} for role, content in prompt]
+    return [
+        [role, content if isinstance(content, str) else [_held(piece) for piece in content]]
+        for role, content in prompt
+    ]
+
+
+def _held(piece: str | Image) -> Any:
+    return {"image": piece.digest} if isinstance(piece, Image) else piece

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.contrasts.images import is_address
 from trimtab.contrasts.rows import COLUMNS
 from trimtab.errors import TrimtabError, shown
 from trimtab.files import json_object, parse_json, user_path
@@ -41,6 +42,12 @@ def read_table(
 
 def read_json(path: str | Path, what: str = "the contrast") -> list[dict[str, Any]]:
     """One JSON object a line, or one array of them."""
+    rows = _json_rows(path, what)
+    _place_images(rows, user_path(path).parent)
+    return rows
+
+
+def _json_rows(path: str | Path, what: str) -> list[dict[str, Any]]:
     text = _text(path, what)
     if text.lstrip(" \t\r\n").startswith("["):
         found = parse_json(text, str(path))
@@ -95,7 +102,7 @@ def read_csv(
                 f"{path}, row {number} has more cells than the header has columns: put texts with "
                 f"{delimiter!r} in them between quotes"
             )
-    return [
+    read = [
         {
             key: _cell(value, f"{path}, row {number}, {key}")
             if key in _CONVERSATIONS and isinstance(value, str)
@@ -105,6 +112,27 @@ def read_csv(
         }
         for number, row in enumerate(rows, 1)
     ]
+    _place_images(read, user_path(path).parent)
+    return read
+
+
+def _place_images(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Have the paths of images in messages, which a file names as seen from its own folder, be as
+    seen from here."""
+    for row in rows:
+        for messages in row.values():
+            for message in messages if isinstance(messages, list) else ():
+                parts = message.get("content") if isinstance(message, dict) else None
+                for part in parts if isinstance(parts, list) else ():
+                    if isinstance(part, dict) and part.get("type") == "image":
+                        _place_image(part, folder)
+
+
+def _place_image(part: dict[str, Any], folder: Path) -> None:
+    for key in ("image", "path"):
+        path = part.get(key)
+        if isinstance(path, str) and not is_address(path):
+            part[key] = str(folder / user_path(path))
 
 
 def meant_file(path: str | Path) -> str:

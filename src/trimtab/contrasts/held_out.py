@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trimtab.contrasts.rows import Pair, Part, Prompt, Text
+from trimtab.contrasts.images import Image
+from trimtab.contrasts.rows import Content, Pair, Part, Prompt, Text
 from trimtab.options import Split
 
 Row = Pair | Text
@@ -90,10 +91,16 @@ def _keys(row: Row) -> list[Any]:
 
 
 def plain(prompt: Prompt) -> Any:
-    """A prompt without what is no difference to a reader: blanks and capitals."""
+    """A prompt without what is no difference to a reader: blanks, capitals, where images lie."""
     if isinstance(prompt, str):
         return " ".join(prompt.split()).casefold()
-    return tuple((role, plain(content)) for role, content in prompt)
+    return tuple((role, _plain_content(content)) for role, content in prompt)
+
+
+def _plain_content(content: Content) -> Any:
+    if isinstance(content, str):
+        return plain(content)
+    return tuple(each.digest if isinstance(each, Image) else plain(each) for each in content)
 
 
 def shared_rows(rows: Sequence[Row], others: Sequence[Row]) -> int:

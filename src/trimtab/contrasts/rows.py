@@ -5,15 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from trimtab.contrasts.images import Image, read_image
 from trimtab.errors import TrimtabError, shown
 
 T = TypeVar("T")
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+#: What a message says: text, or pieces of text and images in their order.
+Content = str | tuple[str | Image, ...]
 #: A conversation: messages as (role, content).
-Conversation = tuple[tuple[str, str], ...]
+Conversation = tuple[tuple[str, Content], ...]
 Prompt = str | Conversation
 
 #: What the prompt and the sides of a pair are called, ours first.
@@ -73,8 +77,61 @@ def read_rows(
 
 
 def last_message(prompt: Any) -> str:
-    """A prompt as text: of a conversation, also as it comes back from JSON, its last message."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1][1])
+    """A prompt as text: of a conversation, also as it comes back from JSON or as it was given, its
+    last message."""
+    if isinstance(prompt, str):
+        return prompt
+    message = prompt[-1]
+    return in_words(message.get("content") if isinstance(message, Mapping) else message[1])
+
+
+def in_words(content: Any) -> str:
+    """What a message says as text, its images by their names."""
+    if not isinstance(content, list | tuple):
+        return str(content)
+    return " ".join(map(_piece_in_words, content))
+
+
+def _piece_in_words(piece: Any) -> str:
+    if isinstance(piece, Mapping):
+        if piece.get("type") == "text":
+            return str(piece.get("text"))
+        piece = (piece.get("image") or piece.get("path"), "")
+    if isinstance(piece, list | tuple) and len(piece) == 2:  # an image, as JSON has it too
+        piece = Image(*piece)
+    return str(piece)
+
+
+def images_in(prompt: Prompt) -> tuple[Image, ...]:
+    """The images of a prompt, in their order."""
+    if isinstance(prompt, str):
+        return ()
+    return tuple(
+        piece
+        for _, content in prompt
+        if not isinstance(content, str)
+        for piece in content
+        if isinstance(piece, Image)
+    )
+
+
+def as_messages(prompt: Prompt, folder: Path | None = None) -> Any:
+    """A prompt as `read_prompt` takes it: text, or messages as chat templates have them; the paths
+    of images as a file in `folder` has them."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": role, "content": _as_parts(content, folder)} for role, content in prompt]
+
+
+def _as_parts(content: Content, folder: Path | None) -> Any:
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "image", "image": piece.path if folder is None else piece.seen_from(folder)}
+        if isinstance(piece, Image)
+        else {"type": "text", "text": piece}
+        for piece in content
+    ]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -84,7 +141,11 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def read_prompt(value: Any, where: str) -> Prompt:
-    """Text as it is; a list of {"role", "content"} messages as a conversation."""
+    """Text as it is; a list of {"role", "content"} messages as a conversation.
+
+    A content is text, or a list of parts as chat templates have them: {"type": "text", "text": ...}
+    and {"type": "image", "image": FILE}.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, Sequence) and value:
@@ -92,14 +153,42 @@ def read_prompt(value: Any, where: str) -> Prompt:
     raise TrimtabError(f"{where}: a prompt must be text or a list of messages")
 
 
-def _message(message: Any, where: str) -> tuple[str, str]:
+def _message(message: Any, where: str) -> tuple[str, Content]:
     if isinstance(message, Mapping):
         message = (message.get("role"), message.get("content"))
     if isinstance(message, list | tuple) and len(message) == 2:
         role, content = message
         if isinstance(role, str) and isinstance(content, str):
             return (role, content)
-    raise TrimtabError(f'{where}: a message must be {{"role": TEXT, "content": TEXT}}')
+        if isinstance(role, str) and isinstance(content, list | tuple) and content:
+            return (role, _content(content, where))
+    raise TrimtabError(
+        f'{where}: a message must be {{"role": TEXT, "content": TEXT}}, or have a list of texts '
+        "and images as its content"
+    )
+
+
+def _content(parts: Sequence[Any], where: str) -> Content:
+    """What a message says in parts; text alone is one text, which every template takes."""
+    pieces = tuple(_piece(part, where) for part in parts)
+    if any(isinstance(piece, Image) for piece in pieces):
+        return pieces
+    return "".join(map(str, pieces))
+
+
+def _piece(part: Any, where: str) -> str | Image:
+    if isinstance(part, str | Image):
+        return part
+    if isinstance(part, Mapping):
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            return str(part["text"])
+        named = [part[name] for name in ("image", "path", "url") if part.get(name) is not None]
+        if part.get("type") == "image" and len(named) == 1:
+            return read_image(named[0], where)
+    raise TrimtabError(
+        f'{where}: a part of a message must be {{"type": "text", "text": TEXT}} or '
+        '{"type": "image", "image": FILE}'
+    )
 
 
 def _row(row: Mapping[str, Any], where: str) -> Pair | Text:

@@ -22,12 +22,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from trimtab.contrasts import Prompt, last_message
+from trimtab.contrasts import Prompt, as_messages, last_message
 from trimtab.dials.turning import Turning, check_turns, dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.figures import Estimate
 from trimtab.files import json_digest
-from trimtab.model import LanguageModel
+from trimtab.model import ImageText, LanguageModel
 from trimtab.reports import Presented, Table, number_text
 from trimtab.steering import Calibration, Steering
 from trimtab.terminal import progress
@@ -141,9 +141,7 @@ class Budget(Presented):
         """What `trimtab strength budget --json` prints."""
         rows = [
             {
-                "prompt": found.prompt
-                if isinstance(found.prompt, str)
-                else [{"role": role, "content": content} for role, content in found.prompt],
+                "prompt": as_messages(found.prompt),
                 "dial": found.dial,
                 "kl": found.kl,
                 "reached": found.reached,
@@ -259,13 +257,14 @@ def calibration(
             dials.append(median if sum(reached) * 2 > len(reached) else None)
             worst.append(lowest if sum(reached) >= 0.05 * len(reached) else None)
         columns |= {side: tuple(dials), f"{side}_worst5": tuple(worst)}
-    digest = json_digest(list(map(list, texts)), separators=(",", ":"))
+    seen = [text.digests for text in texts if isinstance(text, ImageText)]
+    digest = json_digest([*map(list, texts), *seen], separators=(",", ":"))
     return Calibration.rising(budgets, len(texts), digest, **columns)
 
 
 def _encoded(
     language_model: LanguageModel, prompts: Sequence[Any], chat: bool | None
-) -> tuple[list[Prompt], list[list[int]]]:
+) -> tuple[list[Prompt], list[Sequence[int]]]:
     wanted = language_model.prompts(prompts, chat)
     if not wanted:
         raise TrimtabError("there is no prompt to keep a budget on")

@@ -22,7 +22,7 @@ import torch
 from trimtab.contrasts import Contrast, spread
 from trimtab.dials.budgets import BEYOND, Solution, calibration
 from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial, read_at_dial
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, with_images
 from trimtab.reading import blocks_apart, plain_texts, run_lower
 from trimtab.steering import STRENGTHS, Positions, Steering
 from trimtab.terminal import progress
@@ -121,7 +121,7 @@ def measured(
 # -- what is asked --------------------------------------------------------------------------------
 
 
-def _prompts(language_model: LanguageModel, contrast: Contrast) -> list[list[int]]:
+def _prompts(language_model: LanguageModel, contrast: Contrast) -> list[Sequence[int]]:
     """Token ids of some prompts of the contrast, spread over it; of unpaired texts the texts, and
     where a pair has no prompt the first half of its negative side."""
     lm = language_model
@@ -132,7 +132,9 @@ def _prompts(language_model: LanguageModel, contrast: Contrast) -> list[list[int
         sides = lm.encode(list(dict.fromkeys(pair.negative for pair in contrast.pairs)))
         encoded = [tokens[: (len(tokens) + 1) // 2] for tokens in sides]
     longest = min(_LONGEST, lm.max_length)
-    short = [tokens for tokens in encoded if 0 < len(tokens) <= longest]
+    # An image alone is as many tokens.
+    most = [lm.max_length if sees else longest for sees in with_images(encoded)]
+    short = [tokens for tokens, end in zip(encoded, most, strict=True) if 0 < len(tokens) <= end]
     if not short:  # the ends of what there is, which is where the next token is read from
         short = [tokens[-longest:] for tokens in encoded if tokens]
     return spread(short, _PROMPTS)
@@ -153,7 +155,7 @@ def _acting_on(steering: Steering, positions: Positions) -> Steering:
 def _runner(
     language_model: LanguageModel,
     steering: Steering,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     advance: Callable[[int], object],
 ) -> Run:
     """Probes a dial: prompts and plain text run from the lowest steered block on."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned
+from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned, with_images
 from trimtab.reading import (
     Next,
     blocks_apart,
@@ -62,7 +62,8 @@ class Turning:
     def _base(self) -> Tensor:
         lengths = [len(text) for text in self.texts]
         base: list[Tensor] = [torch.empty(0)] * len(lengths)
-        for rows in batches_by_length(lengths, self.language_model.batch_tokens):
+        most, apart = self.language_model.batch_tokens, with_images(self.texts)
+        for rows in batches_by_length(lengths, most, apart=apart):
             for i, logits in zip(rows, self._logits(rows), strict=True):
                 base[i] = logits.log_softmax(-1)
         return torch.stack(base)
@@ -93,7 +94,8 @@ class Turning:
     ) -> Iterator[tuple[list[int], list[int], Tensor]]:
         lengths = [len(self.texts[text]) for text in texts]
         turns = torch.tensor(dials, dtype=torch.float64)
-        for places in batches_by_length(lengths, self.language_model.batch_tokens):
+        most, apart = self.language_model.batch_tokens, with_images([self.texts[i] for i in texts])
+        for places in batches_by_length(lengths, most, apart=apart):
             yield places, [texts[place] for place in places], turns[places]
 
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.contrasts import Prompt
+from trimtab.contrasts import Prompt, images_in, in_words
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
 from trimtab.model import Completion, LanguageModel, batches_by_length
@@ -89,9 +89,9 @@ def answer(
 
 def _for_model(language_model: LanguageModel, prompt: Prompt) -> Prompt:
     """A conversation as plain text where the model has no chat template."""
-    if isinstance(prompt, str) or language_model.chats:
+    if isinstance(prompt, str) or language_model.chats or images_in(prompt):
         return prompt
-    return "\n\n".join(content for _, content in prompt) + "\n"
+    return "\n\n".join(in_words(content) for _, content in prompt) + "\n"
 
 
 def _add_measures(
@@ -224,7 +224,7 @@ def _seed(seed: int, task: Task, start: int) -> int:
 
 def _cut_left(
     language_model: LanguageModel, name: str, prompts: Sequence[Prompt], room: int
-) -> list[list[int]]:
+) -> list[Sequence[int]]:
     """Token ids; a prompt that leaves no room loses its beginning, never its end, and is counted.
 
     A BOS stays.
@@ -237,7 +237,7 @@ def _cut_left(
     for i, tokens in enumerate(encoded):
         if len(tokens) > limit:
             kept = tokens[:1] if tokens[0] == language_model.bos else []
-            encoded[i] = kept + tokens[len(tokens) - limit + len(kept) :]
+            encoded[i] = [*kept, *tokens[len(tokens) - limit + len(kept) :]]
             cut += 1
     if cut:
         warnings.warn(

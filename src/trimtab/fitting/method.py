@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.contrasts import SINGLE, Contrast
+from trimtab.contrasts import SINGLE, Contrast, Pair, images_in
 from trimtab.dials import measured
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
@@ -23,6 +23,7 @@ from trimtab.steering import (
     Dial,
     Intervention,
     Steering,
+    Tokens,
     operators_in_words,
     to_tensors,
 )
@@ -80,11 +81,19 @@ class Method(ABC):
         max_length: int | None = None,
         cache: str | Path | None = None,
         measure: bool = True,
+        on: Tokens = "all",
     ) -> Steering:
         """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
-        return fit(
-            [self], language_model, contrast, max_length=max_length, cache=cache, measure=measure
-        )[0]
+        (made,) = fit(
+            [self],
+            language_model,
+            contrast,
+            max_length=max_length,
+            cache=cache,
+            measure=measure,
+            on=on,
+        )
+        return made
 
     @property
     def at_default(self) -> float:
@@ -116,6 +125,7 @@ def fit(
     max_length: int | None = None,
     cache: str | Path | None = None,
     measure: bool = True,
+    on: Tokens = "all",
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
@@ -129,18 +139,31 @@ def fit(
     named strengths (`steering.at("clear")`), and, where the method was given no strength, its
     default. `measure=False` leaves that out: the dial's default and range are then the method's
     own numbers, which know neither the model nor the texts.
+
+    `on` says which tokens are steered, of a model that sees images: all, those of text, or those
+    that stand for an image.
     """
+    if on == "image" and measure and not _has_images(contrast):
+        raise TrimtabError(
+            f"{contrast.name} has no images, on which the dial of a steering of image tokens could "
+            "be measured: give a contrast with images, or leave measuring out (--no-measure)"
+        )
     wants = [want for method in methods for want in method.wants(language_model, contrast)]
     if len(contrast.train) == 1 and any(want.rows is None for want in wants):  # not asked for one
         warnings.warn(f"{contrast.name}: {SINGLE}", TrimtabWarning, stacklevel=2)
     statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
-    steerings = [method.build(language_model, contrast, statistics) for method in methods]
+    steerings = [method.build(language_model, contrast, statistics).on(on) for method in methods]
     if not measure:
         return steerings
     return [
         _measured(method, language_model, contrast.train, steering)
         for method, steering in zip(methods, steerings, strict=True)
     ]
+
+
+def _has_images(contrast: Contrast) -> bool:
+    prompts = (row.prompt if isinstance(row, Pair) else row.text for row in contrast.rows)
+    return any(map(images_in, prompts))
 
 
 def _measured(

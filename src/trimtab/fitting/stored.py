@@ -151,6 +151,8 @@ def _digest(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
             digest.update(about.encode())
     for row in rows:
         digest.update(repr((row.tokens, row.common, row.sides, row.answers)).encode())
+        for text in row.seen:
+            digest.update(repr(text.digests).encode())
     return digest.hexdigest()[:32]
 
 

@@ -21,6 +21,8 @@ _TOKENS = {
     "last": "the prompt's last token and the generated ones",
 }
 
+_KINDS = {"all": "", "text": ", where it is text", "image": ", where it stands for an image"}
+
 
 def describe(steering: Steering) -> dict[str, Any]:
     """A steering as plain data: method, dial, interventions, model, findings.
@@ -45,6 +47,7 @@ def describe(steering: Steering) -> dict[str, Any]:
                 "operator": type(intervention.operator).__name__,
                 "size": intervention.operator.size,
                 "positions": intervention.positions,
+                **({} if intervention.tokens == "all" else {"tokens": intervention.tokens}),
             }
             for intervention in steering.interventions
         ],
@@ -74,8 +77,10 @@ def explain(steering: Steering) -> list[str]:
     model, dial = steering.model, steering.dial
     lines = _what_it_does(steering)
     lines += [
-        f"It acts on {_TOKENS[positions]}."
-        for positions in dict.fromkeys(i.positions for i in steering.interventions)
+        f"It acts on {_TOKENS[positions]}{_KINDS[tokens]}."
+        for positions, tokens in dict.fromkeys(
+            (each.positions, each.tokens) for each in steering.interventions
+        )
     ]
     now, fitted, low, high = (
         f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)

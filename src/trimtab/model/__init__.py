@@ -5,6 +5,14 @@ from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
 from trimtab.model.chats import ChatForm, put_as
 from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
+from trimtab.model.images import (
+    ImageText,
+    extended,
+    frozen,
+    has_images,
+    refuse_unseen,
+    with_images,
+)
 from trimtab.model.language_model import (
     Completion,
     LanguageModel,
@@ -15,7 +23,7 @@ from trimtab.model.language_model import (
 from trimtab.model.loading import load, locations
 from trimtab.model.questions import alike, answered, hidden_alone, probe_texts
 from trimtab.model.saving import check_target
-from trimtab.model.versions import cache_argument, warn_if_untested
+from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
 
 warn_if_untested()

@@ -9,6 +9,9 @@ the tokens that a next token is read from. A text that is only read, not continu
 With a KV cache a pass holds only the new tokens, without one it holds all of them again; both give
 the same result, because positions count from the start of the sequence.
 
+What `tokens` means: `all`, or of a model that sees images those of `text` or those that stand for
+an `image`, by their ids; positions and tokens hold together.
+
 `attached` is for dials that are known, `attached_by` for dials that depend on what the model is
 about to read, and `turned` for one steering at a tensor of dials, through which derivatives go.
 """
@@ -28,9 +31,10 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked
 from trimtab.errors import TrimtabError
+from trimtab.model.images import image_tokens
 from trimtab.model.passes import Choose, Pass, Sequences
 from trimtab.model.running import Attached, Block
-from trimtab.steering import Operator, Positions, Steering
+from trimtab.steering import Operator, Positions, Steering, Tokens
 
 #: The steerings of one row of a batch, in the order in which they act.
 RowSteerings = tuple[Steering, ...]
@@ -45,6 +49,7 @@ class _Step:
 
     operator: Operator
     positions: Positions
+    tokens: Tokens
     dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
     rows: list[bool]
     touched: int = 0  # passes in which it changed something
@@ -54,7 +59,7 @@ class _Step:
     def __call__(self, x: Tensor, now: Pass | None) -> Tensor | None:
         """What becomes of an activation, None where nothing does; `now` is the pass that runs, as
         far as anybody needs to know."""
-        mask = True if now is None else now.mask(self.positions, x.device)
+        mask = True if now is None else now.mask(self.positions, self.tokens, x.device)
         if mask is False:
             return None
         found = None if now is None else now.found
@@ -68,8 +73,20 @@ class _Step:
         self.touched += 1
         changed = function(x)
         if isinstance(mask, Tensor):
-            changed = torch.where(mask[..., None], changed, x)
+            # Layers that read others' keys see a prompt's last token alone (Gemma 4's).
+            changed = torch.where(mask[:, -x.shape[1] :, None], changed, x)
         return changed if steered is None else torch.where(steered, changed, x)
+
+    @property
+    def what(self) -> str:
+        """Tokens that it acts on, for messages."""
+        kind = "a token" if self.tokens == "all" else f"a token of {self.tokens}"
+        return f"{kind} at the steering's positions"
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it acts on all tokens of every pass."""
+        return self.positions == self.tokens == "all"
 
     @property
     def same_for_all(self) -> bool:
@@ -136,7 +153,8 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
             nothing = 0.0 if idle is None else idle
             dials = [settings.get(row, nothing) for row in range(len(rows))]
             taking = [row in settings for row in range(len(rows))]
-            step = _Step(intervention.operator, intervention.positions, dials, taking)
+            scope = intervention.positions, intervention.tokens
+            step = _Step(intervention.operator, *scope, dials, taking)
             steps.setdefault(intervention.site, []).append(step)
     return steps
 
@@ -165,9 +183,10 @@ def turned(
     anatomy: Anatomy, steering: Steering, dials: Tensor
 ) -> AbstractContextManager[Sequences]:
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
-    derivative, which goes on through the model."""
+    derivative, which goes on through the model. That no row has a token of its kind is no error:
+    what it does to plain text is asked too."""
     steps = _turned_steps(steering, dials)
-    return _on_model(anatomy, steps, [steering.label], rows=len(dials))
+    return _on_model(anatomy, steps, [steering.label], rows=len(dials), may_miss_images=True)
 
 
 def attached_by(
@@ -206,7 +225,8 @@ def unsteered(anatomy: Anatomy) -> Iterator[None]:
 def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     steps: dict[str, list[_Step]] = {}
     for intervention in steering.interventions:
-        step = _Step(intervention.operator, intervention.positions, dials, [True])
+        scope = intervention.positions, intervention.tokens
+        step = _Step(intervention.operator, *scope, dials, [True])
         steps.setdefault(intervention.site, []).append(step)
     return steps
 
@@ -214,7 +234,7 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
 def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
-    if len(chain) == 1 and first.positions == "all" and first.same_for_all:
+    if len(chain) == 1 and first.everywhere and first.same_for_all:
         return _same_for_all(first)
 
     def edit(x: Tensor) -> Tensor | None:
@@ -239,6 +259,7 @@ def _on_model(
     pad: int | None = None,
     choose: Choose | None = None,
     block: bool = True,
+    may_miss_images: bool = False,
 ) -> Iterator[Sequences]:
     """Take the steps at every pass of the model."""
     with exclusively(anatomy.body, block):
@@ -250,10 +271,20 @@ def _on_model(
         if not steps:
             yield Sequences()
             return
-        positions = {step.positions for chain in steps.values() for step in chain}
-        placed = bool(positions - {"all"} or rows or choose)
+        every = [step for chain in steps.values() for step in chain]
+        placed = bool(rows or choose) or not all(step.everywhere for step in every)
         names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
-        sequences = Sequences(names, rows=rows, pad=pad, choose=choose, positions=positions)
+        of_kind = any(step.tokens != "all" for step in every)
+        sequences = Sequences(
+            names,
+            rows=rows,
+            pad=pad,
+            choose=choose,
+            positions={step.positions for step in every},
+            image_tokens=image_tokens(anatomy.model.config) if of_kind else None,
+        )
+        # Whoever holds the model for one call has looked at the texts of all of them.
+        sequences.may_miss_images = may_miss_images or not block
         own = None if block else current_thread()
         opened = Block(sequences, placed, choose is not None, own, labels=labels)
         edits: dict[Point, Edit] = {
@@ -285,8 +316,9 @@ def _refuse_untouched(steps: dict[str, list[_Step]], sequences: Sequences) -> No
     for site, chain in steps.items():
         for step in chain:
             over = step.positions == "generated" and sequences.ended_at_once
+            over = over or (step.tokens == "image" and sequences.may_miss_images)
             if sequences.passes and not step.touched and not over:
                 raise TrimtabError(
                     f"the steering touched nothing at {site}: the model ran {sequences.passes} "
-                    "times without a token at the steering's positions reaching that site"
+                    f"times without {step.what} reaching that site"
                 )

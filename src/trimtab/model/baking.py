@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, LinearMap, parse_site, probe_ids, site_order
 from trimtab.errors import TrimtabError
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import plain_copy, untie
+from trimtab.model.plain import is_plain, plain_copy, untie
 from trimtab.steering import (
     Intervention,
     LinearOperator,
@@ -78,10 +78,17 @@ def bake(
         for intervention in steering.interventions:
             if intervention.operator.identity != steering.setting:
                 folds.append(_fold(intervention, steering))
+    if language_model.image_tokens and any(fold.site == "embed" for fold in folds):
+        raise TrimtabError(
+            f"cannot bake at embed: {language_model.name} sees images, which do not come from the "
+            "embedding table; attach the steering instead"
+        )
     # Within a pass earlier sites act first; at one site the order given counts (sort is stable).
     folds.sort(key=lambda fold: site_order(fold.site))
     copied = plain_copy(language_model.model, language_model.name)
-    anatomy = Anatomy(copied, like=language_model.anatomy)
+    # Adapters that were merged stood in the place of other modules.
+    same = is_plain(language_model.model)
+    anatomy = Anatomy(copied, like=language_model.anatomy if same else None)
     missing = _missing_biases(anatomy, folds)
     if missing:
         anatomy = Anatomy(_with_biases(anatomy, missing), like=anatomy)
@@ -105,6 +112,7 @@ def bake(
         _prove(language_model, single, baked, force)
     base = dict(vars(language_model.identity))
     baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
+    baked.processor, baked.no_processor = language_model.processor, language_model.no_processor
     return baked
 
 
@@ -167,6 +175,11 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
     if intervention.positions != "all":
         raise TrimtabError(
             f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
+            "weights act on all of them; attach it instead"
+        )
+    if intervention.tokens != "all":
+        raise TrimtabError(
+            f"cannot bake {steering.method}: it steers {intervention.tokens} tokens only, and "
             "weights act on all of them; attach it instead"
         )
     if not operator.linear:

@@ -21,24 +21,30 @@ def batches_by_length(
     tokens: int | None = None,
     rows: int = BATCH_ROWS,
     equal: bool = False,
+    apart: Sequence[bool] = (),
 ) -> Iterator[list[int]]:
     """Indices of texts of similar length that run together, at most `rows` of them; with `equal`
     only texts of the same length do.
 
     Texts that are read have at most so many padded `tokens` together, or are alone; the longest
     come first, so that memory that does not suffice is missed at once. Without `tokens` the
-    shortest come first.
+    shortest come first. `apart` says which texts share no batch with the others, because the model
+    is given more of them (images).
     """
     sign = 1 if tokens is None else -1
-    waiting = sorted(range(len(lengths)), key=lambda i: sign * lengths[i])
-    while waiting:
-        count = rows
-        if tokens is not None:
-            count = max(1, min(rows, tokens // lengths[waiting[0]]))
-        if equal:
-            count = min(count, sum(lengths[i] == lengths[waiting[0]] for i in waiting))
-        yield waiting[:count]
-        waiting = waiting[count:]
+    order = sorted(range(len(lengths)), key=lambda i: sign * lengths[i])
+    groups = [order]
+    if apart:
+        groups = [[i for i in order if apart[i] is kind] for kind in (False, True)]
+    for waiting in groups:
+        while waiting:
+            count = rows
+            if tokens is not None:
+                count = max(1, min(rows, tokens // lengths[waiting[0]]))
+            if equal:
+                count = min(count, sum(lengths[i] == lengths[waiting[0]] for i in waiting))
+            yield waiting[:count]
+            waiting = waiting[count:]
 
 
 def refuse_dropout(model: Any) -> None:

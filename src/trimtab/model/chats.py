@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.contrasts import Contrast, Conversation, Pair
+from trimtab.contrasts import Content, Contrast, Conversation, Image, Pair
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.steering import Steering
 
@@ -32,11 +32,14 @@ class ChatForm:
         """Whether nothing is said, so that the template's defaults hold."""
         return not self.options and self.system is None
 
-    def messages(self, conversation: Conversation) -> list[dict[str, str]]:
+    def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """A conversation as templates take it, with the system message."""
         own = any(role == "system" for role, _ in conversation)
         before = () if self.system is None or own else (("system", self.system),)
-        return [{"role": role, "content": content} for role, content in (*before, *conversation)]
+        return [
+            {"role": role, "content": _for_template(content)}
+            for role, content in (*before, *conversation)
+        ]
 
     def as_json(self) -> dict[str, Any]:
         return {"options": dict(self.options), "system": self.system}
@@ -46,6 +49,16 @@ class ChatForm:
         if self.system is not None:
             said.append(f"the system message '{shown(self.system, 60)}'")
         return ", ".join(said) or "the template's defaults"
+
+
+def _for_template(content: Content) -> Any:
+    """What a message says as templates take it, who see that there is an image and not which."""
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "image"} if isinstance(piece, Image) else {"type": "text", "text": piece}
+        for piece in content
+    ]
 
 
 def chat_form(

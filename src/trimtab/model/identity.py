@@ -96,6 +96,8 @@ def _signs(tensor: Tensor, samples: int) -> bytes:
 
 def _spread(tensor: Tensor, samples: int) -> Tensor:
     """So many values at even distances, as a view of the tensor where it is in one piece."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "dequantize"):
+        tensor = tensor.dequantize()  # torchao's and quanto's kinds know few operations
     flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // samples)][:samples]
 

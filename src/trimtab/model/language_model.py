@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy
 from trimtab.checkpoints import baked_already
-from trimtab.contrasts import Prompt, read_prompt
+from trimtab.contrasts import Image, Prompt, images_in, read_prompt
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.model.attach import RowSteerings, attached, attached_by
 from trimtab.model.batching import (
@@ -37,6 +37,16 @@ from trimtab.model.decoding import (
     written,
 )
 from trimtab.model.identity import Weights
+from trimtab.model.images import (
+    ImageText,
+    image_inputs,
+    image_tokens,
+    model_around,
+    processed,
+    refuse_bare,
+    refuse_unseen,
+    with_images,
+)
 from trimtab.model.padding import left_padded, pads_generate, pads_logits, plain_logits
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
@@ -44,7 +54,7 @@ from trimtab.model.questions import answered, probe_texts
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
-from trimtab.model.versions import heed_soft_cap
+from trimtab.model.versions import mend_attention
 from trimtab.steering import ModelIdentity, Steering, Steerings
 from trimtab.terminal import progress
 
@@ -95,7 +105,8 @@ class Completion:
 class LanguageModel:
     """A causal language model of transformers with its tokenizer.
 
-    `model` and `tokenizer` stay what they were and may be used directly, also inside `steered`.
+    `model`, `tokenizer` and `processor` stay what they were and may be used directly, also inside
+    `steered`.
     """
 
     def __init__(
@@ -113,8 +124,12 @@ class LanguageModel:
         self.chat_form = chat_form
         #: What was baked into the weights, in order, as `trimtab.json` of a checkpoint says it.
         self.baked: tuple[dict[str, Any], ...] = ()
+        #: What makes a model's inputs of images; None where it takes none.
+        self.processor: Any = None
+        #: Why there is no processor, where there should be one.
+        self.no_processor = ""
         self._warned: set[str] = set()
-        heed_soft_cap(model)
+        mend_attention(model)
         self.anatomy = Anatomy(model, like=anatomy)
         self._weights = Weights(model)
 
@@ -191,6 +206,8 @@ class LanguageModel:
         model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
         copied = LanguageModel(model, tokenizer, self.name, self.chat_form, self.anatomy)
         copied.baked = self.baked
+        copied.processor = copy.deepcopy(self.processor, memo)
+        copied.no_processor = self.no_processor
         return copied
 
     def with_chat(
@@ -206,13 +223,12 @@ class LanguageModel:
         return changed
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
-        """Write a plain checkpoint with its tokenizer, whole or not at all.
+        """Write a plain checkpoint with its tokenizer and processor, whole or not at all.
 
         Of a baked model `trimtab.json` and the model card (README.md) say what was baked.
         """
-        return save_checkpoint(
-            self.model, self.tokenizer, self.name, directory, overwrite, self.baked
-        )
+        readers = [reader for reader in (self.processor, self.tokenizer) if reader is not None]
+        return save_checkpoint(self.model, readers, self.name, directory, overwrite, self.baked)
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -230,8 +246,11 @@ class LanguageModel:
 
     def encode(
         self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None
-    ) -> list[list[int]]:
+    ) -> list[Sequence[int]]:
         """Token ids of prompts, each with its answer appended to its text as it is.
+
+        A prompt with images is an `ImageText`, which has as many tokens for each as the processor
+        gives it, and carries the images along.
 
         Special tokens are the tokenizer's default; none are added to what already has them (a
         rendered chat, a text that begins with BOS), so BOS is never there twice. None are added at
@@ -245,9 +264,14 @@ class LanguageModel:
         ]
         if answers is not None:
             texts = [text + answer for text, answer in zip(texts, answers, strict=True)]
-        encoded: list[list[int]] = [[] for _ in texts]
+        images = [images_in(prompt) for prompt in prompts]
+        encoded: list[Sequence[int]] = [
+            self._expanded(text, seen) if seen else []
+            for text, seen in zip(texts, images, strict=True)
+        ]
         for special in (True, False):
             chosen = [i for i, is_bare in enumerate(bare) if is_bare is not special]
+            chosen = [i for i in chosen if not images[i]]
             if chosen:
                 ids = self.tokenizer(
                     [texts[i] for i in chosen], add_special_tokens=special, verbose=False
@@ -256,6 +280,55 @@ class LanguageModel:
                 for i, tokens in zip(chosen, ids, strict=True):
                     encoded[i] = tokens[: len(tokens) - closing]
         return encoded
+
+    def _expanded(self, text: str, images: tuple[Image, ...]) -> ImageText:
+        """A rendered text with images."""
+        self._require_processor()
+        found = processed(self.processor, self.name, text, images)
+        if self.image_tokens.isdisjoint(found):
+            raise TrimtabError(
+                f"the chat template of {self.name} leaves images out of the text: it takes none"
+            )
+        return found
+
+    def _require_processor(self) -> None:
+        if self.processor is None:
+            why = self.no_processor or (
+                "it has no image processor (a model in memory is given one by "
+                "wrap(model, tokenizer, processor=...))"
+            )
+            raise TrimtabError(f"{self.name} takes no images: {why}")
+
+    @property
+    def image_tokens(self) -> frozenset[int]:
+        """The tokens that stand for images; none of a model of text."""
+        return image_tokens(self.model.config)
+
+    def image_inputs(
+        self, texts: Sequence[Sequence[int]], side: Literal["left", "right"]
+    ) -> dict[str, Tensor]:
+        """Arguments of the model for texts with images, padded on one side: token ids, padding
+        mask, pixels, and what else its processor makes."""
+        self._require_processor()
+        seen = [text for text in texts if isinstance(text, ImageText)]
+        made = image_inputs(self.processor, self.name, seen, side)
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in made.items()
+        }
+
+    def read_with_images(self, texts: Sequence[Sequence[int]]) -> Any:
+        """What the transformer body puts out for texts with images, [texts, longest, units];
+        padding on the right. The model around the body runs, which puts the images in their
+        places."""
+        around: Any = model_around(self.model, self.anatomy.body)
+        if around is None:
+            raise TrimtabError(f"{self.name} has no part that puts images in their places")
+        return around(**self.image_inputs(texts, "right"), use_cache=False)
+
+    def refuse_bare(self, texts: Sequence[Sequence[int]]) -> None:
+        """Refuse texts that come without the images that tokens in them stand for."""
+        refuse_bare(self.image_tokens, texts, self.name)
 
     def _closing_tokens(self) -> int:
         """How many special tokens the tokenizer adds after a text."""
@@ -280,7 +353,7 @@ class LanguageModel:
             return read
         return [(("user", prompt),) if isinstance(prompt, str) else prompt for prompt in read]
 
-    def fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[list[int]]:
+    def fitting(self, prompts: Sequence[Prompt], new: int = 0) -> list[Sequence[int]]:
         """Token ids of prompts, none of them empty or too long for `new` tokens more."""
         encoded = self.encode(prompts)
         for prompt, tokens in zip(prompts, encoded, strict=True):
@@ -307,7 +380,7 @@ class LanguageModel:
         """Indices of texts (token ids) that run together; where the model does not pad, texts of
         equal length."""
         lengths = [len(text) for text in texts]
-        for chosen in batches_by_length(lengths, rows=rows):
+        for chosen in batches_by_length(lengths, rows=rows, apart=with_images(texts)):
             mixed = len({lengths[i] for i in chosen}) > 1
             if mixed and not self.pads(how):
                 own = [lengths[i] for i in chosen]
@@ -319,6 +392,9 @@ class LanguageModel:
                 yield chosen
 
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        if any(with_images(tokens)):
+            return self.image_inputs(tokens, "left")
+        self.refuse_bare(tokens)
         return left_padded(tokens, self.device)
 
     # -- steering -----------------------------------------------------------------------------
@@ -365,8 +441,16 @@ class LanguageModel:
             for steering in unique.values():
                 self.warn_of(steering)
                 steering.check_fits(self.anatomy, identity, force, self.quantised)
+                self._refuse_without_images(steering)
         pad = self.tokenizer.pad_token_id
         return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+
+    def _refuse_without_images(self, steering: Steering) -> None:
+        if not self.image_tokens and any(i.tokens == "image" for i in steering.interventions):
+            raise TrimtabError(
+                f"this {shown(steering.method)} steering acts on image tokens, and {self.name} has "
+                "none: it reads text only; steer all tokens (steering.on('all'))"
+            )
 
     def warn_of(self, steering: Steering) -> None:
         """Once: it was fitted on conversations put otherwise, or the weights have it already."""
@@ -495,10 +579,16 @@ class LanguageModel:
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
         found: dict[int, Tensor] = {}
-        for chosen in self._batches(tokens, batch_size, "logits"):
+        seen = with_images(tokens)
+        # One by one where there are images, so that the model itself counts positions.
+        alone = [[i] for i, sees in enumerate(seen) if sees]
+        plain = [i for i, sees in enumerate(seen) if not sees]
+        together = self._batches([tokens[i] for i in plain], batch_size, "logits")
+        for chosen in (*alone, *([plain[place] for place in places] for places in together)):
             inputs = self._left_padded([tokens[i] for i in chosen])
             with self._for_call([rows[i] for i in chosen], force):
-                logits = plain_logits(self.model, inputs, last=at == "last").float()
+                count, last = not seen[chosen[0]], at == "last"
+                logits = plain_logits(self.model, inputs, last, count).float()
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
         ordered = [found[i] for i in range(len(wanted))]
@@ -522,10 +612,13 @@ class LanguageModel:
         if not texts:
             raise TrimtabError("there is no prompt")
         if isinstance(steering, Rule):
+            refuse_unseen([(steering.steering,)] * len(texts), texts)
             dials = steering.dials(self, texts, force)
             return [(replace(steering.steering, value=dial),) for dial in dials]
         own = per_text(steering, len(texts), "prompts")
-        return [row_steerings(steering)] * len(texts) if own is None else own
+        rows = [row_steerings(steering)] * len(texts) if own is None else own
+        refuse_unseen(rows, texts)
+        return rows
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from trimtab.model.holding import (
     places_of,
     say_size,
 )
+from trimtab.model.images import image_tokens
 from trimtab.model.language_model import LanguageModel
 from trimtab.model.plain import is_quantised
 from trimtab.model.saving import recover
@@ -118,7 +120,7 @@ def load(
         full, opening = f"{name}@{revision}", opening.at(revision=revision)
     try:
         with _shown(full):
-            model, tokenizer = _read(path, opening)
+            model, readers = _read(path, opening)
     except CheckpointError as error:
         raise TrimtabError(
             f"cannot load the model {full!r}: {error} (packs: {', '.join(packs.PACKS)}; or a "
@@ -130,7 +132,10 @@ def load(
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
             reason = first_line(error)
             raise TrimtabError(f"cannot move {full!r} to {place}: {reason}") from error
-    language_model = wrap(model, tokenizer, full, chat_options, system)
+    language_model = wrap(
+        model, readers.tokenizer, full, chat_options, system, processor=readers.processor
+    )
+    language_model.no_processor = readers.no_processor
     language_model.baked = read_baked(Path(path))
     return language_model
 
@@ -179,11 +184,23 @@ def _check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+#: The files that an image processor is in, each enough by itself.
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _OWN = tuple(inspect.signature(load).parameters)
 
 
-def _read(path: str, opening: _Opening) -> tuple[Any, Any]:
-    """Model and tokenizer of a directory or a hub id."""
+@dataclass(frozen=True)
+class _Readers:
+    """What makes a model's inputs: its tokenizer, and of one that sees images its processor, or
+    why there is none."""
+
+    tokenizer: Any
+    processor: Any = None
+    no_processor: str = ""
+
+
+def _read(path: str, opening: _Opening) -> tuple[Any, _Readers]:
+    """A directory's or a hub id's model, and what makes its inputs."""
     directory = Path(path)
     if directory.is_dir():
         if is_adapter(directory):
@@ -191,7 +208,8 @@ def _read(path: str, opening: _Opening) -> tuple[Any, Any]:
         opening = opening.at(local_files_only=True)
     else:
         path, opening = _asked_hub(path, opening)
-    return _read_whole(path, opening), _read_tokenizer(path, opening)
+    model = _read_whole(path, opening)
+    return model, _read_readers(path, opening, model)
 
 
 def _asked_hub(name: str, opening: _Opening) -> tuple[str, _Opening]:
@@ -225,8 +243,6 @@ def _say_size(name: str, directory: Path, opening: _Opening) -> None:
 
 
 def _read_whole(path: str, opening: _Opening) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if Path(path).is_dir():
         check_files(Path(path))
         _say_size(Path(path).name, Path(path), opening)
@@ -235,11 +251,23 @@ def _read_whole(path: str, opening: _Opening) -> Any:
     if opening.bits is not None and getattr(config, "quantization_config", None) is not None:
         raise CheckpointError("it is quantised already, in its files: leave quantising out")
     model, found = read_model(
-        AutoModelForCausalLM, path, config=config, **opening.origin, **opening.making
+        _class_for(config), path, config=config, **opening.origin, **opening.making
     )
     found.check()
     _warn(model, found, path)
     return model
+
+
+def _class_for(config: Any) -> Any:
+    """The class of transformers that reads a model: with its images, where the checkpoint is one
+    that has them (others of the same kind are its text decoder alone)."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    seeing = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    if seeing is not None and seeing in (config.architectures or ()):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _check_attention(opening: _Opening) -> None:
@@ -277,7 +305,33 @@ def _read_tokenizer(path: str, opening: _Opening) -> Any:
         return AutoTokenizer.from_pretrained(path, **opening.origin)
 
 
-def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, Any]:
+def _read_readers(path: str, opening: _Opening, model: Any) -> _Readers:
+    """The tokenizer, and the processor of a model that sees images."""
+    return _Readers(_read_tokenizer(path, opening), *_read_processor(path, opening, model))
+
+
+def _read_processor(path: str, opening: _Opening, model: Any) -> tuple[Any, str]:
+    """The processor of a model that sees images, or why there is none: it still reads text."""
+    from transformers import AutoProcessor
+
+    if not image_tokens(model.config):
+        return None, ""
+    lacking = f"there is no image processor among its files ({' or '.join(_PROCESSORS)})"
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in _PROCESSORS):
+        return None, lacking
+    try:
+        with damage_is_said():
+            processor = AutoProcessor.from_pretrained(path, **opening.origin)
+    except CheckpointError as error:
+        # Those that read films too need it, and do not say so.
+        install = "" if find_spec("torchvision") else "; try after pip install torchvision"
+        return None, f"its processor cannot be loaded: {error}{install}"
+    if getattr(processor, "image_processor", None) is None:
+        return None, lacking
+    return processor, ""
+
+
+def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, _Readers]:
     """The model that an adapter was made for, with the adapter in its layers."""
     if has_weights(directory):
         raise CheckpointError(
@@ -305,9 +359,8 @@ def _read_adapter(directory: Path, opening: _Opening) -> tuple[Any, Any]:
     model = _read_whole(base, of_base)
     with damage_is_said():
         Misfit(model, model.load_adapter(str(directory)).to_dict()).check()
-    if own:
-        return model, _read_tokenizer(str(directory), here)
-    return model, _read_tokenizer(base, of_base)
+    tokenizer = _read_tokenizer(str(directory), here) if own else _read_tokenizer(base, of_base)
+    return model, _Readers(tokenizer, *_read_processor(base, of_base, model))
 
 
 def _locate(name: str) -> str:

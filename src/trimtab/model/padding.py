@@ -29,12 +29,15 @@ def left_padded(texts: Sequence[Sequence[int]], device: torch.device) -> dict[st
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def plain_logits(model: Any, inputs: Mapping[str, Tensor], last: bool) -> Tensor:
-    """Logits of a left-padded batch, [rows, tokens, vocabulary], of the last token or of all."""
+def plain_logits(
+    model: Any, inputs: Mapping[str, Tensor], last: bool, count: bool = True
+) -> Tensor:
+    """Logits of a left-padded batch, [rows, tokens, vocabulary], of the last token or of all;
+    without `count` the model itself counts positions."""
     taken = inspect.signature(model.forward).parameters
     more: dict[str, Any] = {}
     # Without it an architecture counts by the mask itself, or does not count.
-    if "position_ids" in taken:
+    if count and "position_ids" in taken:
         more["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     if last and "logits_to_keep" in taken:
         more["logits_to_keep"] = 1

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Cache
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import Positions
+from trimtab.steering import Positions, Tokens
 
 
 @dataclass(eq=False)
@@ -49,19 +49,32 @@ class Pass:
     length: int
     ends: list[int]  # one per row, or one for all
     found: FoundDials | None = None
+    #: Which tokens stand for images, [rows, tokens]; None where nobody asks.
+    images: Tensor | None = None
     _masks: dict[Any, Tensor | bool] = field(default_factory=dict)
 
-    def mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
+    def mask(self, positions: Positions, tokens: Tokens, device: torch.device) -> Tensor | bool:
         """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
-        if positions == "all":
+        if positions == tokens == "all":
             return True
-        key = (positions, device)
+        key = (positions, tokens, device)
         if key not in self._masks:
             with torch.inference_mode(False):  # the backward pass may come back to it
-                self._masks[key] = self._mask(positions, device)
+                placed = self._placed(positions, device)
+                self._masks[key] = _both(placed, self._of_kind(tokens, device))
         return self._masks[key]
 
-    def _mask(self, positions: Positions, device: torch.device) -> Tensor | bool:
+    def _of_kind(self, tokens: Tokens, device: torch.device) -> Tensor | bool:
+        if tokens == "all":
+            return True
+        assert self.images is not None
+        if not self.images.any():
+            return tokens == "text"
+        return (self.images if tokens == "image" else ~self.images).to(device)
+
+    def _placed(self, positions: Positions, device: torch.device) -> Tensor | bool:
+        if positions == "all":
+            return True
         stop = self.start + self.length
         ends = [end - 1 for end in self.ends] if positions == "last" else self.ends
         before = positions == "prompt"
@@ -72,6 +85,15 @@ class Pass:
         token = torch.arange(self.start, stop, device=device)
         after = token >= torch.tensor(ends, device=device)[:, None]
         return ~after if before else after
+
+
+def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
+    """Where two masks hold."""
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    return one & other
 
 
 @dataclass
@@ -139,7 +161,8 @@ class Sequences:
 
     `given_ends` says where the prompt of each row ends (or of all rows), for texts whose answer is
     read along with them. `ended_at_once` says that every text ended with its first token, so that
-    none was left to steer.
+    none was left to steer. `may_miss_images` says that passes without an image are no mistake,
+    because the caller has seen to it that others have some.
     """
 
     def __init__(
@@ -150,13 +173,17 @@ class Sequences:
         pad: int | None = None,
         choose: Choose | None = None,
         positions: Collection[Positions] = (),
+        image_tokens: Collection[int] | None = None,
     ) -> None:
         self.given_ends: list[int] | None = None
         self.ended_at_once = False
+        self.may_miss_images = False
         self.passes = 0
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
         self._positions = frozenset(positions) - {"all"}
+        #: The tokens that stand for images, where a step asks for tokens of a kind.
+        self._image_tokens = image_tokens
         self.here = _Local()
         #: The dials of texts that are in a KV cache.
         self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
@@ -204,9 +231,15 @@ class Sequences:
         for generation in self.here.generations:
             generation.passes += 1
 
-    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what a pass of the transformer body is about to read."""
-        arguments = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+    def observe(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        around: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note what a pass of the transformer body is about to read; `around` are arguments of the
+        model around it, which has put images in their places and says what the tokens were."""
+        arguments = {**dict(zip(self._arguments, args, strict=False)), **kwargs, **(around or {})}
         ids = arguments.get("input_ids")
         tokens = arguments.get("inputs_embeds") if ids is None else ids
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
@@ -241,7 +274,19 @@ class Sequences:
             self._note(cache, ends, found)
         repeats = max(1, rows // len(ends))
         each = [end for end in ends for _ in range(repeats)] if len(ends) > 1 else ends
-        self.here.current = Pass(start, length, each, found)
+        self.here.current = Pass(start, length, each, found, self._images(ids))
+
+    def _images(self, ids: Any) -> Tensor | None:
+        """Which tokens of a pass stand for images, [rows, tokens]; None where nobody asks."""
+        if self._image_tokens is None:
+            return None
+        if not isinstance(ids, Tensor):
+            raise TrimtabError(
+                "the model was run without input_ids, so the steering cannot tell which tokens "
+                "are text and which stand for images: give input_ids, or steer all tokens"
+            )
+        with torch.inference_mode(False):
+            return torch.isin(ids, torch.tensor(sorted(self._image_tokens), device=ids.device))
 
     def finish(self, output: Any) -> None:
         """A pass has run: what it put into a cache of its own goes on from where it stands."""

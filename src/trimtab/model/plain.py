@@ -8,7 +8,9 @@ checkpoint: a copy that shares its weights with the model, with such layers merg
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from typing import Any
 
 import torch
@@ -64,7 +66,42 @@ def _inside_peft(model: Any) -> Any:
 
 def is_quantised(model: Any) -> bool:
     """Whether weights are stored in fewer bits; a GGUF model has plain ones once loaded."""
-    return getattr(model, "hf_quantizer", None) is not None and not _marked_as_gguf(model)
+    if getattr(model, "hf_quantizer", None) is not None:
+        return not _marked_as_gguf(model)
+    return any(map(_is_few_bits, model.modules()))
+
+
+def _is_few_bits(module: Any) -> bool:
+    """Whether a linear map keeps its weights in fewer bits, put there without transformers."""
+    if not (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return False
+    if is_adapter_layer(module):  # what it stands around is looked at by itself
+        return False
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(
+        not tensor.is_floating_point()
+        or tensor.element_size() == 1
+        or type(tensor) not in (Tensor, nn.Parameter)
+        for tensor in held
+    )
+
+
+def decompress(model: Any) -> None:
+    """Have compressed-tensors unpack a model's weights now, not in the middle of its first pass.
+
+    What is hooked and digested is then what stays. Some formats are unpacked to bfloat16 whatever
+    the model's dtype is.
+    """
+    if not hasattr(model, "ct_decompress_hook"):
+        return
+    with redirect_stderr(io.StringIO()):  # bars that cannot be turned off
+        model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            wide = weight.is_floating_point() and weight.element_size() > 1
+            if name in ("weight", "bias") and wide and weight.dtype != model.dtype:
+                delattr(module, name)  # setting it would write into the old one
+                module.register_parameter(name, nn.Parameter(weight.detach().to(model.dtype)))
 
 
 def is_plain(model: Any) -> bool:

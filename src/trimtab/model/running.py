@@ -8,10 +8,12 @@ makes an error of what would otherwise pass in silence: a model that runs on aft
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Thread, current_thread
+from threading import Thread, current_thread, local
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Hook
 from trimtab.errors import TrimtabError
+from trimtab.model.images import model_around
 from trimtab.model.passes import Sequences, find_cache
 
 
@@ -55,6 +58,9 @@ class Attached:
 
     def __init__(self, model: Any, body: nn.Module) -> None:
         self._model, self._body = model, body
+        #: The model that puts images in their places and runs the body, where there is one.
+        self._around = model_around(model, body)
+        self._given = _Given()
         self.blocks: list[Block] = []
         #: Threads in which a call of generate has outlived its block.
         self._left: set[Thread] = set()
@@ -66,6 +72,10 @@ class Attached:
             before = self._body.register_forward_pre_hook(Hook(self._before), with_kwargs=True)
             after = self._body.register_forward_hook(Hook(self._after), always_call=True)
             self._handles = [before, after]
+            if self._around is not None:
+                noted = self._around.register_forward_pre_hook(Hook(self._note), with_kwargs=True)
+                forgotten = self._around.register_forward_hook(Hook(self._forget), always_call=True)
+                self._handles += [noted, forgotten]
         if not self.blocks:
             self._replace(self._model, "generate", Hook(self._generate, self._model.generate))
         self.blocks.append(block)
@@ -96,6 +106,19 @@ class Attached:
         self._replaced.append((module, name))
 
     # -- passes -------------------------------------------------------------------------------
+
+    def _note(self, around: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What is said of a pass to the model around the body, which hands on embeddings only."""
+        names = inspect.signature(around.forward).parameters if args else ()
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        mask = given.get("attention_mask")
+        said = {"input_ids": given.get("input_ids")}
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            said["attention_mask"] = mask
+        self._given.arguments = {name: x for name, x in said.items() if x is not None}
+
+    def _forget(self, around: nn.Module, args: Any, output: Any) -> None:
+        self._given.arguments = {}
 
     def _before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = current_thread()
@@ -141,7 +164,7 @@ class Attached:
                 )
             block.seen.add(thread)
         if block.placed:
-            block.sequences.observe(args, kwargs)
+            block.sequences.observe(args, kwargs, self._given.arguments)
 
     def _after(self, body: nn.Module, args: Any, output: Any) -> None:
         thread = current_thread()
@@ -232,6 +255,12 @@ class Attached:
                     block.sequences.here.current = current
 
         return original(run, *args, **kwargs)
+
+
+class _Given(local):
+    """What the model around the body was given, in each thread that runs it."""
+
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
 
 def _is_sound(output: Any) -> Tensor | bool:

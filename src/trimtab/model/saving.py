@@ -28,9 +28,10 @@ from trimtab.files import open_as_usual
 from trimtab.model.plain import is_plain, is_quantised, plain_copy
 from trimtab.terminal import status
 
-#: The files of a checkpoint and its tokenizer, which a new one replaces all together.
+#: The files of a checkpoint, its tokenizer and processor, which a new one replaces all together.
 _CHECKPOINT = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
+    r"|processor_config|preprocessor_config|video_preprocessor_config"
     r"|chat_template|model\.safetensors\.index|trimtab)\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|merges\.txt|chat_template\.jinja"
     # Sentencepiece's and tiktoken's files, by the names that tokenizers write.
@@ -42,14 +43,15 @@ _CHECKPOINT = re.compile(
 
 def save_checkpoint(
     model: Any,
-    tokenizer: Any,
+    readers: Sequence[Any],
     name: str,
     directory: str | Path,
     overwrite: bool = False,
     baked: Sequence[dict[str, Any]] = (),
 ) -> Path:
-    """Write weights, configuration and tokenizer to a directory, which is returned, with a record
-    of what was `baked`. A model card that is there is kept."""
+    """Write weights, configuration and what reads a model's inputs (its `readers`: a processor, and
+    last the tokenizer) to a directory, which is returned, with a record of what was `baked`. A
+    model card that is there is kept."""
     target = Path(directory)
     # transformers notes there which directory a model was read from.
     check_target(target, [str(getattr(model.config, "_name_or_path", ""))], overwrite)
@@ -58,6 +60,7 @@ def save_checkpoint(
             f"cannot save {name} while it is steered: the file would hold the unsteered model; "
             "save it after the block, or save what bake makes of it"
         )
+    _refuse_quantised(model, name)
     if not is_plain(model):
         model = plain_copy(model, name)
     place = Path(os.path.realpath(target))
@@ -65,7 +68,8 @@ def save_checkpoint(
         with _work_directory(place) as work, status(f"writing {target}"):
             inside, old = work / "model", work / "old"
             model.save_pretrained(inside)
-            tokenizer.save_pretrained(inside)
+            for reader in readers:
+                reader.save_pretrained(inside)
             write_baked(inside, baked, place.name, place / CARD)
             open_as_usual(inside)
             if not is_quantised(model):
@@ -85,6 +89,24 @@ def save_checkpoint(
         reason = getattr(error, "strerror", None) or first_line(error)
         raise TrimtabError(f"cannot write {target}: {reason}") from error
     return target
+
+
+def _refuse_quantised(model: Any, name: str) -> None:
+    """Refuse quantised weights that transformers does not write, or writes as others."""
+    if not is_quantised(model):
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        raise TrimtabError(
+            f"cannot save {name}: its weights were quantised by another package than transformers, "
+            "which cannot write them; save it as that package does"
+        )
+    # In memory its zero points have another meaning than in the files that would be written.
+    if "gptq" in str(getattr(quantizer.quantization_config, "quant_method", "")).lower():
+        raise TrimtabError(
+            f"cannot save {name}: it is quantised by GPTQ, and what transformers writes of it "
+            "would be read as another model; copy the files that it was read from"
+        )
 
 
 def check_target(target: Path, from_where: list[str], overwrite: bool) -> None:

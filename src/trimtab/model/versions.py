@@ -1,4 +1,7 @@
-"""What differs between the versions of transformers that trimtab works with."""
+"""What differs between the versions of transformers that trimtab works with.
+
+One thing stands elsewhere: how a GGUF file is asked for, in `checkpoints/gguf.py`.
+"""
 
 from __future__ import annotations
 
@@ -34,19 +37,23 @@ def cache_argument(body: nn.Module) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def heed_soft_cap(model: Any) -> None:
-    """Have a soft-cap on attention take part in the computation.
+def caps_attention(model: Any) -> bool:
+    """Whether attention's scores are capped, which scaled dot-product attention does not do."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
-    Before 5.21 transformers lets Gemma 2 run with scaled dot-product attention, which leaves its
-    soft-cap out without a word; later versions refuse that.
+
+def mend_attention(model: Any) -> None:
+    """Have a soft-cap on attention take part in the computation, with a warning.
+
+    Before 5.21 transformers lets Gemma 2 and VaultGemma run with scaled dot-product attention,
+    which leaves their soft-cap out without a word; later versions refuse that.
     """
-    config = model.config.get_text_config()
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if capped and getattr(config, "_attn_implementation", None) == "sdpa":
+    used = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if used == "sdpa" and caps_attention(model):
         model.set_attn_implementation("eager")
         warnings.warn(
             "scaled dot-product attention leaves out this model's soft-cap on attention: it runs "
             "with eager attention instead",
             TrimtabWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

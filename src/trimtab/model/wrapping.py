@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from trimtab.errors import TrimtabError
 from trimtab.model.chats import chat_form
 from trimtab.model.language_model import LanguageModel
-from trimtab.model.plain import unwrap
+from trimtab.model.plain import decompress, unwrap
 
 
 def wrap(
@@ -20,23 +21,30 @@ def wrap(
     name: str | None = None,
     chat_options: Mapping[str, Any] | None = None,
     system: str | None = None,
+    *,
+    processor: Any = None,
 ) -> LanguageModel:
     """A model that the user already holds, with its tokenizer (or a processor that has one).
 
+    A `processor` is what makes a model's inputs of images in messages; without one it takes none.
     `chat_options` and `system` say how conversations are put, as in `load`. What stands around a
     model (torch.compile, DataParallel, peft) is taken off; adapters that peft put into its layers
     stay and act.
     """
     plain = unwrap(_checked_model(model))
-    tokenizer = _checked_tokenizer(tokenizer)
+    if processor is None and _is_tokenizer(getattr(tokenizer, "tokenizer", None)):
+        processor = tokenizer
+    tokenizer = _with_template(_checked_tokenizer(tokenizer), processor)
     if not callable(getattr(plain, "generate", None)) or plain.get_output_embeddings() is None:
         raise TrimtabError(
             f"{type(plain).__name__} is no causal language model: it has no LM head to write "
             "with; load it with AutoModelForCausalLM"
         )
+    decompress(plain)
     path = str(name or getattr(plain, "name_or_path", "") or type(plain).__name__)
     form = chat_form(tokenizer, path, chat_options, system)
     language_model = LanguageModel(plain.eval(), tokenizer, path, form)
+    language_model.processor = _checked_processor(processor, path)
     _check_vocabulary(language_model)
     return language_model
 
@@ -69,6 +77,28 @@ def _checked_tokenizer(tokenizer: Any) -> Any:
         f"wrap takes a tokenizer of transformers, not {type(tokenizer).__name__}: "
         "AutoTokenizer.from_pretrained(...)"
     )
+
+
+def _checked_processor(processor: Any, name: str) -> Any:
+    """A processor of images; one of other things alone (sounds) is none."""
+    if processor is None or getattr(processor, "image_processor", None) is not None:
+        return processor
+    if _is_tokenizer(getattr(processor, "tokenizer", None)):
+        return None
+    raise TrimtabError(
+        f"the processor of {name} is {type(processor).__name__}, which makes no inputs of texts "
+        "with images: AutoProcessor.from_pretrained(...)"
+    )
+
+
+def _with_template(tokenizer: Any, processor: Any) -> Any:
+    """The tokenizer with the processor's chat template, where it has none of its own."""
+    template = getattr(processor, "chat_template", None)
+    if tokenizer.chat_template or not template:
+        return tokenizer
+    own = copy.copy(tokenizer)  # the user's stays what it was
+    own.chat_template = template
+    return own
 
 
 def _is_tokenizer(given: Any) -> bool:

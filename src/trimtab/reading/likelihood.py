@@ -14,7 +14,15 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, SteeringArgument, per_text
+from trimtab.model import (
+    LanguageModel,
+    SteeringArgument,
+    frozen,
+    has_images,
+    per_text,
+    refuse_unseen,
+    row_steerings,
+)
 from trimtab.reading.abilities import packs
 from trimtab.reading.packing import (
     Batch,
@@ -44,6 +52,8 @@ def log_odds(
     """
     rows = _scored_pairs(language_model, contrast)
     steerings = per_text(steering, len(rows))
+    of_rows = [row_steerings(steering)] * len(rows) if steerings is None else steerings
+    refuse_unseen(of_rows, [row.texts()[0] for row in rows])
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
@@ -51,6 +61,7 @@ def log_odds(
             indices = [batch.rows[row].index for row, _ in owners]
             here = steering if steerings is None else [steerings[i] for i in indices]
             with language_model.steered(here, force=force) as sequences:
+                sequences.may_miss_images = True
                 sequences.given_ends = [batch.rows[row].answers[side] for row, side in owners]
                 hidden = run_packed(batch, language_model).last_hidden_state
             columns, targets = _answer_tokens(batch)
@@ -73,7 +84,7 @@ def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
         for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
             line = int(batch.lines[i, side])
             columns[line] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
-            targets[line] += text[start:]
+            targets[line] += tuple(text)[start:]
     return columns, targets
 
 
@@ -84,7 +95,9 @@ def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Rea
     for row in _scored_pairs(language_model, contrast):
         for text, start in zip(row.texts(), row.answers, strict=True):
             asked = tuple(range(start - 1, len(text) - 1))
-            readings.append(Reading(tuple(text[:-1]), asked, start, tuple(text[start:])))
+            # The last token is only predicted, but a text with images is read whole.
+            read = frozen(text) if has_images(text) else tuple(text[:-1])
+            readings.append(Reading(read, asked, start, tuple(text)[start:]))
     return readings
 
 
@@ -149,7 +162,8 @@ def cross_entropy(
             )
         # The last token is read too: to a steering of the last token it is the one.
         asked = tuple(range(row.common - 1))
-        readings.append(Reading(row.tokens, asked, row.common, row.tokens[1:]))
+        (text,) = row.texts()
+        readings.append(Reading(frozen(text), asked, row.common, tuple(text)[1:]))
     if not readings:
         raise TrimtabError("there is no text to score")
     nll = torch.zeros(len(readings), dtype=torch.float64)

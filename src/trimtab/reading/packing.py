@@ -6,8 +6,8 @@ The two sides of a pair share their prompt. A packed row is
 
 in which neither rest attends to the other and both count their positions on from the common part,
 so that one forward pass gives exactly what two separate texts would. For a model of which that is
-not true (see abilities.py) each side is a row by itself. Rows are sorted by length and padded on
-the right, where a causal model does not see it.
+not true (see abilities.py), and for texts with images, each side is a line by itself. Rows are
+sorted by length and padded on the right, where a causal model does not see it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from torch import Tensor
 from trimtab.anatomy import exclusively
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.model import BATCH_TOKENS, LanguageModel, batches_by_length, refuse_dropout
+from trimtab.model import (
+    BATCH_TOKENS,
+    ImageText,
+    LanguageModel,
+    batches_by_length,
+    caps_attention,
+    refuse_dropout,
+)
 
 #: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
 #: the hub, and of others nobody knows.
@@ -46,10 +53,14 @@ class Packed:
     common: int
     sides: tuple[int, ...]  # how many tokens follow for each side
     answers: tuple[int, ...]  # where in each side's own text its answer begins
+    #: Each side's own text where these have images.
+    seen: tuple[ImageText, ...] = ()
 
-    def texts(self) -> list[list[int]]:
+    def texts(self) -> list[Sequence[int]]:
         """Each side's own token sequence."""
-        common, rest, texts = list(self.tokens[: self.common]), self.common, []
+        if self.seen:
+            return list(self.seen)
+        common, rest, texts = list(self.tokens[: self.common]), self.common, list[Sequence[int]]()
         for length in self.sides:
             texts.append(common + list(self.tokens[rest : rest + length]))
             rest += length
@@ -130,9 +141,9 @@ def _refuse_equal_sides(
                 f"{language_model.name}{others}: change their texts, or take them out"
             )
         return
-    sides: dict[str, Counter[tuple[int, ...]]] = {"positive": Counter(), "negative": Counter()}
+    sides: dict[str, Counter[Any]] = {"positive": Counter(), "negative": Counter()}
     for row, text in zip(rows, contrast.texts, strict=True):
-        sides[text.label][row.tokens] += 1
+        sides[text.label][row.seen or row.tokens] += 1
     shares = [
         {tokens: count / side.total() for tokens, count in side.items()} for side in sides.values()
     ]
@@ -156,32 +167,40 @@ def _pack_pairs(language_model: LanguageModel, pairs: Sequence[Pair]) -> list[Pa
         rows.append(
             Packed(
                 index,
-                tuple(texts[0] + texts[1][common:]),
+                (*texts[0], *tuple(texts[1])[common:]),
                 common,
                 tuple(len(text) - common for text in texts),
                 tuple(_common_length(start, text) for text in texts),
+                _seen(texts),
             )
         )
     return rows
 
 
+def _seen(texts: Sequence[Sequence[int]]) -> tuple[ImageText, ...]:
+    """The texts that have images: all of a row, or none."""
+    return tuple(text for text in texts if isinstance(text, ImageText))
+
+
 def encode_texts(language_model: LanguageModel, texts: Sequence[Prompt]) -> list[Packed]:
     """Single texts as packed rows, none of them cut."""
     encoded = language_model.encode(list(texts))
-    return [Packed(i, tuple(t), len(t), (0,), (len(t),)) for i, t in enumerate(encoded)]
+    return [Packed(i, tuple(t), len(t), (0,), (len(t),), _seen([t])) for i, t in enumerate(encoded)]
 
 
 def batches(
     rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS, packed: bool = True
 ) -> Iterator[Batch]:
     """Batches of rows of similar length; no row depends on its neighbours. `packed` says whether
-    the sides of a row share a line."""
-    if packed:
-        lengths = [len(row.tokens) for row in rows]
-    else:
-        lengths = [(row.common + max(row.sides)) * len(row.sides) for row in rows]
-    for indices in batches_by_length(lengths, max_tokens):
-        yield batch_of(tuple(rows[i] for i in indices), packed)
+    the sides of a row share a line, where they have no images."""
+    apart = [bool(row.seen) for row in rows]
+    lengths = [
+        len(row.tokens) if packed and not row.seen else max(map(len, row.texts())) * len(row.sides)
+        for row in rows
+    ]
+    for indices in batches_by_length(lengths, max_tokens, apart=apart):
+        chosen = tuple(rows[i] for i in indices)
+        yield batch_of(chosen, packed and not chosen[0].seen)
 
 
 def batch_of(rows: tuple[Packed, ...], packed: bool) -> Batch:
@@ -222,7 +241,7 @@ def _plain_batch(rows: tuple[Packed, ...]) -> Batch:
     tokens = torch.zeros(len(texts), longest, dtype=torch.long)
     place = torch.full((len(texts), longest), -1)
     for i, text in enumerate(texts):
-        tokens[i, : len(text)] = torch.tensor(text)
+        tokens[i, : len(text)] = torch.tensor(tuple(text))
         place[i, : len(text)] = torch.arange(len(text))
     lines = torch.arange(len(texts)).view(len(rows), sides)
     return Batch(rows, tokens, lines, place.view(len(rows), sides, longest))
@@ -232,6 +251,10 @@ def run_packed(batch: Batch, language_model: LanguageModel) -> Any:
     """What the transformer body puts out for a batch."""
     refuse_dropout(language_model.model)
     body = language_model.anatomy.body
+    if batch.rows[0].seen:
+        with exclusively(body):
+            return language_model.read_with_images([t for row in batch.rows for t in row.seen])
+    language_model.refuse_bare([row.tokens for row in batch.rows])
     with exclusively(body):
         if batch.visible is None:
             return body(**plain_inputs(batch, language_model))
@@ -248,10 +271,8 @@ def _masked_attention(language_model: LanguageModel) -> Iterator[None]:
     if own is None or own in _MASKED_ATTENTION:
         yield
         return
-    # Only eager attention caps its scores, as Gemma 2 does.
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
     supported = getattr(language_model.anatomy.body, "_supports_sdpa", False)
-    instead = "sdpa" if supported and not capped else "eager"
+    instead = "sdpa" if supported and not caps_attention(model) else "eager"
     if model not in _told:
         _told.add(model)
         warnings.warn(
@@ -340,6 +361,11 @@ def _cut_left(row: Packed, limit: int, bos: int | None, where: str) -> Packed:
     if excess <= 0:
         return row
     kept = 1 if row.tokens[0] == bos else 0
+    if row.seen:
+        raise TrimtabError(
+            f"{where}: its text and images have {row.common + max(row.sides)} tokens, and "
+            f"{limit} are the most: take smaller images, or raise the maximum length"
+        )
     # What may go: the prompt only, and at least one token before the answer stays.
     free = min(row.common, *row.answers) - kept
     if excess >= free:

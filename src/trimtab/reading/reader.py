@@ -23,10 +23,13 @@ from trimtab.model import (
     SteeringArgument,
     are_sound,
     batches_by_length,
+    frozen,
     per_text,
     refuse_dropout,
+    refuse_unseen,
     row_steerings,
     unsound,
+    with_images,
 )
 from trimtab.reading.abilities import blocks_apart, shares_prefixes
 from trimtab.reading.streams import StreamCache, run_prefix, run_upper
@@ -69,7 +72,7 @@ class Next:
 
 def prompt_reading(tokens: Sequence[int]) -> Reading:
     """A text that is all prompt, of which the token after it is asked for."""
-    return Reading(tuple(tokens), (len(tokens) - 1,), len(tokens))
+    return Reading(frozen(tokens), (len(tokens) - 1,), len(tokens))
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,18 @@ class PlannedBatch:
 
 
 def plan(readings: Sequence[Reading], batch_tokens: int, shares: bool = True) -> list[PlannedBatch]:
-    """Batches of similar length, group by group of texts that share their beginning; without
-    `shares` each text runs whole."""
+    """Batches of similar length, group by group of texts that share their beginning; texts with
+    images are a group by themselves, and share nothing, nor do others without `shares`."""
     batches = []
-    groups = _groups(readings) if shares else [(0, list(range(len(readings))))]
+    seeing = with_images([reading.tokens for reading in readings])
+    plain = [i for i, sees in enumerate(seeing) if not sees]
+    groups = [(0, plain)]
+    if shares:
+        groups = [
+            (shared, [plain[i] for i in group])
+            for shared, group in _groups([readings[i] for i in plain])
+        ]
+    groups.append((0, [i for i, sees in enumerate(seeing) if sees]))
     for shared, group in groups:
         order = sorted(group)
         lengths = [len(readings[i].tokens) - shared for i in order]
@@ -110,6 +121,8 @@ def next_tokens(
     texts. A model that is steered already runs as without: what it computes is not for later.
     """
     steerings = per_text(steering, len(readings))
+    rows = [row_steerings(steering)] * len(readings) if steerings is None else steerings
+    refuse_unseen(rows, [reading.tokens for reading in readings])
     batches = plan(readings, language_model.batch_tokens)
     if any(batch.shared for batch in batches) and not shares_prefixes(language_model):
         batches = plan(readings, language_model.batch_tokens, shares=False)
@@ -120,8 +133,8 @@ def next_tokens(
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
-        alone, rows = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
-        yield from run_batches(language_model, readings, [alone], rows, kept, force)
+        alone, own = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
+        yield from run_batches(language_model, readings, [alone], own, kept, force)
 
 
 @torch.inference_mode()
@@ -147,6 +160,7 @@ def run_batches(
     start: tuple[int, ...] = ()
     cache = None
     with language_model.steered(steering, force=force) as sequences:
+        sequences.may_miss_images = True
         for batch in batches:
             rows = [readings[i] for i in batch.rows]
             texts = [row.tokens for row in rows]

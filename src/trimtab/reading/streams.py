@@ -33,7 +33,13 @@ from trimtab.anatomy import (
     probe_ids,
     with_first,
 )
-from trimtab.model import LanguageModel, batches_by_length, cache_argument, unsteered
+from trimtab.model import (
+    LanguageModel,
+    batches_by_length,
+    cache_argument,
+    unsteered,
+    with_images,
+)
 from trimtab.steering import Steering
 
 
@@ -70,14 +76,15 @@ def run_lower(
     if blocks == done:
         return list(streams)
     anatomy, after = language_model.anatomy, [torch.empty(0)] * len(texts)
-    for rows in batches_by_length([len(t) for t in texts], language_model.batch_tokens):
+    lengths, most = [len(text) for text in texts], language_model.batch_tokens
+    for rows in batches_by_length(lengths, most, apart=with_images(texts)):
         given = _padded([streams[i] for i in rows]) if done else None
         with (
             _instead(anatomy, anatomy.blocks[:done], given),
             _instead(anatomy, anatomy.blocks[blocks:], None),
             _watched(anatomy.blocks[blocks - 1]) as seen,
         ):
-            anatomy.body(**_inputs([texts[i] for i in rows], language_model, cache))
+            _run([texts[i] for i in rows], language_model, cache)
         for i, stream in zip(rows, seen[0], strict=True):
             after[i] = stream[: len(texts[i])].clone()
     return after
@@ -194,8 +201,19 @@ def run_upper(
     anatomy = language_model.anatomy
     given = _padded(streams) if blocks else None
     with _instead(anatomy, anatomy.blocks[:blocks], given):
-        hidden: Tensor = anatomy.body(**_inputs(texts, language_model, cache)).last_hidden_state
+        hidden: Tensor = _run(texts, language_model, cache).last_hidden_state
     return hidden
+
+
+def _run(
+    texts: Sequence[Sequence[int]], language_model: LanguageModel, cache: DynamicCache | None
+) -> Any:
+    """What the body puts out for texts that all have images, or none of which has; padded on the
+    right."""
+    if any(with_images(texts)):
+        return language_model.read_with_images(texts)
+    language_model.refuse_bare(texts)
+    return language_model.anatomy.body(**_inputs(texts, language_model, cache))
 
 
 def _padded(streams: Sequence[Tensor]) -> Tensor:

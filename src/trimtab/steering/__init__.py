@@ -18,5 +18,12 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
-from trimtab.steering.parts import POSITIONS, Dial, Intervention, ModelIdentity, Positions
+from trimtab.steering.parts import (
+    POSITIONS,
+    Dial,
+    Intervention,
+    ModelIdentity,
+    Positions,
+    Tokens,
+)
 from trimtab.steering.tables import chosen, operators_in_words, steered_blocks

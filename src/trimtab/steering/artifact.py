@@ -20,7 +20,7 @@ from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.operators import to_tensors
-from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity
+from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity, Tokens
 
 
 @cache
@@ -96,6 +96,14 @@ class Steering:
         turned = replace(self, value=value)
         turned.warn_out_of_range()
         return turned
+
+    def on(self, tokens: Tokens) -> Steering:
+        """The same steering on tokens of one kind: "text", "image" (those that stand for images),
+        or "all". What was measured of its dial is that of the tokens it was fitted for."""
+        if all(each.tokens == tokens for each in self.interventions):
+            return self
+        changed = tuple(replace(each, tokens=tokens) for each in self.interventions)
+        return replace(self, interventions=changed)
 
     def _calibrated(self, kl: float) -> Calibration:
         if self.calibration is None:
@@ -178,12 +186,14 @@ class Steering:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what it does to a model, whatever its dial: sites, operators, positions."""
+        """SHA-256 of what it does to a model, whatever its dial: sites, operators, tokens."""
         digest = hashlib.sha256()
         for intervention in self.interventions:
             tensors, others = to_tensors(intervention.operator)
             kind = type(intervention.operator).__name__
             about = [intervention.site, kind, intervention.positions, others]
+            if intervention.tokens != "all":
+                about.append(intervention.tokens)
             digest.update(json.dumps(about, sort_keys=True).encode())
             for name in sorted(tensors):
                 digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())

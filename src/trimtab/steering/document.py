@@ -33,6 +33,7 @@ from trimtab.steering.parts import (
     ModelIdentity,
     Number,
     Positions,
+    Tokens,
     Word,
 )
 
@@ -57,6 +58,7 @@ class _InterventionDocument(BaseModel):
     site: str = Field(max_length=100)
     operator: Word
     positions: Positions
+    tokens: Tokens = "all"
     fields: dict[str, Any]
 
 
@@ -104,6 +106,7 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
                 "site": intervention.site,
                 "operator": type(intervention.operator).__name__,
                 "positions": intervention.positions,
+                **_unless_all(intervention),
                 "fields": others,
             }
         )
@@ -194,6 +197,11 @@ def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]
         "tables": tables,
         "calibration": calibration,
     }
+
+
+def _unless_all(intervention: Intervention) -> dict[str, str]:
+    """Tokens of which kind, where it is not all, so that versions which know none read the rest."""
+    return {} if intervention.tokens == "all" else {"tokens": intervention.tokens}
 
 
 def refuse_other_file(path: Path) -> None:
@@ -297,4 +305,4 @@ def _intervention(
     if layer is not None and layer >= layers:
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
     operator = from_tensors(described.operator, {**tensors, **described.fields})
-    return Intervention(described.site, operator, described.positions)
+    return Intervention(described.site, operator, described.positions, described.tokens)

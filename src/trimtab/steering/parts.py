@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
 
-from trimtab.errors import shown
+from trimtab.errors import TrimtabError, check_choice, shown
 from trimtab.steering.operators import WIDEST, Operator
 
 #: Steering runs in float32, where a larger number is infinity.
@@ -33,6 +33,11 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 #: that a next token is read from, the prompt's last and the generated ones.
 Positions = Literal["all", "prompt", "generated", "last"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
+#: Tokens of which kind, of a model that sees images: all, those of text, or those that stand for
+#: images.
+Tokens = Literal["all", "text", "image"]
+#: Where only tokens of text are.
+_WRITTEN = ("generated", "last")
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,20 @@ class Dial:
 
 @dataclass(frozen=True)
 class Intervention:
-    """An operator at a site, at some positions."""
+    """An operator at a site, at some positions, on tokens of some kind."""
 
     site: str
     operator: Operator
     positions: Positions = "all"
+    tokens: Tokens = "all"
+
+    def __post_init__(self) -> None:
+        check_choice("tokens", self.tokens, Tokens)
+        if self.tokens == "image" and self.positions in _WRITTEN:
+            raise TrimtabError(
+                f"at {self.positions} positions all tokens are text, so that a steering of image "
+                "tokens never acts: take the positions all or prompt"
+            )
 
     @property
     def acts(self) -> bool:

@@ -23,7 +23,7 @@ from trimtab.dials import Turning, divergence, entropy, idle_dial
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
-from trimtab.model import LanguageModel, batches_by_length
+from trimtab.model import LanguageModel, batches_by_length, extended, with_images
 from trimtab.options import Bounds, Tracing, flat
 from trimtab.reading import last_logits
 from trimtab.reports import Presented, Table, change_text, number_text, value_text
@@ -273,7 +273,7 @@ def sequences(language_model: LanguageModel, tokens: Sequence[str | int]) -> lis
 
 
 def _check_room(
-    language_model: LanguageModel, texts: Sequence[list[int]], shown: Sequence[tuple[int, ...]]
+    language_model: LanguageModel, texts: Sequence[Sequence[int]], shown: Sequence[tuple[int, ...]]
 ) -> None:
     """Refuse what is longer than the model takes with the pieces of a sequence after it."""
     more = max((len(ids) for ids in shown), default=1) - 1
@@ -285,7 +285,7 @@ def _check_room(
         )
 
 
-def _shown(texts: Sequence[list[int]], what: str) -> Any:
+def _shown(texts: Sequence[Sequence[int]], what: str) -> Any:
     """The texts, with a progress bar."""
     with progress(what, len(texts)) as advance:
         for text in texts:
@@ -356,7 +356,7 @@ class _Read:
         """Pieces are read as if the model had written them."""
         after = {}
         for prefix, asked in _prefixes(shown).items():
-            whole = [*text, *prefix]
+            whole = extended(text, prefix)
             turning = Turning(language_model, steering, [whole], force=force, given=[len(text)])
             after[prefix] = _follow(turning, dials, asked, tolerance)
         return cls(after)
@@ -653,9 +653,10 @@ def token_log_odds(
     means = []
     with progress("reading log-odds", sum(map(len, sides))) as advance:
         for side in sides:
-            texts = [[*text[:max_length], *after] for text in side]
+            texts = [extended(text[:max_length], after) for text in side]
             lengths, total = [len(text) for text in texts], torch.zeros(())
-            for rows in batches_by_length(lengths, language_model.batch_tokens):
+            most, apart = language_model.batch_tokens, with_images(texts)
+            for rows in batches_by_length(lengths, most, apart=apart):
                 logits = last_logits(language_model, [texts[i] for i in rows])
                 total = total + logits.double().log_softmax(-1).sum(0).cpu()
                 advance(len(rows))

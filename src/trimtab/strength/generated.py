@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trimtab.contrasts import Contrast, Conversation, Prompt
+from trimtab.contrasts import Contrast, Conversation, Prompt, in_words
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import ChatEndpoint
 from trimtab.files import Journal, check_output, write_whole
@@ -213,7 +213,7 @@ def _write(side: _Side, count: int, seed: int, sampling: Sampling) -> list[str]:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
         }
-        messages = [{"role": role, "content": text} for role, text in side.prompt]
+        messages = [{"role": role, "content": in_words(text)} for role, text in side.prompt]
         seeds = [{**fields, "seed": seed + number} for number in range(count)]
         return side.writer.ask([messages] * count, seeds)
     completions = side.writer.generate(

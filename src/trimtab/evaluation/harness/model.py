@@ -145,7 +145,7 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
         if add_special_tokens is None:
-            return self.language_model.encode([string])[0]
+            return list(self.language_model.encode([string])[0])
         ids: list[int] = self.tokenizer(
             string, add_special_tokens=add_special_tokens, verbose=False
         )["input_ids"]

@@ -16,7 +16,7 @@ import torch
 
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, extended
 from trimtab.reading import Reading, next_tokens
 from trimtab.steering import Steering, Steerings
 
@@ -76,9 +76,8 @@ def perplexities(
         start, new = len(prompt), tuple(completions[i])
         # The last token is read too, though nothing is asked of it: a steering of the generated
         # tokens alone must find one, also where every text has but one.
-        readings.append(
-            Reading((*prompt, *new), tuple(range(start - 1, start - 1 + len(new))), start, new)
-        )
+        asked = tuple(range(start - 1, start - 1 + len(new)))
+        readings.append(Reading(extended(prompt, new), asked, start, new))
     found: list[float | None] = [None] * len(prompts)
     for batch, rows in next_tokens(language_model, readings, steering, force=force):
         for i, row in zip(batch.rows, rows, strict=True):
