@@ -127,6 +127,9 @@ def discover(model: Any) -> Known:
         reason = first_line(error) or type(error).__name__
         raise _refusal(model, name, f"it does not run on a short text: {reason}") from error
     calls = [c for c in trace.calls if c.name.rpartition(".")[0] == blocks]
+    streams = _several_streams(model, calls[0])
+    if streams is not None:
+        raise _refusal(model, name, streams)
     constant = constants(model)
     try:
         body, maker, before, after = find_ends(trace, blocks, logits, cap_of(model), constant)
@@ -151,6 +154,16 @@ def discover(model: Any) -> Known:
         if aspect in known.around:
             raise _refusal(model, name, known.around[aspect])
     return known
+
+
+def _several_streams(model: Any, first: Call) -> str | None:
+    """Why the stream is more than one, None where it is one."""
+    size = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+    assert first.x is not None
+    width = first.x.shape[-1]
+    if not isinstance(size, int) or width == size or width % size:
+        return None
+    return f"its blocks take {width // size} residual streams of {size} units, side by side"
 
 
 def _refusal(model: Any, name: str, reason: str) -> TrimtabError:
