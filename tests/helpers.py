@@ -73,6 +73,8 @@ def language_model(name: str, **options: Any) -> tt.LanguageModel:
 def asked(lm: tt.LanguageModel) -> tt.LanguageModel:
     """A model of which all that is asked once has been asked, so that passes can be counted."""
     packs(lm)
+    assert lm.pads("logits")
+    assert lm.pads("generate")
     for blocks in range(lm.anatomy.layers + 1):
         shares_prefixes(lm, blocks)
         runs_in_parts(lm, blocks or 1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from importlib.metadata import version
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import architectures_table
 from every_architecture import NotBuilt, build, names
 from every_size import VARIANTS
 
@@ -84,3 +88,16 @@ def test_nearly_all_are_built_and_most_run_on_text() -> None:
     print(f"{len(names())} names, {len(built)} built, {len(runs)} run on text")
     assert len(built) > 0.92 * len(names())
     assert len(runs) > 0.85 * len(names())
+
+
+@pytest.mark.slow
+def test_the_docs_say_what_is_found_in_every_architecture() -> None:
+    found = architectures_table.rows(names())
+    page = architectures_table.PAGE.read_text(encoding="utf-8")
+    if f"transformers {version('transformers')}," in page:
+        assert architectures_table.table(found) in page
+    counts = Counter(kind for kind, _ in found.values())
+    assert counts["complete"] + counts["hybrid"] >= 210
+    # What must not be taken for a decoder with one stream.
+    for name in ("diffusion_gemma", "gemma3n_text", "deepseek_v4", "t5", "hrm_text", "qwen4_exp"):
+        assert found[name][0] in ("refused", "not built"), name

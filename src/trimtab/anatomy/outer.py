@@ -121,12 +121,11 @@ def _makes_logits(
     if y.shape[-1] < logits.shape[-1] or call.x.shape[-1] == y.shape[-1]:
         return None
     made = y[..., : logits.shape[-1]].to(logits.device)
-    if cap is None:
-        measured = ratio(_finite(flat(made).float()), _finite(flat(logits).float()))
-        candidates = [snapped(measured, known, y.dtype), measured]
-    else:
-        candidates = [1.0]
-    for factor in candidates:
+    before = logits.float()
+    if cap is not None:  # what the cap was put on, where it left enough of it
+        before = torch.atanh((before / cap).clamp(-0.999, 0.999)) * cap
+    measured = ratio(_finite(flat(made).float()), _finite(flat(before)))
+    for factor in (1.0, snapped(measured, known, y.dtype), measured):
         if factor and are_logits(made, logits, factor, cap):
             return factor
     return None
@@ -154,10 +153,15 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+#: What configurations call it (Gemma 2 and others, RecurrentGemma, xLSTM).
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def cap_of(model: Any) -> float | None:
     """The soft-cap of a model's logits, by its configuration."""
-    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    return None if cap is None else float(cap)
+    config = model.config.get_text_config(decoder=True)
+    caps = [getattr(config, name, None) for name in _CAPS]
+    return next((float(cap) for cap in caps if isinstance(cap, int | float) and cap > 0), None)
 
 
 def _takes_tokens(call: Call) -> bool:
