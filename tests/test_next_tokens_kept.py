@@ -23,6 +23,7 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
+from trimtab.reading.abilities import runs_in_parts, shares_prefixes
 from trimtab.reading.reader import PlannedBatch, plan, prompt_reading, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import POSITIONS
@@ -78,6 +79,9 @@ def test_only_the_blocks_above_run_on_what_is_kept(beginning: int) -> None:
     lm = language_model("llama")
     readings = some_readings(beginning, count=6)
     kept = StreamCache(lm)
+    for blocks in range(lm.anatomy.layers + 1):  # what is asked once is asked before
+        assert shares_prefixes(lm, blocks)
+        assert not blocks or runs_in_parts(lm, blocks)
     ran: set[int] = set()
     for layer, block in enumerate(lm.model.model.layers):
         block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.add(layer))

@@ -9,11 +9,13 @@ from trimtab.anatomy.architectures import (
     mixture,
     register,
 )
+from trimtab.anatomy.behaviour import find_input, first_tensor, with_first
 from trimtab.anatomy.description import Block, Branch, Description
 from trimtab.anatomy.drawing import blocks_drawn, places, ranges
 from trimtab.anatomy.entries import known
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
 from trimtab.anatomy.maps import LinearMap
+from trimtab.anatomy.numbers import near
 from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order
 from trimtab.anatomy.tracing import probe_ids

@@ -23,7 +23,7 @@ from trimtab.contrasts import Contrast, spread
 from trimtab.dials.budgets import BEYOND, Solution, calibration
 from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial, read_at_dial
 from trimtab.model import LanguageModel, with_images
-from trimtab.reading import blocks_below, plain_texts, run_lower
+from trimtab.reading import blocks_apart, plain_texts, run_lower
 from trimtab.steering import STRENGTHS, Positions, Steering
 from trimtab.terminal import progress
 
@@ -180,7 +180,7 @@ def _runner(
 @torch.no_grad()
 def _cost_of(language_model: LanguageModel, steering: Steering) -> Callable[[float], float]:
     """Nats per token that a dial adds to plain text; infinite where numbers overflow."""
-    lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    lm, below = language_model, blocks_apart(language_model, [steering])
     texts = [tokens[:_TOKENS] for tokens in lm.encode(plain_texts()[:_PARAGRAPHS])]
     ends, streams = [len(text) for text in texts], run_lower(lm, texts, below)
 

@@ -20,7 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned, with_images
 from trimtab.reading import (
     Next,
-    blocks_below,
+    blocks_apart,
     last_logits,
     read_columns,
     run_lower,
@@ -52,7 +52,7 @@ class Turning:
         self.language_model, self.steering = language_model, steering
         self.texts = texts
         self.given = [len(text) for text in texts] if given is None else given
-        self.blocks = blocks_below(language_model.anatomy, [steering])
+        self.blocks = blocks_apart(language_model, [steering])
         self._streams = run_lower(language_model, texts, self.blocks)
         #: Rows that have run, and the tokens in them: what all of this costs.
         self.rows = 0
@@ -122,7 +122,7 @@ def read_at_dial(
 ) -> list[Next]:
     """What follows each token of texts (token ids) at a dial (None: unsteered), from their streams
     below the steering on; `ends` are where each text's prompt ends."""
-    lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    lm, below = language_model, blocks_apart(language_model, [steering])
     if dial is None:
         hidden = run_upper(lm, texts, streams, below)
     else:

@@ -29,7 +29,7 @@ from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
 from trimtab.model import LanguageModel
-from trimtab.reading import Batch, Packed, batches, encode_contrast, run_packed
+from trimtab.reading import Batch, Packed, batches, encode_contrast, packs, run_packed
 from trimtab.terminal import progress
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
@@ -169,8 +169,9 @@ def collect(
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
+    packed = packs(language_model)
     with progress("reading activations", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens):
+        for batch in batches(rows, language_model.batch_tokens, packed):
             indices = torch.tensor([row.index for row in batch.rows])
             found = stored.read(indices, language_model.device) if stored else {}
             missing = [pick for pick in picks if pick not in found]
@@ -255,7 +256,6 @@ def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict
 
     def reader(site: str) -> Edit:
         def read(activation: Tensor) -> None:
-            activation = batch.folded(activation)
             forms: dict[Any, Tensor] = {None: activation}
             for pick in by_site[site]:
                 picker = pickers[pick.token]
@@ -284,8 +284,8 @@ def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict
 
 
 def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Takes from [rows, tokens, units] what stands for each side: [rows, sides, units]."""
-    place = batch.place  # [rows, sides, longest side]
+    """Takes from [lines, tokens, units] what stands for each side: [rows, sides, units]."""
+    place, lines = batch.place, batch.lines  # [rows, sides, longest side], [rows, sides]
     lengths = (place >= 0).sum(-1)
     if isinstance(token, int):
         # Too short are only rows that this pick is not wanted of: any token will do.
@@ -293,9 +293,8 @@ def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tenso
         columns = place.gather(-1, steps.unsqueeze(-1)).squeeze(-1).to(device)
 
         def one(activation: Tensor) -> Tensor:
-            here = columns.to(activation.device)
-            rows = torch.arange(len(here), device=here.device)[:, None]
-            return activation[rows, here].float()
+            device = activation.device
+            return activation[lines.to(device), columns.to(device)].float()
 
         return one
     start = torch.zeros_like(lengths)
@@ -307,4 +306,11 @@ def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tenso
     weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
     weights.scatter_add_(-1, place.clamp(min=0), taken.float())
     weights = (weights / taken.sum(-1, keepdim=True)).to(device)
-    return lambda activation: torch.bmm(weights.to(activation.device), activation.float())
+    # A line is a row, with all its sides, or a side.
+    by_line = weights.view(len(batch.tokens), -1, weights.shape[-1])
+
+    def mean(activation: Tensor) -> Tensor:
+        means = torch.bmm(by_line.to(activation.device), activation.float())
+        return means.view(*lines.shape, -1)
+
+    return mean

@@ -1,6 +1,6 @@
 """A model in memory: load or wrap it, steer it, bake it."""
 
-from trimtab.model.attach import finds_dials, turned
+from trimtab.model.attach import finds_dials, turned, unsteered
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
 from trimtab.model.chats import ChatForm, put_as
@@ -21,6 +21,7 @@ from trimtab.model.language_model import (
     row_steerings,
 )
 from trimtab.model.loading import load, locations
+from trimtab.model.questions import alike, answered, hidden_alone, probe_texts
 from trimtab.model.saving import check_target
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap

@@ -206,6 +206,22 @@ def finds_dials(anatomy: Anatomy) -> bool:
     )
 
 
+@contextmanager
+def unsteered(anatomy: Anatomy) -> Iterator[None]:
+    """Passes that this thread runs inside are none of the texts that open blocks steer: nobody
+    counts their positions or rows. What acts on all tokens of all rows alike may go on."""
+    on = _ATTACHED.get(anatomy.body)
+    here = [block.sequences.here for block in on.blocks] if on is not None else []
+    before = [each.paused for each in here]
+    for each in here:
+        each.paused = True
+    try:
+        yield
+    finally:
+        for each, paused in zip(here, before, strict=True):
+            each.paused = paused
+
+
 def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     steps: dict[str, list[_Step]] = {}
     for intervention in steering.interventions:

@@ -20,9 +20,11 @@ def batches_by_length(
     lengths: Sequence[int],
     tokens: int | None = None,
     rows: int = BATCH_ROWS,
+    equal: bool = False,
     apart: Sequence[bool] = (),
 ) -> Iterator[list[int]]:
-    """Indices of texts of similar length that run together, at most `rows` of them.
+    """Indices of texts of similar length that run together, at most `rows` of them; with `equal`
+    only texts of the same length do.
 
     Texts that are read have at most so many padded `tokens` together, or are alone; the longest
     come first, so that memory that does not suffice is missed at once. Without `tokens` the
@@ -39,6 +41,8 @@ def batches_by_length(
             count = rows
             if tokens is not None:
                 count = max(1, min(rows, tokens // lengths[waiting[0]]))
+            if equal:
+                count = min(count, sum(lengths[i] == lengths[waiting[0]] for i in waiting))
             yield waiting[:count]
             waiting = waiting[count:]
 

@@ -47,8 +47,10 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
+from trimtab.model.padding import left_padded, pads_generate, pads_logits, plain_logits
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
+from trimtab.model.questions import answered, probe_texts
 from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
@@ -70,6 +72,11 @@ class Rule(Protocol):
     ) -> list[float]:
         """The dial of each text (token ids); with no text it only says what would be wrong."""
 
+
+#: What configurations call the longest text.
+_LONGEST = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
+#: What is said of models that take texts of any length.
+_UNLIMITED = 1 << 20
 
 #: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
 #: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
@@ -153,9 +160,10 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int:
-        """The longest text in tokens."""
+        """The longest text in tokens; a million where the model has no limit (ALiBi, a state)."""
+        named = (getattr(self.anatomy.config, name, None) for name in _LONGEST)
         limits = [
-            getattr(self.anatomy.config, "max_position_embeddings", None),
+            next((limit for limit in named if limit is not None), None),
             # A tokenizer without a limit says so with a number like 1e30.
             self.tokenizer.model_max_length,
         ]
@@ -165,7 +173,7 @@ class LanguageModel:
                     f"{shown(self.name)} says that its texts have at most {shown(limit, 40)} "
                     "tokens, which is no number: mend model_max_length in tokenizer_config.json"
                 )
-        return min(int(limit) for limit in limits if limit and limit < 1e9)
+        return min((int(limit) for limit in limits if limit and limit < 1e9), default=_UNLIMITED)
 
     @property
     def quantised(self) -> bool:
@@ -359,16 +367,35 @@ class LanguageModel:
                 )
         return encoded
 
+    def pads(self, how: Literal["logits", "generate"]) -> bool:
+        """Whether texts of different lengths may share a batch that is padded on the left: whether
+        each of them then gives what it gives alone. It is asked once, by numbers on a short text.
+        """
+        ask = partial(pads_logits if how == "logits" else pads_generate, self.model)
+        return answered(self.anatomy, ("pads", how), partial(ask, *probe_texts(self.anatomy)))
+
+    def _batches(
+        self, texts: Sequence[Sequence[int]], rows: int, how: Literal["logits", "generate"]
+    ) -> Iterator[list[int]]:
+        """Indices of texts (token ids) that run together; where the model does not pad, texts of
+        equal length."""
+        lengths = [len(text) for text in texts]
+        for chosen in batches_by_length(lengths, rows=rows, apart=with_images(texts)):
+            mixed = len({lengths[i] for i in chosen}) > 1
+            if mixed and not self.pads(how):
+                own = [lengths[i] for i in chosen]
+                yield from (
+                    [chosen[place] for place in places]
+                    for places in batches_by_length(own, rows=rows, equal=True)
+                )
+            else:
+                yield chosen
+
     def _left_padded(self, tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         if any(with_images(tokens)):
             return self.image_inputs(tokens, "left")
         self.refuse_bare(tokens)
-        longest = max(len(row) for row in tokens)
-        # Any token will do where nothing attends to it; one that the row has anyway is not taken
-        # for another one by what counts the tokens of a text (a repetition penalty).
-        ids = torch.tensor([[row[0]] * (longest - len(row)) + list(row) for row in tokens])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        return left_padded(tokens, self.device)
 
     # -- steering -----------------------------------------------------------------------------
 
@@ -501,8 +528,7 @@ class LanguageModel:
         ):
             if seed is not None:
                 torch.manual_seed(seed)
-            sizes, apart = [len(row) for row in tokens], with_images(tokens)
-            for chosen in batches_by_length(sizes, rows=batch_size, apart=apart):
+            for chosen in self._batches(tokens, batch_size, "generate"):
                 with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
@@ -555,19 +581,14 @@ class LanguageModel:
         found: dict[int, Tensor] = {}
         seen = with_images(tokens)
         # One by one where there are images, so that the model itself counts positions.
-        batches = [[i] for i, sees in enumerate(seen) if sees]
+        alone = [[i] for i, sees in enumerate(seen) if sees]
         plain = [i for i, sees in enumerate(seen) if not sees]
-        for places in batches_by_length([len(tokens[i]) for i in plain], rows=batch_size):
-            batches.append([plain[place] for place in places])
-        for chosen in batches:
+        together = self._batches([tokens[i] for i in plain], batch_size, "logits")
+        for chosen in (*alone, *([plain[place] for place in places] for places in together)):
             inputs = self._left_padded([tokens[i] for i in chosen])
-            if not seen[chosen[0]]:
-                positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-                inputs["position_ids"] = positions
             with self._for_call([rows[i] for i in chosen], force):
-                logits = self.model(
-                    **inputs, use_cache=False, logits_to_keep=1 if at == "last" else 0
-                ).logits.float()
+                count, last = not seen[chosen[0]], at == "last"
+                logits = plain_logits(self.model, inputs, last, count).float()
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = row[-1] if at == "last" else row[-len(tokens[i]) :]
         ordered = [found[i] for i in range(len(wanted))]

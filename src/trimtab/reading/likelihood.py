@@ -23,6 +23,7 @@ from trimtab.model import (
     refuse_unseen,
     row_steerings,
 )
+from trimtab.reading.abilities import packs
 from trimtab.reading.packing import (
     Batch,
     Packed,
@@ -47,7 +48,7 @@ def log_odds(
     """log p(positive | prompt) - log p(negative | prompt) of each pair, [pairs] in nats.
 
     `steering` is one for all pairs or a list with one per pair. The two sides of a pair share
-    their prompt in one packed row, however short it is.
+    their prompt in one packed row, however short it is, where the model takes that.
     """
     rows = _scored_pairs(language_model, contrast)
     steerings = per_text(steering, len(rows))
@@ -55,32 +56,35 @@ def log_odds(
     refuse_unseen(of_rows, [row.texts()[0] for row in rows])
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens):
-            indices = [row.index for row in batch.rows]
+        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
+            owners = batch.owners()
+            indices = [batch.rows[row].index for row, _ in owners]
             here = steering if steerings is None else [steerings[i] for i in indices]
-            with language_model.steered(batch.per_line(here), force=force) as sequences:
+            with language_model.steered(here, force=force) as sequences:
                 sequences.may_miss_images = True
-                sequences.given_ends = [row.answers[0] for row in batch.rows]
-                hidden = batch.folded(run_packed(batch, language_model).last_hidden_state)
+                sequences.given_ends = [batch.rows[row].answers[side] for row, side in owners]
+                hidden = run_packed(batch, language_model).last_hidden_state
             columns, targets = _answer_tokens(batch)
             answers = read_columns(language_model, hidden, columns, targets)
             refuse_unsound(language_model, answers, indices, here)
-            for row, each in zip(batch.rows, answers, strict=True):
-                first = row.common + row.sides[0] - row.answers[0]
-                odds[row.index] = each.log_p[:first].sum() - each.log_p[first:].sum()
+            for i, row in enumerate(batch.rows):
+                first, last = (answers[line].log_p for line in batch.lines[i].tolist())
+                positive, negative = (row.common + n - row.answers[0] for n in row.sides)
+                odds[row.index] = first[:positive].sum() - last[len(last) - negative :].sum()
             advance(len(batch.rows))
     return odds
 
 
 def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each packed row the columns that answer tokens are predicted from, and these tokens: the
-    positive side's, then the negative side's."""
-    columns: list[list[int]] = [[] for _ in batch.rows]
-    targets: list[list[int]] = [[] for _ in batch.rows]
+    """Of each line the columns that answer tokens are predicted from, and these tokens: in a
+    packed row the positive side's, then the negative side's."""
+    columns: list[list[int]] = [[] for _ in batch.tokens]
+    targets: list[list[int]] = [[] for _ in batch.tokens]
     for i, row in enumerate(batch.rows):
         for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
-            columns[i] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
-            targets[i] += tuple(text)[start:]
+            line = int(batch.lines[i, side])
+            columns[line] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
+            targets[line] += tuple(text)[start:]
     return columns, targets
 
 

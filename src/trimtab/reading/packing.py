@@ -5,11 +5,9 @@ The two sides of a pair share their prompt. A packed row is
     common tokens | rest of the positive side | rest of the negative side
 
 in which neither rest attends to the other and both count their positions on from the common part,
-so that one forward pass gives exactly what two separate texts would. Rows are sorted by length
-and padded on the right, where a causal model does not see it.
-
-Texts with images are not packed: each side is a line of its own, and the lines of a row, folded one
-behind the other, are looked at as a packed row is.
+so that one forward pass gives exactly what two separate texts would. For a model of which that is
+not true (see abilities.py), and for texts with images, each side is a line by itself. Rows are
+sorted by length and padded on the right, where a causal model does not see it.
 """
 
 from __future__ import annotations
@@ -40,6 +38,8 @@ from trimtab.model import (
 #: Attention that takes a mask for each pair of tokens. Flash attention does not, nor do kernels of
 #: the hub, and of others nobody knows.
 _MASKED_ATTENTION = ("eager", "sdpa")
+#: Kinds of layers whose attention is known from positions alone.
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 #: The models of which it was said that they are read with another attention.
 _told: WeakSet[Any] = WeakSet()
 
@@ -69,33 +69,34 @@ class Packed:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows as tensors: tokens, positions [rows, length] and what attends to what.
+    """Rows as tensors: tokens [lines, length], and where each side of a row is in them.
 
-    place[row, side, p] is the column of the token at position p of that side's text, -1 beyond
-    its end. `visible` [rows, length, length] is true where a token attends to another. Of texts
-    with images the model knows positions and what is visible, and both are empty.
+    The token at position p of a side is in line lines[row, side], in the column
+    place[row, side, p], which is -1 beyond its end. Packed rows are one line each, with the
+    positions of their tokens and `visible` [lines, length, length], true where a token attends to
+    another; otherwise each side is a line of its own, and both are None.
     """
 
     rows: tuple[Packed, ...]
     tokens: Tensor
-    positions: Tensor
-    visible: Tensor
+    lines: Tensor
     place: Tensor
+    positions: Tensor | None = None
+    visible: Tensor | None = None
 
-    @property
-    def sees(self) -> bool:
-        """Whether its texts have images."""
-        return bool(self.rows[0].seen)
+    def place_of(self, row: int, side: int) -> tuple[Tensor, Tensor]:
+        """The line and the column of each token of one side of a row (by its place here)."""
+        columns = self.place[row, side]
+        columns = columns[columns >= 0]
+        return self.lines[row, side].expand_as(columns), columns
 
-    def folded(self, output: Tensor) -> Tensor:
-        """What a model put out for each of its lines, as one of each row, [rows, length, units]."""
-        return output.reshape(len(self.rows), -1, output.shape[-1]) if self.sees else output
-
-    def per_line(self, steering: Any) -> Any:
-        """A `steering` argument of each row as one of each line that the model runs."""
-        if not self.sees or not isinstance(steering, list):
-            return steering
-        return [one for one in steering for _ in self.rows[0].sides]
+    def owners(self) -> list[tuple[int, int]]:
+        """Of each line the row (by its place here) and the first side that are in it."""
+        found: dict[int, tuple[int, int]] = {}
+        for row, lines in enumerate(self.lines.tolist()):
+            for side, line in enumerate(lines):
+                found.setdefault(line, (row, side))
+        return [found[line] for line in range(len(self.tokens))]
 
 
 def encode_contrast(
@@ -187,30 +188,27 @@ def encode_texts(language_model: LanguageModel, texts: Sequence[Prompt]) -> list
     return [Packed(i, tuple(t), len(t), (0,), (len(t),), _seen([t])) for i, t in enumerate(encoded)]
 
 
-def batches(rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Batches of rows of similar length; no row depends on its neighbours."""
-    lengths = [sum(map(len, row.seen)) or len(row.tokens) for row in rows]
+def batches(
+    rows: Sequence[Packed], max_tokens: int = BATCH_TOKENS, packed: bool = True
+) -> Iterator[Batch]:
+    """Batches of rows of similar length; no row depends on its neighbours. `packed` says whether
+    the sides of a row share a line, where they have no images."""
     apart = [bool(row.seen) for row in rows]
+    lengths = [
+        len(row.tokens) if packed and not row.seen else max(map(len, row.texts())) * len(row.sides)
+        for row in rows
+    ]
     for indices in batches_by_length(lengths, max_tokens, apart=apart):
         chosen = tuple(rows[i] for i in indices)
-        yield _unpacked(chosen) if chosen[0].seen else _batch(chosen)
+        yield batch_of(chosen, packed and not chosen[0].seen)
 
 
-def _unpacked(rows: tuple[Packed, ...]) -> Batch:
-    """Rows whose sides are lines of their own, one behind the other."""
-    width, sides = max(len(text) for row in rows for text in row.seen), len(rows[0].sides)
-    tokens = torch.zeros(len(rows), sides * width, dtype=torch.long)
-    place = torch.full((len(rows), sides, width), -1)
-    for i, row in enumerate(rows):
-        for side, text in enumerate(row.seen):
-            columns = torch.arange(side * width, side * width + len(text))
-            tokens[i, columns] = torch.tensor(tuple(text))
-            place[i, side, : len(text)] = columns
-    nothing = torch.empty(0)
-    return Batch(rows, tokens, nothing, nothing, place)
+def batch_of(rows: tuple[Packed, ...], packed: bool) -> Batch:
+    """Some rows as one batch."""
+    return _packed_batch(rows) if packed else _plain_batch(rows)
 
 
-def _batch(rows: tuple[Packed, ...]) -> Batch:
+def _packed_batch(rows: tuple[Packed, ...]) -> Batch:
     length = max(len(row.tokens) for row in rows)
     sides = len(rows[0].sides)
     longest_side = max(row.common + max(row.sides) for row in rows)
@@ -233,19 +231,35 @@ def _batch(rows: tuple[Packed, ...]) -> Batch:
     past = torch.ones(length, length, dtype=torch.bool).tril()
     seen, seeing = segments[:, None, :], segments[:, :, None]
     visible = past & ((seen == seeing) | ((seen == 0) & (seeing != 3)))
-    return Batch(rows, tokens, positions, visible, place)
+    lines = torch.arange(len(rows))[:, None].expand(-1, sides)
+    return Batch(rows, tokens, lines, place, positions, visible)
+
+
+def _plain_batch(rows: tuple[Packed, ...]) -> Batch:
+    texts = [text for row in rows for text in row.texts()]
+    longest, sides = max(len(text) for text in texts), len(rows[0].sides)
+    tokens = torch.zeros(len(texts), longest, dtype=torch.long)
+    place = torch.full((len(texts), longest), -1)
+    for i, text in enumerate(texts):
+        tokens[i, : len(text)] = torch.tensor(tuple(text))
+        place[i, : len(text)] = torch.arange(len(text))
+    lines = torch.arange(len(texts)).view(len(rows), sides)
+    return Batch(rows, tokens, lines, place.view(len(rows), sides, longest))
 
 
 def run_packed(batch: Batch, language_model: LanguageModel) -> Any:
     """What the transformer body puts out for a batch."""
     refuse_dropout(language_model.model)
-    if batch.sees:
-        lines = [text for row in batch.rows for text in row.seen]
-        with exclusively(language_model.anatomy.body):
-            return language_model.read_with_images(lines)
+    body = language_model.anatomy.body
+    if batch.rows[0].seen:
+        with exclusively(body):
+            return language_model.read_with_images([t for row in batch.rows for t in row.seen])
     language_model.refuse_bare([row.tokens for row in batch.rows])
-    with exclusively(language_model.anatomy.body), _masked_attention(language_model):
-        return language_model.anatomy.body(**model_inputs(batch, language_model))
+    with exclusively(body):
+        if batch.visible is None:
+            return body(**plain_inputs(batch, language_model))
+        with _masked_attention(language_model):
+            return body(**model_inputs(batch, language_model))
 
 
 @contextmanager
@@ -274,12 +288,27 @@ def _masked_attention(language_model: LanguageModel) -> Iterator[None]:
         config._attn_implementation = own
 
 
+def plain_inputs(batch: Batch, language_model: LanguageModel) -> dict[str, Any]:
+    """The arguments of the transformer body for a batch without packed rows. Positions and masks
+    are the architecture's own."""
+    mask = torch.zeros_like(batch.tokens)
+    lines, columns = batch.lines[..., None].expand_as(batch.place), batch.place
+    mask[lines[columns >= 0], columns[columns >= 0]] = 1
+    return {
+        "input_ids": batch.tokens.to(language_model.device),
+        "attention_mask": mask.to(language_model.device),
+        "use_cache": False,
+    }
+
+
 def model_inputs(batch: Batch, language_model: LanguageModel) -> dict[str, Any]:
-    """The arguments of the transformer body for a batch, on the model's device.
+    """The arguments of the transformer body for a batch of packed rows, on the model's device.
 
     Masks are additive, [rows, 1, length, length], one per kind of attention layer where the
     architecture has several; a sliding window counts positions, not columns.
     """
+    assert batch.visible is not None
+    assert batch.positions is not None
     config, device = language_model.anatomy.config, language_model.device
     dtype = language_model.dtype
     visible = batch.visible.to(device)
@@ -299,6 +328,11 @@ def model_inputs(batch: Batch, language_model: LanguageModel) -> dict[str, Any]:
     mask: Any
     if kinds:
         by_kind = {"full_attention": visible, "sliding_attention": in_window}
+        chunk = getattr(config, "attention_chunk_size", None)
+        if chunk is not None:
+            chunks = positions // chunk
+            same = chunks[:, :, None] == chunks[:, None, :]
+            by_kind["chunked_attention"] = visible & same
         mask = {kind: additive(by_kind[kind]) for kind in sorted(set(kinds))}
     else:
         mask = additive(in_window)

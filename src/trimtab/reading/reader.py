@@ -31,7 +31,8 @@ from trimtab.model import (
     unsound,
     with_images,
 )
-from trimtab.reading.streams import StreamCache, blocks_below, run_prefix, run_upper
+from trimtab.reading.abilities import blocks_apart, shares_prefixes
+from trimtab.reading.streams import StreamCache, run_prefix, run_upper
 from trimtab.steering import Steering
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
@@ -82,16 +83,18 @@ class PlannedBatch:
     rows: tuple[int, ...]
 
 
-def plan(readings: Sequence[Reading], batch_tokens: int) -> list[PlannedBatch]:
+def plan(readings: Sequence[Reading], batch_tokens: int, shares: bool = True) -> list[PlannedBatch]:
     """Batches of similar length, group by group of texts that share their beginning; texts with
-    images are a group by themselves, and share nothing."""
+    images are a group by themselves, and share nothing, nor do others without `shares`."""
     batches = []
     seeing = with_images([reading.tokens for reading in readings])
     plain = [i for i, sees in enumerate(seeing) if not sees]
-    groups = [
-        (shared, [plain[i] for i in group])
-        for shared, group in _groups([readings[i] for i in plain])
-    ]
+    groups = [(0, plain)]
+    if shares:
+        groups = [
+            (shared, [plain[i] for i in group])
+            for shared, group in _groups([readings[i] for i in plain])
+        ]
     groups.append((0, [i for i, sees in enumerate(seeing) if sees]))
     for shared, group in groups:
         order = sorted(group)
@@ -121,6 +124,8 @@ def next_tokens(
     rows = [row_steerings(steering)] * len(readings) if steerings is None else steerings
     refuse_unseen(rows, [reading.tokens for reading in readings])
     batches = plan(readings, language_model.batch_tokens)
+    if any(batch.shared for batch in batches) and not shares_prefixes(language_model):
+        batches = plan(readings, language_model.batch_tokens, shares=False)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
     if steerings is None:
@@ -149,7 +154,8 @@ def run_batches(
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0
     if kept is not None and not is_hooked(language_model.model):
-        below = blocks_below(language_model.anatomy, steerings)
+        shared = any(batch.shared for batch in batches)
+        below = blocks_apart(language_model, steerings, shared)
     kept = kept or StreamCache(language_model)  # where no block is below it keeps nothing
     start: tuple[int, ...] = ()
     cache = None

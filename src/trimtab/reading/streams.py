@@ -5,7 +5,7 @@ under many steerings, runs the blocks below once (`run_lower`) and those above e
 (`run_upper`). Tokens that many texts begin with run once for all of them (`run_prefix`), and the
 rest of each text runs on top of their KV cache. The transformer body itself runs in all cases,
 with the other blocks handing on what they are given, so that masks and positions are the
-architecture's own.
+architecture's own. Of which models that is right says `abilities.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,32 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from trimtab.anatomy import Anatomy, eager, exclusively, parse_site
-from trimtab.model import LanguageModel, batches_by_length, cache_argument, with_images
+from trimtab.anatomy import (
+    Anatomy,
+    eager,
+    exclusively,
+    find_input,
+    first_tensor,
+    parse_site,
+    probe_ids,
+    with_first,
+)
+from trimtab.model import (
+    LanguageModel,
+    batches_by_length,
+    cache_argument,
+    unsteered,
+    with_images,
+)
 from trimtab.steering import Steering
 
 
@@ -89,11 +106,11 @@ def run_prefix(
         ids = torch.tensor([text], device=language_model.device)
         anatomy.body(input_ids=ids, use_cache=True, **{cache_argument(anatomy.body): cache})
     # transformers takes masks and positions from the length of the cache at its first layers.
-    # Blocks that were left out here, below or above, have put nothing there. They get blank
-    # entries of the right length, which nothing attends to, because these blocks stay left out.
+    # Blocks that were left out here, below or above, have put nothing there. Those that attend get
+    # blank entries of the right length, which nothing attends to, because they stay left out.
     blank = seen[0].new_zeros(1, 1, len(text), 1)
-    for layer in range(anatomy.layers):
-        if cache.get_seq_length(layer) == 0:
+    for layer in (*range(done), *range(blocks, anatomy.layers)):
+        if layer >= len(cache.layers) or hasattr(cache.layers[layer], "update"):
             cache.update(blank, blank, layer)
     return seen[0][0], cache
 
@@ -206,16 +223,15 @@ def _padded(streams: Sequence[Tensor]) -> Tensor:
 def _inputs(
     texts: Sequence[Sequence[int]], language_model: LanguageModel, cache: DynamicCache | None
 ) -> dict[str, Any]:
-    """Arguments of the body; padded on the right, where a causal model does not see it."""
-    device, longest = language_model.device, max(len(text) for text in texts)
+    """Arguments of the body; padded on the right, where a causal model does not see it. Positions
+    are counted by the body itself, from the length of the cache on."""
+    device = language_model.device
     shared = 0 if cache is None else cache.get_seq_length()
     ids = pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
     ones = [torch.ones(shared + len(text), dtype=torch.long) for text in texts]
-    positions = torch.arange(shared, shared + longest).expand(len(texts), -1)
     inputs: dict[str, Any] = {
         "input_ids": ids.to(device),
         "attention_mask": pad_sequence(ones, batch_first=True).to(device),
-        "position_ids": positions.to(device),
         "use_cache": cache is not None,
     }
     if cache is not None:  # a copy, because the pass adds to it
@@ -229,15 +245,19 @@ def _inputs(
 def _instead(anatomy: Anatomy, blocks: Sequence[nn.Module], given: Tensor | None) -> Iterator[None]:
     """These blocks hand on `given`, or what they are given, and compute nothing."""
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else kwargs["hidden_states"]
-        return x if given is None else given.to(x.device)
+    forms = _forms(anatomy) if blocks else {}
+
+    def forward(form: Any, *args: Any, **kwargs: Any) -> Any:
+        place = find_input(args, kwargs)
+        assert place is not None
+        x: Tensor = args[place] if isinstance(place, int) else kwargs[place]
+        return with_first(form, x if given is None else given.to(x.device))
 
     with exclusively(anatomy.body), eager():
         before = [vars(block).get("forward") for block in blocks]
         try:
             for block in blocks:
-                object.__setattr__(block, "forward", forward)
+                object.__setattr__(block, "forward", partial(forward, forms[block]))
             yield
         finally:
             for block, own in zip(blocks, before, strict=True):
@@ -247,14 +267,40 @@ def _instead(anatomy: Anatomy, blocks: Sequence[nn.Module], given: Tensor | None
                     object.__delattr__(block, "forward")
 
 
+#: What the blocks of a model return, by its transformer body.
+_FORMS: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, Any]] = WeakKeyDictionary()
+
+
+def _forms(anatomy: Anatomy) -> WeakKeyDictionary[nn.Module, Any]:
+    """What each block returns, a tensor or a tuple whose first entry is the stream, without what
+    is in it; seen once, on a short text."""
+    if anatomy.body not in _FORMS:
+        forms: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            forms[module] = (None,) * len(output) if isinstance(output, tuple) else None
+
+        handles = [block.register_forward_hook(see, prepend=True) for block in anatomy.blocks]
+        try:
+            with eager(), unsteered(anatomy), torch.no_grad():
+                anatomy.body(input_ids=probe_ids(anatomy.model)[:1], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        _FORMS[anatomy.body] = forms
+    return _FORMS[anatomy.body]
+
+
 @contextmanager
 def _watched(block: nn.Module) -> Iterator[list[Tensor]]:
     """What a block puts out, each time that it runs, before hooks that others have put there:
     those change it when it is handed on."""
     seen: list[Tensor] = []
 
-    def see(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen.append(output)
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        stream = first_tensor(output)
+        assert stream is not None
+        seen.append(stream)
 
     handle = block.register_forward_hook(see, prepend=True)
     try:

@@ -18,7 +18,7 @@ from trimtab.dials import check_turns, idle_dial, read_at_dial
 from trimtab.errors import TrimtabError
 from trimtab.figures import Estimate, weighted_interval
 from trimtab.model import LanguageModel, batches_by_length
-from trimtab.reading import blocks_below, run_lower
+from trimtab.reading import blocks_apart, run_lower
 from trimtab.reports import Presented, Table, cell, number_text
 from trimtab.steering import Steering
 from trimtab.strength.limits import limit
@@ -187,7 +187,7 @@ def _nll(
 ) -> Tensor:
     """Mean negative log-likelihood per token of each block at each dial (None: unsteered),
     [dials, blocks] in float64."""
-    lm, below = language_model, blocks_below(language_model.anatomy, [steering])
+    lm, below = language_model, blocks_apart(language_model, [steering])
     from_first = any(i.positions == "last" for i in steering.interventions)
     nll = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:

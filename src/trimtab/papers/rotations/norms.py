@@ -22,7 +22,7 @@ from trimtab.contrasts import Contrast, Text
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, opened, timed
-from trimtab.reading import Batch, batches, encode_contrast, run_packed
+from trimtab.reading import Batch, batches, encode_contrast, packs, run_packed
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, banded, panels, styled
 from trimtab.terminal import progress
 
@@ -70,7 +70,7 @@ def norms(
     rows = encode_contrast(language_model, train, None)
     lengths = {site: _Lengths() for site in sites}
     with progress("norms", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens):
+        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
             _take_in(lengths, _read(language_model, batch, sites), batch, train, token)
             advance(len(batch.rows))
     found = [_site_lengths(language_model, site, lengths[site], massive) for site in sites]
@@ -112,12 +112,11 @@ def _first(contrast: Contrast, limit: int | None) -> Contrast:
 
 @torch.inference_mode()
 def _read(language_model: LanguageModel, batch: Batch, sites: Sequence[str]) -> dict[str, Tensor]:
-    """The length of every activation, [rows, columns] of each site."""
+    """The length of every activation, [lines, columns] of each site."""
     seen: dict[str, Tensor] = {}
 
     def reader(site: str) -> Any:
         def read(activation: Tensor) -> None:
-            activation = batch.folded(activation)
             seen[site] = activation.float().norm(dim=-1).double().cpu()
 
         return read
@@ -138,17 +137,16 @@ def _take_in(
     """Sort the lengths of a batch by texts and sides."""
     for i, row in enumerate(batch.rows):
         for side in range(batch.place.shape[1]):
-            columns = batch.place[i, side]
-            columns = columns[columns >= 0]
+            where = batch.place_of(i, side)
             if not contrast.paired:
                 side = 0 if contrast.texts[row.index].label == "positive" else 1
             for site, found in seen.items():
-                own = found[i, columns]
+                own = found[where]
                 kept = lengths[site]
                 kept.sides[side].append(float(own[-1] if token == "last" else own.mean()))
                 kept.all.append(own)
-                kept.positions.append(torch.arange(len(columns)))
-                kept.ids.append(batch.tokens[i, columns])
+                kept.positions.append(torch.arange(len(own)))
+                kept.ids.append(batch.tokens[where])
 
 
 def _site_lengths(
