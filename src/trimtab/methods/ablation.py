@@ -48,6 +48,7 @@ from trimtab.fitting import (
     new_steering,
     validation_part,
 )
+from trimtab.methods.norms import read_sites
 from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
@@ -195,8 +196,7 @@ class Ablation(Method):
         elif self.where == "layer":
             sites = [anatomy.block_input(layer)]
         else:
-            norms = ("attn_norm", "ffn_norm")
-            sites = [f"layers.{n}.{norm}" for n in range(anatomy.layers) for norm in norms]
+            sites = read_sites(anatomy)
         return [Intervention(site, ablate, self.positions) for site in sites]
 
     def _select(

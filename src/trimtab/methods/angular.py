@@ -49,6 +49,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
+from trimtab.methods.norms import norm_inputs, norm_sites, read_sites
 from trimtab.methods.words import ranges
 from trimtab.model import LanguageModel
 from trimtab.steering import (
@@ -258,13 +259,9 @@ class Plane:
 
 
 def sites_of(method: Any, anatomy: Anatomy) -> list[str]:
-    """The norms to steer, in the order of the computation."""
-    kinds = ["attn_norm", "ffn_norm"]
-    if method.ss_compat:
-        # Of OLMo 2 not `attn_norm` and `ffn_norm`: what attention and FFN read is no norm's output.
-        norms = ("attn_norm_in", "attn_post_norm", "ffn_norm_in", "ffn_post_norm")
-        kinds = [norm.removesuffix("_in") for norm in norms if anatomy.has(norm)]
-    return [f"layers.{layer}.{kind}" for layer in range(anatomy.layers) for kind in kinds]
+    """The norms to steer, in the order of the computation: what attention and FFN read, or all
+    norms, of which OLMo 2 has none there."""
+    return norm_sites(anatomy) if method.ss_compat else read_sites(anatomy)
 
 
 def unit_means(site: str) -> Want:
@@ -274,18 +271,14 @@ def unit_means(site: str) -> Want:
 
 def candidate_wants(method: Any, anatomy: Anatomy) -> dict[str, Want]:
     """What each site's candidate is computed from, by the site's name."""
-    wants = {}
-    for site in sites_of(method, anatomy):
-        if method.candidates == "output":
-            wants[site] = Want(site, "last", Means)
-        elif site.endswith("_post_norm"):
-            # What a norm on a branch reads is the branch's output.
-            wants[site] = unit_means(site.replace("_post_norm", "_out"))
-        else:
-            # Where OLMo 2 has no norm, what the branch reads is the stream itself.
-            has_norm = anatomy.has(f"{parse_site(site)[1]}_in")
-            wants[site] = unit_means(f"{site}_in" if has_norm else site)
-    return wants
+    sites = sites_of(method, anatomy)
+    if method.candidates == "output":
+        return {site: Want(site, "last", Means) for site in sites}
+    # What a norm on a branch reads is the branch's output.
+    read = {site: site.replace("_post_norm", "_out") for site in sites} | {
+        site: place for site, place in norm_inputs(anatomy).items() if site in sites
+    }
+    return {site: unit_means(read[site]) for site in sites}
 
 
 def candidates(method: Any, anatomy: Anatomy, statistics: Statistics) -> Candidates:

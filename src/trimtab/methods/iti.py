@@ -88,10 +88,11 @@ class ITI(Method):
 
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         anatomy = language_model.anatomy
-        heads = anatomy.layers * anatomy.heads
+        sites = anatomy.sites("heads")
+        heads = len(sites) * anatomy.heads
         if self.k > heads:
             raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
-        return [Want(site, "last", Samples) for site in anatomy.sites("heads")]
+        return [Want(site, "last", Samples) for site in sites]
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
@@ -102,19 +103,20 @@ class ITI(Method):
             own, lambda: self._probes(anatomy, contrast.paired, statistics)
         )
         scores = torch.tensor(accuracies)
-        chosen = rank(scores)[: self.k]
-        layer, head = chosen // anatomy.heads, chosen % anatomy.heads
+        chosen = rank(scores)[: self.k]  # flat over the sites' heads
+        sites = anatomy.sites("heads")
+        site_of, head = chosen // anatomy.heads, chosen % anatomy.heads
         interventions = []
-        for number, site in enumerate(anatomy.sites("heads")):
-            here = chosen[layer == number]
-            if len(here):
-                vector = torch.zeros(anatomy.heads, len(shifts[0]), dtype=torch.float64)
-                for index in here.tolist():
+        for number, site in enumerate(sites):
+            here = chosen[site_of == number].tolist()
+            if here:  # heads of one site are equally wide, those of others may not be
+                vector = torch.zeros(anatomy.heads, len(shifts[here[0]]), dtype=torch.float64)
+                for index in here:
                     vector[index % anatomy.heads] = shifts[index]
                 add = Add(vector.flatten().float())
                 interventions.append(Intervention(site, add, self.positions))
         tables = {
-            "layer": layer,
+            "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
             "head": head,
             "accuracy": scores[chosen].float(),
             "sigma": torch.stack(deviations)[chosen].float(),

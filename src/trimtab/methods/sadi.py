@@ -120,11 +120,11 @@ class SADI(Method):
         if self.k and not score.any():
             raise TrimtabError("sadi: the two sides do not differ, so there is nothing to steer")
         ranked = rank(score)[: self.k]
-        layer = torch.arange(len(sites)).repeat_interleave(counts)[ranked]
+        site_of = torch.arange(len(sites)).repeat_interleave(counts)[ranked]
         element = torch.cat([torch.arange(int(count)) for count in counts])[ranked]
         interventions = []
         for number, site in enumerate(sites):
-            units = element[layer == number].sort().values
+            units = element[site_of == number].sort().values
             if len(units):
                 width = anatomy.width(site)
                 if heads:
@@ -133,7 +133,7 @@ class SADI(Method):
                 scale = Scale(units, torch.ones(len(units)), width)
                 interventions.append(Intervention(site, scale, self.positions))
         tables = {
-            "layer": layer,
+            "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
             "head" if heads else "unit": element,
             "score": score[ranked].float(),
         }
