@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from helpers import LINEAR, PROMPTS, SITES, plain_logits, relative, token_ids
+from helpers import LINEAR, PROMPTS, SITES, plain_logits, relative, steer, token_ids
 from tiny import TINY
+from trimtab.steering import Ablate
 
 #: What is not exact, and the words that say why. Everything else bakes.
 NO_WEIGHTS = "divide by its length"  # the residual stream goes through norms only
@@ -79,3 +80,7 @@ def check_untouched(model: Any, before: dict[str, tuple[int, Tensor]]) -> None:
     for name, (identity, tensor) in before.items():
         assert after[name][0] == identity, name
         assert torch.equal(after[name][1], tensor), name
+
+
+def ablated(lm: tt.LanguageModel, sites: list[str], direction: Tensor) -> tt.Steering:
+    return steer(lm, *((site, Ablate(direction)) for site in sites))

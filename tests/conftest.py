@@ -34,6 +34,15 @@ def _unmeasured() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_descriptions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is found of tiny models is not left in the user's cache."""
+    room = tmp_path_factory.mktemp("descriptions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trimtab.anatomy.knowing.cache_dir", lambda: room)
+        yield
+
+
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit` measures dials, as it does for users."""

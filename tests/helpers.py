@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.anatomy import KINDS
+from trimtab.reading import packs, runs_in_parts, shares_prefixes
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
@@ -66,6 +67,17 @@ def language_model(name: str, **options: Any) -> tt.LanguageModel:
     """A tiny model as trimtab sees it. It never ends a text, so that lengths are known."""
     lm = tt.wrap(tiny_model(name, **options), tiny_tokenizer(), name)
     lm.model.generation_config.eos_token_id = None
+    return lm
+
+
+def asked(lm: tt.LanguageModel) -> tt.LanguageModel:
+    """A model of which all that is asked once has been asked, so that passes can be counted."""
+    packs(lm)
+    assert lm.pads("logits")
+    assert lm.pads("generate")
+    for blocks in range(lm.anatomy.layers + 1):
+        shares_prefixes(lm, blocks)
+        runs_in_parts(lm, blocks or 1)
     return lm
 
 

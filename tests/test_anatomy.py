@@ -181,9 +181,9 @@ def test_llama_heads_are_narrower_or_wider_than_the_hidden_size() -> None:
 def test_post_attention_layernorm_is_the_ffn_norm_in_llama_but_not_in_gemma() -> None:
     llama, gemma = tiny_model("llama"), tiny_model("gemma2")
     layer = llama.model.layers[1]
-    assert Anatomy(llama).point("layers.1.ffn_norm").module is layer.post_attention_layernorm
+    assert Anatomy(llama).point("layers.1.ffn_norm_in").module is layer.post_attention_layernorm
     layer = gemma.model.layers[1]
-    assert Anatomy(gemma).point("layers.1.ffn_norm").module is layer.pre_feedforward_layernorm
+    assert Anatomy(gemma).point("layers.1.ffn_norm_in").module is layer.pre_feedforward_layernorm
     # And by value: what the norm on Gemma's branch puts out is something else.
     seen, _ = both("gemma2")
     with torch.no_grad():

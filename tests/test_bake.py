@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from baking import REFUSED, check_same, check_untouched, snapshot
+from baking import REFUSED, ablated, check_same, check_untouched, snapshot
 from helpers import (
     MISSING,
     OPERATORS,
@@ -159,10 +159,6 @@ def test_adding_at_heads_goes_through_the_output_projection() -> None:
 # -- ablation at every writer -----------------------------------------------------------------
 
 NO_POST_NORMS = [name for name in TINY if "ffn_post_norm" in MISSING[name]]
-
-
-def ablated(lm: tt.LanguageModel, sites: list[str], direction: Tensor) -> tt.Steering:
-    return steer(lm, *((site, Ablate(direction)) for site in sites))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -42,7 +42,7 @@ def _model(name: str, **options: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _own_cache_and_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("trimtab.anatomy.knowing.cache_dir", lambda: tmp_path)
     monkeypatch.setattr(architectures, "_REGISTERED", {})
 
 

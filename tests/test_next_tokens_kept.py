@@ -12,6 +12,7 @@ import tiny
 import trimtab as tt
 from helpers import (
     PROMPTS,
+    asked,
     language_model,
     operator,
     plain_logits,
@@ -23,7 +24,6 @@ from helpers import (
 )
 from readings import BEGINNINGS, BOS, MODELS, agrees, found_by, hand_hooked, some_readings
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.reading.abilities import runs_in_parts, shares_prefixes
 from trimtab.reading.reader import PlannedBatch, plan, prompt_reading, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.steering import POSITIONS
@@ -76,12 +76,9 @@ def test_on_what_is_kept_every_site_of_every_layer_is_steered_as_without(name: s
 
 @pytest.mark.parametrize("beginning", BEGINNINGS.values(), ids=BEGINNINGS)
 def test_only_the_blocks_above_run_on_what_is_kept(beginning: int) -> None:
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     readings = some_readings(beginning, count=6)
     kept = StreamCache(lm)
-    for blocks in range(lm.anatomy.layers + 1):  # what is asked once is asked before
-        assert shares_prefixes(lm, blocks)
-        assert not blocks or runs_in_parts(lm, blocks)
     ran: set[int] = set()
     for layer, block in enumerate(lm.model.model.layers):
         block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.add(layer))

@@ -26,6 +26,7 @@ from activation_loop import (
     sites_of,
     wrapped,
 )
+from helpers import asked
 from tiny import TINY
 from trimtab.contrasts import Contrast
 from trimtab.fitting.activations import Want, collect
@@ -40,7 +41,7 @@ __all__ = ["fresh_counting"]  # fixtures, which pytest finds by their names here
 
 @pytest.mark.parametrize("name", TINY)
 def test_only_what_is_wanted_is_run(name: str) -> None:
-    language_model = wrapped(name)
+    language_model = asked(wrapped(name))
     model, anatomy = language_model.model, language_model.anatomy
     gpt2 = name == "gpt2"
     body = model.transformer if gpt2 else model.model
@@ -134,7 +135,7 @@ def test_many_methods_in_one_pass(name: str, paired: bool, monkeypatch: pytest.M
     # Probes of a few steps are enough to see whether they are the same.
     short = lambda **_: LogisticRegression(tol=0.1)  # noqa: E731
     monkeypatch.setattr("sklearn.linear_model.LogisticRegression", short)
-    language_model = wrapped(name)
+    language_model = asked(wrapped(name))
     contrast = Contrast.from_pairs(PAIRS)
     methods = list(MANY)
     if not paired:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from helpers import PROMPTS, language_model, relative, site_kinds, steer, steer_at, token_ids
+from helpers import PROMPTS, asked, language_model, relative, site_kinds, steer, steer_at, token_ids
 from tiny import TINY, tiny_model
 from trimtab.model.batching import batches_by_length
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
@@ -89,7 +89,7 @@ def test_rows_may_be_resumed_in_any_order_and_several_times() -> None:
 
 
 def test_each_block_runs_in_one_of_the_two_only() -> None:
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     ran: list[int] = []
     for layer, block in enumerate(blocks(lm.model)):
         block.mlp.register_forward_hook(lambda m, a, o, layer=layer: ran.append(layer))
@@ -248,7 +248,7 @@ def test_what_is_kept_is_what_plain_transformers_has(name: str) -> None:
 
 
 def test_what_is_kept_is_computed_once_and_from_the_highest_block_below() -> None:
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     ran = counted(lm)
     kept = StreamCache(lm)
     some, more = KEPT[:2], KEPT[2:4]
@@ -269,7 +269,7 @@ def test_what_is_kept_is_computed_once_and_from_the_highest_block_below() -> Non
 
 
 def test_a_text_that_is_asked_for_twice_runs_once() -> None:
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     seen: list[int] = []
     blocks(lm.model)[0].mlp.register_forward_hook(lambda m, a, o: seen.append(o.shape[0]))
     StreamCache(lm).run_lower([KEPT[0], KEPT[1], KEPT[0]], 1)

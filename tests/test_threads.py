@@ -15,7 +15,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 import trimtab as tt
-from helpers import PROMPTS, language_model, left_padded, logits_of, steer_at, traces
+from helpers import PROMPTS, asked, language_model, left_padded, logits_of, steer_at, traces
 from tiny import tiny_tokenizer
 
 POSITIONS = ("all", "prompt", "generated", "last")
@@ -146,7 +146,7 @@ def test_a_block_that_begins_while_another_thread_generates_is_refused_there() -
 
 
 def test_a_raw_pass_beside_another_threads_call_is_refused() -> None:
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(*args: Any) -> None:

@@ -242,18 +242,15 @@ class Anatomy:
         return branch.out
 
     def _input_place(self, block: Block, i: int) -> tuple[str, Side] | None:
-        """The module and side at which what a branch reads is seen, and by it alone."""
+        """The module and side at which what a branch reads is seen, and by it alone: whatever else
+        reads the norm's output does not see a change there."""
         branch = block.branches[i]
-        alone = branch.norm is not None and not block.shares_norm(i)
-        factor = branch.input_factor
-        # At the norm's output what else reads it (a router beside the experts) sees a change, too.
-        if alone and factor == 1.0:
-            assert branch.norm is not None
-            return branch.norm, "output"
         if branch.module is not None:
             return branch.module, "input"
         if len(branch.readers) == 1:
             return branch.readers[0], "input"
+        if branch.norm is not None and not block.shares_norm(i) and branch.input_factor == 1.0:
+            return branch.norm, "output"
         return None
 
     def read_point(self, site: str) -> Point:

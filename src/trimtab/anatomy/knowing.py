@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -199,72 +199,86 @@ def _claim(model: Any, architecture: Architecture, source: str) -> Known | str:
     return _proved(model, described, layers, source)
 
 
+class _Layers:
+    """Proves the layers of a model one by one while it runs, or finds them."""
+
+    def __init__(self, model: Any, options: Sequence[Sequence[Block]] | None) -> None:
+        self._shown = Shown(_heads(model))
+        #: The descriptions that each layer may have; where there are none they are found.
+        self._options = options
+        self._finder = Finder(model, self._shown)
+        self.found: list[tuple[Block, Problems]] = []
+        self.flat: list[frozenset[str]] = []
+        #: The first block's call and the last one's so far, without what is inside.
+        self.ends: list[Call] = []
+        #: Why the blocks do not hand on one stream.
+        self.broken: str | None = None
+        #: Layers of which nothing could be proved, because their activations are not finite.
+        self.unproved: list[int] = []
+
+    def visit(self, layer: int, trace: Trace) -> None:
+        """Look at a block that has run; the first that breaks the stream ends it."""
+        top = trace.calls[0] if trace.calls else None
+        self.broken = self.broken or self._break(layer, top)
+        if self.broken is not None or top is None or top.x is None or top.y is None:
+            return
+        self.ends = [*self.ends[:1], Call("", top.module, (), {}, None, top.x, top.y)]
+        self.flat.append(frozenset(c.name for c in trace.calls if _is_flat(c.x) or _is_flat(c.y)))
+        if not (top.x.isfinite().all() and top.y.isfinite().all()):
+            self.unproved.append(layer)
+            self.found.append((self._options[layer][0] if self._options else Block(), {}))
+            return
+        calls = BlockCalls(trace, top.x.shape[-1])
+        if self._options is not None:
+            self.found.append(_best(self._options[layer], calls, self._shown))
+            return
+        block, reason = self._finder.block(calls)
+        problems = prove_block(block, calls, self._shown)
+        self.found.append((block, problems if reason is None else {(None, "stream"): reason}))
+
+    def _break(self, layer: int, top: Call | None) -> str | None:
+        """Why the stream ends at a block; None where it does not."""
+        if top is None or top.x is None or top.y is None or layer != len(self.found):
+            return f"block {layer} does not run once, in its turn"
+        if top.x.shape != top.y.shape or top.x.dim() != 3:
+            return f"block {layer} does not return what it takes, [rows, tokens, units]"
+        if self.ends and not equal(self.ends[-1].y, top.x):
+            return f"block {layer} does not read what block {layer - 1} returns"
+        return None
+
+
 def _proved(
-    model: Any, description: Description, layers: Sequence[Sequence[Block]] | None, source: str
+    model: Any, description: Description, options: Sequence[Sequence[Block]] | None, source: str
 ) -> Known | str:
-    """Prove a description by one pass; with several blocks to choose from for a layer, the first
-    one that holds is taken, and without any they are found."""
-    ids, shown = probe_ids(model), Shown(_heads(model))
-    finder = Finder(model, shown) if layers is None else None
+    """Prove a description by one pass, or say why it is none; with several blocks to choose from
+    for a layer, the first one that holds is taken, and without any they are found."""
+    ids, layers = probe_ids(model), _Layers(model, options)
     blocks = list(model.get_submodule(description.blocks).children())[: len(description.layers)]
     names = {description.unembedding, description.body, *description.tables}
-    if description.final_norm is not None:
-        names.add(description.final_norm)
-    found: list[tuple[Block, Problems]] = []
-    flat: list[frozenset[str]] = []
-    ends: list[Call] = []
-    broken: list[str] = []
-    unproved: list[int] = []
-
-    def visit(layer: int, trace: Trace) -> None:
-        top = trace.calls[0] if trace.calls else None
-        if top is None or top.x is None or top.y is None or layer != len(found):
-            broken.append(f"block {layer} does not run once, in its turn")
-        elif top.x.shape != top.y.shape or top.x.dim() != 3:
-            broken.append(f"block {layer} does not return what it takes, [rows, tokens, units]")
-        elif ends and not equal(ends[-1].y, top.x):
-            broken.append(f"block {layer} does not read what block {layer - 1} returns")
-        if broken or top is None or top.x is None:
-            return
-        del ends[1:]
-        ends.append(Call("", top.module, (), {}, None, top.x, top.y))
-        flat.append(frozenset(c.name for c in trace.calls if _is_flat(c.x) or _is_flat(c.y)))
-        calls = BlockCalls(trace, top.x.shape[-1])
-        assert top.y is not None
-        if not (top.x.isfinite().all() and top.y.isfinite().all()):
-            unproved.append(layer)
-            blind = layers[layer][0] if layers is not None else Block(scale=None)
-            found.append((blind, {} if layers is not None else {(None, "stream"): _NOT_FINITE}))
-        elif finder is not None:
-            block, reason = finder.block(calls)
-            problems = prove_block(block, calls, shown)
-            if reason is not None:
-                problems = {(None, "stream"): reason}
-            found.append((block, problems))
-        else:
-            assert layers is not None
-            found.append(_best(layers[layer], calls, shown))
-
     around = {name: model.get_submodule(name) for name in names}
+    if description.final_norm is not None:
+        around[description.final_norm] = model.get_submodule(description.final_norm)
     try:
-        trace, logits = trace_blocks(model, ids, blocks, around, visit)
+        trace, logits = trace_blocks(model, ids, blocks, around, layers.visit)
     except _DOES_NOT_RUN as error:
         return f"it does not run on a short text: {first_line(error) or type(error).__name__}"
-    if broken or len(found) < len(blocks):
-        return broken[0] if broken else "its blocks do not run once each"
-    description = Description(**{**vars(description), "layers": tuple(b for b, _ in found)})
-    outer = Outer(trace, ends[0], ends[-1], logits, ids)
-    problems_around = prove_outer(model, description, outer)
-    if unproved and source == "discovery":
+    if layers.broken is not None or len(layers.found) < len(blocks):
+        return layers.broken or "its blocks do not run once each"
+    if layers.unproved and options is None:
         return f"in {str(model.dtype).removeprefix('torch.')} {_NOT_FINITE}"
-    if unproved:
+    if layers.unproved:
         warnings.warn(
-            f"{_NOT_FINITE} in layers {ranges(unproved)}: what is known of these is not proved",
+            f"{_NOT_FINITE} in layers {ranges(layers.unproved)}: what is known of these is not "
+            "proved",
             TrimtabWarning,
             stacklevel=2,
         )
-    width = int(ends[0].x.shape[-1]) if ends[0].x is not None else 0
-    return Known(description, width, [p for _, p in found], problems_around, flat, source)
+    description = replace(description, layers=tuple(block for block, _ in layers.found))
+    first, last = layers.ends[0], layers.ends[-1]
+    problems = prove_outer(model, description, Outer(trace, first, last, logits, ids))
+    width = 0 if first.x is None else int(first.x.shape[-1])
+    of_layers = [problems for _, problems in layers.found]
+    return Known(description, width, of_layers, problems, layers.flat, source)
 
 
 def _is_flat(x: torch.Tensor | None) -> bool:

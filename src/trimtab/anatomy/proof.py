@@ -230,6 +230,9 @@ def _prove_reading(
     if branch.module is None and branch.norm is None and not branch.readers:
         return None  # what it reads is not to be seen, and so is no site
     where = branch.module or branch.norm or branch.out
+    asked = calls.call(branch.module)
+    if asked is not None and asked.times > 1:
+        return f"{branch.module} takes what it reads in {asked.times} arguments"
     read = calls.input_of(branch)
     if branch.norm is not None:
         normed = calls.returned(branch.norm)

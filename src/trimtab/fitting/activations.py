@@ -29,7 +29,7 @@ from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
 from trimtab.model import LanguageModel
-from trimtab.reading import Batch, Packed, batches, encode_contrast, packs, run_packed
+from trimtab.reading import Batch, Packed, batches, encode_contrast, packed, run_packed
 from trimtab.terminal import progress
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
@@ -169,9 +169,9 @@ def collect(
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
-    packed = packs(language_model)
+    shared = packed(language_model, rows)
     with progress("reading activations", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens, packed):
+        for batch in batches(rows, language_model.batch_tokens, shared):
             indices = torch.tensor([row.index for row in batch.rows])
             found = stored.read(indices, language_model.device) if stored else {}
             missing = [pick for pick in picks if pick not in found]

@@ -1,6 +1,6 @@
 """A model over many texts, with nothing computed twice."""
 
-from trimtab.reading.abilities import blocks_apart, packs, runs_in_parts, shares_prefixes
+from trimtab.reading.abilities import blocks_apart, packed, packs, runs_in_parts, shares_prefixes
 from trimtab.reading.likelihood import (
     cross_entropy,
     log_odds,

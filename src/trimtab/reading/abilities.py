@@ -9,7 +9,7 @@ way is taken: each text is a row of its own, and all of it runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,11 @@ def packs(language_model: LanguageModel) -> bool:
             )
 
     return answered(lm.anatomy, "packs", ask)
+
+
+def packed(language_model: LanguageModel, rows: Sequence[Packed]) -> bool:
+    """Whether rows are read packed: where they have two sides, and the model takes that."""
+    return any(len(row.sides) > 1 for row in rows) and packs(language_model)
 
 
 def runs_in_parts(language_model: LanguageModel, blocks: int) -> bool:

@@ -22,7 +22,7 @@ from trimtab.contrasts import Contrast, Text
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
 from trimtab.papers.result import StudyResult, Value, opened, timed
-from trimtab.reading import Batch, batches, encode_contrast, packs, run_packed
+from trimtab.reading import Batch, batches, encode_contrast, packed, run_packed
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, banded, panels, styled
 from trimtab.terminal import progress
 
@@ -70,7 +70,7 @@ def norms(
     rows = encode_contrast(language_model, train, None)
     lengths = {site: _Lengths() for site in sites}
     with progress("norms", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
+        for batch in batches(rows, language_model.batch_tokens, packed(language_model, rows)):
             _take_in(lengths, _read(language_model, batch, sites), batch, train, token)
             advance(len(batch.rows))
     found = [_site_lengths(language_model, site, lengths[site], massive) for site in sites]
