@@ -63,9 +63,18 @@ UNFORESEEN = ("gemma4", "ablation: embed")
 #: Of the quick run: a state space beside attention, parallel blocks, experts with biases, linear
 #: attention. Each of them has each method once, in another setting.
 QUICK = ("falcon_h1", "gpt_neox", "gpt_oss", "qwen3_next")
+#: And heads of several widths, or in one layer only, blocks of one branch, shared norms.
+ALSO_QUICK = {
+    ("gemma4", "iti: mean"),
+    ("qwen3_next", "sadi: head"),
+    ("nemotron_h", "ablation: norms"),
+    ("gptj", "sas: post norms"),
+}
 
 
 def _quick(case: str, name: str) -> bool:
+    if (name, case) in ALSO_QUICK:
+        return True
     settings = list(SETTINGS[case.partition(":")[0]])
     return name in QUICK and settings[QUICK.index(name) % len(settings)] == case.partition(": ")[2]
 
