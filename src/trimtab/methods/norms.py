@@ -79,7 +79,7 @@ def norm_inputs(anatomy: Anatomy) -> dict[str, str]:
         else:
             reason = anatomy.missing(each.layer, f"{each.part}_norm_in")
             raise TrimtabError(
-                f"what the norm before {each.part} reads is no site of layer {each.layer}: "
-                f"{reason}: read candidates from the norms' outputs (candidates output)"
+                f"{anatomy.name} has no {each.site}_in: {reason}; take candidates from the norms' "
+                "outputs instead (candidates output)"
             )
     return found

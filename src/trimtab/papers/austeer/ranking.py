@@ -113,8 +113,8 @@ def ranking_of(kind: str, counts: Mapping[str, SignCounts]) -> Ranking:
     pairs = next(iter(counts.values())).pairs
     if len({len(positive) for positive, _ in rates}) > 1:
         raise TrimtabError(
-            f"the blocks of this model have different numbers of units at {kind}: take another "
-            "kind of site, such as heads or ffn_out"
+            f"the blocks of this model have different numbers of units at {kind}: take a kind of "
+            "site that is as wide everywhere, such as ffn_out or resid"
         )
     r_pos, r_neg = (torch.stack(each) for each in zip(*rates, strict=True))
     return Ranking(kind, layers, r_pos, r_neg, pairs)
