@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +125,30 @@ def test_each_question_is_asked_once_and_only_where_it_matters() -> None:
         assert packs(lm)
         assert packs(again)
         assert len(sizes) == asked
+
+
+def test_models_of_one_configuration_are_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("trimtab.anatomy.knowing.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("trimtab.model.questions._ANSWERS", {})
+    assert packs(tt.wrap(tiny_model("llama"), tiny_tokenizer()))
+    assert not packs(tt.wrap(curated_model("bloom"), tiny_tokenizer()))
+    monkeypatch.setattr("trimtab.reading.abilities.run_packed", lambda *a: pytest.fail("again"))
+    for _ in range(2):
+        assert packs(tt.wrap(tiny_model("llama", seed=1), tiny_tokenizer()))
+        assert not packs(tt.wrap(curated_model("bloom", seed=1), tiny_tokenizer()))
+        monkeypatch.setattr("trimtab.model.questions._ANSWERS", {})  # as in the next program
+    # What somebody has put on a model may change it, and a file may hold anything.
+    hooked = tt.wrap(tiny_model("llama"), tiny_tokenizer())
+    hooked.model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1)
+    with pytest.raises(pytest.fail.Exception):
+        packs(hooked)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{}x")
+    monkeypatch.setattr("trimtab.model.questions._ANSWERS", {})
+    with pytest.raises(pytest.fail.Exception):
+        packs(tt.wrap(tiny_model("llama"), tiny_tokenizer()))
 
 
 class _LeaksFar(nn.Module):

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -324,11 +325,13 @@ def _noted(known: Known) -> list[str]:
     return sorted([*layers, *known.around])
 
 
-def _cache_file(model: Any) -> Any:
+def cache_file(model: Any, *further: Any) -> Path:
+    """Where something is remembered of all models of an architecture and a configuration, as this
+    version of transformers computes them; `further` is what it depends on besides."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     for name in ("_name_or_path", "dtype", "torch_dtype", "transformers_version"):
         config.pop(name, None)
-    parts = [_DISCOVERY, version("transformers"), type(model).__qualname__, config]
+    parts = [_DISCOVERY, version("transformers"), type(model).__qualname__, config, *further]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     return cache_dir() / "anatomy" / f"{digest}.json"
 
@@ -336,7 +339,7 @@ def _cache_file(model: Any) -> Any:
 def _read_cache(model: Any) -> _Cached | None:
     """What an earlier discovery found; anything else there is as if nothing were."""
     try:
-        cached = _CACHED.validate_json(_cache_file(model).read_bytes())
+        cached = _CACHED.validate_json(cache_file(model).read_bytes())
         description = cached.description
         blocks = model.get_submodule(description.blocks)
         names = (description.body, description.unembedding, *description.tables)
@@ -350,7 +353,7 @@ def _read_cache(model: Any) -> _Cached | None:
 
 def _write_cache(model: Any, found: _Cached) -> None:
     try:
-        path = _cache_file(model)
+        path = cache_file(model)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, _CACHED.dump_json(found), overwrite=True)
     except (OSError, ValueError, TypeError, TrimtabError):

@@ -71,17 +71,15 @@ def pads_generate(model: Any, longer: Sequence[int], shorter: Sequence[int]) -> 
     """Whether a text goes on in a batch with a longer one as it does alone: the logits of two
     tokens after it, of which the second runs on what the first pass kept."""
     device = model.get_input_embeddings().weight.device
-    settings = configuration(model, sampling({}, model.config.get_text_config().vocab_size))
-    settings.max_new_tokens, settings.eos_token_id, settings.pad_token_id = 2, None, shorter[0]
-    settings.output_logits = settings.return_dict_in_generate = True
-    both, alone = (
-        torch.stack(
-            model.generate(
-                **left_padded(texts, device),
-                generation_config=settings,
-                logits_processor=[_Forced(shorter[-1])],
-            ).logits
-        )[:, -1]
-        for texts in ([longer, shorter], [shorter])
-    )
+    asked = sampling({}, model.config.get_text_config().vocab_size)
+    logits = []
+    for texts in ([longer, shorter], [shorter]):
+        settings = configuration(model, asked, max_length=len(texts[0]) + 2)
+        settings.eos_token_id, settings.pad_token_id = None, shorter[0]
+        settings.output_logits = settings.return_dict_in_generate = True
+        inputs = left_padded(texts, device)
+        forced = [_Forced(shorter[-1])]
+        written = model.generate(**inputs, generation_config=settings, logits_processor=forced)
+        logits.append(torch.stack(written.logits)[:, -1])
+    both, alone = logits
     return alike(both, alone, model.dtype)

@@ -11,13 +11,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, eager, exclusively, first_tensor, near, probe_ids
+from trimtab.anatomy import (
+    Anatomy,
+    Hook,
+    cache_file,
+    eager,
+    exclusively,
+    first_tensor,
+    near,
+    probe_ids,
+)
+from trimtab.errors import TrimtabError
+from trimtab.files import write_whole
 from trimtab.model.attach import unsteered
 from trimtab.model.batching import refuse_dropout
 
@@ -28,11 +42,14 @@ _DOES_NOT_RUN = (
     TypeError,
     AttributeError,
     LookupError,
+    ArithmeticError,
     AssertionError,
 )
 
-#: The answers of each model, by its transformer body and what was asked.
-_ANSWERS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+#: Where each model's answers are kept, by its transformer body: a file, or the body's own name.
+_PLACES: WeakKeyDictionary[nn.Module, Path | str] = WeakKeyDictionary()
+#: What is in these places.
+_ANSWERS: dict[Path | str, dict[str, bool]] = {}
 
 
 _HERE = threading.local()
@@ -53,19 +70,73 @@ def _asking() -> Iterator[None]:
 
 
 def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> bool:
-    """The answer to a question about a model, which is asked once."""
-    refuse_dropout(anatomy.model)
+    """The answer to a question about a model, which is asked once of each architecture and
+    configuration, and remembered."""
     # Another attention may answer otherwise.
-    key = (question, getattr(anatomy.config, "_attn_implementation", None))
+    key = f"{question} {getattr(anatomy.config, '_attn_implementation', None)}"
     with exclusively(anatomy.body):
-        answers = _ANSWERS.setdefault(anatomy.body, {})
+        place = _place(anatomy)
+        answers = _ANSWERS[place]
         if key not in answers:
+            refuse_dropout(anatomy.model)
             with _asking(), eager(), unsteered(anatomy), torch.no_grad():
                 try:
                     answers[key] = ask()
                 except _DOES_NOT_RUN:
                     answers[key] = False
+            if isinstance(place, Path):
+                _keep(place, answers)
         return answers[key]
+
+
+def _place(anatomy: Anatomy) -> Path | str:
+    """Where the answers of models like this one are kept, which are read the first time. Other
+    modules (adapters), dtypes and devices may answer otherwise, and what was changed by hand is
+    like no other model."""
+    body, model = anatomy.body, anatomy.model
+    if body not in _PLACES:
+        if any(map(_is_changed, model.modules())):
+            _PLACES[body] = f"model {next(_NUMBERS)}"
+        else:
+            kinds = sorted(
+                {f"{type(m).__module__}.{type(m).__qualname__}" for m in model.modules()}
+            )
+            dtype, device = next((str(p.dtype), p.device.type) for p in model.parameters())
+            _PLACES[body] = cache_file(model, "ways of running", kinds, dtype, device)
+    place = _PLACES[body]
+    if place not in _ANSWERS:
+        _ANSWERS[place] = _kept(place) if isinstance(place, Path) else {}
+    return place
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether somebody has put hooks or another forward or generate on a module; ours are off
+    while it is asked."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    own = (vars(module).get(name) for name in ("forward", "generate"))
+    return any(each is not None and not isinstance(each, Hook) for each in (*hooks, *own))
+
+
+_NUMBERS = count()
+
+
+def _kept(file: Path) -> dict[str, bool]:
+    """Answers of earlier runs; anything else there is as if nothing were."""
+    try:
+        return _KEPT.validate_json(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(file: Path, answers: dict[str, bool]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, _KEPT.dump_json(answers), overwrite=True)
+    except (OSError, TrimtabError):
+        pass  # the next run asks again, and nothing else
+
+
+_KEPT = TypeAdapter(dict[str, bool])
 
 
 def probe_texts(anatomy: Anatomy) -> tuple[list[int], list[int]]:
