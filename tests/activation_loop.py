@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import trimtab as tt
+from helpers import asked
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.fitting.statistics import Sides
 
@@ -97,7 +98,8 @@ def fresh_counting() -> None:
 
 @contextmanager
 def rows_run(language_model: Any) -> Iterator[list[tuple[int, ...]]]:
-    """The tokens of each row that passes the model's body."""
+    """The tokens of each row that passes the model's body, once it has been asked what it can."""
+    asked(language_model)
     rows: list[tuple[int, ...]] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 import trimtab as tt
 from helpers import (
     PROMPTS,
+    asked,
     language_model,
     operator,
     plain_logits,
@@ -69,7 +70,8 @@ def answered(lm: tt.LanguageModel, task: Task, *args: Any, **options: Any) -> li
 
 @contextmanager
 def counted_rows(lm: tt.LanguageModel) -> Iterator[list[int]]:
-    """How many rows each pass of the model has."""
+    """How many rows each pass of the model has, once it has been asked what it can."""
+    asked(lm)
     rows: list[int] = []
     handle = lm.model.get_input_embeddings().register_forward_pre_hook(
         lambda m, args: rows.append(args[0].shape[0])

@@ -340,7 +340,9 @@ def test_activations_are_never_changed_in_place(op: str) -> None:
                     )
                 else:
                     handle = point.module.register_forward_pre_hook(
-                        lambda m, args: note(args[0]), prepend=True
+                        lambda m, args, named: note(args[0] if args else named["hidden_states"]),
+                        prepend=True,
+                        with_kwargs=True,
                     )
                 logits_of(lm)
                 handle.remove()

@@ -57,17 +57,20 @@ STEERED = {
 
 
 class Passes:
-    """How often a block of the model ran; beyond `allowed` it is interrupted as by Ctrl-C."""
+    """How often a block of the model ran for a command; beyond `allowed` it is interrupted as by
+    Ctrl-C."""
 
     def __init__(self) -> None:
         self.count, self.allowed = 0, 10**9
 
     @contextmanager
     def counted(self, allowed: int = 10**9) -> Iterator[None]:
+        from trimtab.model import is_asking
+
         self.count, self.allowed, forward = 0, allowed, LlamaMLP.forward
 
         def run_one(module: Any, *arguments: Any, **options: Any) -> Any:
-            self.count += 1
+            self.count += not is_asking()  # of the model itself, once
             if self.count > self.allowed:
                 raise KeyboardInterrupt
             return forward(module, *arguments, **options)

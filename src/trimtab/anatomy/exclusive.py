@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -120,3 +120,14 @@ def exclusively(body: nn.Module, block: bool = False) -> Iterator[None]:
         yield
     finally:
         turn.give_back(block)
+
+
+@contextmanager
+def exclusively_whole(model: nn.Module) -> Iterator[None]:
+    """Hold a model of which nobody knows yet which of its modules is the body, and with it every
+    body inside of it that somebody else may hold."""
+    with ExitStack() as held:
+        for module in model.modules():
+            if module is model or module in _TURNS:
+                held.enter_context(exclusively(module))
+        yield

@@ -26,7 +26,7 @@ from trimtab.anatomy.description import Block, Description
 from trimtab.anatomy.discovery import Finder, constants
 from trimtab.anatomy.drawing import ranges
 from trimtab.anatomy.entries import ENTRIES
-from trimtab.anatomy.exclusive import exclusively
+from trimtab.anatomy.exclusive import exclusively_whole
 from trimtab.anatomy.hooks import eager, is_hooked
 from trimtab.anatomy.outer import (
     NoBlocksError,
@@ -89,12 +89,12 @@ def know(model: Any) -> Known:
             f"this {name} model ({type(model).__name__}) is no causal language model: it has no "
             "LM head to write with; load it with AutoModelForCausalLM"
         )
-    if is_hooked(model):
-        raise TrimtabError(
-            f"cannot look at this {name} model while it is steered or read, because what it "
-            "computes is not its own: wrap it before the block, or after it"
-        )
-    with exclusively(model), eager(), torch.no_grad():
+    with exclusively_whole(model), eager(), torch.no_grad():
+        if is_hooked(model):
+            raise TrimtabError(
+                f"cannot look at this {name} model while it is steered or read, because what it "
+                "computes is not its own: wrap it before the block, or after it"
+            )
         registered = find_registered(name)
         if registered is not None:
             return _registered(model, name, registered)

@@ -8,7 +8,9 @@ or a difference beyond rounding is a no.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +35,23 @@ _DOES_NOT_RUN = (
 _ANSWERS: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
+_HERE = threading.local()
+
+
+def is_asking() -> bool:
+    """Whether what this thread runs at the moment only answers a question."""
+    return bool(getattr(_HERE, "asking", 0))
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    _HERE.asking = getattr(_HERE, "asking", 0) + 1
+    try:
+        yield
+    finally:
+        _HERE.asking -= 1
+
+
 def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> bool:
     """The answer to a question about a model, which is asked once."""
     refuse_dropout(anatomy.model)
@@ -41,7 +60,7 @@ def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> b
     with exclusively(anatomy.body):
         answers = _ANSWERS.setdefault(anatomy.body, {})
         if key not in answers:
-            with eager(), unsteered(anatomy), torch.no_grad():
+            with _asking(), eager(), unsteered(anatomy), torch.no_grad():
                 try:
                     answers[key] = ask()
                 except _DOES_NOT_RUN:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from trimtab.contrasts import Prompt
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, is_asking
 from trimtab.steering import Steering, Steerings
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -48,7 +48,7 @@ def metered(language_model: LanguageModel) -> Iterator[Used]:
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
-        if tokens is not None:
+        if tokens is not None and not is_asking():  # which is done once, by whoever comes first
             used.tokens += tokens.numel()
 
     hook = language_model.anatomy.body.register_forward_pre_hook(count, with_kwargs=True)
