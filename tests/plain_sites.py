@@ -286,6 +286,19 @@ def plain_edit(model: PreTrainedModel, name: str, site: str, function: Change) -
         handle.remove()
 
 
+def at_positions(change: Change, positions: str, end: int) -> Change:
+    """A change of those tokens of one sequence that positions name, where the prompt has `end`;
+    for [1, tokens, units] and [tokens, units]."""
+    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
+
+    def edit(x: Tensor) -> Tensor:
+        stop = end if positions == "prompt" else x.shape[-2]
+        changed = change(x[..., first:stop, :])
+        return torch.cat((x[..., :first, :], changed, x[..., stop:, :]), dim=-2)
+
+    return edit
+
+
 def _hook(module: nn.Module, side: str, function: Change) -> Any:
     if side == "in":
 
@@ -335,7 +348,8 @@ def _experts_by_hand(
         _outside(experts, expert, x) * routed[expert] * shares[expert]
         for expert, x in enumerate(changed)
     ]
-    return torch.cat(outside) if chosen is None else torch.stack(outside).sum(0)
+    whole = torch.cat(outside) if chosen is None else torch.stack(outside).sum(0)
+    return whole.to(hidden.dtype)  # a router's weights may be in float32
 
 
 def _inside(experts: Any, expert: int, x: Tensor) -> Tensor:

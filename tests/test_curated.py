@@ -24,7 +24,7 @@ from helpers import (
     steer,
     token_ids,
 )
-from plain_sites import plain_capture, plain_edit, plain_sites
+from plain_sites import at_positions, plain_capture, plain_edit, plain_sites
 from tiny import TINY, tiny_model, tiny_tokenizer
 from tiny_curated import CURATED, curated_model
 from trimtab.anatomy import KINDS, hooked, site_order
@@ -156,18 +156,6 @@ def _written(name: str, rows: Sequence[tt.Steering | None], use_cache: bool, new
     return out.sequences[:, -new:], torch.stack(out.logits, dim=1)
 
 
-def _between(
-    change: Callable[[Tensor], Tensor], first: int, stop: int
-) -> Callable[[Tensor], Tensor]:
-    """A change of some tokens of one sequence, [1, tokens, units] or [tokens, units]."""
-
-    def edit(x: Tensor) -> Tensor:
-        before, middle, after = x[..., :first, :], x[..., first:stop, :], x[..., stop:, :]
-        return torch.cat((before, change(middle), after), dim=-2)
-
-    return edit
-
-
 def _check_text(
     name: str,
     rows: Sequence[tt.Steering | None],
@@ -185,9 +173,8 @@ def _check_text(
                 expected = _plain(name, ids)
             else:
                 one = given.interventions[0]
-                first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[one.positions]
-                stop = end if one.positions == "prompt" else len(ids)
-                expected = _edited(name, one.site, _between(_change(given), first, stop), ids)
+                change = at_positions(_change(given), str(one.positions), end)
+                expected = _edited(name, one.site, change, ids)
                 assert relative(expected, _plain(name, ids)) > 1e-4, given
             # The prompt's last token and those after it, but for the last, are what is read.
             assert relative(seen, expected[end - 1 : -1]) < 1e-4, (given, use_cache)
