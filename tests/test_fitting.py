@@ -68,7 +68,7 @@ def _same(one: tt.Steering, other: tt.Steering) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
 def test_many_methods_in_one_pass(name: str) -> None:
-    lm = _lm(name)
+    lm = asked(_lm(name))
     together, passes = _passes(lm, lambda: tt.fit(SEVERAL, lm, CONTRAST))
     assert [steering.method for steering in together] == [method.name for method in SEVERAL]
     for method, steering in zip(SEVERAL, together, strict=True):
