@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import trimtab as tt
+from helpers import asked
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.contrasts import Contrast
 from trimtab.methods import METHODS
