@@ -31,7 +31,7 @@ from harness_models import (
     write_task,
     written,
 )
-from helpers import language_model, operator, refused_in_one_line, steer, token_ids
+from helpers import asked, language_model, operator, refused_in_one_line, steer, token_ids
 from trimtab.evaluation.harness.model import TrimtabLM
 from trimtab.evaluation.harness.run import run_task
 
@@ -42,7 +42,9 @@ __all__ = ["lm", "no_survey"]  # fixtures, which pytest finds by their names her
 
 @contextmanager
 def counted(lm: tt.LanguageModel) -> Iterator[list[tuple[int, int]]]:
-    """[rows, tokens] of every pass through the body of the model."""
+    """[rows, tokens] of every pass through the body of the model, once it has been asked what it
+    can."""
+    asked(lm)
     seen: list[tuple[int, int]] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -83,6 +83,8 @@ def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> b
                 try:
                     answers[key] = ask()
                 except _DOES_NOT_RUN:
+                    # What fails on plain text as well is an error, and no answer.
+                    hidden_alone(anatomy, probe_texts(anatomy)[0])
                     answers[key] = False
             if isinstance(place, Path):
                 _keep(place, answers)
