@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import trimtab as tt
 from trimtab.fitting.activations import Statistics, UnitLength, Want
 from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, SignCounts
+from trimtab.model import is_asking
 from trimtab.steering.operators import to_tensors
 
 PAIRS = [
@@ -88,13 +90,17 @@ def watched(lm: tt.LanguageModel) -> Iterator[Run]:
     run = Run()
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        run.batches.append([tuple(row) for row in kwargs["input_ids"].tolist()])
+        if not is_asking():
+            run.batches.append([tuple(row) for row in kwargs["input_ids"].tolist()])
+
+    def count(name: str, *call: Any) -> None:
+        if not is_asking():
+            run.modules.update([name])
 
     body = lm.anatomy.body
     handles = [body.register_forward_pre_hook(note, with_kwargs=True)]
     for name, module in lm.model.named_modules():
-        count = lambda *_, name=name: run.modules.update([name])  # noqa: E731
-        handles.append(module.register_forward_pre_hook(count))
+        handles.append(module.register_forward_pre_hook(partial(count, name)))
     try:
         yield run
     finally:

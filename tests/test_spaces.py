@@ -12,6 +12,7 @@ import torch
 import trimtab as tt
 from helpers import PROMPTS, language_model, refused_in_one_line
 from trimtab.methods import METHODS
+from trimtab.model import is_asking
 from trimtab.sweeps.space import (
     Fitter,
     Range,
@@ -45,14 +46,14 @@ def contrast() -> tt.Contrast:
 
 
 class Passes:
-    """Counts how often the model's body runs."""
+    """Counts how often the model's body runs, but for what the model is asked of itself."""
 
     def __init__(self, lm: tt.LanguageModel) -> None:
         self.count = 0
         self.hook = lm.anatomy.body.register_forward_pre_hook(self._see)
 
     def _see(self, module: Any, args: Any) -> None:
-        self.count += 1
+        self.count += not is_asking()
 
 
 #: Every method with settings of what it has: the steering is built anew, or only its dial differs.

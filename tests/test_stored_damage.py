@@ -45,6 +45,7 @@ import json, sys, time
 import torch
 import trimtab as tt
 from helpers import language_model
+from trimtab.model import is_asking
 from stored_passes import PAIRS
 from test_stored_damage import RESUMED
 
@@ -54,6 +55,8 @@ tt.LanguageModel.batch_tokens = 150
 lm = language_model("llama")
 
 def note(module, args, kwargs):
+    if is_asking():
+        return
     with open(log, "a") as file:
         file.write(json.dumps(kwargs["input_ids"].tolist()) + "\\n")
     time.sleep(seconds)
