@@ -21,7 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import trimtab as tt
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.anatomy import KINDS
+from trimtab.model import probe_texts
 from trimtab.reading import packs, runs_in_parts, shares_prefixes
+from trimtab.reading.streams import run_lower
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
@@ -78,6 +80,7 @@ def asked(lm: tt.LanguageModel) -> tt.LanguageModel:
     for blocks in range(lm.anatomy.layers + 1):
         shares_prefixes(lm, blocks)
         runs_in_parts(lm, blocks or 1)
+    run_lower(lm, [probe_texts(lm.anatomy)[0]], 1)  # the forms of what blocks return
     return lm
 
 

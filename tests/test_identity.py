@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import trimtab as tt
-from helpers import PROMPTS, language_model, refused_in_one_line, relative, steer_at
+from helpers import PROMPTS, asked, language_model, refused_in_one_line, relative, steer_at
 from tiny import TINY, tiny_model, tiny_tokenizer
 
 
@@ -106,7 +106,7 @@ def test_moving_and_casting_keep_it() -> None:
 
 def test_reading_it_again_digests_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked whenever a steering is attached."""
-    lm = language_model("llama")
+    lm = asked(language_model("llama"))
     before = lm.identity
 
     def never(*arguments: Any) -> Any:

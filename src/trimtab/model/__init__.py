@@ -21,7 +21,14 @@ from trimtab.model.language_model import (
     row_steerings,
 )
 from trimtab.model.loading import load, locations
-from trimtab.model.questions import alike, answered, hidden_alone, is_asking, probe_texts
+from trimtab.model.questions import (
+    alike,
+    answered,
+    asking,
+    hidden_alone,
+    is_asking,
+    probe_texts,
+)
 from trimtab.model.saving import check_target
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap

@@ -61,7 +61,8 @@ def is_asking() -> bool:
 
 
 @contextmanager
-def _asking() -> Iterator[None]:
+def asking() -> Iterator[None]:
+    """What runs inside only says something of the model, and is no work of a run."""
     _HERE.asking = getattr(_HERE, "asking", 0) + 1
     try:
         yield
@@ -79,7 +80,7 @@ def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> b
         answers = _ANSWERS[place]
         if key not in answers:
             refuse_dropout(anatomy.model)
-            with _asking(), eager(), unsteered(anatomy), torch.no_grad():
+            with asking(), eager(), unsteered(anatomy), torch.no_grad():
                 try:
                     answers[key] = ask()
                 except _DOES_NOT_RUN:

@@ -35,6 +35,7 @@ from trimtab.anatomy import (
 )
 from trimtab.model import (
     LanguageModel,
+    asking,
     batches_by_length,
     cache_argument,
     unsteered,
@@ -282,7 +283,7 @@ def _forms(anatomy: Anatomy) -> WeakKeyDictionary[nn.Module, Any]:
 
         handles = [block.register_forward_hook(see, prepend=True) for block in anatomy.blocks]
         try:
-            with eager(), unsteered(anatomy), torch.no_grad():
+            with eager(), unsteered(anatomy), torch.no_grad(), asking():
                 anatomy.body(input_ids=probe_ids(anatomy.model)[:1], use_cache=False)
         finally:
             for handle in handles:
