@@ -109,11 +109,9 @@ class Anatomy:
         problems = self.known.layers[layer]
         if (None, "stream") in problems:
             return problems[None, "stream"]
-        part = kind.partition("_")[0]
-        part = "attn" if kind == "heads" else part
-        found = self._branch(layer, part)
+        found = self._branch(layer, kind)
         if found is None:
-            return f"the block has no {_PARTS[part]} branch"
+            return f"the block has no {_PARTS[_part(kind)]} branch"
         i, branch = found
         for aspect in _RELIES_ON[kind]:
             if (i, aspect) in problems:
@@ -208,7 +206,7 @@ class Anatomy:
         block = self.blocks[layer]
         if kind == "resid":
             return Point(site, block, "output", hidden)
-        found = self._branch(layer, "attn" if kind == "heads" else kind.partition("_")[0])
+        found = self._branch(layer, kind)
         assert found is not None
         i, branch = found
         if kind == "ffn_in" and branch.experts is not None:
@@ -262,7 +260,7 @@ class Anatomy:
             return replace(after, site=site, side="expert_acts")
         layer, _ = self.check(after.site)
         assert layer is not None
-        found = self._branch(layer, "ffn")
+        found = self._branch(layer, "ffn_in")
         assert found is not None
         if found[1].act is None:
             raise TrimtabError(
@@ -285,21 +283,13 @@ class Anatomy:
         assert path is not None
         return self.model.get_submodule(path)
 
-    @property
-    def attends_everywhere(self) -> bool:
-        """Whether all that mixes tokens is softmax attention, in every layer."""
-        return all(
-            block.scale is not None and all(b.kind != "mixer" for b in block.branches)
-            for block in self.known.description.layers
-        )
-
     def _block(self, layer: int) -> Block:
         return self.known.description.layers[layer]
 
-    def _branch(self, layer: int, part: str) -> tuple[int, Branch] | None:
-        """The branch that the sites of attention or of the FFN belong to, with its number."""
+    def _branch(self, layer: int, kind: str) -> tuple[int, Branch] | None:
+        """The branch that a kind of site in a block belongs to, with its number."""
         block = self._block(layer)
-        i = block.attention if part == "attn" else block.ffn
+        i = block.attention if _part(kind) == "attn" else block.ffn
         return None if i is None else (i, block.branches[i])
 
     def _module(self, layer: int, path: str | None) -> nn.Module:
@@ -336,7 +326,7 @@ class Anatomy:
         layer, kind = self.check(site)
         if layer is None or kind not in ("attn_out", "ffn_out"):
             return []
-        found = self._branch(layer, kind.partition("_")[0])
+        found = self._branch(layer, kind)
         if found is None:
             return []
         branch = found[1]
@@ -354,7 +344,7 @@ class Anatomy:
     def writer_factor(self, site: str) -> float:
         """What the maps that write a site are multiplied by to give it."""
         layer, kind = self.check(site)
-        found = None if layer is None else self._branch(layer, kind.partition("_")[0])
+        found = None if layer is None else self._branch(layer, kind)
         return 1.0 if found is None else float(found[1].writer_factor)
 
     def readers(self, site: str) -> list[LinearMap]:
@@ -367,7 +357,7 @@ class Anatomy:
             return [linear_map(unembedding)] if read else []
         if layer is None or kind not in ("attn_norm", "heads", "ffn_norm", "ffn_in"):
             return []
-        found = self._branch(layer, "attn" if kind == "heads" else kind.partition("_")[0])
+        found = self._branch(layer, kind)
         if found is None:
             return []
         i, branch = found
@@ -456,6 +446,11 @@ _RELIES_ON = {
     "ffn_out": ("kind",),
     "ffn_post_norm": ("kind", "post_norm"),
 }
+
+
+def _part(kind: str) -> str:
+    """The part of a block that a kind of site belongs to."""
+    return "attn" if kind == "heads" else kind.partition("_")[0]
 
 
 def _reader(module: nn.Module) -> LinearMap:

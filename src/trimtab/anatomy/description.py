@@ -76,7 +76,8 @@ class Block:
     def attention(self) -> int | None:
         """The number of the branch that the attention's sites belong to: softmax attention, and
         where there is none another mixer."""
-        return self._only("attn") if self._only("attn") is not None else self._only("mixer")
+        attention = self._first("attn")
+        return self._first("mixer") if attention is None else attention
 
     @property
     def ffn(self) -> int | None:
@@ -85,9 +86,8 @@ class Block:
         normed = [i for i in found if self.branches[i].norm or self.branches[i].post_norm]
         return next(iter(normed or found), None)
 
-    def _only(self, kind: BranchKind) -> int | None:
-        found = [i for i, branch in enumerate(self.branches) if branch.kind == kind]
-        return found[0] if found else None
+    def _first(self, kind: BranchKind) -> int | None:
+        return next((i for i, branch in enumerate(self.branches) if branch.kind == kind), None)
 
     def shares_norm(self, number: int) -> bool:
         """Whether another branch reads through the same norm (parallel blocks)."""

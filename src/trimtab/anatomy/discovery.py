@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trimtab.anatomy.behaviour import computes_its_map, is_linear, is_norm, mixes_tokens
 from trimtab.anatomy.description import Block, Branch
 from trimtab.anatomy.experts import layout_of
-from trimtab.anatomy.numbers import epsilon, flat, is_sum, multiple, ratio
+from trimtab.anatomy.numbers import epsilon, factor_of, is_sum
 from trimtab.anatomy.proof import BlockCalls, Shown, attends, find_readers, is_mixture
 from trimtab.anatomy.solving import Sum, candidates, solve
 from trimtab.anatomy.tracing import ROWS, Call
@@ -36,22 +36,22 @@ class Finder:
 
     def block(self, calls: BlockCalls) -> tuple[Block, str | None]:
         """The description of one layer; with what is wrong where it is no sum."""
-        solved = solve(calls, self._sums)
+        outputs = candidates(calls)
+        solved = solve(calls, outputs, self._sums)
         if isinstance(solved, str):
             return Block(scale=None), solved
         if solved not in self._sums:
             self._sums.append(solved)
-        names = {name: i for i, (_, names) in enumerate(candidates(calls)) for name in names}
+        members = {name: names for _, names in outputs for name in names}
         order = {call.name: i for i, call in enumerate(calls.trace.calls)}
         paired = sorted(
             zip(solved.terms, solved.factors, strict=True), key=lambda pair: order[pair[0]]
         )
-        groups = candidates(calls)
         scale = self._snapped(solved.scale, calls)
-        branches: list[Branch] = []
-        for term, factor in paired:
-            members = groups[names[term]][1]
-            branches.append(self._branch(calls, members, self._snapped(factor, calls)))
+        branches = [
+            self._branch(calls, members[term], self._snapped(factor, calls))
+            for term, factor in paired
+        ]
         block = Block(tuple(branches), scale)
         return replace(block, branches=tuple(self._reading(block, calls))), None
 
@@ -88,8 +88,7 @@ class Finder:
             writer_factor=1.0 if writer is None else self._snapped(writer_factor, calls),
         )
         branch = _with_experts(calls, branch, raw)
-        branch = replace(branch, kind=self._kind(calls, branch))
-        return branch
+        return replace(branch, kind=self._kind(calls, branch))
 
     def _kind(self, calls: BlockCalls, branch: Branch) -> Any:
         asked = calls.call(branch.module)
@@ -125,8 +124,8 @@ class Finder:
             normed = calls.each_token(call.y)
             if normed is None or call.name == branch.post_norm:
                 continue
-            factor = 1.0 if torch.equal(normed, read) else ratio(normed, read)
-            if factor > 0 and multiple(normed, read, factor):
+            factor = factor_of(normed, read)
+            if factor is not None and factor > 0:
                 taken = calls.taken(call.name)
                 if taken is None:
                     continue
@@ -137,10 +136,11 @@ class Finder:
         if reads is not None:
             found = replace(found, reads=reads)
         if found.module is None:
-            readers = tuple(c.name for c in calls.trace.calls[1:] if _reads_exactly(c, read))
-            found = replace(found, readers=readers)
+            maps = [call for call in calls.trace.calls[1:] if is_linear(call.module)]
+            readers = [call.name for call in maps if calls.takes(call, read)]
         else:
-            found = replace(found, readers=tuple(sorted(find_readers(found, calls)[0])))
+            readers = sorted(find_readers(found, calls)[0])
+        found = replace(found, readers=tuple(readers))
         return replace(found, act=_activation(calls, found))
 
 
@@ -175,8 +175,8 @@ def _writer(calls: BlockCalls, raw: Tensor, module: str | None) -> tuple[str | N
         written = calls.each_token(call.y)
         if written is None or written.shape != raw.shape or not is_linear(call.module):
             continue
-        factor = 1.0 if torch.equal(written, raw) else ratio(written, raw)
-        if factor and multiple(written, raw, factor) and computes_its_map(call):
+        factor = factor_of(written, raw)
+        if factor is not None and computes_its_map(call):
             return call.name, factor
     return None, 1.0
 
@@ -221,17 +221,6 @@ def _with_experts(calls: BlockCalls, branch: Branch, raw: Tensor) -> Branch:
 def _is_norm_of_stream(call: Call, calls: BlockCalls) -> bool:
     x = calls.each_token(call.x)
     return x is not None and x.shape == calls.x.shape and is_norm(call)
-
-
-def _reads_exactly(call: Call, read: Tensor) -> bool:
-    x = call.x
-    return (
-        is_linear(call.module)
-        and x is not None
-        and x.shape[-1] == read.shape[-1]
-        and x.numel() == read.numel()
-        and torch.equal(flat(x), read)
-    )
 
 
 def _read_by_bare_maps(calls: BlockCalls, branch: Branch) -> Tensor | None:
@@ -281,7 +270,7 @@ def _is_part(x: Tensor, whole: Tensor) -> bool:
         return False
     starts = {0, whole.shape[-1] - x.shape[-1]}
     parts = [whole[:, start : start + x.shape[-1]] for start in starts]
-    return any(torch.equal(x, part) or multiple(part, x, ratio(part, x)) for part in parts)
+    return any(factor_of(part, x) is not None for part in parts)
 
 
 # -- factors ------------------------------------------------------------------------------------

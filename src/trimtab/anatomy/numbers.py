@@ -57,6 +57,14 @@ def multiple(a: Tensor, b: Tensor, factor: float) -> bool:
     return within(factor * a.double(), b, b.abs(), 4, b.dtype)
 
 
+def factor_of(a: Tensor, b: Tensor) -> float | None:
+    """The factor with which b is a; None where it is none."""
+    if a.shape != b.shape:
+        return None
+    factor = 1.0 if torch.equal(a, b) else ratio(a, b)
+    return factor if factor and multiple(a, b, factor) else None
+
+
 def is_sum(total: Tensor, terms: Sequence[Tensor], factors: Sequence[float] | None = None) -> bool:
     """Whether a tensor is the sum of others, each times its factor.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimtab.anatomy.behaviour import first_tensor, is_norm, with_first
 from trimtab.anatomy.description import Description
 from trimtab.anatomy.discovery import snapped
-from trimtab.anatomy.numbers import epsilon, flat, is_sum, multiple, near, ratio
+from trimtab.anatomy.numbers import epsilon, factor_of, flat, is_sum, multiple, near, ratio
 from trimtab.anatomy.tracing import ALIKE, LENGTH, ROWS, Call, Trace, run
 from trimtab.errors import TrimtabError
 
@@ -96,15 +96,19 @@ def find_ends(
     """The body, the innermost module around the blocks that takes the tokens and returns what the
     logits are made of; the module that makes them; and the factors before and after it."""
     parts = blocks.split(".")
-    makers = [c for c in reversed(trace.calls) if _makes_logits(c, logits, cap, known) is not None]
+    makers = [
+        (call, after)
+        for call in reversed(trace.calls)
+        if trace.at(call.name) is call
+        and (after := _makes_logits(call, logits, cap, known)) is not None
+    ]
     for depth in range(len(parts) - 1, 0, -1):
         body = trace.at(".".join(parts[:depth]))
         if body is None or not _takes_tokens(body) or body.y is None:
             continue
-        for maker in makers:
+        for maker, after in makers:
             before = None if maker.x is None else _multiple_of(body.y, maker.x)
-            after = _makes_logits(maker, logits, cap, known)
-            if before is not None and after is not None and trace.at(maker.name) is maker:
+            if before is not None:
                 return body.name, maker.name, snapped(before, known, body.y.dtype), after
     raise NoBlocksError(
         "no module of its own makes the logits of what the module around the blocks returns"
@@ -172,12 +176,8 @@ def _takes_tokens(call: Call) -> bool:
 
 
 def _multiple_of(a: Tensor, b: Tensor) -> float | None:
-    """The factor with which b is a; None where it is none."""
-    if a.shape != b.shape:
-        return None
-    b = b.to(a.device)
-    factor = 1.0 if torch.equal(a, b) else ratio(flat(a), flat(b))
-    return factor if factor and multiple(flat(a), flat(b), factor) else None
+    """The factor with which b is a, wherever the two are; None where it is none."""
+    return None if a.shape != b.shape else factor_of(flat(a), flat(b.to(a.device)))
 
 
 # -- final norm and embedding ---------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _rows(call: Call, ids: Tensor, width: int) -> Tensor | None:
         return None
     if len(weight) > int(ids.max()):
         tokens: Tensor = weight.detach()[ids.to(weight.device).flatten()]
-        if _proportional(tokens, flat(call.y)):
+        if factor_of(tokens, flat(call.y)) is not None:
             return tokens
     if call.y.numel() == width * LENGTH:  # positions, alike for all rows
         rows = _nearest(weight.detach(), flat(call.y))
@@ -235,13 +235,6 @@ def _rows(call: Call, ids: Tensor, width: int) -> Tensor | None:
     if call.y.numel() == width * LENGTH * ROWS:
         return _nearest(weight.detach(), flat(call.y))
     return None
-
-
-def _proportional(rows: Tensor, returned: Tensor) -> bool:
-    if rows.shape != returned.shape:
-        return False
-    factor = ratio(rows, returned)
-    return bool(factor) and multiple(rows, returned, factor)
 
 
 def _nearest(weight: Tensor, returned: Tensor) -> Tensor | None:

@@ -104,6 +104,11 @@ class BlockCalls:
         prefix = f"{path}."
         return [c for c in self.trace.calls if c.name == path or c.name.startswith(prefix)]
 
+    def takes(self, call: Call, read: Tensor) -> bool:
+        """Whether a module was given exactly this, [tokens, units]."""
+        taken = self.each_token(call.x)
+        return taken is not None and torch.equal(taken, read)
+
     def input_of(self, branch: Branch) -> Tensor | None:
         """What a branch reads, [tokens, units]."""
         if branch.module is not None:
@@ -365,12 +370,9 @@ def find_readers(branch: Branch, calls: BlockCalls) -> tuple[list[str], list[str
     found, others = [], []
     for call in calls.inside(branch.module):
         module: Any = call.module
-        whole = call.x is not None and call.x.shape[-1] == read.shape[-1]
-        if not whole or call.x is None or call.x.numel() != read.numel():
+        if call.name == branch.norm or not calls.takes(call, read):
             continue
-        if call.name == branch.norm or not torch.equal(flat(call.x), read):
-            continue
-        if call.y is not None and call.x.shape == call.y.shape and torch.equal(call.x, call.y):
+        if call.x is not None and call.y is not None and torch.equal(call.x, call.y):
             continue  # an identity only hands on
         if is_linear(module):
             found.append(call.name)

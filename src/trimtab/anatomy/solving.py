@@ -22,6 +22,10 @@ from trimtab.anatomy.proof import BlockCalls
 _MOST_TERMS, _MANY = 6, 20
 
 
+#: Tensors of the stream's shape, each with the paths of the modules that return it.
+Outputs = list[tuple[Tensor, list[str]]]
+
+
 @dataclass(frozen=True)
 class Sum:
     """A block as a sum: the paths of its terms in the order in which they run, and factors."""
@@ -31,10 +35,10 @@ class Sum:
     factors: tuple[float, ...]
 
 
-def candidates(calls: BlockCalls) -> list[tuple[Tensor, list[str]]]:
+def candidates(calls: BlockCalls) -> Outputs:
     """The different tensors of the stream's shape that modules inside a block return, with the
     paths of the modules that return each."""
-    found: list[tuple[Tensor, list[str]]] = []
+    found: Outputs = []
     for call in calls.trace.calls[1:]:
         y = calls.each_token(call.y)
         if y is None or y.shape != calls.x.shape or not torch.isfinite(y).all():
@@ -47,9 +51,8 @@ def candidates(calls: BlockCalls) -> list[tuple[Tensor, list[str]]]:
     return found
 
 
-def solve(calls: BlockCalls, known: Sequence[Sum] = ()) -> Sum | str:
-    """The sum that a block is, or why it is none."""
-    outputs = candidates(calls)
+def solve(calls: BlockCalls, outputs: Outputs, known: Sequence[Sum] = ()) -> Sum | str:
+    """The sum that a block is of some of its `candidates`, or why it is none."""
     for earlier in known:
         if _is(earlier, calls):
             return earlier
@@ -82,9 +85,7 @@ def _slack(dtype: torch.dtype) -> float:
     return 3e-4 if eps < 1e-5 else 4 * eps
 
 
-def _plain_sum(
-    calls: BlockCalls, outputs: list[tuple[Tensor, list[str]]]
-) -> tuple[int, ...] | None:
+def _plain_sum(calls: BlockCalls, outputs: Outputs) -> tuple[int, ...] | None:
     """The fewest outputs that, added to the input as they are, give the block's output."""
     weights = _weights(calls)
     missing = (calls.y.double() - calls.x.double()).flatten() * weights
@@ -100,7 +101,7 @@ def _plain_sum(
     return None
 
 
-def _weighted_sum(calls: BlockCalls, outputs: list[tuple[Tensor, list[str]]]) -> Sum | str:
+def _weighted_sum(calls: BlockCalls, outputs: Outputs) -> Sum | str:
     """The fewest outputs of which a weighted sum with the input gives the block's output; of
     several with as many terms the one whose factors are mostly one."""
     weights = _weights(calls)

@@ -36,7 +36,8 @@ class Call:
 
     def again(self, x: Tensor) -> Any:
         """What the module returns for other activations, everywhere where it took these."""
-        return self.module(*self.arguments(x)[0], **self.arguments(x)[1])
+        args, kwargs = self.arguments(x)
+        return self.module(*args, **kwargs)
 
     def arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given: Any = self.args[self.place] if isinstance(self.place, int) else None
