@@ -40,17 +40,28 @@ TEMPLATE = (
 COLOURS = ("red", "green", "blue", "white")
 
 
-@cache
-def seeing_tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer_with(
+    tokens: dict[str, str], model_max_length: int, **options: Any
+) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with special tokens of its own beside those that it has."""
     inner = tiny_tokenizer().backend_tokenizer
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(inner.to_str()),
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        model_max_length=256,
+        model_max_length=model_max_length,
+        extra_special_tokens=tokens,
+        **options,
+    )
+
+
+@cache
+def seeing_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer_with(
+        {"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+        256,
         clean_up_tokenization_spaces=False,
-        extra_special_tokens={"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
         chat_template=TEMPLATE,
     )
 

@@ -11,27 +11,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import trimtab as tt
-from seeing import about, seeing_processor, square
-from tiny import tiny_tokenizer
+from seeing import about, seeing_processor, square, tokenizer_with
 from trimtab.contrasts import images_in, read_prompt
 from trimtab.model import extended
 from trimtab.model.images import ImageText, image_inputs, processed
 
 
 def tokenizer(**tokens: str) -> PreTrainedTokenizerFast:
-    inner = tiny_tokenizer().backend_tokenizer
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(inner.to_str()),
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_max_length=2560,
-        extra_special_tokens=tokens,
-    )
+    return tokenizer_with(tokens, 2560)
 
 
 def image_processor(model: str, name: str, **sizes: Any) -> Any:

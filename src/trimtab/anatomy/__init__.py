@@ -15,7 +15,7 @@ from trimtab.anatomy.drawing import blocks_drawn, places, ranges
 from trimtab.anatomy.entries import known
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
 from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
-from trimtab.anatomy.knowing import cache_file
+from trimtab.anatomy.knowing import DOES_NOT_RUN, cache_file
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.numbers import near
 from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order

@@ -52,7 +52,7 @@ _DISCOVERY = 1
 _NOT_FINITE = "its activations are NaN or infinite on a short text"
 
 #: What models raise that take something else than text, or run elsewhere.
-_DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+DOES_NOT_RUN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass
@@ -124,7 +124,7 @@ def discover(model: Any) -> Known:
         blocks = find_blocks(model, trace)
     except NoBlocksError as error:
         raise _refusal(model, name, f"no residual stream runs through it: {error}") from error
-    except _DOES_NOT_RUN as error:
+    except DOES_NOT_RUN as error:
         reason = first_line(error) or type(error).__name__
         raise _refusal(model, name, f"it does not run on a short text: {reason}") from error
     calls = [c for c in trace.calls if c.name.rpartition(".")[0] == blocks]
@@ -261,7 +261,7 @@ def _proved(
         around[description.final_norm] = model.get_submodule(description.final_norm)
     try:
         trace, logits = trace_blocks(model, ids, blocks, around, layers.visit)
-    except _DOES_NOT_RUN as error:
+    except DOES_NOT_RUN as error:
         return f"it does not run on a short text: {first_line(error) or type(error).__name__}"
     if layers.broken is not None or len(layers.found) < len(blocks):
         return layers.broken or "its blocks do not run once each"

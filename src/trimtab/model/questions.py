@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from trimtab.anatomy import (
+    DOES_NOT_RUN,
     Anatomy,
     Hook,
     cache_file,
@@ -36,15 +37,7 @@ from trimtab.model.attach import unsteered
 from trimtab.model.batching import refuse_dropout
 
 #: What models raise at what they do not take.
-_DOES_NOT_RUN = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    AssertionError,
-)
+_NO_ANSWER = (*DOES_NOT_RUN, ArithmeticError)
 
 #: Where each model's answers are kept, by its transformer body: a file, or the body's own name.
 _PLACES: WeakKeyDictionary[nn.Module, Path | str] = WeakKeyDictionary()
@@ -83,7 +76,7 @@ def answered(anatomy: Anatomy, question: Hashable, ask: Callable[[], bool]) -> b
             with asking(), eager(), unsteered(anatomy), torch.no_grad():
                 try:
                     answers[key] = ask()
-                except _DOES_NOT_RUN:
+                except _NO_ANSWER:
                     # What fails on plain text as well is an error, and no answer.
                     hidden_alone(anatomy, probe_texts(anatomy)[0])
                     answers[key] = False
