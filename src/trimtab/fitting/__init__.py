@@ -2,6 +2,8 @@
 
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import Features, load_features
+from trimtab.fitting.costs import Costs, predicted_kl, unit_costs
+from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.method import (
     POSITIONS_HELP,
@@ -10,4 +12,4 @@ from trimtab.fitting.method import (
     new_steering,
     validation_part,
 )
-from trimtab.fitting.statistics import Active, Means, Samples, SecondMoment, SignCounts
+from trimtab.fitting.statistics import Active, Effects, Means, Samples, SecondMoment, SignCounts

@@ -6,6 +6,9 @@ a hook picks the wanted tokens out of a batch, the statistics take them in, and 
 memory grows with sites and units, not with texts. Neither the LM head nor any block above the
 highest wanted site is run.
 
+A want may be the effect of scaling units instead of an activation (see gradients.py): the same pass
+is then run back as well.
+
 With a cache directory what is picked is also written there, batch by batch (see stored.py): a pass
 that was killed goes on where it stopped, and a later one runs the model only for what is new.
 """
@@ -25,6 +28,7 @@ from torch import Tensor
 from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
+from trimtab.fitting.effects import Effect, check_scored, effects_of
 from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
@@ -46,11 +50,12 @@ class Pick:
     """What is read of a text: a site, whose tokens stand for the text, and in which form.
 
     `read` maps activations [..., units] to what is wanted of them, before tokens are averaged; it
-    has a `name` that no other map has. None takes them as they are.
+    has a `name` that no other map has. None takes them as they are. That of an `Effect` maps
+    activations and gradients, which None multiplies.
     """
 
     site: str
-    token: Token
+    token: Token | Effect
     read: Any = None
 
     @property
@@ -72,7 +77,7 @@ class Want:
     """
 
     site: str
-    token: Token
+    token: Token | Effect
     statistic: type[Any]
     read: Any = None
     rows: frozenset[int] | None = None
@@ -107,7 +112,7 @@ class Statistics(dict[Want, Any]):
         found: M = self._made[key]
         return found
 
-    def of(self, site: str, token: Token, statistic: type[S], **more: Any) -> S:
+    def of(self, site: str, token: Token | Effect, statistic: type[S], **more: Any) -> S:
         found: S = self[Want(site, token, statistic, **more)]
         return found
 
@@ -120,7 +125,7 @@ class _Enough(Exception):  # noqa: N818, it is a signal and no error
     """Raised inside a forward pass once the highest wanted site has been seen."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     language_model: LanguageModel,
     contrast: Contrast,
@@ -153,7 +158,7 @@ def collect(
     for want in wanted:
         _check_lengths(contrast.name, every, want)
     picks = sorted({want.pick for want in wanted}, key=Pick.order)
-    widths = {pick: _width(language_model, pick) for pick in picks}
+    shapes = {pick: (_sides_of(pick, every), _width(language_model, pick)) for pick in picks}
     rows = every
     if all(want.rows is not None for want in wanted):
         needed = frozenset().union(*(want.rows or () for want in wanted))
@@ -165,7 +170,7 @@ def collect(
                 f"{language_model.name} is steered, and a cache keeps what it does unsteered: "
                 "leave the cache out, or fit after the block"
             )
-        stored = StoredPass(Path(cache), language_model, every, widths, len(rows))
+        stored = StoredPass(Path(cache), language_model, every, shapes, len(rows))
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
@@ -192,6 +197,8 @@ def collect(
 def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:
     """Refuse a text that has no token at the wanted place, before the model has run for an hour."""
     token = want.pick.token
+    if isinstance(token, Effect):
+        check_scored(name, rows)
     if not isinstance(token, int):
         return
     for row in rows:
@@ -224,6 +231,11 @@ def _check_finite(
                 raise not_finite(where, language_model.dtype)
 
 
+def _sides_of(pick: Pick, rows: Sequence[Packed]) -> int:
+    """How many things are picked of a row; the effect on a pair is one."""
+    return 1 if isinstance(pick.token, Effect) else len(rows[0].sides)
+
+
 def _width(language_model: LanguageModel, pick: Pick) -> int:
     """How many numbers a pick has per text."""
     width: int = language_model.anatomy.read_point(pick.site).width
@@ -233,12 +245,14 @@ def _width(language_model: LanguageModel, pick: Pick) -> int:
 def _sides(
     picked: Tensor, indices: Tensor, labels: Tensor | None, rows: frozenset[int] | None
 ) -> Sides:
-    """What was picked, [rows, sides, units], as the two sides of the contrast."""
+    """What was picked, [rows, sides, units], as the two sides of the contrast; one number of a pair
+    is on the positive side."""
     if rows is not None:
         kept = torch.tensor([index in rows for index in indices.tolist()])
         picked, indices = picked[kept.to(picked.device)], indices[kept]
     if labels is None:
-        return Sides(picked[:, 0], picked[:, 1], indices, indices)
+        both = slice(None) if picked.shape[1] > 1 else slice(0)
+        return Sides(picked[:, 0], picked[both, -1], indices, indices[both])
     positive = labels[indices]
     mask = positive.to(picked.device)
     return Sides(picked[mask, 0], picked[~mask, 0], indices[positive], indices[~positive])
@@ -246,13 +260,47 @@ def _sides(
 
 def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict[Pick, Tensor]:
     """One batch: hooks pick the wanted tokens of each site, [rows, sides, units] in float32."""
-    anatomy, device = language_model.anatomy, language_model.device
+    effects = [pick for pick in picks if isinstance(pick.token, Effect)]
+    found: dict[Pick, Tensor] = {}
+    activations = [pick for pick in picks if pick not in effects]
+    readers = _readers(batch, activations, found, language_model.device)
+    if effects:
+        found |= effects_of(language_model, batch, effects, readers)
+    else:
+        _run_forward(language_model, batch, readers)
+    for pick in picks:
+        if pick not in found:
+            raise TrimtabError(
+                f"{pick.site} was not computed when {language_model.name} ran: its code, or a "
+                "kernel that replaces it, does not go through the module that is read there"
+            )
+    return found
+
+
+def _run_forward(language_model: LanguageModel, batch: Batch, readers: Mapping[str, Edit]) -> None:
+    """Run a batch up to the highest site that is read."""
+    anatomy, last = language_model.anatomy, max(readers, key=site_order)
+
+    def stop(activation: Tensor) -> None:
+        readers[last](activation)
+        raise _Enough
+
+    edits: dict[Point, Edit] = {
+        anatomy.read_point(site): stop if site == last else reader
+        for site, reader in readers.items()
+    }
+    with torch.inference_mode(), hooked(anatomy.body, edits), suppress(_Enough):
+        run_packed(batch, language_model)
+
+
+def _readers(
+    batch: Batch, picks: list[Pick], found: dict[Pick, Tensor], device: torch.device
+) -> dict[str, Edit]:
+    """Of each site what puts its picks into `found` when it sees the activation."""
     by_site: dict[str, list[Pick]] = {}
     for pick in picks:
         by_site.setdefault(pick.site, []).append(pick)
     pickers = {token: _picker(batch, token, device) for token in {pick.token for pick in picks}}
-    last = max(by_site, key=site_order)
-    found: dict[Pick, Tensor] = {}
 
     def reader(site: str) -> Edit:
         def read(activation: Tensor) -> None:
@@ -266,24 +314,13 @@ def _run(language_model: LanguageModel, batch: Batch, picks: list[Pick]) -> dict
                 if pick.read not in forms:
                     forms[pick.read] = pick.read(activation)
                 found[pick] = picker(forms[pick.read])
-            if site == last:
-                raise _Enough
 
         return read
 
-    edits: dict[Point, Edit] = {anatomy.read_point(site): reader(site) for site in by_site}
-    with hooked(anatomy.body, edits), suppress(_Enough):
-        run_packed(batch, language_model)
-    for pick in picks:
-        if pick not in found:
-            raise TrimtabError(
-                f"{pick.site} was not computed when {language_model.name} ran: its code, or a "
-                "kernel that replaces it, does not go through the module that is read there"
-            )
-    return found
+    return {site: reader(site) for site in by_site}
 
 
-def _picker(batch: Batch, token: Token, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _picker(batch: Batch, token: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Takes from [lines, tokens, units] what stands for each side: [rows, sides, units]."""
     place, lines = batch.place, batch.lines  # [rows, sides, longest side], [rows, sides]
     lengths = (place >= 0).sum(-1)

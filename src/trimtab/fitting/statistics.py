@@ -7,6 +7,7 @@ activation, for classifiers that have to see them all, and keeps them in a file.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -83,6 +84,47 @@ class Means:
     def difference(self) -> Tensor:
         """mean over positives - mean over negatives, [units] in float64."""
         return self.positive - self.negative
+
+    def _mean(self, side: int) -> Tensor:
+        return torch.as_tensor(self.sums[side]).double().cpu() / self.counts[side]
+
+
+@dataclass
+class Effects:
+    """The mean of what was read as an effect, and its standard error: over pairs, each of which is
+    one number on the positive side; without pairs the difference of the two sides' means."""
+
+    needs_pairs = False
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    sums: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # [units] each
+    squares: list[Any] = field(default_factory=lambda: [0.0, 0.0])
+
+    def update(self, sides: Sides) -> None:
+        for side, effects in enumerate((sides.positive, sides.negative)):
+            self.counts[side] += len(effects)
+            self.sums[side] = self.sums[side] + _wide(effects).sum(0)
+            self.squares[side] = self.squares[side] + _wide(effects).square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """[units] in float64."""
+        means = [self._mean(side) for side in self._sides]
+        return means[0] - means[1] if len(means) > 1 else means[0]
+
+    @property
+    def error(self) -> Tensor:
+        """The standard error of the mean, [units] in float64; NaN where a side is one text."""
+        variance = torch.zeros(())
+        for side in self._sides:
+            count = self.counts[side]
+            squares = torch.as_tensor(self.squares[side]).double().cpu() / count
+            spread = (squares - self._mean(side).square()).clamp(min=0)
+            variance = variance + spread / (count - 1) if count > 1 else spread * math.nan
+        return variance.sqrt()
+
+    @property
+    def _sides(self) -> tuple[int, ...]:
+        return (0, 1) if self.counts[1] else (0,)
 
     def _mean(self, side: int) -> Tensor:
         return torch.as_tensor(self.sums[side]).double().cpu() / self.counts[side]

@@ -7,7 +7,7 @@ files for each pick (a site, a token rule, a form):
     layers.3.heads.-1.f32     [rows, sides, units] float32, written at the rows that were read
     layers.3.heads.-1.crc     [rows] uint32: 0 where a row is not there yet, else its checksum
 
-A row counts only if its checksum is right, which is over its number too: whatever moment a process
+The effect on a pair is one number a unit, in place of two sides. A row counts only if its checksum is right, which is over its number too: whatever moment a process
 is killed at, half a row is never taken for a whole one, nor one row for another.
 """
 
@@ -42,7 +42,8 @@ _CHUNK = 1 << 20
 
 
 class StoredPass:
-    """The files of one model's pass over one contrast; `widths` says how large each pick is.
+    """The files of one model's pass over one contrast; `shapes` says of each pick how many sides
+    and units there are.
 
     `count` of the rows are going to be read this time.
     """
@@ -52,20 +53,19 @@ class StoredPass:
         cache: Path,
         language_model: LanguageModel,
         rows: Sequence[Packed],
-        widths: Mapping[Any, int],
+        shapes: Mapping[Any, tuple[int, int]],
         count: int,
     ) -> None:
-        self._widths = widths
-        self._sides = len(rows[0].sides)
+        self._shapes = shapes
         self._count = count
-        self._room = cache / _digest(language_model, rows)
+        self._room = cache / digest_of(language_model, rows)
         try:
             self._room.mkdir(parents=True, exist_ok=True)
             self._check_space()
             about = {
                 "model": vars(language_model.identity),
                 "dtype": str(language_model.dtype),
-                "texts": len(rows) * self._sides,
+                "texts": len(rows) * len(rows[0].sides),
             }
             text = json.dumps(about, indent=1, ensure_ascii=False)
             write_whole(self._room / "pass.json", text.encode(), overwrite=True)
@@ -75,7 +75,7 @@ class StoredPass:
     def read(self, indices: Tensor, device: torch.device) -> dict[Any, Tensor]:
         """The picks that are there for all of these rows: [rows, sides, units] each."""
         found = {}
-        for pick in self._widths:
+        for pick in self._shapes:
             values = self._values(pick, indices.tolist())
             if values is not None:
                 found[pick] = values.to(device)
@@ -109,7 +109,7 @@ class StoredPass:
         for place, content, checksum in zip(indices, contents, sums, strict=True):
             if len(content) < size or np.uint32(_checksum(place, content)).tobytes() != checksum:
                 return None
-        shape = (len(indices), self._sides, self._widths[pick])
+        shape = (len(indices), *self._shapes[pick])
         # Through bytearray, because torch wants memory that may be written to.
         flat = np.frombuffer(bytearray(b"".join(contents)), dtype=np.float32)
         return torch.from_numpy(flat.reshape(shape))
@@ -118,13 +118,14 @@ class StoredPass:
         return self._room / f"{pick.name}.{ending}"
 
     def _row_bytes(self, pick: Any) -> int:
-        return 4 * self._sides * int(self._widths[pick])
+        sides, units = self._shapes[pick]
+        return 4 * sides * units
 
     def _check_space(self) -> None:
         """Say at once that a pass does not fit on the disk, not after an hour."""
         wanted = sum(
             max(0, self._count * self._row_bytes(pick) - _bytes_on_disk(self._path(pick, "f32")))
-            for pick in self._widths
+            for pick in self._shapes
         )
         free = shutil.disk_usage(self._room).free
         if wanted > free:
@@ -134,7 +135,7 @@ class StoredPass:
             )
 
 
-def _digest(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
+def digest_of(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
     """What a pass depends on: every weight, the configuration, every token with its place.
 
     A model's identity is not enough: it is the same in each dtype, and a baked model, or one that

@@ -18,10 +18,11 @@ from trimtab.methods.angular import (
     sites_of,
     unit_means,
 )
-from trimtab.methods.austeer import AUSTEER_GRID, AUSteer, rank
+from trimtab.methods.austeer import AUSTEER_GRID, AUSteer
 from trimtab.methods.caa import CAA
 from trimtab.methods.contents import describe, explain
 from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
+from trimtab.methods.ranking import rank
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA

@@ -24,7 +24,19 @@ The paper says that scaling preserves an activation's sign. That holds for promo
 a suppressed one gamma < -1 as soon as alpha r^neg > 1, which is so at every strength that the
 paper uses, and the activation is flipped and amplified. `clamp_sign` stops at zero instead.
 
-Two options are ours. A promoted unit whose activation is mostly negative moves away from the
+Units by effect are ours. The score above knows nothing of size, of whether anything reads a unit,
+or of which way scaling moves it. With m = log p(positive) - log p(negative) of a pair,
+
+    locate="effect"          e_i = d E[m] / d gamma_i at 0; s_i = |e_i| / its standard error (of
+                             equal ones the larger effect first), gamma_i = alpha sign(e_i)
+    locate="effect_per_nat"  s_i = e_i^2 / c_i, where scaling the unit costs 1/2 c_i gamma_i^2 nats
+                             on plain text, and gamma_i = alpha (e_i / c_i) / max |e / c|
+
+with one backward pass for all units (see fitting/gradients.py). c_i is the unit's Fisher
+information plus a tenth of the mean over all units, because a small one is hardly known.
+`strength="fixed"` and `"graded"` choose between the two forms of gamma.
+
+Two more options are ours. A promoted unit whose activation is mostly negative moves away from the
 positive side when it is scaled up. `direction="signed"` multiplies gamma by the sign of the unit's
 mean activation over both sides, which is still a scaling and always toward the positive side.
 `change="absolute"` adds gamma |x| instead of gamma x, which goes the same way at every token and is
@@ -48,6 +60,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
     POSITIONS_HELP,
     Count,
+    Effect,
     Means,
     Method,
     Number,
@@ -57,6 +70,14 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
+from trimtab.methods.effects import (
+    by_effect,
+    effect_in_words,
+    effect_wants,
+    predicted,
+    predicted_in_words,
+)
+from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
 from trimtab.steering import (
@@ -72,10 +93,15 @@ from trimtab.steering import (
 
 #: The numbers of units and the strengths that the paper's grids are made of.
 AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
+#: How gamma is made where nothing else is said.
+_STRENGTHS: dict[str, Literal["fixed", "graded"]] = {
+    "effect": "fixed",
+    "effect_per_nat": "graded",
+}
 SiteKind = Annotated[
     str,
-    Field(pattern="^(heads|ffn_out|ffn_in|resid)$"),
-    Says("is {value!r}: known are heads, ffn_out, ffn_in, resid"),
+    Field(pattern="^(heads|attn_out|ffn_in|ffn_out|resid)$"),
+    Says("is {value!r}: known are heads, attn_out, ffn_in, ffn_out, resid"),
 ]
 CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, not {value}")]
 
@@ -97,7 +123,7 @@ class AUSteer(Method):
     """
 
     site: SiteKind = field(
-        default="heads", metadata={"help": "Site kind: heads, ffn_out, ffn_in or resid."}
+        default="heads", metadata={"help": "Site kind: heads, attn_out, ffn_in, ffn_out or resid."}
     )
     k: CountOrAll = field(default=96, metadata={"help": "How many units to steer, or all."})
     alpha: Number | None = field(
@@ -110,8 +136,12 @@ class AUSteer(Method):
             "units are scaled)."
         },
     )
-    locate: Literal["momentum", "difference", "random"] = field(
-        default="momentum", metadata={"help": "Score of a unit: momentum, difference or random."}
+    locate: Literal["momentum", "difference", "random", "effect", "effect_per_nat"] = field(
+        default="momentum",
+        metadata={
+            "help": "Score of a unit: momentum, difference, random, effect (what scaling does to "
+            "the answers, against its standard error) or effect_per_nat (against what it costs)."
+        },
     )
     choose: Literal["most", "least"] = field(
         default="most", metadata={"help": "Steer the most important units, or suppress the least."}
@@ -120,8 +150,22 @@ class AUSteer(Method):
         default="scale",
         metadata={"help": "Add gamma x (scale), gamma |x| (absolute), or a fixed vector."},
     )
-    strength: Literal["adaptive", "fixed"] = field(
-        default="adaptive", metadata={"help": "gamma from each unit's rate, or the same for all."}
+    strength: Literal["adaptive", "fixed", "graded"] | None = field(
+        default=None,
+        metadata={
+            "help": "gamma from each unit's rate (adaptive), the same for all (fixed), or from its "
+            "effect (graded; default: adaptive, of effect fixed, of effect_per_nat graded)."
+        },
+    )
+    per_token: bool = field(
+        default=False,
+        metadata={"help": "Effects on an answer's mean per token, not on its sum."},
+    )
+    first_token: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether effects count a text's first token, where a few units are huge."
+        },
     )
     clamp_sign: bool = field(
         default=False, metadata={"help": "Stop a suppressed unit at zero instead of flipping it."}
@@ -152,6 +196,7 @@ class AUSteer(Method):
                     "austeer: choose least multiplies by 1 - alpha: alpha must be 0 to 1, not "
                     f"{self.alpha:g}"
                 )
+        self._check_effects()
         if self.direction == "signed" and self.change != "scale":
             raise TrimtabError(
                 f"austeer: direction signed is for scaling; change {self.change} goes toward the "
@@ -161,6 +206,37 @@ class AUSteer(Method):
             raise TrimtabError(f"austeer: clamp_sign is for scaling, not for change {self.change}")
         if self.strength == "fixed" and self.change == "vector":
             raise TrimtabError("austeer: strength fixed is for gamma, not for change vector")
+
+    def _check_effects(self) -> None:
+        """Refuse what does not go with units by effect, and what goes with nothing else."""
+        if not self.by_effect:
+            if self.strength == "graded":
+                raise TrimtabError(
+                    "austeer: strength graded is by effect: take locate effect or effect_per_nat"
+                )
+            for option, usual in (("per_token", False), ("first_token", True)):
+                if getattr(self, option) is not usual:
+                    raise TrimtabError(
+                        f"austeer: {option} is for units by effect: take locate effect or "
+                        "effect_per_nat, or leave it out"
+                    )
+            return
+        for option, default in {"direction": None, "change": "scale"}.items():
+            if getattr(self, option) != default:
+                raise TrimtabError(
+                    f"austeer: locate {self.locate} scales each unit the way that its effect says: "
+                    f"leave {option} out"
+                )
+        if self.strength == "adaptive":
+            raise TrimtabError(
+                f"austeer: strength adaptive is by rates, and locate {self.locate} by effect: take "
+                "fixed or graded"
+            )
+
+    @property
+    def by_effect(self) -> bool:
+        """Whether units are chosen by what scaling them does."""
+        return self.locate in ("effect", "effect_per_nat")
 
     @property
     def at_default(self) -> float:
@@ -187,31 +263,88 @@ class AUSteer(Method):
         wants = [Want(site, "last", SignCounts) for site in sites]
         if self._needs_means:
             wants += [Want(site, "last", Means) for site in sites]
+        if self.by_effect:
+            wants += effect_wants(sites, self._effect)
         return wants
+
+    @property
+    def _effect(self) -> Effect:
+        return Effect(self.positions, self.per_token, "all" if self.first_token else "rest")
 
     @property
     def _signed(self) -> bool:
         """Whether gamma has the sign of the unit's mean: as told, or where it can have."""
         if self.direction is None:
-            return self.change == "scale" and self.choose == "most"
+            return self.change == "scale" and self.choose == "most" and not self.by_effect
         return self.direction == "signed"
 
     @property
     def _needs_means(self) -> bool:
         return self._signed or self.locate == "difference" or self.change == "vector"
 
+    def _settled(self) -> AUSteer:
+        """The same with what was left open as it is taken."""
+        direction, strength = self.direction, self.strength
+        if direction is None and not self.by_effect:
+            direction = "signed" if self._signed else "paper"
+        if strength is None:
+            strength = _STRENGTHS.get(self.locate, "adaptive")
+        return replace(self, direction=direction, strength=strength)
+
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
-        if self.direction is None:
-            made = replace(self, direction="signed" if self._signed else "paper")
-            return made.build(language_model, contrast, statistics)
-        anatomy = language_model.anatomy
-        sites = self.sites(anatomy)
-        widths = [anatomy.width(site) for site in sites]
+        settled = self._settled()
+        found = settled._found(language_model, statistics)
+        picked = settled._chosen(found)  # flat over (layer, unit)
+        interventions, site_of, unit_of = settled._interventions(language_model, found, picked)
+        layers = [language_model.anatomy.check(site)[0] for site in found.sites]
+        tables = {
+            "layer": torch.tensor(layers)[site_of],
+            "unit": unit_of,
+            **{name: column[picked].float() for name, column in found.columns.items()},
+        }
+        findings = {}
+        if settled.by_effect and settled.positions == "all" and settled.choose == "most":
+            findings["predicted"] = predicted(found, picked, interventions)
+        high = 1.0 if settled.choose == "least" else 100.0
+        dial = Dial("alpha", settled.at_default, (-high if settled.by_effect else 0.0, high))
+        return new_steering(
+            settled, language_model, contrast, interventions, dial, tables, findings
+        )
+
+    def _interventions(
+        self, language_model: LanguageModel, found: Scores, picked: Tensor
+    ) -> tuple[list[Intervention], Tensor, Tensor]:
+        """What scales the units that were picked, and of each of these the number of its site and
+        its own number there."""
+        widths = [language_model.anatomy.width(site) for site in found.sites]
+        site_of = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))[picked]
+        unit_of = torch.cat([torch.arange(width) for width in widths])[picked]
+        gain, interventions = found.columns["gain"][picked], []
+        for number, site in enumerate(found.sites):
+            here = site_of == number
+            if here.any():
+                units, order = unit_of[here].sort()
+                operator = self._operator(units, gain[here][order].float(), widths[number])
+                interventions.append(Intervention(site, operator, self.positions))
+        return interventions, site_of, unit_of
+
+    def _found(self, language_model: LanguageModel, statistics: Statistics) -> Scores:
+        """Score and gamma of every unit, and what else is known of it."""
+        sites = self.sites(language_model.anatomy)
         rates = [statistics.of(site, "last", SignCounts).rates() for site in sites]
         r_pos = torch.cat([positive for positive, _ in rates])
         r_neg = torch.cat([negative for _, negative in rates])
+        if self.by_effect:
+            found = by_effect(language_model, statistics, sites, self._effect, self.locate)
+            columns = {**found.columns, "r_pos": r_pos, "r_neg": r_neg}
+            gain = columns["gain"]
+            if self.choose == "least":
+                columns["gain"] = -torch.ones_like(gain)
+            elif self.strength == "fixed":
+                columns["gain"] = gain.sign()
+            return replace(found, columns=columns)
         difference, sign = torch.zeros_like(r_pos), torch.ones_like(r_pos)
         if self._needs_means:
             means = [statistics.of(site, "last", Means) for site in sites]
@@ -219,30 +352,9 @@ class AUSteer(Method):
             if self._signed:
                 sign = torch.cat([(mean.positive + mean.negative).sign() for mean in means])
         score = self._score(r_pos, r_neg, difference)
-        chosen = self._chosen(score)  # flat over (layer, unit)
         gain = self._gain(r_pos, r_neg, difference) * sign
-        site_of = torch.arange(len(sites)).repeat_interleave(torch.tensor(widths))[chosen]
-        unit_of = torch.cat([torch.arange(width) for width in widths])[chosen]
-        interventions = []
-        for number, site in enumerate(sites):
-            here = site_of == number
-            if here.any():
-                units, order = unit_of[here].sort()
-                gains = gain[chosen][here][order].float()
-                operator = self._operator(units, gains, widths[number])
-                interventions.append(Intervention(site, operator, self.positions))
-        layers = torch.tensor([anatomy.check(site)[0] for site in sites])
-        tables = {
-            "layer": layers[site_of],
-            "unit": unit_of,
-            "score": score[chosen].float(),
-            "r_pos": r_pos[chosen].float(),
-            "r_neg": r_neg[chosen].float(),
-            "gain": gain[chosen].float(),
-        }
-        high = 1.0 if self.choose == "least" else 100.0
-        dial = Dial("alpha", self.at_default, (0.0, high))
-        return new_steering(self, language_model, contrast, interventions, dial, tables)
+        columns = {"score": score, "r_pos": r_pos, "r_neg": r_neg, "gain": gain}
+        return Scores(sites, score, columns)
 
     def _score(self, r_pos: Tensor, r_neg: Tensor, difference: Tensor) -> Tensor:
         """How important each unit is, [units of all sites]."""
@@ -253,12 +365,13 @@ class AUSteer(Method):
         generator = torch.Generator().manual_seed(self.seed)
         return torch.rand(len(r_pos), generator=generator, dtype=torch.float64)
 
-    def _chosen(self, score: Tensor) -> Tensor:
+    def _chosen(self, found: Scores) -> Tensor:
         """Indices of the units to steer, in rank order."""
+        score = found.score
         k = len(score) if self.k == "all" else self.k
         if self.choose == "least":
             return rank(-score)[:k]
-        chosen = rank(score)[:k]
+        chosen = found.ranked()[:k]
         chosen = chosen[score[chosen] > 0]
         if k and not len(chosen):
             raise TrimtabError(
@@ -312,6 +425,7 @@ class AUSteer(Method):
             "difference": f"They were chosen because their mean differs {best} between the two "
             "sides.",
             "random": "They were drawn at random, for comparison.",
+            **effect_in_words(units, best),
         }[options.get("locate", "momentum")]
         lines = [
             f"AUSteer {'shrinks' if least else 'changes'} {len(units)} single units of "
@@ -329,9 +443,4 @@ class AUSteer(Method):
                 f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
                 "is how the method is defined."
             )
-        return lines
-
-
-def rank(score: Tensor) -> Tensor:
-    """Indices from the largest score to the smallest; of equal ones the lower index first."""
-    return score.sort(descending=True, stable=True).indices
+        return lines + predicted_in_words(steering)

@@ -42,7 +42,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.austeer import rank
+from trimtab.methods.ranking import rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen

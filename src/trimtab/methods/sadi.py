@@ -41,7 +41,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.austeer import rank
+from trimtab.methods.ranking import rank
 from trimtab.methods.words import counted
 from trimtab.model import LanguageModel
 from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen

@@ -45,7 +45,7 @@ from trimtab.fitting import (
     load_features,
     new_steering,
 )
-from trimtab.methods.austeer import rank
+from trimtab.methods.ranking import rank
 from trimtab.methods.words import adds_vectors, read_at
 from trimtab.model import LanguageModel
 from trimtab.steering import Add, Dial, Intervention, Positions, Steering

@@ -2,10 +2,12 @@
 
 from trimtab.reading.abilities import blocks_apart, packed, packs, runs_in_parts, shares_prefixes
 from trimtab.reading.likelihood import (
+    answers_scored,
     cross_entropy,
     log_odds,
     plain_texts,
     preference,
+    scored_from,
     side_readings,
 )
 from trimtab.reading.packing import (
@@ -13,6 +15,7 @@ from trimtab.reading.packing import (
     Packed,
     batches,
     encode_contrast,
+    encode_texts,
     run_packed,
 )
 from trimtab.reading.reader import (

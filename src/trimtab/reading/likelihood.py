@@ -5,7 +5,7 @@ The LM head runs only where a token is scored, and the two sides of a pair share
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 
@@ -81,11 +81,20 @@ def _answer_tokens(batch: Batch) -> tuple[list[list[int]], list[list[int]]]:
     columns: list[list[int]] = [[] for _ in batch.tokens]
     targets: list[list[int]] = [[] for _ in batch.tokens]
     for i, row in enumerate(batch.rows):
-        for side, (text, start) in enumerate(zip(row.texts(), row.answers, strict=True)):
-            line = int(batch.lines[i, side])
-            columns[line] += batch.place[i, side, start - 1 : len(text) - 1].tolist()
-            targets[line] += tuple(text)[start:]
+        for line, places, tokens in answers_scored(batch, i, row.answers[0]):
+            columns[line] += places
+            targets[line] += tokens
     return columns, targets
+
+
+def answers_scored(
+    batch: Batch, row: int, start: int
+) -> Iterator[tuple[int, list[int], tuple[int, ...]]]:
+    """Of each side of a row (by its place in the batch): its line, the columns that its tokens from
+    `start` on are predicted from, and these tokens."""
+    for side, text in enumerate(batch.rows[row].texts()):
+        places = batch.place[row, side, start - 1 : len(text) - 1].tolist()
+        yield int(batch.lines[row, side]), places, tuple(text)[start:]
 
 
 def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Reading]:
@@ -107,15 +116,23 @@ def _scored_pairs(language_model: LanguageModel, contrast: Contrast) -> list[Pac
         raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
     rows = []
     for row in encode_contrast(language_model, contrast, None):
-        # A prompt's last token may merge with one answer and not with the other: both are scored
-        # from the same token on, or one would be charged for the prompt's end.
-        start = min(row.answers)
-        if start < 1:
-            raise TrimtabError(
-                f"{contrast.name}, row {row.index + 1}: no token of the prompt precedes the answers"
-            )
+        start = scored_from(row, contrast.name)
         rows.append(replace(row, answers=(start, start)))
     return rows
+
+
+def scored_from(row: Packed, name: str = "the contrast") -> int:
+    """The token of both sides of a pair from which on they are scored.
+
+    A prompt's last token may merge with one answer and not with the other: both are scored from
+    the same token on, or one would be charged for the prompt's end.
+    """
+    start = min(row.answers)
+    if start < 1:
+        raise TrimtabError(
+            f"{name}, row {row.index + 1}: no token of the prompt precedes the answers"
+        )
+    return start
 
 
 def preference(
