@@ -7,8 +7,9 @@ files for each pick (a site, a token rule, a form):
     layers.3.heads.-1.f32     [rows, sides, units] float32, written at the rows that were read
     layers.3.heads.-1.crc     [rows] uint32: 0 where a row is not there yet, else its checksum
 
-The effect on a pair is one number a unit, in place of two sides. A row counts only if its checksum is right, which is over its number too: whatever moment a process
-is killed at, half a row is never taken for a whole one, nor one row for another.
+The effect on a pair is one number a unit, in place of two sides. A row counts only if its checksum
+is right, which is over its number too: whatever moment a process is killed at, half a row is never
+taken for a whole one, nor one row for another.
 """
 
 from __future__ import annotations
