@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import current_thread
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -236,6 +236,12 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     return steps
 
 
+def _of_choice(chain: list[_Step]) -> list[_Step]:
+    """What is done to the scores by which a router chooses."""
+    choices = [(step, step.operator.choice) for step in chain]
+    return [replace(s, operator=choice, bound={}) for s, choice in choices if choice is not None]
+
+
 def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
@@ -295,6 +301,10 @@ def _on_model(
         edits: dict[Point, Edit] = {
             anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
         }
+        for site, chain in steps.items():
+            choosing = _of_choice(chain)
+            if choosing:
+                edits[anatomy.choice_point(site)] = _editor(choosing, sequences)
         on = _ATTACHED.get(anatomy.body)
         if on is None or not on.blocks:
             on = _ATTACHED[anatomy.body] = Attached(anatomy.model, anatomy.body)

@@ -3,7 +3,7 @@
 An operator that is affine at a fixed dial, x -> A x + c, folds into the linear maps at its site:
 
     attn_norm, heads, ffn_norm, ffn_in, final_norm    into the maps that read the site: W A, b + W c
-    attn_out, ffn_out                                 into the map that writes it: A W, A b + c
+    attn_out, ffn_out, router                         into the map that writes it: A W, A b + c
     embed                                             into the embedding tables
     resid                                             an added vector only, with the FFN's output
     final_norm of GPT-2                               unit by unit into the norm, which has a bias
@@ -222,7 +222,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
                 "steering instead"
             )
         return "output", _writers(anatomy, added[0])
-    if kind in ("attn_out", "ffn_out"):
+    if kind in ("attn_out", "ffn_out", "router"):
         return "output", _writers(anatomy, fold.site)
     if kind.endswith("_norm_in"):
         raise TrimtabError(

@@ -8,6 +8,7 @@ from trimtab.steering.operators import (
     Add,
     Affine,
     Clamp,
+    Force,
     LinearDefaults,
     LinearOperator,
     Operator,

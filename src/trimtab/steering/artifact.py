@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
-from trimtab.steering.operators import to_tensors
+from trimtab.steering.operators import Force, to_tensors
 from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity, Tokens
 
 
@@ -229,6 +229,10 @@ class Steering:
                     f"the sizes do not fit: {intervention.site} has {width} units in "
                     f"{shown(identity.name)}, the steering has {intervention.operator.width}"
                 )
+            if isinstance(intervention.operator, Force):
+                chosen = anatomy.router(intervention.site).chosen
+                dial = intervention.dial_at(self.setting)
+                intervention.operator.check_chosen(intervention.site, chosen, dial)
         if force or self.model.digest == identity.digest:
             return
         if quantised and not self.model.plain_digest:
