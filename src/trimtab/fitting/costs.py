@@ -30,6 +30,7 @@ from torch import Tensor
 from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.files import cache_dir, write_whole
+from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.gradients import Scored, Summed, run_gradients
 from trimtab.fitting.stored import digest_of
 from trimtab.model import LanguageModel
@@ -89,6 +90,7 @@ def unit_costs(
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
     if missing:
+        check_differentiable(language_model, missing)
         drawn = _drawn(language_model, rows, missing, draws)
         for site, samples in zip(missing, drawn, strict=True):
             known[site] = samples
