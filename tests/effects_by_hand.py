@@ -109,7 +109,7 @@ def slopes_by_hand(
     lm: tt.LanguageModel,
     pairs: Sequence[Triple],
     units: Mapping[str, Sequence[int]],
-    step: float = 2e-4,
+    step: float = 2e-5,
     counted: Any = lambda token, start: token >= 0,
     per_token: bool = False,
 ) -> dict[str, Tensor]:

@@ -83,7 +83,10 @@ class _Probe:
         scored = Scored(lines, columns, targets, self._weights.flatten())
         effects = run_gradients(self._lm, batch, sums, [lambda hidden: scored])
         return torch.stack(
-            [(effects[site][0].double().cpu() * signs).sum(-1) for site, signs in self._signs.items()]
+            [
+                (effects[site][0].double().cpu() * signs).sum(-1)
+                for site, signs in self._signs.items()
+            ]
         ).sum(0)
 
     def done(self, step: float) -> Tensor:
@@ -100,7 +103,9 @@ class _Probe:
             hidden = run_packed(batch, self._lm).last_hidden_state
         columns = [list(range(len(text) - 1)) for text in batch.tokens]
         targets = batch.tokens[:, 1:].tolist()
-        log_p = torch.stack([each.log_p for each in read_columns(self._lm, hidden, columns, targets)])
+        log_p = torch.stack(
+            [each.log_p for each in read_columns(self._lm, hidden, columns, targets)]
+        )
         up, down = (log_p * self._weights.repeat(2, 1)).sum(-1).chunk(2)
         return (up - down) / (2 * step)
 

@@ -74,6 +74,11 @@ def run_gradients(
     float32. `readers` see the activations of sites on the way.
     """
     anatomy, readers = language_model.anatomy, readers or {}
+    if any(weight.is_inference() for weight in language_model.model.parameters()):
+        raise TrimtabError(
+            f"{language_model.name} was loaded inside of torch.inference_mode(), so that nothing "
+            "of it can be differentiated: load it outside"
+        )
     found: dict[Any, list[Tensor]] = {key: [] for kept in sums.values() for key in kept}
     # What every activation of a wanted site is joined to, so that there is a way back to it.
     with torch.inference_mode(False):
