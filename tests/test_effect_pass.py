@@ -1,5 +1,5 @@
-"""The pass that reads effects: the same numbers however texts are batched, kept and run, and a model
-that is left as it was."""
+"""The pass that reads effects: the same numbers however texts are batched, kept and run, and a
+model that is left as it was."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def check_bits(one: Any, two: Any) -> None:
             assert torch.equal(a, b), want
 
 
-class _Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -176,10 +176,10 @@ def test_a_pass_that_was_killed_goes_on_where_it_stopped(name: str, tmp_path: Pa
             nonlocal passes
             passes += 1
             if passes == 4:
-                raise _Killed
+                raise KilledError
 
         handle = lm.anatomy.blocks[1].register_forward_pre_hook(kill)
-        with pytest.raises(_Killed):
+        with pytest.raises(KilledError):
             collect(lm, MANY, wants(lm), cache=tmp_path)
         handle.remove()
         with watched(lm) as run:

@@ -207,7 +207,7 @@ def test_sums_over_units_are_what_scaling_the_whole_site_does(name: str) -> None
                 )
 
 
-# -- units that nothing reads, and units that were put there ----------------------------------------
+# -- units that nothing reads, units that were put there -------------------------------------------
 
 
 def test_a_unit_that_nothing_reads_has_no_effect_though_its_sign_agrees() -> None:
