@@ -405,13 +405,13 @@ def test_a_graph_that_is_broken_somewhere_is_refused(broken: str) -> None:
         )
 
 
-def test_attention_without_a_backward_pass_is_refused_in_half_precision() -> None:
+@pytest.mark.parametrize("broken", ["self_attn", "mlp.gate_proj"])
+def test_a_graph_that_is_broken_in_every_block_is_refused_in_half_precision(broken: str) -> None:
     lm = fresh("llama", BF16)
-    for layer in lm.model.model.layers:
-        layer.self_attn.register_forward_hook(detached)
-        layer.mlp.register_forward_hook(detached)
+    for layer in lm.model.model.layers[1:]:
+        layer.get_submodule(broken).register_forward_hook(detached)
     refused_in_one_line(
-        lambda: means(lm, PAIRS, ["layers.0.heads"]), "no gradient arrives|cannot be"
+        lambda: means(lm, PAIRS, ["layers.0.resid"]), "effects cannot be read off the backward"
     )
 
 
