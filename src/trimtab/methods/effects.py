@@ -197,6 +197,22 @@ def predicted_at(steering: Steering, dial: float) -> dict[str, float] | None:
     return {name: factor * known[name] for name, factor in power.items() if name in known}
 
 
+def predicted_at_strengths(steering: Steering) -> list[dict[str, Any]]:
+    """The same at the dials of the strengths that have names, with the KL that was measured there
+    at the next token of the contrast's prompts."""
+    known = steering.calibration
+    if known is None:
+        return []
+    dials = dict(zip(known.kl, known.positive, strict=False))
+    found = []
+    for name, kl in STRENGTHS.items():
+        dial = dials.get(kl)
+        foreseen = None if dial is None else predicted_at(steering, dial)
+        if foreseen is not None:
+            found.append({"name": name, "dial": dial, **foreseen, "measured_kl": kl})
+    return found
+
+
 def _factors(intervention: Intervention) -> Tensor:
     """What is added to the factor of each unit of a site at a dial of 1, [units]."""
     operator = intervention.operator
@@ -230,13 +246,29 @@ def effect_in_words(units: Sequence[dict[str, Any]], best: str) -> dict[str, str
 
 
 def predicted_in_words(steering: Steering) -> list[str]:
-    """What the steering was predicted to do at the dial where it stands."""
-    known = steering.findings.get("predicted")
-    if not isinstance(known, dict):
+    """What the steering was predicted to do at the dial where it stands, and at the strengths that
+    its calibration names."""
+    foreseen = predicted_at(steering, steering.setting)
+    if foreseen is None:
         return []
-    dial = steering.setting
-    return [
-        f"Predicted at {dial:g} from its effects: {dial * known['gain']:+.2f} nats of log-odds per "
-        f"pair, for {dial * dial * known['kl']:.3g} nats per token of plain text (true while both "
-        "are small)."
+    lines = [
+        f"Predicted at {steering.setting:g} from its effects: {_in_nats(foreseen)} (true while "
+        "both are small)."
     ]
+    strengths = [
+        f"{one['name']} {_in_nats(one)} ({one['measured_kl']:g} measured at next tokens)"
+        for one in predicted_at_strengths(steering)
+    ]
+    return lines + ([f"Predicted at its strengths: {'; '.join(strengths)}."] if strengths else [])
+
+
+def _in_nats(foreseen: Mapping[str, Any]) -> str:
+    gain, kl = foreseen["gain"], foreseen["kl"]
+    errors = [
+        f" ± {foreseen[name]:.{digits}}" if name in foreseen else ""
+        for name, digits in (("gain_error", "2f"), ("kl_error", "1g"))
+    ]
+    return (
+        f"{gain:+.2f}{errors[0]} nats of log-odds per pair for {kl:.3g}{errors[1]} nats per token "
+        "of plain text"
+    )

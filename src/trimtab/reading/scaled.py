@@ -62,19 +62,19 @@ def scaled_log_p(
         at_site.setdefault(unit.site, []).append(row)
     found = torch.zeros(len(units) + 1, len(readings), dtype=torch.float64)
     streams, done = [torch.empty(0)] * len(texts), 0
-    lowest = min(at_site, key=site_order, default="")
+    sites = sorted(at_site, key=site_order) or lm.anatomy.sites("resid")[-1:]
     with progress("scaling units", len(units)) as advance:
-        for site in sorted(at_site, key=site_order):
+        for site in sites:
             blocks = 0 if whole else blocks_apart(lm, on, sites=[site])
             streams, done = run_lower(lm, texts, blocks, streams, done), blocks
             # No unit is scaled in the first row, which the lowest site runs.
-            rows = [0, *at_site[site]] if site == lowest else at_site[site]
+            rows = ([0] if site == sites[0] else []) + at_site.get(site, [])
             scaled = [units[row - 1] if row else ScaledUnit(site, 0, 0.0) for row in rows]
             with lm.steered(steering) as sequences:
                 sequences.may_miss_images = True
                 batches = _Batches(lm, readings, positions, streams, blocks, sequences)
                 found[rows] = batches.log_p(scaled)
-            advance(len(at_site[site]))
+            advance(len(at_site.get(site, [])))
     broken = (~found[0].isfinite()).nonzero().flatten().tolist()
     if broken:
         labels = [each.label for each in on]
