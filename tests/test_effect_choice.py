@@ -240,7 +240,8 @@ def test_fisher_gains_are_the_closed_form() -> None:
         ratio = gains @ effect / math.sqrt(gains @ fisher @ gains)
         assert ratio <= expected @ effect / math.sqrt(expected @ fisher @ expected) + 1e-9
     known = steering.findings["predicted"]
-    each = 0.5 * (samples @ expected) ** 2
+    draws = unit_costs(lm, ["layers.0.heads"])[0].draws
+    each = (0.5 * (samples @ expected) ** 2).reshape(-1, draws).mean(1)  # of each text
     assert known["kl"] == pytest.approx(each.mean(), rel=1e-4)
     assert known["kl_error"] == pytest.approx(each.std(ddof=1) / math.sqrt(len(each)), rel=1e-4)
 

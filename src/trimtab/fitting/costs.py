@@ -68,17 +68,18 @@ class Costs:
         return spread / math.sqrt(len(of_texts))
 
 
-def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
-    """Nats per position of plain text that scaling units by 1 + gain costs, to second order, what
-    the units do together included, as each sample has it: [samples] in float64. `gains` [units] are
-    in the order of the sites' costs."""
+def kl_of_texts(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
+    """Nats per position that scaling units by 1 + gain costs on each plain text, to second order,
+    what the units do together included: [texts] in float64. `gains` [units] are in the order of the
+    sites' costs."""
     along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
-    return 0.5 * torch.stack(along).sum(0).square()
+    squares = torch.stack(along).sum(0).square()
+    return 0.5 * squares.unflatten(0, (-1, costs[0].draws)).mean(1)
 
 
 def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """The mean of `kl_samples`; 0 where nothing is scaled."""
-    return float(kl_samples(costs, gains).mean()) if costs else 0.0
+    """The mean of `kl_of_texts`; 0 where nothing is scaled."""
+    return float(kl_of_texts(costs, gains).mean()) if costs else 0.0
 
 
 def unit_costs(

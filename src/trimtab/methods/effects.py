@@ -29,7 +29,7 @@ from trimtab.fitting import (
     Sides,
     Statistics,
     Want,
-    kl_samples,
+    kl_of_texts,
     unit_costs,
 )
 from trimtab.methods.ranking import Scores
@@ -153,7 +153,7 @@ def predicted(
     sampled = torch.zeros(1)
     if interventions:
         known = [costs_at[each.site] for each in interventions]
-        sampled = kl_samples(known, [_factors(each) for each in interventions])
+        sampled = kl_of_texts(known, [_factors(each) for each in interventions])
     return {
         "gain": float((gain * effect).sum()),
         "kl": float(sampled.mean()),
