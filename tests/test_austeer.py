@@ -352,7 +352,7 @@ def test_fit_records_where_it_came_from() -> None:
         "verify": 0,
         "average": False,
         "interaction": "none",
-        "block": 8,
+        "block": None,
         "clamp_sign": False,
         "layers": [0, -1],
         "seed": 0,

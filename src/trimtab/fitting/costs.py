@@ -74,7 +74,8 @@ def kl_of_texts(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     sites' costs."""
     along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
     squares = torch.stack(along).sum(0).square()
-    return 0.5 * squares.unflatten(0, (-1, costs[0].draws)).mean(1)
+    of_texts: Tensor = 0.5 * squares.unflatten(0, (-1, costs[0].draws)).mean(1)
+    return of_texts
 
 
 def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
