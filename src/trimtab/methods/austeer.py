@@ -65,6 +65,7 @@ from trimtab.steering import (
     Intervention,
     Operator,
     Positions,
+    Scope,
     Scale,
     Steering,
     chosen,
@@ -230,7 +231,7 @@ class AUSteer(Method):
                 units, order = unit_of[here].sort()
                 gains = gain[chosen][here][order].float()
                 operator = self._operator(units, gains, widths[number])
-                interventions.append(Intervention(site, operator, self.positions))
+                interventions.append(Intervention(site, operator, Scope.of(self.positions)))
         layers = torch.tensor([anatomy.check(site)[0] for site in sites])
         tables = {
             "layer": layers[site_of],
