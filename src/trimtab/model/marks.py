@@ -170,8 +170,11 @@ class Marks:
             return images if name == "image" else Not(images)
         if name in ROLES:
             turns = self.turns
-            if name == "system":
-                self._check_system(turns)
+            if name == "system" and not turns.has_system:
+                raise TrimtabError(
+                    "its chat template takes no system messages, or writes them into the user's "
+                    "turn: take user"
+                )
             role = "user" if name == "last_user" else name
             return Turn(turns, role, only_last=name == "last_user")
         if name in ("thinking", "tool_call"):
@@ -287,9 +290,9 @@ class Marks:
         if ends_assistant:
             markers[ends_assistant] = "" if asks else "user"
         begins = [(answers, "assistant"), (asks, "user")]
-        first = before[1:] if before[:1] == (self.tokenizer.bos_token_id,) else before
         if asks and before[len(before) - len(asks) :] != asks:
-            begins.append((first, "user"))  # a first turn that begins otherwise
+            # A first turn that begins otherwise.
+            begins.append((self._without_bos(before), "user"))
         for marker, role in begins:
             if marker and markers.get(marker, role) not in (role, ""):
                 raise TrimtabError("turns of user and assistant begin alike in its chat template")
@@ -297,19 +300,33 @@ class Marks:
                 markers[marker] = role
         if not {"user", "assistant"} <= set(markers.values()):
             raise TrimtabError("its chat template does not mark where turns begin")
+        system = self._begin_of_system(markers, len(asks) or len(ends_assistant))
+        if system:
+            markers.setdefault(system, "system")
         bos = self.tokenizer.bos_token_id
         ordered = sorted(markers.items(), key=lambda item: len(item[0]))
-        return Turns(tuple(ordered), () if bos is None else (bos,))
+        return Turns(
+            tuple(ordered),
+            has_system=system is not None,
+            bare_system=system == (),
+            begins=() if bos is None else (bos,),
+        )
 
-    def _check_system(self, turns: Turns) -> None:
-        """Refuse a template that writes system messages into the user's turn, or takes none."""
+    def _begin_of_system(self, begins: Mapping[Ids, str], length: int) -> Ids | None:
+        """The marker of the system's turn: as many tokens of what the template writes before a
+        system message as the user's has; none of them where the message comes right at the
+        beginning, None where the template writes it into the user's turn or takes none."""
         chat = [("system", _WORD), ("user", _REST[0])]
-        before = self._parts(chat, {0: _OTHER, 1: _REST[1]})[0]
-        begins = [marker for marker, role in turns.markers if role]
-        if any(_holds(before, marker) for marker in begins):
-            raise TrimtabError(
-                "its chat template writes system messages into the user's turn: take user"
-            )
+        try:
+            before = self._without_bos(self._parts(chat, {0: _OTHER, 1: _REST[1]})[0])
+        except TrimtabError:
+            return None
+        if any(role and _holds(before, marker) for marker, role in begins.items()):
+            return None
+        return before[:length]
+
+    def _without_bos(self, ids: Ids) -> Ids:
+        return ids[1:] if ids[:1] == (self.tokenizer.bos_token_id,) else ids
 
     def _parts(
         self, chat: Sequence[tuple[str, str]], other: Mapping[int, str], generation: bool = False

@@ -44,10 +44,12 @@ class Span:
 @dataclass(frozen=True)
 class Turns:
     """How the turns of a chat are told apart: markers, the longest last, and whose turn each of
-    them begins ("" where it only ends one). Before the first of them is the system's, but for the
-    tokens that a text begins with in any case."""
+    them begins ("" where it only ends one). A bare system message has no marker: what stands before
+    the first one is the system's then, but for the tokens that any text begins with."""
 
     markers: tuple[tuple[Ids, str], ...]
+    has_system: bool = True
+    bare_system: bool = False
     begins: Ids = ()
 
 
@@ -182,7 +184,7 @@ def _in_turn(turn: Turn, now: Pass, device: torch.device) -> Tensor:
     turns = turn.turns
     events = _events(turns, now, device)
     latest: Tensor = now.once((id(turns), "latest", device), lambda: _last_seen(events))
-    if turn.role == "system":
+    if turn.role == "system" and turns.bare_system:
         return (latest == 0) & ~_is_one_of(now.texts().ids.to(device), turns.begins or (-1,))
     own = [i for i, (_, role) in enumerate(turns.markers, 1) if role == turn.role]
     inside: Tensor = _is_one_of(latest, tuple(own))
