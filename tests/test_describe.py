@@ -32,7 +32,8 @@ def made(
         method=method.name,
         hyperparameters=dict(vars(method)),
         interventions=tuple(
-            Intervention(site, operator, Scope.of(positions)) for site, operator in operators.items()
+            Intervention(site, operator, Scope.of(positions))
+            for site, operator in operators.items()
         ),
         dial=dial or Dial("alpha", 2.0, (-20.0, 20.0)),
         model=MODEL,

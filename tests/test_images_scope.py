@@ -183,7 +183,10 @@ def test_a_steering_of_images_without_images_is_refused(lm: tt.LanguageModel) ->
             run()
         assert "\n" not in str(caught.value)
     ids = torch.tensor(lm.encode(text))
-    with pytest.raises(tt.TrimtabError, match="without a token of the scope 'image'"), lm.steered(one):
+    with (
+        pytest.raises(tt.TrimtabError, match="without a token of the scope 'image'"),
+        lm.steered(one),
+    ):
         lm.model(input_ids=ids)
 
 

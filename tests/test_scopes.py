@@ -314,8 +314,6 @@ def test_two_scopes_act_side_by_side() -> None:
         pairs = zip(SCOPES["prompt[-4:]"](ids, end), SCOPES[span](ids, end), strict=True)
         return [a + b for a, b in pairs]
 
-    expected = written_by_hand(
-        lm.model, token_ids(PROMPTS[0]), 8, (weights, vector(lm), DIAL)
-    )
+    expected = written_by_hand(lm.model, token_ids(PROMPTS[0]), 8, (weights, vector(lm), DIAL))
     (done,) = lm.generate(PROMPTS[:1], chat=False, max_new_tokens=8, steering=both)
     assert list(done.tokens) == expected

@@ -54,8 +54,11 @@ _TOOL_CALL = (
 )
 #: Under which names templates take what an assistant has thought.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-#: Two words for one message, which share no beginning and no end; more for the others.
-_WORD, _OTHER, _REST = "kite", "Moon", ("Berg", "stone", "Lamp")
+#: What messages say that are put through a template, each something else.
+_SAID = ("kite", "Berg", "stone")
+#: What one of them says instead: of many beginnings and ends, because the last token of what stands
+#: before a message may take its first letters in, and the first one behind it its last.
+_INSTEAD = ("Moon", "It is.", "the end?", "42", '"so"', "A!")
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,13 +223,13 @@ class Marks:
     def _thoughts(self) -> tuple[str, str] | None:
         """What the template writes around the thoughts of an assistant, if it writes them."""
         for key in _THOUGHTS:
-            said = {"role": "assistant", "content": _OTHER, key: _WORD}
+            said = {"role": "assistant", "content": _SAID[1], key: _SAID[2]}
             try:
-                text = self._render([{"role": "user", "content": _REST[0]}, said])
+                text = self._render([{"role": "user", "content": _SAID[0]}, said])
             except TrimtabError:
                 continue
-            before, thought, after = text.partition(_WORD)
-            between, answer, _ = after.partition(_OTHER)
+            before, thought, after = text.partition(_SAID[2])
+            between, answer, _ = after.partition(_SAID[1])
             if thought and answer and before.split() and between.strip():
                 return before.split()[-1], between.strip()
         return None
@@ -273,11 +276,10 @@ class Marks:
     def _find_turns(self) -> Turns:
         if not self.tokenizer.chat_template:
             raise TrimtabError("it has no chat template, which says where turns begin")
-        chat = [("user", _WORD), ("assistant", _REST[0]), ("user", _REST[1])]
-        parts = self._parts(chat, {0: _OTHER, 1: _REST[2], 2: _OTHER})
-        before, to_assistant, to_user, after_user = parts
-        after_assistant = self._parts(chat[:2], {0: _OTHER, 1: _REST[2]})[-1]
-        asked = self._parts(chat[:1], {0: _OTHER}, generation=True)[-1]
+        chat = [*zip(("user", "assistant", "user"), _SAID, strict=True)]
+        before, to_assistant, to_user, after_user = self._parts(chat)
+        after_assistant = self._parts(chat[:2])[-1]
+        asked = self._parts(chat[:1], generation=True)[-1]
         ends_user = _common(to_assistant, after_user)
         ends_assistant = _common(to_user, after_assistant)
         answers, asks = to_assistant[len(ends_user) :], to_user[len(ends_assistant) :]
@@ -313,36 +315,35 @@ class Marks:
         )
 
     def _begin_of_system(self, begins: Mapping[Ids, str], length: int) -> Ids | None:
-        """The marker of the system's turn: as many tokens of what the template writes before a
-        system message as the user's has; none of them where the message comes right at the
-        beginning, None where the template writes it into the user's turn or takes none."""
-        chat = [("system", _WORD), ("user", _REST[0])]
+        """The marker of the system's turn: what the template writes before a system message, of a
+        long preface (which may hold a date) as many tokens as the user's marker has; none of them
+        where the message comes right at the beginning, None where the template writes it into the
+        user's turn or takes none."""
+        chat = [*zip(("system", "user"), _SAID, strict=False)]
         try:
-            before = self._without_bos(self._parts(chat, {0: _OTHER, 1: _REST[1]})[0])
+            before = self._without_bos(self._parts(chat)[0])
         except TrimtabError:
             return None
         if any(role and _holds(before, marker) for marker, role in begins.items()):
             return None
-        return before[:length]
+        return before if len(before) <= 2 * length else before[:length]
 
     def _without_bos(self, ids: Ids) -> Ids:
         return ids[1:] if ids[:1] == (self.tokenizer.bos_token_id,) else ids
 
-    def _parts(
-        self, chat: Sequence[tuple[str, str]], other: Mapping[int, str], generation: bool = False
-    ) -> list[Ids]:
+    def _parts(self, chat: Sequence[tuple[str, str]], generation: bool = False) -> list[Ids]:
         """What the template writes before, between and behind the messages of a conversation: what
-        does not change with the messages. `other` is what each of them says instead."""
+        does not change with what they say."""
         whole = self._ids(chat, generation)
         places = []
-        for i in range(len(chat)):
-            changed = [*chat]
-            changed[i] = (chat[i][0], other[i])
-            found = self._ids(changed, generation)
-            if found == whole:
-                raise TrimtabError("its chat template leaves messages out")
-            behind = len(_common(whole[::-1], found[::-1]))
-            places.append((len(_common(whole, found)), len(whole) - behind))
+        for i, (role, _) in enumerate(chat):
+            before, behind = whole, whole[::-1]
+            for said in _INSTEAD:
+                found = self._ids([*chat[:i], (role, said), *chat[i + 1 :]], generation)
+                if found == whole:
+                    raise TrimtabError("its chat template leaves messages out")
+                before, behind = _common(before, found), _common(behind, found[::-1])
+            places.append((len(before), len(whole) - len(behind)))
         ends = [0, *(behind for _, behind in places)]
         begins = [*(before for before, _ in places), len(whole)]
         return [whole[a:b] for a, b in zip(ends, begins, strict=True)]
