@@ -121,7 +121,7 @@ def _weights(marks: Marks, scope: Scope, ids: Sequence[int], prompt: int) -> tup
 
 
 def _mark(weight: float) -> str:
-    return "" if weight == 0 else "x" if weight == 1 else f"{weight:.2g}"
+    return "" if weight == 0 else "x" if weight == 1 else f"{weight:.3g}"
 
 
 def _sites(sites: Sequence[str]) -> str:
