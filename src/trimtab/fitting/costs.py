@@ -68,7 +68,7 @@ class Costs:
         return spread / math.sqrt(len(of_texts))
 
 
-def kl_of_texts(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
+def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     """Nats per position that scaling units by 1 + gain costs on each plain text, to second order,
     what the units do together included: [texts] in float64. `gains` [units] are in the order of the
     sites' costs."""
@@ -79,8 +79,8 @@ def kl_of_texts(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
 
 
 def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """The mean of `kl_of_texts`; 0 where nothing is scaled."""
-    return float(kl_of_texts(costs, gains).mean()) if costs else 0.0
+    """The mean of `kl_samples`; 0 where nothing is scaled."""
+    return float(kl_samples(costs, gains).mean()) if costs else 0.0
 
 
 def unit_costs(

@@ -29,7 +29,7 @@ from trimtab.fitting import (
     Sides,
     Statistics,
     Want,
-    kl_of_texts,
+    kl_samples,
     unit_costs,
 )
 from trimtab.methods.ranking import Scores
@@ -151,7 +151,7 @@ def predicted(
     sampled = torch.zeros(1)
     if interventions:
         known = [costs_at[each.site] for each in interventions]
-        sampled = kl_of_texts(known, [_factors(each) for each in interventions])
+        sampled = kl_samples(known, [_factors(each) for each in interventions])
     return {
         "gain": float((gain * effect).sum()),
         "kl": float(sampled.mean()),
