@@ -387,11 +387,13 @@ def test_units_that_gain_nothing_are_left_out() -> None:
     assert 0 < len(ranked(made[0])) < 60
 
 
-def test_unpaired_texts() -> None:
+@pytest.mark.parametrize("positions", ["all", "last"])  # written texts are all answer
+def test_unpaired_texts(positions: Any) -> None:
     lm = tiny_lm()
     plus, minus = ([row[0] + row[side] for row in PAIRS] for side in (1, 2))
     contrast = Contrast.from_texts(plus, minus)
-    steering = tt.AUSteer(k=3, locate="effect", verify=9, alpha=2.0).fit(lm, contrast)
+    method = tt.AUSteer(k=3, locate="effect", verify=9, alpha=2.0, positions=positions)
+    steering = method.fit(lm, contrast)
     base, _ = tt.cross_entropy(lm, [*plus, *minus])
     for place, gamma in gammas_of(steering).items():
         row = ranked(steering).index(place)

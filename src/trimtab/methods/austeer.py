@@ -404,7 +404,8 @@ class AUSteer(Method):
         def known(found: Scores, picked: Tensor) -> dict[str, float]:
             """Costs are those of scaling at every token."""
             acting = interventions(found, picked)
-            return predicted(found, picked, acting) if self.positions == "all" else {}
+            everywhere = Scope.of(self.positions).everywhere
+            return predicted(found, picked, acting) if everywhere else {}
 
         choice = Choice(first, self._chosen(first), {})
         if not self._ways.simplest and self.k:

@@ -37,7 +37,7 @@ from trimtab.methods.effects import RIDGE, Scoring, effects_and_errors
 from trimtab.methods.ranking import Scores, places
 from trimtab.methods.verifying import CANDIDATES, Verification, verification, verified
 from trimtab.model import LanguageModel
-from trimtab.steering import Dial, Intervention, Steering
+from trimtab.steering import Dial, Intervention, Positions, Scope, Steering
 
 #: How much effects at 0, half and all of the strength count: where units are ranked, and where a
 #: gain is predicted, which is their integral over the way (Simpson's rule).
@@ -68,7 +68,7 @@ class Ways:
     def simplest(self) -> bool:
         return not (self.verify or self.average) and self.interaction == "none"
 
-    def check(self, alpha: float | None, k: int | str, choose: str, positions: str) -> None:
+    def check(self, alpha: float | None, k: int | str, choose: str, positions: Positions) -> None:
         """Refuse what does not go together."""
         asked = {
             "verify": self.verify > 0,
@@ -90,7 +90,7 @@ class Ways:
         if self.verify == 1:
             raise TrimtabError("austeer: verify is a number of pairs: 2 or more, or 0 for none")
         again = [name for name in named if name in ("average", "interaction blocks")]
-        if again and positions != "all":
+        if again and not Scope.of(positions).everywhere:
             raise TrimtabError(
                 f"austeer: {again[0]} measures effects where every token is steered: leave "
                 "positions out"

@@ -23,7 +23,7 @@ from trimtab.methods.effects import dear
 from trimtab.methods.ranking import Scores, places
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, ScaledUnit, scaled_log_p, side_readings, text_readings
-from trimtab.steering import Positions, Steering
+from trimtab.steering import Positions, Scope, Steering
 
 #: How many times more units are measured than are kept.
 CANDIDATES = 4
@@ -71,7 +71,8 @@ def verification(
     effect: Effect,
     max_length: int | None,
 ) -> Verification:
-    """So many pairs of a contrast, or texts of each side, spread over it."""
+    """So many pairs of a contrast, or texts of each side, spread over it. Of texts without a prompt
+    all tokens count as answer, as for their effects."""
     lm, few = language_model, _spread(contrast, count)
     if few.paired:
         readings = side_readings(lm, few, max_length)
@@ -81,7 +82,9 @@ def verification(
         return Verification(lm, readings, weights, effect.positions, None)
     readings = text_readings(lm, few, max_length)
     positive = torch.tensor([row.label == "positive" for row in few.texts])
-    return Verification(lm, readings, 1 / _lengths(readings), "all", positive)
+    placed = Scope.of(effect.positions).as_placed is not None
+    positions = "all" if placed else effect.positions
+    return Verification(lm, readings, 1 / _lengths(readings), positions, positive)
 
 
 def _spread(contrast: Contrast, count: int) -> Contrast:

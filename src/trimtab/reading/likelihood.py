@@ -119,8 +119,8 @@ def side_readings(
 def text_readings(
     language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
 ) -> list[Reading]:
-    """The texts of an unpaired contrast as readings, of which all tokens but the first are scored;
-    longer ones are cut as by `side_readings`."""
+    """The texts of an unpaired contrast as readings, as if the model wrote them: all tokens but the
+    first are scored, and count as answer. Longer ones are cut as by `side_readings`."""
     readings = []
     for row in encode_contrast(language_model, contrast, max_length):
         if row.common < 2:
@@ -129,7 +129,7 @@ def text_readings(
             )
         (text,) = row.texts()
         asked = tuple(range(row.common - 1))
-        readings.append(Reading(frozen(text), asked, row.common, tuple(text)[1:]))
+        readings.append(Reading(frozen(text), asked, 1, tuple(text)[1:]))
     return readings
 
 
