@@ -100,7 +100,7 @@ class Turning:
 
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
         lm = self.language_model
-        with turned(lm.anatomy, self.steering, dials) as sequences:
+        with turned(lm.anatomy, self.steering, lm.marks, dials) as sequences:
             sequences.given_ends = [self.given[text] for text in texts]
             return self._logits(texts)
 
@@ -127,7 +127,7 @@ def read_at_dial(
         hidden = run_upper(lm, texts, streams, below)
     else:
         turns = torch.full((len(texts),), dial, dtype=torch.float64)
-        with turned(lm.anatomy, steering, turns) as sequences:
+        with turned(lm.anatomy, steering, lm.marks, turns) as sequences:
             sequences.given_ends = list(ends)
             hidden = run_upper(lm, texts, streams, below)
     columns, targets = [range(len(t) - 1) for t in texts], [list(t[1:]) for t in texts]
@@ -160,16 +160,21 @@ def check_turns(language_model: LanguageModel, steering: Steering, force: bool =
     with language_model.steered(steering, force=force):
         pass  # says what does not fit
     for intervention in steering.interventions:
-        if intervention.positions == "generated":
+        if intervention.scope.only_generated:
             raise TrimtabError(
                 f"this {steering.method} steering acts on generated tokens only, at "
-                f"{intervention.site}: it cannot change what comes after a text"
+                f"{intervention.site} (scope '{intervention.scope}'): it cannot change what comes "
+                "after a text"
             )
 
 
 def idle_dial(steering: Steering) -> float | None:
     """The dial at which a steering does nothing, None where there is none."""
-    idle = {intervention.operator.identity for intervention in steering.interventions}
+    idle = {
+        None if each.operator.identity is None else each.operator.identity / each.weight + 0.0
+        for each in steering.interventions
+        if each.weight or each.operator.identity is None
+    }
     return idle.pop() if len(idle) == 1 else None
 
 
@@ -177,7 +182,9 @@ def dial_limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
     """The dial's range, or so many times as far; of a rotation at most half a turn either way,
     after which it comes back."""
     low, high = (times * end for end in steering.dial.range)
-    ends = [intervention.operator.farthest for intervention in steering.interventions]
+    ends = [
+        each.operator.farthest / abs(each.weight) for each in steering.interventions if each.weight
+    ]
     farthest = max(ends, default=math.inf)
     return max(low, -farthest), min(high, farthest)
 

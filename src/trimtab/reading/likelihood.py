@@ -54,9 +54,12 @@ def log_odds(
     steerings = per_text(steering, len(rows))
     of_rows = [row_steerings(steering)] * len(rows) if steerings is None else steerings
     refuse_unseen(of_rows, [row.texts()[0] for row in rows])
+    # What counts the tokens before one would count the other side's in a packed row.
+    plain = all(scope.plain for row in of_rows for one in row for scope in one.scopes)
+    packed = plain and packs(language_model)
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
+        for batch in batches(rows, language_model.batch_tokens, packed):
             owners = batch.owners()
             indices = [batch.rows[row].index for row, _ in owners]
             here = steering if steerings is None else [steerings[i] for i in indices]
@@ -97,11 +100,14 @@ def answers_scored(
         yield int(batch.lines[row, side]), places, tuple(text)[start:]
 
 
-def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Reading]:
+def side_readings(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Reading]:
     """The two sides of each pair as readings of their own, positive before negative, for who asks
-    about the same pairs under many steerings."""
+    about the same pairs under many steerings. Prompts of texts that are longer than `max_length`
+    (default: what the model takes) are cut on the left."""
     readings = []
-    for row in _scored_pairs(language_model, contrast):
+    for row in _scored_pairs(language_model, contrast, max_length):
         for text, start in zip(row.texts(), row.answers, strict=True):
             asked = tuple(range(start - 1, len(text) - 1))
             # The last token is only predicted, but a text with images is read whole.
@@ -110,12 +116,31 @@ def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Rea
     return readings
 
 
-def _scored_pairs(language_model: LanguageModel, contrast: Contrast) -> list[Packed]:
+def text_readings(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Reading]:
+    """The texts of an unpaired contrast as readings, of which all tokens but the first are scored;
+    longer ones are cut as by `side_readings`."""
+    readings = []
+    for row in encode_contrast(language_model, contrast, max_length):
+        if row.common < 2:
+            raise TrimtabError(
+                f"{contrast.name}, row {row.index + 1}: the text has no token to score"
+            )
+        (text,) = row.texts()
+        asked = tuple(range(row.common - 1))
+        readings.append(Reading(frozen(text), asked, row.common, tuple(text)[1:]))
+    return readings
+
+
+def _scored_pairs(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Packed]:
     """Each pair with the token from which on its sides are scored."""
     if not contrast.paired:
         raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
     rows = []
-    for row in encode_contrast(language_model, contrast, None):
+    for row in encode_contrast(language_model, contrast, max_length):
         start = scored_from(row, contrast.name)
         rows.append(replace(row, answers=(start, start)))
     return rows
