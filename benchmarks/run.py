@@ -9,7 +9,7 @@ extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COP
             the peak memory of a thousand pairs (extraction.py, memory.py)
 onepass     nine methods in one pass against the dearest of them, and against nine passes
             (onepass.py)
-effects     the effect of every unit of two kinds of sites against a plain forward pass, and the
+effects     the effect of every unit of two kinds of sites against a forward pass, and the
             peak memory of both (effects.py, memory.py)
 means       the mean difference at all layers against steering-vectors and repeng (means.py); each
             is installed into an environment of its own in the user's cache, about 1.4 GB
