@@ -45,10 +45,7 @@ def every() -> Steering:
         ("layers.2.attn_norm", Turn(basis(48, 2), adaptive=True)),
         ("final_norm", Turn(basis(48, 3))),
         ("layers.0.attn_out", Affine(*torch.ones(2, 48, 2), c=torch.linspace(-1, 1, 48))),
-        (
-            "layers.0.resid",
-            Shift(units, *torch.full((2, 3), 0.5), 48, torch.zeros(3), torch.ones(3)),
-        ),
+        ("layers.0.resid", Shift(units, halves, halves, 48, torch.zeros(3), torch.ones(3))),
         ("layers.1.heads", Clamp(basis(48, 4, rows=1)[0], -0.5, 2.0)),
         ("layers.1.ffn_norm", Ablate(basis(48, 5))),
         ("layers.2.router", Force(torch.tensor([1]), torch.tensor([0, 5]), 8)),
