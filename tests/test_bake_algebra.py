@@ -27,9 +27,10 @@ from plain_sites import plain_edit, plain_sites
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
 from tiny_curated import CURATED, curated_model
+from trimtab import strength
 from trimtab.anatomy import Anatomy
 from trimtab.dials import Turning
-from trimtab.steering.operators import Add, Clamp, Scale, Shift, orthonormal
+from trimtab.steering.operators import Ablate, Add, Affine, Clamp, Scale, Shift, orthonormal
 
 #: Linear operators beside Scale, Add, Ablate and Rotate, and those that are not.
 LINEAR = ("Ablate3", "Affine", "Constant", "Shift", "SetTo")
@@ -268,6 +269,31 @@ def test_the_derivative_that_budgets_use(op: str) -> None:
             rows[places] = logits.double()
         ends.append(rows)
     assert relative(found, (ends[0] - ends[1]) / (2 * step)) < 1e-3
+
+
+def test_where_the_dial_is_turned_without_end() -> None:
+    """What only adds has an end, however it is written; of anything else it depends on the text."""
+    lm = _wrapped("llama")
+    width = lm.anatomy.hidden_size
+    vector, none = torch.randn(width), torch.zeros(width, 1)
+    end = strength.limit(lm, steer(lm, ("layers.1.resid", Add(vector))))
+    for made in (
+        Affine(none, none, vector),
+        Shift(torch.arange(width), torch.ones(width), vector, width),
+    ):
+        assert torch.equal(strength.limit(lm, steer(lm, ("layers.1.resid", made))), end)
+    direction = orthonormal(vector[None])[0].float()
+    for other in (
+        Add(vector, "always"),
+        Affine(direction[:, None], direction[:, None], vector),
+        Clamp(direction, 0.5, 0.5),
+        Ablate(torch.stack((direction,))),
+    ):
+        steering = steer(lm, ("layers.1.resid", other))
+        refused_in_one_line(
+            lambda one=steering: strength.limit(lm, one),  # type: ignore[misc]
+            "does more than add a vector",
+        )
 
 
 def test_the_dial_of_a_row_is_its_own() -> None:
