@@ -39,7 +39,10 @@ def test_generate_under_a_scope(trimtab: Command, home: Path) -> None:
     [
         (f"{GENERATE} Hi --steer au.safetensors --scope 'generated &'", "missing after '&'"),
         (f"{GENERATE} Hi --scope all", "name one with --steer"),
-        (f"{GENERATE} Hi -s au.safetensors --scope all --scope last", "2 times --scope for 1 times"),
+        (
+            f"{GENERATE} Hi -s au.safetensors --scope all --scope last",
+            "2 times --scope for 1 times",
+        ),
         (f"{GENERATE} Hi --raw -s au.safetensors --scope user", "no turn of a chat"),
         ("bake --model model --steer caa.safetensors --scope prompt -o b", "acts on the scope"),
         ("fit caa --model model -c pairs.jsonl -o x.safetensors --scope fist", "no word 'fist'"),
