@@ -65,8 +65,8 @@ from trimtab.steering import (
     Intervention,
     Operator,
     Positions,
-    Scope,
     Scale,
+    Scope,
     Steering,
     chosen,
 )

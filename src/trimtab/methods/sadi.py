@@ -44,7 +44,7 @@ from trimtab.fitting import (
 from trimtab.methods.austeer import rank
 from trimtab.methods.words import counted
 from trimtab.model import LanguageModel
-from trimtab.steering import Dial, Intervention, Positions, Scope, Scale, Steering, chosen
+from trimtab.steering import Dial, Intervention, Positions, Scale, Scope, Steering, chosen
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}

@@ -20,7 +20,7 @@ from trimtab.model.standing import is_stretch
 from trimtab.steering import And, Not, Or, TokenIs, Window
 
 if TYPE_CHECKING:
-    from trimtab.model.passes import Pass
+    from trimtab.model.one_pass import Pass
 
 #: Token ids of a marker.
 Ids = tuple[int, ...]
@@ -218,6 +218,6 @@ def refuse_no_turns(scope: str, row: int, name: str) -> TrimtabError:
     """The error of a text in which no turn begins."""
     return TrimtabError(
         f"text {row + 1} of the batch has no turn of a chat, so that the scope '{scope}' is "
-        f"nowhere in it: give {name} messages through its chat template, or take another scope (prompt, "
-        "generated)"
+        f"nowhere in it: give {name} messages through its chat template, or take another scope "
+        "(prompt, generated)"
     )
