@@ -5,9 +5,10 @@ x_i <- (1 + g_i) x_i is
 
     KL(g) = 1/2 E[(sum_i g_i u_i)^2],    u_i = sum over tokens of  x_i d log p(y) / d x_i
 
-over tokens y that the model itself draws there (Fisher information). The draws at several positions
-of a text are independent and u has mean zero, so that one backward pass from all of a text's
-positions at once gives one sample of the sum over them.
+over tokens y that the model itself draws there (Fisher information); of adding g_i instead, u_i is
+the sum of the gradients alone. The draws at several positions of a text are independent and u has
+mean zero, so that one backward pass from all of a text's positions at once gives one sample of the
+sum over them.
 
 The samples of u are kept, per site, in the user's cache: for a model and its weights they are drawn
 once.
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -65,8 +67,9 @@ class Costs:
 
 
 def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """Nats per position of plain text that scaling units by 1 + gain costs, to second order, what
-    the units do together included; `gains` [units] are in the order of the sites' costs."""
+    """Nats per position of plain text that scaling units by 1 + gain costs, or adding gain where
+    the costs are those of that, to second order, what the units do together included; `gains`
+    [units] are in the order of the sites' costs."""
     if not costs:
         return 0.0
     along = torch.stack(
@@ -76,24 +79,28 @@ def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
 
 
 def unit_costs(
-    language_model: LanguageModel, sites: Sequence[str], draws: int = DRAWS
+    language_model: LanguageModel, sites: Sequence[str], draws: int = DRAWS, read: Any = None
 ) -> list[Costs]:
-    """The samples at each of the sites: those that are kept, the others drawn in one pass."""
+    """The samples at each of the sites: those that are kept, the others drawn in one pass.
+
+    `read` is what is made of activation and gradient, as in a `Pick`: `Slope()` gives the costs of
+    adding to units, and None those of scaling them.
+    """
     rows = _neutral(language_model)
     steered = is_hooked(language_model.model)
     room = None if steered else _room(language_model, rows, draws)
     known: dict[str, Tensor] = {}
     for site in sites:
-        samples = None if room is None else _kept(room, site)
+        samples = None if room is None else _kept(room, site, read)
         if samples is not None:
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
     if missing:
-        drawn = _drawn(language_model, rows, missing, draws)
+        drawn = _drawn(language_model, rows, missing, draws, read)
         for site, samples in zip(missing, drawn, strict=True):
             known[site] = samples
             if room is not None:
-                _keep(room, site, samples)
+                _keep(room, site, read, samples)
     return [Costs(known[site]) for site in sites]
 
 
@@ -115,18 +122,24 @@ def _neutral(language_model: LanguageModel) -> list[Packed]:
 
 
 def _drawn(
-    language_model: LanguageModel, rows: Sequence[Packed], sites: Sequence[str], draws: int
+    language_model: LanguageModel,
+    rows: Sequence[Packed],
+    sites: Sequence[str],
+    draws: int,
+    read: Any,
 ) -> list[Tensor]:
     """Samples [texts * draws, units] of each site."""
     width = {site: language_model.anatomy.width(site) for site in sites}
-    found = {site: torch.zeros(len(rows), draws, width[site]) for site in sites}
+    found = {
+        site: torch.zeros(len(rows), draws, getattr(read, "width", width[site])) for site in sites
+    }
     places = {row.index: place for place, row in enumerate(rows)}
     with progress("measuring what units cost", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, packed=False):
             real = torch.zeros(batch.tokens.shape)
             for line in range(len(batch.rows)):
                 real[batch.place_of(line, 0)] = 1
-            sums = {site: {site: Summed(real)} for site in sites}
+            sums = {site: {site: Summed(real, read)} for site in sites}
             figures = [partial(_guessed, language_model, batch, draw) for draw in range(draws)]
             lengths = torch.tensor([row.common - _FROM for row in batch.rows])
             own = [places[row.index] for row in batch.rows]
@@ -172,19 +185,24 @@ def _room(language_model: LanguageModel, rows: Sequence[Packed], draws: int) -> 
     return cache_dir() / "costs" / hashlib.sha256(about.encode()).hexdigest()[:32]
 
 
-def _kept(room: Path, site: str) -> Tensor | None:
+def _file(room: Path, site: str, read: Any) -> Path:
+    form = f".{read.name}" if read else ""
+    return room / f"{site}{form}.safetensors"
+
+
+def _kept(room: Path, site: str, read: Any) -> Tensor | None:
     """What was kept of a site; anything else there is as if nothing were."""
     try:
-        samples = load_file(room / f"{site}.safetensors")["samples"]
+        samples = load_file(_file(room, site, read))["samples"]
     except (OSError, KeyError, SafetensorError):
         return None
     return samples if samples.dim() == 2 and samples.isfinite().all() else None
 
 
-def _keep(room: Path, site: str, samples: Tensor) -> None:
+def _keep(room: Path, site: str, read: Any, samples: Tensor) -> None:
     try:
         room.mkdir(parents=True, exist_ok=True)
         content = save({"samples": samples.contiguous()})
-        write_whole(room / f"{site}.safetensors", content, overwrite=True)
+        write_whole(_file(room, site, read), content, overwrite=True)
     except (OSError, TrimtabError):
         pass  # the next run draws again, and nothing else
