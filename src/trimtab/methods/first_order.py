@@ -70,8 +70,8 @@ def scaled_scores(
         statistics.of(site, replace(effect, counted="first"), Effects, read=read).mean
         for site in sites
     ]
-    columns = [[each.mean for each in found], [each.error for each in found], costs, first]
-    return _scores(sites, *map(torch.cat, columns))
+    means, errors = [each.mean for each in found], [each.error for each in found]
+    return _scores(sites, means, errors, costs, first)
 
 
 def added_scores(
@@ -83,19 +83,18 @@ def added_scores(
     """Everything that may be added, by the certainty of its effect: at each site the rows of
     `vectors` [candidates, units]."""
     slopes = unit_costs(language_model, list(vectors), read=Slope())
-    columns: list[list[Tensor]] = [[], [], [], []]
+    means: list[Tensor] = []
+    errors: list[Tensor] = []
+    costs: list[Tensor] = []
+    firsts: list[Tensor] = []
     for (site, rows), cost in zip(vectors.items(), slopes, strict=True):
         rows = rows.double()
         first = statistics.of(site, replace(effect, counted="first"), Effects, read=Slope())
-        found = (
-            rows @ statistics.of(site, effect, Effects, read=Slope()).mean,
-            _error_along(statistics.of(site, effect, Samples, read=Slope()), rows),
-            (cost.samples.double() @ rows.T).square().mean(0),
-            rows @ first.mean,
-        )
-        for column, own in zip(columns, found, strict=True):
-            column.append(own)
-    return _scores(list(vectors), *map(torch.cat, columns))
+        means.append(rows @ statistics.of(site, effect, Effects, read=Slope()).mean)
+        errors.append(_error_along(statistics.of(site, effect, Samples, read=Slope()), rows))
+        costs.append((cost.samples.double() @ rows.T).square().mean(0))
+        firsts.append(rows @ first.mean)
+    return _scores(list(vectors), means, errors, costs, firsts)
 
 
 def _error_along(slopes: Samples, rows: Tensor) -> Tensor:
@@ -112,10 +111,15 @@ def _error_along(slopes: Samples, rows: Tensor) -> Tensor:
 
 
 def _scores(
-    sites: Sequence[str], effect: Tensor, error: Tensor, cost: Tensor, first: Tensor
+    sites: Sequence[str],
+    means: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    costs: Sequence[Tensor],
+    firsts: Sequence[Tensor],
 ) -> Scores:
     """Columns: `effect` in nats per pair at a dial of 1, `error` its standard error; `cost` c, so
     that it costs 1/2 c dial^2 nats on plain text; `first` the first token's share of the effect."""
+    effect, error, cost, first = (torch.cat(list(x)) for x in (means, errors, costs, firsts))
     score = torch.where(effect == 0, 0.0, effect.abs() / error)
     share = first.abs() / (first.abs() + (effect - first).abs()).clamp(min=1e-300)
     columns = {"effect": effect, "error": error, "cost": cost, "first": share}
