@@ -125,7 +125,7 @@ def test_heads_have_the_effect_of_adding_their_vectors(name: str) -> None:
     steering = _fitted(tt.ITI(k=every, locate="effect"), name)
     turned = _vectors(steering)
     heads = describe(steering)["heads"]
-    rough = 1e-6 if name == "gpt2" else 1e-4
+    rough = 1e-6 if name == "gpt2" else 1e-3
     for head in heads:
         place = head["layer"], head["head"]
         mean, error = _by_hand(name, f"layers.{place[0]}.heads", _adds(plain[place]))
@@ -159,7 +159,7 @@ def test_what_is_scaled_has_the_effect_of_scaling_it(variant: Any, name: str) ->
     steering = _fitted(tt.SADI(variant, k=6, locate="effect"), name)
     records = describe(steering)["heads" if variant == "head" else "units"]
     size = _lm(name).anatomy.width(f"layers.0.{kind}") // HEADS
-    rough = 1e-6 if name == "gpt2" else 1e-4
+    rough = 1e-6 if name == "gpt2" else 1e-3
     gains = {each.site: each.operator.factors(1.0) - 1 for each in steering.interventions}  # type: ignore[attr-defined]
     for record in records:
         place = record["head"] * size if variant == "head" else record["unit"]
@@ -189,7 +189,7 @@ def test_the_most_certain_are_chosen_among_all() -> None:
 def test_a_layer_has_the_effect_of_adding_its_vector(kind: Any, name: str) -> None:
     steering = _fitted(kind(layer="effect"), name)
     found = steering.findings
-    rough = 1e-6 if name == "gpt2" else 1e-4
+    rough = 1e-6 if name == "gpt2" else 1e-3
     plain = {}
     for layer in range(_lm(name).anatomy.layers):
         (intervention,) = _fitted(kind(layer=layer), name).interventions
@@ -299,7 +299,7 @@ def test_what_was_read_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         _like(one, other)
 
 
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", sorted(METHODS.keys() - {"pca"}))  # which compares pairs
 def test_texts_without_partners_do(case: str) -> None:
     texts = Contrast.from_texts([p + a for p, a, _ in PAIRS], [p + b for p, _, b in PAIRS], "texts")
     steering = _fitted(METHODS[case], contrast=texts)
