@@ -26,7 +26,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{(name, kind, op): BEFORE_A_NORM for name, kind in SITES for op in LINEAR
        if kind in ("attn_norm_in", "ffn_norm_in")},
     **{(name, kind, op): AFTER_A_NORM for name, kind in SITES for op in LINEAR
-       if kind in ("attn_post_norm", "ffn_post_norm")},
+       if kind in ("attn_post_norm", "ffn_post_norm") and op != "Scale"},  # into the norm's gain
     **{(name, kind, op): f"cannot bake test: {why} is not linear in the activation"
        for name, kind in SITES for op, why in (
            ("Absolute", r"a Scale that adds a multiple of \|x\|"),

@@ -16,10 +16,12 @@ from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.experts import layout_of
 from trimtab.anatomy.knowing import Known, know
 from trimtab.anatomy.maps import (
+    Gain,
     LinearMap,
     experts_joint_reader,
     experts_readers,
     experts_writer,
+    gain_of,
     linear_map,
 )
 from trimtab.anatomy.outer import cap_of, capped
@@ -372,6 +374,18 @@ class Anatomy:
         if branch.experts is not None:
             maps += experts_readers(self._experts(layer, branch))
         return maps
+
+    def gain(self, site: str) -> Gain | None:
+        """The gain of the norm whose output a site is, None where it is no norm's, or is not
+        known."""
+        layer, kind = self.check(site)
+        if kind == "final_norm":
+            return gain_of(self.final_norm)
+        found = None if layer is None else self._branch(layer, kind)
+        if found is None or not kind.endswith("_post_norm") or found[1].post_norm is None:
+            return None
+        assert layer is not None
+        return gain_of(self._module(layer, found[1].post_norm))
 
     def added_to_resid(self, layer: int) -> tuple[str, float] | None:
         """A site whose branch is added to block `layer`'s output, read by no other branch, and

@@ -48,6 +48,8 @@ def describe(steering: Steering) -> dict[str, Any]:
                 "size": intervention.operator.size,
                 "positions": intervention.positions,
                 **({} if intervention.tokens == "all" else {"tokens": intervention.tokens}),
+                **({} if intervention.weight == 1 else {"weight": intervention.weight}),
+                **intervention.operator.details,
             }
             for intervention in steering.interventions
         ],

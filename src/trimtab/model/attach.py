@@ -52,6 +52,8 @@ class _Step:
     tokens: Tokens
     dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
     rows: list[bool]
+    #: What the dials that are found for the rows while it runs are multiplied by.
+    weight: float = 1.0
     touched: int = 0  # passes in which it changed something
     #: The operator and the rows that it changes, for each device and number of rows.
     bound: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(default_factory=dict)
@@ -68,7 +70,9 @@ class _Step:
         if key not in bound:
             # A plain pass with gradients may follow one in inference mode in the same block.
             with torch.inference_mode(False):
-                bound[key] = self._bind(x, self.dials if found is None else found.values)
+                bound[key] = self._bind(
+                    x, self.dials if found is None else found.values * self.weight
+                )
         function, steered = bound[key]
         self.touched += 1
         changed = function(x)
@@ -147,11 +151,11 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
     for _, of_rows in sorted(places.items(), key=lambda place: place[0][0]):
         settings = {row: steering.setting for row, steering in of_rows.items()}
         for intervention in next(iter(of_rows.values())).interventions:
-            idle = intervention.operator.identity
-            if idle is not None and all(value == idle for value in settings.values()):
+            if all(intervention.idle_at(setting) for setting in settings.values()):
                 continue
-            nothing = 0.0 if idle is None else idle
-            dials = [settings.get(row, nothing) for row in range(len(rows))]
+            own = {row: intervention.dial_at(setting) for row, setting in settings.items()}
+            nothing = intervention.operator.identity or 0.0
+            dials = [own.get(row, nothing) for row in range(len(rows))]
             taking = [row in settings for row in range(len(rows))]
             scope = intervention.positions, intervention.tokens
             step = _Step(intervention.operator, *scope, dials, taking)
@@ -226,7 +230,8 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     steps: dict[str, list[_Step]] = {}
     for intervention in steering.interventions:
         scope = intervention.positions, intervention.tokens
-        step = _Step(intervention.operator, *scope, dials, [True])
+        weight = intervention.weight
+        step = _Step(intervention.operator, *scope, dials * weight, [True], weight)
         steps.setdefault(intervention.site, []).append(step)
     return steps
 

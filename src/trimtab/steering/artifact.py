@@ -191,9 +191,11 @@ class Steering:
         for intervention in self.interventions:
             tensors, others = to_tensors(intervention.operator)
             kind = type(intervention.operator).__name__
-            about = [intervention.site, kind, intervention.positions, others]
+            about: list[Any] = [intervention.site, kind, intervention.positions, others]
             if intervention.tokens != "all":
                 about.append(intervention.tokens)
+            if intervention.weight != 1:
+                about.append(intervention.weight)
             digest.update(json.dumps(about, sort_keys=True).encode())
             for name in sorted(tensors):
                 digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())

@@ -59,6 +59,7 @@ class _InterventionDocument(BaseModel):
     operator: Word
     positions: Positions
     tokens: Tokens = "all"
+    weight: Number = 1.0
     fields: dict[str, Any]
 
 
@@ -107,6 +108,7 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
                 "operator": type(intervention.operator).__name__,
                 "positions": intervention.positions,
                 **_unless_all(intervention),
+                **({} if intervention.weight == 1 else {"weight": float(intervention.weight)}),
                 "fields": others,
             }
         )
@@ -305,4 +307,5 @@ def _intervention(
     if layer is not None and layer >= layers:
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
     operator = from_tensors(described.operator, {**tensors, **described.fields})
-    return Intervention(described.site, operator, described.positions, described.tokens)
+    scope = described.positions, described.tokens
+    return Intervention(described.site, operator, *scope, described.weight)
