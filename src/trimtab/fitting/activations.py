@@ -99,10 +99,13 @@ class UnitLength:
 
 class Statistics(dict[Want, Any]):
     """What a pass has gathered, and what methods have made of it that others of their settings
-    need too."""
+    need too. `max_length` is that of the pass."""
 
-    def __init__(self, gathered: Mapping[Want, Any] | None = None) -> None:
+    def __init__(
+        self, gathered: Mapping[Want, Any] | None = None, max_length: int | None = None
+    ) -> None:
         super().__init__(gathered or {})
+        self.max_length = max_length
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], M]) -> M:
@@ -139,7 +142,7 @@ def collect(
     `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
     ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
     """
-    wanted = Statistics({want: want.statistic() for want in wants})
+    wanted = Statistics({want: want.statistic() for want in wants}, max_length)
     if not wanted:
         return wanted
     if not contrast.paired:

@@ -66,16 +66,17 @@ class Costs:
         return spread / math.sqrt(len(self.samples))
 
 
-def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
+def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     """Nats per position of plain text that scaling units by 1 + gain costs, or adding gain where
-    the costs are those of that, to second order, what the units do together included; `gains`
-    [units] are in the order of the sites' costs."""
-    if not costs:
-        return 0.0
-    along = torch.stack(
-        [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
-    )
-    return float(0.5 * along.sum(0).square().mean())
+    the costs are those of that, to second order, what the units do together included, as each
+    sample has it: [samples] in float64. `gains` [units] are in the order of the sites' costs."""
+    along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
+    return 0.5 * torch.stack(along).sum(0).square()
+
+
+def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
+    """The mean of `kl_samples`; 0 where nothing is scaled."""
+    return float(kl_samples(costs, gains).mean()) if costs else 0.0
 
 
 def unit_costs(
