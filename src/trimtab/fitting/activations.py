@@ -28,6 +28,7 @@ from torch import Tensor
 from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
+from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.effects import Effect, check_scored, effects_of
 from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
@@ -177,6 +178,9 @@ def collect(
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
+    check_differentiable(
+        language_model, (pick.site for pick in picks if isinstance(pick.token, Effect))
+    )
     shared = packed(language_model, rows)
     with progress("reading activations", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, shared):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor
 from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.files import cache_dir, write_whole
+from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.gradients import Scored, Summed, run_gradients
 from trimtab.fitting.stored import digest_of
 from trimtab.model import LanguageModel
@@ -74,34 +75,34 @@ def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     return 0.5 * torch.stack(along).sum(0).square()
 
 
-def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """The mean of `kl_samples`; 0 where nothing is scaled."""
-    return float(kl_samples(costs, gains).mean()) if costs else 0.0
-
-
 def unit_costs(
-    language_model: LanguageModel, sites: Sequence[str], draws: int = DRAWS, read: Any = None
+    language_model: LanguageModel,
+    sites: Sequence[str],
+    draws: int = DRAWS,
+    reads: Mapping[str, Any] | None = None,
 ) -> list[Costs]:
     """The samples at each of the sites: those that are kept, the others drawn in one pass.
 
-    `read` is what is made of activation and gradient, as in a `Pick`: `Slope()` gives the costs of
-    adding to units, and None those of scaling them.
+    `reads` say what is made of activation and gradient at a site, as in a `Pick`: `Slope()` gives
+    the costs of adding to units, and None those of scaling them.
     """
+    reads = reads or {}
     rows = _neutral(language_model)
     steered = is_hooked(language_model.model)
     room = None if steered else _room(language_model, rows, draws)
     known: dict[str, Tensor] = {}
     for site in sites:
-        samples = None if room is None else _kept(room, site, read)
+        samples = None if room is None else _kept(room, site, reads.get(site))
         if samples is not None:
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
     if missing:
-        drawn = _drawn(language_model, rows, missing, draws, read)
+        check_differentiable(language_model, missing)
+        drawn = _drawn(language_model, rows, missing, draws, reads)
         for site, samples in zip(missing, drawn, strict=True):
             known[site] = samples
             if room is not None:
-                _keep(room, site, read, samples)
+                _keep(room, site, reads.get(site), samples)
     return [Costs(known[site]) for site in sites]
 
 
@@ -127,20 +128,20 @@ def _drawn(
     rows: Sequence[Packed],
     sites: Sequence[str],
     draws: int,
-    read: Any,
+    reads: Mapping[str, Any],
 ) -> list[Tensor]:
     """Samples [texts * draws, units] of each site."""
-    width = {site: language_model.anatomy.width(site) for site in sites}
-    found = {
-        site: torch.zeros(len(rows), draws, getattr(read, "width", width[site])) for site in sites
-    }
+    found = {}
+    for site in sites:
+        width = getattr(reads.get(site), "width", language_model.anatomy.width(site))
+        found[site] = torch.zeros(len(rows), draws, width)
     places = {row.index: place for place, row in enumerate(rows)}
     with progress("measuring what units cost", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, packed=False):
             real = torch.zeros(batch.tokens.shape)
             for line in range(len(batch.rows)):
                 real[batch.place_of(line, 0)] = 1
-            sums = {site: {site: Summed(real, read)} for site in sites}
+            sums = {site: {site: Summed(real, reads.get(site))} for site in sites}
             figures = [partial(_guessed, language_model, batch, draw) for draw in range(draws)]
             lengths = torch.tensor([row.common - _FROM for row in batch.rows])
             own = [places[row.index] for row in batch.rows]

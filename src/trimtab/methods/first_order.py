@@ -15,8 +15,9 @@ effect; and what lowers the log-odds is turned round.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,105 +26,115 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
+    Costs,
     Effect,
     Effects,
     Samples,
+    Sides,
     Slope,
     Statistics,
     Want,
-    predicted_kl,
+    kl_samples,
     unit_costs,
 )
+from trimtab.methods.effects import Scoring
 from trimtab.methods.ranking import Scores
 from trimtab.methods.words import percent
 from trimtab.model import LanguageModel
 from trimtab.steering import Intervention, Scale
 
+#: The most certain first, and each the way that raises the log-odds.
+CERTAIN = Scoring("effect", fixed=True)
 
-def scaled_wants(sites: Sequence[str], effect: Effect, read: Any = None) -> list[Want]:
-    """What a pass gathers for the effects of scaling what `read` makes of a site: they, and those
-    at the first token."""
+
+def scaled_wants(reads: Mapping[str, Any], effect: Effect) -> list[Want]:
+    """What a pass gathers for the effects of scaling what is read at each site (None: its units):
+    they, and those at the first token."""
     tokens = (effect, replace(effect, counted="first"))
-    return [Want(site, token, Effects, read=read) for site in sites for token in tokens]
+    return [
+        Want(site, token, Effects, read=read) for site, read in reads.items() for token in tokens
+    ]
 
 
 def slope_wants(sites: Sequence[str], effect: Effect) -> list[Want]:
     """What a pass gathers for the effects of adding any vectors at the sites: of each pair the sum
     of its gradients, and that at the first token."""
+    slope = Slope()
     return [
-        *scaled_wants(sites, effect, Slope()),
-        *(Want(site, effect, Samples, read=Slope()) for site in sites),
+        *scaled_wants(dict.fromkeys(sites, slope), effect),
+        *(Want(site, effect, Samples, read=slope) for site in sites),
     ]
 
 
 def scaled_scores(
     statistics: Statistics,
-    sites: Sequence[str],
+    reads: Mapping[str, Any],
     effect: Effect,
-    costs: Sequence[Tensor],
-    read: Any = None,
+    costs: Sequence[Costs],
+    scoring: Scoring = CERTAIN,
 ) -> Scores:
-    """Everything that may be scaled at the sites, by the certainty of its effect; `costs` are those
-    of each site's."""
-    found = [statistics.of(site, effect, Effects, read=read) for site in sites]
-    first = [
-        statistics.of(site, replace(effect, counted="first"), Effects, read=read).mean
-        for site in sites
-    ]
-    means, errors = [each.mean for each in found], [each.error for each in found]
-    return _scores(sites, means, errors, costs, first)
+    """Scores of everything that is read at the sites, by what scaling it does; `costs` are those of
+    each site's. See `_columns` for what is known of each."""
+    found = [statistics.of(site, effect, Effects, read=read) for site, read in reads.items()]
+    first = replace(effect, counted="first")
+    columns = _columns(
+        [each.mean for each in found],
+        [each.error for each in found],
+        [each.mean for each in costs],
+        [statistics.of(site, first, Effects, read=read).mean for site, read in reads.items()],
+    )
+    return scoring(list(reads), columns, costs)
 
 
 def added_scores(
     language_model: LanguageModel,
     statistics: Statistics,
     effect: Effect,
-    vectors: dict[str, Tensor],
+    vectors: Mapping[str, Tensor],
 ) -> Scores:
-    """Everything that may be added, by the certainty of its effect: at each site the rows of
-    `vectors` [candidates, units]."""
-    slopes = unit_costs(language_model, list(vectors), read=Slope())
-    means: list[Tensor] = []
-    errors: list[Tensor] = []
-    costs: list[Tensor] = []
-    firsts: list[Tensor] = []
-    for (site, rows), cost in zip(vectors.items(), slopes, strict=True):
-        rows = rows.double()
-        first = statistics.of(site, replace(effect, counted="first"), Effects, read=Slope())
-        means.append(rows @ statistics.of(site, effect, Effects, read=Slope()).mean)
-        errors.append(_error_along(statistics.of(site, effect, Samples, read=Slope()), rows))
+    """Scores of everything that may be added, by its effect: at each site the rows of `vectors`
+    [candidates, units]. See `_columns` for what is known of each."""
+    slope, first = Slope(), replace(effect, counted="first")
+    means, errors, costs, firsts = [], [], [], []
+    known = unit_costs(language_model, list(vectors), reads=dict.fromkeys(vectors, slope))
+    for (site, vector), cost in zip(vectors.items(), known, strict=True):
+        rows = vector.double()
+        means.append(rows @ statistics.of(site, effect, Effects, read=slope).mean)
+        along, positive = _along(statistics, site, effect, rows)
+        errors.append(_over_texts(along, positive).error)
         costs.append((cost.samples.double() @ rows.T).square().mean(0))
-        firsts.append(rows @ first.mean)
-    return _scores(list(vectors), means, errors, costs, firsts)
+        firsts.append(rows @ statistics.of(site, first, Effects, read=slope).mean)
+    return CERTAIN(list(vectors), _columns(means, errors, costs, firsts), ())
 
 
-def _error_along(slopes: Samples, rows: Tensor) -> Tensor:
-    """The standard error of the mean effect of adding each row, [rows]; NaN where a side is one
-    text."""
-    gradients, positive, _ = slopes.texts()
-    along = gradients.double() @ rows.T  # [texts, rows]
-    variance = rows.new_zeros(len(rows))
-    for side in (along[positive], along[~positive]):
-        if len(side):
-            spread = side.var(0, correction=0) / max(1, len(side) - 1)
-            variance = variance + (spread if len(side) > 1 else torch.nan)
-    return variance.sqrt()
+def _along(
+    statistics: Statistics, site: str, effect: Effect, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What adding each row does to each pair or text, [texts, rows], and which texts are
+    positive."""
+    slopes, positive, _ = statistics.of(site, effect, Samples, read=Slope()).texts()
+    return slopes.double() @ rows.double().T, positive
 
 
-def _scores(
-    sites: Sequence[str],
+def _over_texts(effects: Tensor, positive: Tensor) -> Effects:
+    """Mean and standard error of effects [texts, numbers]."""
+    found, rows = Effects(), torch.arange(len(effects))
+    found.update(Sides(effects[positive], effects[~positive], rows[positive], rows[~positive]))
+    return found
+
+
+def _columns(
     means: Sequence[Tensor],
     errors: Sequence[Tensor],
     costs: Sequence[Tensor],
     firsts: Sequence[Tensor],
-) -> Scores:
-    """Columns: `effect` in nats per pair at a dial of 1, `error` its standard error; `cost` c, so
-    that it costs 1/2 c dial^2 nats on plain text; `first` the first token's share of the effect."""
+) -> dict[str, Tensor]:
+    """Of every candidate, one site's after another's: `effect` in nats per pair at a dial of 1 and
+    `error`, its standard error; `cost` c, so that it costs 1/2 c dial^2 nats on plain text; and
+    `first`, the first token's share of the effect."""
     effect, error, cost, first = (torch.cat(list(x)) for x in (means, errors, costs, firsts))
-    score = torch.where(effect == 0, 0.0, effect.abs() / error)
     share = first.abs() / (first.abs() + (effect - first).abs()).clamp(min=1e-300)
-    columns = {"effect": effect, "error": error, "cost": cost, "first": share}
-    return Scores(sites, score, columns, effect.abs())
+    return {"effect": effect, "error": error, "cost": cost, "first": share}
 
 
 def surest(name: str, what: str, found: Scores, k: int) -> Tensor:
@@ -134,8 +145,7 @@ def surest(name: str, what: str, found: Scores, k: int) -> Tensor:
             f"{name}: {what} by effect are chosen by their standard errors: give it 2 or more "
             "pairs, or 2 or more texts of each side"
         )
-    best = found.ranked()[:k]
-    best = best[found.score[best] > 0]
+    best = found.best(k)
     if k and not len(best):
         raise TrimtabError(
             f"{name}: none of the {what} has any effect on the answers, so there is nothing to "
@@ -151,16 +161,48 @@ def surest(name: str, what: str, found: Scores, k: int) -> Tensor:
     return best
 
 
-def predicted(
+def scaled_prediction(
     language_model: LanguageModel, interventions: Sequence[Intervention], gain: float
 ) -> dict[str, float]:
-    """What is known of a steering that gains `gain` nats per pair at a dial of 1: that, and what it
-    costs there in nats per token of plain text, to second order."""
+    """What is known of a steering that scales, and gains `gain` nats per pair at a dial of 1: that,
+    and its cost there in nats per token of plain text, with its standard error."""
+    costs = unit_costs(language_model, [each.site for each in interventions])
+    return {"gain": gain, **_cost(costs, [_moved(each) for each in interventions])}
+
+
+def added_prediction(
+    language_model: LanguageModel,
+    statistics: Statistics,
+    effect: Effect,
+    interventions: Sequence[Intervention],
+) -> dict[str, float]:
+    """What a steering that adds gains at a dial of 1 in nats per pair, and costs there in nats per
+    token of plain text, with the standard errors of both."""
+    if not interventions:
+        return {"gain": 0.0, "kl": 0.0}
     sites = [each.site for each in interventions]
-    scales = all(isinstance(each.operator, Scale) for each in interventions)
-    costs = unit_costs(language_model, sites, read=None if scales else Slope())
+    costs = unit_costs(language_model, sites, reads=dict.fromkeys(sites, Slope()))
     moves = [_moved(each) for each in interventions]
-    return {"gain": gain, "kl": predicted_kl(costs, moves)}
+    gain = sum(
+        float(statistics.of(site, effect, Effects, read=Slope()).mean @ move.double())
+        for site, move in zip(sites, moves, strict=True)
+    )
+    along = [
+        _along(statistics, site, effect, move[None])
+        for site, move in zip(sites, moves, strict=True)
+    ]
+    together = torch.stack([effects for effects, _ in along]).sum(0)
+    error = float(_over_texts(together, along[0][1]).error)
+    known = {} if math.isnan(error) else {"gain_error": error}
+    return {"gain": gain, **known, **_cost(costs, moves)}
+
+
+def _cost(costs: Sequence[Costs], moves: Sequence[Tensor]) -> dict[str, float]:
+    if not costs:
+        return {"kl": 0.0}
+    sampled = kl_samples(costs, moves)
+    error = float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1))
+    return {"kl": float(sampled.mean()), "kl_error": error}
 
 
 def _moved(intervention: Intervention) -> Tensor:

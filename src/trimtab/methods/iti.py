@@ -49,9 +49,9 @@ from trimtab.fitting import (
 )
 from trimtab.methods.effects import predicted_in_words
 from trimtab.methods.first_order import (
+    added_prediction,
     added_scores,
     effects_in_words,
-    predicted,
     slope_wants,
     surest,
 )
@@ -131,8 +131,7 @@ class ITI(Method):
         if self.locate == "effect":
             found = self._effects(language_model, statistics, shifts)
             columns, chosen = dict(found.columns), surest(self.name, "heads", found, self.k)
-            signs = columns["effect"].sign()
-            shifts = [sign * shift for sign, shift in zip(signs, shifts, strict=True)]
+            shifts = [sign * shift for sign, shift in zip(columns["gain"], shifts, strict=True)]
         else:
             chosen = rank(torch.tensor(accuracies))[: self.k]  # flat over the sites' heads
         interventions = self._interventions(anatomy, chosen, shifts)
@@ -145,8 +144,9 @@ class ITI(Method):
             **{name: column[chosen].float() for name, column in columns.items()},
         }
         if self.locate == "effect" and self.positions == "all":
-            gain = float(columns["effect"][chosen].abs().sum())
-            findings["predicted"] = predicted(language_model, interventions, gain)
+            findings["predicted"] = added_prediction(
+                language_model, statistics, self._effect, interventions
+            )
         dial = Dial("alpha", self.at_default, (-50.0, 50.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables, findings)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Effect, Statistics
-from trimtab.methods.first_order import added_scores, predicted
+from trimtab.methods.first_order import added_prediction, added_scores
 from trimtab.methods.ranking import rank
 from trimtab.model import LanguageModel
 from trimtab.steering import Add, Intervention, Steering
@@ -48,8 +48,7 @@ def layer_by_effect(
             for own, value in zip(found.sites, values, strict=True)
         }
     if effect.positions == "all":
-        gain = float(effects[best].abs())
-        findings["predicted"] = predicted(language_model, [intervention], gain)
+        findings["predicted"] = added_prediction(language_model, statistics, effect, [intervention])
     return intervention, findings
 
 

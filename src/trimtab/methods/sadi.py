@@ -26,7 +26,7 @@ were without steering; here the model runs on from what was changed, at all `pos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Costs,
     Count,
     Effect,
     HeadSums,
@@ -51,12 +52,12 @@ from trimtab.fitting import (
 from trimtab.methods.effects import predicted_in_words
 from trimtab.methods.first_order import (
     effects_in_words,
-    predicted,
+    scaled_prediction,
     scaled_scores,
     scaled_wants,
     surest,
 )
-from trimtab.methods.ranking import Scores
+from trimtab.methods.ranking import Scores, places
 from trimtab.methods.words import counted
 from trimtab.model import LanguageModel
 from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
@@ -118,7 +119,7 @@ class SADI(Method):
             what = "heads" if heads else f"units of {VARIANTS[self.variant]}"
             raise TrimtabError(f"sadi: k is {self.k}, but {anatomy.name} has {count} {what} here")
         if self.locate == "effect":
-            return scaled_wants(sites, Effect(self.positions), self._read(anatomy))
+            return scaled_wants(self._reads(anatomy), Effect(self.positions))
         return [self._want(site) for site in sites]
 
     def _want(self, site: str) -> Want:
@@ -127,9 +128,10 @@ class SADI(Method):
         measured = site.removesuffix(kind) + MEASURED.get(self.variant, kind)
         return Want(measured, "last", Means)
 
-    def _read(self, anatomy: Anatomy) -> HeadSums | None:
-        """What is made of the effects of a site's units."""
-        return HeadSums(anatomy.heads) if self.variant == "head" else None
+    def _reads(self, anatomy: Anatomy) -> dict[str, HeadSums | None]:
+        """What is made of the effects of each site's units."""
+        read = HeadSums(anatomy.heads) if self.variant == "head" else None
+        return dict.fromkeys(anatomy.sites(VARIANTS[self.variant]), read)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
@@ -137,14 +139,13 @@ class SADI(Method):
         anatomy = language_model.anatomy
         sites, heads = anatomy.sites(VARIANTS[self.variant]), self.variant == "head"
         if self.locate == "effect":
-            found = self._by_effect(language_model, statistics, sites)
+            found = self._by_effect(language_model, statistics)
             ranked = surest(self.name, "heads" if heads else "units", found, self.k)
         else:
             found = self._by_difference(anatomy, statistics, sites)
             ranked = found.ranked()[: self.k]
         counts = [anatomy.heads if heads else anatomy.width(site) for site in sites]
-        site_of = torch.arange(len(sites)).repeat_interleave(torch.tensor(counts))[ranked]
-        element = torch.cat([torch.arange(count) for count in counts])[ranked]
+        site_of, element = places(counts, ranked)
         gain = found.columns.get("gain", torch.ones_like(found.score))[ranked]
         interventions = []
         for number, site in enumerate(sites):
@@ -163,7 +164,7 @@ class SADI(Method):
             low = -90.0  # either way some are scaled down
             if self.positions == "all":
                 total = float(found.columns["effect"][ranked].abs().sum())
-                findings["predicted"] = predicted(language_model, interventions, total)
+                findings["predicted"] = scaled_prediction(language_model, interventions, total)
         dial = Dial("delta", self.at_default, (low, 90.0))
         return new_steering(self, language_model, contrast, interventions, dial, tables, findings)
 
@@ -182,19 +183,15 @@ class SADI(Method):
             raise TrimtabError("sadi: the two sides do not differ, so there is nothing to steer")
         return Scores(sites, score, {})
 
-    def _by_effect(
-        self, language_model: LanguageModel, statistics: Statistics, sites: Sequence[str]
-    ) -> Scores:
+    def _by_effect(self, language_model: LanguageModel, statistics: Statistics) -> Scores:
         """The certainty of the effect of everything that may be scaled, and its sign as its
         gain."""
-        read = self._read(language_model.anatomy)
-        samples = [cost.samples.double() for cost in unit_costs(language_model, sites)]
-        if read is not None:
-            samples = [each.unflatten(-1, (read.heads, -1)).sum(-1) for each in samples]
-        costs = [each.square().mean(0) for each in samples]
-        found = scaled_scores(statistics, sites, Effect(self.positions), costs, read)
-        gain = found.columns["effect"].sign()
-        return replace(found, columns={**found.columns, "gain": gain})
+        reads = self._reads(language_model.anatomy)
+        costs = unit_costs(language_model, list(reads))  # those of heads are sums of their units'
+        if self.variant == "head":
+            heads = language_model.anatomy.heads
+            costs = [Costs(each.samples.unflatten(-1, (heads, -1)).sum(-1)) for each in costs]
+        return scaled_scores(statistics, reads, Effect(self.positions), costs)
 
     def _scale(self, anatomy: Anatomy, site: str, elements: Tensor, gains: Tensor) -> Scale:
         """What scales these units of a site, or all units of these heads."""

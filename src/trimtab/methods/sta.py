@@ -60,9 +60,8 @@ from trimtab.fitting import (
 )
 from trimtab.methods.effects import predicted_in_words
 from trimtab.methods.first_order import (
-    added_scores,
+    added_prediction,
     effects_in_words,
-    predicted,
     scaled_scores,
     scaled_wants,
     slope_wants,
@@ -146,8 +145,7 @@ class STA(Method):
             )
         wants = self._differences(features)
         if self.by_effect:
-            read = _effects_read(features)
-            wants += scaled_wants([features.site], self._effect, read)
+            wants += scaled_wants({features.site: _effects_read(features)}, self._effect)
             wants += slope_wants([features.site], self._effect)
             wants.append(Want(features.site, "mean", Means, read=features))
         return wants
@@ -171,7 +169,7 @@ class STA(Method):
             columns |= found.columns
             kept = surest(self.name, "features", found, self.k)
             activity = statistics.of(features.site, "mean", Means, read=features)
-            weights = columns["effect"].sign() * (activity.positive + activity.negative)
+            weights = columns["gain"] * (activity.positive + activity.negative)
         else:
             kept, weights = self._atoms(features, **columns), columns["amplitude"]
         vector = weights[kept] @ features.decoder[kept].double()
@@ -188,10 +186,9 @@ class STA(Method):
             "kept": len(kept),
         }
         if self.by_effect and self.positions == "all":
-            added = {features.site: vector[None]}
-            alone = added_scores(language_model, statistics, self._effect, added)
-            gain = float(alone.columns["effect"])
-            findings["predicted"] = predicted(language_model, interventions, gain)
+            findings["predicted"] = added_prediction(
+                language_model, statistics, self._effect, interventions
+            )
         return new_steering(
             self,
             language_model,
@@ -206,9 +203,9 @@ class STA(Method):
         self, language_model: LanguageModel, statistics: Statistics, features: Features
     ) -> Scores:
         """The certainty of the effect of every feature."""
-        read = _effects_read(features)
-        costs = [each.mean for each in unit_costs(language_model, [features.site], read=read)]
-        return scaled_scores(statistics, [features.site], self._effect, costs, read)
+        reads = {features.site: _effects_read(features)}
+        costs = unit_costs(language_model, list(reads), reads=reads)
+        return scaled_scores(statistics, reads, self._effect, costs)
 
     def _atoms(self, features: Features, amplitude: Tensor, frequency: Tensor) -> Tensor:
         """The target atoms, the one that moves the stream most first."""

@@ -14,6 +14,7 @@ from trimtab.reading.likelihood import (
 from trimtab.reading.packing import (
     Batch,
     Packed,
+    batch_of,
     batches,
     encode_contrast,
     encode_texts,
