@@ -1,4 +1,4 @@
-"""Units by effect, verified: what scaling a unit alone gains, against steerings of one unit each."""
+"""Units by effect, verified: what one scaled alone gains, against steerings of one unit each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 import trimtab as tt
 from austeer_by_hand import CONTRAST, PAIRS, ranked, tiny_lm
-from helpers import refused_in_one_line
 from tiny import tiny_model, tiny_tokenizer
 from tiny_curated import curated_model
 from trimtab.contrasts import Contrast

@@ -72,7 +72,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.choosing import Choice, Trials, Ways, choose
+from trimtab.methods.choosing import Choice, Trials, Ways, choice_in_words, choose
 from trimtab.methods.effects import (
     Scoring,
     by_effect,
@@ -527,7 +527,7 @@ class AUSteer(Method):
                 f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
                 "is how the method is defined."
             )
-        return lines + predicted_in_words(steering)
+        return lines + choice_in_words(steering, units) + predicted_in_words(steering)
 
 
 def _rates(statistics: Statistics, sites: Sequence[str]) -> tuple[Tensor, Tensor]:

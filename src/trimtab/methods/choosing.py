@@ -5,7 +5,8 @@ itself. Three things can be better, for more passes over the texts:
 
     average      effects are the mean over 0, half and all of the strength, with the units scaled
                  together that were chosen at 0; then units are chosen anew. Effects change on the
-                 way to a large strength, and the mean is nearer to what is gained there.
+                 way to a large strength, and the mean is nearer to what is gained there. Of those
+                 that are chosen the effect is measured once more on their own way.
     blocks       a few units are chosen at a time, and the effects of all others are measured again
                  with these scaled: so units that do the same are not all taken, and units that work
                  only after others are found. One at a time is the greedy choice.
@@ -37,8 +38,9 @@ from trimtab.methods.verifying import CANDIDATES, verification, verified
 from trimtab.model import LanguageModel
 from trimtab.steering import Dial, Intervention, Steering
 
-#: Shares of the strength over which effects are averaged.
-SHARES = (0.0, 0.5, 1.0)
+#: How much effects at 0, half and all of the strength count: where units are ranked, and where a
+#: gain is predicted, which is their integral over the way (Simpson's rule).
+_EQUALLY, _SIMPSON = (1 / 3, 1 / 3, 1 / 3), (1 / 6, 4 / 6, 1 / 6)
 #: How near to 0 the factor of a unit may come where its effect is read, and by how much the dial is
 #: moved there: from a unit that is 0, nothing can be read.
 _NEAR, _MOVED = 1e-3, 1.01
@@ -155,15 +157,19 @@ class Trials:
         columns = {**found.columns, "effect": mean, "error": error}
         return self.scoring(found.sites, columns, found.costs, self.scoring.largest(found.columns))
 
-    def averaged(self, found: Scores, picked: Tensor) -> Scores:
-        """Scores by effects that are averaged over the shares of the strength. The errors of the
-        three, which are those of the same texts, are averaged too."""
-        passes = [self.again(found, picked, share) if share else found for share in SHARES]
+    def averaged(
+        self, first: Scores, found: Scores, picked: Tensor, weights: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Effects over the way to the strength with some units scaled together, and their errors:
+        the weighted mean of those at 0, which are `first`'s, at half and at all of the strength.
+        The errors, which are those of the same texts, are averaged too."""
+        passes = [first, *(self.again(found, picked, share) for share in (0.5, 1.0))]
+        shares = torch.tensor(weights, dtype=torch.float64)[:, None]
         mean, error = (
-            torch.stack([each.columns[name] for each in passes]).mean(0)
+            (shares * torch.stack([each.columns[name] for each in passes])).sum(0)
             for name in ("effect", "error")
         )
-        return self.rescored(found, mean, error)
+        return mean, error
 
     def narrowing(self, count: int) -> Narrow:
         """Measures candidates on so many pairs."""
@@ -183,7 +189,7 @@ def choose(trials: Trials, first: Scores, picked: Tensor, k: int, ways: Ways) ->
     found = first
     findings: dict[str, Any] = {"dial": trials.dial}
     if ways.average:
-        found = trials.averaged(first, picked)
+        found = trials.rescored(first, *trials.averaged(first, first, picked, _EQUALLY))
     narrow = None
     if ways.verify:
         narrow = trials.narrowing(ways.verify)
@@ -205,6 +211,9 @@ def choose(trials: Trials, first: Scores, picked: Tensor, k: int, ways: Ways) ->
         )
     if ways.interaction == "fisher":
         found = fisher_gains(found, picked)
+    if ways.average:
+        effect, error = trials.averaged(first, found, picked, _SIMPSON)
+        found = found.with_columns(effect=effect, error=error)
     return Choice(found, picked, {"chosen": findings})
 
 
@@ -247,3 +256,28 @@ def fisher_gains(found: Scores, picked: Tensor) -> Scores:
     gains = torch.linalg.solve(fisher, found.columns["effect"][picked])
     gains = gains / gains.abs().max()
     return found.with_columns(gain=found.columns["gain"].index_copy(0, picked, gains))
+
+
+def choice_in_words(steering: Steering, units: Sequence[dict[str, Any]]) -> list[str]:
+    """How the units were looked at again, where they were."""
+    options, known = steering.hyperparameters, steering.findings.get("chosen")
+    if not isinstance(known, dict):
+        return []
+    strength = f"a strength of {known['dial']:.3g}"
+    lines = []
+    if options.get("average"):
+        lines.append(f"Their effects are the mean over none, half and all of {strength}.")
+    if options.get("interaction") == "blocks":
+        lines.append(
+            f"They were chosen {options['block']} at a time, with those before scaled at "
+            f"{strength}."
+        )
+    if "verified_on" in known and all("real" in unit for unit in units):
+        real, foreseen = (sum(unit[name] for unit in units) for name in ("real", "predicted"))
+        lines.append(
+            f"Each was scaled alone on {known['verified_on']} pairs at {strength}: they gained "
+            f"{real:+.2f} nats in sum, where their effects say {foreseen:+.2f}."
+        )
+    if options.get("interaction") == "fisher":
+        lines.append("gamma heeds what they cost together.")
+    return lines
