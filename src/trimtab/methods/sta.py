@@ -31,7 +31,7 @@ as long as CAA's vector again. What adding v does is then known to first order, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -107,7 +107,9 @@ class STA(Method):
             "does to the answers, against its standard error)."
         },
     )
-    k: Count = field(default=_K, metadata={"help": "How many features to keep by effect."})
+    k: Count | None = field(
+        default=None, metadata={"help": f"How many features to keep by effect (default: {_K})."}
+    )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "sta"
@@ -119,7 +121,7 @@ class STA(Method):
             raise TrimtabError("sta: name an autoencoder (sae): a directory, or RELEASE:ID")
         if self.by_effect and self.p != _P:
             raise TrimtabError("sta: p is for locate difference: by effect say how many (k)")
-        if not self.by_effect and self.k != _K:
+        if not self.by_effect and self.k is not None:
             raise TrimtabError("sta: k is for locate effect: by difference say which share (p)")
 
     @property
@@ -161,13 +163,15 @@ class STA(Method):
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
+        if self.by_effect and self.k is None:
+            return replace(self, k=_K).build(language_model, contrast, statistics)
         features = load_features(self.sae)
         means, active, stream = (statistics[want] for want in self._differences(features))
         columns = {"amplitude": means.difference, "frequency": active.difference}
         if self.by_effect:
             found = self._scores(language_model, statistics, features)
             columns |= found.columns
-            kept = surest(self.name, "features", found, self.k)
+            kept = surest(self.name, "features", found, self.k or 0)
             activity = statistics.of(features.site, "mean", Means, read=features)
             weights = columns["gain"] * (activity.positive + activity.negative)
         else:
