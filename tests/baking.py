@@ -38,6 +38,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{(name, "ffn_out", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "resid", "Add"): NO_BIAS for name in ("qwen3", "qwen3_moe", "phi3")},
     **{(name, "resid", "Add"): NORM_BETWEEN for name in ("gemma2", "gemma3", "olmo2")},
+    ("qwen3_moe", "router", "Add"): NO_BIAS,
     ("qwen3_moe", "ffn_in", "Ablate"): ACROSS_EXPERTS,
     ("qwen3_moe", "ffn_in", "Rotate"): ACROSS_EXPERTS,
     ("phi3", "attn_norm", "Add"): NO_BIAS,

@@ -4,7 +4,7 @@ checked against. Only where a site is, is trimtab's."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -48,10 +48,8 @@ def known(name: str, dtype: torch.dtype = torch.float64) -> tt.LanguageModel:
 def fresh(name: str, dtype: torch.dtype = torch.float64) -> tt.LanguageModel:
     model: Any = (tiny_model if name in TINY else curated_model)(name, dtype=dtype)
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        try:  # no grouped product takes it
+        with suppress(ValueError):  # no grouped product takes it
             model.set_experts_implementation("eager")
-        except (ValueError, NotImplementedError):
-            pass
     return tt.wrap(model, tiny_tokenizer(), name)
 
 
@@ -109,7 +107,7 @@ def slopes_by_hand(
     lm: tt.LanguageModel,
     pairs: Sequence[Triple],
     units: Mapping[str, Sequence[int]],
-    step: float = 2e-4,
+    step: float = 2e-5,
     counted: Any = lambda token, start: token >= 0,
     per_token: bool = False,
 ) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ def test_at_the_last_block_keeping_the_length_changes_nothing() -> None:
                 assert apart < 1e-4 if alike else apart > 1e-4, (name, layer)
 
 
-@pytest.mark.parametrize("op", (*LINEAR, *OTHERS))
+@pytest.mark.parametrize("op", [*LINEAR, *OTHERS])
 def test_the_derivative_that_budgets_use(op: str) -> None:
     """Against differences, through the model; bounds are met by some tokens only."""
     lm = _wrapped("llama", dtype=torch.float64)

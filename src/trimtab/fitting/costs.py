@@ -51,9 +51,10 @@ _LOGITS = 1 << 25
 @dataclass(frozen=True)
 class Costs:
     """Samples of u at a site, [samples, units] float32, each over the positions of a text and
-    divided by the square root of how many these are."""
+    divided by the square root of how many these are; `draws` of each text, one after the other."""
 
     samples: Tensor
+    draws: int = 1
 
     @property
     def mean(self) -> Tensor:
@@ -62,9 +63,11 @@ class Costs:
 
     @property
     def error(self) -> Tensor:
-        """Its standard error, [units]."""
-        spread: Tensor = self.samples.double().square().std(0)
-        return spread / math.sqrt(len(self.samples))
+        """Its standard error, [units], as texts differ: those of one text say less than as many of
+        different texts would."""
+        of_texts = self.samples.double().square().unflatten(0, (-1, self.draws)).mean(1)
+        spread: Tensor = of_texts.std(0)
+        return spread / math.sqrt(len(of_texts))
 
 
 def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
@@ -92,7 +95,9 @@ def unit_costs(
     room = None if steered else _room(language_model, rows, draws)
     known: dict[str, Tensor] = {}
     for site in sites:
-        samples = None if room is None else _kept(room, site, reads.get(site))
+        width = getattr(reads.get(site), "width", language_model.anatomy.width(site))
+        shape = len(rows) * draws, width
+        samples = None if room is None else _kept(room, site, reads.get(site), shape)
         if samples is not None:
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
@@ -103,7 +108,7 @@ def unit_costs(
             known[site] = samples
             if room is not None:
                 _keep(room, site, reads.get(site), samples)
-    return [Costs(known[site]) for site in sites]
+    return [Costs(known[site], draws) for site in sites]
 
 
 def _neutral(language_model: LanguageModel) -> list[Packed]:
@@ -192,13 +197,14 @@ def _file(room: Path, site: str, read: Any) -> Path:
     return room / f"{site}{form}.safetensors"
 
 
-def _kept(room: Path, site: str, read: Any) -> Tensor | None:
+def _kept(room: Path, site: str, read: Any, shape: tuple[int, int]) -> Tensor | None:
     """What was kept of a site; anything else there is as if nothing were."""
     try:
         samples = load_file(_file(room, site, read))["samples"]
     except (OSError, KeyError, SafetensorError):
         return None
-    return samples if samples.dim() == 2 and samples.isfinite().all() else None
+    good = samples.shape == shape and samples.dtype == torch.float32 and samples.isfinite().all()
+    return samples if good else None
 
 
 def _keep(room: Path, site: str, read: Any, samples: Tensor) -> None:

@@ -42,7 +42,7 @@ from trimtab.methods.first_order import slope_wants
 from trimtab.methods.layers import layer_by_effect, layer_in_words
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
 
 OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 
@@ -134,7 +134,7 @@ class ActAdd(Method):
             )
             return new_steering(self, language_model, contrast, [best], dial, findings=findings)
         ((site, vector),) = vectors.items()
-        interventions = [Intervention(site, Add(vector), self.positions)]
+        interventions = [Intervention(site, Add(vector), Scope.of(self.positions))]
         return new_steering(self, language_model, contrast, interventions, dial)
 
     @classmethod

@@ -50,7 +50,7 @@ from trimtab.methods.layers import layer_by_effect, layer_in_words
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Situation, Steering
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class CAA(Method):
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer == "validation":
             validation_part(self.name, contrast)
-            if not contrast.paired and self.positions in ("generated", "last"):
+            if not contrast.paired and Scope.of(self.positions).holds(Situation("prompt")) is False:
                 raise TrimtabError(
                     f"caa: layer validation reads unpaired texts as they are, and positions "
                     f"{self.positions} changes nothing there: use all, or a paired contrast"
@@ -148,7 +148,8 @@ class CAA(Method):
             )
             return new_steering(self, language_model, contrast, [best], dial, findings=findings)
         interventions = [
-            Intervention(site, Add(vector), self.positions) for site, vector in vectors.items()
+            Intervention(site, Add(vector), Scope.of(self.positions))
+            for site, vector in vectors.items()
         ]
         if self.layer != "validation":
             return new_steering(self, language_model, contrast, interventions, dial)

@@ -27,7 +27,7 @@ from trimtab.methods.effects import Scoring
 from trimtab.methods.first_order import scaled_scores, scaled_wants
 from trimtab.methods.ranking import Scores, places
 from trimtab.model import LanguageModel
-from trimtab.steering import Affine, Intervention, Positions
+from trimtab.steering import Affine, Intervention, Positions, Scope
 from trimtab.terminal import progress
 
 
@@ -105,7 +105,7 @@ class Along:
             units = gains.nonzero().flatten()
             v = self.reads[site].vectors[:, units].float()
             operator = Affine((v * gains[units].float()).contiguous(), v.contiguous())
-            made.append(Intervention(site, operator, positions))
+            made.append(Intervention(site, operator, Scope.of(positions)))
         return made
 
     def tables(self, anatomy: Anatomy, picked: Tensor) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ from trimtab.methods.first_order import (
 from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
 from trimtab.terminal import progress
 
 
@@ -163,7 +163,7 @@ class ITI(Method):
                 for index in here:
                     vector[index % anatomy.heads] = shifts[index]
                 add = Add(vector.flatten().float())
-                interventions.append(Intervention(site, add, self.positions))
+                interventions.append(Intervention(site, add, Scope.of(self.positions)))
         return interventions
 
     def _effects(

@@ -17,7 +17,7 @@ from trimtab.fitting import Effect, Statistics
 from trimtab.methods.first_order import added_prediction, added_scores
 from trimtab.methods.ranking import rank
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Intervention, Steering
+from trimtab.steering import Add, Intervention, Scope, Steering
 
 
 def layer_by_effect(
@@ -39,7 +39,7 @@ def layer_by_effect(
         )
     site, sign = found.sites[best], effects[best].sign()
     turned = Add((sign * vectors[site]).float())
-    intervention = Intervention(site, turned, effect.positions)
+    intervention = Intervention(site, turned, Scope.of(effect.positions))
     findings: dict[str, Any] = {"site": site}
     for name in ("effect", "error", "cost"):
         values = found.columns[name].tolist()

@@ -26,7 +26,7 @@ were without steering; here the model runs on from what was changed, at all `pos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,6 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
-    Costs,
     Count,
     Effect,
     HeadSums,
@@ -60,7 +59,7 @@ from trimtab.methods.first_order import (
 from trimtab.methods.ranking import Scores, places
 from trimtab.methods.words import counted
 from trimtab.model import LanguageModel
-from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
+from trimtab.steering import Dial, Intervention, Positions, Scale, Scope, Steering, chosen
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
@@ -152,7 +151,7 @@ class SADI(Method):
             here = site_of == number
             if here.any():
                 scale = self._scale(anatomy, site, element[here], gain[here].float())
-                interventions.append(Intervention(site, scale, self.positions))
+                interventions.append(Intervention(site, scale, Scope.of(self.positions)))
         tables = {
             "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
             "head" if heads else "unit": element,
@@ -190,7 +189,10 @@ class SADI(Method):
         costs = unit_costs(language_model, list(reads))  # those of heads are sums of their units'
         if self.variant == "head":
             heads = language_model.anatomy.heads
-            costs = [Costs(each.samples.unflatten(-1, (heads, -1)).sum(-1)) for each in costs]
+            costs = [
+                replace(each, samples=each.samples.unflatten(-1, (heads, -1)).sum(-1))
+                for each in costs
+            ]
         return scaled_scores(statistics, reads, Effect(self.positions), costs)
 
     def _scale(self, anatomy: Anatomy, site: str, elements: Tensor, gains: Tensor) -> Scale:

@@ -70,7 +70,7 @@ from trimtab.methods.first_order import (
 from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import adds_vectors, read_at
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
 
 #: How many are kept: of the authors' rule the share, by effect the number.
 _P, _K = 0.35, 16
@@ -183,7 +183,7 @@ class STA(Method):
                 f"raise {'k' if self.by_effect else 'p'}"
             )
         vector = vector * (stream.difference.norm() / vector.norm())
-        interventions = [Intervention(features.site, Add(vector.float()), self.positions)]
+        interventions = [Intervention(features.site, Add(vector.float()), Scope.of(self.positions))]
         findings = {
             "autoencoder": features.name,
             "features": features.width,

@@ -3,7 +3,7 @@
 An operator that is affine at a fixed dial, x -> A x + c, folds into the linear maps at its site:
 
     attn_norm, heads, ffn_norm, ffn_in, final_norm    into the maps that read the site: W A, b + W c
-    attn_out, ffn_out                                 into the map that writes it: A W, A b + c
+    attn_out, ffn_out, router                         into the map that writes it: A W, A b + c
     embed                                             into the embedding tables
     resid                                             an added vector only, with the FFN's output
     final_norm of GPT-2                               unit by unit into the norm, which has a bias
@@ -174,15 +174,10 @@ def _record(steering: Steering, base: dict[str, Any]) -> dict[str, Any]:
 
 def _fold(intervention: Intervention, steering: Steering) -> _Fold:
     operator: Any = intervention.operator
-    if intervention.positions != "all":
+    if not intervention.scope.everywhere:
         raise TrimtabError(
-            f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
-            "weights act on all of them; attach it instead"
-        )
-    if intervention.tokens != "all":
-        raise TrimtabError(
-            f"cannot bake {steering.method}: it steers {intervention.tokens} tokens only, and "
-            "weights act on all of them; attach it instead"
+            f"cannot bake {steering.method}: it acts on the scope '{intervention.scope}', and "
+            "weights act on all tokens alike; attach it instead, or give it the scope all"
         )
     if not operator.linear:
         raise TrimtabError(
@@ -222,7 +217,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
                 "steering instead"
             )
         return "output", _writers(anatomy, added[0])
-    if kind in ("attn_out", "ffn_out"):
+    if kind in ("attn_out", "ffn_out", "router"):
         return "output", _writers(anatomy, fold.site)
     if kind.endswith("_norm_in"):
         raise TrimtabError(

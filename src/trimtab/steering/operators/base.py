@@ -62,6 +62,10 @@ class Operator(Protocol):
         """The dial, on either side, beyond which it does again what it does before."""
 
     @property
+    def choice(self) -> Operator | None:
+        """At a router: what is done to the scores by which it chooses, beside its logits."""
+
+    @property
     def description(self) -> str:
         """What messages call it."""
 
@@ -110,6 +114,10 @@ class OperatorDefaults:
     @property
     def farthest(self) -> float:
         return math.inf
+
+    @property
+    def choice(self) -> Operator | None:
+        return None
 
     @property
     def description(self) -> str:

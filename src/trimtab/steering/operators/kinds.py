@@ -16,16 +16,21 @@ from trimtab.steering.operators.bounds import Clamp
 from trimtab.steering.operators.diagonal import Scale, Shift
 from trimtab.steering.operators.low_rank import Ablate, Affine
 from trimtab.steering.operators.planes import Rotate, Turn
+from trimtab.steering.operators.routing import Force
 
 
 def _is_operator(added: Any, name: str) -> bool:
     return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
 
 
+_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
 #: Operators by the names that steering files have.
 OPERATORS: Mapping[str, type[Any]] = Extended(
     "operator",
-    {kind.__name__: kind for kind in (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn)},
+    {
+        kind.__name__: kind
+        for kind in (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
+    },
     _is_operator,
 )
 
