@@ -81,14 +81,18 @@ def test_effects_stand_layer_by_layer_with_their_intervals(case: str) -> None:
 def test_the_chosen_layer_is_marked() -> None:
     steering = _of_layers()
     found = steering.findings
-    _, (axes, worth) = _panels(steering)
+    _, (axes, certain, worth) = _panels(steering)
     points = _points(axes)
     for place, (site, effect) in enumerate(found["effect"].items()):
         assert points[place][0] == pytest.approx(effect)
         assert points[place][1] == pytest.approx(1.96 * found["error"][site])
-    heights = [bar.get_height() for bar in worth.patches]
-    best = heights.index(max(heights))
+    sure = [bar.get_height() for bar in certain.patches]
+    best = sure.index(max(sure))
     assert list(found["effect"])[best] == found["site"]
+    assert sure[best] == pytest.approx(
+        abs(found["effect"][found["site"]]) / found["error"][found["site"]]
+    )
+    heights = [bar.get_height() for bar in worth.patches]
     assert heights[best] == pytest.approx(
         abs(found["effect"][found["site"]]) * (0.2 / found["cost"][found["site"]]) ** 0.5
     )

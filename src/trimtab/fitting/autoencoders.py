@@ -59,7 +59,7 @@ class Features:
     def plain(self) -> bool:
         """Whether it reads activations as they are, so that a feature adds its decoder's row times
         its activation to the stream."""
-        return self.sae.cfg.normalize_activations == "none"
+        return bool(self.sae.cfg.normalize_activations == "none")
 
     def __call__(self, activation: Tensor) -> Tensor:
         """Activations of the features, [..., features] in float32."""

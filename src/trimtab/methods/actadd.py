@@ -64,7 +64,7 @@ class ActAdd(Method):
         default=None,
         metadata={
             "help": "Block whose output is steered, negative from the end; or effect: the one "
-            "where the vector does most at equal cost, to first order (default: 40%)."
+            "where the vector most certainly does something to the answers (default: 40%)."
         },
     )
     alpha: Number | None = field(
@@ -130,7 +130,7 @@ class ActAdd(Method):
         }
         if self.layer == "effect":
             best, findings = layer_by_effect(
-                language_model, statistics, vectors, Effect(self.positions)
+                self.name, language_model, statistics, vectors, Effect(self.positions)
             )
             return new_steering(self, language_model, contrast, [best], dial, findings=findings)
         ((site, vector),) = vectors.items()

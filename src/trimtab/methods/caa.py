@@ -14,8 +14,8 @@ the pairs' differences. They are not centred, because their mean is what is look
 the one that agrees with v.
 
 `layer="effect"` is ours: of every block's vector it knows from one pass what adding it does to the
-answers and what that costs on plain text (see first_order.py), and takes the block whose vector
-does most at equal cost. A vector of negative effect is turned round.
+answers, and takes the block whose effect is most certain (see layers.py). A vector of negative
+effect is turned round.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class CAA(Method):
         metadata={
             "help": "Blocks whose output is steered, as in 12 or 10-14, negative from the end; or "
             "validation: the one that does most on validation rows at alpha; or effect: the one "
-            "that does most at equal cost, to first order (default: 40%)."
+            "that most certainly does something to the answers (default: 40%)."
         },
     )
     alpha: Number | None = field(
@@ -144,7 +144,7 @@ class CAA(Method):
         }
         if self.layer == "effect":
             best, findings = layer_by_effect(
-                language_model, statistics, vectors, Effect(self.positions)
+                self.name, language_model, statistics, vectors, Effect(self.positions)
             )
             return new_steering(self, language_model, contrast, [best], dial, findings=findings)
         interventions = [

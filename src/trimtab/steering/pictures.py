@@ -166,12 +166,12 @@ def _name_places(
 
 
 def _plot_layers(axes: Any, steering: Steering) -> None:
-    """The effect of adding each layer's vector, with 95 % intervals; below, to first order, what
-    each gains at equal cost, by which one was chosen."""
+    """The effect of adding each layer's vector, with 95 % intervals; below, how certain each is, by
+    which one was chosen, and to first order what each gains at equal cost."""
     found = steering.findings
     places = [parse_site(site)[0] for site in found["effect"]]
-    effects, errors = list(found["effect"].values()), [e or 0.0 for e in found["error"].values()]
-    (worth,) = _strips(axes, 1)
+    effects, errors = list(found["effect"].values()), list(found["error"].values())
+    certain, worth = _strips(axes, 2)
     _effects(axes, places, effects, errors, {"color": NEUTRAL, "marker": "o"})
     gains = [
         abs(effect) * (2 * _BUDGET / cost) ** 0.5 if cost else 0.0
@@ -179,6 +179,8 @@ def _plot_layers(axes: Any, steering: Steering) -> None:
     ]
     best = list(found["effect"]).index(found["site"])
     colours = [GREEN if place == best else NEUTRAL for place in range(len(places))]
+    sure = [abs(e) / max(error, 1e-30) for e, error in zip(effects, errors, strict=True)]
+    certain.bar(places, sure, color=colours, width=0.7)
     worth.bar(places, gains, color=colours, width=0.7)
     _effects(
         axes,
@@ -188,6 +190,7 @@ def _plot_layers(axes: Any, steering: Steering) -> None:
         {"color": GREEN, "marker": "s", "label": "chosen" + ", turned round" * (effects[best] < 0)},
     )
     axes.legend(frameon=False)
+    certain.set(ylabel="standard\nerrors")
     worth.set(ylabel=f"gain at\n{_BUDGET:g} nats", xlabel="layer whose vector is added")
     worth.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(
@@ -213,7 +216,7 @@ def _effects(
 
 def _strips(axes: Any, count: int) -> list[Any]:
     """So many low axes below the axes, in the room that these had."""
-    ratios = {"height_ratios": [4] + [1] * count, "hspace": 0.1}
+    ratios: dict[str, Any] = {"height_ratios": [4] + [1] * count, "hspace": 0.1}
     spec, figure = axes.get_subplotspec(), axes.figure
     if spec is not None:
         grid = spec.subgridspec(1 + count, 1, **ratios)
