@@ -76,6 +76,7 @@ _EXAMPLES = {
     "suppression": "--task copa --data DIR --limit 100 -o runs/suppression",
     "ablations": "--task copa --data DIR --ks 16,64 --alphas 1,8 -o runs/ablations",
     "heatmap": "--task copa --data DIR --ks 4,16,64 --alphas 1,8,32 -o runs/heatmap",
+    "effect": "--task contrast:builtin:formality --k 4,16 --kl 0.1 --pairs 48 -o runs/effect",
     "dial": "--task contrast:builtin:formality --methods ss,sas --step 30 -o runs/dial",
     "masks": "--task contrast:builtin:formality --seeds 42,43 -o runs/masks",
 }

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Part, last_message, shared_rows
+from trimtab.contrasts import Contrast, Part, Prompt, last_message, shared_rows
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
     Asked,
@@ -299,6 +299,13 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.target for example in job.entries[0].examples]
         return [None] * job.rows
+
+    def prompts(self, most: int, part: Part = "validation") -> list[Prompt]:
+        """The first prompts of a part, each once, for budgets and times."""
+        job = self.jobs[part]
+        if isinstance(job, TaskJob):
+            return [example.prompt for example in job.entries[0].examples][:most]
+        return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:most]
 
     def samples(self, steerings: Mapping[str, Any], run: Run) -> tuple[Sample, ...]:
         """What the model writes on some test prompts, unsteered and under each steering; from the
