@@ -274,7 +274,7 @@ def _analyse() -> dict[str, str]:
 
 _ANALYSES = (
     *("units", "tokens", "scores", "overlap", "pairs", "count", "suppression"),
-    *("ablations", "heatmap", "plane", "norms", "dial", "masks"),
+    *("ablations", "heatmap", "effect", "plane", "norms", "dial", "masks"),
 )
 #: The commands that have help of their own.
 HELP = (

@@ -1,6 +1,6 @@
-"""Which ranking of units steers best: how often a sign agrees (AUSteer's), the mean difference, what
-scaling a unit does to the answers, that per nat, and chance, on the same pairs and at an equal cost.
-"""
+"""Which ranking of units steers best: how often a sign agrees (AUSteer's), the mean difference,
+what scaling a unit does to the answers, that per nat, or chance, on the same pairs and at an equal
+cost."""
 
 from __future__ import annotations
 
