@@ -105,11 +105,15 @@ class Ranking:
         found = []
         for i in flat:
             at = row, unit = divmod(int(i), width)
-            known = [float(x[at]) for x in (scores, self.r_pos, self.r_neg)]
-            by_effect = [None if x is None else float(x[at]) for x in (self.effects, self.errors)]
-            rank_of = int(place[i]) + 1
-            found.append(Unit(self.layers[row], unit, *known, rank_of, *by_effect))
+            score, r_pos, r_neg = (float(x[at]) for x in (scores, self.r_pos, self.r_neg))
+            effect, error = (None if x is None else float(x[at]) for x in self._by_effect)
+            rank_of, layer = int(place[i]) + 1, self.layers[row]
+            found.append(Unit(layer, unit, score, r_pos, r_neg, rank_of, effect, error))
         return found
+
+    @property
+    def _by_effect(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.effects, self.errors
 
     def top(self, k: int) -> list[Unit]:
         """The k units of the highest scores."""
