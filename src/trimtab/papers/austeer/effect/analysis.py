@@ -87,9 +87,9 @@ def effect(
     (on the validation rows); and how much k units together raise the log-odds of the right answer,
     each at the largest dial within each budget of `kl` nats (the median over validation prompts of
     the next token's KL divergence). Settings are chosen on the validation rows and reported on the
-    test rows, with p against signed momentum (Holm, within a budget). CAA, ITI and SADI, each with
-    a few settings, stand beside them. `run` keeps what is finished, from which an interrupted study
-    goes on.
+    test rows, with p against signed momentum (Wilcoxon's, corrected by Holm within a budget). CAA,
+    ITI and SADI, each with a few settings, stand beside them. `run` keeps what is finished, from
+    which an interrupted study goes on.
     """
     run = run or Run(None, {})
     texts = contrast_for(task, contrast, asked).train

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast, Part
 from trimtab.figures import Difference, corrected
-from trimtab.papers.austeer.effect.rankings import RANKINGS, USUAL, Costs, Fitted
+from trimtab.papers.austeer.effect.rankings import USUAL, Costs, Fitted
 from trimtab.papers.austeer.effect.within import Within, dials_within
 from trimtab.reports import Run
 from trimtab.steering import Steering
@@ -92,7 +92,7 @@ class Cell:
 @dataclass(frozen=True)
 class Chosen:
     """The cell of a ranking or method that gains most on the validation rows within a budget, and
-    on the test rows its difference from `USUAL`, for rankings."""
+    on the test rows its difference from what was chosen of `USUAL`."""
 
     cell: Cell
     against_usual: Difference | None = None
@@ -219,7 +219,7 @@ def chosen_of(cells: Sequence[Cell], budgets: Sequence[float]) -> list[Chosen]:
             assert chosen is not None
             best[name] = chosen
         usual = best[USUAL].values("test")
-        others = [name for name in RANKINGS if name != USUAL]
+        others = [name for name in best if name != USUAL]
         differences = [difference_of(usual, best[name].values("test")) for name in others]
         against = dict(zip(others, corrected(differences), strict=True))
         found += [Chosen(cell, against.get(name)) for name, cell in best.items()]

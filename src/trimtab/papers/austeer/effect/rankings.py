@@ -5,8 +5,9 @@ methods that steer with whole directions, beside which they stand."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def fitted(
         by_effect = effect if "effect" in options.get("locate", "") else {}
         own = {"k": "all" if name == "effect size" else most, **options, **by_effect}
         methods.append(AUSteer(site=site, alpha=1.0, **own))
-    beside = _references(language_model)
+    beside = _references(language_model, contrast)
     made = fit(methods + [one for _, one in beside], language_model, contrast, measure=False)
     rankings, effects = [], Effects({})
     number = {name: 0 for name, _ in draws}
@@ -127,15 +128,25 @@ def fitted(
     return Fitted(rankings, effects, references)
 
 
-def _references(language_model: LanguageModel) -> list[tuple[dict[str, Any], Method]]:
-    """CAA, ITI and SADI, each with a few settings to choose from."""
+def _references(
+    language_model: LanguageModel, contrast: Contrast
+) -> list[tuple[dict[str, Any], Method]]:
+    """CAA, ITI and SADI, each with a few settings to choose from; without those that cannot be had
+    on this model."""
     anatomy = language_model.anatomy
     heads = len(anatomy.sites("heads")) * anatomy.heads
     layers = dict.fromkeys(int(share * anatomy.layers) for share in (0.3, 0.4, 0.5, 0.6))
-    found: list[tuple[dict[str, Any], Method]] = []
-    found += [({"layer": layer}, CAA(layer=layer, alpha=1.0)) for layer in layers]
-    found += [({"k": k}, ITI(k=k, alpha=1.0)) for k in _up_to(heads, (16, 48, 96))]
-    found += [({"k": k}, SADI(k=k, delta=1.0)) for k in _up_to(heads, (2, 8, 32))]
+    every: list[tuple[dict[str, Any], Method]] = []
+    every += [({"layer": layer}, CAA(layer=layer, alpha=1.0)) for layer in layers]
+    every += [({"k": k}, ITI(k=k, alpha=1.0)) for k in _up_to(heads, (16, 48, 96))]
+    variants: tuple[tuple[Literal["head", "hidden", "neuron"], int], ...]
+    variants = (("head", min(4, heads)), ("hidden", 16), ("neuron", 64))
+    every += [({"variant": v, "k": k}, SADI(variant=v, k=k, delta=1.0)) for v, k in variants]
+    found = []
+    for params, method in every:
+        with suppress(TrimtabError):
+            method.wants(language_model, contrast)
+            found.append((params, method))
     return found
 
 

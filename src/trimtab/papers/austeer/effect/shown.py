@@ -61,7 +61,7 @@ def chosen_table(chosen: Sequence[Chosen], rate: str | None, rows: int) -> Table
     heads += [rate or "", f"against {USUAL}", "p, Holm"]
     note = (
         "Gains are nats of log-odds a row; of random choices the mean over draws. p is against "
-        f"{USUAL}, corrected for the number of rankings within a budget."
+        f"{USUAL}, corrected for the number of comparisons within a budget."
     )
     return Table(
         "Chosen on validation, reported on test", heads, lines, note

@@ -24,6 +24,8 @@ _NEAR, _AIM, _LOWER = 0.95, 0.98, 0.8
 _CLOSE = 1.01
 #: Dials that are run for one budget at most, beside those that other budgets ran.
 _TRIES = 8
+#: A single unit may have to be scaled this many times further than the range of dials says.
+_BEYOND = 100.0
 #: KL goes with the square of the dial at first; one step goes this many times further at most.
 _FURTHER = 8.0
 
@@ -31,7 +33,7 @@ _FURTHER = 8.0
 @dataclass(frozen=True)
 class Within:
     """A dial, what it costs in nats, and whether a larger one would cost more than the budget
-    (else it is the end of the dial's range)."""
+    (else it is as far as the dial goes)."""
 
     dial: float
     kl: float
@@ -44,8 +46,8 @@ def dials_within(
     texts: Sequence[Sequence[int]],
     budgets: Sequence[float],
 ) -> dict[float, Within]:
-    """Of each budget the largest dial within it up to the end of the steering's range, before the
-    first that exceeds it; `texts` are prompts as token ids."""
+    """Of each budget the largest dial within it, before the first that exceeds it, up to a hundred
+    times the steering's range; `texts` are prompts as token ids."""
     turning = Turning(language_model, steering, texts)
     every = range(len(texts))
 
@@ -56,7 +58,7 @@ def dials_within(
         median = float(found.nan_to_num(math.inf, math.inf).quantile(0.5))
         return median if math.isfinite(median) else math.inf
 
-    return largest_within(cost, budgets, dial_limits(steering)[1])
+    return largest_within(cost, budgets, dial_limits(steering, _BEYOND)[1])
 
 
 def largest_within(
