@@ -26,7 +26,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{(name, kind, op): BEFORE_A_NORM for name, kind in SITES for op in LINEAR
        if kind in ("attn_norm_in", "ffn_norm_in")},
     **{(name, kind, op): AFTER_A_NORM for name, kind in SITES for op in LINEAR
-       if kind in ("attn_post_norm", "ffn_post_norm")},
+       if kind in ("attn_post_norm", "ffn_post_norm") and op != "Scale"},  # into the norm's gain
     **{(name, kind, op): f"cannot bake test: {why} is not linear in the activation"
        for name, kind in SITES for op, why in (
            ("Absolute", r"a Scale that adds a multiple of \|x\|"),
@@ -38,6 +38,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{(name, "ffn_out", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "resid", "Add"): NO_BIAS for name in ("qwen3", "qwen3_moe", "phi3")},
     **{(name, "resid", "Add"): NORM_BETWEEN for name in ("gemma2", "gemma3", "olmo2")},
+    ("qwen3_moe", "router", "Add"): NO_BIAS,
     ("qwen3_moe", "ffn_in", "Ablate"): ACROSS_EXPERTS,
     ("qwen3_moe", "ffn_in", "Rotate"): ACROSS_EXPERTS,
     ("phi3", "attn_norm", "Add"): NO_BIAS,

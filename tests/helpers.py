@@ -56,10 +56,16 @@ CALIBRATION = Calibration(
     negative_worst5=(-2.0, -5.0, -8.0),
 )
 
-#: The kinds of sites that an architecture lacks: norms before the branches, or after them.
+#: The kinds of sites that an architecture lacks: norms before the branches, or after them, and
+#: routers where there is no mixture.
 MISSING: dict[str, tuple[str, ...]] = {
-    name: ("attn_post_norm", "ffn_post_norm") for name in TINY
-} | {"gemma2": (), "gemma3": (), "olmo2": ("attn_norm_in", "ffn_norm_in")}
+    name: ("attn_post_norm", "ffn_post_norm", "router") for name in TINY
+} | {
+    "gemma2": ("router",),
+    "gemma3": ("router",),
+    "olmo2": ("attn_norm_in", "ffn_norm_in", "router"),
+    "qwen3_moe": ("attn_post_norm", "ffn_post_norm"),
+}
 
 #: Every architecture with every kind of site that it has.
 SITES = [(name, kind) for name in TINY for kind in KINDS if kind not in MISSING[name]]

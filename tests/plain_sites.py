@@ -2,7 +2,8 @@
 
 A table names for each layer the module of each site, and whether its input or its output is the
 site. Plain hooks of torch capture and change what is there. What stands in fused experts' inside
-no boundary of modules shows: a loop over the experts' own weights, written out here, does.
+no boundary of modules shows: a loop over the experts' own weights, written out here, does. A
+router's logits are what torch's `linear` returns while the router runs.
 
 Not in the table is what an architecture has not, in that layer: heads where nothing is attention;
 the norm's input where two branches share the norm, because a change there would change both; FFN
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,8 @@ from transformers import PreTrainedModel
 
 Change = Callable[[Tensor], Tensor]
 
-#: A module's path in its block, and the side of it, "in", "out" or "experts", that is the site.
+#: A module's path in its block, and the side of it, "in", "out", "experts" or "router", that is
+#: the site.
 Place = tuple[str, str]
 Layer = Mapping[str, Place]
 
@@ -64,10 +67,15 @@ def _ffn(
     return sites | _norms("ffn", norm, post)
 
 
-def _moe(module: str = "mlp", norm: str | None = "post_attention_layernorm") -> dict[str, Place]:
+def _moe(
+    module: str = "mlp",
+    norm: str | None = "post_attention_layernorm",
+    router: str = "gate",
+) -> dict[str, Place]:
     """Experts, with or without shared ones; all of it is the FFN."""
     sites = {
         "ffn_norm": (module, "in"),
+        "router": (f"{module}.{router}", "router"),
         "ffn_in": (f"{module}.experts", "experts"),
         "ffn_out": (module, "out"),
     }
@@ -109,7 +117,7 @@ _NEOX = Plain(
 
 # The block adds two FFNs, the mixture and the shared one, that read one norm: sites are the
 # mixture's.
-_GRANITE_MOE = _moe("block_sparse_moe", norm=None)
+_GRANITE_MOE = _moe("block_sparse_moe", norm=None, router="router")
 _GRANITE_DENSE = _ffn("shared_mlp", "output_linear")
 
 _GEMMA4 = (_GEMMA,) * 4
@@ -146,7 +154,10 @@ PLAIN: dict[str, Plain] = {
     "gemma4_moe": Plain(
         (
             _attention(post="post_attention_layernorm")
-            | {"ffn_post_norm": ("post_feedforward_layernorm", "out")},
+            | {
+                "router": ("router", "router"),
+                "ffn_post_norm": ("post_feedforward_layernorm", "out"),
+            },
         )
         * 4
     ),
@@ -162,7 +173,7 @@ PLAIN: dict[str, Plain] = {
     # In parallel, but each branch with a norm of its own.
     "gpt_neox": _NEOX,
     "gpt_neox_sequential": _NEOX,
-    "gpt_oss": Plain((_MIXTURE,) * 3),
+    "gpt_oss": Plain((_attention() | _moe(router="router"),) * 3),
     "gptj": Plain(
         (_attention("attn", "out_proj", norm=None) | _ffn(proj="fc_out", norm=None),) * 3,
         "transformer.h",
@@ -184,7 +195,8 @@ PLAIN: dict[str, Plain] = {
     ),
     "llama": Plain((_LLAMA,) * 3),
     "llama4_text": Plain(
-        (_attention() | _ffn("feed_forward"), _attention() | _moe("feed_forward")) * 2
+        (_attention() | _ffn("feed_forward"), _attention() | _moe("feed_forward", router="router"))
+        * 2
     ),
     "ministral3": Plain((_LLAMA,) * 3),
     "mistral": Plain((_LLAMA,) * 3),
@@ -299,7 +311,34 @@ def at_positions(change: Change, positions: str, end: int) -> Change:
     return edit
 
 
+class _Linear:
+    """torch's `linear`, whose result is changed while a router runs."""
+
+    def __init__(self, router: nn.Module, function: Change) -> None:
+        self._function = function
+        self._patched = mock.patch("torch.nn.functional.linear", self._call)
+        self._handles = [
+            router.register_forward_pre_hook(lambda *_: self._start()),
+            router.register_forward_hook(lambda *_: self._stop()),
+        ]
+
+    def _start(self) -> None:
+        self._patched.start()
+
+    def _stop(self) -> None:
+        self._patched.stop()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._function(linear(*args, **kwargs))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
 def _hook(module: nn.Module, side: str, function: Change) -> Any:
+    if side == "router":
+        return _Linear(module, function)
     if side == "in":
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -90,7 +90,8 @@ def reference(
         read = seen(f"{at}.ffn_norm", read)
         mlp = f"{block}.mlp"
         if f"{mlp}.experts.down_proj" in weights:
-            inner, down = _experts(config, read, weights, mlp)
+            router = seen(f"{at}.router", read @ weights[f"{mlp}.gate.weight"].T)
+            inner, down = _experts(config, read, router, weights, mlp)
             out = down(seen(f"{at}.ffn_in", inner))
         else:
             if gpt2:
@@ -177,10 +178,10 @@ def _rotated(x: Tensor, base: float) -> Tensor:
 
 
 def _experts(
-    config: Any, x: Tensor, weights: dict[str, Tensor], mlp: str
+    config: Any, x: Tensor, router: Tensor, weights: dict[str, Tensor], mlp: str
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """A mixture's inner activations, all experts side by side, and what maps them to its output."""
-    probabilities = (x @ weights[f"{mlp}.gate.weight"].T).softmax(-1)
+    probabilities = router.softmax(-1)
     top, chosen = probabilities.topk(config.num_experts_per_tok)
     share = torch.zeros_like(probabilities).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
     width = config.moe_intermediate_size

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from operator_formulas import (
+    ALL,
     DEGREES,
     DIALS,
     DTYPES,
+    LINEAR,
     PLANES,
     SEEDS,
     SHAPES,
@@ -42,9 +44,9 @@ from trimtab.steering.operators import (
 )
 
 #: Each unit on its own: the same numbers, bit for bit, however the rows are cut.
-ALONE = ("Scale", "clamped", "Absolute", "Add")
-LINEAR = ("Scale", "clamped", "Add", "Ablate", "Rotate")
-ALL = (*LINEAR, "Absolute", "Turn", "Adaptive")
+ALONE = ("Scale", "clamped", "Absolute", "Add", "Shift", "Interval", "Unbound")
+#: Linear ones that add something, too.
+OFFSETS = ("Add", "Constant", "Shift", "SetTo")
 KINDS = st.sampled_from(ALL)
 LINEARS = st.sampled_from(LINEAR)
 
@@ -93,7 +95,7 @@ def test_is_affine(kind: str, seed: int, dial: float, weight: float) -> None:
     mixed = apply(operator, weight * x + (1 - weight) * y, dial)
     near(mixed, weight * apply(operator, x, dial) + (1 - weight) * apply(operator, y, dial), 1e-4)
     # Linear, not only affine, where there is no offset.
-    if kind != "Add":
+    if kind not in OFFSETS:
         near(apply(operator, weight * x, dial), weight * apply(operator, x, dial), 1e-4)
         assert not apply(operator, torch.zeros(12), dial).any()
 
@@ -429,7 +431,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Scale(torch.tensor([0]), torch.ones(1), 4, clamp_sign=True, absolute=True),
         "clamp_sign and absolute",
     ),
-    "ablate matrix": (lambda: Ablate(torch.eye(2)), r"\[2, 2\], not \[units\]"),
+    "ablate cube": (lambda: Ablate(torch.ones(1, 2, 2)), r"\[1, 2, 2\], not \[units\]"),
     "ablate number": (lambda: Ablate(torch.tensor(1.0)), r"\[\], not \[units\]"),
     "ablate empty": (lambda: Ablate(torch.ones(0)), r"\[0\], not \[units\]"),
     "ablate zero": (lambda: Ablate(torch.zeros(4)), "Ablate.* of length 1"),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import trimtab as tt
+from effects_by_hand import means
 from helpers import (
     IDS,
     PROMPTS,
@@ -29,11 +30,14 @@ from helpers import (
     raw_greedy,
     refused_in_one_line,
     relative,
+    steer,
     steer_at,
 )
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.anatomy import KINDS
 from trimtab.anatomy.hooks import hooked
+from trimtab.reading import log_odds
+from trimtab.steering import Scale
 
 #: Sizes that every package takes: multiples of the groups that share a scale.
 SIZES: dict[str, Any] = {
@@ -325,3 +329,30 @@ def test_what_is_saved_is_loaded(small: tuple[str, tt.LanguageModel], tmp_path: 
     assert again.quantised
     assert relative(plain_logits(again.model, IDS), expected) < 1e-5
     assert torch.equal(plain_logits(lm.model, IDS), expected)
+
+
+def test_effects_are_slopes_or_refused(small: tuple[str, tt.LanguageModel]) -> None:
+    """Those that round their inputs have a gradient of a part of what they compute at most."""
+    name, lm = small
+    pairs = [(PROMPTS[0], " I do.", " No."), (PROMPTS[1], " yes", " no it is not")]
+    for kind in ("heads", "ffn_in", "resid"):
+        if not lm.anatomy.has(kind):
+            continue
+        sites = lm.anatomy.sites(kind)
+        if name in ROUND_INPUTS[1:]:
+            refused_in_one_line(lambda sites=sites: means(lm, pairs, sites), "backward|gradient")
+            continue
+        found = means(lm, pairs, sites)
+        gains = {
+            site: torch.randn(len(mean), generator=torch.Generator().manual_seed(0))
+            for site, mean in found.items()
+        }
+        scales = [(site, Scale(torch.arange(len(g)), g, len(g))) for site, g in gains.items()]
+        step = 0.03 if name in ROUND_INPUTS else 1e-3
+        steering = steer(lm, *scales)
+        contrast = tt.Contrast.from_pairs(pairs)
+        up, down = (log_odds(lm, contrast, steering.at(at)).mean() for at in (step, -step))
+        told = sum(float(gains[site].double() @ found[site]) for site in sites)
+        typical = sum(float(mean.square().sum()) for mean in found.values()) ** 0.5
+        tolerance = 0.3 if name in ROUND_INPUTS else 0.02
+        assert abs(float(up - down) / (2 * step) - told) < tolerance * typical

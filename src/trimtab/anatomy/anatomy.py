@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,25 @@ from trimtab.anatomy.entries import ENTRIES
 from trimtab.anatomy.experts import layout_of
 from trimtab.anatomy.knowing import Known, know
 from trimtab.anatomy.maps import (
+    Gain,
     LinearMap,
     experts_joint_reader,
     experts_readers,
     experts_writer,
+    gain_of,
     linear_map,
 )
 from trimtab.anatomy.outer import cap_of, capped
+from trimtab.anatomy.routers import Router
 from trimtab.anatomy.sites import (
     KINDS,
     READ_ONLY,
     Point,
+    Side,
     ffn_in_after,
     parse_site,
 )
 from trimtab.errors import TrimtabError
-
-Side = Literal["input", "output"]
 
 
 class Anatomy:
@@ -106,6 +108,9 @@ class Anatomy:
         assert layer is not None
         if kind == "resid":
             return None
+        if kind == "router":
+            router = self.known.routers[layer]
+            return router if isinstance(router, str) else None
         problems = self.known.layers[layer]
         if (None, "stream") in problems:
             return problems[None, "stream"]
@@ -206,6 +211,9 @@ class Anatomy:
         block = self.blocks[layer]
         if kind == "resid":
             return Point(site, block, "output", hidden)
+        if kind == "router":
+            router = self.router(site)
+            return Point(site, self._module(layer, router.path), "router", router.width, block)
         found = self._branch(layer, kind)
         assert found is not None
         i, branch = found
@@ -225,6 +233,20 @@ class Anatomy:
             return self._point(site, layer, branch.norm, "input", hidden)
         path = branch.post_norm if kind.endswith("_post_norm") else self._output_path(branch)
         return self._point(site, layer, path, "output", hidden)
+
+    def router(self, site: str) -> Router:
+        """The router whose logits a site is."""
+        layer, kind = self.check(site)
+        if kind != "router":
+            raise TrimtabError(f"{site} is no router: only routers choose experts")
+        self._refuse_missing(layer, kind)
+        router = None if layer is None else self.known.routers[layer]
+        assert isinstance(router, Router)
+        return router
+
+    def choice_point(self, site: str) -> Point:
+        """Where to hook to change by which scores the router of a site chooses experts."""
+        return replace(self.point(site), side="router_choice")
 
     def _point(self, site: str, layer: int, path: str | None, side: Side, width: int) -> Point:
         """A module's input or output; where it sees all tokens in one list, their rows are known
@@ -324,6 +346,8 @@ class Anatomy:
         """The linear maps whose sum, up to a factor, is exactly this site; none where there are
         none."""
         layer, kind = self.check(site)
+        if layer is not None and kind == "router":
+            return self._router_map(layer, self.router(site))
         if layer is None or kind not in ("attn_out", "ffn_out"):
             return []
         found = self._branch(layer, kind)
@@ -341,10 +365,16 @@ class Anatomy:
             )
         return [] if branch.writer is None else [linear_map(self._module(layer, branch.writer))]
 
+    def _router_map(self, layer: int, router: Router) -> list[LinearMap]:
+        if router.owner is None:
+            return []
+        owner = self._module(layer, f"{router.path}.{router.owner}".strip("."))
+        return [LinearMap(owner, bias="bias" if router.biased else None)]
+
     def writer_factor(self, site: str) -> float:
         """What the maps that write a site are multiplied by to give it."""
         layer, kind = self.check(site)
-        found = None if layer is None else self._branch(layer, kind)
+        found = None if layer is None or kind == "router" else self._branch(layer, kind)
         return 1.0 if found is None else float(found[1].writer_factor)
 
     def readers(self, site: str) -> list[LinearMap]:
@@ -372,6 +402,18 @@ class Anatomy:
         if branch.experts is not None:
             maps += experts_readers(self._experts(layer, branch))
         return maps
+
+    def gain(self, site: str) -> Gain | None:
+        """The gain of the norm whose output a site is, None where it is no norm's, or is not
+        known."""
+        layer, kind = self.check(site)
+        if kind == "final_norm":
+            return gain_of(self.final_norm)
+        found = None if layer is None else self._branch(layer, kind)
+        if found is None or not kind.endswith("_post_norm") or found[1].post_norm is None:
+            return None
+        assert layer is not None
+        return gain_of(self._module(layer, found[1].post_norm))
 
     def added_to_resid(self, layer: int) -> tuple[str, float] | None:
         """A site whose branch is added to block `layer`'s output, read by no other branch, and

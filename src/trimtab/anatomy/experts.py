@@ -221,7 +221,7 @@ def experts_forward(experts: Any, shown: ExpertEdits, *args: Any, **kwargs: Any)
     """
     layout = layout_of(experts)
     assert layout is not None
-    routes = _routes(experts, layout, args, kwargs)
+    routes = routes_of(experts, layout, args, kwargs)
     readers = [edit for side, edit in shown.edits if side == "expert_acts"]
     editors = [edit for side, edit in shown.edits if side == "experts"]
     inner, acts = _inside(experts, layout, routes, acts=bool(readers))
@@ -241,7 +241,7 @@ def experts_forward(experts: Any, shown: ExpertEdits, *args: Any, **kwargs: Any)
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
     """What one expert reads: n of the rows that the module was given."""
 
     row: Tensor  # [n], of the module's input, and of its output
@@ -250,51 +250,51 @@ class _Route:
 
 
 @dataclass(frozen=True)
-class _Routes:
+class Routes:
     """Who reads what."""
 
     hidden: Tensor  # [rows of the input, hidden]
     shape: torch.Size  # of the module's input as it came
     tokens: int
-    experts: list[_Route]
+    experts: list[Route]
     #: The rows [m] that stay as they are, with their weights [m, 1].
     identities: tuple[Tensor, Tensor] | None = None
 
 
-def _routes(
+def routes_of(
     experts: Any, layout: ExpertLayout, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> _Routes:
+) -> Routes:
     """Read the arguments of a call of the module."""
     bound = inspect.signature(type(experts).forward).bind(experts, *args, **kwargs)
     hidden, *rest = [value for name, value in bound.arguments.items() if name != "self"]
     flat = hidden.reshape(-1, hidden.shape[-1])
     if layout.call == "every":
         routes = _weighed_before(flat, layout.experts)
-        return _Routes(flat, hidden.shape, len(flat) // layout.experts, routes)
+        return Routes(flat, hidden.shape, len(flat) // layout.experts, routes)
     if layout.call == "shared":
         every = torch.arange(len(flat), device=flat.device)
         columns = rest[0].reshape(len(flat), layout.experts, 1).unbind(1)
-        routes = [_Route(every, every, weight) for weight in columns]
-        return _Routes(flat, hidden.shape, len(flat), routes)
+        routes = [Route(every, every, weight) for weight in columns]
+        return Routes(flat, hidden.shape, len(flat), routes)
     if layout.call == "block":
         _, tokens, weights, sizes, _ = experts.router(flat)  # sorted by expert
         pairs = zip(tokens.split(sizes), weights[:, None].split(sizes), strict=True)
-        routes = [_Route(token, token, weight) for token, weight in pairs]
-        return _Routes(flat, hidden.shape, len(flat), routes)
+        routes = [Route(token, token, weight) for token, weight in pairs]
+        return Routes(flat, hidden.shape, len(flat), routes)
     if layout.call == "logits":
         rest = experts.route_tokens_to_experts(rest[0])
     chosen, weights = (given.reshape(len(flat), -1) for given in rest)
     picked = [_picked(chosen == expert, weights) for expert in range(layout.experts)]
-    routes = [_Route(token, token, weight) for token, weight in picked]
+    routes = [Route(token, token, weight) for token, weight in picked]
     identities = _picked(chosen >= layout.experts, weights) if layout.identities else None
-    return _Routes(flat, hidden.shape, len(flat), routes, identities)
+    return Routes(flat, hidden.shape, len(flat), routes, identities)
 
 
-def _weighed_before(flat: Tensor, count: int) -> list[_Route]:
+def _weighed_before(flat: Tensor, count: int) -> list[Route]:
     """The routes where every expert gets all tokens, times a weight that is zero for most."""
     tokens = len(flat) // count
     found = [rows.any(-1).nonzero()[:, 0] for rows in flat.view(count, tokens, -1)]
-    return [_Route(token + i * tokens, token, None) for i, token in enumerate(found)]
+    return [Route(token + i * tokens, token, None) for i, token in enumerate(found)]
 
 
 def _picked(where: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +304,7 @@ def _picked(where: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside(
-    experts: Any, layout: ExpertLayout, routes: _Routes, acts: bool = False
+    experts: Any, layout: ExpertLayout, routes: Routes, acts: bool = False
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the experts' down projections read, [n, units] each, and, where `acts` asks for it,
     what their activation functions put out."""
@@ -362,7 +362,7 @@ def _function(experts: Any, layout: ExpertLayout) -> Callable[[Tensor], Tensor]:
     return function
 
 
-def _outside(experts: Any, layout: ExpertLayout, routes: _Routes, inner: list[Tensor]) -> Tensor:
+def _outside(experts: Any, layout: ExpertLayout, routes: Routes, inner: list[Tensor]) -> Tensor:
     """The module's output from what its down projections read."""
     hidden = routes.hidden
     down = expert_weights(experts, layout, layout.down)
@@ -396,7 +396,7 @@ def expert_weights(experts: nn.Module, layout: ExpertLayout, path: str) -> Tenso
     return weight.mT if transposed else weight
 
 
-def _spread(layout: ExpertLayout, routes: _Routes, values: list[Tensor]) -> Tensor:
+def _spread(layout: ExpertLayout, routes: Routes, values: list[Tensor]) -> Tensor:
     """[tokens, experts, units], zero where a token was not routed."""
     spread = torch.zeros(
         routes.tokens, layout.experts, layout.units, dtype=values[0].dtype, device=values[0].device
@@ -406,7 +406,7 @@ def _spread(layout: ExpertLayout, routes: _Routes, values: list[Tensor]) -> Tens
     return spread
 
 
-def _rows_and_tokens(shown: ExpertEdits, routes: _Routes) -> tuple[int, int]:
+def _rows_and_tokens(shown: ExpertEdits, routes: Routes) -> tuple[int, int]:
     """Of the pass that runs."""
     if len(routes.shape) == 3 and routes.shape[0] * routes.shape[1] == routes.tokens:
         return routes.shape[0], routes.shape[1]
@@ -440,7 +440,7 @@ def disagreement(
     # Models in float64, too, compute parts in float32.
     own = torch.float32 if output.dtype is torch.float64 else output.dtype
     try:
-        routes = _routes(experts, layout, args, dict(kwargs))
+        routes = routes_of(experts, layout, args, dict(kwargs))
         exact = _replayed(experts, layout, replace(routes, hidden=routes.hidden.double()))
         replayed = _replayed(experts, layout, replace(routes, hidden=routes.hidden.to(own)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -463,6 +463,6 @@ def disagreement(
     )
 
 
-def _replayed(experts: nn.Module, layout: ExpertLayout, routes: _Routes) -> Tensor:
+def _replayed(experts: nn.Module, layout: ExpertLayout, routes: Routes) -> Tensor:
     inner, _ = _inside(experts, layout, routes)
     return _outside(experts, layout, routes, inner)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.anatomy.behaviour import find_input, first_tensor, with_first
 from trimtab.anatomy.exclusive import exclusively
 from trimtab.anatomy.experts import ExpertEdits, experts_forward, layout_of
+from trimtab.anatomy.routers import RouterEdits, router_forward
 from trimtab.anatomy.sites import Edit, Point
 from trimtab.errors import TrimtabError
 
@@ -46,7 +47,7 @@ def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
     with exclusively(body), eager():
         try:
             for point, edit in edits.items():
-                removers.append(_install(point, edit))
+                removers.append(install(point, edit))
             yield
         finally:
             for remove in reversed(removers):
@@ -55,7 +56,7 @@ def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
 
 def is_hooked(model: nn.Module) -> bool:
     """Whether an edit is on the model at this moment."""
-    ours = (_on_output, _on_input, _on_rows, experts_forward)
+    ours = (_on_output, _on_input, _on_rows, experts_forward, router_forward)
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         for function in (*hooks, vars(module).get("forward")):
@@ -97,7 +98,8 @@ def eager() -> Iterator[None]:
                 _Eager.stance.__exit__(None, None, None)  # back to what it was before
 
 
-def _install(point: Point, edit: Edit) -> Callable[[], None]:
+def install(point: Point, edit: Edit) -> Callable[[], None]:
+    """Put an edit at a point, and return what takes it off again."""
     if point.side in ("experts", "expert_acts"):
         return _on_experts(point, edit)
     removers: list[Callable[[], None]] = []
@@ -105,14 +107,17 @@ def _install(point: Point, edit: Edit) -> Callable[[], None]:
         edit = _Listed(edit)
         noting = point.around.register_forward_pre_hook(Hook(_on_rows, edit), with_kwargs=True)
         removers.append(noting.remove)
-    if point.side == "output":
+    if point.side in ("router", "router_choice"):
+        removers.append(_on_router(point, edit))
+    elif point.side == "output":
         handle = point.module.register_forward_hook(Hook(_on_output, edit))
         _ours_first(point.module._forward_hooks)
+        removers.append(handle.remove)
     else:
         hook = Hook(_on_input, edit)
         handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
         _ours_first(point.module._forward_pre_hooks)
-    removers.append(handle.remove)
+        removers.append(handle.remove)
 
     def remove() -> None:
         for each in reversed(removers):
@@ -173,14 +178,8 @@ def _on_input(edit: Edit, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 def _on_experts(point: Point, edit: Edit) -> Callable[[], None]:
     """Replace a fused experts module's forward; a second edit joins the first one's list."""
-    experts = point.module
-    _check_shown(experts)
-    hook = vars(experts).get("forward")  # ours, somebody else's, or none
-    if not (isinstance(hook, Hook) and hook.func is experts_forward):
-        before, hook = hook, Hook(experts_forward, experts, ExpertEdits())
-        hook.before = before
-        object.__setattr__(experts, "forward", hook)
-    shown: ExpertEdits = hook.args[1]
+    _check_shown(point.module)
+    shown = _in_place(point.module, experts_forward, ExpertEdits())
     entry = (point.side, edit)
     shown.edits.append(entry)
     rows = None
@@ -191,14 +190,44 @@ def _on_experts(point: Point, edit: Edit) -> Callable[[], None]:
         if rows is not None:
             rows.remove()
         shown.edits.remove(entry)
-        if shown.edits:
-            return
-        if hook.before is None:
-            object.__delattr__(experts, "forward")
-        else:
-            object.__setattr__(experts, "forward", hook.before)
+        if not shown.edits:
+            _put_back(point.module)
 
     return remove
+
+
+def _on_router(point: Point, edit: Edit) -> Callable[[], None]:
+    """Stand around a router's forward; a second edit joins the first one's list."""
+    shown = _in_place(point.module, router_forward, RouterEdits(point.width))
+    entry = (point.side, edit)
+    shown.edits.append(entry)
+
+    def remove() -> None:
+        shown.edits.remove(entry)
+        if not shown.edits:
+            _put_back(point.module)
+
+    return remove
+
+
+def _in_place(module: nn.Module, function: Callable[..., Any], shown: Any) -> Any:
+    """Let a function stand in place of a module's forward, with what it shows to edits; where it
+    stands there already, what it shows."""
+    hook = vars(module).get("forward")  # ours, somebody else's, or none
+    if not (isinstance(hook, Hook) and hook.func is function):
+        before, hook = hook, Hook(function, module, shown)
+        hook.before = before
+        object.__setattr__(module, "forward", hook)
+    return hook.args[1]
+
+
+def _put_back(module: nn.Module) -> None:
+    """The forward that a module had before `_in_place`."""
+    before = vars(module)["forward"].before
+    if before is None:
+        object.__delattr__(module, "forward")
+    else:
+        object.__setattr__(module, "forward", before)
 
 
 def _on_rows(

@@ -42,6 +42,8 @@ from trimtab.anatomy.outer import (
     refuse_encoder_decoder,
 )
 from trimtab.anatomy.proof import BlockCalls, Problems, Shown, prove_block
+from trimtab.anatomy.routers import Router
+from trimtab.anatomy.routing import find_router
 from trimtab.anatomy.tracing import Call, Trace, probe_ids, survey, trace_blocks
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import cache_dir, write_whole
@@ -67,6 +69,8 @@ class Known:
     around: dict[str, str] = field(default_factory=dict)
     #: In each layer the modules that see the tokens of all rows in one list, [tokens, units].
     flat: list[frozenset[str]] = field(default_factory=list)
+    #: Of each layer the router of its mixture, or why it has none.
+    routers: list[Router | str] = field(default_factory=list)
     #: "registered", "entry", "cache" or "discovery".
     source: str = "discovery"
 
@@ -210,6 +214,7 @@ class _Layers:
         self._finder = Finder(model, self._shown)
         self.found: list[tuple[Block, Problems]] = []
         self.flat: list[frozenset[str]] = []
+        self.routers: list[Router | str] = []
         #: The first block's call and the last one's so far, without what is inside.
         self.ends: list[Call] = []
         #: Why the blocks do not hand on one stream.
@@ -227,9 +232,11 @@ class _Layers:
         self.flat.append(frozenset(c.name for c in trace.calls if _is_flat(c.x) or _is_flat(c.y)))
         if not (top.x.isfinite().all() and top.y.isfinite().all()):
             self.unproved.append(layer)
+            self.routers.append(_NOT_FINITE)
             self.found.append((self._options[layer][0] if self._options else Block(), {}))
             return
         calls = BlockCalls(trace, top.x.shape[-1])
+        self.routers.append(find_router(calls))
         if self._options is not None:
             self.found.append(_best(self._options[layer], calls, self._shown))
             return
@@ -279,7 +286,8 @@ def _proved(
     problems = prove_outer(model, description, Outer(trace, first, last, logits, ids))
     width = 0 if first.x is None else int(first.x.shape[-1])
     of_layers = [problems for _, problems in layers.found]
-    return Known(description, width, of_layers, problems, layers.flat, source)
+    flat, routers = layers.flat, layers.routers
+    return Known(description, width, of_layers, problems, flat, routers, source)
 
 
 def _is_flat(x: torch.Tensor | None) -> bool:

@@ -1,12 +1,15 @@
-"""Linear maps that write or read a site, which is what baking needs to know."""
+"""Linear maps and norms that write or read a site, which is what baking needs to know."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from trimtab.anatomy.experts import layout_of
+from trimtab.anatomy.numbers import near
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,43 @@ class LinearMap:
 def linear_map(module: nn.Module) -> LinearMap:
     # GPT-2's Conv1D is a linear map with the transposed weight; it has nf and nx, no in_features.
     return LinearMap(module, transposed=hasattr(module, "nf"))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A norm that returns what it normed times (added + its weight), unit by unit, and then adds
+    its bias, where it has one."""
+
+    owner: nn.Module
+    #: 0, or 1 where the weight is what the gain is beyond one (Gemma).
+    added: float
+    biased: bool
+
+
+@torch.no_grad()
+def gain_of(norm: nn.Module) -> Gain | None:
+    """How a norm's weight multiplies what it returns, found by running it with other weights; None
+    where it has no such weight."""
+    own = dict(norm.named_parameters())
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is None or not own.keys() <= {"weight", "bias"} or weight.dim() != 1:
+        return None
+    if weight.is_meta or (bias is not None and bias.shape != weight.shape):
+        return None
+    given = {name: value.float() for name, value in own.items()}
+    x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(3)).to(weight.device)
+
+    def at(value: Tensor) -> Tensor:
+        output: Tensor = functional_call(norm, {**given, "weight": value}, (x,))
+        return output
+
+    constant = torch.zeros_like(x) if bias is None else bias.float().expand_as(x)
+    normed = at(torch.ones(len(weight), device=x.device)) - at(torch.zeros_like(x[0]))
+    for added in (0.0, 1.0):
+        expected = normed * (added + given["weight"]) + constant
+        if near(at(given["weight"]), expected, 1e-4):
+            return Gain(norm, added, bias is not None)
+    return None
 
 
 # -- fused experts ----------------------------------------------------------------------------

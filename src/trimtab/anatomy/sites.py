@@ -13,6 +13,7 @@ A *site* is a place where an activation can be read or changed, written `layers.
     attn_post_norm  output of that norm on the branch (Gemma and OLMo 2 only)
     ffn_norm_in     what the norm before the FFN reads: the stream between attention and FFN
     ffn_norm        what the FFN reads (OLMo 2: the FFN's own input)
+    router          of a mixture: the logits by which its router chooses experts, one unit each
     ffn_in          input of the FFN down projection; with experts, all experts side by side, zero
                     where a token was not routed
     ffn_out         output of the FFN (before Gemma's and OLMo 2's norm on the branch)
@@ -40,7 +41,7 @@ from trimtab.errors import TrimtabError, shown
 #: Site kinds inside a block, in the order of the computation.
 BLOCK_KINDS = (
     "attn_norm_in", "attn_norm", "heads", "attn_out", "attn_post_norm",
-    "ffn_norm_in", "ffn_norm", "ffn_in", "ffn_out", "ffn_post_norm", "resid",
+    "ffn_norm_in", "ffn_norm", "router", "ffn_in", "ffn_out", "ffn_post_norm", "resid",
 )  # fmt: skip
 #: All site kinds.
 KINDS = ("embed", *BLOCK_KINDS, "final_norm")
@@ -86,6 +87,9 @@ def ffn_in_after(site: str) -> str:
     return site.removesuffix(READ_ONLY) + "ffn_in"
 
 
+Side = Literal["input", "output", "experts", "expert_acts", "router", "router_choice"]
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a hook goes to see one site: a module's input or output, of `width` units.
@@ -94,10 +98,12 @@ class Point:
     and "expert_acts" what its activation functions put out, which an edit can only read. There
     `module` is the fused experts' own, which mostly sees the tokens of all rows in one list, and
     `around` a module that stands around it and is called with [rows, tokens, units].
+
+    At a "router" `module` is the router's own, and "router_choice" is what it chooses by.
     """
 
     site: str
     module: nn.Module
-    side: Literal["input", "output", "experts", "expert_acts"]
+    side: Side
     width: int
     around: nn.Module | None = None

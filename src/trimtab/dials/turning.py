@@ -169,7 +169,11 @@ def check_turns(language_model: LanguageModel, steering: Steering, force: bool =
 
 def idle_dial(steering: Steering) -> float | None:
     """The dial at which a steering does nothing, None where there is none."""
-    idle = {intervention.operator.identity for intervention in steering.interventions}
+    idle = {
+        None if each.operator.identity is None else each.operator.identity / each.weight + 0.0
+        for each in steering.interventions
+        if each.weight or each.operator.identity is None
+    }
     return idle.pop() if len(idle) == 1 else None
 
 
@@ -177,7 +181,9 @@ def dial_limits(steering: Steering, times: float = 1.0) -> tuple[float, float]:
     """The dial's range, or so many times as far; of a rotation at most half a turn either way,
     after which it comes back."""
     low, high = (times * end for end in steering.dial.range)
-    ends = [intervention.operator.farthest for intervention in steering.interventions]
+    ends = [
+        each.operator.farthest / abs(each.weight) for each in steering.interventions if each.weight
+    ]
     farthest = max(ends, default=math.inf)
     return max(low, -farthest), min(high, farthest)
 

@@ -2,7 +2,7 @@
 
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import Features, load_features
-from trimtab.fitting.costs import Costs, predicted_kl, unit_costs
+from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.method import (
@@ -12,4 +12,12 @@ from trimtab.fitting.method import (
     new_steering,
     validation_part,
 )
-from trimtab.fitting.statistics import Active, Effects, Means, Samples, SecondMoment, SignCounts
+from trimtab.fitting.statistics import (
+    Active,
+    Effects,
+    Means,
+    Samples,
+    SecondMoment,
+    Sides,
+    SignCounts,
+)

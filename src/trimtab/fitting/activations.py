@@ -28,6 +28,7 @@ from torch import Tensor
 from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
+from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.effects import Effect, check_scored, effects_of
 from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
@@ -99,10 +100,13 @@ class UnitLength:
 
 class Statistics(dict[Want, Any]):
     """What a pass has gathered, and what methods have made of it that others of their settings
-    need too."""
+    need too. `max_length` is that of the pass."""
 
-    def __init__(self, gathered: Mapping[Want, Any] | None = None) -> None:
+    def __init__(
+        self, gathered: Mapping[Want, Any] | None = None, max_length: int | None = None
+    ) -> None:
         super().__init__(gathered or {})
+        self.max_length = max_length
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], M]) -> M:
@@ -139,7 +143,7 @@ def collect(
     `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
     ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
     """
-    wanted = Statistics({want: want.statistic() for want in wants})
+    wanted = Statistics({want: want.statistic() for want in wants}, max_length)
     if not wanted:
         return wanted
     if not contrast.paired:
@@ -174,6 +178,9 @@ def collect(
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
+    check_differentiable(
+        language_model, (pick.site for pick in picks if isinstance(pick.token, Effect))
+    )
     shared = packed(language_model, rows)
     with progress("reading activations", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, shared):

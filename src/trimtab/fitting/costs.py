@@ -30,6 +30,7 @@ from torch import Tensor
 from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.files import cache_dir, write_whole
+from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.gradients import Scored, Summed, run_gradients
 from trimtab.fitting.stored import digest_of
 from trimtab.model import LanguageModel
@@ -48,9 +49,10 @@ _LOGITS = 1 << 25
 @dataclass(frozen=True)
 class Costs:
     """Samples of u at a site, [samples, units] float32, each over the positions of a text and
-    divided by the square root of how many these are."""
+    divided by the square root of how many these are; `draws` of each text, one after the other."""
 
     samples: Tensor
+    draws: int = 1
 
     @property
     def mean(self) -> Tensor:
@@ -59,20 +61,24 @@ class Costs:
 
     @property
     def error(self) -> Tensor:
-        """Its standard error, [units]."""
-        spread: Tensor = self.samples.double().square().std(0)
-        return spread / math.sqrt(len(self.samples))
+        """Its standard error, [units], as texts differ: those of one text say less than as many of
+        different texts would."""
+        of_texts = self.samples.double().square().unflatten(0, (-1, self.draws)).mean(1)
+        spread: Tensor = of_texts.std(0)
+        return spread / math.sqrt(len(of_texts))
+
+
+def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
+    """Nats per position of plain text that scaling units by 1 + gain costs, to second order, what
+    the units do together included, as each sample has it: [samples] in float64. `gains` [units] are
+    in the order of the sites' costs."""
+    along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
+    return 0.5 * torch.stack(along).sum(0).square()
 
 
 def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """Nats per position of plain text that scaling units by 1 + gain costs, to second order, what
-    the units do together included; `gains` [units] are in the order of the sites' costs."""
-    if not costs:
-        return 0.0
-    along = torch.stack(
-        [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
-    )
-    return float(0.5 * along.sum(0).square().mean())
+    """The mean of `kl_samples`; 0 where nothing is scaled."""
+    return float(kl_samples(costs, gains).mean()) if costs else 0.0
 
 
 def unit_costs(
@@ -84,17 +90,19 @@ def unit_costs(
     room = None if steered else _room(language_model, rows, draws)
     known: dict[str, Tensor] = {}
     for site in sites:
-        samples = None if room is None else _kept(room, site)
+        shape = len(rows) * draws, language_model.anatomy.width(site)
+        samples = None if room is None else _kept(room, site, shape)
         if samples is not None:
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
     if missing:
+        check_differentiable(language_model, missing)
         drawn = _drawn(language_model, rows, missing, draws)
         for site, samples in zip(missing, drawn, strict=True):
             known[site] = samples
             if room is not None:
                 _keep(room, site, samples)
-    return [Costs(known[site]) for site in sites]
+    return [Costs(known[site], draws) for site in sites]
 
 
 def _neutral(language_model: LanguageModel) -> list[Packed]:
@@ -172,13 +180,14 @@ def _room(language_model: LanguageModel, rows: Sequence[Packed], draws: int) -> 
     return cache_dir() / "costs" / hashlib.sha256(about.encode()).hexdigest()[:32]
 
 
-def _kept(room: Path, site: str) -> Tensor | None:
+def _kept(room: Path, site: str, shape: tuple[int, int]) -> Tensor | None:
     """What was kept of a site; anything else there is as if nothing were."""
     try:
         samples = load_file(room / f"{site}.safetensors")["samples"]
     except (OSError, KeyError, SafetensorError):
         return None
-    return samples if samples.dim() == 2 and samples.isfinite().all() else None
+    good = samples.shape == shape and samples.dtype == torch.float32 and samples.isfinite().all()
+    return samples if good else None
 
 
 def _keep(room: Path, site: str, samples: Tensor) -> None:

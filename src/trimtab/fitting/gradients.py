@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trimtab.anatomy import Anatomy, Edit, Point, hooked
+from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked
 from trimtab.errors import TrimtabError, first_line
 from trimtab.model import LanguageModel
 from trimtab.reading import Batch, run_packed
@@ -74,80 +74,96 @@ def run_gradients(
     float32. `readers` see the activations of sites on the way.
     """
     anatomy, readers = language_model.anatomy, readers or {}
-    found: dict[Any, dict[int, Tensor]] = {key: {} for kept in sums.values() for key in kept}
-    leaves: list[Tensor] = []
-    going_back: int | None = None  # for which figure
+    if any(weight.is_inference() for weight in language_model.model.parameters()):
+        raise TrimtabError(
+            f"{language_model.name} was loaded inside of torch.inference_mode(), so that nothing "
+            "of it can be differentiated: load it outside"
+        )
+    found: dict[Any, list[Tensor]] = {key: [] for kept in sums.values() for key in kept}
+    # What every activation of a wanted site is joined to, so that there is a way back to it.
+    with torch.inference_mode(False):
+        anchor = torch.zeros((), requires_grad=True)
+    goes_back = False
 
     def take(site: str, activation: Tensor, gradient: Tensor) -> None:
-        assert going_back is not None
         wide = torch.promote_types(activation.dtype, torch.float32)
         x, slope = activation.to(wide), gradient.to(wide)
         products: dict[Any, Tensor] = {}
         for key, kept in sums[site].items():
             if kept.read not in products:
                 products[kept.read] = kept.read(x, slope) if kept.read else x * slope
+            # Layers that read others' keys see a text's last tokens alone.
             weights = kept.weights.to(x)[:, None, -x.shape[1] :]
-            found[key][going_back] = (weights @ products[kept.read])[:, 0].float()
+            found[key].append((weights @ products[kept.read])[:, 0].float())
 
     def watch(site: str) -> Edit:
         def edit(x: Tensor) -> Tensor | None:
-            again = going_back is not None  # for what the backward pass through a block needs
-            if site in readers and not again:
+            if site in readers and not goes_back:  # a block may run again on the way back
                 readers[site](x.detach())
-            if site not in sums:
-                return None
-            leaf = not x.requires_grad
-            if leaf:  # nothing below is differentiated
-                x = x.detach().requires_grad_(True)
-            if not again:
-                x.register_hook(partial(take, site, x.detach()))
-                leaves.extend([x] if leaf else [])
-            return x
+            seen: Tensor | None = _Seen.apply(x, anchor, partial(take, site))
+            return seen
 
-        return edit
+        return edit if site in sums else readers[site]
 
     points = {site: anatomy.read_point(site) for site in {**sums, **readers}}
     edits: dict[Point, Edit] = {point: watch(site) for site, point in points.items()}
     with (
+        exclusively(anatomy.body),
         torch.inference_mode(False),
         torch.enable_grad(),
         _frozen(language_model.model),
-        hooked(anatomy.body, edits),
         _lean(language_model, batch),
+        hooked(anatomy.body, edits),
     ):
         hidden = run_packed(batch, language_model).last_hidden_state
         known = hidden.detach()
         slopes = [_slope(language_model, known, figure(known)) for figure in figures]
+        goes_back = True
         for number, slope in enumerate(slopes):
-            going_back = number
-            _go_back(language_model, hidden, slope, leaves, number + 1 < len(slopes))
+            _go_back(language_model, hidden, slope, anchor, number + 1 < len(slopes))
     for site, kept in sums.items():
-        for key in kept:
-            if len(found[key]) < len(figures):
-                raise TrimtabError(
-                    f"no gradient arrives at {site} when {language_model.name} runs: its code, or "
-                    "a kernel that replaces it, cannot be differentiated from there on"
-                )
-    return {key: torch.stack(list(values.values())) for key, values in found.items()}
+        if any(len(found[key]) < len(figures) for key in kept):
+            raise TrimtabError(
+                f"no gradient arrives at {site} when {language_model.name} runs: its code, or "
+                "a kernel that replaces it, cannot be differentiated from there on"
+            )
+    return {key: torch.stack(values) for key, values in found.items()}
+
+
+class _Seen(torch.autograd.Function):
+    """Hands on an activation as a tensor of its own, so that the gradient is that of whoever reads
+    the site, and passes both to `take` on the way back. An activation that was overwritten by then
+    is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, take: Callable[..., None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.take = take
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.take(*ctx.saved_tensors, *gradients)
+        return gradients[0], None, None
 
 
 def _go_back(
-    language_model: LanguageModel, hidden: Tensor, slope: Tensor, leaves: list[Tensor], again: bool
+    language_model: LanguageModel, hidden: Tensor, slope: Tensor, anchor: Tensor, again: bool
 ) -> None:
     """One backward pass, from what the final norm put out."""
     if not hidden.requires_grad:
         return
     try:
-        torch.autograd.backward(hidden, slope, retain_graph=again, inputs=leaves)
+        # In this thread: what runs again on the way back is to find what hooks noted here.
+        with torch.autograd.set_multithreading_enabled(False):
+            torch.autograd.backward(hidden, slope, retain_graph=again, inputs=[anchor])
     except (RuntimeError, NotImplementedError) as error:
-        if "out of memory" in str(error):
+        if any(sign in str(error) for sign in ("out of memory", "allocate memory")):
             raise
         raise TrimtabError(
             f"{language_model.name} cannot be differentiated ({first_line(error)}): choose units "
             "by another score (locate momentum), or load the model otherwise"
         ) from error
-    for leaf in leaves:
-        leaf.grad = None
 
 
 @contextmanager

@@ -34,7 +34,8 @@ or of which way scaling moves it. With m = log p(positive) - log p(negative) of 
 
 with one backward pass for all units (see fitting/gradients.py). c_i is the unit's Fisher
 information plus a tenth of the mean over all units, because a small one is hardly known.
-`strength="fixed"` and `"graded"` choose between the two forms of gamma.
+`strength="fixed"` and `"graded"` choose between the two forms of gamma. `verify`, `average` and
+`interaction` look at units again with some of them scaled (see choosing.py and verifying.py).
 
 Two more options are ours. A promoted unit whose activation is mostly negative moves away from the
 positive side when it is scaled up. `direction="signed"` multiplies gamma by the sign of the unit's
@@ -46,8 +47,9 @@ not linear, so it cannot be baked.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -70,14 +72,18 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
+from trimtab.methods.choosing import Choice, Trials, Ways, choice_in_words, choose
 from trimtab.methods.effects import (
+    Scoring,
     by_effect,
+    dial_for,
     effect_in_words,
     effect_wants,
+    gain_error,
     predicted,
     predicted_in_words,
 )
-from trimtab.methods.ranking import Scores, rank
+from trimtab.methods.ranking import Scores, places, rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
 from trimtab.steering import (
@@ -93,6 +99,8 @@ from trimtab.steering import (
 
 #: The numbers of units and the strengths that the paper's grids are made of.
 AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
+#: Options that are for units by effect only.
+_BY_EFFECT = ("per_token", "first_token", "verify", "average", "interaction", "block")
 #: How gamma is made where nothing else is said.
 _STRENGTHS: dict[str, Literal["fixed", "graded"]] = {
     "effect": "fixed",
@@ -103,6 +111,7 @@ SiteKind = Annotated[
     Field(pattern="^(heads|attn_out|ffn_in|ffn_out|resid)$"),
     Says("is {value!r}: known are heads, attn_out, ffn_in, ffn_out, resid"),
 ]
+AtLeastOne = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 CountOrAll = Annotated[Count | Literal["all"], Says("must be 0 or more, or all, not {value}")]
 
 
@@ -167,6 +176,27 @@ class AUSteer(Method):
             "help": "Whether effects count a text's first token, where a few units are huge."
         },
     )
+    verify: Count = field(
+        default=0,
+        metadata={
+            "help": "Scale the 4k best units by effect for real, on so many pairs and at alpha or "
+            "where 1 nat is predicted, and keep those that gain most (0: none)."
+        },
+    )
+    average: bool = field(
+        default=False,
+        metadata={"help": "Average effects over none, half and all of that strength."},
+    )
+    interaction: Literal["none", "blocks", "fisher"] = field(
+        default="none",
+        metadata={
+            "help": "What units do together: none, blocks (choose some at a time, with those "
+            "chosen before scaled) or fisher (gamma by the units' full Fisher information)."
+        },
+    )
+    block: AtLeastOne = field(
+        default=8, metadata={"help": "How many units are chosen at a time, for interaction blocks."}
+    )
     clamp_sign: bool = field(
         default=False, metadata={"help": "Stop a suppressed unit at zero instead of flipping it."}
     )
@@ -178,7 +208,7 @@ class AUSteer(Method):
 
     name = "austeer"
     unmeasured = 8.0
-    columns = ("layer", "unit", "score", "r_pos", "r_neg", "gain")
+    columns = ("layer", "unit", "score", "gain")
 
     def check(self) -> None:
         if self.layers is not None and not self.layers:
@@ -214,10 +244,10 @@ class AUSteer(Method):
                 raise TrimtabError(
                     "austeer: strength graded is by effect: take locate effect or effect_per_nat"
                 )
-            for option, usual in (("per_token", False), ("first_token", True)):
-                if getattr(self, option) is not usual:
+            for each in fields(self):
+                if each.name in _BY_EFFECT and getattr(self, each.name) != each.default:
                     raise TrimtabError(
-                        f"austeer: {option} is for units by effect: take locate effect or "
+                        f"austeer: {each.name} is for units by effect: take locate effect or "
                         "effect_per_nat, or leave it out"
                     )
             return
@@ -232,6 +262,11 @@ class AUSteer(Method):
                 f"austeer: strength adaptive is by rates, and locate {self.locate} by effect: take "
                 "fixed or graded"
             )
+        if self.strength == "fixed" and self.interaction == "fisher":
+            raise TrimtabError("austeer: interaction fisher grades gamma: leave strength out")
+        if self.block != 8 and self.interaction != "blocks":
+            raise TrimtabError("austeer: block is for interaction blocks: leave it out")
+        self._ways.check(self.alpha, self.k, self.choose, self.positions)
 
     @property
     def by_effect(self) -> bool:
@@ -260,12 +295,19 @@ class AUSteer(Method):
         units = sum(language_model.anatomy.width(site) for site in sites)
         if self.k != "all" and self.k > units:
             raise TrimtabError(f"austeer: k is {self.k}, but {self.site} has {units} units here")
-        wants = [Want(site, "last", SignCounts) for site in sites]
+        wants: list[Want] = []
+        if self.by_effect:
+            rows = len(contrast.train)
+            wants += effect_wants(sites, self._effect, rows, units)
+        if contrast.paired or not self.by_effect:
+            wants += [Want(site, "last", SignCounts) for site in sites]
         if self._needs_means:
             wants += [Want(site, "last", Means) for site in sites]
-        if self.by_effect:
-            wants += effect_wants(sites, self._effect)
         return wants
+
+    @property
+    def _ways(self) -> Ways:
+        return Ways(self.verify, self.average, self.interaction, self.block)
 
     @property
     def _effect(self) -> Effect:
@@ -289,38 +331,41 @@ class AUSteer(Method):
             direction = "signed" if self._signed else "paper"
         if strength is None:
             strength = _STRENGTHS.get(self.locate, "adaptive")
+            strength = "graded" if self.interaction == "fisher" else strength
         return replace(self, direction=direction, strength=strength)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
         settled = self._settled()
-        found = settled._found(language_model, statistics)
-        picked = settled._chosen(found)  # flat over (layer, unit)
-        interventions, site_of, unit_of = settled._interventions(language_model, found, picked)
+        if settled.by_effect:
+            choice = settled._by_effect(language_model, contrast, statistics)
+        else:
+            found = settled._found(language_model, statistics)
+            choice = Choice(found, settled._chosen(found), {})
+        found, picked = choice.found, choice.picked  # flat over (layer, unit)
+        interventions = settled._interventions(language_model, found, picked)
+        widths = [language_model.anatomy.width(site) for site in found.sites]
         layers = [language_model.anatomy.check(site)[0] for site in found.sites]
+        site_of, unit_of = places(widths, picked)
         tables = {
             "layer": torch.tensor(layers)[site_of],
             "unit": unit_of,
             **{name: column[picked].float() for name, column in found.columns.items()},
         }
-        findings = {}
-        if settled.by_effect and settled.positions == "all" and settled.choose == "most":
-            findings["predicted"] = predicted(found, picked, interventions)
-        high = 1.0 if settled.choose == "least" else 100.0
-        dial = Dial("alpha", settled.at_default, (-high if settled.by_effect else 0.0, high))
+        default = settled._stands_at(choice.findings.get("predicted", {}))
+        high = 1.0 if settled.choose == "least" else max(100.0, default)
+        dial = Dial("alpha", default, (-high if settled.by_effect else 0.0, high))
         return new_steering(
-            settled, language_model, contrast, interventions, dial, tables, findings
+            settled, language_model, contrast, interventions, dial, tables, choice.findings
         )
 
     def _interventions(
         self, language_model: LanguageModel, found: Scores, picked: Tensor
-    ) -> tuple[list[Intervention], Tensor, Tensor]:
-        """What scales the units that were picked, and of each of these the number of its site and
-        its own number there."""
+    ) -> list[Intervention]:
+        """What scales the units that were picked."""
         widths = [language_model.anatomy.width(site) for site in found.sites]
-        site_of = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))[picked]
-        unit_of = torch.cat([torch.arange(width) for width in widths])[picked]
+        site_of, unit_of = places(widths, picked)
         gain, interventions = found.columns["gain"][picked], []
         for number, site in enumerate(found.sites):
             here = site_of == number
@@ -328,23 +373,63 @@ class AUSteer(Method):
                 units, order = unit_of[here].sort()
                 operator = self._operator(units, gain[here][order].float(), widths[number])
                 interventions.append(Intervention(site, operator, self.positions))
-        return interventions, site_of, unit_of
+        return interventions
+
+    def _stands_at(self, known: Mapping[str, float]) -> float:
+        """Where the dial stands unmeasured, if so much is `known` of a dial of 1: as given, where a
+        budget is predicted to be used up, or at the method's own number."""
+        predicted = dial_for(known) if self.alpha is None else None
+        return self.at_default if predicted is None else float(f"{predicted:.3g}")
+
+    # -- by effect ----------------------------------------------------------------------------
+
+    def _by_effect(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Choice:
+        """The units that are chosen by what scaling them does, and what is predicted of them."""
+        sites, effect = self.sites(language_model.anatomy), self._effect
+        scoring = Scoring(self.locate, self.strength == "fixed")
+        first = by_effect(language_model, statistics, sites, effect, scoring)
+        if contrast.paired:
+            r_pos, r_neg = _rates(statistics, sites)
+            first = first.with_columns(r_pos=r_pos, r_neg=r_neg)
+        if self.choose == "least":
+            first = first.with_columns(gain=-torch.ones_like(first.score))
+            return Choice(first, self._chosen(first), {})
+        interventions = partial(self._interventions, language_model)
+
+        def known(found: Scores, picked: Tensor) -> dict[str, float]:
+            """Costs are those of scaling at every token."""
+            acting = interventions(found, picked)
+            return predicted(found, picked, acting) if self.positions == "all" else {}
+
+        choice = Choice(first, self._chosen(first), {})
+        if not self._ways.simplest and self.k:
+            trials = Trials(
+                language_model,
+                contrast.train,
+                effect,
+                scoring,
+                interventions,
+                self.clamp_sign,
+                self._stands_at(known(first, choice.picked)),
+                statistics.max_length,
+            )
+            choice = choose(trials, first, choice.picked, int(self.k), self._ways)
+        foreseen = known(choice.found, choice.picked)
+        if not foreseen:
+            return choice
+        if self.interaction != "blocks" and not self.average:
+            error = gain_error(statistics, effect, interventions(choice.found, choice.picked))
+            foreseen |= {} if error is None else {"gain_error": error}
+        return replace(choice, findings={**choice.findings, "predicted": foreseen})
+
+    # -- by rates, differences or chance ------------------------------------------------------
 
     def _found(self, language_model: LanguageModel, statistics: Statistics) -> Scores:
         """Score and gamma of every unit, and what else is known of it."""
         sites = self.sites(language_model.anatomy)
-        rates = [statistics.of(site, "last", SignCounts).rates() for site in sites]
-        r_pos = torch.cat([positive for positive, _ in rates])
-        r_neg = torch.cat([negative for _, negative in rates])
-        if self.by_effect:
-            found = by_effect(language_model, statistics, sites, self._effect, self.locate)
-            columns = {**found.columns, "r_pos": r_pos, "r_neg": r_neg}
-            gain = columns["gain"]
-            if self.choose == "least":
-                columns["gain"] = -torch.ones_like(gain)
-            elif self.strength == "fixed":
-                columns["gain"] = gain.sign()
-            return replace(found, columns=columns)
+        r_pos, r_neg = _rates(statistics, sites)
         difference, sign = torch.zeros_like(r_pos), torch.ones_like(r_pos)
         if self._needs_means:
             means = [statistics.of(site, "last", Means) for site in sites]
@@ -371,8 +456,7 @@ class AUSteer(Method):
         k = len(score) if self.k == "all" else self.k
         if self.choose == "least":
             return rank(-score)[:k]
-        chosen = found.ranked()[:k]
-        chosen = chosen[score[chosen] > 0]
+        chosen = found.best(k)
         if k and not len(chosen):
             raise TrimtabError(
                 f"austeer: no unit of {self.site} differs between the two sides, so there is "
@@ -443,4 +527,10 @@ class AUSteer(Method):
                 f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
                 "is how the method is defined."
             )
-        return lines + predicted_in_words(steering)
+        return lines + choice_in_words(steering, units) + predicted_in_words(steering)
+
+
+def _rates(statistics: Statistics, sites: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """r_pos and r_neg of every unit, [units of all sites] each."""
+    rates = [statistics.of(site, "last", SignCounts).rates() for site in sites]
+    return torch.cat([r_pos for r_pos, _ in rates]), torch.cat([r_neg for _, r_neg in rates])

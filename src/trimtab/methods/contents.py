@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
+from trimtab.methods.effects import predicted_at, predicted_at_strengths
 from trimtab.methods.known import METHODS
 from trimtab.steering import STRENGTHS, Steering, chosen, operators_in_words, steered_blocks
 
@@ -28,7 +29,10 @@ def describe(steering: Steering) -> dict[str, Any]:
     """A steering as plain data: method, dial, interventions, model, findings.
 
     Methods that choose units, heads or features list them in rank order (gamma at the dial where
-    it stands); rotations have their plane and the layers that they steer.
+    it stands); rotations have their plane and the layers that they steer. Of units by effect,
+    `predicted` has the gain in nats per pair and the KL in nats per token of plain text that were
+    predicted for the dial where it stands, with their standard errors where these are known, and
+    for each named strength beside the KL that was measured there.
     """
     method = _method(steering)
     described: dict[str, Any] = {
@@ -48,6 +52,8 @@ def describe(steering: Steering) -> dict[str, Any]:
                 "size": intervention.operator.size,
                 "positions": intervention.positions,
                 **({} if intervention.tokens == "all" else {"tokens": intervention.tokens}),
+                **({} if intervention.weight == 1 else {"weight": intervention.weight}),
+                **intervention.operator.details,
             }
             for intervention in steering.interventions
         ],
@@ -58,6 +64,10 @@ def describe(steering: Steering) -> dict[str, Any]:
         "versions": steering.versions,
         "date": steering.date,
     }
+    foreseen = predicted_at(steering, steering.setting)
+    if foreseen is not None:
+        strengths = predicted_at_strengths(steering)
+        described["predicted"] = {**foreseen, "dial": steering.setting, "strengths": strengths}
     described |= chosen(steering, () if method is None else method.columns)
     planes = [intervention.operator.plane for intervention in steering.interventions]
     plane = next((plane for plane in planes if plane is not None), None)

@@ -12,28 +12,92 @@ sides of a pair share, has its share of each effect measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Effect, Effects, Statistics, Want, predicted_kl, unit_costs
+from trimtab.fitting import (
+    Costs,
+    Effect,
+    Effects,
+    Samples,
+    Sides,
+    Statistics,
+    Want,
+    kl_samples,
+    unit_costs,
+)
 from trimtab.methods.ranking import Scores
 from trimtab.methods.words import percent
 from trimtab.model import LanguageModel
-from trimtab.steering import Intervention, Scale, Steering
+from trimtab.steering import STRENGTHS, Intervention, Scale, Steering
 
 #: What is added to each unit's cost, as a share of the mean cost: a small one is hardly known.
 RIDGE = 0.1
+#: Where a steering by effect stands unmeasured, and at which strength units are looked at again: so
+#: many nats per token of plain text are predicted there.
+BUDGET = STRENGTHS["strong"]
+#: Effects in half precision that are kept for the standard error of what is predicted: 256 MB.
+_KEPT = 1 << 27
 
 
-def effect_wants(sites: Sequence[str], effect: Effect) -> list[Want]:
-    """What a pass has to gather: the effects, and those at the first token."""
+@dataclass(frozen=True)
+class Scoring:
+    """How units are ranked by effect ("effect" or "effect_per_nat"), and whether all gammas are of
+    one size or each goes with what its unit does."""
+
+    locate: str
+    fixed: bool
+
+    def __call__(
+        self,
+        sites: Sequence[str],
+        columns: Mapping[str, Tensor],
+        costs: Sequence[Costs],
+        largest: float | None = None,
+    ) -> Scores:
+        """Scores from the columns effect, error and cost; of graded gains that of `largest` is 1,
+        which is the largest there is, where it is not said."""
+        effect, cost = columns["effect"], columns["cost"]
+        size = None
+        if self.locate == "effect":
+            score, size = (
+                torch.where(effect == 0, 0.0, effect.abs() / columns["error"]),
+                effect.abs(),
+            )
+        else:
+            score = torch.where(effect == 0, 0.0, effect.square() / dear(cost))
+        raw = self.raw(columns)
+        gain = raw.sign() if self.fixed else raw / (largest or self.largest(columns))
+        return Scores(sites, score, {"score": score, **columns, "gain": gain}, size, costs)
+
+    def raw(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """Gains before they are scaled, [units]."""
+        effect = columns["effect"].nan_to_num(0.0)
+        return effect if self.locate == "effect" else effect / dear(columns["cost"])
+
+    def largest(self, columns: Mapping[str, Tensor]) -> float:
+        return float(self.raw(columns).abs().max().clamp(min=1e-300))
+
+
+def dear(cost: Tensor) -> Tensor:
+    """Each unit's cost with the ridge."""
+    return cost + RIDGE * cost.mean()
+
+
+def effect_wants(sites: Sequence[str], effect: Effect, rows: int, units: int) -> list[Want]:
+    """What a pass over so many rows has to gather: the effects, those at the first token, and,
+    where they are few, those of each row."""
     first = replace(effect, counted="first")
-    return [Want(site, token, Effects) for site in sites for token in (effect, first)]
+    wants = [Want(site, token, Effects) for site in sites for token in (effect, first)]
+    return wants + (
+        [Want(site, effect, Samples) for site in sites] if rows * units <= _KEPT else []
+    )
 
 
 def by_effect(
@@ -41,62 +105,112 @@ def by_effect(
     statistics: Statistics,
     sites: Sequence[str],
     effect: Effect,
-    locate: str,
+    scoring: Scoring,
 ) -> Scores:
-    """Every unit's score and gain, "effect" or "effect_per_nat", with the columns
+    """Every unit's score and gain, with the columns
 
     effect   nats per pair and unit of gamma; `error` its standard error
     cost     c_i: scaling the unit alone costs 1/2 c_i gamma^2 nats on plain text
     first    the share of the first token in the effect, by size
     """
-    found = [statistics.of(site, effect, Effects) for site in sites]
-    mean, error = (torch.cat([getattr(each, name) for each in found]) for name in ("mean", "error"))
+    mean, error = effects_and_errors(statistics, sites, effect)
     if error.isnan().all():
         raise TrimtabError(
             "austeer: units by effect are chosen by their standard errors: give it 2 or more "
             "pairs, or 2 or more texts of each side"
         )
-    first = torch.cat(
-        [statistics.of(site, replace(effect, counted="first"), Effects).mean for site in sites]
-    )
+    first, _ = effects_and_errors(statistics, sites, replace(effect, counted="first"))
     rest = mean if effect.counted == "rest" else mean - first
-    known = unit_costs(language_model, sites)
-    cost = torch.cat([each.mean for each in known])
+    costs = unit_costs(language_model, sites)
     columns = {
         "effect": mean,
         "error": error,
-        "cost": cost,
+        "cost": torch.cat([each.mean for each in costs]),
         "first": first.abs() / (first.abs() + rest.abs()).clamp(min=1e-300),
     }
-    if locate == "effect":
-        score = torch.where(mean == 0, 0.0, mean.abs() / error)
-        columns = {"score": score, **columns, "gain": _graded(mean)}
-        return Scores(sites, score, columns, mean.abs(), known)
-    dear = cost + RIDGE * cost.mean()
-    score = torch.where(mean == 0, 0.0, mean.square() / dear)
-    columns = {"score": score, **columns, "gain": _graded(mean / dear)}
-    return Scores(sites, score, columns, costs=known)
+    return scoring(sites, columns, costs)
 
 
-def _graded(gain: Tensor) -> Tensor:
-    """The largest is 1."""
-    gain = gain.nan_to_num(0.0)
-    return gain / gain.abs().max().clamp(min=1e-300)
+def effects_and_errors(
+    statistics: Statistics, sites: Sequence[str], effect: Effect
+) -> tuple[Tensor, Tensor]:
+    """The mean effect of every unit and its standard error, [units of all sites] each."""
+    found = [statistics.of(site, effect, Effects) for site in sites]
+    return torch.cat([each.mean for each in found]), torch.cat([each.error for each in found])
+
+
+# -- what is predicted ----------------------------------------------------------------------------
 
 
 def predicted(
     found: Scores, picked: Tensor, interventions: Sequence[Intervention]
 ) -> dict[str, float]:
     """What the steering gains at a dial of 1, in nats per pair, and costs there, in nats per token
-    of plain text: gains grow with the dial, costs with its square, while both are small."""
+    of plain text: gains grow with the dial, costs with its square, while both are small. `kl_alone`
+    leaves out what units do together."""
     gain, effect = found.columns["gain"][picked], found.columns["effect"][picked]
     costs_at = dict(zip(found.sites, found.costs, strict=True))
-    known = [costs_at[each.site] for each in interventions]
+    sampled = torch.zeros(1)
+    if interventions:
+        known = [costs_at[each.site] for each in interventions]
+        sampled = kl_samples(known, [_factors(each) for each in interventions])
     return {
         "gain": float((gain * effect).sum()),
-        "kl": predicted_kl(known, [_factors(each) for each in interventions]),
+        "kl": float(sampled.mean()),
+        "kl_error": float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1)),
         "kl_alone": float(0.5 * (gain.square() * found.columns["cost"][picked]).sum()),
     }
+
+
+def gain_error(
+    statistics: Statistics, effect: Effect, interventions: Sequence[Intervention]
+) -> float | None:
+    """The standard error of the predicted gain over rows, for these units; None where effects were
+    not kept row by row."""
+    together = Effects()
+    found = []
+    for each in interventions:
+        wanted = Want(each.site, effect, Samples)
+        if wanted not in statistics:
+            return None
+        effects, positive, _ = statistics[wanted].texts()
+        found.append(effects.double() @ _factors(each))
+    if not found:
+        return None
+    sums, rows = torch.stack(found).sum(0)[:, None], torch.arange(len(found[0]))
+    together.update(Sides(sums[positive], sums[~positive], rows[positive], rows[~positive]))
+    return float(together.error)
+
+
+def dial_for(known: Mapping[str, float], nats: float = BUDGET) -> float | None:
+    """The dial at which so many nats are predicted; None where none are at any."""
+    return math.sqrt(nats / known["kl"]) if known.get("kl", 0.0) > 0 else None
+
+
+def predicted_at(steering: Steering, dial: float) -> dict[str, float] | None:
+    """What a steering by effect was predicted to gain and to cost at a dial, with the standard
+    errors that are known; None of any other."""
+    known = steering.findings.get("predicted")
+    if not (isinstance(known, dict) and {"gain", "kl"} <= known.keys()):
+        return None
+    power = {"gain": dial, "gain_error": abs(dial), "kl": dial * dial, "kl_error": dial * dial}
+    return {name: factor * known[name] for name, factor in power.items() if name in known}
+
+
+def predicted_at_strengths(steering: Steering) -> list[dict[str, Any]]:
+    """The same at the dials of the strengths that have names, with the KL that was measured there
+    at the next token of the contrast's prompts."""
+    known = steering.calibration
+    if known is None:
+        return []
+    dials = dict(zip(known.kl, known.positive, strict=False))
+    found = []
+    for name, kl in STRENGTHS.items():
+        dial = dials.get(kl)
+        foreseen = None if dial is None else predicted_at(steering, dial)
+        if foreseen is not None:
+            found.append({"name": name, "dial": dial, **foreseen, "measured_kl": kl})
+    return found
 
 
 def _factors(intervention: Intervention) -> Tensor:
@@ -132,13 +246,29 @@ def effect_in_words(units: Sequence[dict[str, Any]], best: str) -> dict[str, str
 
 
 def predicted_in_words(steering: Steering) -> list[str]:
-    """What the steering was predicted to do at the dial where it stands."""
-    known = steering.findings.get("predicted")
-    if not isinstance(known, dict):
+    """What the steering was predicted to do at the dial where it stands, and at the strengths that
+    its calibration names."""
+    foreseen = predicted_at(steering, steering.setting)
+    if foreseen is None:
         return []
-    dial = steering.setting
-    return [
-        f"Predicted at {dial:g} from its effects: {dial * known['gain']:+.2f} nats of log-odds per "
-        f"pair, for {dial * dial * known['kl']:.3g} nats per token of plain text (true while both "
-        "are small)."
+    lines = [
+        f"Predicted at {steering.setting:g} from its effects: {_in_nats(foreseen)} (true while "
+        "both are small)."
     ]
+    strengths = [
+        f"{one['name']} {_in_nats(one)} ({one['measured_kl']:g} measured at next tokens)"
+        for one in predicted_at_strengths(steering)
+    ]
+    return lines + ([f"Predicted at its strengths: {'; '.join(strengths)}."] if strengths else [])
+
+
+def _in_nats(foreseen: Mapping[str, Any]) -> str:
+    gain, kl = foreseen["gain"], foreseen["kl"]
+    errors = [
+        f" ± {foreseen[name]:.{digits}}" if name in foreseen else ""
+        for name, digits in (("gain_error", "2f"), ("kl_error", "1g"))
+    ]
+    return (
+        f"{gain:+.2f}{errors[0]} nats of log-odds per pair for {kl:.3g}{errors[1]} nats per token "
+        "of plain text"
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from trimtab.fitting import Costs
@@ -28,6 +29,23 @@ class Scores:
             return rank(self.score)
         by_size = rank(self.size)
         return by_size[rank(self.score[by_size])]
+
+    def best(self, k: int) -> Tensor:
+        """The indices of at most k units, those of the largest scores above 0, in rank order."""
+        order = self.ranked()
+        return order[self.score[order] > 0][:k]
+
+    def with_columns(self, **columns: Tensor) -> Scores:
+        """The same with some columns more, or others in their place."""
+        return replace(self, columns={**self.columns, **columns})
+
+
+def places(widths: Sequence[int], picked: Tensor) -> tuple[Tensor, Tensor]:
+    """Of indices that are flat over the units of several sites: the number of each one's site, and
+    its own number there."""
+    site_of = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))[picked]
+    unit_of = torch.cat([torch.arange(width) for width in widths])[picked]
+    return site_of, unit_of
 
 
 def rank(score: Tensor) -> Tensor:

@@ -12,8 +12,11 @@ from trimtab.steering import Steering, steered_blocks
 
 def adds_vectors(name: str, steering: Steering, what: str) -> list[str]:
     """Of a method that adds vectors to the residual stream: where, how long, and what they are."""
-    added = [intervention.operator.added for intervention in steering.interventions]
-    lengths = [float(vector.norm()) for vector in added if vector is not None]
+    lengths = [
+        abs(each.weight) * float(each.operator.added.norm())
+        for each in steering.interventions
+        if each.operator.added is not None
+    ]
     blocks = steered_blocks(steering)
     at_one = f"at {steering.dial.name} 1"
     if len(lengths) == 1:

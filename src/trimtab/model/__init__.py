@@ -21,6 +21,7 @@ from trimtab.model.language_model import (
     row_steerings,
 )
 from trimtab.model.loading import load, locations
+from trimtab.model.passes import Sequences
 from trimtab.model.questions import (
     alike,
     answered,

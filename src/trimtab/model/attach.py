@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import current_thread
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,6 +52,8 @@ class _Step:
     tokens: Tokens
     dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
     rows: list[bool]
+    #: What the dials that are found for the rows while it runs are multiplied by.
+    weight: float = 1.0
     touched: int = 0  # passes in which it changed something
     #: The operator and the rows that it changes, for each device and number of rows.
     bound: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(default_factory=dict)
@@ -68,7 +70,9 @@ class _Step:
         if key not in bound:
             # A plain pass with gradients may follow one in inference mode in the same block.
             with torch.inference_mode(False):
-                bound[key] = self._bind(x, self.dials if found is None else found.values)
+                bound[key] = self._bind(
+                    x, self.dials if found is None else found.values * self.weight
+                )
         function, steered = bound[key]
         self.touched += 1
         changed = function(x)
@@ -147,11 +151,11 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
     for _, of_rows in sorted(places.items(), key=lambda place: place[0][0]):
         settings = {row: steering.setting for row, steering in of_rows.items()}
         for intervention in next(iter(of_rows.values())).interventions:
-            idle = intervention.operator.identity
-            if idle is not None and all(value == idle for value in settings.values()):
+            if all(intervention.idle_at(setting) for setting in settings.values()):
                 continue
-            nothing = 0.0 if idle is None else idle
-            dials = [settings.get(row, nothing) for row in range(len(rows))]
+            own = {row: intervention.dial_at(setting) for row, setting in settings.items()}
+            nothing = intervention.operator.identity or 0.0
+            dials = [own.get(row, nothing) for row in range(len(rows))]
             taking = [row in settings for row in range(len(rows))]
             scope = intervention.positions, intervention.tokens
             step = _Step(intervention.operator, *scope, dials, taking)
@@ -226,9 +230,16 @@ def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
     steps: dict[str, list[_Step]] = {}
     for intervention in steering.interventions:
         scope = intervention.positions, intervention.tokens
-        step = _Step(intervention.operator, *scope, dials, [True])
+        weight = intervention.weight
+        step = _Step(intervention.operator, *scope, dials * weight, [True], weight)
         steps.setdefault(intervention.site, []).append(step)
     return steps
+
+
+def _of_choice(chain: list[_Step]) -> list[_Step]:
+    """What is done to the scores by which a router chooses."""
+    choices = [(step, step.operator.choice) for step in chain]
+    return [replace(s, operator=choice, bound={}) for s, choice in choices if choice is not None]
 
 
 def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
@@ -290,6 +301,10 @@ def _on_model(
         edits: dict[Point, Edit] = {
             anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
         }
+        for site, chain in steps.items():
+            choosing = _of_choice(chain)
+            if choosing:
+                edits[anatomy.choice_point(site)] = _editor(choosing, sequences)
         on = _ATTACHED.get(anatomy.body)
         if on is None or not on.blocks:
             on = _ATTACHED[anatomy.body] = Attached(anatomy.model, anatomy.body)

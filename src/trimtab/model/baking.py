@@ -3,11 +3,13 @@
 An operator that is affine at a fixed dial, x -> A x + c, folds into the linear maps at its site:
 
     attn_norm, heads, ffn_norm, ffn_in, final_norm    into the maps that read the site: W A, b + W c
-    attn_out, ffn_out                                 into the map that writes it: A W, A b + c
+    attn_out, ffn_out, router                         into the map that writes it: A W, A b + c
     embed                                             into the embedding tables
     resid                                             an added vector only, with the FFN's output
     final_norm of GPT-2                               unit by unit into the norm, which has a bias
-    attn_norm_in, ffn_norm_in, *_post_norm            not: a norm reads or writes them
+    attn_post_norm, ffn_post_norm                     unit by unit into the norm's gain g: f g, or
+                                                      f (1 + g) - 1 where 1 + g is what multiplies
+    attn_norm_in, ffn_norm_in                         not: a norm reads them
 
 `c` needs a bias. Where an architecture has none, its configuration may allow it (Llama's
 `attention_bias` and `mlp_bias`); Qwen2 and Mistral become Llama models, which compute the same
@@ -76,7 +78,7 @@ def bake(
     for steering in single:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
         for intervention in steering.interventions:
-            if intervention.operator.identity != steering.setting:
+            if not intervention.idle_at(steering.setting):
                 folds.append(_fold(intervention, steering))
     if language_model.image_tokens and any(fold.site == "embed" for fold in folds):
         raise TrimtabError(
@@ -187,7 +189,7 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
             f"cannot bake {steering.method}: {operator.description} is not linear in the "
             "activation, so no weights do it; attach it instead"
         )
-    return _Fold(intervention.site, operator, steering.setting)
+    return _Fold(intervention.site, operator, intervention.dial_at(steering.setting))
 
 
 # -- which map takes which part of an operator ------------------------------------------------
@@ -209,7 +211,8 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
             raise TrimtabError(
                 f"cannot bake at {fold.site}: the norms that read the residual stream divide by "
                 "its length, so changing it by anything but an added vector is no change of "
-                "weights; attach the steering, or fit it at ffn_out"
+                "weights (a linear map at all that writes the stream, the embedding included, is "
+                "one, but acts at every depth); attach the steering, or fit it at ffn_out"
             )
         added = anatomy.added_to_resid(layer)
         if added is None:
@@ -219,7 +222,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
                 "steering instead"
             )
         return "output", _writers(anatomy, added[0])
-    if kind in ("attn_out", "ffn_out"):
+    if kind in ("attn_out", "ffn_out", "router"):
         return "output", _writers(anatomy, fold.site)
     if kind.endswith("_norm_in"):
         raise TrimtabError(
@@ -227,12 +230,12 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
             "change of weights is a change of what it reads; attach the steering instead"
         )
     if kind.endswith("_post_norm"):
-        raise TrimtabError(
-            f"cannot bake at {fold.site}: a norm writes it straight into the residual stream, and "
-            "no linear map stands between the two; attach the steering instead"
-        )
-    if kind == "final_norm" and _norm_bias(anatomy) is not None and _factors(fold) is not None:
+        _refuse_beyond_gain(anatomy, fold)
         return "norm", []
+    if kind == "final_norm" and _factors(fold) is not None:
+        gain = anatomy.gain(fold.site)
+        if gain is not None and gain.biased:
+            return "norm", []
     readers = anatomy.readers(fold.site)
     if not readers:
         raise TrimtabError(
@@ -246,6 +249,22 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
             "steering instead"
         )
     return "input", readers
+
+
+def _refuse_beyond_gain(anatomy: Anatomy, fold: _Fold) -> None:
+    """Refuse what does not go into the gain of the norm that writes a site, nor into its bias."""
+    gain, reason = anatomy.gain(fold.site), ""
+    if _factors(fold) is None:
+        reason = "its gain takes each unit by itself, so that units cannot be mixed"
+    elif gain is None:
+        reason = "how its weights multiply what it returns is not known"
+    elif fold.shifts and not gain.biased:
+        reason = "it has no bias, so that nothing can be added"
+    if reason:
+        raise TrimtabError(
+            f"cannot bake at {fold.site}: a norm writes it straight into the residual stream, and "
+            f"{reason}; attach the steering instead"
+        )
 
 
 def _writers(anatomy: Anatomy, site: str) -> list[LinearMap]:
@@ -286,26 +305,12 @@ def _only_adds(fold: _Fold) -> bool:
     return factors is not None and bool((factors == 1).all())
 
 
-def _norm_bias(anatomy: Anatomy) -> Any:
-    """The bias of a final norm that multiplies by its weight as it is, not by 1 + w."""
-    norm: Any = anatomy.final_norm
-    plain = isinstance(norm, nn.LayerNorm) and type(norm).forward is nn.LayerNorm.forward
-    return norm.bias if plain else None
-
-
 def _apply(anatomy: Anatomy, fold: _Fold) -> None:
     """Change the weights of one fold."""
     operator, dial = fold.operator, fold.dial
     how, maps = _maps(anatomy, fold)
     if how == "norm":
-        norm: Any = anatomy.final_norm
-        factors = _factors(fold)
-        assert factors is not None  # or _maps would not have said "norm"
-        factors = factors.to(norm.bias.device)
-        offset = operator.offset(dial).to(factors)
-        for name, shift in (("weight", torch.zeros_like(offset)), ("bias", offset)):
-            old = getattr(norm, name)
-            setattr(norm, name, _parameter(old.detach() * factors + shift, old, fold))
+        _apply_to_norm(anatomy, fold)
         return
     if how == "tables":
         untie(anatomy.model)
@@ -329,6 +334,21 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             linear_map.write(_parameter(new, weight, fold))
         if old is not None and linear_map.bias:
             setattr(linear_map.owner, linear_map.bias, _parameter(bias, old, fold))
+
+
+def _apply_to_norm(anatomy: Anatomy, fold: _Fold) -> None:
+    """Multiply the gain of the norm that writes a site, and its bias; what is added goes there."""
+    gain, factors = anatomy.gain(fold.site), _factors(fold)
+    assert gain is not None  # or _maps would not have said "norm"
+    assert factors is not None
+    norm: Any = gain.owner
+    weight = norm.weight.detach()
+    factors = factors.to(weight.device)
+    multiplied = factors * (gain.added + weight.double()) - gain.added
+    norm.weight = _parameter(multiplied, weight, fold)
+    if gain.biased:
+        offset = fold.operator.offset(fold.dial).to(factors)
+        norm.bias = _parameter(factors * norm.bias.detach().double() + offset, norm.bias, fold)
 
 
 def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:

@@ -9,10 +9,12 @@ from trimtab.reading.likelihood import (
     preference,
     scored_from,
     side_readings,
+    text_readings,
 )
 from trimtab.reading.packing import (
     Batch,
     Packed,
+    batch_of,
     batches,
     encode_contrast,
     encode_texts,
@@ -26,4 +28,5 @@ from trimtab.reading.reader import (
     prompt_reading,
     read_columns,
 )
+from trimtab.reading.scaled import ScaledUnit, scaled_log_p
 from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper

@@ -18,7 +18,13 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, alike, answered, hidden_alone, probe_texts
 from trimtab.reading.packing import KINDS_OF_LAYERS, Packed, batch_of, run_packed
-from trimtab.reading.streams import blocks_below, run_lower, run_prefix, run_upper
+from trimtab.reading.streams import (
+    blocks_before,
+    blocks_below,
+    run_lower,
+    run_prefix,
+    run_upper,
+)
 from trimtab.steering import Steering
 
 #: How far attention reaches in short texts, so that they leave its window.
@@ -100,11 +106,16 @@ def shares_prefixes(language_model: LanguageModel, blocks: int = 0) -> bool:
 
 
 def blocks_apart(
-    language_model: LanguageModel, steerings: Iterable[Steering], shared: bool = False
+    language_model: LanguageModel,
+    steerings: Iterable[Steering],
+    shared: bool = False,
+    sites: Iterable[str] = (),
 ) -> int:
     """How many blocks run apart from those above, because none of the steerings changes anything
-    there; 0 where the model has to run whole. `shared` says that the texts run on from a cache."""
-    blocks = blocks_below(language_model.anatomy, steerings)
+    there, and nothing is changed at the sites; 0 where the model has to run whole. `shared` says
+    that the texts run on from a cache."""
+    anatomy = language_model.anatomy
+    blocks = min(blocks_below(anatomy, steerings), blocks_before(anatomy, sites))
     able = blocks and runs_in_parts(language_model, blocks)
     if able and (not shared or shares_prefixes(language_model, blocks)):
         return blocks

@@ -97,11 +97,14 @@ def answers_scored(
         yield int(batch.lines[row, side]), places, tuple(text)[start:]
 
 
-def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Reading]:
+def side_readings(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Reading]:
     """The two sides of each pair as readings of their own, positive before negative, for who asks
-    about the same pairs under many steerings."""
+    about the same pairs under many steerings. Prompts of texts that are longer than `max_length`
+    (default: what the model takes) are cut on the left."""
     readings = []
-    for row in _scored_pairs(language_model, contrast):
+    for row in _scored_pairs(language_model, contrast, max_length):
         for text, start in zip(row.texts(), row.answers, strict=True):
             asked = tuple(range(start - 1, len(text) - 1))
             # The last token is only predicted, but a text with images is read whole.
@@ -110,12 +113,31 @@ def side_readings(language_model: LanguageModel, contrast: Contrast) -> list[Rea
     return readings
 
 
-def _scored_pairs(language_model: LanguageModel, contrast: Contrast) -> list[Packed]:
+def text_readings(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Reading]:
+    """The texts of an unpaired contrast as readings, of which all tokens but the first are scored;
+    longer ones are cut as by `side_readings`."""
+    readings = []
+    for row in encode_contrast(language_model, contrast, max_length):
+        if row.common < 2:
+            raise TrimtabError(
+                f"{contrast.name}, row {row.index + 1}: the text has no token to score"
+            )
+        (text,) = row.texts()
+        asked = tuple(range(row.common - 1))
+        readings.append(Reading(frozen(text), asked, row.common, tuple(text)[1:]))
+    return readings
+
+
+def _scored_pairs(
+    language_model: LanguageModel, contrast: Contrast, max_length: int | None = None
+) -> list[Packed]:
     """Each pair with the token from which on its sides are scored."""
     if not contrast.paired:
         raise TrimtabError(f"{contrast.name} is unpaired: log-odds compare the sides of a pair")
     rows = []
-    for row in encode_contrast(language_model, contrast, None):
+    for row in encode_contrast(language_model, contrast, max_length):
         start = scored_from(row, contrast.name)
         rows.append(replace(row, answers=(start, start)))
     return rows

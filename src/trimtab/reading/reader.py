@@ -194,7 +194,7 @@ def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> 
         return
     for steering in steerings:
         for intervention in steering.interventions:
-            acts = intervention.operator.identity != steering.setting
+            acts = not intervention.idle_at(steering.setting)
             if acts and intervention.positions == "generated":
                 raise TrimtabError(
                     f"the steering touched nothing at {intervention.site}: it acts on generated "

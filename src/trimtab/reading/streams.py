@@ -46,14 +46,20 @@ from trimtab.steering import Steering
 
 def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
     """How many blocks run before any of the steerings changes anything."""
+    return blocks_before(
+        anatomy, [each.site for steering in steerings for each in steering.interventions]
+    )
+
+
+def blocks_before(anatomy: Anatomy, sites: Iterable[str]) -> int:
+    """How many blocks run before any of the sites."""
     below = anatomy.layers
-    for steering in steerings:
-        for intervention in steering.interventions:
-            layer, kind = parse_site(intervention.site)
-            if layer is not None:  # a block's own output is changed after the block
-                below = min(below, layer + 1 if kind == "resid" else layer)
-            elif kind == "embed":
-                below = 0
+    for site in sites:
+        layer, kind = parse_site(site)
+        if layer is not None:  # a block's own output is changed after the block
+            below = min(below, layer + 1 if kind == "resid" else layer)
+        elif kind == "embed":
+            below = 0
     return below
 
 

@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
-from trimtab.steering.operators import to_tensors
+from trimtab.steering.operators import Force, to_tensors
 from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity, Tokens
 
 
@@ -191,9 +191,11 @@ class Steering:
         for intervention in self.interventions:
             tensors, others = to_tensors(intervention.operator)
             kind = type(intervention.operator).__name__
-            about = [intervention.site, kind, intervention.positions, others]
+            about: list[Any] = [intervention.site, kind, intervention.positions, others]
             if intervention.tokens != "all":
                 about.append(intervention.tokens)
+            if intervention.weight != 1:
+                about.append(intervention.weight)
             digest.update(json.dumps(about, sort_keys=True).encode())
             for name in sorted(tensors):
                 digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
@@ -227,6 +229,10 @@ class Steering:
                     f"the sizes do not fit: {intervention.site} has {width} units in "
                     f"{shown(identity.name)}, the steering has {intervention.operator.width}"
                 )
+            if isinstance(intervention.operator, Force):
+                chosen = anatomy.router(intervention.site).chosen
+                dial = intervention.dial_at(self.setting)
+                intervention.operator.check_chosen(intervention.site, chosen, dial)
         if force or self.model.digest == identity.digest:
             return
         if quantised and not self.model.plain_digest:

@@ -25,7 +25,7 @@ from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
 from trimtab.files import write_whole
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import from_tensors, to_tensors
+from trimtab.steering.operators import Force, from_tensors, to_tensors
 from trimtab.steering.parts import (
     STRICT,
     Dial,
@@ -59,6 +59,7 @@ class _InterventionDocument(BaseModel):
     operator: Word
     positions: Positions
     tokens: Tokens = "all"
+    weight: Number = 1.0
     fields: dict[str, Any]
 
 
@@ -107,6 +108,7 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
                 "operator": type(intervention.operator).__name__,
                 "positions": intervention.positions,
                 **_unless_all(intervention),
+                **({} if intervention.weight == 1 else {"weight": float(intervention.weight)}),
                 "fields": others,
             }
         )
@@ -301,8 +303,11 @@ def _calibration(columns: dict[str, Any], source: str) -> Calibration:
 def _intervention(
     described: _InterventionDocument, tensors: dict[str, Tensor], layers: int
 ) -> Intervention:
-    layer, _ = parse_site(described.site)
+    layer, kind = parse_site(described.site)
     if layer is not None and layer >= layers:
         raise TrimtabError(f"layer {layer} is out of range: the model has 0 to {layers - 1}")
     operator = from_tensors(described.operator, {**tensors, **described.fields})
-    return Intervention(described.site, operator, described.positions, described.tokens)
+    if isinstance(operator, Force) and kind != "router":
+        raise TrimtabError("Force chooses experts: it acts at a router and nowhere else")
+    scope = described.positions, described.tokens
+    return Intervention(described.site, operator, *scope, described.weight)

@@ -54,12 +54,16 @@ class Dial:
 
 @dataclass(frozen=True)
 class Intervention:
-    """An operator at a site, at some positions, on tokens of some kind."""
+    """An operator at a site, at some positions, on tokens of some kind.
+
+    Its dial is the steering's times `weight`, so that one dial turns a kernel over layers.
+    """
 
     site: str
     operator: Operator
     positions: Positions = "all"
     tokens: Tokens = "all"
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("tokens", self.tokens, Tokens)
@@ -72,8 +76,16 @@ class Intervention:
     @property
     def acts(self) -> bool:
         """Whether it changes an activation at any dial: with no unit chosen, or only zeros to add,
-        it does not."""
-        return self.operator.acts
+        it does not; nor with a weight of zero, where the operator does nothing at zero."""
+        return self.operator.acts and not (self.weight == 0 and self.operator.identity == 0)
+
+    def dial_at(self, setting: float) -> float:
+        """Its own dial where the steering's stands at `setting`."""
+        return setting * self.weight
+
+    def idle_at(self, setting: float) -> bool:
+        """Whether it does nothing where the steering's dial stands at `setting`."""
+        return self.operator.identity == self.dial_at(setting)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError, shown
 from trimtab.steering.artifact import Steering
+from trimtab.steering.parts import Intervention
 
 #: The tables that a steering may have: what each row is, by the column that numbers it.
 _KINDS = {"unit": "units", "head": "heads", "feature": "features"}
@@ -41,6 +42,10 @@ def chosen(steering: Steering, columns: Sequence[str] = ()) -> dict[str, list[di
         gains = tables["gain"].tolist() if "gain" in tables else [1.0] * len(values["unit"])
         values["gamma"] = [steering.setting * gain for gain in gains]
     records = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    if "gamma" in values:
+        weights = {parse_site(each.site)[0]: each.weight for each in steering.interventions}
+        for record in records:
+            record["gamma"] *= weights.get(record.get("layer"), 1.0)
     kinds = {parse_site(intervention.site)[1] for intervention in steering.interventions}
     if "layer" in values and len(kinds) == 1:
         (kind,) = kinds
@@ -57,7 +62,20 @@ def steered_blocks(steering: Steering) -> list[int]:
 def operators_in_words(steering: Steering) -> list[str]:
     """What acts where, a sentence each: what can be said whatever the method."""
     return [
-        f"{steering.method}: {type(intervention.operator).__name__} on "
-        f"{intervention.operator.size} units of {intervention.site}."
-        for intervention in steering.interventions
+        f"{steering.method}: {type(each.operator).__name__}{_details(each)} on "
+        f"{each.operator.size} units of {each.site}."
+        for each in steering.interventions
     ]
+
+
+def _details(intervention: Intervention) -> str:
+    """What is to be said of an operator and its weight, in brackets."""
+    said = dict(intervention.operator.details)
+    if intervention.weight != 1:
+        said["weight"] = intervention.weight
+    words = [
+        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in said.items()
+        if value is not None and value is not False
+    ]
+    return f" ({', '.join(words)})" if words else ""

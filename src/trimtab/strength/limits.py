@@ -60,7 +60,8 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
         if added is None:
             raise TrimtabError(
                 f"{type(operator).__name__} at {intervention.site} has no limit of Proposition "
-                "4.1: it turns or scales what is there, which a norm does not make one direction"
+                "4.1: it does more than add a vector, and what comes of an activation depends on "
+                "the activation, however far the dial is turned"
             )
         if kind != "resid" and intervention.site not in writers:
             raise TrimtabError(
@@ -72,7 +73,7 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
                 f"what is added at {intervention.site} to generated tokens only leaves a text that "
                 "is read as it is: Proposition 4.1 is about steering the token that is read"
             )
-        total += added.double()
+        total += intervention.weight * added.double()
     if not total.any():
         raise TrimtabError("this steering adds nothing to the residual stream")
     return total
