@@ -304,8 +304,8 @@ def test_an_interrupted_study_goes_on(lm: tt.LanguageModel, tmp_path: Path) -> N
 
 
 def test_it_is_said_in_words_tables_and_pictures(found: StudyResult) -> None:
-    assert found.summary.startswith("Within 0.02 nats at the next token, on the test rows: ")
-    assert "signed momentum gains" in found.summary
+    assert found.summary.startswith("Of 7 rankings of units of heads within 0.02 nats at the next ")
+    assert "signed momentum" in found.summary
     titles = [table.title for table in found.tables]
     assert "Gain within 0.1 nats" in titles
     assert "Units scaled one by one" in titles
