@@ -254,7 +254,9 @@ def steer(
     return tt.Steering(
         method="test",
         hyperparameters={},
-        interventions=tuple(tt.Intervention(site, op, positions) for site, op in interventions),
+        interventions=tuple(
+            tt.Intervention(site, op, tt.Scope.of(positions)) for site, op in interventions
+        ),
         dial=tt.Dial("alpha", alpha, (-100.0, 100.0)),
         model=lm.identity,
     )

@@ -94,12 +94,12 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "validation": _always(
             tt.CAA(layer="validation", alpha=2, token="last"), FFN_BIAS, _NO_FFN_BIAS
         ),
-        "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "'last' positions"),
+        "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "the scope 'last'"),
     },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "last": _always(
-            tt.ITI(k=3, direction="probe", scale=False, positions="last"), NONE, "'last' positions"
+            tt.ITI(k=3, direction="probe", scale=False, positions="last"), NONE, "the scope 'last'"
         ),
     },
     "sadi": {
@@ -141,7 +141,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             _POST,
         ),
         "prompt": _always(
-            tt.SS(theta=180, whole_blocks=False, positions="prompt"), NONE, "'prompt' positions"
+            tt.SS(theta=180, whole_blocks=False, positions="prompt"), NONE, "the scope 'prompt'"
         ),
     },
     "austeer": {

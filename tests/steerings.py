@@ -48,7 +48,7 @@ def equal_steerings(a: Steering, b: Steering) -> None:
     assert len(a.interventions) == len(b.interventions)
     x = torch.randn(2, 5, 48)
     for one, other in zip(a.interventions, b.interventions, strict=True):
-        assert (one.site, one.positions) == (other.site, other.positions)
+        assert (one.site, one.scope) == (other.site, other.scope)
         assert type(one.operator) is type(other.operator)
         assert torch.equal(apply(one.operator, x, 2.0), apply(other.operator, x, 2.0))
 

@@ -93,7 +93,7 @@ def test_fit_caa(trimtab: Command) -> None:
     assert found["hyperparameters"]["layer"] == -1
     assert found["dial"]["default"] == 2
     intervention = {"site": "layers.2.resid", "operator": "Add", "size": 48, "positions": "all"}
-    assert found["interventions"] == [intervention]
+    assert found["interventions"] == [{**intervention, "scope": "all"}]
     assert "units" not in found
     lm = tt.load("model", device="cpu")
     expected = tt.CAA(-1, 2.0, "mean").fit(lm, tt.Contrast.from_jsonl("pairs.jsonl"))

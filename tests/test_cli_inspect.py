@@ -83,7 +83,7 @@ INSPECTED: dict[str, tuple[set[str], str]] = {
 }
 COMMON = {
     "method", "hyperparameters", "dial", "interventions", "model", "contrast", "findings",
-    "versions", "date", "calibration",
+    "versions", "date", "calibration", "scope",
 }  # fmt: skip
 
 
@@ -105,7 +105,9 @@ def test_inspect_of_every_method(trimtab: Command, home: Path, method: str) -> N
         "value": dial.default,
     }  # fmt: skip
     assert [i["site"] for i in found["interventions"]] == [i.site for i in steering.interventions]
-    assert all(set(i) == {"site", "operator", "size", "positions"} for i in found["interventions"])
+    assert all(
+        set(i) == {"site", "operator", "size", "positions", "scope"} for i in found["interventions"]
+    )
     assert all(i["size"] > 0 for i in found["interventions"])
     text = trimtab(f"inspect every/{method}.safetensors").text
     assert words in text

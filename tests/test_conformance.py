@@ -57,7 +57,7 @@ def _edits(steerings: list[tt.Steering], tokens: int) -> dict[str, Callable[[Ten
         for intervention in steering.interventions:
             change = by_hand(intervention.operator, steering.setting)
             # Of a prompt, `last` is its last token, and all and `prompt` the whole.
-            first = tokens - 1 if intervention.positions == "last" else 0
+            first = tokens - 1 if str(intervention.scope) == "last" else 0
 
             def at_positions(x: Tensor, change: Any = change, first: int = first) -> Tensor:
                 return torch.cat((x[:first], change(x[first:])))

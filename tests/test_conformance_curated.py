@@ -24,7 +24,7 @@ from method_settings import CASES, SETTINGS, setting_of
 from plain_sites import Change, at_positions, plain_edit, plain_sites
 from tiny import tiny_tokenizer
 from tiny_curated import CURATED, curated_model
-from trimtab.steering import POSITIONS, Positions, chosen
+from trimtab.steering import POSITIONS, Positions, Scope, chosen
 
 #: Three things are added to the stream in each block, or in some: embeddings for each layer, a
 #: state space beside attention, a mixture beside an FFN.
@@ -136,7 +136,7 @@ def _changes(steerings: Iterable[tt.Steering], end: int) -> dict[str, Change]:
     for steering in steerings:
         for each in steering.interventions:
             change = by_hand(each.operator, steering.setting)
-            change = at_positions(change, str(each.positions), end)
+            change = at_positions(change, str(each.scope), end)
             chains.setdefault(each.site, []).append(change)
 
     def chained(chain: list[Change]) -> Change:
@@ -202,7 +202,7 @@ def test_text_at_positions_equals_plain_hooks(name: str, case: str) -> None:
         seen = torch.stack([logits[i] for logits in out.logits])
         # The prompt's last token and those after it, but for the last, are what is read.
         expected = _expected(name, [steering], ids, end)[end - 1 : -1]
-        assert relative(seen, expected) < 1e-4, steering.interventions[0].positions
+        assert relative(seen, expected) < 1e-4, steering.interventions[0].scope
 
 
 @pytest.mark.parametrize(("name", "case"), FITTED)
@@ -246,7 +246,7 @@ def test_bfloat16(name: str, case: str) -> None:
 
 
 def _at(steering: tt.Steering, positions: Positions) -> tt.Steering:
-    moved = [replace(each, positions=positions) for each in steering.interventions]
+    moved = [replace(each, scope=Scope.parse(positions)) for each in steering.interventions]
     return replace(steering, interventions=tuple(moved))
 
 

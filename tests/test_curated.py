@@ -173,7 +173,7 @@ def _check_text(
                 expected = _plain(name, ids)
             else:
                 one = given.interventions[0]
-                change = at_positions(_change(given), str(one.positions), end)
+                change = at_positions(_change(given), str(one.scope), end)
                 expected = _edited(name, one.site, change, ids)
                 assert relative(expected, _plain(name, ids)) > 1e-4, given
             # The prompt's last token and those after it, but for the last, are what is read.

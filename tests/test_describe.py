@@ -13,7 +13,7 @@ import torch
 import trimtab as tt
 from trimtab.methods import METHODS
 from trimtab.methods.contents import describe, explain
-from trimtab.steering import Dial, Intervention, ModelIdentity, Positions, Steering
+from trimtab.steering import Dial, Intervention, ModelIdentity, Positions, Scope, Steering
 from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
 
 MODEL = ModelIdentity("tiny", "llama", 12, 8, "0123456789abcdef" * 4)
@@ -32,7 +32,8 @@ def made(
         method=method.name,
         hyperparameters=dict(vars(method)),
         interventions=tuple(
-            Intervention(site, operator, positions) for site, operator in operators.items()
+            Intervention(site, operator, Scope.of(positions))
+            for site, operator in operators.items()
         ),
         dial=dial or Dial("alpha", 2.0, (-20.0, 20.0)),
         model=MODEL,

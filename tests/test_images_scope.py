@@ -16,9 +16,12 @@ from helpers import language_model, steer
 from seeing import about, by_hand, inputs_alone, saved, seeing, seeing_tokenizer, square
 from trimtab.anatomy import Anatomy
 from trimtab.methods import describe, explain
+from trimtab.model.marks import Marks
 from trimtab.model.passes import Pass
+from trimtab.model.standing import Prompts
+from trimtab.model.trails import Trail
 from trimtab.reading import log_odds, next_tokens, prompt_reading
-from trimtab.steering import Add, Dial, Intervention, Scale, Steering
+from trimtab.steering import Add, Dial, Intervention, Scale, Scope, Steering
 
 NEW = 5
 KINDS = ("text", "image")
@@ -36,7 +39,7 @@ def vector(seed: int = 3) -> Tensor:
 
 
 def steering(lm: tt.LanguageModel, tokens: Any, positions: Any = "all", dial: float = 4.0) -> Any:
-    added = Intervention("layers.0.resid", Add(vector()), positions, tokens)
+    added = Intervention("layers.0.resid", Add(vector()), Scope.placed(positions, tokens))
     return Steering("test", {}, (added,), Dial("alpha", dial, (-9.0, 9.0)), lm.identity)
 
 
@@ -180,7 +183,10 @@ def test_a_steering_of_images_without_images_is_refused(lm: tt.LanguageModel) ->
             run()
         assert "\n" not in str(caught.value)
     ids = torch.tensor(lm.encode(text))
-    with pytest.raises(tt.TrimtabError, match="without a token of image"), lm.steered(one):
+    with (
+        pytest.raises(tt.TrimtabError, match="without a token of the scope 'image'"),
+        lm.steered(one),
+    ):
         lm.model(input_ids=ids)
 
 
@@ -217,7 +223,7 @@ def test_what_is_written_is_text(lm: tt.LanguageModel, positions: Any) -> None:
 
 
 def test_only_what_acts_on_all_tokens_bakes(lm: tt.LanguageModel) -> None:
-    with pytest.raises(tt.TrimtabError, match="it steers image tokens only"):
+    with pytest.raises(tt.TrimtabError, match="acts on the scope 'image'"):
         tt.bake(lm, steering(lm, "image"))
     scale = Scale(torch.arange(10), torch.full((10,), 0.5), 80)
     scaled = Intervention("layers.1.ffn_in", scale)
@@ -234,7 +240,7 @@ def test_only_what_acts_on_all_tokens_bakes(lm: tt.LanguageModel) -> None:
 
 def test_every_operator_keeps_to_its_tokens(lm: tt.LanguageModel) -> None:
     scale = Scale(torch.arange(10), torch.full((10,), 0.5), 48)
-    scaled = Intervention("layers.0.ffn_out", scale, "all", "image")
+    scaled = Intervention("layers.0.ffn_out", scale, Scope.parse("image"))
     one = Steering("test", {}, (scaled,), Dial("alpha", 2.0, (-9.0, 9.0)), lm.identity)
     given = inputs_alone(PROMPTS[1])
     here = (given["input_ids"] == IMAGE)[..., None]
@@ -264,9 +270,9 @@ def test_it_is_fitted_and_kept_in_the_file(lm: tt.LanguageModel, tmp_path: Path)
     )
     whole = tt.CAA(layer=1).fit(lm, pairs, measure=False)
     one = tt.CAA(layer=1).fit(lm, pairs, measure=False, on="image")
-    assert [each.tokens for each in one.interventions] == ["image"]
+    assert list(map(str, one.scopes)) == ["image"]
     again = tt.Steering.load(one.save(tmp_path / "image.safetensors"))
-    assert [each.tokens for each in again.interventions] == ["image"]
+    assert list(map(str, again.scopes)) == ["image"]
     assert again.digest == one.digest != whole.digest == one.on("all").digest
     found = lm.logits([PROMPTS[0]], steering=again)
     assert torch.equal(found, lm.logits([PROMPTS[0]], steering=one))
@@ -293,12 +299,17 @@ def test_a_dial_is_measured_on_images_only(
 
 
 def test_masks_of_a_pass() -> None:
-    images = torch.tensor([[True, False, False], [False, False, True]])
-    now = Pass(4, 3, [5, 6], images=images)
-    cpu = torch.device("cpu")
-    assert now.mask("all", "all", cpu) is True
-    assert torch.equal(now.mask("all", "image", cpu), images)  # type: ignore[arg-type]
+    marks, cpu = Marks(seeing_tokenizer(), "seeing", images={IMAGE}), torch.device("cpu")
+
+    def mask(ends: list[int], scope: str, ids: Tensor) -> Tensor | bool:
+        trail = Trail(torch.cat((torch.zeros(len(ids), 4, dtype=torch.long), ids), 1))
+        now = Pass(4, 3, Prompts.ending(ends), trail=trail)
+        return now.mask(marks.place(Scope.parse(scope)), cpu)
+
+    ids = torch.tensor([[IMAGE, 5, 6], [5, 6, IMAGE]])
+    assert mask([5, 6], "all", ids) is True
+    assert torch.equal(mask([5, 6], "image", ids), ids == IMAGE)  # type: ignore[arg-type]
     after = torch.tensor([[False, True, True], [False, False, False]])
-    assert torch.equal(now.mask("generated", "text", cpu), after)  # type: ignore[arg-type]
-    assert Pass(4, 3, [9], images=images).mask("generated", "image", cpu) is False
-    assert Pass(4, 3, [2], images=images & False).mask("generated", "text", cpu) is True
+    assert torch.equal(mask([5, 6], "generated & text", ids), after)  # type: ignore[arg-type]
+    assert mask([9, 9], "generated & text", ids) is False
+    assert mask([2, 2], "generated & text", ids * 0) is True

@@ -27,7 +27,7 @@ from trimtab.dials.measuring import (
 )
 from trimtab.methods import explain
 from trimtab.reading import plain_texts
-from trimtab.steering import STRENGTHS
+from trimtab.steering import STRENGTHS, Scope
 
 TEXTS = PROMPTS[:3]  # of an odd number one is the median
 PAIRS = [(prompt, " glad and warm", " cold and dull") for prompt in TEXTS]
@@ -140,13 +140,13 @@ def test_generated_tokens_are_measured_as_the_prompts_last() -> None:
     steering = with_range(steer_at(lm, "resid", "Add", layer=1), -50, 50)
 
     def at(positions: str) -> tt.Steering:
-        changed = [replace(one, positions=positions) for one in steering.interventions]
+        changed = [replace(one, scope=Scope.parse(positions)) for one in steering.interventions]
         return measured(lm, replace(steering, interventions=tuple(changed)), CONTRAST, default=True)
 
     generated, last = at("generated"), at("last")
     assert generated.dial == last.dial
     assert generated.calibration == last.calibration
-    assert {one.positions for one in generated.interventions} == {"generated"}
+    assert list(map(str, generated.scopes)) == ["generated"]
 
 
 def test_what_sets_an_angle_is_left_as_it_is(measuring: None) -> None:

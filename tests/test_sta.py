@@ -213,7 +213,7 @@ def test_alpha_and_positions(autoencoder: Callable[..., Path]) -> None:
     path = str(autoencoder())
     steering = tt.STA(sae=path, alpha=2.5, positions="last").fit(tiny_lm(), CONTRAST)
     assert steering.dial == tt.Dial("alpha", 2.5, (-20.0, 20.0))
-    assert steering.interventions[0].positions == "last"
+    assert str(steering.interventions[0].scope) == "last"
     assert torch.equal(vector_of(steering), vector_of(tt.STA(sae=path).fit(tiny_lm(), CONTRAST)))
 
 

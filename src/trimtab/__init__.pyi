@@ -11,7 +11,7 @@ from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
-from .steering import Dial, Intervention, Steering, Steerings
+from .steering import Dial, Intervention, Scope, Steering, Steerings
 from .strength import generate_contrast, within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
 
@@ -40,6 +40,7 @@ __all__ = [
     "Method",
     "Range",
     "Result",
+    "Scope",
     "Steering",
     "Steerings",
     "Sweep",

@@ -13,7 +13,7 @@ from trimtab.cli.common import (
     print_json,
     read_steerings,
 )
-from trimtab.cli.options import Force, Json, OpenedOnCpu, Overwrite, Steer
+from trimtab.cli.options import AlwaysSteered, Force, Json, OpenedOnCpu, Overwrite
 from trimtab.files import check_output
 from trimtab.terminal import status
 
@@ -21,7 +21,7 @@ from trimtab.terminal import status
 def bake(
     *,
     opened: OpenedOnCpu,
-    steer: Steer,
+    steered: AlwaysSteered,
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="The directory to write.")],
     overwrite: Overwrite = False,
     force: Force = False,
@@ -42,7 +42,7 @@ def bake(
 
     check_target(output, locations(opened.model), overwrite)
     check_output(output, overwrite)
-    steerings = read_steerings(steer)
+    steerings = read_steerings(steered)
     language_model = open_model(opened)
     with status("folding the steerings into the weights"):
         baked = bake_into(language_model, *steerings, force=force)
@@ -53,7 +53,7 @@ def bake(
                 "output": str(output),
                 "model": dict(vars(language_model.identity)),
                 "architecture": baked.anatomy.name,
-                "steering": steer,
+                "steering": steered.steer,
             }
         )
         return

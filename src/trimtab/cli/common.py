@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.cli.options import Opened, Prompting, Read
+from trimtab.cli.options import Opened, Prompting, Read, Steered
 from trimtab.cli.values import read_named
 from trimtab.errors import TrimtabError
 from trimtab.files import check_directory, check_output, parse_json
@@ -45,11 +45,25 @@ def as_chats(prompting: Prompting, opened: Opened) -> bool | None:
     return True if prompting.chat else False if prompting.raw else None
 
 
-def read_steerings(arguments: Sequence[str]) -> list[Steering]:
-    """Steerings from `FILE` or `FILE@DIAL`."""
-    from trimtab.steering import Steering
+def read_steerings(steered: Steered) -> list[Steering]:
+    """Steerings from `FILE` or `FILE@DIAL`, on the tokens that --scope names."""
+    from trimtab.steering import Scope, Steering
 
-    return [Steering.read(argument) for argument in arguments]
+    scopes = [Scope.parse(text) for text in steered.scope]
+    files = steered.steer
+    if len(scopes) > 1 and len(scopes) != len(files):
+        raise TrimtabError(
+            f"{len(scopes)} times --scope for {len(files)} times --steer: give one for all, or one "
+            "for each"
+        )
+    if scopes and not files:
+        raise TrimtabError("--scope says where a steering acts: name one with --steer")
+    steerings = [Steering.read(argument) for argument in files]
+    if len(scopes) == 1:
+        scopes *= len(steerings)
+    if not scopes:
+        return steerings
+    return [one.scoped(scope) for one, scope in zip(steerings, scopes, strict=True)]
 
 
 def one_steering(steerings: Sequence[Steering]) -> Steering:

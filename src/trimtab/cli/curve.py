@@ -20,7 +20,7 @@ from trimtab.cli.common import (
     read_steerings,
     refuse_holding,
 )
-from trimtab.cli.options import Json, Opened, Prompting, Prompts
+from trimtab.cli.options import Json, Opened, Prompting, Prompts, Steered
 from trimtab.cli.tables import show_files
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
@@ -49,14 +49,9 @@ Span = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turned:
+class Turned(Steered):
     """The steering that is turned."""
 
-    heading = "Steerings"
-
-    steer: Sequence[str] = option(
-        "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
-    )
     force: bool = option("Allow a steering that was made for another model.", False, flag="--force")
 
 
@@ -281,7 +276,7 @@ def curve(
 
     chats = as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
-    steerings = read_steerings(turned.steer)
+    steerings = read_steerings(turned)
     if not steerings:
         raise TrimtabError("name a steering: --steer FILE")
     _check(traced, refitted, also)

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, read_steerings
 from trimtab.cli.judging import Judges, costs, say_costs
-from trimtab.cli.options import OpenedIfNamed
+from trimtab.cli.options import OpenedIfNamed, Steered
 from trimtab.cli.tables import show
 from trimtab.cli.values import in_float32
 from trimtab.contrasts import last_message
@@ -38,14 +38,9 @@ Listed = Annotated[bool, Parameter(name="--list", help="List the tasks and stop.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steered:
+class Alternatives(Steered):
     """Under what the tasks are evaluated."""
 
-    heading = "Steerings"
-
-    steer: Sequence[str] = option(
-        "FILE or FILE@DIAL; repeat to combine, in order.", (), flag=("--steer", "-s")
-    )
     dial: Sequence[str] = option(
         "Evaluate the steering at this dial (a number, or gentle, clear, strong), or at each of "
         "START:STOP:STEP; repeat.",
@@ -70,7 +65,7 @@ def evaluate(
     opened: OpenedIfNamed = OpenedIfNamed(),
     task: Tasks = (),
     listed: Listed = False,
-    steered: Steered = Steered(),
+    steered: Alternatives = Alternatives(),
     rows: Evaluated = Evaluated(),
     answering: Answering = Answering(),
     judges: Judges = Judges(),
@@ -92,7 +87,7 @@ def evaluate(
         raise TrimtabError("name a --model and a --task (--list shows the tasks)")
     for name in task:
         evaluation.check_task(name, rows.data)
-    steerings = _alternatives(steered.steer, steered.dial)
+    steerings = _alternatives(steered)
     judging = judges.judging(opened)
     found = evaluation.evaluate(
         open_model(opened),
@@ -140,11 +135,12 @@ def _list_tasks(as_json: bool) -> None:
 # -- what is evaluated, and who judges ------------------------------------------------------------
 
 
-def _alternatives(steer: Sequence[str], dials: Sequence[str]) -> dict[str, Steering | Steerings]:
+def _alternatives(steered: Alternatives) -> dict[str, Steering | Steerings]:
     """By name: all --steer together, or the one steering at each dial."""
     from trimtab.steering import STRENGTHS, Steerings
 
-    steerings = read_steerings(steer)
+    steerings, dials = read_steerings(steered), steered.dial
+    steer = _named(steered)
     if not dials:
         together = steerings[0] if len(steerings) == 1 else Steerings(steerings)
         return {" + ".join(steer): together} if steerings else {}
@@ -154,10 +150,21 @@ def _alternatives(steer: Sequence[str], dials: Sequence[str]) -> dict[str, Steer
     values = dict.fromkeys(value for text in dials if text not in named for value in _dials(text))
     if len(values) > _MOST_DIALS:
         raise TrimtabError(f"--dial names {len(values)} dials; {_MOST_DIALS} are the most")
-    (argument,), (steering,) = steer, steerings
+    (argument,), (steering,) = steered.steer, steerings
     path = argument if Path(argument).exists() else argument.rpartition("@")[0] or argument
+    path = f"{path}{steer[0].removeprefix(argument)}"
     found: dict[str, Any] = {f"{path}@{text}": steering.at(text) for text in named}
     return found | {f"{path}@{value:.12g}": steering.at(value) for value in values}
+
+
+def _named(steered: Alternatives) -> list[str]:
+    """The steerings as they were given, with the scopes that were given for them."""
+    scopes = list(steered.scope)
+    if len(scopes) == 1:
+        scopes *= len(steered.steer)
+    if not scopes:
+        return list(steered.steer)
+    return [f"{file} on {scope}" for file, scope in zip(steered.steer, scopes, strict=True)]
 
 
 def _dials(text: str) -> list[float]:

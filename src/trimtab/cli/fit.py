@@ -232,7 +232,7 @@ def _gain(
     from trimtab.figures import mean_interval
     from trimtab.reading import log_odds
 
-    if not texts.paired or any(i.positions == "generated" for i in steering.interventions):
+    if not texts.paired or any(scope.only_generated for scope in steering.scopes):
         return None
     part: Part = next((part for part in ("test", "validation") if part in texts.sizes), "train")
     pairs = (texts.part(part) if texts.has_parts else texts).take(_PAIRS)

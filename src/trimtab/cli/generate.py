@@ -20,7 +20,7 @@ from trimtab.cli.common import (
     read_prompts,
     read_steerings,
 )
-from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steer
+from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steered
 from trimtab.cli.values import flag_of, read_named
 from trimtab.contrasts import last_message, read_image
 from trimtab.errors import TrimtabError, TrimtabWarning
@@ -64,7 +64,7 @@ def generate(
     *prompts: Prompts,
     opened: Opened,
     prompting: Asking = Asking(),
-    steer: Steer = (),
+    steered: Steered = Steered(),
     compare: Annotated[
         bool,
         Parameter(
@@ -96,7 +96,7 @@ def generate(
 
     chats = as_chats(prompting, opened)
     texts = read_prompts(_about(prompting.image, prompts, chats), prompting.file)
-    steerings = read_steerings(steer)
+    steerings = read_steerings(steered)
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
     language_model = open_model(opened)
@@ -111,7 +111,7 @@ def generate(
     if streamed:
         _stream(language_model, texts[0], rows, options)
         return
-    runs: list[Any] = [(steer, language_model.generate(texts, steering=rows, **options))]
+    runs: list[Any] = [(steered.steer, language_model.generate(texts, steering=rows, **options))]
     if compare and steerings:
         runs.insert(0, ((), language_model.generate(texts, **options)))
     if as_json:

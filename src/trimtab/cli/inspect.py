@@ -2,45 +2,104 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from trimtab.cli.common import console, print_json
-from trimtab.cli.options import Json
+from trimtab.cli.common import (
+    as_chats,
+    console,
+    open_model,
+    print_json,
+    read_prompts,
+    read_steerings,
+)
+from trimtab.cli.options import Json, OpenedIfNamed, Prompting, Prompts, Steered
 from trimtab.errors import TrimtabError, one_line
 from trimtab.files import exists, user_path
+from trimtab.options import option
+
+if TYPE_CHECKING:
+    from trimtab.model import Firing
+    from trimtab.steering import Steering
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """On which tokens it acts."""
+
+    heading = "Steerings"
+
+    scope: str | None = option("Look at this scope instead of the file's own.", None)
+    max_new_tokens: int = option("Tokens that the model writes after a prompt.", 16, least=0)
+
+    def steered(self, file: str) -> Steered:
+        return Steered(steer=(file,), scope=() if self.scope is None else (self.scope,))
 
 
 def inspect(
     file: Annotated[str, Parameter(help="A steering, FILE or FILE@DIAL, or a baked DIR.")],
     /,
-    *,
+    *prompts: Prompts,
+    prompting: Prompting = Prompting(),
+    reading: OpenedIfNamed = OpenedIfNamed(),
+    tokens: Tokens = Tokens(),
     top: Annotated[int, Parameter(help="How many units, heads or features to list.")] = 10,
     as_json: Json = False,
 ) -> None:
     """Say what a steering does, in words, and list the units, heads or features it chose; of a
-    checkpoint's directory say which steerings are baked into its weights.
+    checkpoint's directory say which steerings are baked into its weights. With a model and prompts
+    show on which of their tokens, and of those that the model writes after them, it acts.
 
     Example: `trimtab inspect joy.safetensors`
+
+    Example: `trimtab inspect joy.safetensors --model smollm2-135m-instruct --scope "generated[:3]"
+    "Today I feel"`
     """
+    asked = bool(prompts) or prompting.file is not None
+    if asked is not (reading.model is not None):
+        raise TrimtabError("to see on which tokens it acts, give a --model and a prompt")
     directory = user_path(file)
     if exists(directory) and directory.is_dir():
+        if asked:
+            raise TrimtabError(f"{directory} is a checkpoint, whose weights act on all tokens")
         _say_baked(directory, as_json)
         return
     from trimtab.methods import describe, explain
-    from trimtab.steering import Steering
 
-    steering = Steering.read(file)
+    (steering,) = read_steerings(tokens.steered(file))
     described = describe(steering)
+    shown = _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
     if as_json:
-        print_json(described)
+        fires = {"fires": [each.as_json() for each in shown]} if asked else {}
+        print_json(described | fires)
         return
     for line in explain(steering):
         console.print(one_line(line))
     for kind in ("units", "heads", "features"):
         _list(described.get(kind, []), max(0, top))
+    for each in shown:
+        for line in str(each).splitlines():
+            console.print(one_line(line))
+
+
+def _firings(
+    steering: Steering,
+    prompts: Sequence[str],
+    prompting: Prompting,
+    reading: OpenedIfNamed,
+    max_new_tokens: int,
+) -> list[Firing]:
+    """On which tokens it acts, prompt by prompt."""
+    texts, chats = read_prompts(prompts, prompting.file), as_chats(prompting, reading)
+    language_model = open_model(reading)
+    return [
+        language_model.explain(steering, text, chat=chats, max_new_tokens=max_new_tokens)
+        for text in texts
+    ]
 
 
 def _say_baked(directory: Path, as_json: bool) -> None:

@@ -17,12 +17,6 @@ Prompts = Annotated[
         help="Prompts; - reads one per line from standard input.", allow_leading_hyphen=False
     ),
 ]
-Steer = Annotated[
-    tuple[str, ...],
-    Parameter(
-        name=("--steer", "-s"), help="FILE or FILE@DIAL; repeat to combine, in order.", negative=()
-    ),
-]
 Task = Annotated[
     str,
     Parameter(name=("--task", "-t"), help="copa, boolq ...; contrast:SOURCE; or refusal:FILE."),
@@ -43,6 +37,31 @@ Force = Annotated[
         name="--force", help="Allow a steering that was made for another model.", negative=()
     ),
 ]
+
+
+#: Said of the option wherever there is one.
+STEER = "FILE or FILE@DIAL; repeat to combine, in order."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """Which steerings act, and on which tokens."""
+
+    heading = "Steerings"
+
+    steer: Sequence[str] = option(STEER, (), flag=("--steer", "-s"))
+    scope: Sequence[str] = option(
+        "On which tokens they act instead of the file's own: all, prompt, generated, "
+        "'generated & !thinking', 'generated[:32]' ...; one for all, or one for each --steer.",
+        (),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlwaysSteered(Steered):
+    """The same where there must be one."""
+
+    steer: Sequence[str] = option(STEER, flag=("--steer", "-s"))
 
 
 @dataclass(frozen=True, kw_only=True)

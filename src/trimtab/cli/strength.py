@@ -24,7 +24,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.curve import curve
 from trimtab.cli.making import prepared
-from trimtab.cli.options import Force, Json, Opened, Overwrite, Prompting, Prompts, Steer
+from trimtab.cli.options import Force, Json, Opened, Overwrite, Prompting, Prompts, Steered
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.files import check_output, write_whole
@@ -56,7 +56,7 @@ class Allowed:
 def budget(
     *prompts: Prompts,
     opened: Opened,
-    steer: Steer = (),
+    steered: Steered = Steered(),
     prompting: Prompting = Prompting(),
     allowed: Allowed = Allowed(),
     save_to: Annotated[
@@ -79,7 +79,7 @@ def budget(
 
     kl, chats = allowed.kl, as_chats(prompting, opened)
     texts = read_prompts(prompts, prompting.file)
-    steering = one_steering(read_steerings(steer))
+    steering = one_steering(read_steerings(steered))
     if save_to is not None:
         refuse_steering_path(save_to, overwrite)
     elif len(kl) > 1:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _UNIONS = (typing.Union, types.UnionType)
 _LISTS = (tuple, list, Sequence)
 _SWITCHES = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-#: Some methods have one layer and some several: either word will do.
-_SPELLINGS = {"layer": "layers", "layers": "layer"}
+#: Some methods have one layer and some several: either word will do. Positions are a scope.
+_SPELLINGS = {"layer": "layers", "layers": "layer", "positions": "scope", "scope": "positions"}
+#: Commas that are in no brackets and no quotation marks.
+_OUTSIDE = re.compile(r""",(?=(?:[^"'()\[\]]|"[^"]*"|'[^']*'|\([^()]*\)|\[[^\[\]]*\])*$)""")
 #: The largest number of float32, in which steering runs, and the smallest that is not rounded.
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 1.1754943508222875e-38
 
@@ -151,14 +153,14 @@ def read_numbers(what: str, text: str, words: Sequence[str] = ()) -> tuple[int, 
 
 def read_values(option: str, text: str, hint: Any) -> list[Any] | Range:
     """`4,16,64` as values; where there are numbers `LOW:HIGH` or `LOW:HIGH:log` as a range; lists
-    (of layers) are separated by /."""
+    (of layers) are separated by /. What is in brackets or quotation marks is one value."""
     kinds = kinds_of(hint)
     if ":" in text and {int, float} & set(kinds):
         return _range(option, text, float in kinds)
     if list_in(hint) and ("/" in text or int not in kinds):
         parts = text.split("/")
     else:
-        parts = text.split(",")
+        parts = _OUTSIDE.split(text)
     if not all(part.strip() for part in parts):
         raise TrimtabError(f"{option} {text!r}: a value is empty")
     return [read_value(option, part.strip(), hint) for part in parts]

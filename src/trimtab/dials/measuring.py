@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from trimtab.dials.budgets import BEYOND, Solution, calibration
 from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial, read_at_dial
 from trimtab.model import LanguageModel, with_images
 from trimtab.reading import blocks_apart, plain_texts, run_lower
-from trimtab.steering import STRENGTHS, Positions, Steering
+from trimtab.steering import STRENGTHS, Scope, Situation, Steering
 from trimtab.terminal import progress
 
 #: Nats per token of plain text at which the dial's range ends: tokens are then two to three times
@@ -76,8 +77,8 @@ def measured(
     The range ends where plain text costs `BREAKS` nats per token, on either side; where it never
     does it stays the method's own, beyond which is looked only with `beyond` (a share that is taken
     away has its end by itself). A steering that sets an angle rather than turning by one (SAS, AAS)
-    is returned as it is. One of generated tokens is measured as if the prompt's last token were
-    generated.
+    is returned as it is. One that acts on generated tokens, or where a text says so (turns, spans,
+    token ids), is measured as if the prompt's last token were one of them.
     """
     if idle_dial(steering) is None:
         return steering
@@ -140,16 +141,23 @@ def _prompts(language_model: LanguageModel, contrast: Contrast) -> list[Sequence
     return spread(short, _PROMPTS)
 
 
-def _acting_on(steering: Steering, positions: Positions) -> Steering:
-    """The steering for texts that are only read, as it acts while they are written."""
-    changed = {"all": ("generated", "last"), "last": ("generated",)}[positions]
+def _acting_on(steering: Steering, scope: Literal["all", "last"]) -> Steering:
+    """The steering for texts that are only read, as it acts while they are written: on the
+    prompt's `last` token, or on `all` tokens of plain text."""
     return replace(
         steering,
         interventions=tuple(
-            replace(each, positions=positions) if each.positions in changed else each
+            replace(each, scope=Scope.parse(scope)) if _moves(each.scope, scope) else each
             for each in steering.interventions
         ),
     )
+
+
+def _moves(scope: Scope, to: Literal["all", "last"]) -> bool:
+    """Whether a text that is only read does not show what a scope does to one that is written."""
+    if scope.by_content or scope.only_generated:
+        return True
+    return to == "all" and scope.holds(Situation("prompt")) is False and not scope.only_images
 
 
 def _runner(

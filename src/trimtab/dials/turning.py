@@ -100,7 +100,7 @@ class Turning:
 
     def _turned_logits(self, texts: Sequence[int], dials: Tensor) -> Tensor:
         lm = self.language_model
-        with turned(lm.anatomy, self.steering, dials) as sequences:
+        with turned(lm.anatomy, self.steering, lm.marks, dials) as sequences:
             sequences.given_ends = [self.given[text] for text in texts]
             return self._logits(texts)
 
@@ -127,7 +127,7 @@ def read_at_dial(
         hidden = run_upper(lm, texts, streams, below)
     else:
         turns = torch.full((len(texts),), dial, dtype=torch.float64)
-        with turned(lm.anatomy, steering, turns) as sequences:
+        with turned(lm.anatomy, steering, lm.marks, turns) as sequences:
             sequences.given_ends = list(ends)
             hidden = run_upper(lm, texts, streams, below)
     columns, targets = [range(len(t) - 1) for t in texts], [list(t[1:]) for t in texts]
@@ -160,10 +160,11 @@ def check_turns(language_model: LanguageModel, steering: Steering, force: bool =
     with language_model.steered(steering, force=force):
         pass  # says what does not fit
     for intervention in steering.interventions:
-        if intervention.positions == "generated":
+        if intervention.scope.only_generated:
             raise TrimtabError(
                 f"this {steering.method} steering acts on generated tokens only, at "
-                f"{intervention.site}: it cannot change what comes after a text"
+                f"{intervention.site} (scope '{intervention.scope}'): it cannot change what comes "
+                "after a text"
             )
 
 

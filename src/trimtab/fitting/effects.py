@@ -7,6 +7,7 @@ the sign of the activation; a unit that nothing reads has none.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +19,15 @@ from torch import Tensor
 from trimtab.anatomy import Edit
 from trimtab.errors import TrimtabError
 from trimtab.fitting.gradients import Scored, Summed, run_gradients
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, scope_weights
 from trimtab.reading import Batch, Packed, answers_scored, scored_from
-from trimtab.steering import Positions
+from trimtab.steering import Positions, Scope
 
 
 @dataclass(frozen=True)
 class Effect:
     """Stands in a `Want` in place of a token: not an activation is wanted but what scaling units
-    does, summed over the tokens at which a steering of these `positions` acts.
+    does, summed over the tokens at which a steering of these `positions` (a scope) acts.
 
     Of a pair it is the effect on log p(positive | prompt) - log p(negative | prompt) in nats, or
     with `per_token` on the difference of the means per answer token. Of a text without a partner it
@@ -41,7 +42,10 @@ class Effect:
     def __str__(self) -> str:
         """For file names."""
         per_token = ".per_token" if self.per_token else ""
-        return f"effect.{self.positions}.{self.counted}{per_token}"
+        place = self.positions
+        if not place.isalpha():
+            place = hashlib.sha256(place.encode()).hexdigest()[:12]
+        return f"effect.{place}.{self.counted}{per_token}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,10 @@ def effects_of(
     of sites on the way."""
     paired = len(batch.rows[0].sides) > 1
     starts = [scored_from(row) if paired else 1 for row in batch.rows]
-    weights = {token: _counted(batch, starts, token) for token in {pick.token for pick in picks}}
+    weights = {
+        token: _counted(language_model, batch, starts, token)
+        for token in {pick.token for pick in picks}
+    }
     rows = torch.tensor([row for row, _ in batch.owners()])
     found: dict[Any, Tensor] = {}
     for per_token in sorted({pick.token.per_token for pick in picks}):
@@ -127,19 +134,23 @@ def _figure(batch: Batch, starts: Sequence[int], per_token: bool, hidden: Tensor
     )
 
 
-def _counted(batch: Batch, starts: Sequence[int], effect: Effect) -> Tensor:
-    """Which tokens count, [lines, tokens] of ones and zeros."""
+def _counted(
+    language_model: LanguageModel, batch: Batch, starts: Sequence[int], effect: Effect
+) -> Tensor:
+    """How much each token counts, [lines, tokens]."""
     paired = len(batch.rows[0].sides) > 1
+    scope = Scope.of(effect.positions)
     counted = torch.zeros(batch.tokens.shape)
     for i, start in enumerate(starts):
-        for side in range(len(batch.rows[i].sides)):
+        for side, text in enumerate(batch.rows[i].texts()):
             line, columns = batch.place_of(i, side)
-            token = torch.arange(len(columns))
-            taken = torch.ones(len(columns), dtype=torch.bool)
-            if paired and effect.positions != "all":
-                after = token >= (start - 1 if effect.positions == "last" else start)
-                taken = ~after if effect.positions == "prompt" else after
+            taken = torch.ones(len(columns))
+            # What is written has all of its tokens generated, also the first.
+            if not scope.everywhere and (paired or scope.as_placed is None):
+                weights = scope_weights(language_model.marks, scope, tuple(text), start)
+                taken = torch.tensor(weights)
             if effect.counted != "all":
-                taken = taken & ((token == 0) == (effect.counted == "first"))
-            counted[line[taken], columns[taken]] = 1
+                first = torch.arange(len(columns)) == 0
+                taken = taken * (first if effect.counted == "first" else ~first)
+            counted[line, columns] = taken
     return counted

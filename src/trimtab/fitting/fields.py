@@ -98,7 +98,10 @@ def _complaint(value: Any, kind: Any, error: ValidationError) -> str:
     known = choices(kind)
     if known and isinstance(value, str):
         return f"is {value!r}: known are {', '.join(known)}"
-    wanted = error.errors()[0]["msg"].replace("Input should be", "must be")
+    found = error.errors()[0]
+    if found["type"] == "value_error":  # what reads a value says itself what is wrong
+        return f"is {value!r}: {found['ctx']['error']}"
+    wanted = found["msg"].replace("Input should be", "must be")
     return f"{wanted}, not {value!r}"
 
 

@@ -84,6 +84,7 @@ def run_gradients(
     with torch.inference_mode(False):
         anchor = torch.zeros((), requires_grad=True)
     goes_back = False
+    moved: dict[Any, Tensor] = {}
 
     def take(site: str, activation: Tensor, gradient: Tensor) -> None:
         wide = torch.promote_types(activation.dtype, torch.float32)
@@ -93,15 +94,21 @@ def run_gradients(
             if kept.read not in products:
                 products[kept.read] = kept.read(x, slope) if kept.read else x * slope
             # Layers that read others' keys see a text's last tokens alone.
-            weights = kept.weights.to(x)[:, None, -x.shape[1] :]
+            weights = there(kept.weights, x)[:, None, -x.shape[1] :]
             found[key].append((weights @ products[kept.read])[:, 0].float())
+
+    def there(weights: Tensor, x: Tensor) -> Tensor:
+        """On the device of a site, where they are moved once for all sites."""
+        key = id(weights), x.device, x.dtype
+        if key not in moved:
+            moved[key] = weights.to(x)
+        return moved[key]
 
     def watch(site: str) -> Edit:
         def edit(x: Tensor) -> Tensor | None:
             if site in readers and not goes_back:  # a block may run again on the way back
                 readers[site](x.detach())
-            seen: Tensor | None = _Seen.apply(x, anchor, partial(take, site))
-            return seen
+            return _Seen.apply(x, anchor, partial(take, site))  # type: ignore[no-untyped-call, no-any-return]
 
         return edit if site in sums else readers[site]
 

@@ -29,7 +29,7 @@ from trimtab.steering import (
 )
 
 #: For the field that every method has.
-POSITIONS_HELP = f"Tokens to steer: {', '.join(POSITIONS)}."
+POSITIONS_HELP = f"Tokens to steer, a scope: {', '.join(POSITIONS)}, 'generated[:32]' ..."
 
 
 class Method(ABC):

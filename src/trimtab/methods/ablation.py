@@ -52,7 +52,7 @@ from trimtab.methods.norms import read_sites
 from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
-from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Scope, Steering
 from trimtab.terminal import progress
 
 #: Keeps the score finite where P is 0 or 1.
@@ -197,7 +197,7 @@ class Ablation(Method):
             sites = [anatomy.block_input(layer)]
         else:
             sites = read_sites(anatomy)
-        return [Intervention(site, ablate, self.positions) for site in sites]
+        return [Intervention(site, ablate, Scope.of(self.positions)) for site in sites]
 
     def _select(
         self,
@@ -234,7 +234,7 @@ class Ablation(Method):
                     costly += 1
                     continue  # it would not be chosen, whatever its score
                 site = anatomy.block_input(layer)
-                added = [Intervention(site, Add(difference.float()), self.positions)]
+                added = [Intervention(site, Add(difference.float()), Scope.of(self.positions))]
                 induced = scored.induced(new_steering(self, language_model, contrast, added, dial))
                 if not induced >= 0:
                     idle += 1

@@ -35,7 +35,7 @@ from trimtab.fitting import (
 from trimtab.methods.caa import residual_sites
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
 
 OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 
@@ -102,7 +102,7 @@ class ActAdd(Method):
     ) -> Steering:
         want = self._want(language_model.anatomy, contrast)
         vector = statistics[want].difference.float()
-        interventions = [Intervention(want.site, Add(vector), self.positions)]
+        interventions = [Intervention(want.site, Add(vector), Scope.of(self.positions))]
         dial = Dial("alpha", self.at_default, (-20.0, 20.0))
         return new_steering(self, language_model, contrast, interventions, dial)
 

@@ -58,6 +58,7 @@ from trimtab.steering import (
     Operator,
     Positions,
     Rotate,
+    Scope,
     Steering,
     Turn,
     orthonormal,
@@ -354,7 +355,7 @@ def _steering(
     operator: Operator,
     theta: float | None = None,
 ) -> Steering:
-    interventions = [Intervention(site, operator, method.positions) for site in sites]
+    interventions = [Intervention(site, operator, Scope.of(method.positions)) for site in sites]
     default = method.theta if theta is None else theta
     dial = Dial("theta", default, (-360.0, 360.0), "°")
     findings = {"source_site": plane.source, "mean_cosine": plane.mean_cosine}

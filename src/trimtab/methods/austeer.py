@@ -93,6 +93,7 @@ from trimtab.steering import (
     Operator,
     Positions,
     Scale,
+    Scope,
     Steering,
     chosen,
 )
@@ -372,7 +373,7 @@ class AUSteer(Method):
             if here.any():
                 units, order = unit_of[here].sort()
                 operator = self._operator(units, gain[here][order].float(), widths[number])
-                interventions.append(Intervention(site, operator, self.positions))
+                interventions.append(Intervention(site, operator, Scope.of(self.positions)))
         return interventions
 
     def _stands_at(self, known: Mapping[str, float]) -> float:

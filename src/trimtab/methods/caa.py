@@ -42,7 +42,7 @@ from trimtab.fitting import (
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Situation, Steering
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class CAA(Method):
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         if self.layer == "validation":
             validation_part(self.name, contrast)
-            if not contrast.paired and self.positions in ("generated", "last"):
+            if not contrast.paired and Scope.of(self.positions).holds(Situation("prompt")) is False:
                 raise TrimtabError(
                     f"caa: layer validation reads unpaired texts as they are, and positions "
                     f"{self.positions} changes nothing there: use all, or a paired contrast"
@@ -129,7 +129,7 @@ class CAA(Method):
             return self._for(contrast).build(language_model, contrast, statistics)
         dial = Dial("alpha", self.at_default, (-20.0, 20.0))
         interventions = [
-            Intervention(site, Add(self._vector(statistics, site)), self.positions)
+            Intervention(site, Add(self._vector(statistics, site)), Scope.of(self.positions))
             for site in self.sites(language_model.anatomy)
         ]
         if self.layer != "validation":

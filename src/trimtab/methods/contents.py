@@ -13,9 +13,9 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods.effects import predicted_at, predicted_at_strengths
 from trimtab.methods.known import METHODS
-from trimtab.steering import STRENGTHS, Steering, chosen, operators_in_words, steered_blocks
+from trimtab.steering import STRENGTHS, Scope, Steering, chosen, operators_in_words, steered_blocks
 
-_TOKENS = {
+_PLACES = {
     "all": "every token",
     "prompt": "the prompt's tokens only",
     "generated": "generated tokens only",
@@ -50,13 +50,14 @@ def describe(steering: Steering) -> dict[str, Any]:
                 "site": intervention.site,
                 "operator": type(intervention.operator).__name__,
                 "size": intervention.operator.size,
-                "positions": intervention.positions,
-                **({} if intervention.tokens == "all" else {"tokens": intervention.tokens}),
+                **_placed(intervention.scope),
+                "scope": str(intervention.scope),
                 **({} if intervention.weight == 1 else {"weight": intervention.weight}),
                 **intervention.operator.details,
             }
             for intervention in steering.interventions
         ],
+        "scope": _common_scope(steering),
         "model": dict(vars(steering.model)),
         "contrast": steering.contrast,
         "findings": steering.findings,
@@ -82,16 +83,32 @@ def describe(steering: Steering) -> dict[str, Any]:
     return described
 
 
+def _common_scope(steering: Steering) -> str | None:
+    """The scope of all interventions; None where they have several."""
+    scopes = steering.scopes
+    return str(scopes[0]) if len(scopes) == 1 else None
+
+
+def _placed(scope: Scope) -> dict[str, str]:
+    """The place and the kind of tokens of a scope, where two words say it."""
+    if scope.as_placed is None:
+        return {}
+    positions, tokens = scope.as_placed
+    return {"positions": positions, **({} if tokens == "all" else {"tokens": tokens})}
+
+
+def _tokens_in_words(scope: Scope) -> str:
+    if scope.as_placed is None:
+        return f"the tokens of the scope '{scope}'"
+    positions, tokens = scope.as_placed
+    return f"{_PLACES[positions]}{_KINDS[tokens]}"
+
+
 def explain(steering: Steering) -> list[str]:
     """What the steering does, in sentences for someone who meets the method for the first time."""
     model, dial = steering.model, steering.dial
     lines = _what_it_does(steering)
-    lines += [
-        f"It acts on {_TOKENS[positions]}{_KINDS[tokens]}."
-        for positions, tokens in dict.fromkeys(
-            (each.positions, each.tokens) for each in steering.interventions
-        )
-    ]
+    lines += [f"It acts on {_tokens_in_words(scope)}." for scope in steering.scopes]
     now, fitted, low, high = (
         f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)
     )

@@ -45,7 +45,7 @@ from trimtab.fitting import (
 from trimtab.methods.ranking import rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering, chosen
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
 from trimtab.terminal import progress
 
 
@@ -114,7 +114,7 @@ class ITI(Method):
                 for index in here:
                     vector[index % anatomy.heads] = shifts[index]
                 add = Add(vector.flatten().float())
-                interventions.append(Intervention(site, add, self.positions))
+                interventions.append(Intervention(site, add, Scope.of(self.positions)))
         tables = {
             "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
             "head": head,

@@ -44,7 +44,7 @@ from trimtab.fitting import (
 from trimtab.methods.ranking import rank
 from trimtab.methods.words import counted
 from trimtab.model import LanguageModel
-from trimtab.steering import Dial, Intervention, Positions, Scale, Steering, chosen
+from trimtab.steering import Dial, Intervention, Positions, Scale, Scope, Steering, chosen
 
 #: Site kind of each variant.
 VARIANTS = {"head": "heads", "neuron": "ffn_in", "hidden": "ffn_out", "resid": "resid"}
@@ -131,7 +131,7 @@ class SADI(Method):
                     size = width // anatomy.heads
                     units = (units[:, None] * size + torch.arange(size)).flatten()
                 scale = Scale(units, torch.ones(len(units)), width)
-                interventions.append(Intervention(site, scale, self.positions))
+                interventions.append(Intervention(site, scale, Scope.of(self.positions)))
         tables = {
             "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
             "head" if heads else "unit": element,

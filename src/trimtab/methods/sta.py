@@ -48,7 +48,7 @@ from trimtab.fitting import (
 from trimtab.methods.ranking import rank
 from trimtab.methods.words import adds_vectors, read_at
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
 
 Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 
@@ -117,7 +117,7 @@ class STA(Method):
         if not vector.any():
             raise TrimtabError("sta: the features that were kept add up to nothing: raise p")
         vector = vector * (stream.difference.norm() / vector.norm())
-        interventions = [Intervention(features.site, Add(vector.float()), self.positions)]
+        interventions = [Intervention(features.site, Add(vector.float()), Scope.of(self.positions))]
         return new_steering(
             self,
             language_model,

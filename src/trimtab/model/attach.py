@@ -3,14 +3,11 @@
 Every forward pass inside it is steered, also a raw `model.generate(...)`, with or without KV
 cache. Several steerings act in the order given. In a batch each row may have its own.
 
-What `positions` means: `all` is every token of every pass. `prompt` is the tokens up to the end of
-the prompt, `generated` those after it, `last` the prompt's last token and all after it, which are
-the tokens that a next token is read from. A text that is only read, not continued, is all prompt.
-With a KV cache a pass holds only the new tokens, without one it holds all of them again; both give
-the same result, because positions count from the start of the sequence.
-
-What `tokens` means: `all`, or of a model that sees images those of `text` or those that stand for
-an `image`, by their ids; positions and tokens hold together.
+At which tokens an intervention acts its scope says (docs/scopes.md, spans.py). `all` is every token
+of every pass, `prompt` the tokens up to the end of the prompt, `generated` those after it. A text
+that is only read, not continued, is all prompt. With a KV cache a pass holds only the new tokens,
+without one it holds all of them again; both give the same result, because a scope is a function of
+what a row has read from its start on, which is known of caches too.
 
 `attached` is for dials that are known, `attached_by` for dials that depend on what the model is
 about to read, and `turned` for one steering at a tensor of dials, through which derivatives go.
@@ -31,10 +28,10 @@ from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked
 from trimtab.errors import TrimtabError
-from trimtab.model.images import image_tokens
+from trimtab.model.marks import Marks, Placed
 from trimtab.model.passes import Choose, Pass, Sequences
 from trimtab.model.running import Attached, Block
-from trimtab.steering import Operator, Positions, Steering, Tokens
+from trimtab.steering import Operator, Steering
 
 #: The steerings of one row of a batch, in the order in which they act.
 RowSteerings = tuple[Steering, ...]
@@ -48,8 +45,7 @@ class _Step:
     """One operator at one site, at one dial or one per row, on some of the rows."""
 
     operator: Operator
-    positions: Positions
-    tokens: Tokens
+    scope: Placed
     dials: Sequence[float] | Tensor  # one per row of the batch, or one for all rows
     rows: list[bool]
     #: What the dials that are found for the rows while it runs are multiplied by.
@@ -61,10 +57,14 @@ class _Step:
     def __call__(self, x: Tensor, now: Pass | None) -> Tensor | None:
         """What becomes of an activation, None where nothing does; `now` is the pass that runs, as
         far as anybody needs to know."""
-        mask = True if now is None else now.mask(self.positions, self.tokens, x.device)
+        if now is not None and self.scope.turns is not None:
+            now.check_turns(self.scope, self.rows)
+        mask = True if now is None else now.mask(self.scope, x.device)
         if mask is False:
             return None
         found = None if now is None else now.found
+        if now is not None and self.scope.decay is not None:
+            return self._decayed(x, now, mask)
         bound = self.bound if found is None else found.bound
         key = (id(self), x.device, x.shape[0])
         if key not in bound:
@@ -81,16 +81,24 @@ class _Step:
             changed = torch.where(mask[:, -x.shape[1] :, None], changed, x)
         return changed if steered is None else torch.where(steered, changed, x)
 
-    @property
-    def what(self) -> str:
-        """Tokens that it acts on, for messages."""
-        kind = "a token" if self.tokens == "all" else f"a token of {self.tokens}"
-        return f"{kind} at the steering's positions"
+    def _decayed(self, x: Tensor, now: Pass, mask: Tensor | bool) -> Tensor:
+        """The operator at a dial of each token's own, which no two passes share."""
+        assert self.scope.decay is not None
+        self.touched += 1
+        factors = now.factors(self.scope.decay, x.device)[:, -x.shape[1] :]
+        with torch.inference_mode(False):
+            dials = torch.as_tensor(self.dials if now.found is None else now.found.values)
+            repeats = _repeats(x, len(dials))
+            each = dials.to(x.device).repeat_interleave(repeats)[:, None] * factors
+            changed = self.operator.bind(each, x.device)(x)
+        if isinstance(mask, Tensor):
+            changed = torch.where(mask[:, -x.shape[1] :, None], changed, x)
+        return changed
 
     @property
     def everywhere(self) -> bool:
         """Whether it acts on all tokens of every pass."""
-        return self.positions == self.tokens == "all"
+        return self.scope.everywhere
 
     @property
     def same_for_all(self) -> bool:
@@ -104,17 +112,21 @@ class _Step:
         if self.same_for_all:
             return self.operator.bind(float(dials[0]), x.device), None
         # Beams and several samples per prompt repeat each row in place.
-        repeats, rest = divmod(x.shape[0], len(dials))
-        if rest:
-            raise TrimtabError(
-                f"steerings were given for {len(dials)} rows, but the batch has {x.shape[0]}"
-            )
+        repeats = _repeats(x, len(dials))
         per_row = torch.as_tensor(dials).repeat_interleave(repeats)
         function = self.operator.bind(per_row[:, None], x.device)
         if all(rows) or self.operator.identity is not None:
             return function, None  # rows without this steering have the dial that does nothing
         steered = torch.tensor(rows).repeat_interleave(repeats)
         return function, steered[:, None, None].to(x.device)
+
+
+def _repeats(x: Tensor, rows: int) -> int:
+    """How often each row that a dial was given for is in an activation [rows, tokens, units]."""
+    repeats, rest = divmod(x.shape[0], rows)
+    if rest:
+        raise TrimtabError(f"steerings were given for {rows} rows, but the batch has {x.shape[0]}")
+    return repeats
 
 
 def _same_for_all(step: _Step) -> Edit:
@@ -139,7 +151,7 @@ def _same_for_all(step: _Step) -> Edit:
     return edit
 
 
-def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
+def _steps(rows: Sequence[RowSteerings], marks: Marks) -> dict[str, list[_Step]]:
     """What to do at each site, in order; one step serves all rows that share an operator."""
     steps: dict[str, list[_Step]] = {}
     places: dict[tuple[int, int], dict[int, Steering]] = {}
@@ -157,8 +169,8 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
             nothing = intervention.operator.identity or 0.0
             dials = [own.get(row, nothing) for row in range(len(rows))]
             taking = [row in settings for row in range(len(rows))]
-            scope = intervention.positions, intervention.tokens
-            step = _Step(intervention.operator, *scope, dials, taking)
+            scope = marks.place(intervention.scope)
+            step = _Step(intervention.operator, scope, dials, taking)
             steps.setdefault(intervention.site, []).append(step)
     return steps
 
@@ -166,6 +178,7 @@ def _steps(rows: Sequence[RowSteerings]) -> dict[str, list[_Step]]:
 def attached(
     anatomy: Anatomy,
     rows: Sequence[RowSteerings],
+    marks: Marks,
     *,
     per_row: bool = False,
     pad: int | None = None,
@@ -174,31 +187,32 @@ def attached(
     """Steer the model: `rows` holds one entry for all rows of any batch, or (`per_row`) one each.
 
     Yields the `Sequences`, on which a caller that reads prompt and answer in one pass may set
-    `given_ends`. `pad` is the padding token, by which padding is known that no mask tells. `block`
-    is false where the model is held for one call only (see exclusive.py). A steering that touched
-    nothing although the model ran is an error.
+    `given_ends`. `marks` say what the words of scopes are in this model. `pad` is the padding
+    token, by which padding is known that no mask tells. `block` is false where the model is held
+    for one call only (see exclusive.py). A steering that touched nothing although the model ran is
+    an error.
     """
     count = len(rows) if per_row else None
     labels = list(dict.fromkeys(steering.label for row in rows for steering in row))
-    return _on_model(anatomy, _steps(rows), labels, rows=count, pad=pad, block=block)
+    return _on_model(anatomy, _steps(rows, marks), labels, rows=count, pad=pad, block=block)
 
 
 def turned(
-    anatomy: Anatomy, steering: Steering, dials: Tensor
+    anatomy: Anatomy, steering: Steering, marks: Marks, dials: Tensor
 ) -> AbstractContextManager[Sequences]:
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
     derivative, which goes on through the model. That no row has a token of its kind is no error:
     what it does to plain text is asked too."""
-    steps = _turned_steps(steering, dials)
+    steps = _turned_steps(steering, marks, dials)
     return _on_model(anatomy, steps, [steering.label], rows=len(dials), may_miss_images=True)
 
 
 def attached_by(
-    anatomy: Anatomy, steering: Steering, choose: Choose
+    anatomy: Anatomy, steering: Steering, marks: Marks, choose: Choose
 ) -> AbstractContextManager[Sequences]:
     """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
     While it looks, it may run the model, which is not steered then."""
-    steps = _turned_steps(steering, torch.zeros(0))
+    steps = _turned_steps(steering, marks, torch.zeros(0))
     return _on_model(anatomy, steps, [steering.label], choose=choose)
 
 
@@ -226,12 +240,11 @@ def unsteered(anatomy: Anatomy) -> Iterator[None]:
             each.paused = paused
 
 
-def _turned_steps(steering: Steering, dials: Tensor) -> dict[str, list[_Step]]:
+def _turned_steps(steering: Steering, marks: Marks, dials: Tensor) -> dict[str, list[_Step]]:
     steps: dict[str, list[_Step]] = {}
     for intervention in steering.interventions:
-        scope = intervention.positions, intervention.tokens
-        weight = intervention.weight
-        step = _Step(intervention.operator, *scope, dials * weight, [True], weight)
+        scope, weight = marks.place(intervention.scope), intervention.weight
+        step = _Step(intervention.operator, scope, dials * weight, [True], weight)
         steps.setdefault(intervention.site, []).append(step)
     return steps
 
@@ -285,14 +298,12 @@ def _on_model(
         every = [step for chain in steps.values() for step in chain]
         placed = bool(rows or choose) or not all(step.everywhere for step in every)
         names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
-        of_kind = any(step.tokens != "all" for step in every)
         sequences = Sequences(
             names,
             rows=rows,
             pad=pad,
             choose=choose,
-            positions={step.positions for step in every},
-            image_tokens=image_tokens(anatomy.model.config) if of_kind else None,
+            scopes=[step.scope for step in every],
         )
         # Whoever holds the model for one call has looked at the texts of all of them.
         sequences.may_miss_images = may_miss_images or not block
@@ -330,10 +341,13 @@ def _refuse_untouched(steps: dict[str, list[_Step]], sequences: Sequences) -> No
     """A steering that does not act is an error."""
     for site, chain in steps.items():
         for step in chain:
-            over = step.positions == "generated" and sequences.ended_at_once
-            over = over or (step.tokens == "image" and sequences.may_miss_images)
+            scope = step.scope
+            over = scope.only_generated and sequences.ended_at_once
+            over = over or (scope.only_images and sequences.may_miss_images)
+            # Whether a text has a token of another scope it says itself.
+            over = over or not scope.plain
             if sequences.passes and not step.touched and not over:
                 raise TrimtabError(
                     f"the steering touched nothing at {site}: the model ran {sequences.passes} "
-                    f"times without {step.what} reaching that site"
+                    f"times without a token of the scope '{scope.text}' reaching that site"
                 )

@@ -174,15 +174,10 @@ def _record(steering: Steering, base: dict[str, Any]) -> dict[str, Any]:
 
 def _fold(intervention: Intervention, steering: Steering) -> _Fold:
     operator: Any = intervention.operator
-    if intervention.positions != "all":
+    if not intervention.scope.everywhere:
         raise TrimtabError(
-            f"cannot bake {steering.method}: it steers {intervention.positions!r} positions, and "
-            "weights act on all of them; attach it instead"
-        )
-    if intervention.tokens != "all":
-        raise TrimtabError(
-            f"cannot bake {steering.method}: it steers {intervention.tokens} tokens only, and "
-            "weights act on all of them; attach it instead"
+            f"cannot bake {steering.method}: it acts on the scope '{intervention.scope}', and "
+            "weights act on all tokens alike; attach it instead, or give it the scope all"
         )
     if not operator.linear:
         raise TrimtabError(

@@ -119,7 +119,7 @@ def refuse_unseen(rows: Sequence[Sequence[Steering]], texts: Sequence[Sequence[i
         id(one) for row, text in zip(rows, texts, strict=True) for one in row if has_images(text)
     }
     for one in (one for row in rows for one in row):
-        if id(one) not in seeing and any(each.tokens == "image" for each in one.interventions):
+        if id(one) not in seeing and any(scope.only_images for scope in one.scopes):
             raise TrimtabError(
                 f"this {shown(one.method)} steering acts on image tokens, and no text that it is "
                 "given for has an image"

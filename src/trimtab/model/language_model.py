@@ -36,6 +36,7 @@ from trimtab.model.decoding import (
     whole,
     written,
 )
+from trimtab.model.explaining import Firing, firing
 from trimtab.model.identity import Weights
 from trimtab.model.images import (
     ImageText,
@@ -47,6 +48,7 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
+from trimtab.model.marks import Marks
 from trimtab.model.padding import left_padded, pads_generate, pads_logits, plain_logits
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
@@ -129,6 +131,7 @@ class LanguageModel:
         #: Why there is no processor, where there should be one.
         self.no_processor = ""
         self._warned: set[str] = set()
+        self._marks: Marks | None = None
         mend_attention(model)
         self.anatomy = Anatomy(model, like=anatomy)
         self._weights = Weights(model)
@@ -229,6 +232,16 @@ class LanguageModel:
         """
         readers = [reader for reader in (self.processor, self.tokenizer) if reader is not None]
         return save_checkpoint(self.model, readers, self.name, directory, overwrite, self.baked)
+
+    @property
+    def marks(self) -> Marks:
+        """What the words of scopes are in this model's tokens."""
+        form, tokenizer = self.chat_form, self.tokenizer
+        template = str(getattr(tokenizer, "chat_template", None))
+        key = (id(tokenizer), template, form)
+        if self._marks is None or self._marks.of != key:
+            self._marks = Marks(tokenizer, self.name, form, self.image_tokens, of=key)
+        return self._marks
 
     # -- tokens -------------------------------------------------------------------------------
 
@@ -420,7 +433,7 @@ class LanguageModel:
                 raise TrimtabError("a rule (a budget) turns one dial: give it alone")
             self.warn_of(rule.steering)
             choose = chooser(partial(rule.dials, self, force=force))
-            with attached_by(self.anatomy, rule.steering, choose) as sequences:
+            with attached_by(self.anatomy, rule.steering, self.marks, choose) as sequences:
                 yield sequences
             return
         lists: list[Any] = [argument for argument in steerings if not _is_for_all(argument)]
@@ -443,10 +456,10 @@ class LanguageModel:
                 steering.check_fits(self.anatomy, identity, force, self.quantised)
                 self._refuse_without_images(steering)
         pad = self.tokenizer.pad_token_id
-        return attached(self.anatomy, rows, per_row=per_row, pad=pad, block=block)
+        return attached(self.anatomy, rows, self.marks, per_row=per_row, pad=pad, block=block)
 
     def _refuse_without_images(self, steering: Steering) -> None:
-        if not self.image_tokens and any(i.tokens == "image" for i in steering.interventions):
+        if not self.image_tokens and any(scope.only_images for scope in steering.scopes):
             raise TrimtabError(
                 f"this {shown(steering.method)} steering acts on image tokens, and {self.name} has "
                 "none: it reads text only; steer all tokens (steering.on('all'))"
@@ -546,6 +559,32 @@ class LanguageModel:
                     done[i] = Completion(wanted[i], text, tuple(new), labels)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
+
+    def explain(
+        self,
+        steering: SteeringArgument,
+        prompt: Any,
+        *,
+        chat: bool | None = None,
+        max_new_tokens: int = 16,
+        force: bool = False,
+    ) -> Firing:
+        """Token by token on what a steering (or several) acts: in a prompt, and in the tokens that
+        the model writes after it under that steering. `print` shows a table."""
+        steerings = row_steerings(steering)
+        wanted = self.prompts([prompt], chat)
+        (tokens,) = self.fitting(wanted, max_new_tokens)
+        new: tuple[int, ...] = ()
+        if max_new_tokens:
+            (done,) = self.generate(
+                wanted,
+                chat=chat,
+                max_new_tokens=max_new_tokens,
+                steering=[steerings],
+                force=force,
+            )
+            new = done.tokens
+        return firing(self.marks, steerings, tokens, new)
 
     def stream(self, prompt: Any, **arguments: Any) -> Iterator[str]:
         """Continue one prompt, piece by piece: the same text as `generate([prompt], ...)`, with the

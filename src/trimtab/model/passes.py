@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,10 @@ from torch import Tensor
 from transformers import Cache
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import Positions, Tokens
+from trimtab.model.marks import Placed
+from trimtab.model.spans import Turns, fires, refuse_no_turns, without_turns
+from trimtab.model.standing import Prompts, Standing
+from trimtab.model.trails import Trail, note_trail, trail_of
 
 
 @dataclass(eq=False)
@@ -43,57 +47,82 @@ class FoundDials:
 
 @dataclass(eq=False)
 class Pass:
-    """One forward pass: its first token's position, its number of tokens, where prompts end."""
+    """One forward pass: its first token's column, its number of tokens, where its texts stand and
+    what they have read, as far as anybody asks."""
 
     start: int
     length: int
-    ends: list[int]  # one per row, or one for all
+    prompts: Prompts
     found: FoundDials | None = None
-    #: Which tokens stand for images, [rows, tokens]; None where nobody asks.
-    images: Tensor | None = None
-    _masks: dict[Any, Tensor | bool] = field(default_factory=dict)
+    trail: Trail | None = None
+    #: Why there is no trail.
+    why_not: str = ""
+    #: Of a prompt that is read in parts all of it, where that is known.
+    whole: Trail | None = None
+    _masks: dict[Any, Any] = field(default_factory=dict)
 
-    def mask(self, positions: Positions, tokens: Tokens, device: torch.device) -> Tensor | bool:
+    def mask(self, scope: Placed, device: torch.device) -> Tensor | bool:
         """Which tokens of the pass to steer: [rows, tokens], or one answer for all of them."""
-        if positions == tokens == "all":
+        if scope.everywhere:
             return True
-        key = (positions, tokens, device)
+        key = (id(scope), device)
         if key not in self._masks:
             with torch.inference_mode(False):  # the backward pass may come back to it
-                placed = self._placed(positions, device)
-                self._masks[key] = _both(placed, self._of_kind(tokens, device))
+                found = fires(scope.part, self, self.start, device)
+                self._masks[key] = found
+        answer: Tensor | bool = self._masks[key]
+        return answer
+
+    def factors(self, decay: float, device: torch.device) -> Tensor:
+        """What a decay leaves of the dial at each token, [rows, tokens]: the factor as often as
+        tokens were generated before."""
+        key = (decay, device)
+        if key not in self._masks:
+            with torch.inference_mode(False):
+                columns = torch.arange(self.start, self.start + self.length, device=device)
+                written = columns - self.prompts.column("resumes", device)
+                self._masks[key] = torch.pow(decay, written.clamp(min=0).double())
+        found: Tensor = self._masks[key]
+        return found
+
+    def check_turns(self, scope: Placed, rows: Sequence[bool]) -> None:
+        """Refuse texts that are no chats, of the rows that a scope of turns is for."""
+        if (
+            scope.turns is None
+            or self.length == 1
+            or self.start + self.length < self.prompts.last_end
+        ):
+            return
+        without = self.once((id(scope.turns), "without"), partial(self._without_turns, scope.turns))
+        times = max(1, len(without) // len(rows))
+        for row, lacks in enumerate(without):
+            if lacks and rows[min(row // times, len(rows) - 1)]:
+                raise refuse_no_turns(scope.text, row, scope.name)
+
+    def _without_turns(self, turns: Turns) -> list[bool]:
+        found: list[bool] = without_turns(turns, self, self.texts().ids.device).tolist()
+        return found
+
+    def whole_prompt(self) -> Pass:
+        """As if the whole prompt were read in one pass, of which this one reads a part."""
+        if self.whole is None:
+            raise TrimtabError(
+                "the prompt is read in parts, and which turn of the user is its last cannot be "
+                "told before all of it is known: read it in one pass, or take the scope user"
+            )
+        return Pass(0, self.whole.columns, self.prompts, trail=self.whole)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is found once for a pass."""
+        if key not in self._masks:
+            self._masks[key] = make()
         return self._masks[key]
 
-    def _of_kind(self, tokens: Tokens, device: torch.device) -> Tensor | bool:
-        if tokens == "all":
-            return True
-        assert self.images is not None
-        if not self.images.any():
-            return tokens == "text"
-        return (self.images if tokens == "image" else ~self.images).to(device)
-
-    def _placed(self, positions: Positions, device: torch.device) -> Tensor | bool:
-        if positions == "all":
-            return True
-        stop = self.start + self.length
-        ends = [end - 1 for end in self.ends] if positions == "last" else self.ends
-        before = positions == "prompt"
-        if max(ends) <= self.start:
-            return not before
-        if min(ends) >= stop:
-            return before
-        token = torch.arange(self.start, stop, device=device)
-        after = token >= torch.tensor(ends, device=device)[:, None]
-        return ~after if before else after
-
-
-def _both(one: Tensor | bool, other: Tensor | bool) -> Tensor | bool:
-    """Where two masks hold."""
-    if isinstance(one, bool):
-        return other if one else False
-    if isinstance(other, bool):
-        return one if other else False
-    return one & other
+    def texts(self) -> Trail:
+        """What the rows have read, this pass with it."""
+        if self.trail is None:
+            raise TrimtabError(self.why_not)
+        return self.trail
 
 
 @dataclass
@@ -105,7 +134,7 @@ class _Generation:
     ids: Tensor | None
     mask: Tensor | None
     guided: bool
-    ends: list[int] | None = None
+    prompts: Prompts | None = None
     found: FoundDials | None = None
     passes: int = 0
     begun: bool = False  # whether a pass of its own has run, and with which cache
@@ -163,6 +192,8 @@ class Sequences:
     read along with them. `ended_at_once` says that every text ended with its first token, so that
     none was left to steer. `may_miss_images` says that passes without an image are no mistake,
     because the caller has seen to it that others have some.
+
+    `scopes` are those of all steps, so that nothing is noted that none of them asks for.
     """
 
     def __init__(
@@ -172,8 +203,7 @@ class Sequences:
         rows: int | None = None,
         pad: int | None = None,
         choose: Choose | None = None,
-        positions: Collection[Positions] = (),
-        image_tokens: Collection[int] | None = None,
+        scopes: Collection[Placed] = (),
     ) -> None:
         self.given_ends: list[int] | None = None
         self.ended_at_once = False
@@ -181,9 +211,13 @@ class Sequences:
         self.passes = 0
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
-        self._positions = frozenset(positions) - {"all"}
-        #: The tokens that stand for images, where a step asks for tokens of a kind.
-        self._image_tokens = image_tokens
+        #: Whether a scope asks where prompts end, or what the texts say.
+        self._placed = any(scope.placed for scope in scopes)
+        self._reads = any(scope.reads for scope in scopes)
+        self._counts = any(scope.counts for scope in scopes)
+        self._looks_ahead = any(scope.looks_ahead for scope in scopes)
+        #: Whether padding after a prompt may be taken for something else.
+        self._after_prompts = any(scope.after_prompts for scope in scopes)
         self.here = _Local()
         #: The dials of texts that are in a KV cache.
         self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
@@ -204,7 +238,7 @@ class Sequences:
             raise TrimtabError(
                 f"steerings were given for {self._rows} rows, but generate() has {generation.rows}"
             )
-        if generation.guided and self._positions:
+        if generation.guided and self._placed:
             raise TrimtabError(
                 "guidance_scale makes generate() read texts beside the prompt, which the steering "
                 "cannot tell from it: steer at all positions, or leave guidance_scale out"
@@ -254,39 +288,70 @@ class Sequences:
         if generation and not generation.runs(cache, ids):
             generation = None
         self._check_rows(rows, generation)
-        ends, found = self._known(cache, start, generation)
+        prompts, found = self._known(cache, start, generation)
         if self.given_ends is not None:
-            ends = self.given_ends
-        begins = ends is None or bool(self._choose and found is None)
-        if ends is None:
-            if not generation:
-                _refuse_packed(arguments, start, length)
-            ends = [start + length]
-            if self._positions:
-                ends = self._ends_by(generation, arguments, tokens, start)
+            prompts = Prompts.ending(self.given_ends)
+        begins = prompts is None or bool(self._choose and found is None)
+        if not generation and (prompts is None or self._counts):
+            _refuse_packed(arguments, start, length)
+        if prompts is None:
+            prompts = Prompts.ending([start + length])
+            if self._placed:
+                prompts = self._prompts_by(generation, arguments, tokens, start)
         if begins and self._choose:
             found = FoundDials(self._chosen(arguments, tokens, start, generation))
         if generation:
-            generation.ends, generation.found = ends, found
+            generation.prompts, generation.found = prompts, found
             if not generation.nested and not generation.begun:
                 generation.begun, generation.cache = True, cache
+        trail, why_not = None, _NO_IDS
+        if self._reads and isinstance(ids, Tensor):
+            trail, why_not = self._read(ids, arguments, start, cache, generation), _NOT_SEEN
         if cache is not None:
-            self._note(cache, ends, found)
-        repeats = max(1, rows // len(ends))
-        each = [end for end in ends for _ in range(repeats)] if len(ends) > 1 else ends
-        self.here.current = Pass(start, length, each, found, self._images(ids))
+            self._note(cache, prompts, found, trail)
+        whole = self._whole(generation, start + length, rows) if self._looks_ahead else None
+        standing = prompts.repeated(rows)
+        self.here.current = Pass(start, length, standing, found, trail, why_not, whole)
 
-    def _images(self, ids: Any) -> Tensor | None:
-        """Which tokens of a pass stand for images, [rows, tokens]; None where nobody asks."""
-        if self._image_tokens is None:
+    def _whole(self, generation: _Generation | None, stop: int, rows: int) -> Trail | None:
+        """The whole prompt of a call of generate, of which a pass reads a part that ends at
+        `stop`."""
+        if not generation or generation.ids is None or generation.ids.shape[1] <= stop:
             return None
-        if not isinstance(ids, Tensor):
-            raise TrimtabError(
-                "the model was run without input_ids, so the steering cannot tell which tokens "
-                "are text and which stand for images: give input_ids, or steer all tokens"
-            )
+        mask = generation.mask
+        prompt = Trail(generation.ids, None if mask is None else mask != 0)
+        return prompt.cut(generation.ids.shape[1], rows)
+
+    def _read(
+        self,
+        ids: Tensor,
+        arguments: Mapping[str, Any],
+        start: int,
+        cache: Cache | None,
+        generation: _Generation | None,
+    ) -> Trail | None:
+        """What the rows of a pass have read, with it; None where nobody saw what its cache has."""
+        (rows, length), mask = ids.shape, arguments.get("attention_mask")
+        real = None
+        plain = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= start + length
+        if not plain and generation and generation.mask is not None:
+            mask = generation.mask.repeat_interleave(rows // len(generation.mask), dim=0)
+            plain = mask.shape[1] >= start + length
+        # A token that is read by itself is no padding, and asking would wait for the device.
+        if plain and (length > 1 or start == 0):
+            assert isinstance(mask, Tensor)
+            new = mask[:, start : start + length] != 0
+            real = None if bool(new.all()) else new
         with torch.inference_mode(False):
-            return torch.isin(ids, torch.tensor(sorted(self._image_tokens), device=ids.device))
+            if start == 0:
+                return Trail(ids, real)
+            before = trail_of(cache)
+            if before is None or before.columns < start:
+                if not generation or generation.ids is None or generation.ids.shape[1] < start:
+                    return None
+                padding = generation.mask
+                before = Trail(generation.ids, None if padding is None else padding != 0)
+            return before.cut(start, rows).with_new(ids, real)
 
     def finish(self, output: Any) -> None:
         """A pass has run: what it put into a cache of its own goes on from where it stands."""
@@ -295,13 +360,18 @@ class Sequences:
             return
         values = output.values() if isinstance(output, Mapping) else output
         for value in values if not isinstance(values, Tensor) else ():
-            if isinstance(value, Cache) and _noted_ends(value) is None:
-                self._note(value, current.ends, current.found)
+            if isinstance(value, Cache) and _noted_prompts(value) is None:
+                self._note(value, current.prompts, current.found, current.trail)
 
-    def _note(self, cache: Cache, ends: list[int], found: FoundDials | None) -> None:
-        """Where the prompts end of the texts in a cache, unless only this caller says so."""
-        if self.given_ends is None and (self._positions or self._choose):
-            setattr(cache, _ENDS, ends)
+    def _note(
+        self, cache: Cache, prompts: Prompts, found: FoundDials | None, trail: Trail | None
+    ) -> None:
+        """Where the prompts end of the texts in a cache, unless only this caller says so, and what
+        they say."""
+        if self.given_ends is None and (self._placed or self._choose):
+            setattr(cache, _PROMPTS, prompts)
+        if trail is not None:
+            note_trail(cache, trail)
         if found is not None:
             self._found[cache] = found
 
@@ -317,34 +387,34 @@ class Sequences:
 
     def _known(
         self, cache: Cache | None, start: int, generation: _Generation | None
-    ) -> tuple[list[int] | None, FoundDials | None]:
+    ) -> tuple[Prompts | None, FoundDials | None]:
         """Where prompts end and at which dials they are, as far as that is known from before."""
         if generation:
-            return generation.ends, generation.found
-        ends = _noted_ends(cache)
+            return generation.prompts, generation.found
+        prompts = _noted_prompts(cache)
         # A cache that was cut inside of the prompt goes on with another one.
-        if cache is None or ends is None or start < max(ends):
+        if cache is None or prompts is None or start < prompts.last_end:
             return None, None
-        return ends, self._found.get(cache)
+        return prompts, self._found.get(cache)
 
-    def _ends_by(
+    def _prompts_by(
         self,
         generation: _Generation | None,
         arguments: Mapping[str, Any],
         tokens: Tensor,
         start: int,
-    ) -> list[int]:
-        """Where the prompts end of texts that begin with this pass."""
+    ) -> Prompts:
+        """Where the prompts are of texts that begin with this pass."""
         mask, width = arguments.get("attention_mask"), start + tokens.shape[1]
         plain = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if generation:
             width = generation.width or width
             if generation.mask is not None:
-                return _last_ones(generation.mask)
+                return _unpadded(generation.mask)
             # generate makes a mask itself where it was given padding and none.
             if plain is not None and plain.shape[1] >= width:
-                return _last_ones(plain[:, :width])
-            return [width]
+                return _unpadded(plain[:, :width])
+            return Prompts.ending([width])
         if start and tokens.shape[1] == 1:
             raise TrimtabError(
                 "the model goes on with a KV cache that no steered pass has filled, so the "
@@ -352,16 +422,16 @@ class Sequences:
                 "or steer at all positions"
             )
         if plain is not None:
-            return _last_ones(plain)
+            return _unpadded(plain)
         if mask is not None:
             raise TrimtabError(
                 "the attention_mask does not say where texts end, because it has more than a "
                 "number for each token: give one of shape [rows, tokens], or steer at all positions"
             )
         # Where all that is read is prompt, padding after it reaches nothing.
-        if self._positions != {"prompt"}:
+        if self._after_prompts:
             _refuse_padding(arguments.get("input_ids"), self._pad)
-        return [width]
+        return Prompts.ending([width])
 
     def _chosen(
         self,
@@ -407,13 +477,21 @@ def _known_cache(arguments: Mapping[str, Any]) -> Cache | None:
     return cache
 
 
-#: The attribute of a KV cache that says where the prompts of its texts end.
-_ENDS = "_trimtab_prompt_ends"
+#: The attribute of a KV cache that says where the prompts of its texts stand.
+_PROMPTS = "_trimtab_prompts"
+_NO_IDS = (
+    "the model was run without input_ids, so the steering cannot tell what its texts say (which "
+    "tokens are text and which stand for images among it): give input_ids, or steer all tokens"
+)
+_NOT_SEEN = (
+    "the model goes on with a KV cache that no pass under this steering has filled, so its scope "
+    "cannot tell what was read before: run the prompt inside the block, too, or steer all tokens"
+)
 
 
-def _noted_ends(cache: Cache | None) -> list[int] | None:
-    ends: list[int] | None = getattr(cache, _ENDS, None)
-    return ends
+def _noted_prompts(cache: Cache | None) -> Prompts | None:
+    prompts: Prompts | None = getattr(cache, _PROMPTS, None)
+    return prompts
 
 
 def _generation(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> _Generation:
@@ -444,11 +522,15 @@ def _refuse_padding(ids: Any, pad: int | None) -> None:
         )
 
 
-def _last_ones(mask: Tensor) -> list[int]:
-    """Where the last token of each row ends that is not padding, from a mask [rows, tokens]."""
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    ends: list[int] = (columns * (mask != 0)).amax(-1).tolist()
-    return ends
+def _unpadded(mask: Tensor) -> Prompts:
+    """Where each row's prompt stands that is not padding, from a mask [rows, tokens]; what comes
+    after it comes after the padding."""
+    width = mask.shape[1]
+    real = mask != 0
+    columns = torch.arange(1, width + 1, device=mask.device)
+    ends = (columns * real).amax(-1).tolist()
+    starts = real.long().argmax(-1).tolist()
+    return Prompts(tuple(Standing(a, b, width) for a, b in zip(starts, ends, strict=True)))
 
 
 def _refuse_packed(arguments: Mapping[str, Any], start: int, length: int) -> None:

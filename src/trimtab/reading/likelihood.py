@@ -54,9 +54,12 @@ def log_odds(
     steerings = per_text(steering, len(rows))
     of_rows = [row_steerings(steering)] * len(rows) if steerings is None else steerings
     refuse_unseen(of_rows, [row.texts()[0] for row in rows])
+    # What counts the tokens before one would count the other side's in a packed row.
+    plain = all(scope.plain for row in of_rows for one in row for scope in one.scopes)
+    packed = plain and packs(language_model)
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens, packs(language_model)):
+        for batch in batches(rows, language_model.batch_tokens, packed):
             owners = batch.owners()
             indices = [batch.rows[row].index for row, _ in owners]
             here = steering if steerings is None else [steerings[i] for i in indices]

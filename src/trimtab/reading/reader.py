@@ -124,7 +124,9 @@ def next_tokens(
     rows = [row_steerings(steering)] * len(readings) if steerings is None else steerings
     refuse_unseen(rows, [reading.tokens for reading in readings])
     batches = plan(readings, language_model.batch_tokens)
-    if any(batch.shared for batch in batches) and not shares_prefixes(language_model):
+    # What comes later in a prompt is not known where only its beginning is read.
+    ahead = any(scope.looks_ahead for row in rows for one in row for scope in one.scopes)
+    if any(batch.shared for batch in batches) and (ahead or not shares_prefixes(language_model)):
         batches = plan(readings, language_model.batch_tokens, shares=False)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
@@ -195,10 +197,10 @@ def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> 
     for steering in steerings:
         for intervention in steering.interventions:
             acts = not intervention.idle_at(steering.setting)
-            if acts and intervention.positions == "generated":
+            if acts and intervention.scope.only_generated:
                 raise TrimtabError(
                     f"the steering touched nothing at {intervention.site}: it acts on generated "
-                    "tokens, and these texts are only read"
+                    f"tokens (scope '{intervention.scope}'), and these texts are only read"
                 )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from trimtab.anatomy import Edit, hooked, is_hooked, site_order
 from trimtab.model import (
@@ -20,13 +21,14 @@ from trimtab.model import (
     Sequences,
     batches_by_length,
     refuse_dropout,
+    scope_weights,
     unsound,
     with_images,
 )
 from trimtab.reading.abilities import blocks_apart
 from trimtab.reading.reader import Reading, read_columns
 from trimtab.reading.streams import run_lower, run_upper
-from trimtab.steering import Positions, Steering
+from trimtab.steering import Positions, Scope, Steering
 from trimtab.terminal import progress
 
 
@@ -127,22 +129,26 @@ def _scaling(
     factors = torch.ones(len(scaled), 1, language_model.anatomy.width(scaled[0].site))
     units = torch.tensor([each.unit for each in scaled])
     factors[torch.arange(len(scaled)), 0, units] = torch.tensor([1 + each.gamma for each in scaled])
-    steered = _steered(readings, positions)
+    steered = _steered(language_model, readings, positions)
 
     def edit(x: Tensor) -> Tensor:
-        changed = (x * factors.to(x.device)).to(x.dtype)
-        if steered is None:
-            return changed
-        return torch.where(steered[:, -x.shape[1] :, None].to(x.device), changed, x)
+        own = factors.to(x.device)
+        if steered is not None:
+            own = 1 + (own - 1) * steered[:, -x.shape[1] :, None].to(x.device)
+        return (x * own).to(x.dtype)
 
     return edit
 
 
-def _steered(readings: Sequence[Reading], positions: Positions) -> Tensor | None:
-    """At which tokens units are scaled, [rows, tokens]; None: at all."""
-    if positions == "all":
+def _steered(
+    language_model: LanguageModel, readings: Sequence[Reading], positions: Positions
+) -> Tensor | None:
+    """How much of its gamma a unit is scaled by at each token, [rows, tokens]; None: by all."""
+    scope = Scope.of(positions)
+    if scope.everywhere:
         return None
-    ends = torch.tensor([reading.prompt for reading in readings])[:, None]
-    token = torch.arange(max(len(reading.tokens) for reading in readings))
-    after = token >= (ends - 1 if positions == "last" else ends)
-    return ~after if positions == "prompt" else after
+    weights = [
+        torch.tensor(scope_weights(language_model.marks, scope, reading.tokens, reading.prompt))
+        for reading in readings
+    ]
+    return pad_sequence(weights, batch_first=True)

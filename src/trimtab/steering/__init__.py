@@ -22,12 +22,21 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
-from trimtab.steering.parts import (
-    POSITIONS,
-    Dial,
-    Intervention,
-    ModelIdentity,
-    Positions,
-    Tokens,
+from trimtab.steering.parts import Dial, Intervention, ModelIdentity
+from trimtab.steering.scope import POSITIONS, Place, Positions, Scope, Tokens
+from trimtab.steering.scope_tree import (
+    ROLES,
+    WORDS,
+    And,
+    Between,
+    Mark,
+    Not,
+    Or,
+    Part,
+    Situation,
+    TokenIs,
+    Window,
+    Word,
+    parts_of,
 )
 from trimtab.steering.tables import chosen, operators_in_words, steered_blocks

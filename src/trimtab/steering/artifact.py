@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -20,7 +21,8 @@ from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.operators import Force, to_tensors
-from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity, Tokens
+from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity
+from trimtab.steering.scope import Scope, Tokens
 
 
 @cache
@@ -100,10 +102,32 @@ class Steering:
     def on(self, tokens: Tokens) -> Steering:
         """The same steering on tokens of one kind: "text", "image" (those that stand for images),
         or "all". What was measured of its dial is that of the tokens it was fitted for."""
-        if all(each.tokens == tokens for each in self.interventions):
+        return self._with_scopes([each.scope.on(tokens) for each in self.interventions])
+
+    def scoped(self, scope: Scope | str) -> Steering:
+        """The same steering on the tokens of a scope, whatever it acted on before:
+        `steering.scoped("generated & !thinking")`. docs/scopes.md has the words. What was measured
+        of its dial is that of the tokens it was fitted for."""
+        return self._with_scopes([Scope.of(scope)] * len(self.interventions))
+
+    def _with_scopes(self, scopes: Sequence[Scope]) -> Steering:
+        if [each.scope for each in self.interventions] == list(scopes):
             return self
-        changed = tuple(replace(each, tokens=tokens) for each in self.interventions)
+        changed = tuple(
+            replace(each, scope=scope)
+            for each, scope in zip(self.interventions, scopes, strict=True)
+        )
         return replace(self, interventions=changed)
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The scopes of its interventions, each once."""
+        return tuple(dict.fromkeys(each.scope for each in self.interventions))
+
+    def explain(self, language_model: Any, prompt: Any, **options: Any) -> Any:
+        """Token by token what will act on a prompt and on what the model writes after it: a
+        `Firing`, which prints as a table. The same as `language_model.explain(self, prompt)`."""
+        return language_model.explain(self, prompt, **options)
 
     def _calibrated(self, kl: float) -> Calibration:
         if self.calibration is None:
@@ -191,9 +215,11 @@ class Steering:
         for intervention in self.interventions:
             tensors, others = to_tensors(intervention.operator)
             kind = type(intervention.operator).__name__
-            about: list[Any] = [intervention.site, kind, intervention.positions, others]
-            if intervention.tokens != "all":
-                about.append(intervention.tokens)
+            placed = intervention.scope.as_placed
+            positions, tokens = placed or (str(intervention.scope), "all")
+            about: list[Any] = [intervention.site, kind, positions, others]
+            if tokens != "all":
+                about.append(tokens)
             if intervention.weight != 1:
                 about.append(intervention.weight)
             digest.update(json.dumps(about, sort_keys=True).encode())

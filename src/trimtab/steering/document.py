@@ -32,12 +32,14 @@ from trimtab.steering.parts import (
     Intervention,
     ModelIdentity,
     Number,
-    Positions,
-    Tokens,
     Word,
 )
+from trimtab.steering.scope import Place, Scope, Tokens
+from trimtab.steering.scope_grammar import LONGEST
 
-FORMAT_VERSION = 1
+#: Files of format 2 have scopes that format 1 cannot say, which knows a place and a kind of tokens
+#: only. What it can say is written in it, so that older versions read the file.
+FORMAT_VERSION = 2
 METADATA_KEY = "trimtab"
 #: SHA-256 of the document and the tensors. Beside the document, so that older versions, which know
 #: no checksum, still read the file; files of theirs have none.
@@ -57,8 +59,9 @@ class _InterventionDocument(BaseModel):
 
     site: str = Field(max_length=100)
     operator: Word
-    positions: Positions
+    positions: Place | None = None
     tokens: Tokens = "all"
+    scope: str | None = Field(default=None, max_length=LONGEST)
     weight: Number = 1.0
     fields: dict[str, Any]
 
@@ -80,7 +83,7 @@ class _Document(BaseModel):
 
     model_config = STRICT
 
-    format: Literal[1] = Field(description="FORMAT_VERSION")
+    format: Literal[1, 2] = Field(description="at most FORMAT_VERSION")
     method: Word
     hyperparameters: _Finite
     dial: Dial
@@ -106,8 +109,7 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
             {
                 "site": intervention.site,
                 "operator": type(intervention.operator).__name__,
-                "positions": intervention.positions,
-                **_unless_all(intervention),
+                **_scope_fields(intervention.scope),
                 **({} if intervention.weight == 1 else {"weight": float(intervention.weight)}),
                 "fields": others,
             }
@@ -116,7 +118,7 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
     dial, value, calibration = (steering[name] for name in ("dial", "value", "calibration"))
     low, high = dial.range
     document = {name: value for name, value in steering.items() if name != "tables"} | {
-        "format": FORMAT_VERSION,
+        "format": FORMAT_VERSION if any("scope" in each for each in interventions) else 1,
         # Floats, as they come back: a file that is loaded and saved again stays as it is.
         "dial": asdict(dial) | {"default": float(dial.default), "range": [float(low), float(high)]},
         "value": None if value is None else float(value),
@@ -201,9 +203,23 @@ def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]
     }
 
 
-def _unless_all(intervention: Intervention) -> dict[str, str]:
-    """Tokens of which kind, where it is not all, so that versions which know none read the rest."""
-    return {} if intervention.tokens == "all" else {"tokens": intervention.tokens}
+def _scope_fields(scope: Scope) -> dict[str, str]:
+    """A scope as format 1 says it, where that can; the kind of tokens where it is not all, so that
+    versions which know none read the rest."""
+    placed = scope.as_placed
+    if placed is None:
+        return {"scope": str(scope)}
+    positions, tokens = placed
+    return {"positions": positions, **({} if tokens == "all" else {"tokens": tokens})}
+
+
+def _scope(described: _InterventionDocument) -> Scope:
+    if (described.scope is None) is (described.positions is None):
+        raise TrimtabError("an intervention has one of positions and scope")
+    if described.scope is not None:
+        return Scope.parse(described.scope)
+    assert described.positions is not None
+    return Scope.placed(described.positions, described.tokens)
 
 
 def refuse_other_file(path: Path) -> None:
@@ -309,5 +325,4 @@ def _intervention(
     operator = from_tensors(described.operator, {**tensors, **described.fields})
     if isinstance(operator, Force) and kind != "router":
         raise TrimtabError("Force chooses experts: it acts at a router and nowhere else")
-    scope = described.positions, described.tokens
-    return Intervention(described.site, operator, *scope, described.weight)
+    return Intervention(described.site, operator, _scope(described), described.weight)

@@ -6,13 +6,14 @@ The types say what a file may hold of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
 
-from trimtab.errors import TrimtabError, check_choice, shown
+from trimtab.errors import TrimtabError, shown
 from trimtab.steering.operators import WIDEST, Operator
+from trimtab.steering.scope import Scope
 
 #: Steering runs in float32, where a larger number is infinity.
 LARGEST = torch.finfo(torch.float32).max
@@ -29,15 +30,8 @@ Number = Annotated[FiniteFloat, AfterValidator(_float32)]
 Word = Annotated[str, Field(max_length=200)]
 STRICT = ConfigDict(extra="forbid", strict=True)
 
-#: Which tokens an intervention changes: all; those of the prompt; the generated ones; or the ones
-#: that a next token is read from, the prompt's last and the generated ones.
-Positions = Literal["all", "prompt", "generated", "last"]
-POSITIONS: tuple[Positions, ...] = get_args(Positions)
-#: Tokens of which kind, of a model that sees images: all, those of text, or those that stand for
-#: images.
-Tokens = Literal["all", "text", "image"]
-#: Where only tokens of text are.
-_WRITTEN = ("generated", "last")
+#: A scope may be given as its string.
+EVERYWHERE = Scope.parse("all")
 
 
 @dataclass(frozen=True)
@@ -54,23 +48,27 @@ class Dial:
 
 @dataclass(frozen=True)
 class Intervention:
-    """An operator at a site, at some positions, on tokens of some kind.
+    """An operator at a site, on the tokens of a scope, which may be given as its string.
 
     Its dial is the steering's times `weight`, so that one dial turns a kernel over layers.
     """
 
     site: str
     operator: Operator
-    positions: Positions = "all"
-    tokens: Tokens = "all"
+    scope: Scope = EVERYWHERE
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("tokens", self.tokens, Tokens)
-        if self.tokens == "image" and self.positions in _WRITTEN:
+        object.__setattr__(self, "scope", Scope.of(self.scope))  # it is frozen
+        if self.scope.never:
             raise TrimtabError(
-                f"at {self.positions} positions all tokens are text, so that a steering of image "
-                "tokens never acts: take the positions all or prompt"
+                f"the scope '{self.scope}' never acts: it is true of no token (generated tokens, "
+                "and the prompt's last, are text)"
+            )
+        if self.scope.decay is not None and self.operator.identity != 0:
+            raise TrimtabError(
+                f"the scope '{self.scope}' turns the dial towards 0, at which "
+                f"{type(self.operator).__name__} does something: leave the decay out"
             )
 
     @property

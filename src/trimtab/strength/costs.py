@@ -20,7 +20,7 @@ from trimtab.figures import Estimate, weighted_interval
 from trimtab.model import LanguageModel, batches_by_length
 from trimtab.reading import blocks_apart, run_lower
 from trimtab.reports import Presented, Table, cell, number_text
-from trimtab.steering import Steering
+from trimtab.steering import Scope, Situation, Steering
 from trimtab.strength.limits import limit
 from trimtab.terminal import progress
 
@@ -188,7 +188,7 @@ def _nll(
     """Mean negative log-likelihood per token of each block at each dial (None: unsteered),
     [dials, blocks] in float64."""
     lm, below = language_model, blocks_apart(language_model, [steering])
-    from_first = any(i.positions == "last" for i in steering.interventions)
+    from_first = any(map(_from_end, steering.scopes))
     nll = torch.zeros(len(dials), len(blocks), dtype=torch.float64)
     with progress("measuring cross-entropy", len(blocks) * len(dials)) as advance:
         for rows in batches_by_length([len(tokens) for tokens in blocks], lm.batch_tokens):
@@ -200,6 +200,11 @@ def _nll(
                 nll[place, rows] = torch.stack([-each.log_p.mean() for each in read])
                 advance(len(rows))
     return nll
+
+
+def _from_end(scope: Scope) -> bool:
+    """Whether it acts on tokens that a next one is read from, and on no others of a prompt."""
+    return scope.at_end is not False and scope.holds(Situation("prompt")) is False
 
 
 def _plateau(

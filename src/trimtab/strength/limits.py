@@ -68,10 +68,15 @@ def stream_vector(anatomy: Anatomy, steering: Steering) -> Tensor:
                 f"what is added at {intervention.site} passes weights or a norm before the "
                 "residual stream, so Proposition 4.1 does not hold for it"
             )
-        if intervention.positions == "generated":
+        if intervention.scope.only_generated:
             raise TrimtabError(
                 f"what is added at {intervention.site} to generated tokens only leaves a text that "
                 "is read as it is: Proposition 4.1 is about steering the token that is read"
+            )
+        if intervention.scope.at_end is not True:
+            raise TrimtabError(
+                f"whether the scope '{intervention.scope}' takes the token that is read depends on "
+                "the text: Proposition 4.1 is about steering that token"
             )
         total += intervention.weight * added.double()
     if not total.any():

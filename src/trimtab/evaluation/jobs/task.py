@@ -84,7 +84,7 @@ class TaskJob:
         if self.task.generation.new_tokens != 1:
             return
         for one in together(steering):
-            if any(each.positions == "generated" for each in one.interventions):
+            if any(scope.only_generated for scope in one.scopes):
                 raise TrimtabError(
                     f"{self.name} reads the first token of the answer, which a steering of "
                     f"generated tokens ({one.label}) never reaches: fit it for other positions"

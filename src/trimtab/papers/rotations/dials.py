@@ -315,13 +315,13 @@ def variants_of(
     rule, `every` all sites."""
     rotate = own.interventions[0].operator
     assert isinstance(rotate, Rotate)
-    positions = own.interventions[0].positions
+    scope = own.interventions[0].scope
     layers = sorted({parse_site(site)[0] or 0 for site in every})
     half = len(layers) // 2
     steered = [one.site for one in own.interventions]
 
     def with_sites(name: str, sites: Sequence[str], operator: Operator) -> Variant:
-        changed = tuple(Intervention(site, operator, positions) for site in sites)
+        changed = tuple(Intervention(site, operator, scope) for site in sites)
         return Variant(name, replace(own, interventions=changed))
 
     def of_layers(name: str, chosen: Sequence[int]) -> Variant:

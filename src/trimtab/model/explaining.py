@@ -1,0 +1,130 @@
+"""Token by token what will fire: on which tokens of a text the interventions of steerings act."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.errors import shown
+from trimtab.model.marks import Marks
+from trimtab.model.passes import Pass
+from trimtab.model.standing import Prompts
+from trimtab.model.trails import Trail
+from trimtab.reports import Presented, Table
+from trimtab.steering import Scope, Steering
+
+
+@dataclass(frozen=True)
+class Fires:
+    """What acts alike: the interventions of one steering that share a scope, and how much of the
+    dial each token of the text gets, [tokens]: 0 where it is left as it is."""
+
+    steering: str
+    scope: str
+    sites: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Firing(Presented):
+    """Which tokens of a text are steered: their ids and texts, how many of them are the prompt, and
+    what acts on each. `print(firing)` shows a table."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    prompt: int
+    fires: tuple[Fires, ...]
+
+    @property
+    def summary(self) -> str:
+        """How many tokens are steered, in one sentence."""
+        steered = [
+            f"{sum(weight != 0 for weight in each.weights)} under '{each.scope}'"
+            for each in self.fires
+        ]
+        written = len(self.ids) - self.prompt
+        of = f"{self.prompt} tokens of the prompt and {written} that were generated"
+        return f"Of {of} are steered: {', '.join(steered) or 'none'}."
+
+    def tables(self) -> list[Table]:
+        """A line for each token, a column for what acts alike."""
+        rows = []
+        for i, (token, text) in enumerate(zip(self.ids, self.texts, strict=True)):
+            part = "prompt" if i < self.prompt else "generated"
+            marks = [_mark(each.weights[i]) for each in self.fires]
+            rows.append([str(i), str(token), shown(repr(text), 40), part, *marks])
+        heads = [f"{each.scope} ({_sites(each.sites)})" for each in self.fires]
+        return [Table("What acts on which token", ["", "id", "token", "part", *heads], rows)]
+
+    def __str__(self) -> str:
+        (table,) = self.tables()
+        lines = [list(table.heads), *(list(map(str, row)) for row in table.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shaped = (
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+        return "\n".join([*shaped, self.summary])
+
+    def as_json(self) -> dict[str, Any]:
+        """For `trimtab inspect --json`."""
+        return {
+            "tokens": [
+                {"id": token, "text": text, "generated": i >= self.prompt}
+                for i, (token, text) in enumerate(zip(self.ids, self.texts, strict=True))
+            ],
+            "fires": [
+                {
+                    "steering": each.steering,
+                    "scope": each.scope,
+                    "sites": list(each.sites),
+                    "weights": list(each.weights),
+                }
+                for each in self.fires
+            ],
+        }
+
+
+def firing(
+    marks: Marks, steerings: Sequence[Steering], prompt: Sequence[int], new: Sequence[int]
+) -> Firing:
+    """What steerings act on in a prompt (token ids) and in the tokens that were written after it:
+    what the model does when it reads and writes them."""
+    ids = (*prompt, *new)
+    fires = tuple(
+        Fires(
+            one.label,
+            str(scope),
+            tuple(each.site for each in one.interventions if each.scope == scope),
+            scope_weights(marks, scope, ids, len(prompt)),
+        )
+        for one in steerings
+        for scope in one.scopes
+    )
+    texts = tuple(marks.tokenizer.decode([token]) for token in ids)
+    return Firing(ids, texts, len(prompt), fires)
+
+
+def scope_weights(marks: Marks, scope: Scope, ids: Sequence[int], prompt: int) -> tuple[float, ...]:
+    """How much of the dial each token of a text gets under a scope, [tokens]: 0 where it is left as
+    it is; the first `prompt` tokens are the prompt."""
+    device, placed = torch.device("cpu"), marks.place(scope)
+    trail = Trail(torch.tensor([list(ids)]))
+    now = Pass(0, len(ids), Prompts.ending([prompt]), trail=trail)
+    now.check_turns(placed, [True])
+    mask = torch.as_tensor(now.mask(placed, device)).expand(1, len(ids)).double()
+    if placed.decay is not None:
+        mask = mask * now.factors(placed.decay, device)
+    found: list[float] = mask[0].tolist()
+    return tuple(found)
+
+
+def _mark(weight: float) -> str:
+    return "" if weight == 0 else "x" if weight == 1 else f"{weight:.3g}"
+
+
+def _sites(sites: Sequence[str]) -> str:
+    return sites[0] if len(sites) == 1 else f"{len(sites)} sites"

@@ -1,0 +1,110 @@
+"""What the rows of a KV cache have read: their token ids, which scopes that look at a text need.
+
+The ids are kept with the cache and follow it: when beam search puts its rows in another order, when
+rows are repeated or chosen, when it is cut or copied. So a token that is written with a cache sees
+the same text before it as one pass over the whole text does.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The attribute of a cache that has its trail.
+_TRAIL = "_trimtab_trail"
+
+
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """Token ids [rows, columns] from the first column of a text on, and which of them are no
+    padding, of the same shape; None where all are."""
+
+    ids: Tensor
+    real: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.ids.shape[1]
+
+    def cut(self, columns: int, rows: int) -> Trail:
+        """The first columns only, each row repeated in place until there are so many."""
+        ids, real = self.ids[:, :columns], None if self.real is None else self.real[:, :columns]
+        times = rows // len(ids)
+        if times > 1:
+            ids = ids.repeat_interleave(times, dim=0)
+            real = None if real is None else real.repeat_interleave(times, dim=0)
+        return Trail(ids, real)
+
+    def with_new(self, ids: Tensor, real: Tensor | None) -> Trail:
+        """The same and the tokens of another pass."""
+        whole = torch.cat((self.ids.to(ids.device), ids), dim=1)
+        if self.real is None and real is None:
+            return Trail(whole)
+        before = torch.ones_like(self.ids, dtype=torch.bool) if self.real is None else self.real
+        new = torch.ones_like(ids, dtype=torch.bool) if real is None else real
+        return Trail(whole, torch.cat((before.to(ids.device), new.to(ids.device)), dim=1))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Trail:
+        return Trail(move(self.ids), None if self.real is None else move(self.real))
+
+
+def trail_of(cache: Any) -> Trail | None:
+    """What is noted of the texts in a cache."""
+    trail: Trail | None = getattr(cache, _TRAIL, None)
+    return trail
+
+
+def note_trail(cache: Any, trail: Trail) -> None:
+    """Keep it with a cache, whose rows it follows from now on."""
+    if trail_of(cache) is None:
+        for name in _MOVES:
+            if hasattr(cache, name):
+                setattr(cache, name, _Follow(cache, name))
+    setattr(cache, _TRAIL, trail)
+
+
+def _reordered(rows: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.index_select(0, rows.to(x.device))
+
+
+def _repeated(times: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.repeat_interleave(times, dim=0)
+
+
+def _chosen(rows: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: x[rows.to(x.device) if isinstance(rows, Tensor) else rows]
+
+
+#: What moves the rows of a cache, and what it does to the rows of its trail.
+_MOVES: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "reorder_cache": _reordered,
+    "batch_repeat_interleave": _repeated,
+    "batch_select_indices": _chosen,
+}
+
+
+class _Follow:
+    """Stands in place of a method of one cache that moves its rows: the trail goes along. It holds
+    the cache weakly, so that its memory is free as soon as nobody uses it; a copy of the cache gets
+    one of its own."""
+
+    def __init__(self, cache: Any, name: str) -> None:
+        self.cache, self.name = weakref.ref(cache), name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.cache()
+        result = getattr(type(cache), self.name)(cache, *args, **kwargs)
+        trail = trail_of(cache)
+        given = (*args, *kwargs.values())
+        if trail is not None and given:
+            setattr(cache, _TRAIL, trail.moved(_MOVES[self.name](given[0])))
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Follow:
+        cache = self.cache()
+        return _Follow(memo.get(id(cache), cache), self.name)
