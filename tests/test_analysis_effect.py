@@ -321,6 +321,7 @@ def test_units_of_the_site_that_is_named(lm: tt.LanguageModel) -> None:
     found = effect(lm, CONTRAST, site="ffn_in", k=(2, 100_000), kl=(0.05,), draws=1, alone=0)
     assert found.data["units"] == 3 * 80
     assert found.data["k"] == [2]
+    assert any("240 units, so k 100,000 was left out" in note for note in found.notes)
     assert found.data["alone"] is None
     assert parse_site("layers.0.ffn_in")[1] == found.data["site"]
 

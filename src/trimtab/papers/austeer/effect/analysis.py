@@ -147,7 +147,7 @@ def effect(
         _values(chosen),
         tables,
         pictures,
-        [*rows.notes(), *notes_of(document)],
+        [*rows.notes(), *notes_of(document), *_left_out(steered.k, total)],
         "effect",
         title,
     )
@@ -169,6 +169,11 @@ def _wanted(
     if not (math.isfinite(steered.gamma) and steered.gamma > 0):
         raise TrimtabError(f"gamma must be above 0, not {steered.gamma:g}")
     return ks, budgets
+
+
+def _left_out(ks: Sequence[int], total: int) -> list[str]:
+    large = [f"{k:,}" for k in ks if k > total]
+    return [f"there are {total:,} units, so k {', '.join(large)} was left out"] if large else []
 
 
 def _values(chosen: Sequence[Chosen]) -> dict[str, Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -147,7 +147,7 @@ class Bench:
         for budget in self.budgets:
             within = dials[budget]
             if within.dial not in values:
-                turned = steering.at(within.dial) if within.dial else None
+                turned = replace(steering, value=within.dial) if within.dial else None
                 values[within.dial] = {
                     part: _plain(self.rows.values(turned, part)) for part in PARTS
                 }

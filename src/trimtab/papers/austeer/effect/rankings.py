@@ -17,7 +17,7 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import Method, fit, predicted_kl, unit_costs
 from trimtab.methods import CAA, ITI, SADI, AUSteer
 from trimtab.model import LanguageModel
-from trimtab.papers.austeer.ranking import Unit, scaling, site_units
+from trimtab.papers.austeer.ranking import Unit, scaling
 from trimtab.steering import Scale, Steering
 
 #: Rankings by name, as options of AUSteer; the size of the effect is another order of the same fit.
@@ -97,9 +97,6 @@ def fitted(
 ) -> Fitted:
     """All rankings with their first `most` units, and the references, from one pass; `effect` are
     options of AUSteer for units by effect."""
-    total = site_units(language_model, site)
-    if most > total:
-        raise TrimtabError(f"k is {most}, but {site} has 1 to {total} units here")
     draws: list[tuple[str, dict[str, Any]]] = []
     for name, options in RANKINGS.items():
         seeded = [{"seed": seed} for seed in seeds] if name == RANDOM else [{}]
