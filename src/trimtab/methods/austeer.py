@@ -75,20 +75,18 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.choosing import BLOCK, Choice, Trials, Ways, choice_in_words, choose
+from trimtab.methods.austeer_words import austeer_in_words
+from trimtab.methods.choosing import BLOCK, Choice, Trials, Ways, choose
 from trimtab.methods.directions import along_directions, direction_wants
 from trimtab.methods.effects import (
     Scoring,
     by_effect,
     dial_for,
-    effect_in_words,
     effect_wants,
     gain_error,
     predicted,
-    predicted_in_words,
 )
 from trimtab.methods.ranking import Scores, places, rank
-from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
 from trimtab.steering import (
     Add,
@@ -99,7 +97,6 @@ from trimtab.steering import (
     Scale,
     Scope,
     Steering,
-    chosen,
 )
 
 #: The numbers of units and the strengths that the paper's grids are made of.
@@ -538,53 +535,9 @@ class AUSteer(Method):
             return Add(torch.zeros(width).index_copy(0, units, gains))
         return Scale(units, gains, width, self.clamp_sign, absolute=self.change == "absolute")
 
-    # -- in words -----------------------------------------------------------------------------
-
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
-        units = chosen(steering, cls.columns).get("units", [])
-        if not units:
-            return ["AUSteer with k = 0: no unit is changed."]
-        options, dial = steering.hyperparameters, steering.dial.name
-        least = options.get("choose") == "least"
-        change = str(options.get("change", "scale"))
-        formula = {
-            "scale": "each activation x becomes (1 + gamma) x",
-            "absolute": "each activation x becomes x + gamma |x|",
-            "vector": f"to each {dial} times the mean difference of the two sides is added",
-        }[change]
-        if least:
-            formula = f"each activation x becomes (1 - {dial}) x"
-        what = f"single units of {options.get('site')}"
-        if options.get("basis") == "svd":
-            what = f"singular directions of the weights at {options.get('site')}"
-            formula = "what lies along each becomes 1 + gamma times as much"
-        best = "least" if least else "most"
-        reason = {
-            "momentum": f"They were chosen because they tell the two sides apart {best} reliably: "
-            f"in the same direction on {percent([unit['score'] for unit in units])} of the pairs.",
-            "difference": f"They were chosen because their mean differs {best} between the two "
-            "sides.",
-            "random": "They were drawn at random, for comparison.",
-            **effect_in_words(units, best),
-        }[options.get("locate", "momentum")]
-        lines = [
-            f"AUSteer {'shrinks' if least else 'changes'} {len(units)} {what}, in "
-            f"{counted(units)}: {formula}.",
-            reason,
-        ]
-        if least:
-            return lines
-        up, down = (sum(sign * unit["gamma"] > 0 for unit in units) for sign in (1, -1))
-        verbs = ("scaled up", "down") if change == "scale" else ("raised", "lowered")
-        lines.append(f"{up} are {verbs[0]}, {down} {verbs[1]}.")
-        flipped = sum(unit["gamma"] < -1 for unit in units)
-        if change == "scale" and flipped and not options.get("clamp_sign", False):
-            lines.append(
-                f"{flipped} have a gamma below -1, which turns an activation's sign around: that "
-                "is how the method is defined."
-            )
-        return lines + choice_in_words(steering, units) + predicted_in_words(steering)
+        return austeer_in_words(steering, cls.columns)
 
 
 def _rates(statistics: Statistics, sites: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -257,28 +257,3 @@ def fisher_gains(found: Scores, picked: Tensor) -> Scores:
     gains = torch.linalg.solve(fisher, found.columns["effect"][picked])
     gains = gains / gains.abs().max()
     return found.with_columns(gain=found.columns["gain"].index_copy(0, picked, gains))
-
-
-def choice_in_words(steering: Steering, units: Sequence[dict[str, Any]]) -> list[str]:
-    """How the units were looked at again, where they were."""
-    options, known = steering.hyperparameters, steering.findings.get("chosen")
-    if not isinstance(known, dict):
-        return []
-    strength = f"a strength of {known['dial']:.3g}"
-    lines = []
-    if options.get("average"):
-        lines.append(f"Their effects are the mean over none, half and all of {strength}.")
-    if options.get("interaction") == "blocks":
-        lines.append(
-            f"They were chosen {options['block']} at a time, with those before scaled at "
-            f"{strength}."
-        )
-    if "verified_on" in known and all("real" in unit for unit in units):
-        real, foreseen = (sum(unit[name] for unit in units) for name in ("real", "predicted"))
-        lines.append(
-            f"Each was scaled alone on {known['verified_on']} rows at {strength}: they gained "
-            f"{real:+.2f} nats in sum, where their effects say {foreseen:+.2f}."
-        )
-    if options.get("interaction") == "fisher":
-        lines.append("gamma heeds what they cost together.")
-    return lines

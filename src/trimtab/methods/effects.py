@@ -33,7 +33,6 @@ from trimtab.fitting import (
     unit_costs,
 )
 from trimtab.methods.ranking import Scores
-from trimtab.methods.words import percent
 from trimtab.model import LanguageModel
 from trimtab.steering import STRENGTHS, Intervention, Scale, Steering
 
@@ -219,28 +218,6 @@ def _factors(intervention: Intervention) -> Tensor:
 
 
 # -- in words -------------------------------------------------------------------------------------
-
-
-def effect_in_words(units: Sequence[dict[str, Any]], best: str) -> dict[str, str]:
-    """Why units were chosen, by the score's name."""
-    found = {}
-    if all("effect" in unit and "error" in unit for unit in units):
-        sizes = sorted(abs(unit["effect"]) for unit in units)
-        first = percent([unit.get("first", 0.0) for unit in units])
-        known = (
-            f"scaling one of them by 1 % moves a pair's log-odds by {sizes[0] / 100:.2g} to "
-            f"{sizes[-1] / 100:.2g} nats; the first token has {first} of that."
-        )
-        certain = sorted(abs(unit["effect"]) / max(unit["error"], 1e-30) for unit in units)
-        found["effect"] = (
-            f"They were chosen because what scaling them does is {best} certain ({certain[0]:.1f} "
-            f"to {certain[-1]:.1f} standard errors): {known}"
-        )
-        found["effect_per_nat"] = (
-            f"They were chosen because scaling them does {best} for what it costs on plain text: "
-            f"{known}"
-        )
-    return found
 
 
 def predicted_in_words(steering: Steering) -> list[str]:
