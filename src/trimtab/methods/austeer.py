@@ -75,7 +75,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.choosing import Choice, Trials, Ways, choice_in_words, choose
+from trimtab.methods.choosing import BLOCK, Choice, Trials, Ways, choice_in_words, choose
 from trimtab.methods.directions import along_directions, direction_wants
 from trimtab.methods.effects import (
     Scoring,
@@ -199,8 +199,9 @@ class AUSteer(Method):
             "chosen before scaled) or fisher (gamma by the units' full Fisher information)."
         },
     )
-    block: AtLeastOne = field(
-        default=8, metadata={"help": "How many units are chosen at a time, for interaction blocks."}
+    block: AtLeastOne | None = field(
+        default=None,
+        metadata={"help": f"How many units interaction blocks chooses at a time ({BLOCK})."},
     )
     basis: Literal["units", "svd"] = field(
         default="units",
@@ -276,7 +277,7 @@ class AUSteer(Method):
             )
         if self.strength == "fixed" and self.interaction == "fisher":
             raise TrimtabError("austeer: interaction fisher grades gamma: leave strength out")
-        if self.block != 8 and self.interaction != "blocks":
+        if self.block is not None and self.interaction != "blocks":
             raise TrimtabError("austeer: block is for interaction blocks: leave it out")
         self._ways.check(self.alpha, self.k, self.choose, self.positions)
         self._check_basis()
@@ -359,7 +360,8 @@ class AUSteer(Method):
         if strength is None:
             strength = _STRENGTHS.get(self.locate, "adaptive")
             strength = "graded" if self.interaction == "fisher" else strength
-        return replace(self, direction=direction, strength=strength)
+        block = self.block or (BLOCK if self.interaction == "blocks" else None)
+        return replace(self, direction=direction, strength=strength, block=block)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
@@ -438,7 +440,7 @@ class AUSteer(Method):
                 language_model,
                 contrast.train,
                 effect,
-                scoring,
+                scoring.as_in(first),
                 interventions,
                 self.clamp_sign,
                 self._stands_at(known(first, choice.picked)),
