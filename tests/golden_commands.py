@@ -241,6 +241,10 @@ def _search() -> dict[str, str]:
             "sweep caa --token last --model model --task contrast:many.jsonl --limit 0 "
             "--test-limit 2 --layer 0,1,2 --alpha -9,1,9 --search halving --json"
         ),
+        "sweep/located": (
+            f"sweep austeer {sweep} --locate momentum,effect,effect_per_nat --k 3 --alpha 1 "
+            "--site heads --max-cost inf --no-oracle"
+        ),
         "compare/three": (
             f"compare {pair} {PARTS} --untimed --kl 0.01 --max-cost 50 -o out-compare --json"
         ),
@@ -266,6 +270,10 @@ def _analyse() -> dict[str, str]:
         "analyse/dial": (
             f"analyse dial {task} --methods sas,ss --step 180 --limit 3 --no-cost -o out-dial"
         ),
+        "analyse/effect": (
+            f"analyse effect {task} --site heads --k 1,3 --kl 0.05 --draws 2 --alone 1 --limit 3"
+        ),
+        "analyse/scores-effect": f"analyse scores {own} --sites ffn_in --k 3 --locate effect",
         "analyse/heatmap": f"analyse heatmap {task} --ks 2,4 --alphas 1,4 {QUICK}",
         "reproduce/list": "reproduce --list --json",
         "reproduce/plane": "reproduce ss-plane --model model -o out-ss-plane --json",
@@ -274,7 +282,7 @@ def _analyse() -> dict[str, str]:
 
 _ANALYSES = (
     *("units", "tokens", "scores", "overlap", "pairs", "count", "suppression"),
-    *("ablations", "heatmap", "plane", "norms", "dial", "masks"),
+    *("ablations", "heatmap", "effect", "plane", "norms", "dial", "masks"),
 )
 #: The commands that have help of their own.
 HELP = (

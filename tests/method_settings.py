@@ -166,6 +166,19 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             FFN_BIAS,
             _NO_FFN_BIAS,
         ),
+        "effect heads": _always(tt.AUSteer("heads", k=20, alpha=2, locate="effect"), EVERY),
+        "effect attn_out": _always(
+            tt.AUSteer("attn_out", k=20, alpha=20, locate="effect_per_nat"), EVERY
+        ),
+        "effect ffn_in": _always(
+            tt.AUSteer("ffn_in", k=30, alpha=20, locate="effect_per_nat", strength="fixed"), EVERY
+        ),
+        "effect ffn_out": _always(
+            tt.AUSteer("ffn_out", k=12, alpha=2, locate="effect", per_token=True), EVERY
+        ),
+        "effect resid": _always(
+            tt.AUSteer("resid", k=6, alpha=2, locate="effect", first_token=False), NONE, _STREAM
+        ),
     },
 }
 

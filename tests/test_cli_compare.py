@@ -46,6 +46,17 @@ def test_as_json_and_for_people(trimtab: Command, formal: str) -> None:
     }  # fmt: skip
 
 
+def test_one_method_by_two_rankings_is_two_rows(trimtab: Command, formal: str) -> None:
+    line = (
+        "compare 'austeer k=2,4 alpha=1' 'effect: austeer locate=effect k=2,4 alpha=1' --model "
+        f"model --untimed --max-cost inf {formal} --json"
+    )
+    first, second = trimtab(line).json["methods"]
+    assert (first["name"], second["name"]) == ("austeer", "effect")
+    assert first["trials"] == second["trials"] == 2
+    assert first["test"] != second["test"]
+
+
 def test_the_pass_is_kept(trimtab: Command, formal: str) -> None:
     found = [trimtab(f"{BASIC} {formal} --cache kept --json").json for _ in range(2)]
     assert list(Path("kept").rglob("*.f32"))

@@ -52,10 +52,15 @@ REFUSED: dict[str, dict[str, str]] = {
     "austeer: ffn_out": _NO_FFN_OUT,
     "austeer: absolute": _NO_FFN_OUT,
     "austeer: vector": _NO_FFN_OUT,
+    "austeer: effect ffn_in": _NO_FFN_IN,
+    "austeer: effect ffn_out": _NO_FFN_OUT,
 }
 
 #: What they scale is written or read by maps of weights, which can take it.
-BAKES = ("sadi: head", "sadi: neuron", "austeer: heads", "austeer: ffn_in", "austeer: ffn_out")
+BAKES = (
+    *("sadi: head", "sadi: neuron", "austeer: heads", "austeer: ffn_in", "austeer: ffn_out"),
+    *(f"austeer: effect {site}" for site in ("heads", "attn_out", "ffn_in", "ffn_out")),
+)
 
 #: Gemma 4 reads the embeddings again, in its embeddings for each layer.
 UNFORESEEN = ("gemma4", "ablation: embed")

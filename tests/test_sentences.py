@@ -85,6 +85,22 @@ DATA: dict[str, tuple[dict[str, Any], str]] = {
         "Of 12 settings, k 16 and alpha 8 do best on validation: on the test rows accuracy is "
         "75.0 %, unsteered 50.0 %; 7 settings beat the unsteered model on validation.",
     ),
+    "effect": (
+        {"task": "copa", "site": "heads", "metric": "log_odds", "kl": [0.02, 0.1, 0.3],
+         "rankings": [{"name": "signed momentum"}, {"name": "effect z"}],
+         "chosen": [{"name": "signed momentum", "kl": 0.1, "params": {"k": 256}, "validation": 0.1,
+                     "test": NOTHING},
+                    {"name": "effect z", "kl": 0.1, "params": {"k": 4}, "validation": 0.9,
+                     "test": CHANGE},
+                    {"name": "effect z", "kl": 0.02, "params": {"k": 1}, "validation": 2.0,
+                     "test": CHANGE},
+                    {"name": "caa", "kl": 0.1, "params": {"layer": 3}, "validation": 5.0,
+                     "test": CHANGE}]},
+        "Of 2 rankings of units of heads within 0.1 nats at the next token, effect z gains most on "
+        "validation; on the test rows of copa: effect z +0.25 nats [0.1, 0.4], clear of chance, "
+        "with 4 units; signed momentum -0.025 nats [-0.1, 0.05], no more than chance makes, with "
+        "256 units.",
+    ),
     "plane": (
         {"method": "ss", "plane": {"source_site": "layers.1.attn_norm"}, "sites": [0] * 6,
          "discriminative": {"sites": ["a", "b"], "blocks": [1]}},

@@ -105,9 +105,9 @@ _GEMMA4 = {
     "final_logit_softcapping": 2.0,
 }
 
-# Token ids of images and the like, which no text reaches.
-_IMAGES = {"image_token_id": 392, "video_token_id": 393}
-_QWEN_IMAGES = {**_IMAGES, "vision_start_token_id": 394, "vision_end_token_id": 395}
+# Token ids of images and the like: control characters, which are in no text.
+_IMAGES = {"image_token_id": 196, "video_token_id": 197}
+_QWEN_IMAGES = {**_IMAGES, "vision_start_token_id": 198, "vision_end_token_id": 199}
 
 _QWEN_VISION = {
     "depth": 2,
@@ -194,9 +194,9 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": {**_WIDE, **_SLIDING, "query_pre_attn_scalar": 1},
             "vision_config": {**_VISION, "image_size": 28, "patch_size": 14},
             "mm_tokens_per_image": 4,
-            "boi_token_index": 390,
-            "eoi_token_index": 391,
-            "image_token_index": 392,
+            "boi_token_index": 194,
+            "eoi_token_index": 195,
+            "image_token_index": 196,
         },
     ),
     "gemma4": ("gemma4_text", _GEMMA4),
@@ -301,7 +301,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {"model_type": "mistral", **_WIDE, "sliding_window": None},
             "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 32},
-            "image_token_index": 392,
+            "image_token_index": 196,
             "tie_word_embeddings": False,
         },
     ),

@@ -56,12 +56,15 @@ _HELP = {
     "shrink": "How much units shrink: they are multiplied by 1 minus it, as in 0.25,0.9.",
     "close": "Settings this close to the best count as equal to it.",
     "direction": "AUSteer's own direction, or toward the positive side.",
+    "locate": "How units are ranked: momentum (the paper's), difference, effect, effect_per_nat.",
     "ablations.seeds": "How many random choices of units.",
     "massive": "A token is massive that is so many times as long as the median one.",
 }
 
 #: Options whose digests stand for them in a run's configuration.
 _NOT_KEPT = ("data", "split")
+#: Options that came later, which the configuration of a run has where they are not what they were.
+_CAME_LATER = {"locate": "momentum"}
 
 #: What a person would type, after `trimtab analyse NAME --model smollm2-135m-instruct`.
 _EXAMPLES = {
@@ -76,6 +79,7 @@ _EXAMPLES = {
     "suppression": "--task copa --data DIR --limit 100 -o runs/suppression",
     "ablations": "--task copa --data DIR --ks 16,64 --alphas 1,8 -o runs/ablations",
     "heatmap": "--task copa --data DIR --ks 4,16,64 --alphas 1,8,32 -o runs/heatmap",
+    "effect": "--task contrast:builtin:formality --k 4,16 --kl 0.1 --pairs 48 -o runs/effect",
     "dial": "--task contrast:builtin:formality --methods ss,sas --step 30 -o runs/dial",
     "masks": "--task contrast:builtin:formality --seeds 42,43 -o runs/masks",
 }
@@ -231,7 +235,11 @@ def _run(
     language_model = open_model(opened)
     config = {
         "analysis": name,
-        "options": {key: value for key, value in plain.items() if key not in _NOT_KEPT},
+        "options": {
+            key: value
+            for key, value in plain.items()
+            if key not in _NOT_KEPT and (key, value) not in _CAME_LATER.items()
+        },
         **source,
         "model": language_model.described,
         **(DEFAULTS if limited and not before else {}),

@@ -72,17 +72,12 @@ class Costs:
 
 def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     """Nats per position that scaling units by 1 + gain costs on each plain text, or adding gain
-    where the costs are those of that, to second order, what the units do together included: [texts]
-    in float64. `gains` [units] are in the order of the sites' costs."""
+    where the costs are those of that, to second order, what the units do together included:
+    [texts] in float64. `gains` [units] are in the order of the sites' costs."""
     along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
     squares = torch.stack(along).sum(0).square()
     of_texts: Tensor = 0.5 * squares.unflatten(0, (-1, costs[0].draws)).mean(1)
     return of_texts
-
-
-def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """The mean of `kl_samples`; 0 where nothing is scaled."""
-    return float(kl_samples(costs, gains).mean()) if costs else 0.0
 
 
 def unit_costs(

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked, parse_site
 from trimtab.errors import TrimtabError
 from trimtab.model.marks import Marks, Placed
-from trimtab.model.passes import Choose, Pass, Sequences
+from trimtab.model.one_pass import Pass
+from trimtab.model.passes import Choose, Sequences
 from trimtab.model.running import Attached, Block
 from trimtab.steering import Operator, Steering
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from trimtab.papers.austeer.ablations import ablations, heatmap
 from trimtab.papers.austeer.amounts import count, pairs
+from trimtab.papers.austeer.effect.analysis import effect
 from trimtab.papers.austeer.maps import overlap, scores
 from trimtab.papers.austeer.suppression import suppression
 from trimtab.papers.austeer.tokens import tokens
@@ -26,6 +27,7 @@ ANALYSES: dict[str, Callable[..., StudyResult]] = {
     "suppression": suppression,
     "ablations": ablations,
     "heatmap": heatmap,
+    "effect": effect,
     "plane": plane,
     "norms": norms,
     "dial": dial,

@@ -104,6 +104,23 @@ def _heatmap(data: Data) -> str:
     )
 
 
+def _effect(data: Data) -> str:
+    budget = data["kl"][(len(data["kl"]) - 1) // 2]
+    rankings = {one["name"] for one in data["rankings"]}
+    here = [one for one in data["chosen"] if one["kl"] == budget and one["name"] in rankings]
+    best = max(here, key=lambda one: one["validation"])
+    usual = next(one for one in here if one["name"] == "signed momentum")
+    said = [
+        f"{one['name']} {_change(one['test'], data['metric'])}, with {one['params']['k']:,} units"
+        for one in ([usual] if best is usual else [best, usual])
+    ]
+    return (
+        f"Of {len(here)} rankings of units of {data['site']} within {budget:g} nats at the next "
+        f"token, {best['name']} gains most on validation; on the test rows of {data['task']}: "
+        f"{'; '.join(said)}."
+    )
+
+
 def _plane(data: Data) -> str:
     alone, blocks = len(data["discriminative"]["sites"]), data["discriminative"]["blocks"]
     return (
@@ -173,6 +190,7 @@ SENTENCES: Mapping[str, Callable[[Data], str]] = {
     "suppression": _suppression,
     "ablations": _ablations,
     "heatmap": _heatmap,
+    "effect": _effect,
     "plane": _plane,
     "norms": _norms,
     "dial": lambda data: _circle(data, "methods"),

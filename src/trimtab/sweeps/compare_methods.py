@@ -23,7 +23,7 @@ import torch
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Asked, TaskJob, evaluate
+from trimtab.evaluation import Asked, evaluate
 from trimtab.figures import Difference, Record, corrected, paired_difference
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
@@ -141,7 +141,7 @@ def compare(
     at_budget: list[Compared] = []
     kl = comparing.kl
     if kl is not None:
-        prompts = _prompts(bench)
+        prompts = bench.prompts(_BUDGET_PROMPTS)
         at_budget = [_at_budget(bench, name, one, prompts, kl) for name, one in chosen.items()]
         again = {
             row.name: bench.records(_turned(chosen[row.name], row), "test", name=row.name)
@@ -304,18 +304,10 @@ def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Com
         changed=sum(one.operator.size for one in steering.interventions),
         cost=cost,
         perplexity=bench.perplexity(cost),
-        overhead=overhead(bench.language_model, steering, _prompts(bench)[:_TIMED_PROMPTS])
+        overhead=overhead(bench.language_model, steering, bench.prompts(_TIMED_PROMPTS))
         if timed
         else None,
     )
-
-
-def _prompts(bench: TaskRows) -> list[Prompt]:
-    """Validation prompts, for budgets and times."""
-    job = bench.jobs["validation"]
-    if isinstance(job, TaskJob):
-        return [example.prompt for example in job.entries[0].examples][:_BUDGET_PROMPTS]
-    return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:_BUDGET_PROMPTS]
 
 
 # -- at an equal budget ---------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Part, last_message, shared_rows
+from trimtab.contrasts import Contrast, Part, Prompt, last_message, shared_rows
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
     Asked,
@@ -105,7 +105,7 @@ class TaskRows:
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
         self._unsteered_values: dict[Part, Values] = {}
-        self._choices: dict[Part, list[Reading] | None] = {}
+        self._readings_of: dict[Part, list[Reading] | None] = {}
         other = choosing.validation_task
         tasks: dict[Part, Asked] = {"validation": asked if other is None else other, "test": asked}
         limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
@@ -244,11 +244,13 @@ class TaskRows:
         """
         if steering is None and part in self._unsteered_values:
             return self._unsteered_values[part]
-        if part not in self._choices:
-            self._choices[part] = _choices(self.language_model, self.jobs[part], part)
-        readings = self._choices[part]
+        if part not in self._readings_of:
+            self._readings_of[part] = _readings_for(self.language_model, self.jobs[part], part)
+        readings = self._readings_of[part]
         if readings is None:
             values: Values = values_of(self.records(steering, part))
+        elif isinstance(self.jobs[part], PreferenceJob):
+            values = self._preferred(readings, steering)
         else:
             values = self._chosen(readings, steering, part)
         if steering is None:
@@ -271,6 +273,15 @@ class TaskRows:
                 right[i] = task.right(read(text, entry.protocol), entry.examples[i].target)
                 ahead[i] = answer.log_p[0] - answer.log_p[1]
         return {"accuracy": right, FINE: ahead}
+
+    def _preferred(self, readings: Sequence[Reading], steering: Attached) -> Values:
+        """Pairs, of which each has two readings: by how many nats the positive side is ahead, and
+        whether it is."""
+        kept, log_p = self.settings.kept, torch.zeros(len(readings), dtype=torch.float64)
+        for batch, sides in next_tokens(self.language_model, readings, steering, kept=kept):
+            log_p[list(batch.rows)] = torch.stack([side.log_p.sum() for side in sides])
+        ahead = log_p[0::2] - log_p[1::2]
+        return {FINE: ahead, "prefers": (ahead > 0).double()}
 
     def change(self, values: Values, metric: str, part: Part = "validation") -> Difference:
         """Against the unsteered model."""
@@ -299,6 +310,13 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.target for example in job.entries[0].examples]
         return [None] * job.rows
+
+    def prompts(self, most: int, part: Part = "validation") -> list[Prompt]:
+        """The first prompts of a part, each once, for budgets and times."""
+        job = self.jobs[part]
+        if isinstance(job, TaskJob):
+            return [example.prompt for example in job.entries[0].examples][:most]
+        return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:most]
 
     def samples(self, steerings: Mapping[str, Any], run: Run) -> tuple[Sample, ...]:
         """What the model writes on some test prompts, unsteered and under each steering; from the
@@ -398,11 +416,17 @@ def values_of(records: Sequence[Record]) -> dict[str, Tensor]:
     }
 
 
-def _choices(language_model: LanguageModel, job: Any, part: Part) -> list[Reading] | None:
+def _readings_for(language_model: LanguageModel, job: Any, part: Part) -> list[Reading] | None:
+    """What the rows ask of a model where no text is written: both sides of each pair, or at the end
+    of a prompt the right and the wrong answer; None where answers have to be written."""
+    if isinstance(job, PreferenceJob):
+        return side_readings(language_model, Contrast(job.pairs, job.name))
+    return _choices(language_model, job, part) if isinstance(job, TaskJob) else None
+
+
+def _choices(language_model: LanguageModel, job: TaskJob, part: Part) -> list[Reading] | None:
     """Readings that ask for the right and the wrong answer at the prompt's last token; None where
     the task is no choice between two answers of one token."""
-    if not isinstance(job, TaskJob):
-        return None
     task, entry = job.task, job.entries[0]
     if task.generation.new_tokens != 1 or not task.options or not task.pairs or not task.read:
         return None

@@ -1,5 +1,5 @@
-"""What each part of AUSteer is worth (AUSteer, Table 3), and how its two numbers play together
-(Figure 10)."""
+"""What each part of AUSteer is worth (AUSteer, Table 3) beside units by effect, and how its two
+numbers play together (Figure 10)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.options import flat
+from trimtab.papers.austeer.ranking import Locate, located
 from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import (
     Figures,
@@ -52,13 +53,16 @@ from trimtab.sweeps import (
     sweep_pictures,
 )
 
-#: Table 3's rows, by the options of AUSteer that make them.
+#: Table 3's rows, by the options of AUSteer that make them; and ours, units by effect, which have a
+#: sign of their own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "AUSteer": {},
     "random localisation": {"locate": "random"},
     "mean difference localisation": {"locate": "difference"},
     "fixed vector": {"change": "vector"},
     "fixed strength": {"strength": "fixed"},
+    "effect localisation": {"locate": "effect", "direction": None},
+    "effect per nat localisation": {"locate": "effect_per_nat", "direction": None},
 }
 
 
@@ -116,7 +120,8 @@ def ablations(
     alphas: Sequence[float] = (1.0, 4.0, 8.0, 16.0, 32.0),
     seeds: int = 5,
 ) -> StudyResult:
-    """AUSteer with one part replaced at a time (Table 3), all fitted from one pass.
+    """AUSteer with one part replaced at a time (Table 3), and with units chosen by effect, all
+    fitted from one pass.
 
     Every variant has its own k and alpha, chosen among the same ones on the validation rows, and
     its figure from the test rows, with the paired difference to AUSteer in full. Random
@@ -132,7 +137,7 @@ def ablations(
         drawn = [{"seed": seed + i} for i in range(seeds)] if random else [{}]
         draws += [(name, {**changed, **more}) for more in drawn]
     methods = [
-        AUSteer(site=site, k=k, alpha=float(alphas[0]), direction="paper", **changed)
+        AUSteer(site=site, k=k, alpha=float(alphas[0]), **{"direction": "paper", **changed})
         for _, changed in draws
         for k in ks
     ]
@@ -262,17 +267,19 @@ def heatmap(
     ks: Sequence[int] = AUSTEER_GRID,
     alphas: Sequence[float] = AUSTEER_GRID,
     site: str = "ffn_out",
+    locate: Locate = "momentum",
     close: float | None = None,
 ) -> StudyResult:
     """AUSteer over a grid of k and alpha on the validation rows (Figure 10), and the setting that
-    is best there on the test rows. `close` is how near to the best a setting must come to count as
-    robust (default: the paper's 1.5 points; of a metric in nats a tenth of a nat)."""
+    is best there on the test rows. `locate` is how units are ranked, `close` how near to the best a
+    setting must come to count as robust (default: the paper's 1.5 points; of a metric in nats a
+    tenth of a nat)."""
     found = sweep(
         language_model,
         "austeer",
         task,
         {"k": tuple(ks), "alpha": tuple(map(float, alphas))},
-        fixed={"site": site, "direction": "paper"},
+        fixed={"site": site, **located(locate)},
         contrast=contrast,
         max_cost=None,
         rows=asked,
@@ -305,7 +312,7 @@ def heatmap(
         values["chosen"] = Value(best.test, best.test_ci95, best.test_n, True)
         values |= {name: Value(value) for name, value in best.params.items()}
     return StudyResult(
-        {**found.as_json(), "site": site, "robustness": robust},
+        {**found.as_json(), "site": site, "locate": locate, "robustness": robust},
         values,
         found.tables()[:1],
         [picture for picture in sweep_pictures(found) if picture.name in ("heatmap", "line")],

@@ -18,8 +18,8 @@ from trimtab.figures import Estimate, with_unit
 from trimtab.fitting import Statistics, Want, collect, fit
 from trimtab.methods import AUSteer
 from trimtab.model import LanguageModel
-from trimtab.options import flat
-from trimtab.papers.austeer.ranking import site_units
+from trimtab.options import flat, option
+from trimtab.papers.austeer.ranking import LOCATE_HELP, Locate, located, site_units
 from trimtab.papers.result import StudyResult, Value, timed, value_of
 from trimtab.papers.settings import (
     Figures,
@@ -45,6 +45,18 @@ COUNTS: tuple[int | Literal["all"], ...] = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """Which units are steered, how many, and how strongly."""
+
+    heading = "Units"
+
+    site: str = option("A kind of site: ffn_out, heads, ffn_in, resid ...", "ffn_out")
+    k: int = option("How many units.", 16)
+    alpha: float = option("Strength.", 8.0)
+    locate: Locate = option(LOCATE_HELP, "momentum")
+
+
 # -- how many pairs -------------------------------------------------------------------------------
 
 
@@ -59,9 +71,7 @@ def pairs(
     seed: int = 0,
     counts: Sequence[int] = PAIRS,
     resamples: int = 5,
-    site: str = "ffn_out",
-    k: int = 16,
-    alpha: float = 8.0,
+    steered: Steered = Steered(),
 ) -> StudyResult:
     """AUSteer from fewer pairs (Figure 13), `resamples` random subsets of each size, all from one
     pass over the contrast.
@@ -72,9 +82,10 @@ def pairs(
     """
     if resamples < 1:
         raise TrimtabError(f"the number of resamples must be 1 or more, not {resamples}")
+    site, k, alpha = steered.site, steered.k, steered.alpha
     texts = contrast_for(task, contrast, asked)
     train = texts.train
-    method = AUSteer(site=site, k=k, alpha=alpha, direction="paper")
+    method = AUSteer(site=site, k=k, alpha=alpha, **located(steered.locate))
     sizes = sorted({count for count in counts if 0 < count < len(train)})
     drawn = _subsets(len(train), sizes, resamples, seed)
     everything = frozenset(range(len(train)))
@@ -101,6 +112,7 @@ def pairs(
         "site": site,
         "k": k,
         "alpha": alpha,
+        "locate": steered.locate,
         "units": site_units(language_model, site),
         "metric": metric,
         "rows": rows.rows("validation"),
@@ -285,9 +297,11 @@ def count(
     alpha: float | Sequence[float] = 8.0,
     site: str = "ffn_out",
     direction: Literal["paper", "signed"] = "paper",
+    locate: Locate = "momentum",
 ) -> StudyResult:
     """AUSteer with more and more units, up to all of them (Table 12), at one strength or several;
-    all fitted from one pass and measured on the same validation rows."""
+    all fitted from one pass and measured on the same validation rows. `locate` is how they are
+    ranked; by effect units have a direction of their own."""
     alphas = [float(each) for each in ([alpha] if isinstance(alpha, int | float) else alpha)]
     texts = contrast_for(task, contrast, asked)
     total = site_units(language_model, site)
@@ -295,7 +309,8 @@ def count(
     wanted += ["all"] if any(k != "all" and k >= total for k in ks) and "all" not in ks else []
     if not wanted or not alphas:
         raise TrimtabError("there is no number of units, or no strength, to try")
-    methods = [AUSteer(site=site, k=k, alpha=alphas[0], direction=direction) for k in wanted]
+    how = located(locate, direction)
+    methods = [AUSteer(site=site, k=k, alpha=alphas[0], **how) for k in wanted]
     fitted = fit(methods, language_model, texts, measure=False)
     rows = _rows(language_model, task, asked, seed)
     settings = [
@@ -315,6 +330,7 @@ def count(
     document = {
         "task": rows.task,
         "site": site,
+        "locate": locate,
         "units": total,
         "metric": metric,
         "rows": number,

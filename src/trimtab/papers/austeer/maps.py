@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.figures import holm
 from trimtab.model import LanguageModel
-from trimtab.papers.austeer.ranking import Ranking, Unit, chance_maximum, chance_overlap, rankings
+from trimtab.papers.austeer.ranking import Ranking, Unit, chance_overlap, rankings
 from trimtab.papers.result import StudyResult, Value, opened, timed
 from trimtab.reports import DOWN, NEUTRAL, UP, Picture, Table, heatmap, panels, styled
 
@@ -29,15 +29,17 @@ def scores(
     sites: Sequence[str] = ("heads", "ffn_out"),
     data: str | None = None,
     k: int = 100,
+    locate: Literal["momentum", "effect"] = "momentum",
 ) -> StudyResult:
-    """The discriminative score of every unit of some kinds of sites, from one pass (Figure 11).
+    """The discriminative score of every unit of some kinds of sites, from one pass (Figure 11); by
+    effect how many standard errors from 0 the effect of scaling each unit is.
 
     Beside the scores stands what the largest of so many units reaches by chance, with half and
     with 95 % probability. Heads are also shown one by one. `k` says of how many of the highest
     units the layers are counted.
     """
     texts = opened(contrast, data)
-    found = rankings(language_model, texts, sites)
+    found = rankings(language_model, texts, sites, locate)
     heads = language_model.anatomy.heads
     entries, tables, pictures = {}, [], []
     values: dict[str, Value] = {}
@@ -48,27 +50,30 @@ def scores(
             by_head = ranking.scores.unflatten(1, (heads, -1))
             entry["head_max"] = by_head.amax(-1).tolist()
             entry["head_mean"] = by_head.mean(-1).tolist()
-            pictures.append(_head_map(by_head.amax(-1).numpy(), texts.name))
+            pictures.append(_head_map(ranking, by_head.amax(-1).numpy(), texts.name))
         tables.append(_top_table(ranking, entry, heads))
         entries[kind] = entry
         values[f"{kind}, highest score"] = Value(max(entry["layer_max"]))
         values[f"{kind}, largest by chance (95 %)"] = Value(entry["chance_maximum"]["q95"])
         values[f"{kind}, units above that"] = Value(entry["above_chance"])
     return StudyResult(
-        {"contrast": {"name": texts.name, "digest": texts.digest}, "sites": entries},
+        {
+            "contrast": {"name": texts.name, "digest": texts.digest},
+            "locate": locate,
+            "sites": entries,
+        },
         values,
         tables,
         pictures,
-        _score_notes(entries),
+        _score_notes(entries, locate == "effect"),
         "scores",
-        f"Discriminative scores of units on {texts.name}",
+        f"{'Effects' if locate == 'effect' else 'Discriminative scores'} of units on {texts.name}",
     )
 
 
 def _described(ranking: Ranking, k: int) -> dict[str, Any]:
     scores = ranking.scores
-    likely = chance_maximum(ranking.pairs, ranking.size)
-    rare = chance_maximum(ranking.pairs, ranking.size, 0.95)
+    likely, rare = ranking.chance_maximum(), ranking.chance_maximum(0.95)
     top = ranking.top(k)
     return {
         "pairs": ranking.pairs,
@@ -86,7 +91,7 @@ def _described(ranking: Ranking, k: int) -> dict[str, Any]:
 
 
 def _as_json(unit: Unit) -> dict[str, Any]:
-    return {**vars(unit), "gamma": unit.gain}
+    return {**unit.as_json(), "gamma": unit.gain}
 
 
 def _by_layer(units: Sequence[Unit], layers: Sequence[int]) -> list[int]:
@@ -96,7 +101,7 @@ def _by_layer(units: Sequence[Unit], layers: Sequence[int]) -> list[int]:
     return list(counts.values())
 
 
-def _score_notes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
+def _score_notes(entries: Mapping[str, dict[str, Any]], by_effect: bool) -> list[str]:
     notes = []
     for kind, entry in entries.items():
         chance = entry["chance_maximum"]
@@ -106,10 +111,13 @@ def _score_notes(entries: Mapping[str, dict[str, Any]]) -> list[str]:
             f"contrast exceeds with 5 % probability at {entry['pairs']} pairs (half of the time it "
             f"exceeds {chance['median']:.3f})"
         )
+    tells = "tells the sides apart, which is not yet to say that steering it does anything"
+    if by_effect:
+        tells = "does something to the answers of such pairs when it is scaled a little"
     notes.append(
         "chance takes pairs and units as independent: pairs that resemble each other make larger "
-        "scores by luck alone, units that go together smaller ones; and a unit above chance tells "
-        "the sides apart, which is not yet to say that steering it does anything"
+        "scores by luck alone, units that go together smaller ones; and a unit above chance "
+        f"{tells}"
     )
     return notes
 
@@ -119,8 +127,9 @@ def _map(ranking: Ranking, entry: dict[str, Any], contrast: str, heads: int) -> 
     """Scores of all units, and of each layer the largest and the mean."""
     scores, kind = ranking.scores.numpy(), ranking.kind
     figure, (left, right) = panels((10, 4.2), 1, 2, width_ratios=[2.2, 1])
-    options: dict[str, Any] = {"cmap": "cividis", "vmin": 0.5, "interpolation": "nearest"}
-    heatmap(figure, left, scores, "discriminative score s", fraction=0.04, **options)
+    options: dict[str, Any] = {"cmap": "cividis", "interpolation": "nearest"}
+    options |= {"vmin": _lowest(ranking)}
+    heatmap(figure, left, scores, _score_words(ranking), fraction=0.04, **options)
     left.set(ylabel="layer", xlabel=f"unit of {kind}")
     if kind == "heads":
         width = scores.shape[1] // heads
@@ -134,7 +143,7 @@ def _map(ranking: Ranking, entry: dict[str, Any], contrast: str, heads: int) -> 
     chance = entry["chance_maximum"]
     right.axvline(chance["median"], color=DOWN, linestyle=":", label="chance's largest, half")
     right.axvline(chance["q95"], color=DOWN, linestyle="--", label="chance's largest, 95 %")
-    right.set(xlabel="score s of the layer's units", ylabel="layer")
+    right.set(xlabel=f"{_score_words(ranking)} of the layer's units", ylabel="layer")
     below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
     right.legend(frameon=False, fontsize=7, ncols=2, **below)
     for axes in (left, right):
@@ -145,11 +154,26 @@ def _map(ranking: Ranking, entry: dict[str, Any], contrast: str, heads: int) -> 
         title,
         f"scores-{kind}",
         figure,
-        f"the discriminative score of each of {ranking.size:,} units by layer; the largest is "
+        f"the {_score_words(ranking)} of each of {ranking.size:,} units by layer; the largest is "
         f"{scores.max():.3f}, chance's largest {chance['median']:.3f}",
-        "A score is the share of pairs in which the unit is larger on the same side. Dashed: what "
-        "the largest of all units exceeds by luck with 5 % probability, dotted: with 50 %.",
+        f"A score is {_score_meaning(ranking)}. Dashed: what the largest of all units exceeds by "
+        "luck with 5 % probability, dotted: with 50 %.",
     )
+
+
+def _score_words(ranking: Ranking) -> str:
+    return "discriminative score s" if ranking.effects is None else "certainty |z| of the effect"
+
+
+def _score_meaning(ranking: Ranking) -> str:
+    if ranking.effects is None:
+        return "the share of pairs in which the unit is larger on the same side"
+    return "the effect of scaling the unit on log-odds, in standard errors over the pairs"
+
+
+def _lowest(ranking: Ranking) -> float:
+    """The least that the highest scores can be, at which colours begin."""
+    return 0.5 if ranking.effects is None else 0.0
 
 
 def _layer_ticks(axes: Any, layers: Sequence[int]) -> None:
@@ -159,12 +183,12 @@ def _layer_ticks(axes: Any, layers: Sequence[int]) -> None:
 
 
 @styled
-def _head_map(largest: Any, contrast: str) -> Picture:
+def _head_map(ranking: Ranking, largest: Any, contrast: str) -> Picture:
     """The largest score of each head's units."""
     layers, heads = largest.shape
     figure, (axes,) = panels((max(4.0, 1.8 + 0.3 * heads), max(3.0, 1 + 0.13 * layers)))
-    label = "largest score s of the head's units"
-    heatmap(figure, axes, largest, label, cmap="cividis", vmin=0.5, fraction=0.15)
+    label = f"largest {_score_words(ranking)} of the head's units"
+    heatmap(figure, axes, largest, label, cmap="cividis", vmin=_lowest(ranking), fraction=0.15)
     _layer_ticks(axes, range(layers))
     axes.set_xticks(range(0, heads, max(1, heads // 16)))
     title = f"Heads on {contrast}"
@@ -184,10 +208,14 @@ def _top_table(ranking: Ranking, entry: dict[str, Any], heads: int) -> Table:
             f"{unit.score:.3f}",
             f"{unit.r_pos:.3f}",
             f"{unit.r_neg:.3f}",
+            *([] if unit.effect is None else [f"{unit.effect:+.3g}"]),
         ]
         for unit in ranking.top(_SHOWN)
     ]
-    named = ["rank", "layer", *(["head"] if is_heads else []), "unit", "s", "r pos", "r neg"]
+    score = ["s", "r pos", "r neg"]
+    if ranking.effects is not None:
+        score = ["|z|", "r pos", "r neg", "effect, nats"]
+    named = ["rank", "layer", *(["head"] if is_heads else []), "unit", *score]
     chance = entry["chance_maximum"]
     return Table(
         f"The highest units of {ranking.kind}",
@@ -209,8 +237,10 @@ def overlap(
     site: str = "ffn_out",
     k: int = 100,
     data: str | None = None,
+    locate: Literal["momentum", "effect"] = "momentum",
 ) -> StudyResult:
-    """How many of the k highest units several contrasts share (Figure 12).
+    """How many of the k highest units several contrasts share (Figure 12), ranked by momentum or by
+    effect.
 
     Beside each count stands what two random choices of k units share, of all units and of units
     drawn in the same layers, and the probability of so many among all units (hypergeometric),
@@ -220,7 +250,8 @@ def overlap(
         raise TrimtabError("overlap compares contrasts: name two or more")
     loaded = {name: opened(contrast, data) for name, contrast in contrasts.items()}
     ranked = {
-        name: rankings(language_model, contrast, [site])[site] for name, contrast in loaded.items()
+        name: rankings(language_model, contrast, [site], locate)[site]
+        for name, contrast in loaded.items()
     }
     size = next(iter(ranked.values())).size
     if not 1 <= k <= size:
@@ -236,12 +267,13 @@ def overlap(
     document = {
         "site": site,
         "k": k,
+        "locate": locate,
         "units": size,
         "contrasts": {
             name: {
                 "pairs": ranking.pairs,
                 "digest": loaded[name].digest,
-                "chance_maximum": chance_maximum(ranking.pairs, size),
+                "chance_maximum": ranking.chance_maximum(),
                 "lowest_score": lowest[name],
                 "top": [[unit.layer, unit.unit] for unit in tops[name]],
             }
@@ -259,7 +291,7 @@ def overlap(
         f"{name}: the last of its {k} units scores {lowest[name]:.3f}, which chance "
         "reaches too: part of its choice is luck"
         for name, ranking in ranked.items()
-        if lowest[name] <= chance_maximum(ranking.pairs, size, 0.95)
+        if lowest[name] <= ranking.chance_maximum(0.95)
     ]
     values = {
         f"{one['first']} and {one['second']}": Value(

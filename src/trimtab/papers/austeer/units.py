@@ -50,6 +50,9 @@ class Place:
     site: str = option("A kind of site: ffn_out, heads, ffn_in, resid ...", "ffn_out")
     layer: int | None = option("A block, from 0.", None)
     head: int | None = option("An attention head of the block, from 0.", None)
+    locate: Literal["momentum", "effect"] = option(
+        "How units are ranked: momentum (the paper's) or effect.", "momentum"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +84,13 @@ def units(
 
     With `layer` (and for heads perhaps `head`) `count` units at even distances in that block or
     head are steered, as in the paper; without, half are the units of the highest scores and half
-    are drawn at random by `seed`. A unit is scaled by 1 + alpha gamma, with AUSteer's gamma or, as
-    `same`, 1 for all. It is beneficial or harmful where McNemar's test says so of the flips (of the
-    nats, Wilcoxon's, where the task has no right and wrong), corrected for the number of units
-    (Holm). The `positives` that gain most are then steered together, and together with the
-    `negatives` that lose most; because they were chosen on the validation rows, what counts of them
-    is the test rows (`test_limit` of them; None: all).
+    are drawn at random by `seed`. A unit is scaled by 1 + alpha gamma, with AUSteer's gamma (where
+    units are ranked by effect, the effect's sign) or, as `same`, 1 for all. It is beneficial or
+    harmful where McNemar's test says so of the flips (of the nats, Wilcoxon's, where the task has
+    no right and wrong), corrected for the number of units (Holm). The `positives` that gain most
+    are then steered together, and together with the `negatives` that lose most; because they were
+    chosen on the validation rows, what counts of them is the test rows (`test_limit` of them; None:
+    all).
     """
     site, layer, head = place.site, place.layer, place.head
     positives, negatives = combined.positives, combined.negatives
@@ -96,7 +100,7 @@ def units(
         raise TrimtabError("heterogeneity takes 2 units or more, and 1 of each to combine")
     texts = contrast_for(task, contrast, asked)
     rows = rows_of(language_model, task, asked, seed)
-    ranking = rankings(language_model, texts, [site])[site]
+    ranking = rankings(language_model, texts, [site], place.locate)[site]
     chosen, block = _chosen(language_model, ranking, layer, head, count, seed)
 
     def steering(of: Sequence[Unit]) -> Steering:
@@ -129,7 +133,7 @@ def units(
     conditions = _conditions(rows, {name: steering(of) for name, of in groups.items() if of})
     entries = [
         {
-            **vars(one.unit),
+            **one.unit.as_json(),
             "chosen": one.chosen,
             "verdict": verdicts[deciding][i],
             "changes": {
@@ -147,6 +151,7 @@ def units(
         "site": site,
         "layer": layer,
         "head": head,
+        "locate": place.locate,
         "alpha": alpha,
         "gamma": gamma,
         "metric": deciding,
