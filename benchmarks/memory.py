@@ -32,12 +32,12 @@ def main() -> None:
     lm = tt.load("smollm2-135m-instruct", device="cpu")
     contrast = texts.copa(data, pairs)
     tt.fit(METHODS, lm, contrast.take(WARM_UP_PAIRS))
-    before, peak = _peak_during(lambda: tt.fit(METHODS, lm, contrast))
+    before, peak = peak_during(lambda: tt.fit(METHODS, lm, contrast))
     numbers = {"before_mb": before, "peak_mb": peak, "above_model_mb": peak - before}
     print(json.dumps({"pairs": len(contrast), **numbers}))
 
 
-def _peak_during(work: Callable[[], object]) -> tuple[float, float]:
+def peak_during(work: Callable[[], object]) -> tuple[float, float]:
     """Resident size in MB before `work`, and the highest while it ran."""
     process, done = psutil.Process(), threading.Event()
     sizes = [process.memory_info().rss]

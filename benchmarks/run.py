@@ -1,6 +1,6 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
-    python benchmarks/run.py [extraction|onepass|means|generation|overhead|
+    python benchmarks/run.py [extraction|onepass|effects|means|generation|overhead|
                               evaluation|strength|sweeps|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
@@ -9,6 +9,8 @@ extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COP
             the peak memory of a thousand pairs (extraction.py, memory.py)
 onepass     nine methods in one pass against the dearest of them, and against nine passes
             (onepass.py)
+effects     the effect of every unit of two kinds of sites against a forward pass, and the
+            peak memory of both (effects.py, memory.py)
 means       the mean difference at all layers against steering-vectors and repeng (means.py); each
             is installed into an environment of its own in the user's cache, about 1.4 GB
 generation  what an attached and a baked steering cost while a model writes (generation.py)
@@ -25,8 +27,8 @@ What is measured: CPU seconds of the process (user and system) on one thread, wi
 beside them. Contenders take turns within each round, in the opposite order every other round, and
 have run once before. Model loading is never counted. A ratio is shown of the best rounds, and as
 the median of the rounds' own ratios with its 95 % interval by bootstrap; the target is for the
-former, in onepass and overhead for the latter. On a machine with other work, believe the CPU
-seconds.
+former, in onepass, effects and overhead for the latter. On a machine with other work, believe the
+CPU seconds.
 
 The real data sets of `extraction` (copa/balanced_train.jsonl, boolq/train_small.jsonl), of
 `evaluation` (the test files of copa, winogrande and boolq) and of `sweeps` (copa's files) are read
@@ -50,6 +52,7 @@ from clock import Report, machine, one_thread
 BENCHMARKS = (
     "extraction",
     "onepass",
+    "effects",
     "means",
     "generation",
     "overhead",

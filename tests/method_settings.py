@@ -94,10 +94,14 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "validation": _always(
             tt.CAA(layer="validation", alpha=2, token="last"), FFN_BIAS, _NO_FFN_BIAS
         ),
+        "effect": _always(tt.CAA(layer="effect", token="answer"), FFN_BIAS, _NO_FFN_BIAS),
         "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "the scope 'last'"),
     },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
+        "effect": _always(
+            tt.ITI(k=4, alpha=4, locate="effect"), ATTENTION_BIAS, "takes no bias|no bias at"
+        ),
         "last": _always(
             tt.ITI(k=3, direction="probe", scale=False, positions="last"), NONE, "the scope 'last'"
         ),
@@ -105,6 +109,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     "sadi": {
         "head": _always(tt.SADI(k=3), EVERY),
         "neuron": _always(tt.SADI("neuron", k=40, delta=2), EVERY),
+        "effect": _always(tt.SADI(k=3, locate="effect"), EVERY),
     },
     "sta": {
         "autoencoder": Setting(

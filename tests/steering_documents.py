@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import Tensor
 import trimtab as tt
 from helpers import CALIBRATION, basis
 from trimtab.steering import ModelIdentity, Steering
-from trimtab.steering.operators import Ablate, Add, Rotate, Scale, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Force,
+    Rotate,
+    Scale,
+    Shift,
+    Turn,
+)
 
 LARGEST = torch.finfo(torch.float32).max
 MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)
@@ -24,7 +35,7 @@ MODEL = ModelIdentity("tiny", "llama", 3, 48, "0123456789abcdef" * 4)
 
 def every() -> Steering:
     """A steering with all that a file can hold."""
-    units = torch.tensor([3, 0, 47])
+    units, halves = torch.tensor([3, 0, 47]), torch.full((3,), 0.5)
     operators = (
         ("layers.0.ffn_out", Scale(units, torch.tensor([0.5, -1.0, 0.25]), 48)),
         ("layers.0.heads", Scale(units, torch.tensor([0.5, -1.0, 0.25]), 48, absolute=True)),
@@ -33,11 +44,19 @@ def every() -> Steering:
         ("layers.2.ffn_norm", Rotate(basis(48, 1))),
         ("layers.2.attn_norm", Turn(basis(48, 2), adaptive=True)),
         ("final_norm", Turn(basis(48, 3))),
+        ("layers.0.attn_out", Affine(*torch.ones(2, 48, 2), c=torch.linspace(-1, 1, 48))),
+        ("layers.0.resid", Shift(units, halves, halves, 48, torch.zeros(3), torch.ones(3))),
+        ("layers.1.heads", Clamp(basis(48, 4, rows=1)[0], -0.5, 2.0)),
+        ("layers.1.ffn_norm", Ablate(basis(48, 5))),
+        ("layers.2.router", Force(torch.tensor([1]), torch.tensor([0, 5]), 8)),
+        ("layers.2.resid", Add(torch.linspace(-1, 1, 48), "cap")),
     )
+    interventions = [tt.Intervention(site, one, "last") for site, one in operators]
+    interventions[-1] = replace(interventions[-1], weight=-0.5)
     return Steering(
         method="austeer",
         hyperparameters={"site": "ffn_out", "k": 3, "alpha": 8, "layers": [1], "note": None},
-        interventions=tuple(tt.Intervention(site, one, "last") for site, one in operators),
+        interventions=tuple(interventions),
         dial=tt.Dial("alpha", 8.0, (-100.0, 100.0), "°"),
         model=MODEL,
         contrast={"name": "pairs.jsonl", "digest": "ab" * 32, "rows": 100},

@@ -322,7 +322,7 @@ def _fit(contrast: Contrast = TWO, **options: Any) -> Callable[[], Any]:
 _LEAST = {"choose": "least", "alpha": 0.5}
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
-    "site": (_austeer(site="mlp"), "site is 'mlp': known are heads, ffn_out, ffn_in"),
+    "site": (_austeer(site="mlp"), "is .mlp.: known are heads, attn_out, ffn_in, ffn_out, resid"),
     "site with layer": (_austeer(site="layers.1.ffn_out"), "known are heads"),
     "direction": (_austeer(direction="up"), "direction is 'up': known are paper, signed"),
     "positions": (_austeer(positions="first"), "positions is 'first': .*known are all"),

@@ -16,19 +16,21 @@ from helpers import (
     SITES,
     language_model,
     one_line,
+    plain_logits,
     refused_in_one_line,
     relative,
     steer,
     token_ids,
 )
 from operator_formulas import formula, random_operator
-from plain_sites import plain_sites
+from plain_sites import plain_edit, plain_sites
 from reference import reference
 from tiny import TINY, tiny_model, tiny_tokenizer
 from tiny_curated import CURATED, curated_model
+from trimtab import strength
 from trimtab.anatomy import Anatomy
 from trimtab.dials import Turning
-from trimtab.steering.operators import Add, Clamp, Scale, Shift, orthonormal
+from trimtab.steering.operators import Ablate, Add, Affine, Clamp, Scale, Shift, orthonormal
 
 #: Linear operators beside Scale, Add, Ablate and Rotate, and those that are not.
 LINEAR = ("Ablate3", "Affine", "Constant", "Shift", "SetTo")
@@ -109,20 +111,27 @@ def test_what_is_not_linear_says_so(op: str) -> None:
 
 
 def _check_curated(name: str, every: bool) -> None:
-    """Baked as attached at a site of each kind, or refused before anything is compared."""
-    lm = _curated(name)
+    """Attached as plain hooks at a site of each kind; baked as attached, or refused before
+    anything is compared."""
+    lm, ids = _curated(name), token_ids(PROMPTS[0])
     of_kinds = {site.split(".")[-1]: site for site in plain_sites(name)}
+    ops = (*LINEAR, *OTHERS)
     for number, site in enumerate(of_kinds.values()):
-        for op in LINEAR if every else (LINEAR[number % len(LINEAR)],):
+        for op in ops if every else (ops[number % len(ops)],):
             steering = _steering(lm, site, op)
+            change = partial(formula, steering.interventions[0].operator, dial=steering.setting)
+            with plain_edit(lm.model, name, site, lambda x, by=change: by(x).to(x.dtype)):  # type: ignore[misc]
+                expected = plain_logits(lm.model, ids)[-1]
+            attached = lm.logits(PROMPTS[:1], steering=steering)
+            assert relative(attached[0], expected) < 1e-4, (site, op)
             try:
                 baked = tt.bake(lm, steering)
             except tt.TrimtabError as error:
                 message = str(error)
                 assert "cannot bake" in message, (site, op)
                 assert "differ from the steered" not in message, (site, op)
+                assert op not in LINEAR or "is not linear" not in message, (site, op)
                 continue
-            attached = lm.logits(PROMPTS[:1], steering=steering)
             assert relative(baked.logits(PROMPTS[:1]), attached) < 1e-4, (site, op)
 
 
@@ -260,6 +269,31 @@ def test_the_derivative_that_budgets_use(op: str) -> None:
             rows[places] = logits.double()
         ends.append(rows)
     assert relative(found, (ends[0] - ends[1]) / (2 * step)) < 1e-3
+
+
+def test_where_the_dial_is_turned_without_end() -> None:
+    """What only adds has an end, however it is written; of anything else it depends on the text."""
+    lm = _wrapped("llama")
+    width = lm.anatomy.hidden_size
+    vector, none = torch.randn(width), torch.zeros(width, 1)
+    end = strength.limit(lm, steer(lm, ("layers.1.resid", Add(vector))))
+    for made in (
+        Affine(none, none, vector),
+        Shift(torch.arange(width), torch.ones(width), vector, width),
+    ):
+        assert torch.equal(strength.limit(lm, steer(lm, ("layers.1.resid", made))), end)
+    direction = orthonormal(vector[None])[0].float()
+    for other in (
+        Add(vector, "always"),
+        Affine(direction[:, None], direction[:, None], vector),
+        Clamp(direction, 0.5, 0.5),
+        Ablate(torch.stack((direction,))),
+    ):
+        steering = steer(lm, ("layers.1.resid", other))
+        refused_in_one_line(
+            lambda one=steering: strength.limit(lm, one),  # type: ignore[misc]
+            "does more than add a vector",
+        )
 
 
 def test_the_dial_of_a_row_is_its_own() -> None:

@@ -25,7 +25,7 @@ from trimtab.methods import describe, explain
 from trimtab.methods.choosing import Trials, in_blocks
 from trimtab.methods.effects import Scoring, by_effect, effect_wants
 from trimtab.methods.ranking import Scores
-from trimtab.reading import log_odds
+from trimtab.reading import ScaledUnit, log_odds, scaled_log_p, side_readings
 from trimtab.steering.operators import Scale
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
@@ -193,6 +193,39 @@ def test_averaged_effects_predict_what_a_large_strength_gains(name: str, alpha: 
     assert errors[True] < 0.5 * errors[False]
 
 
+def test_graded_gains_of_blocks_are_on_one_scale() -> None:
+    lm, alpha = _wide(), 2.0
+    method = partial(tt.AUSteer, k=4, alpha=alpha, locate="effect", strength="graded")
+    steering = method(interaction="blocks", block=2).fit(lm, CONTRAST)
+    every = method(k="all").fit(lm, CONTRAST)
+    scale = float(every.tables["effect"].abs().max())
+    expected = (steering.tables["effect"] / scale).tolist()
+    assert steering.tables["gain"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert steering.hyperparameters["block"] == 2
+
+
+def test_units_are_looked_at_again_in_texts_as_long() -> None:
+    lm = tiny_lm()
+    long = Contrast.from_pairs([("Today I feel sad. " * 3 + p, a, b) for p, a, b in PAIRS])
+    cut = max(len(lm.encode([p + a])[0]) for p, a, _ in PAIRS) + 2
+    method = tt.AUSteer(k=4, alpha=2.0, locate="effect", verify=9, interaction="blocks", block=2)
+    found: list[Any] = []
+    said = warned(lambda: found.append(method.fit(lm, long, max_length=cut).tables))
+    assert any("were cut on the left" in one for one in said)
+    found.append(method.fit(lm, long).tables)
+    assert all(found[0][name].tolist() != found[1][name].tolist() for name in ("real", "effect"))
+    with pytest.warns(tt.TrimtabWarning, match="cut on the left"):
+        tokens = side_readings(lm, long, cut)
+    assert max(len(reading.tokens) for reading in tokens) < cut
+    row = 0  # the first one is measured with no other scaled
+    layer, unit = int(found[0]["layer"][row]), int(found[0]["unit"][row])
+    gamma = 2.0 * float(found[0]["gain"][row])
+    log_p = scaled_log_p(lm, tokens, [ScaledUnit(f"layers.{layer}.heads", unit, gamma)])
+    gained = (log_p[1] - log_p[0]).unflatten(0, (-1, 2))
+    real = float((gained[:, 0] - gained[:, 1]).mean())
+    assert float(found[0]["real"][row]) == pytest.approx(real, abs=1e-5)
+
+
 def test_averaged_effects_choose_anew() -> None:
     lm, alpha = _wide(), 2.0
     trials, first = _trials(lm, alpha)
@@ -240,7 +273,8 @@ def test_fisher_gains_are_the_closed_form() -> None:
         ratio = gains @ effect / math.sqrt(gains @ fisher @ gains)
         assert ratio <= expected @ effect / math.sqrt(expected @ fisher @ expected) + 1e-9
     known = steering.findings["predicted"]
-    each = 0.5 * (samples @ expected) ** 2
+    draws = unit_costs(lm, ["layers.0.heads"])[0].draws
+    each = (0.5 * (samples @ expected) ** 2).reshape(-1, draws).mean(1)  # of each text
     assert known["kl"] == pytest.approx(each.mean(), rel=1e-4)
     assert known["kl_error"] == pytest.approx(each.std(ddof=1) / math.sqrt(len(each)), rel=1e-4)
 
@@ -309,7 +343,7 @@ def test_what_is_predicted_is_said_at_the_dial_and_at_strengths(
     words = " ".join(explain(tt.Steering.read(f"{path}@2")))
     assert f"Predicted at 2 from its effects: {2 * known['gain']:+.2f} ±" in words
     assert "gentle" in words
-    assert "4 pairs" in words
+    assert "4 rows" in words
 
 
 def test_others_have_nothing_predicted() -> None:

@@ -454,3 +454,24 @@ def test_the_question_is_asked_once_and_short() -> None:
     means(lm, PAIRS, ["layers.0.heads", "layers.2.heads"])
     assert len(runs) == 1
     assert first <= 1 + 2 + 6  # its own, what it takes to differentiate, and whether it packs
+
+
+class _Interrupts:
+    """Stands for Ctrl-C on the way back."""
+
+    name = "interrupts"
+
+    def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_on_the_way_back_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    lm = fresh("llama", F32)
+    plain = means(lm, PAIRS, ["layers.0.heads"])
+    before = traces(lm.model)
+    want = Want("layers.1.heads", Effect(), Effects, _Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        collect(lm, MANY, [want], cache=tmp_path)
+    assert traces(lm.model) == before
+    assert all(weight.requires_grad and weight.grad is None for weight in lm.model.parameters())
+    same(means(lm, PAIRS, ["layers.0.heads"]), plain, 0)

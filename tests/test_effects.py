@@ -79,7 +79,19 @@ def test_effects_are_sums_over_weights(name: str) -> None:
         assert relative(mean, expected) < 2e-6, site
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        "all",
+        "prompt",
+        "generated",
+        "last",
+        "all[2:9]",
+        "prompt[-4:]",
+        "generated[:2]",
+        "text & !all[:3]",
+    ],
+)
 @pytest.mark.parametrize("name", ["llama", "lfm2"])
 def test_effects_are_those_of_a_steering_there(name: str, positions: Positions) -> None:
     """Of the same positions, measured as log-odds are; packed and not."""

@@ -38,6 +38,7 @@ PUBLIC = [
     "Method",
     "Range",
     "Result",
+    "Scope",
     "SADI",
     "SAS",
     "SS",

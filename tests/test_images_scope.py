@@ -17,7 +17,7 @@ from seeing import about, by_hand, inputs_alone, saved, seeing, seeing_tokenizer
 from trimtab.anatomy import Anatomy
 from trimtab.methods import describe, explain
 from trimtab.model.marks import Marks
-from trimtab.model.passes import Pass
+from trimtab.model.one_pass import Pass
 from trimtab.model.standing import Prompts
 from trimtab.model.trails import Trail
 from trimtab.reading import log_odds, next_tokens, prompt_reading

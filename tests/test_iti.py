@@ -390,6 +390,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
             "scale": False,
             "held_out": 0.3,
             "seed": 5,
+            "locate": "accuracy",
             "positions": "last",
         }
         assert steering.dial == tt.Dial("alpha", -4, (-50.0, 50.0))

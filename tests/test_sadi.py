@@ -365,6 +365,7 @@ def test_saved_and_loaded(variant: Any, tmp_path: Path) -> None:
             "variant": variant,
             "k": 3,
             "delta": -0.5,
+            "locate": "difference",
             "positions": "last",
         }
         assert steering.dial == tt.Dial("delta", -0.5, (-1.0, 90.0))

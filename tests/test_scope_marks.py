@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import trimtab as tt
-from helpers import add, language_model, one_line, refused_in_one_line, steer
+from helpers import add, language_model, one_line, refused_in_one_line, steer, warned
 from tiny import tiny_tokenizer
 from trimtab.model.explaining import firing
 from trimtab.model.marks import Marks
@@ -227,9 +227,13 @@ def test_words_for_what_a_model_has_not() -> None:
     marks = Marks(tokenizer_with(TEMPLATES["chatml"]), "plain")
     for word, what in (("thinking", "marks thinking"), ("tool_call", "marks calls of tools")):
         refused_in_one_line(lambda word=word: marks.place(Scope.parse(word)), what)
-    # All that such a model writes is its answer.
+    # All that such a model writes is its answer, which is said once.
     ids = chat_ids(marks.tokenizer, CHAT)
-    assert fires(marks, "answer", [*ids, 57, 58], len(ids)) == [False] * len(ids) + [True] * 2
+    for scope in ("answer", "generated & !thinking", "generated & (thinking | all)"):
+        with pytest.warns(tt.TrimtabWarning, match="so that nothing is taken for it"):
+            found = fires(marks, scope, [*ids, 57, 58], len(ids))
+        assert found == [False] * len(ids) + [True] * 2
+    assert not warned(lambda: marks.place(Scope.parse("answer")))
     tools = TEMPLATES["chatml"] + "{# <tool_call> </tool_call> #}"
     calls = Marks(tokenizer_with(tools), "calls")
     text = 'Yes <tool_call>{"name": 1}</tool_call> then'

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trimtab.anatomy.description import Block, Branch
+from trimtab.anatomy.routers import Router
 from trimtab.anatomy.sites import KINDS
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def blocks_drawn(anatomy: Anatomy) -> str:
     shapes: dict[Any, list[int]] = {}
     for layer, block in enumerate(anatomy.known.description.layers):
         problems = tuple(sorted(map(str, anatomy.known.layers[layer].items())))
-        shapes.setdefault((_alike(block), problems), []).append(layer)
+        shape = (_alike(block), problems, anatomy.known.routers[layer])
+        shapes.setdefault(shape, []).append(layer)
     parts = []
     for layers in shapes.values():
         name = "layer" if len(layers) == 1 else "layers"
@@ -82,6 +84,10 @@ def _branch(
         yield f"  │ │ × {branch.input_factor:g}"
     if branch.readers:
         yield f"  │ │ read by   {', '.join(branch.readers)}"
+    router = anatomy.known.routers[layer]
+    if part == "ffn" and isinstance(router, Router):
+        count = f"{router.chosen} of {router.width} experts"
+        yield f"  │ │ router    {router.path}: {count}   router"
     if branch.experts is not None:
         yield f"  │ │ experts   {branch.experts}{sites('inner', 'out')}"
         if branch.beside:

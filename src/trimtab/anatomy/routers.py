@@ -74,7 +74,7 @@ class _Logits(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CHOOSING and self._choices and args[0].shape == self._shape:
+        if self._choices and func in _CHOOSING and args and args[0].shape == self._shape:
             return _chosen(func, self._choices, args, kwargs)
         output = func(*args, **kwargs)
         if func is not nn.functional.linear or output.shape[-1] != self._width:

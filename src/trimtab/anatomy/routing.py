@@ -69,20 +69,11 @@ def _parent(path: str) -> str:
 
 def _proved(around: Call, candidate: Call, experts: Call) -> Router | None:
     """A candidate as the router that it is proved to be, None where it is none."""
-    layout = layout_of(experts.module)
-    has_map = any(parameter.dim() == 2 for parameter in candidate.module.parameters())
-    if layout is None or not has_map or candidate.x is None:
+    made = _logits_of(candidate, experts)
+    if made is None:
         return None
-    with _Maps() as seen:
-        candidate.again(candidate.x)
-    enough = [each for each in seen.maps if each.width >= layout.experts]
-    # Of several the one that is no wider, else the last.
-    exact = [each for each in enough if each.width == layout.experts]
-    map_: _Map | None = next(iter([*exact, *reversed(enough)]), None)
-    if map_ is None or [each.width for each in seen.maps].count(map_.width) != 1:
-        return None
-    plain, module, width = _routed(around, experts), candidate.module, map_.width
-    same = _routed(around, experts, module, width, {"router": lambda x: None})
+    plain, module, width = _routed(around, experts), candidate.module, made.width
+    same = _routed(around, experts, module, width, {"router": torch.clone})
     if not all(map(torch.equal, _tensors(plain), _tensors(same))):
         return None
     counts = torch.tensor([len(route.token) for route in plain.experts])
@@ -95,7 +86,24 @@ def _proved(around: Call, candidate: Call, experts: Call) -> Router | None:
     edits: dict[Side, Edit] = {"router": _lifting(only), "router_choice": _choosing(only)}
     if not _goes_to(_routed(around, experts, module, width, edits), set(least.tolist())):
         return None
-    return Router(candidate.name, width, chosen, map_.owner(module), map_.bias is not None)
+    return Router(candidate.name, width, chosen, made.owner(module), made.bias is not None)
+
+
+def _logits_of(candidate: Call, experts: Call) -> _Map | None:
+    """The one linear map in a module that returns a logit for each expert: of several the one that
+    returns no more, else the last."""
+    layout = layout_of(experts.module)
+    has_map = any(parameter.dim() == 2 for parameter in candidate.module.parameters())
+    if layout is None or not has_map or candidate.x is None:
+        return None
+    with _Maps() as seen:
+        candidate.again(candidate.x)
+    enough = [each for each in seen.maps if each.width >= layout.experts]
+    exact = [each for each in enough if each.width == layout.experts]
+    found: _Map | None = next(iter([*exact, *reversed(enough)]), None)
+    if found is None or [each.width for each in seen.maps].count(found.width) != 1:
+        return None
+    return found
 
 
 def _lifting(only: Tensor) -> Edit:

@@ -55,10 +55,36 @@ class Features:
     def width(self) -> int:
         return int(self.decoder.shape[0])
 
+    @property
+    def plain(self) -> bool:
+        """Whether it reads activations as they are, so that a feature adds its decoder's row times
+        its activation to the stream."""
+        return bool(self.sae.cfg.normalize_activations == "none")
+
     def __call__(self, activation: Tensor) -> Tensor:
         """Activations of the features, [..., features] in float32."""
         encoded: Tensor = self.sae.to(activation.device).encode(activation.float())
         return encoded.float()
+
+
+@dataclass(frozen=True)
+class FeatureEffects:
+    """Reads the effect of scaling what each feature adds to the stream: its activation times its
+    decoder's row. A feature that is off has none."""
+
+    features: Features
+
+    @property
+    def name(self) -> str:
+        return f"{self.features.name}.effects"
+
+    @property
+    def width(self) -> int:
+        return self.features.width
+
+    def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
+        active = self.features(activation).to(gradient)
+        return active * (gradient @ self.features.decoder.to(gradient).T)
 
 
 def load_features(source: str) -> Features:

@@ -5,9 +5,10 @@ x_i <- (1 + g_i) x_i is
 
     KL(g) = 1/2 E[(sum_i g_i u_i)^2],    u_i = sum over tokens of  x_i d log p(y) / d x_i
 
-over tokens y that the model itself draws there (Fisher information). The draws at several positions
-of a text are independent and u has mean zero, so that one backward pass from all of a text's
-positions at once gives one sample of the sum over them.
+over tokens y that the model itself draws there (Fisher information); of adding g_i instead, u_i is
+the sum of the gradients alone. The draws at several positions of a text are independent and u has
+mean zero, so that one backward pass from all of a text's positions at once gives one sample of the
+sum over them.
 
 The samples of u are kept, per site, in the user's cache: for a model and its weights they are drawn
 once.
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -69,39 +71,45 @@ class Costs:
 
 
 def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
-    """Nats per position of plain text that scaling units by 1 + gain costs, to second order, what
-    the units do together included, as each sample has it: [samples] in float64. `gains` [units] are
-    in the order of the sites' costs."""
+    """Nats per position that scaling units by 1 + gain costs on each plain text, or adding gain
+    where the costs are those of that, to second order, what the units do together included:
+    [texts] in float64. `gains` [units] are in the order of the sites' costs."""
     along = [cost.samples.double() @ gain.double() for cost, gain in zip(costs, gains, strict=True)]
-    return 0.5 * torch.stack(along).sum(0).square()
-
-
-def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
-    """The mean of `kl_samples`; 0 where nothing is scaled."""
-    return float(kl_samples(costs, gains).mean()) if costs else 0.0
+    squares = torch.stack(along).sum(0).square()
+    of_texts: Tensor = 0.5 * squares.unflatten(0, (-1, costs[0].draws)).mean(1)
+    return of_texts
 
 
 def unit_costs(
-    language_model: LanguageModel, sites: Sequence[str], draws: int = DRAWS
+    language_model: LanguageModel,
+    sites: Sequence[str],
+    draws: int = DRAWS,
+    reads: Mapping[str, Any] | None = None,
 ) -> list[Costs]:
-    """The samples at each of the sites: those that are kept, the others drawn in one pass."""
+    """The samples at each of the sites: those that are kept, the others drawn in one pass.
+
+    `reads` say what is made of activation and gradient at a site, as in a `Pick`: `Slope()` gives
+    the costs of adding to units, and None those of scaling them.
+    """
+    reads = reads or {}
     rows = _neutral(language_model)
     steered = is_hooked(language_model.model)
     room = None if steered else _room(language_model, rows, draws)
     known: dict[str, Tensor] = {}
     for site in sites:
-        shape = len(rows) * draws, language_model.anatomy.width(site)
-        samples = None if room is None else _kept(room, site, shape)
+        width = getattr(reads.get(site), "width", language_model.anatomy.width(site))
+        shape = len(rows) * draws, width
+        samples = None if room is None else _kept(room, site, reads.get(site), shape)
         if samples is not None:
             known[site] = samples
     missing = [site for site in dict.fromkeys(sites) if site not in known]
     if missing:
         check_differentiable(language_model, missing)
-        drawn = _drawn(language_model, rows, missing, draws)
+        drawn = _drawn(language_model, rows, missing, draws, reads)
         for site, samples in zip(missing, drawn, strict=True):
             known[site] = samples
             if room is not None:
-                _keep(room, site, samples)
+                _keep(room, site, reads.get(site), samples)
     return [Costs(known[site], draws) for site in sites]
 
 
@@ -123,18 +131,24 @@ def _neutral(language_model: LanguageModel) -> list[Packed]:
 
 
 def _drawn(
-    language_model: LanguageModel, rows: Sequence[Packed], sites: Sequence[str], draws: int
+    language_model: LanguageModel,
+    rows: Sequence[Packed],
+    sites: Sequence[str],
+    draws: int,
+    reads: Mapping[str, Any],
 ) -> list[Tensor]:
     """Samples [texts * draws, units] of each site."""
-    width = {site: language_model.anatomy.width(site) for site in sites}
-    found = {site: torch.zeros(len(rows), draws, width[site]) for site in sites}
+    found = {}
+    for site in sites:
+        width = getattr(reads.get(site), "width", language_model.anatomy.width(site))
+        found[site] = torch.zeros(len(rows), draws, width)
     places = {row.index: place for place, row in enumerate(rows)}
     with progress("measuring what units cost", len(rows)) as advance:
         for batch in batches(rows, language_model.batch_tokens, packed=False):
             real = torch.zeros(batch.tokens.shape)
             for line in range(len(batch.rows)):
                 real[batch.place_of(line, 0)] = 1
-            sums = {site: {site: Summed(real)} for site in sites}
+            sums = {site: {site: Summed(real, reads.get(site))} for site in sites}
             figures = [partial(_guessed, language_model, batch, draw) for draw in range(draws)]
             lengths = torch.tensor([row.common - _FROM for row in batch.rows])
             own = [places[row.index] for row in batch.rows]
@@ -180,20 +194,25 @@ def _room(language_model: LanguageModel, rows: Sequence[Packed], draws: int) -> 
     return cache_dir() / "costs" / hashlib.sha256(about.encode()).hexdigest()[:32]
 
 
-def _kept(room: Path, site: str, shape: tuple[int, int]) -> Tensor | None:
+def _file(room: Path, site: str, read: Any) -> Path:
+    form = f".{read.name}" if read else ""
+    return room / f"{site}{form}.safetensors"
+
+
+def _kept(room: Path, site: str, read: Any, shape: tuple[int, int]) -> Tensor | None:
     """What was kept of a site; anything else there is as if nothing were."""
     try:
-        samples = load_file(room / f"{site}.safetensors")["samples"]
+        samples = load_file(_file(room, site, read))["samples"]
     except (OSError, KeyError, SafetensorError):
         return None
     good = samples.shape == shape and samples.dtype == torch.float32 and samples.isfinite().all()
     return samples if good else None
 
 
-def _keep(room: Path, site: str, samples: Tensor) -> None:
+def _keep(room: Path, site: str, read: Any, samples: Tensor) -> None:
     try:
         room.mkdir(parents=True, exist_ok=True)
         content = save({"samples": samples.contiguous()})
-        write_whole(room / f"{site}.safetensors", content, overwrite=True)
+        write_whole(_file(room, site, read), content, overwrite=True)
     except (OSError, TrimtabError):
         pass  # the next run draws again, and nothing else

@@ -148,7 +148,7 @@ def _counted(
             # What is written has all of its tokens generated, also the first.
             if not scope.everywhere and (paired or scope.as_placed is None):
                 weights = scope_weights(language_model.marks, scope, tuple(text), start)
-                taken = torch.tensor(weights)
+                taken = torch.tensor(weights).to(counted)
             if effect.counted != "all":
                 first = torch.arange(len(columns)) == 0
                 taken = taken * (first if effect.counted == "first" else ~first)

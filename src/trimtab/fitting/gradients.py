@@ -214,7 +214,7 @@ def _lean(language_model: LanguageModel, batch: Batch) -> Iterator[None]:
     """Where the graph of a batch would take too much memory, each block forgets what is inside it
     and runs again in the backward pass."""
     blocks = language_model.anatomy.blocks
-    if not asks_for_memory(language_model.anatomy, batch.tokens.numel(), language_model.device):
+    if not asks_for_memory(language_model, batch):
         yield
         return
     before = [vars(block).get("forward") for block in blocks]
@@ -233,15 +233,24 @@ def _lean(language_model: LanguageModel, batch: Batch) -> Iterator[None]:
                 object.__delattr__(block, "forward")
 
 
-def asks_for_memory(anatomy: Anatomy, tokens: int, device: torch.device) -> bool:
-    """Whether the graph of so many tokens takes too much of the memory that is free."""
-    size = next(anatomy.body.parameters()).element_size()
-    numbers = anatomy.layers * anatomy.hidden_size * _KEPT
-    return tokens * numbers * max(size, 2) > _SHARE * _free(device)
+def asks_for_memory(language_model: LanguageModel, batch: Batch) -> bool:
+    """Whether the graph of a batch takes too much of the memory that is free."""
+    anatomy, (lines, length) = language_model.anatomy, batch.tokens.shape
+    size = max(2, next(anatomy.body.parameters()).element_size())
+    numbers = lines * length * anatomy.hidden_size * _KEPT
+    if getattr(anatomy.config, "_attn_implementation", None) == "eager":  # which keeps its weights
+        numbers += 3 * lines * length * length * _heads(anatomy)
+    return anatomy.layers * numbers * size > _SHARE * _free(language_model.device)
+
+
+def _heads(anatomy: Anatomy) -> int:
+    heads = getattr(anatomy.config, "num_attention_heads", 0)
+    return heads if isinstance(heads, int) else 0
 
 
 def _free(device: torch.device) -> float:
     """Bytes of memory that are free."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)
+    if device.type != "cuda":
+        return float(psutil.virtual_memory().available)
+    own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + own)

@@ -37,6 +37,9 @@ information plus a tenth of the mean over all units, because a small one is hard
 `strength="fixed"` and `"graded"` choose between the two forms of gamma. `verify`, `average` and
 `interaction` look at units again with some of them scaled (see choosing.py and verifying.py).
 
+`basis="svd"` takes the singular directions of the weight matrix at a site in place of its units,
+and scales what lies along the chosen ones (see directions.py).
+
 Two more options are ours. A promoted unit whose activation is mostly negative moves away from the
 positive side when it is scaled up. `direction="signed"` multiplies gamma by the sign of the unit's
 mean activation over both sides, which is still a scaling and always toward the positive side.
@@ -72,7 +75,8 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.choosing import Choice, Trials, Ways, choice_in_words, choose
+from trimtab.methods.choosing import BLOCK, Choice, Trials, Ways, choice_in_words, choose
+from trimtab.methods.directions import along_directions, direction_wants
 from trimtab.methods.effects import (
     Scoring,
     by_effect,
@@ -101,7 +105,7 @@ from trimtab.steering import (
 #: The numbers of units and the strengths that the paper's grids are made of.
 AUSTEER_GRID = (1, 2, 4, 8, 10, 15, 16, 20, 32, 50, 64, 80, 100)
 #: Options that are for units by effect only.
-_BY_EFFECT = ("per_token", "first_token", "verify", "average", "interaction", "block")
+_BY_EFFECT = ("per_token", "first_token", "verify", "average", "interaction", "block", "basis")
 #: How gamma is made where nothing else is said.
 _STRENGTHS: dict[str, Literal["fixed", "graded"]] = {
     "effect": "fixed",
@@ -195,8 +199,16 @@ class AUSteer(Method):
             "chosen before scaled) or fisher (gamma by the units' full Fisher information)."
         },
     )
-    block: AtLeastOne = field(
-        default=8, metadata={"help": "How many units are chosen at a time, for interaction blocks."}
+    block: AtLeastOne | None = field(
+        default=None,
+        metadata={"help": f"How many units interaction blocks chooses at a time ({BLOCK})."},
+    )
+    basis: Literal["units", "svd"] = field(
+        default="units",
+        metadata={
+            "help": "What is scaled: single units, or singular directions of the weights at the "
+            "site (svd; by effect)."
+        },
     )
     clamp_sign: bool = field(
         default=False, metadata={"help": "Stop a suppressed unit at zero instead of flipping it."}
@@ -265,9 +277,22 @@ class AUSteer(Method):
             )
         if self.strength == "fixed" and self.interaction == "fisher":
             raise TrimtabError("austeer: interaction fisher grades gamma: leave strength out")
-        if self.block != 8 and self.interaction != "blocks":
+        if self.block is not None and self.interaction != "blocks":
             raise TrimtabError("austeer: block is for interaction blocks: leave it out")
         self._ways.check(self.alpha, self.k, self.choose, self.positions)
+        self._check_basis()
+
+    def _check_basis(self) -> None:
+        """Refuse what is not made for singular directions."""
+        units_only = {
+            "site resid": self.site == "resid",
+            "choose least": self.choose == "least",
+            "clamp_sign": self.clamp_sign,
+            "choosing again (verify, average, interaction)": not self._ways.simplest,
+        }
+        for name, asked in units_only.items():
+            if self.basis == "svd" and asked:
+                raise TrimtabError(f"austeer: {name} is for single units, not for basis svd")
 
     @property
     def by_effect(self) -> bool:
@@ -293,6 +318,8 @@ class AUSteer(Method):
 
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         sites = self.sites(language_model.anatomy)
+        if self.basis == "svd":
+            return direction_wants(language_model.anatomy, sites, self._effect)
         units = sum(language_model.anatomy.width(site) for site in sites)
         if self.k != "all" and self.k > units:
             raise TrimtabError(f"austeer: k is {self.k}, but {self.site} has {units} units here")
@@ -333,12 +360,15 @@ class AUSteer(Method):
         if strength is None:
             strength = _STRENGTHS.get(self.locate, "adaptive")
             strength = "graded" if self.interaction == "fisher" else strength
-        return replace(self, direction=direction, strength=strength)
+        block = self.block or (BLOCK if self.interaction == "blocks" else None)
+        return replace(self, direction=direction, strength=strength, block=block)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
         settled = self._settled()
+        if settled.basis == "svd":
+            return settled._along_directions(language_model, contrast, statistics)
         if settled.by_effect:
             choice = settled._by_effect(language_model, contrast, statistics)
         else:
@@ -410,7 +440,7 @@ class AUSteer(Method):
                 language_model,
                 contrast.train,
                 effect,
-                scoring,
+                scoring.as_in(first),
                 interventions,
                 self.clamp_sign,
                 self._stands_at(known(first, choice.picked)),
@@ -424,6 +454,27 @@ class AUSteer(Method):
             error = gain_error(statistics, effect, interventions(choice.found, choice.picked))
             foreseen |= {} if error is None else {"gain_error": error}
         return replace(choice, findings={**choice.findings, "predicted": foreseen})
+
+    def _along_directions(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
+        """The same of singular directions."""
+        sites = self.sites(language_model.anatomy)
+        scoring = Scoring(self.locate, self.strength == "fixed")
+        along = along_directions(language_model, statistics, sites, self._effect, scoring)
+        picked = self._chosen(along.found)
+        findings = {"predicted": along.predicted(picked)} if self.positions == "all" else {}
+        default = self._stands_at(findings.get("predicted", {}))
+        high = max(100.0, default)
+        return new_steering(
+            self,
+            language_model,
+            contrast,
+            along.interventions(picked, self.positions),
+            Dial("alpha", default, (-high, high)),
+            along.tables(language_model.anatomy, picked),
+            findings,
+        )
 
     # -- by rates, differences or chance ------------------------------------------------------
 
@@ -503,6 +554,10 @@ class AUSteer(Method):
         }[change]
         if least:
             formula = f"each activation x becomes (1 - {dial}) x"
+        what = f"single units of {options.get('site')}"
+        if options.get("basis") == "svd":
+            what = f"singular directions of the weights at {options.get('site')}"
+            formula = "what lies along each becomes 1 + gamma times as much"
         best = "least" if least else "most"
         reason = {
             "momentum": f"They were chosen because they tell the two sides apart {best} reliably: "
@@ -513,8 +568,8 @@ class AUSteer(Method):
             **effect_in_words(units, best),
         }[options.get("locate", "momentum")]
         lines = [
-            f"AUSteer {'shrinks' if least else 'changes'} {len(units)} single units of "
-            f"{options.get('site')}, in {counted(units)}: {formula}.",
+            f"AUSteer {'shrinks' if least else 'changes'} {len(units)} {what}, in "
+            f"{counted(units)}: {formula}.",
             reason,
         ]
         if least:

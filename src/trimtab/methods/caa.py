@@ -12,6 +12,10 @@ prompts).
 `variant="pca"` keeps the length of v and takes as its direction the first principal component of
 the pairs' differences. They are not centred, because their mean is what is looked for; the sign is
 the one that agrees with v.
+
+`layer="effect"` is ours: of every block's vector it knows from one pass what adding it does to the
+answers, and takes the block whose effect is most certain (see layers.py). A vector of negative
+effect is turned round.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Effect,
     Means,
     Method,
     Number,
@@ -39,6 +44,9 @@ from trimtab.fitting import (
     new_steering,
     validation_part,
 )
+from trimtab.methods.effects import predicted_in_words
+from trimtab.methods.first_order import slope_wants
+from trimtab.methods.layers import layer_by_effect, layer_in_words
 from trimtab.methods.words import adds_vectors, difference_read_at, read_at
 from trimtab.model import LanguageModel
 from trimtab.reading import preference
@@ -57,11 +65,12 @@ class CAA(Method):
         >>> texts = lm.generate(["Today I feel"], steering=steering.at(1))
     """
 
-    layer: int | tuple[int, ...] | Literal["validation"] | None = field(
+    layer: int | tuple[int, ...] | Literal["validation", "effect"] | None = field(
         default=None,
         metadata={
             "help": "Blocks whose output is steered, as in 12 or 10-14, negative from the end; or "
-            "validation: the one that does most on validation rows at alpha (default: 40%)."
+            "validation: the one that does most on validation rows at alpha; or effect: the one "
+            "that most certainly does something to the answers (default: 40%)."
         },
     )
     alpha: Number | None = field(
@@ -97,7 +106,7 @@ class CAA(Method):
 
     def sites(self, anatomy: Anatomy) -> list[str]:
         """The sites to steer, or those to choose from."""
-        if self.layer == "validation":
+        if self.layer in ("validation", "effect"):
             every: list[str] = anatomy.sites("resid")
             return every
         return residual_sites(anatomy, self.layer)
@@ -115,6 +124,8 @@ class CAA(Method):
         wants = [Want(site, token, Means) for site in sites]
         if self.variant == "pca":
             wants += [Want(site, token, SecondMoment) for site in sites]
+        if self.layer == "effect":
+            wants += slope_wants(sites, Effect(self.positions))
         return wants
 
     def _for(self, contrast: Contrast) -> CAA:
@@ -128,9 +139,17 @@ class CAA(Method):
         if self.token is None:
             return self._for(contrast).build(language_model, contrast, statistics)
         dial = Dial("alpha", self.at_default, (-20.0, 20.0))
+        vectors = {
+            site: self._vector(statistics, site) for site in self.sites(language_model.anatomy)
+        }
+        if self.layer == "effect":
+            best, findings = layer_by_effect(
+                self.name, language_model, statistics, vectors, Effect(self.positions)
+            )
+            return new_steering(self, language_model, contrast, [best], dial, findings=findings)
         interventions = [
-            Intervention(site, Add(self._vector(statistics, site)), Scope.of(self.positions))
-            for site in self.sites(language_model.anatomy)
+            Intervention(site, Add(vector), Scope.of(self.positions))
+            for site, vector in vectors.items()
         ]
         if self.layer != "validation":
             return new_steering(self, language_model, contrast, interventions, dial)
@@ -171,7 +190,7 @@ class CAA(Method):
                 f"The block was chosen among {len(gains)} on validation rows: there it moves the "
                 f"model most toward the positive side, by {max(gains.values()):.2f} nats."
             )
-        return lines
+        return lines + layer_in_words(steering) + predicted_in_words(steering)
 
 
 def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:

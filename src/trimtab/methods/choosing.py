@@ -24,6 +24,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,13 +35,15 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import Effect, Effects, Want, collect
 from trimtab.methods.effects import RIDGE, Scoring, effects_and_errors
 from trimtab.methods.ranking import Scores, places
-from trimtab.methods.verifying import CANDIDATES, verification, verified
+from trimtab.methods.verifying import CANDIDATES, Verification, verification, verified
 from trimtab.model import LanguageModel
 from trimtab.steering import Dial, Intervention, Steering
 
 #: How much effects at 0, half and all of the strength count: where units are ranked, and where a
 #: gain is predicted, which is their integral over the way (Simpson's rule).
 _EQUALLY, _SIMPSON = (1 / 3, 1 / 3, 1 / 3), (1 / 6, 4 / 6, 1 / 6)
+#: How many units are chosen at a time where nothing else is said.
+BLOCK = 8
 #: How near to 0 the factor of a unit may come where its effect is read, and by how much the dial is
 #: moved there: from a unit that is 0, nothing can be read.
 _NEAR, _MOVED = 1e-3, 1.01
@@ -59,7 +62,7 @@ class Ways:
     verify: int
     average: bool
     interaction: Literal["none", "blocks", "fisher"]
-    block: int
+    block: int | None
 
     @property
     def simplest(self) -> bool:
@@ -86,10 +89,10 @@ class Ways:
             )
         if self.verify == 1:
             raise TrimtabError("austeer: verify is a number of pairs: 2 or more, or 0 for none")
-        again = self.average or self.interaction == "blocks"
+        again = [name for name in named if name in ("average", "interaction blocks")]
         if again and positions != "all":
             raise TrimtabError(
-                f"austeer: {named[-1]} measures effects where every token is steered: leave "
+                f"austeer: {again[0]} measures effects where every token is steered: leave "
                 "positions out"
             )
         if self.average and self.interaction == "blocks":
@@ -155,7 +158,7 @@ class Trials:
 
     def rescored(self, found: Scores, mean: Tensor, error: Tensor) -> Scores:
         columns = {**found.columns, "effect": mean, "error": error}
-        return self.scoring(found.sites, columns, found.costs, self.scoring.largest(found.columns))
+        return self.scoring(found.sites, columns, found.costs)
 
     def averaged(
         self, first: Scores, found: Scores, picked: Tensor, weights: Sequence[float]
@@ -171,17 +174,13 @@ class Trials:
         )
         return mean, error
 
-    def narrowing(self, count: int) -> Narrow:
-        """Measures candidates on so many pairs."""
-        lm, per_nat = self.language_model, self.scoring.locate == "effect_per_nat"
-        check = verification(lm, self.contrast, count, self.effect, self.max_length)
-
-        def narrow(found: Scores, candidates: Tensor, picked: Tensor) -> Scores:
-            on = self.steering(found, picked) if len(picked) else None
-            gammas = self.gammas(found, candidates)
-            return verified(check, found, candidates, gammas, per_nat, on)
-
-        return narrow
+    def narrowed(
+        self, check: Verification, found: Scores, candidates: Tensor, picked: Tensor
+    ) -> Scores:
+        """Scores of candidates that are measured by scaling them, with those picked scaled too."""
+        on = self.steering(found, picked) if len(picked) else None
+        per_nat = self.scoring.locate == "effect_per_nat"
+        return verified(check, found, candidates, self.gammas(found, candidates), per_nat, on)
 
 
 def choose(trials: Trials, first: Scores, picked: Tensor, k: int, ways: Ways) -> Choice:
@@ -190,12 +189,14 @@ def choose(trials: Trials, first: Scores, picked: Tensor, k: int, ways: Ways) ->
     findings: dict[str, Any] = {"dial": trials.dial}
     if ways.average:
         found = trials.rescored(first, *trials.averaged(first, first, picked, _EQUALLY))
-    narrow = None
+    narrow: Narrow | None = None
     if ways.verify:
-        narrow = trials.narrowing(ways.verify)
-        few = len(trials.contrast) if trials.contrast.paired else None
-        findings["verified_on"] = min(ways.verify, few or ways.verify)
-    size = ways.block if ways.interaction == "blocks" else k
+        check = verification(
+            trials.language_model, trials.contrast, ways.verify, trials.effect, trials.max_length
+        )
+        narrow = partial(trials.narrowed, check)
+        findings["verified_on"] = check.rows
+    size = (ways.block or BLOCK) if ways.interaction == "blocks" else k
     found, picked = in_blocks(found, k, size, trials.again, narrow)
     if not len(picked):
         raise TrimtabError(
@@ -275,7 +276,7 @@ def choice_in_words(steering: Steering, units: Sequence[dict[str, Any]]) -> list
     if "verified_on" in known and all("real" in unit for unit in units):
         real, foreseen = (sum(unit[name] for unit in units) for name in ("real", "predicted"))
         lines.append(
-            f"Each was scaled alone on {known['verified_on']} pairs at {strength}: they gained "
+            f"Each was scaled alone on {known['verified_on']} rows at {strength}: they gained "
             f"{real:+.2f} nats in sum, where their effects say {foreseen:+.2f}."
         )
     if options.get("interaction") == "fisher":

@@ -52,8 +52,7 @@ def describe(steering: Steering) -> dict[str, Any]:
                 "size": intervention.operator.size,
                 **_placed(intervention.scope),
                 "scope": str(intervention.scope),
-                **({} if intervention.weight == 1 else {"weight": intervention.weight}),
-                **intervention.operator.details,
+                **intervention.details,
             }
             for intervention in steering.interventions
         ],

@@ -49,31 +49,24 @@ _KEPT = 1 << 27
 @dataclass(frozen=True)
 class Scoring:
     """How units are ranked by effect ("effect" or "effect_per_nat"), and whether all gammas are of
-    one size or each goes with what its unit does."""
+    one size or each goes with what its unit does: then what `scale` says is 1, or the largest."""
 
     locate: str
     fixed: bool
+    scale: float | None = None
 
     def __call__(
-        self,
-        sites: Sequence[str],
-        columns: Mapping[str, Tensor],
-        costs: Sequence[Costs],
-        largest: float | None = None,
+        self, sites: Sequence[str], columns: Mapping[str, Tensor], costs: Sequence[Costs]
     ) -> Scores:
-        """Scores from the columns effect, error and cost; of graded gains that of `largest` is 1,
-        which is the largest there is, where it is not said."""
-        effect, cost = columns["effect"], columns["cost"]
-        size = None
+        """Scores from the columns effect, error and cost."""
+        effect = columns["effect"]
         if self.locate == "effect":
-            score, size = (
-                torch.where(effect == 0, 0.0, effect.abs() / columns["error"]),
-                effect.abs(),
-            )
+            score, size = effect.abs() / columns["error"], effect.abs()
         else:
-            score = torch.where(effect == 0, 0.0, effect.square() / dear(cost))
+            score, size = effect.square() / dear(columns["cost"]), None
+        score = torch.where(effect == 0, 0.0, score)
         raw = self.raw(columns)
-        gain = raw.sign() if self.fixed else raw / (largest or self.largest(columns))
+        gain = raw.sign() if self.fixed else raw / (self.scale or _largest(raw))
         return Scores(sites, score, {"score": score, **columns, "gain": gain}, size, costs)
 
     def raw(self, columns: Mapping[str, Tensor]) -> Tensor:
@@ -81,8 +74,13 @@ class Scoring:
         effect = columns["effect"].nan_to_num(0.0)
         return effect if self.locate == "effect" else effect / dear(columns["cost"])
 
-    def largest(self, columns: Mapping[str, Tensor]) -> float:
-        return float(self.raw(columns).abs().max().clamp(min=1e-300))
+    def as_in(self, found: Scores) -> Scoring:
+        """The same, whose gains are scaled as those of scores that it gave."""
+        return replace(self, scale=_largest(self.raw(found.columns)))
+
+
+def _largest(raw: Tensor) -> float:
+    return float(raw.abs().max().clamp(min=1e-300))
 
 
 def dear(cost: Tensor) -> Tensor:

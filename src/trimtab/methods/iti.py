@@ -11,6 +11,10 @@ by its accuracy on held-out texts, and the K best are steered:
     theta_h   unit(mean x_h^pos - mean x_h^neg), or with `direction="probe"` the probe's own
     sigma_h   standard deviation of <x_h, theta_h> over all texts; 1 with `scale=False`
 
+`locate="effect"` is ours: it ranks heads by what adding sigma_h theta_h does to the answers, e_h
+against its standard error (see first_order.py), whatever a probe can tell from them. A head of
+negative effect is moved the other way, by -alpha sigma_h theta_h.
+
 Held-out texts are a random fifth of the rows, both sides of a pair together. The authors steer the
 last position of every pass, which is `positions="last"`, and publish checkpoints in which every
 position is steered, which is `"all"`, the default, and can be baked.
@@ -35,6 +39,7 @@ from trimtab.fitting import (
     POSITIONS_HELP,
     BetweenZeroAndOne,
     Count,
+    Effect,
     Method,
     Number,
     Samples,
@@ -42,7 +47,15 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.methods.ranking import rank
+from trimtab.methods.effects import predicted_in_words
+from trimtab.methods.first_order import (
+    added_prediction,
+    added_scores,
+    effects_in_words,
+    slope_wants,
+    surest,
+)
+from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import counted, percent
 from trimtab.model import LanguageModel
 from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
@@ -76,6 +89,13 @@ class ITI(Method):
         default=0.2, metadata={"help": "Share of rows that rank the heads."}
     )
     seed: Count = field(default=0, metadata={"help": "Which rows are held out."})
+    locate: Literal["accuracy", "effect"] = field(
+        default="accuracy",
+        metadata={
+            "help": "Score of a head: accuracy of its probe, or effect (what moving it does to the "
+            "answers, against its standard error)."
+        },
+    )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
     name = "iti"
@@ -92,7 +112,12 @@ class ITI(Method):
         heads = len(sites) * anatomy.heads
         if self.k > heads:
             raise TrimtabError(f"iti: k is {self.k}, but {anatomy.name} has {heads} heads here")
-        return [Want(site, "last", Samples) for site in sites]
+        wants = [Want(site, "last", Samples) for site in sites]
+        return wants + (slope_wants(sites, self._effect) if self.locate == "effect" else [])
+
+    @property
+    def _effect(self) -> Effect:
+        return Effect(self.positions)
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
@@ -102,27 +127,55 @@ class ITI(Method):
         accuracies, shifts, deviations = statistics.once(
             own, lambda: self._probes(anatomy, contrast.paired, statistics)
         )
-        scores = torch.tensor(accuracies)
-        chosen = rank(scores)[: self.k]  # flat over the sites' heads
-        sites = anatomy.sites("heads")
-        site_of, head = chosen // anatomy.heads, chosen % anatomy.heads
+        sites, columns, findings = anatomy.sites("heads"), {}, {}
+        if self.locate == "effect":
+            found = self._effects(language_model, statistics, shifts)
+            columns, chosen = dict(found.columns), surest(self.name, "heads", found, self.k)
+            shifts = [sign * shift for sign, shift in zip(columns["gain"], shifts, strict=True)]
+        else:
+            chosen = rank(torch.tensor(accuracies))[: self.k]  # flat over the sites' heads
+        interventions = self._interventions(anatomy, chosen, shifts)
+        columns |= {"accuracy": torch.tensor(accuracies), "sigma": torch.stack(deviations)}
+        tables = {
+            "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[
+                chosen // anatomy.heads
+            ],
+            "head": chosen % anatomy.heads,
+            **{name: column[chosen].float() for name, column in columns.items()},
+        }
+        if self.locate == "effect" and self.positions == "all":
+            findings["predicted"] = added_prediction(
+                language_model, statistics, self._effect, interventions
+            )
+        dial = Dial("alpha", self.at_default, (-50.0, 50.0))
+        return new_steering(self, language_model, contrast, interventions, dial, tables, findings)
+
+    def _interventions(
+        self, anatomy: Anatomy, chosen: Tensor, shifts: Sequence[Tensor]
+    ) -> list[Intervention]:
+        """What moves the chosen heads; heads of one site are equally wide, those of others may not
+        be."""
         interventions = []
-        for number, site in enumerate(sites):
-            here = chosen[site_of == number].tolist()
-            if here:  # heads of one site are equally wide, those of others may not be
+        for number, site in enumerate(anatomy.sites("heads")):
+            here = chosen[chosen // anatomy.heads == number].tolist()
+            if here:
                 vector = torch.zeros(anatomy.heads, len(shifts[here[0]]), dtype=torch.float64)
                 for index in here:
                     vector[index % anatomy.heads] = shifts[index]
                 add = Add(vector.flatten().float())
                 interventions.append(Intervention(site, add, Scope.of(self.positions)))
-        tables = {
-            "layer": torch.tensor([anatomy.check(site)[0] for site in sites])[site_of],
-            "head": head,
-            "accuracy": scores[chosen].float(),
-            "sigma": torch.stack(deviations)[chosen].float(),
+        return interventions
+
+    def _effects(
+        self, language_model: LanguageModel, statistics: Statistics, shifts: Sequence[Tensor]
+    ) -> Scores:
+        """What adding its shift to each head does."""
+        heads = language_model.anatomy.heads
+        vectors = {
+            site: torch.block_diag(*shifts[number * heads : (number + 1) * heads])
+            for number, site in enumerate(language_model.anatomy.sites("heads"))
         }
-        dial = Dial("alpha", self.at_default, (-50.0, 50.0))
-        return new_steering(self, language_model, contrast, interventions, dial, tables)
+        return added_scores(language_model, statistics, self._effect, vectors)
 
     def _probes(
         self, anatomy: Anatomy, paired: bool, statistics: Statistics
@@ -179,9 +232,18 @@ class ITI(Method):
             "probe": "where a classifier says that texts are positive",
         }[options["direction"]]
         right = percent([head["accuracy"] for head in heads])
-        return [
+        lines = [
             f"ITI adds a vector to the output of {len(heads)} attention heads, in "
-            f"{counted(heads)}: it leads {along} and is {dial} {by}.",
+            f"{counted(heads)}: it leads {along} and is {dial} {by}."
+        ]
+        if options.get("locate") == "effect":
+            return [
+                *lines,
+                *effects_in_words(heads, "adding one of these vectors"),
+                *predicted_in_words(steering),
+            ]
+        return [
+            *lines,
             "They are the heads from which a classifier tells the two sides apart best: it is "
             f"right on {right} of texts that it was not trained on.",
         ]

@@ -17,13 +17,22 @@ keeps features whose signs differ). Their sum
     v = sum a_i W_dec,i,    made as long as CAA's vector at the same place
 
 is added to the residual stream that the autoencoder reads.
+
+`locate="effect"` is ours. Scaling what feature i adds to the stream, f_i W_dec,i, by 1 + gamma
+moves the pair's log-odds by gamma e_i, with e_i the sum over tokens of f_i <W_dec,i, dm/dh>; a
+feature that is off at a token has none there. The k features of the most certain effect are kept
+(see first_order.py), and
+
+    v = sum sign(e_i) a_i W_dec,i,    with a_i the mean activation over all tokens of both sides,
+
+as long as CAA's vector again. What adding v does is then known to first order, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,6 +43,9 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
     Active,
+    Count,
+    Effect,
+    FeatureEffects,
     Features,
     Means,
     Method,
@@ -44,12 +56,24 @@ from trimtab.fitting import (
     Want,
     load_features,
     new_steering,
+    unit_costs,
 )
-from trimtab.methods.ranking import rank
+from trimtab.methods.effects import predicted_in_words
+from trimtab.methods.first_order import (
+    added_prediction,
+    effects_in_words,
+    scaled_scores,
+    scaled_wants,
+    slope_wants,
+    surest,
+)
+from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import adds_vectors, read_at
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
 
+#: How many are kept: of the authors' rule the share, by effect the number.
+_P, _K = 0.35, 16
 Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 
 
@@ -68,13 +92,23 @@ class STA(Method):
     """
 
     sae: str = field(metadata={"help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens)."})
-    p: Share = field(default=0.35, metadata={"help": "Share of features to keep, by either size."})
+    p: Share = field(default=_P, metadata={"help": "Share of features to keep, by either size."})
     alpha: Number | None = field(
         default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
     )
     token: Token = field(
         default="answer",
         metadata={"help": "What stands for a text: answer, mean, last, or -2 and so on."},
+    )
+    locate: Literal["difference", "effect"] = field(
+        default="difference",
+        metadata={
+            "help": "Score of a feature: difference of the two sides, or effect (what scaling it "
+            "does to the answers, against its standard error)."
+        },
+    )
+    k: Count | None = field(
+        default=None, metadata={"help": f"How many features to keep by effect (default: {_K})."}
     )
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
 
@@ -85,6 +119,19 @@ class STA(Method):
     def check(self) -> None:
         if not self.sae:
             raise TrimtabError("sta: name an autoencoder (sae): a directory, or RELEASE:ID")
+        if self.by_effect and self.p != _P:
+            raise TrimtabError("sta: p is for locate difference: by effect say how many (k)")
+        if not self.by_effect and self.k is not None:
+            raise TrimtabError("sta: k is for locate effect: by difference say which share (p)")
+
+    @property
+    def by_effect(self) -> bool:
+        """Whether features are kept for what scaling them does."""
+        return self.locate == "effect"
+
+    @property
+    def _effect(self) -> Effect:
+        return Effect(self.positions)
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -98,6 +145,15 @@ class STA(Method):
                 f"sta: the autoencoder reads {features.decoder.shape[1]} units, {features.site} of "
                 f"{language_model.name} has {width}: it was made for another model"
             )
+        wants = self._differences(features)
+        if self.by_effect:
+            wants += scaled_wants({features.site: _effects_read(features)}, self._effect)
+            wants += slope_wants([features.site], self._effect)
+            wants.append(Want(features.site, "mean", Means, read=features))
+        return wants
+
+    def _differences(self, features: Features) -> list[Want]:
+        """Of every feature how active it is on each side, and how often; and of the stream."""
         return [
             Want(features.site, self.token, Means, read=features),
             Want(features.site, self.token, Active, read=features),
@@ -107,26 +163,61 @@ class STA(Method):
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
+        if self.by_effect and self.k is None:
+            return replace(self, k=_K).build(language_model, contrast, statistics)
         features = load_features(self.sae)
-        means, active, stream = (statistics[want] for want in self.wants(language_model, contrast))
-        amplitude, frequency = means.difference, active.difference
-        kept = self._kept(amplitude, frequency)
-        if not kept.any():
-            raise TrimtabError("sta: no feature sets the two sides apart: raise p")
-        vector = amplitude[kept] @ features.decoder[kept].double()
+        means, active, stream = (statistics[want] for want in self._differences(features))
+        columns = {"amplitude": means.difference, "frequency": active.difference}
+        if self.by_effect:
+            found = self._scores(language_model, statistics, features)
+            columns |= found.columns
+            kept = surest(self.name, "features", found, self.k or 0)
+            activity = statistics.of(features.site, "mean", Means, read=features)
+            weights = columns["gain"] * (activity.positive + activity.negative)
+        else:
+            kept, weights = self._atoms(features, **columns), columns["amplitude"]
+        vector = weights[kept] @ features.decoder[kept].double()
         if not vector.any():
-            raise TrimtabError("sta: the features that were kept add up to nothing: raise p")
+            raise TrimtabError(
+                "sta: the features that were kept add up to nothing: "
+                f"raise {'k' if self.by_effect else 'p'}"
+            )
         vector = vector * (stream.difference.norm() / vector.norm())
         interventions = [Intervention(features.site, Add(vector.float()), Scope.of(self.positions))]
+        findings = {
+            "autoencoder": features.name,
+            "features": features.width,
+            "kept": len(kept),
+        }
+        if self.by_effect and self.positions == "all":
+            findings["predicted"] = added_prediction(
+                language_model, statistics, self._effect, interventions
+            )
         return new_steering(
             self,
             language_model,
             contrast,
             interventions,
             Dial("alpha", self.at_default, (-20.0, 20.0)),
-            _table(features, amplitude, frequency, kept),
-            {"autoencoder": features.name, "features": features.width, "kept": int(kept.sum())},
+            _table(columns, kept),
+            findings,
         )
+
+    def _scores(
+        self, language_model: LanguageModel, statistics: Statistics, features: Features
+    ) -> Scores:
+        """The certainty of the effect of every feature."""
+        reads = {features.site: _effects_read(features)}
+        costs = unit_costs(language_model, list(reads), reads=reads)
+        return scaled_scores(statistics, reads, self._effect, costs)
+
+    def _atoms(self, features: Features, amplitude: Tensor, frequency: Tensor) -> Tensor:
+        """The target atoms, the one that moves the stream most first."""
+        kept = self._kept(amplitude, frequency).nonzero().flatten()
+        if not len(kept):
+            raise TrimtabError("sta: no feature sets the two sides apart: raise p")
+        size = (amplitude.abs() * features.decoder.norm(dim=-1))[kept]
+        return kept[rank(size)]
 
     def _kept(self, amplitude: Tensor, frequency: Tensor) -> Tensor:
         """Which features are target atoms, [features]."""
@@ -137,13 +228,31 @@ class STA(Method):
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
-        found = steering.findings
+        found, options = steering.findings, steering.hyperparameters
+        by_effect = options.get("locate") == "effect"
+        why = "whose effects are most certain" if by_effect else "that set the two sides apart"
         what = (
             f"the sum of {found['kept']} of {found['features']} features of a sparse autoencoder, "
-            "those that set the two sides apart, made as long as the difference of the two sides' "
-            f"mean activations, {read_at(steering.hyperparameters['token'])}"
+            f"those {why}, made as long as the difference of the two sides' mean activations, "
+            f"{read_at(options['token'])}"
         )
-        return adds_vectors("STA", steering, what)
+        lines = adds_vectors("STA", steering, what)
+        if by_effect:
+            features = chosen(steering, cls.columns)["features"]
+            lines += effects_in_words(features, "scaling what one of them adds")
+            lines += predicted_in_words(steering)
+        return lines
+
+
+def _effects_read(features: Features) -> FeatureEffects:
+    """Reads the effects of scaling features; an autoencoder that rescales what it reads is
+    refused."""
+    if not features.plain:
+        raise TrimtabError(
+            "sta: effects need an autoencoder that reads activations as they are, and this one "
+            "rescales them (normalize_activations): take locate difference"
+        )
+    return FeatureEffects(features)
 
 
 def _largest(sizes: Tensor, p: float) -> Tensor:
@@ -152,15 +261,11 @@ def _largest(sizes: Tensor, p: float) -> Tensor:
     return sizes >= sizes.sort(descending=True).values[place]
 
 
-def _table(
-    features: Features, amplitude: Tensor, frequency: Tensor, kept: Tensor
-) -> dict[str, Tensor]:
-    """The kept features, the one that moves the stream most first."""
-    index = kept.nonzero().flatten()
-    size = (amplitude.abs() * features.decoder.norm(dim=-1))[index]
-    index = index[rank(size)]
+def _table(columns: Mapping[str, Tensor], kept: Tensor) -> dict[str, Tensor]:
+    """The kept features in rank order."""
+    found = {name: column[kept] for name, column in columns.items()}
     return {
-        "feature": index,
-        "amplitude": amplitude[index].float(),
-        "frequency": frequency[index].to(torch.int64),
+        "feature": kept,
+        **{name: column.float() for name, column in found.items()},
+        "frequency": found["frequency"].to(torch.int64),
     }

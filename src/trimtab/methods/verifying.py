@@ -40,6 +40,11 @@ class Verification:
     positions: Positions
     positive: Tensor | None
 
+    @property
+    def rows(self) -> int:
+        """How many pairs, or texts of the positive side."""
+        return len(self.readings) // 2 if self.positive is None else int(self.positive.sum())
+
     def gains(
         self, units: Sequence[ScaledUnit], steering: Steering | None = None
     ) -> tuple[Tensor, Tensor]:

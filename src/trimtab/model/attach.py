@@ -26,10 +26,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked
+from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked, parse_site
 from trimtab.errors import TrimtabError
 from trimtab.model.marks import Marks, Placed
-from trimtab.model.passes import Choose, Pass, Sequences
+from trimtab.model.one_pass import Pass
+from trimtab.model.passes import Choose, Sequences
 from trimtab.model.running import Attached, Block
 from trimtab.steering import Operator, Steering
 
@@ -313,7 +314,7 @@ def _on_model(
             anatomy.point(site): _editor(chain, sequences) for site, chain in steps.items()
         }
         for site, chain in steps.items():
-            choosing = _of_choice(chain)
+            choosing = _of_choice(chain) if parse_site(site)[1] == "router" else []
             if choosing:
                 edits[anatomy.choice_point(site)] = _editor(choosing, sequences)
         on = _ATTACHED.get(anatomy.body)

@@ -10,7 +10,7 @@ import torch
 
 from trimtab.errors import shown
 from trimtab.model.marks import Marks
-from trimtab.model.passes import Pass
+from trimtab.model.one_pass import Pass
 from trimtab.model.standing import Prompts
 from trimtab.model.trails import Trail
 from trimtab.reports import Presented, Table

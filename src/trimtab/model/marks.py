@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.errors import TrimtabError, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.model.chats import ChatForm
 from trimtab.model.spans import Ids, Images, Span, Turn, Turns
 from trimtab.steering import (
@@ -109,6 +110,7 @@ class Marks:
 
     def _placed(self, scope: Scope) -> Placed:
         try:
+            self._refuse_unmarked(scope)
             part = self._resolved(scope.part)
         except TrimtabError as error:
             raise TrimtabError(f"the scope '{scope}' does not fit {self.name}: {error}") from error
@@ -181,20 +183,34 @@ class Marks:
             role = "user" if name == "last_user" else name
             return Turn(turns, role, only_last=name == "last_user")
         if name in ("thinking", "tool_call"):
-            found = self._span(name)
-            if found is None:
-                what = "thinking" if name == "thinking" else "calls of tools"
-                raise TrimtabError(
-                    f"neither its chat template nor its tokenizer marks {what}: name the markers, "
-                    f'as in between("<{name}>", "</{name}>")'
-                )
-            return found
+            return self._span(name) or nothing
         if name == "answer":
             thinking: Any = self._span("thinking")
             return (
                 Word("generated") if thinking is None else And((Word("generated"), Not(thinking)))
             )
         return Word(name)
+
+    def _refuse_unmarked(self, scope: Scope) -> None:
+        """Refuse a scope that never acts where a model marks no thinking or no calls of tools, and
+        say of any other that it takes what the model writes for none."""
+        words = {each.name for each in parts_of(scope.part) if isinstance(each, Word)}
+        asked = {"answer": "thinking", "thinking": "thinking", "tool_call": "tool_call"}
+        for word in sorted(words & asked.keys()):
+            name = asked[word]
+            if self._span(name) is not None:
+                continue
+            what = "thinking" if name == "thinking" else "calls of tools"
+            why = f"neither its chat template nor its tokenizer marks {what}"
+            named = f'name the markers, as in between("<{name}>", "</{name}>")'
+            if Scope(_without(scope.part, name)).never:
+                raise TrimtabError(f"{why}: {named}")
+            warnings.warn(
+                f"{self.name} under the scope '{scope}': {why}, so that nothing is taken for it; "
+                f"if it has some, {named}",
+                TrimtabWarning,
+                stacklevel=2,
+            )
 
     def _check_ids(self, ids: Ids) -> None:
         size = len(self.tokenizer)
@@ -393,6 +409,22 @@ def _common(one: Ids, other: Ids) -> Ids:
             break
         length += 1
     return one[:length]
+
+
+def _without(part: Part, name: str) -> Part:
+    """A part where a word holds of no token."""
+    match part:
+        case Word(name=own) if own == name:
+            return Not(Word("all"))
+        case Window(of=of, first=first, stop=stop):
+            return Window(_without(of, name), first, stop)
+        case Not(of=of):
+            return Not(_without(of, name))
+        case And(parts=parts):
+            return And(tuple(_without(each, name) for each in parts))
+        case Or(parts=parts):
+            return Or(tuple(_without(each, name) for each in parts))
+    return part
 
 
 def _holds(ids: Ids, marker: Ids) -> bool:

@@ -20,7 +20,7 @@ from trimtab.model.standing import is_stretch
 from trimtab.steering import And, Not, Or, TokenIs, Window
 
 if TYPE_CHECKING:
-    from trimtab.model.passes import Pass
+    from trimtab.model.one_pass import Pass
 
 #: Token ids of a marker.
 Ids = tuple[int, ...]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,12 @@ def _versions() -> dict[str, str]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class _Explains(Protocol):
+    """A language model, as far as a steering needs one."""
+
+    def explain(self, steering: Any, prompt: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +130,7 @@ class Steering:
         """The scopes of its interventions, each once."""
         return tuple(dict.fromkeys(each.scope for each in self.interventions))
 
-    def explain(self, language_model: Any, prompt: Any, **options: Any) -> Any:
+    def explain(self, language_model: _Explains, prompt: Any, **options: Any) -> Any:
         """Token by token what will act on a prompt and on what the model writes after it: a
         `Firing`, which prints as a table. The same as `language_model.explain(self, prompt)`."""
         return language_model.explain(self, prompt, **options)

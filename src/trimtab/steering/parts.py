@@ -6,7 +6,7 @@ The types say what a file may hold of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
@@ -76,6 +76,14 @@ class Intervention:
         """Whether it changes an activation at any dial: with no unit chosen, or only zeros to add,
         it does not; nor with a weight of zero, where the operator does nothing at zero."""
         return self.operator.acts and not (self.weight == 0 and self.operator.identity == 0)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What is to be said of it beside its site, its operator's name and size, its scope: what
+        the operator says of itself, and its weight."""
+        # Operators of other packages may say nothing.
+        said: dict[str, Any] = dict(getattr(self.operator, "details", {}))
+        return said if self.weight == 1 else {**said, "weight": self.weight}
 
     def dial_at(self, setting: float) -> float:
         """Its own dial where the steering's stands at `setting`."""

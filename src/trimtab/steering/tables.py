@@ -69,13 +69,10 @@ def operators_in_words(steering: Steering) -> list[str]:
 
 
 def _details(intervention: Intervention) -> str:
-    """What is to be said of an operator and its weight, in brackets."""
-    said = dict(intervention.operator.details)
-    if intervention.weight != 1:
-        said["weight"] = intervention.weight
+    """What is to be said of an intervention, in brackets."""
     words = [
         f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in said.items()
+        for name, value in intervention.details.items()
         if value is not None and value is not False
     ]
     return f" ({', '.join(words)})" if words else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Method, fit, predicted_kl, unit_costs
+from trimtab.fitting import Method, fit, kl_samples, unit_costs
 from trimtab.methods import CAA, ITI, SADI, AUSteer
 from trimtab.model import LanguageModel
 from trimtab.papers.austeer.ranking import Unit, scaling
@@ -191,4 +191,5 @@ class Costs:
         for one in steering.interventions:
             assert isinstance(one.operator, Scale)
             factors.append(one.operator.factors(1.0, torch.float64) - 1)
-        return predicted_kl([self._known[one.site] for one in steering.interventions], factors)
+        known = [self._known[one.site] for one in steering.interventions]
+        return float(kl_samples(known, factors).mean())
