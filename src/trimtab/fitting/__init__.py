@@ -2,7 +2,7 @@
 
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
-from trimtab.fitting.costs import Costs, kl_samples, unit_costs
+from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.method import (

@@ -80,6 +80,11 @@ def kl_samples(costs: Sequence[Costs], gains: Sequence[Tensor]) -> Tensor:
     return of_texts
 
 
+def predicted_kl(costs: Sequence[Costs], gains: Sequence[Tensor]) -> float:
+    """The mean of `kl_samples`; 0 where nothing is scaled."""
+    return float(kl_samples(costs, gains).mean()) if costs else 0.0
+
+
 def unit_costs(
     language_model: LanguageModel,
     sites: Sequence[str],

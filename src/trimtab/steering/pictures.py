@@ -18,6 +18,8 @@ from trimtab.steering.tables import chosen
 _ATTRIBUTED = ("effect", "error", "cost", "first")
 #: Of so many the numbers are written below, of more only those of their layers.
 _NUMBERED = 32
+#: How far apart the numbers of layers must stand, as a share of the width.
+_APART = 0.03
 #: Half of a 95 % interval, in standard errors.
 _REACH = 1.96
 #: The budget that the gains of layers are drawn for, in nats.
@@ -114,14 +116,14 @@ def _plot_effects(
     ordered = sorted(records, key=lambda record: record.get("layer", 0))  # stable: by rank
     places = range(len(ordered))
     cost, first = _strips(axes, 2)
-    for up, colour, label in ((True, UP, "raises"), (False, DOWN, "lowers")):
+    for up, colour, marker in ((True, UP, "^"), (False, DOWN, "v")):
         these = [place for place in places if (ordered[place]["effect"] >= 0) is up]
         _effects(
             axes,
             these,
             [ordered[place]["effect"] for place in these],
             [ordered[place]["error"] for place in these],
-            {"color": colour, "marker": "^" if up else "v", "label": f"{label} ({len(these)})"},
+            {"color": colour, "marker": marker},
         )
     for strip, column in ((cost, "cost"), (first, "first")):
         strip.bar(places, [record[column] for record in ordered], color=NEUTRAL, width=0.7)
@@ -160,7 +162,11 @@ def _name_places(
         return
     ends = [*starts[1:], len(ordered)]
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    lowest.set_xticks(middles, [layers[start] for start in starts], fontsize=7)
+    named: dict[float, Any] = {}  # those that have room beside the one before
+    for middle, start in zip(middles, starts, strict=True):
+        if not named or middle - max(named) >= _APART * len(ordered):
+            named[middle] = layers[start]
+    lowest.set_xticks(list(named), list(named.values()), fontsize=7)
     lowest.tick_params(axis="x", length=0)
     lowest.set_xlabel(f"layer; {one}s in rank order of each")
 
