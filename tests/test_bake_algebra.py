@@ -37,6 +37,8 @@ LINEAR = ("Ablate3", "Affine", "Constant", "Shift", "SetTo")
 OTHERS = ("Interval", "Clamp", "AtLeast", "Kept", "Capped")
 #: Linear ones that add something, and those that mix units.
 ADDS, MIXES = ("Constant", "Shift", "SetTo"), ("Ablate3", "Affine", "Constant", "SetTo")
+#: What only the comparison that ends a bake finds: Gemma 4 reads the embedding twice.
+UNFORESEEN = ("gemma4", "embed")
 #: Curated models of the quick run, with one operator at each kind of site.
 QUICK = ("deepseek_v3", "glm4", "gpt_oss", "granite")
 
@@ -129,7 +131,7 @@ def _check_curated(name: str, every: bool) -> None:
             except tt.TrimtabError as error:
                 message = str(error)
                 assert "cannot bake" in message, (site, op)
-                assert "differ from the steered" not in message, (site, op)
+                assert ("differ from the steered" in message) == ((name, site) == UNFORESEEN)
                 assert op not in LINEAR or "is not linear" not in message, (site, op)
                 continue
             assert relative(baked.logits(PROMPTS[:1]), attached) < 1e-4, (site, op)

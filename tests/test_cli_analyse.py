@@ -76,6 +76,26 @@ def test_the_run_directory_says_what_was_run(trimtab: Command) -> None:
     assert Path("out/pictures/dial.png").stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_comparison_of_rankings_is_kept_and_goes_on(trimtab: Command) -> None:
+    line = (
+        "analyse effect --model model --task contrast:parts.jsonl --k 2 --kl 0.05 --draws 1 "
+        "--alone 1 -o out --json"
+    )
+    found = trimtab(line).json
+    records = sorted(Path("out/records").iterdir())
+    assert {"effect-z-k2.jsonl", "random-0-k2.jsonl"} <= {file.name for file in records}
+    assert {path.stem for path in Path("out/pictures").iterdir()} == {
+        "gain-by-k", "overlap", "predicted",
+    }  # fmt: skip
+    assert "Chosen on validation, reported on test" in Path("out/report.html").read_text()
+    for file in records[::2]:
+        file.unlink()
+    again = trimtab(line).json
+    assert again | {"seconds": 0} == found | {"seconds": 0}
+    assert trimtab(f"{line} --overwrite").json["settings"] == found["settings"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -283,3 +283,6 @@ def test_errors_are_standard_errors_of_the_pairs() -> None:
     assert relative(found.mean, one.mean(0)) < 1e-6
     assert relative(found.error, one.std(0) / len(pairs) ** 0.5) < 1e-6
     assert effects(lm, pairs[:1], [site])[site].error.isnan().all()
+    alike = effects(lm, pairs[:1] * 3, [site])[site]
+    assert (alike.error > 0).all()
+    assert (alike.error < 1e-5 * alike.mean.abs()).all()

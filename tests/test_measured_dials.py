@@ -14,7 +14,7 @@ import torch
 
 import trimtab as tt
 from helpers import PROMPTS, kl_at, language_model, refused_in_one_line, steer_at, with_range
-from trimtab.cli.evaluate import _alternatives
+from trimtab.cli.evaluate import Alternatives, _alternatives
 from trimtab.dials.measuring import (
     BREAKS,
     MOST,
@@ -180,7 +180,7 @@ def test_strengths_by_name_wherever_a_dial_is(tmp_path: Path, measuring: None) -
     refused_in_one_line(lambda: loaded.at("mild"), "gentle, clear, strong")
     refused_in_one_line(lambda: tt.Steering.read(f"{path}@mild"), "gentle, clear, strong")
     refused_in_one_line(lambda: loaded.at("-gentle"), "no dials of the negative side")
-    by_dial = _alternatives([str(path)], ["gentle", "0.5"])
+    by_dial = _alternatives(Alternatives(steer=[str(path)], dial=["gentle", "0.5"]))
     assert [one.setting for one in by_dial.values()] == [loaded.at("gentle").setting, 0.5]
     assert list(by_dial) == [f"{path}@gentle", f"{path}@0.5"]
     bare = replace(loaded, calibration=None)

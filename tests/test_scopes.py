@@ -4,6 +4,7 @@ texts does with an explicit mask."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from scopes_by_hand import (
 )
 from tiny import TINY, tiny_model
 from trimtab.model.versions import cache_argument
-from trimtab.reading import log_odds, next_tokens
+from trimtab.reading import StreamCache, log_odds, next_tokens, prompt_reading
 from trimtab.reading.reader import Reading
 from trimtab.steering import Add, Turn
 
@@ -237,6 +238,24 @@ def test_texts_that_begin_alike_are_read_as_each_alone(scope: str) -> None:
             log_p = logits_by_hand(lm, scope, list(texts[i]), ends[i])
             expected = log_p[[len(texts[i]) - 2, len(texts[i]) - 1], [7, 8]]
             assert torch.allclose(one.log_p, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", [each for each in OF_CHATS if "generated" not in each])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_chats_that_begin_alike_are_read_as_each_alone(scope: str, keeps: bool) -> None:
+    """Also where the blocks below the steering run apart, and are kept for the next one."""
+    lm = language_model("llama")
+    long = [{"role": "system", "content": f"{REPEATS} {PROMPTS[0]} {REPEATS}"}, *CHATS[1]]
+    chats = [[*long[:-1], {"role": "user", "content": f"What is {i}?"}] for i in range(4)]
+    readings = [prompt_reading(ids) for ids in lm.encode(lm.prompts(chats, True))]
+    readings = [replace(each, targets=(7,)) for each in readings]
+    kept = StreamCache(lm) if keeps else None
+    for _ in range(2):
+        for batch, found in [*next_tokens(lm, readings, scoped(lm, scope), kept=kept)]:
+            for i, one in zip(batch.rows, found, strict=True):
+                ids = list(readings[i].tokens)
+                expected = logits_by_hand(lm, scope, ids, len(ids))[-1, 7]
+                assert float(one.log_p[0]) == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("scope", few_quick(SCOPES, *QUICK, "last", "all[5:]"))

@@ -19,6 +19,8 @@ from torch import Tensor
 #: Half precision reaches 65,504: each text is scaled by a power of two so that its largest number
 #: lies just below this.
 _HALF_RANGE = 32768.0
+#: To which share of itself an effect is known.
+_KNOWN = 1e-7
 
 
 class Sides(NamedTuple):
@@ -120,7 +122,8 @@ class Effects:
             squares = torch.as_tensor(self.squares[side]).double().cpu() / count
             spread = (squares - self._mean(side).square()).clamp(min=0)
             variance = variance + spread / (count - 1) if count > 1 else spread * math.nan
-        return variance.sqrt()
+        # Effects are sums in float32: of pairs that are all alike the last digits are not known.
+        return variance.sqrt().maximum(_KNOWN * self.mean.abs())
 
     @property
     def _sides(self) -> tuple[int, ...]:

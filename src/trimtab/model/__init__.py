@@ -32,6 +32,7 @@ from trimtab.model.questions import (
     probe_texts,
 )
 from trimtab.model.saving import check_target
+from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
 

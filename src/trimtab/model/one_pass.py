@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.model.marks import Placed
 from trimtab.model.spans import Turns, fires, refuse_no_turns, without_turns
-from trimtab.model.standing import Prompts
+from trimtab.model.standing import UNKNOWN_END, Prompts
 from trimtab.model.trails import Trail
 
 
@@ -86,7 +86,10 @@ class Pass:
         return found
 
     def whole_prompt(self) -> Pass:
-        """As if the whole prompt were read in one pass, of which this one reads a part."""
+        """As if the whole prompt were read in one pass, of which this one reads a part. What comes
+        of a beginning whose end is not known is for nobody to read."""
+        if self.prompts.last_end >= UNKNOWN_END:
+            return self
         if self.whole is None:
             raise TrimtabError(
                 "the prompt is read in parts, and which turn of the user is its last cannot be "

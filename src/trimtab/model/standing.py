@@ -17,6 +17,8 @@ from torch import Tensor
 
 from trimtab.steering import Part, Window, Word
 
+#: Where the prompt of a beginning ends that many texts share: later than any token.
+UNKNOWN_END = 1 << 40
 #: Beyond any column.
 _FAR = 1 << 60
 _PLACES = ("all", "prompt", "generated", "last")

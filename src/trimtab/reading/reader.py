@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.model import (
+    UNKNOWN_END,
     LanguageModel,
     SteeringArgument,
     are_sound,
@@ -37,8 +38,6 @@ from trimtab.steering import Steering
 
 #: A beginning is run by itself, once, where that saves at least this many tokens.
 _WORTH_A_PASS = 64
-#: Later than any token: a shared beginning is all prompt.
-_FAR = 1 << 40
 #: Logits in float32 that are held at once.
 _LOGITS = 1 << 26
 
@@ -171,7 +170,7 @@ def run_batches(
             # they are all prompt, because no position that is read is among them. The blocks
             # below the steering run apart, and what they put out is kept for the next one; hooks
             # further up see those passes too, but nothing reads what they make of them.
-            sequences.given_ends = [_FAR]
+            sequences.given_ends = [UNKNOWN_END]
             streams = kept.run_lower(texts, below, batch.shared)
             if texts[0][: batch.shared] != start:
                 start, cache = texts[0][: batch.shared], None

@@ -17,6 +17,7 @@ from trimtab.reports import (
     Line,
     Picture,
     Table,
+    banded,
     cell,
     curve,
     difference_cell,
@@ -30,12 +31,13 @@ from trimtab.reports import (
 from trimtab.sweeps import FINE, setting
 
 #: How rankings look in every picture.
-_LOOKS = {
-    name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
-    for i, name in enumerate(
-        ["effect z", "momentum", "effect per nat", "mean difference", USUAL, "effect size"]
+_LOOKS = {RANDOM: (NEUTRAL, "o")} | dict(
+    zip(
+        ("effect z", "momentum", "effect per nat", "mean difference", USUAL, "effect size"),
+        zip(COLOURS, MARKERS, strict=False),
+        strict=False,
     )
-} | {RANDOM: (NEUTRAL, "o")}
+)
 #: Dashes of the lines of methods that steer with whole directions.
 _DASHES = {"caa": "--", "iti": ":", "sadi": "-."}
 
@@ -170,6 +172,9 @@ def gain_picture(
             colour, marker = _LOOKS[name]
             figures = [_estimate(one.gain) for one in own.values()]
             dash = ":" if name == RANDOM else "-"
+            if name == RANDOM:
+                low, high = zip(*(one.spread for one in own.values()), strict=True)
+                banded(axes, at, low, high, colour)
             curve(axes, [Line(name, at, figures, colour, marker, dash, faint=True)])
         for one in chosen:
             if one.cell.budget == budget and one.cell.name in _DASHES:
@@ -195,7 +200,8 @@ def gain_picture(
         "how much the first k units of each ranking raise the log-odds, at an equal budget",
         f"Means over {rows} test rows with 95 % intervals, each at the largest dial within the "
         "budget. Black lines: methods that steer with whole directions, with the setting that was "
-        "chosen on validation rows. Of random choices the mean over draws.",
+        "chosen on validation rows. Of random choices the mean over draws; the grey band is from "
+        "the least to the largest draw.",
     )
 
 
@@ -233,7 +239,12 @@ def alone_picture(found: Mapping[str, Any], rows: int) -> Picture:
         ylabel=f"real, {rows} validation rows, {with_unit(FINE)}",
         title=f"Units scaled one by one{said}",
     )
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    handles, labels = axes.get_legend_handles_labels()
+    first = len(RANKINGS)  # which were drawn last to first, the largest marks below
+    handles = [*handles[:first][::-1], *handles[first:]]
+    labels = [*labels[:first][::-1], *labels[first:]]
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(handles, labels, frameon=False, fontsize=7, **place)
     return Picture(
         "Units scaled one by one: predicted and real",
         "predicted",
