@@ -33,7 +33,9 @@ class Tokens:
 
     heading = "Steerings"
 
-    scope: str | None = option("Look at this scope instead of the file's own.", None)
+    scope: str | None = option(
+        "Look at this scope instead of the file's own.", None, flag="--scope"
+    )
     max_new_tokens: int = option("Tokens that the model writes after a prompt.", 16, least=0)
 
     def steered(self, file: str) -> Steered:

@@ -54,6 +54,7 @@ class Steered:
         "On which tokens they act instead of the file's own: all, prompt, generated, "
         "'generated & !thinking', 'generated[:32]' ...; one for all, or one for each --steer.",
         (),
+        flag="--scope",
     )
 
 
