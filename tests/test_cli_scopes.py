@@ -47,6 +47,7 @@ def test_generate_under_a_scope(trimtab: Command, home: Path) -> None:
         ("bake --model model --steer caa.safetensors --scope prompt -o b", "acts on the scope"),
         ("fit caa --model model -c pairs.jsonl -o x.safetensors --scope fist", "no word 'fist'"),
         ("inspect caa.safetensors --model model", "give a --model and a prompt"),
+        ("analyse dial --model x --task y --positions 'all &' -o b", "missing after '&'"),
         ("inspect caa.safetensors Hi", "give a --model and a prompt"),
         ("inspect caa.safetensors --scope 'all['", "':' is expected"),
     ],
@@ -69,6 +70,17 @@ def test_fit_on_a_scope_by_either_name(trimtab: Command) -> None:
     assert one.digest == other.digest
     assert one.hyperparameters == other.hyperparameters
     assert one.hyperparameters["positions"] == "generated[:32]"
+
+
+def test_fit_on_turns_from_texts_that_are_no_chats(trimtab: Command) -> None:
+    """Its dial is measured as if the prompts' last tokens were the user's."""
+    base = "fit caa --model model -c pairs.jsonl --layer 1 --samples 0 --split none"
+    found = trimtab(f"{base} --scope user -o user.safetensors --json").json
+    assert found["scope"] == "user"
+    assert found["gain"] is None
+    last = trimtab(f"{base} --scope last -o last.safetensors --json").json
+    assert found["dial"] == last["dial"]
+    assert last["gain"] is not None
 
 
 def test_a_late_steering_bakes_on_all_tokens_where_that_is_asked_for(trimtab: Command) -> None:

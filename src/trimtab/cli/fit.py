@@ -227,12 +227,13 @@ def _gain(
     """How much more likely the positive side becomes where the dial stands, in nats per pair with
     a 95 % interval: on held-out pairs, or on those that were fitted on where none are held out.
 
-    None of unpaired texts, and of what acts on generated tokens only.
+    None of unpaired texts, and of what acts on generated tokens only, or where a text says so.
     """
     from trimtab.figures import mean_interval
     from trimtab.reading import log_odds
 
-    if not texts.paired or any(scope.only_generated for scope in steering.scopes):
+    scopes = steering.scopes
+    if not texts.paired or any(scope.only_generated or scope.by_content for scope in scopes):
         return None
     part: Part = next((part for part in ("test", "validation") if part in texts.sizes), "train")
     pairs = (texts.part(part) if texts.has_parts else texts).take(_PAIRS)

@@ -16,7 +16,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import MAX_COST, Rows, option
 from trimtab.papers.result import Value, value_of
 from trimtab.reports import Run, summarise
-from trimtab.steering import Positions, Steering
+from trimtab.steering import Positions, Scope, Steering
 from trimtab.sweeps import Measured, TaskRows, choose, difference_of, values_of
 from trimtab.terminal import progress
 
@@ -34,7 +34,10 @@ class Circle:
     cost: bool = option("Measure what plain text costs, in nats per token.", True)
     whole_blocks: bool = option("SS steers a block only if all of its norms discriminate.", True)
     ss_compat: bool = option("Steer all norms of a block, also those on the branches.", False)
-    positions: Positions = option("Tokens to steer.", "all")
+    positions: Positions = option("Tokens to steer, a scope: all, prompt, generated ...", "all")
+
+    def __post_init__(self) -> None:
+        Scope.of(self.positions)  # says what is wrong with it
 
 
 @dataclass(frozen=True)
