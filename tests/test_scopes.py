@@ -287,6 +287,7 @@ def test_turns_of_a_text_that_is_no_chat_are_refused() -> None:
     # A row that is not steered may say what it likes.
     chat = lm.render(lm.prompts(CHATS[1:], True)[0])
     lm.generate([chat, PROMPTS[0]], chat=False, steering=[scoped(lm, "user"), None])
+    lm = tt.wrap(lm.model, copy.deepcopy(lm.tokenizer), "llama")
     lm.tokenizer.chat_template = None
     refused_in_one_line(
         lambda: lm.generate([chat], chat=False, steering=scoped(lm, "user")), "has no chat template"
