@@ -135,11 +135,13 @@ def test_dials_that_are_turned_or_found_are_weighted() -> None:
     budgets = [strength.budget(lm, each, PROMPTS, kl=0.05) for each in (one, same)]
     found, expected = ([each.dial for each in budget.per_prompt] for budget in budgets)
     assert found == pytest.approx(expected, rel=1e-3)
-    written = []
-    for each in (one, same):
-        with lm.steered(tt.within(each, kl=0.05)):  # dials are found while the model runs
-            written.append(lm.model(torch.tensor([texts[0]]), use_cache=False).logits)
-    assert relative(*written) < 1e-4
+    for scope in ("all", "all ~ 0.9"):
+        written = []
+        for each in (one, same):
+            rule = tt.within(each.scoped(scope), kl=0.05)
+            with lm.steered(rule):  # dials are found while the model runs
+                written.append(lm.model(torch.tensor([texts[0]]), use_cache=False).logits)
+        assert relative(*written) < 1e-4
     ends = [strength.limit(lm, each) for each in (one, same)]
     assert relative(*ends) < 1e-5
 

@@ -71,9 +71,7 @@ class _Step:
         if key not in bound:
             # A plain pass with gradients may follow one in inference mode in the same block.
             with torch.inference_mode(False):
-                bound[key] = self._bind(
-                    x, self.dials if found is None else found.values * self.weight
-                )
+                bound[key] = self._bind(x, self._own_dials(now))
         function, steered = bound[key]
         self.touched += 1
         changed = function(x)
@@ -82,13 +80,18 @@ class _Step:
             changed = torch.where(mask[:, -x.shape[1] :, None], changed, x)
         return changed if steered is None else torch.where(steered, changed, x)
 
+    def _own_dials(self, now: Pass | None) -> Sequence[float] | Tensor:
+        """Those that were given, or that were found for the rows of the pass that runs."""
+        found = None if now is None else now.found
+        return self.dials if found is None else found.values * self.weight
+
     def _decayed(self, x: Tensor, now: Pass, mask: Tensor | bool) -> Tensor:
         """The operator at a dial of each token's own, which no two passes share."""
         assert self.scope.decay is not None
         self.touched += 1
         factors = now.factors(self.scope.decay, x.device)[:, -x.shape[1] :]
         with torch.inference_mode(False):
-            dials = torch.as_tensor(self.dials if now.found is None else now.found.values)
+            dials = torch.as_tensor(self._own_dials(now))
             repeats = _repeats(x, len(dials))
             each = dials.to(x.device).repeat_interleave(repeats)[:, None] * factors
             changed = self.operator.bind(each, x.device)(x)
