@@ -353,6 +353,7 @@ def test_fit_records_where_it_came_from() -> None:
         "average": False,
         "interaction": "none",
         "block": None,
+        "basis": "units",
         "clamp_sign": False,
         "layers": [0, -1],
         "seed": 0,

@@ -104,7 +104,7 @@ def test_models_without_biases_become_llama_models(name: str) -> None:
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
 def test_positions_other_than_all_are_refused(positions: Any) -> None:
     lm = language_model("llama")
-    with pytest.raises(tt.TrimtabError, match=f"{positions!r} positions.*attach it instead"):
+    with pytest.raises(tt.TrimtabError, match=f"scope {positions!r}.*attach it instead"):
         tt.bake(lm, steer_at(lm, "ffn_out", "Scale", positions=positions))
 
 

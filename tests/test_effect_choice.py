@@ -340,9 +340,11 @@ def test_what_is_predicted_is_said_at_the_dial_and_at_strengths(
     assert clear["gain"] == pytest.approx(1.5 * known["gain"])
     assert clear["kl"] == pytest.approx(2.25 * known["kl"])
     assert {"real", "real_error", "predicted"} <= shown["units"][0].keys()
-    words = " ".join(explain(tt.Steering.read(f"{path}@2")))
-    assert f"Predicted at 2 from its effects: {2 * known['gain']:+.2f} ±" in words
-    assert "gentle" in words
+    words = " ".join(explain(tt.Steering.read(f"{path}@0.1")))
+    assert f"Predicted at 0.1 from its effects: {0.1 * known['gain']:+.2f} ±" in words
+    # Of a dial at which the cost is no longer small, words tell what is predicted before.
+    small = math.sqrt(0.3 / known["kl"])
+    assert f"Predicted at {small:.3g} from" in " ".join(explain(tt.Steering.read(f"{path}@2")))
     assert "4 rows" in words
 
 

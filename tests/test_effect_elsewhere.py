@@ -259,7 +259,7 @@ def test_the_predicted_gain_is_had_at_a_small_dial(case: str) -> None:
     gain = (log_odds(lm, CONTRAST, steering.at(0.01)) - log_odds(lm, CONTRAST)).mean()
     assert float(gain) == pytest.approx(0.01 * steering.findings["predicted"]["gain"], rel=0.1)
     assert gain > 0
-    assert f"Predicted at {steering.setting:g}" in " ".join(explain(steering))
+    assert "Predicted at " in " ".join(explain(steering))
 
 
 @pytest.mark.parametrize("case", ["iti", "sadi", "caa"])

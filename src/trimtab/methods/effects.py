@@ -41,6 +41,8 @@ RIDGE = 0.1
 #: Where a steering by effect stands unmeasured, and at which strength units are looked at again: so
 #: many nats per token of plain text are predicted there.
 BUDGET = STRENGTHS["strong"]
+#: Nats per token of plain text up to which predictions are told in words.
+_SMALL = 0.3
 #: Effects in half precision that are kept for the standard error of what is predicted: 256 MB.
 _KEPT = 1 << 27
 
@@ -223,16 +225,21 @@ def _factors(intervention: Intervention) -> Tensor:
 def predicted_in_words(steering: Steering) -> list[str]:
     """What the steering was predicted to do at the dial where it stands, and at the strengths that
     its calibration names."""
-    foreseen = predicted_at(steering, steering.setting)
+    dial = steering.setting
+    foreseen = predicted_at(steering, dial)
     if foreseen is None:
         return []
+    if foreseen["kl"] > _SMALL:  # what is predicted of large dials is more than comes out
+        dial = float(f"{dial * math.sqrt(_SMALL / foreseen['kl']):.3g}")
+        foreseen = predicted_at(steering, dial)
+        assert foreseen is not None
     lines = [
-        f"Predicted at {steering.setting:g} from its effects: {_in_nats(foreseen)} (true while "
-        "both are small)."
+        f"Predicted at {dial:g} from its effects: {_in_nats(foreseen)} (true while both are small)."
     ]
     strengths = [
         f"{one['name']} {_in_nats(one)} ({one['measured_kl']:g} measured at next tokens)"
         for one in predicted_at_strengths(steering)
+        if one["kl"] <= _SMALL
     ]
     return lines + ([f"Predicted at its strengths: {'; '.join(strengths)}."] if strengths else [])
 
