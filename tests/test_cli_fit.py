@@ -51,6 +51,13 @@ def test_fit_austeer(trimtab: Command, work: Path) -> None:
         "choose": "most",
         "change": "scale",
         "strength": "adaptive",
+        "per_token": False,
+        "first_token": True,
+        "verify": 0,
+        "average": False,
+        "interaction": "none",
+        "block": None,
+        "basis": "units",
         "clamp_sign": True,
         "layers": [0, 2],
         "seed": 0,
@@ -112,7 +119,7 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     },
     "caa": {
         "layer": [("12", 12), ("-1", -1), ("10-14", (10, 11, 12, 13, 14)), ("3,-2", (3, -2)),
-                  ("validation", "validation")],
+                  ("validation", "validation"), ("effect", "effect")],
         "alpha": [("2", 2.0)],
         "token": [("mean", "mean"), ("answer", "answer"), ("-2", -2)],
         "variant": [("pca", "pca")],
@@ -124,12 +131,14 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "alpha": [("3", 3.0)],
         "direction": [("probe", "probe")],
         "scale": [("no", False), ("yes", True)],
+        "locate": [("effect", "effect")],
         "held_out": [("0.4", 0.4)],
         "seed": [("5", 5)],
         "positions": [("generated", "generated")],
     },
     "sadi": {
         "variant": [("neuron", "neuron"), ("resid", "resid")],
+        "locate": [("effect", "effect")],
         "k": [("3", 3)],
         "delta": [("0.5", 0.5)],
         "positions": [("last", "last")],
@@ -137,6 +146,8 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     "sta": {
         "sae": [("other:sae/1", "other:sae/1")],
         "p": [("0.1", 0.1)],
+        "locate": [("effect", "effect")],
+        "k": [("4", 4)],
         "alpha": [("2", 2.0)],
         "token": [("mean", "mean"), ("-3", -3)],
         "positions": [("last", "last")],
@@ -172,10 +183,17 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "k": [("all", "all"), ("4", 4)],
         "alpha": [("0.5", 0.5)],
         "direction": [("signed", "signed")],
-        "locate": [("difference", "difference")],
+        "locate": [("difference", "difference"), ("effect_per_nat", "effect_per_nat")],
         "choose": [("least", "least")],
         "change": [("absolute", "absolute")],
         "strength": [("fixed", "fixed")],
+        "per_token": [("yes", True)],
+        "first_token": [("no", False)],
+        "verify": [("8", 8)],
+        "average": [("yes", True)],
+        "interaction": [("fisher", "fisher"), ("blocks", "blocks")],
+        "block": [("4", 4)],
+        "basis": [("svd", "svd")],
         "clamp_sign": [("yes", True)],
         "layers": [("1,3-5,-1", (1, 3, 4, 5, -1)), ("2", (2,))],
         "seed": [("9", 9)],
@@ -184,7 +202,15 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
 }  # fmt: skip
 OPTIONS["aas"] = OPTIONS["sas"]
 #: What an option needs beside it.
-NEEDED: dict[tuple[str, str], dict[str, Any]] = {("austeer", "choose"): {"alpha": 0.25}}
+NEEDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("austeer", "choose"): {"alpha": 0.25},
+    ("austeer", "block"): {"locate": "effect", "interaction": "blocks"},
+    **{
+        ("austeer", option): {"locate": "effect"}
+        for option in ("per_token", "first_token", "verify", "average", "interaction", "basis")
+    },
+    ("sta", "k"): {"locate": "effect"},
+}
 
 
 def test_every_option_is_listed() -> None:

@@ -18,7 +18,7 @@ from trimtab.cli.common import (
     read_steerings,
 )
 from trimtab.cli.options import Json, OpenedIfNamed, Prompting, Prompts, Steered
-from trimtab.errors import TrimtabError, one_line
+from trimtab.errors import TrimtabError, one_line, shown
 from trimtab.files import exists, user_path
 from trimtab.options import option
 
@@ -63,7 +63,8 @@ def inspect(
     """
     asked = bool(prompts) or prompting.file is not None
     if asked is not (reading.model is not None):
-        raise TrimtabError("to see on which tokens it acts, give a --model and a prompt")
+        given = f" ('{shown(prompts[0], 40)}' is taken for a prompt)" if prompts else ""
+        raise TrimtabError(f"to see on which tokens it acts, give a --model and a prompt{given}")
     directory = user_path(file)
     if exists(directory) and directory.is_dir():
         if asked:
@@ -74,16 +75,18 @@ def inspect(
 
     (steering,) = read_steerings(tokens.steered(file))
     described = describe(steering)
-    shown = _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
+    firings = (
+        _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
+    )
     if as_json:
-        fires = {"fires": [each.as_json() for each in shown]} if asked else {}
+        fires = {"fires": [each.as_json() for each in firings]} if asked else {}
         print_json(described | fires)
         return
     for line in explain(steering):
         console.print(one_line(line))
     for kind in ("units", "heads", "features"):
         _list(described.get(kind, []), max(0, top))
-    for each in shown:
+    for each in firings:
         for line in str(each).splitlines():
             console.print(one_line(line))
 
