@@ -75,18 +75,18 @@ def inspect(
 
     (steering,) = read_steerings(tokens.steered(file))
     described = describe(steering)
-    firings = (
+    acting = (
         _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
     )
     if as_json:
-        fires = {"fires": [each.as_json() for each in firings]} if asked else {}
+        fires = {"fires": [each.as_json() for each in acting]} if asked else {}
         print_json(described | fires)
         return
     for line in explain(steering):
         console.print(one_line(line))
     for kind in ("units", "heads", "features"):
         _list(described.get(kind, []), max(0, top))
-    for each in firings:
+    for each in acting:
         for line in str(each).splitlines():
             console.print(one_line(line))
 
