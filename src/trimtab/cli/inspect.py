@@ -75,9 +75,7 @@ def inspect(
 
     (steering,) = read_steerings(tokens.steered(file))
     described = describe(steering)
-    acting = (
-        _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
-    )
+    acting = _firings(steering, prompts, prompting, reading, tokens.max_new_tokens) if asked else []
     if as_json:
         fires = {"fires": [each.as_json() for each in acting]} if asked else {}
         print_json(described | fires)
