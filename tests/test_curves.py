@@ -491,7 +491,7 @@ def test_a_steering_knows_its_method() -> None:
     lm, contrast = language_model("llama"), tt.Contrast.from_pairs(PAIRS)
     methods: list[Any] = [
         tt.CAA(layer=(0, 2), token="last"),
-        tt.AUSteer(k=4, site="ffn_out", direction="paper"),
+        tt.AUSteer(k=4, site="ffn_out", direction="paper", strength="adaptive"),
         tt.SAS(theta=30),
     ]
     for method in methods:

@@ -159,8 +159,11 @@ def _same_as_then(line: str, then: dict[str, Any]) -> None:
 
 def _results(found: dict[str, Any]) -> dict[str, Any]:
     """What was found, without what it took: less, where some was done already; and without the
-    texts that runs show since."""
-    found = {name: value for name, value in found.items() if name != "samples"}
+    texts that runs show since, and scopes, which say what positions did."""
+    found = {name: value for name, value in found.items() if name not in ("samples", "scope")}
+    if "interventions" in found:
+        acting = [{k: v for k, v in one.items() if k != "scope"} for one in found["interventions"]]
+        found["interventions"] = acting
     if "methods" not in found:
         return found
     methods = [{k: v for k, v in one.items() if k != "swept"} for one in found["methods"]]

@@ -41,7 +41,7 @@ from trimtab.reading import (
     run_upper,
     side_readings,
 )
-from trimtab.steering import Add, Dial, Intervention, Steering
+from trimtab.steering import Add, Dial, Intervention, Scope, Steering
 
 NEW = 6
 
@@ -61,10 +61,12 @@ def messages() -> list[Any]:
     ]
 
 
-def steering(lm: tt.LanguageModel, size: float = 4.0, layer: int = 1, **scope: Any) -> Steering:
+def steering(
+    lm: tt.LanguageModel, size: float = 4.0, layer: int = 1, scope: str = "all"
+) -> Steering:
     generator = torch.Generator().manual_seed(3)
     vector = torch.randn(lm.anatomy.hidden_size, generator=generator)
-    added = Intervention(f"layers.{layer}.resid", Add(vector), **scope)
+    added = Intervention(f"layers.{layer}.resid", Add(vector), Scope.parse(scope))
     return Steering("test", {}, (added,), Dial("alpha", size, (-9.0, 9.0)), lm.identity)
 
 
@@ -174,7 +176,7 @@ def test_each_row_has_its_own_steering(lm: tt.LanguageModel) -> None:
 
 @pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
 def test_positions_count_the_tokens_of_images(lm: tt.LanguageModel, positions: Any) -> None:
-    one = steering(lm, positions=positions)
+    one = steering(lm, scope=positions)
     added = 4.0 * one.interventions[0].operator.added  # type: ignore[operator]
     for prompt in messages():
         end = inputs_alone(prompt)["input_ids"].shape[1]
@@ -197,7 +199,7 @@ def test_positions_count_the_tokens_of_images(lm: tt.LanguageModel, positions: A
 def test_a_raw_call_of_the_model_is_steered_at_positions_too(lm: tt.LanguageModel) -> None:
     """The whole model hands on embeddings and masks of its own, which say neither where texts end
     nor which tokens they are."""
-    one = steering(lm, positions="last")
+    one = steering(lm, scope="last")
     given = inputs_alone(messages()[0])
     with lm.steered(one), torch.no_grad():
         found = lm.model(**given).logits[0, -1]

@@ -23,7 +23,7 @@ from test_images_processors import (
 )
 from trimtab.model import frozen
 from trimtab.reading import last_logits, run_lower, run_upper
-from trimtab.steering import Add, Dial, Intervention, Steering
+from trimtab.steering import Add, Dial, Intervention, Scope, Steering
 
 NEW = 5
 
@@ -187,7 +187,7 @@ def _other_colours() -> list[Any]:
 @pytest.mark.parametrize("tokens", ["text", "image", "all"])
 def test_they_are_steered_on_tokens_of_a_kind(lm: tt.LanguageModel, tokens: Any) -> None:
     vector = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    added = Intervention("layers.0.resid", Add(vector), "all", tokens)
+    added = Intervention("layers.0.resid", Add(vector), Scope.placed("all", tokens))
     steering = Steering("test", {}, (added,), Dial("alpha", 4.0, (-9.0, 9.0)), lm.identity)
     image = int(lm.model.config.image_token_id)
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,9 +173,8 @@ def test_the_file_says_it_where_it_is_not_one(tmp_path: Path) -> None:
     assert "Add (weight -0.5) on 48 units of layers.0.ffn_out" in explain(kernel)[0]
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), 1e39])
-def test_a_weight_that_is_no_number_is_refused(weight: float, tmp_path: Path) -> None:
-    steering = weighted(_lm("llama"), Add(direction()), weight)
+def test_a_weight_beyond_float32_is_refused(tmp_path: Path) -> None:
+    steering = weighted(_lm("llama"), Add(direction()), 1e39)
     refused_in_one_line(lambda: steering.save(tmp_path / "no.safetensors"), "weight")
     assert not (tmp_path / "no.safetensors").exists()
 
@@ -196,3 +196,9 @@ def test_the_gammas_of_units_are_weighted() -> None:
     }
     units = chosen(replace(steering, tables=tables, value=3.0))["units"]
     assert [unit["gamma"] for unit in units] == [1.5, -1.5, 6.0, -6.0]
+
+
+@pytest.mark.parametrize("weight", ["image", float("nan"), float("inf"), None])
+def test_a_weight_is_a_finite_number(weight: Any) -> None:
+    with pytest.raises(tt.TrimtabError, match="weight.*layers.0.resid.*finite number"):
+        tt.Intervention("layers.0.resid", Add(direction(1)), "all", weight)

@@ -60,7 +60,7 @@ def test_on_what_is_kept_every_site_of_every_layer_is_steered_as_without(name: s
     steerings: list[Any] = [
         steer_at(lm, kind, "Scale" if layer else "Add", layer, seed=layer, positions=positions)
         for number, kind in enumerate(site_kinds(lm))
-        for layer in ((1,) if kind in ("embed", "final_norm") else (0, 2))
+        for layer in ((1,) if kind in ("embed", "final_norm", "router") else (0, 2))
         for positions in (POSITIONS[(number + layer) % len(POSITIONS)],)
     ]
     high, low = steerings[-2], steerings[1]

@@ -5,6 +5,7 @@ The types say what a file may hold of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -60,6 +61,11 @@ class Intervention:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scope", Scope.of(self.scope))  # it is frozen
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight)):
+            raise TrimtabError(
+                f"the weight of an intervention at {self.site} must be a finite number, not "
+                f"{self.weight!r}"
+            )
         if self.scope.never:
             raise TrimtabError(
                 f"the scope '{self.scope}' never acts: it is true of no token (generated tokens, "
