@@ -13,7 +13,6 @@ bakes where scaling does.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.errors import TrimtabError
-from trimtab.fitting import Effect, Statistics, Want, kl_samples, unit_costs
-from trimtab.methods.effects import Scoring
+from trimtab.fitting import Effect, Statistics, Want, unit_costs
+from trimtab.methods.effects import Scoring, predicted_cost
 from trimtab.methods.first_order import scaled_scores, scaled_wants
 from trimtab.methods.ranking import Scores, places
 from trimtab.model import LanguageModel
@@ -119,13 +118,10 @@ class Along:
         """What the steering gains at a dial of 1 in nats per pair, and costs there in nats per
         token of plain text."""
         gains = self._gains(picked)
-        if not gains:
-            return {"gain": 0.0, "kl": 0.0}
         costs = dict(zip(self.reads, self.found.costs, strict=True))
-        sampled = kl_samples([costs[site] for site in gains], list(gains.values()))
         gained = self.found.columns["gain"][picked] * self.found.columns["effect"][picked]
-        error = float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1))
-        return {"gain": float(gained.sum()), "kl": float(sampled.mean()), "kl_error": error}
+        cost = predicted_cost([costs[site] for site in gains], list(gains.values()))
+        return {"gain": float(gained.sum()), **cost}
 
     def _gains(self, picked: Tensor) -> dict[str, Tensor]:
         """gamma of every direction at a dial of 1, 0 of those that were not picked, of the sites

@@ -113,21 +113,31 @@ def by_effect(
     first    the share of the first token in the effect, by size
     """
     mean, error = effects_and_errors(statistics, sites, effect)
-    if error.isnan().all():
-        raise TrimtabError(
-            "austeer: units by effect are chosen by their standard errors: give it 2 or more "
-            "pairs, or 2 or more texts of each side"
-        )
+    refuse_unsure("austeer", "units", error)
     first, _ = effects_and_errors(statistics, sites, replace(effect, counted="first"))
     rest = mean if effect.counted == "rest" else mean - first
-    costs = unit_costs(language_model, sites)
-    columns = {
-        "effect": mean,
-        "error": error,
-        "cost": torch.cat([each.mean for each in costs]),
-        "first": first.abs() / (first.abs() + rest.abs()).clamp(min=1e-300),
-    }
-    return scoring(sites, columns, costs)
+    # Samples come from the disk, and what is there is found by a digest of all weights.
+    costs = statistics.once(("costs", *sites), lambda: unit_costs(language_model, sites))
+    cost = torch.cat([each.mean for each in costs])
+    return scoring(sites, effect_columns(mean, error, cost, first, rest), costs)
+
+
+def refuse_unsure(name: str, what: str, error: Tensor) -> None:
+    """Refuse a choice by standard errors where there are none."""
+    if error.isnan().all():
+        raise TrimtabError(
+            f"{name}: {what} by effect are chosen by their standard errors: give it 2 or more "
+            "pairs, or 2 or more texts of each side"
+        )
+
+
+def effect_columns(
+    effect: Tensor, error: Tensor, cost: Tensor, first: Tensor, rest: Tensor
+) -> dict[str, Tensor]:
+    """What is known of candidates, with the share of the first token in its effect and that of the
+    rest, by size; [candidates] each."""
+    share = first.abs() / (first.abs() + rest.abs()).clamp(min=1e-300)
+    return {"effect": effect, "error": error, "cost": cost, "first": share}
 
 
 def effects_and_errors(
@@ -149,16 +159,23 @@ def predicted(
     leaves out what units do together."""
     gain, effect = found.columns["gain"][picked], found.columns["effect"][picked]
     costs_at = dict(zip(found.sites, found.costs, strict=True))
-    sampled = torch.zeros(1)
-    if interventions:
-        known = [costs_at[each.site] for each in interventions]
-        sampled = kl_samples(known, [_factors(each) for each in interventions])
+    known = [costs_at[each.site] for each in interventions]
     return {
         "gain": float((gain * effect).sum()),
-        "kl": float(sampled.mean()),
-        "kl_error": float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1)),
+        "kl_error": 0.0,
+        **predicted_cost(known, [moved(each) for each in interventions]),
         "kl_alone": float(0.5 * (gain.square() * found.columns["cost"][picked]).sum()),
     }
+
+
+def predicted_cost(costs: Sequence[Costs], moves: Sequence[Tensor]) -> dict[str, float]:
+    """Nats per token of plain text that moves [units] at the sites of these costs take together,
+    with the standard error."""
+    if not costs:
+        return {"kl": 0.0}
+    sampled = kl_samples(costs, moves)
+    error = float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1))
+    return {"kl": float(sampled.mean()), "kl_error": error}
 
 
 def gain_error(
@@ -166,19 +183,23 @@ def gain_error(
 ) -> float | None:
     """The standard error of the predicted gain over rows, for these units; None where effects were
     not kept row by row."""
-    together = Effects()
     found = []
     for each in interventions:
         wanted = Want(each.site, effect, Samples)
         if wanted not in statistics:
             return None
         effects, positive, _ = statistics[wanted].texts()
-        found.append(effects.double() @ _factors(each))
+        found.append(effects.double() @ moved(each))
     if not found:
         return None
-    sums, rows = torch.stack(found).sum(0)[:, None], torch.arange(len(found[0]))
-    together.update(Sides(sums[positive], sums[~positive], rows[positive], rows[~positive]))
-    return float(together.error)
+    return float(over_texts(torch.stack(found).sum(0)[:, None], positive).error)
+
+
+def over_texts(effects: Tensor, positive: Tensor) -> Effects:
+    """Mean and standard error of effects [texts, numbers]."""
+    found, rows = Effects(), torch.arange(len(effects))
+    found.update(Sides(effects[positive], effects[~positive], rows[positive], rows[~positive]))
+    return found
 
 
 def dial_for(known: Mapping[str, float], nats: float = BUDGET) -> float | None:
@@ -212,11 +233,13 @@ def predicted_at_strengths(steering: Steering) -> list[dict[str, Any]]:
     return found
 
 
-def _factors(intervention: Intervention) -> Tensor:
-    """What is added to the factor of each unit of a site at a dial of 1, [units]."""
+def moved(intervention: Intervention) -> Tensor:
+    """What is added at a dial of 1 to each unit of a site, or to its factor; [units]."""
     operator = intervention.operator
-    assert isinstance(operator, Scale)
-    return operator.factors(1.0, torch.float64) - 1
+    if isinstance(operator, Scale):
+        return operator.factors(1.0, torch.float64) - 1
+    assert operator.added is not None
+    return operator.added
 
 
 # -- in words -------------------------------------------------------------------------------------

@@ -30,18 +30,23 @@ from trimtab.fitting import (
     Effect,
     Effects,
     Samples,
-    Sides,
     Slope,
     Statistics,
     Want,
-    kl_samples,
     unit_costs,
 )
-from trimtab.methods.effects import Scoring
+from trimtab.methods.effects import (
+    Scoring,
+    effect_columns,
+    moved,
+    over_texts,
+    predicted_cost,
+    refuse_unsure,
+)
 from trimtab.methods.ranking import Scores
 from trimtab.methods.words import percent
 from trimtab.model import LanguageModel
-from trimtab.steering import Intervention, Scale
+from trimtab.steering import Intervention
 
 #: The most certain first, and each the way that raises the log-odds.
 CERTAIN = Scoring("effect", fixed=True)
@@ -101,7 +106,7 @@ def added_scores(
         rows = vector.double()
         means.append(rows @ statistics.of(site, effect, Effects, read=slope).mean)
         along, positive = _along(statistics, site, effect, rows)
-        errors.append(_over_texts(along, positive).error)
+        errors.append(over_texts(along, positive).error)
         costs.append((cost.samples.double() @ rows.T).square().mean(0))
         firsts.append(rows @ statistics.of(site, first, Effects, read=slope).mean)
     return CERTAIN(list(vectors), _columns(means, errors, costs, firsts), ())
@@ -116,13 +121,6 @@ def _along(
     return slopes.double() @ rows.double().T, positive
 
 
-def _over_texts(effects: Tensor, positive: Tensor) -> Effects:
-    """Mean and standard error of effects [texts, numbers]."""
-    found, rows = Effects(), torch.arange(len(effects))
-    found.update(Sides(effects[positive], effects[~positive], rows[positive], rows[~positive]))
-    return found
-
-
 def _columns(
     means: Sequence[Tensor],
     errors: Sequence[Tensor],
@@ -133,18 +131,13 @@ def _columns(
     `error`, its standard error; `cost` c, so that it costs 1/2 c dial^2 nats on plain text; and
     `first`, the first token's share of the effect."""
     effect, error, cost, first = (torch.cat(list(x)) for x in (means, errors, costs, firsts))
-    share = first.abs() / (first.abs() + (effect - first).abs()).clamp(min=1e-300)
-    return {"effect": effect, "error": error, "cost": cost, "first": share}
+    return effect_columns(effect, error, cost, first, effect - first)
 
 
 def surest(name: str, what: str, found: Scores, k: int) -> Tensor:
     """Indices of the k whose effects are most certain, in rank order; what has no effect is left
     out, with a warning."""
-    if found.columns["error"].isnan().all():
-        raise TrimtabError(
-            f"{name}: {what} by effect are chosen by their standard errors: give it 2 or more "
-            "pairs, or 2 or more texts of each side"
-        )
+    refuse_unsure(name, what, found.columns["error"])
     best = found.best(k)
     if k and not len(best):
         raise TrimtabError(
@@ -167,7 +160,7 @@ def scaled_prediction(
     """What is known of a steering that scales, and gains `gain` nats per pair at a dial of 1: that,
     and its cost there in nats per token of plain text, with its standard error."""
     costs = unit_costs(language_model, [each.site for each in interventions])
-    return {"gain": gain, **_cost(costs, [_moved(each) for each in interventions])}
+    return {"gain": gain, **predicted_cost(costs, [moved(each) for each in interventions])}
 
 
 def added_prediction(
@@ -182,7 +175,7 @@ def added_prediction(
         return {"gain": 0.0, "kl": 0.0}
     sites = [each.site for each in interventions]
     costs = unit_costs(language_model, sites, reads=dict.fromkeys(sites, Slope()))
-    moves = [_moved(each) for each in interventions]
+    moves = [moved(each) for each in interventions]
     gain = sum(
         float(statistics.of(site, effect, Effects, read=Slope()).mean @ move.double())
         for site, move in zip(sites, moves, strict=True)
@@ -192,26 +185,9 @@ def added_prediction(
         for site, move in zip(sites, moves, strict=True)
     ]
     together = torch.stack([effects for effects, _ in along]).sum(0)
-    error = float(_over_texts(together, along[0][1]).error)
+    error = float(over_texts(together, along[0][1]).error)
     known = {} if math.isnan(error) else {"gain_error": error}
-    return {"gain": gain, **known, **_cost(costs, moves)}
-
-
-def _cost(costs: Sequence[Costs], moves: Sequence[Tensor]) -> dict[str, float]:
-    if not costs:
-        return {"kl": 0.0}
-    sampled = kl_samples(costs, moves)
-    error = float(sampled.std(correction=0)) / math.sqrt(max(1, len(sampled) - 1))
-    return {"kl": float(sampled.mean()), "kl_error": error}
-
-
-def _moved(intervention: Intervention) -> Tensor:
-    """What is added at a dial of 1 to each unit of a site, or to its factor; [units]."""
-    operator = intervention.operator
-    if isinstance(operator, Scale):
-        return operator.factors(1.0, torch.float64) - 1
-    assert operator.added is not None
-    return operator.added
+    return {"gain": gain, **known, **predicted_cost(costs, moves)}
 
 
 # -- in words -------------------------------------------------------------------------------------
