@@ -414,11 +414,11 @@ def test_builtin_is_whole(name: str) -> None:
     contrast = load_contrast(f"builtin:{name}")
     assert contrast.name == f"builtin:{name}"
     assert contrast.paired
-    assert len(contrast) >= 300
+    assert len(contrast) >= 200
     sizes = _sizes(contrast)
     assert sum(sizes.values()) == len(contrast)  # every row names its part
-    assert sizes["train"] >= 200
-    assert min(sizes["validation"], sizes["test"]) >= 40
+    assert sizes["train"] >= 120
+    assert min(sizes["validation"], sizes["test"]) >= 36
     assert len({row.prompt for row in contrast.pairs}) == len(contrast)
     for row in contrast.pairs:
         assert isinstance(row.prompt, str)
