@@ -83,7 +83,7 @@ INSPECTED: dict[str, tuple[set[str], str]] = {
 }
 COMMON = {
     "method", "hyperparameters", "dial", "interventions", "model", "contrast", "findings",
-    "versions", "date", "calibration", "scope",
+    "versions", "date", "calibration", "scope", "gate",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from helpers import add, language_model, refused_in_one_line, steer, steer_at
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.tasks import TASKS
+from trimtab.model import decisions
 from trimtab.model.language_model import LanguageModel
-from trimtab.steering import Steerings
+from trimtab.steering import Condition, Gate, Scope, Steerings
 
 __all__ = ["chooser", "data", "talker"]  # fixtures, which pytest finds by their names here
 
@@ -81,6 +83,47 @@ def test_choices_are_those_of_a_plain_loop(chooser: LanguageModel, data: Path) -
         assert 0 < sum(right) < len(right)
         assert (result.value, result.n) == (sum(right) / 24, 24)
         assert result.ci95 == pytest.approx(wilson(sum(right), 24), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["token", "latched", "two-pass"])
+@pytest.mark.parametrize("task", ["copa", "svamp"])
+def test_what_gates_decide_is_in_the_records(
+    chooser: LanguageModel, talker: LanguageModel, data: Path, task: str, kind: Any
+) -> None:
+    lm = chooser if task == "copa" else talker
+    width = lm.anatomy.width("layers.0.resid")
+    direction = torch.randn(width, generator=torch.Generator().manual_seed(1))
+    condition = Condition("layers.0.resid", direction, 0.0, reads=Scope.parse("last"))
+    plain = strong(lm).scoped("last")
+    settings: dict[str, Any] = {"data": data, "max_new_tokens": 3} if task == "svamp" else {
+        "data": data
+    }  # fmt: skip
+    everywhere = evaluate(lm, task, steering=plain, **settings)
+    prompts = [record["prompt"] for record in of(everywhere, steering=plain.label)]
+    scores = [
+        float(each.scores[0] or 0)
+        for each in decisions(
+            lm.anatomy, lm.marks, Gate((condition,), "latched"), lm.encode(prompts)
+        )
+    ]
+    limit = sorted(scores)[len(scores) // 2] - 1e-4
+    gated = plain.gated(Gate((replace(condition, threshold=limit),), kind))
+    found = evaluate(lm, task, steering=gated, **settings)
+    unsteered, steered = (of(everywhere, steering=name) for name in (None, plain.label))
+    records = of(found, steering=gated.label)
+    assert all("gate" not in record for record in of(found, steering=None))
+    for i, record in enumerate(records):
+        (said,) = record["gate"]
+        assert said["scores"][0] == pytest.approx(scores[i], abs=1e-4)
+        assert record["values"]["gate_fired"] == float(said["fired"])
+        if kind != "token":
+            assert said["fired"] == (scores[i] > limit)
+            other = (steered if said["fired"] else unsteered)[i]
+            assert record["output"] == other["output"]
+    share = found.value(task, metric="gate_fired", steering=gated.label)
+    fired = sum(record["values"]["gate_fired"] for record in records)
+    assert share.value == fired / len(records)
+    assert share.ci95 == pytest.approx(wilson(int(fired), len(records)), abs=1e-6)
 
 
 def test_numbers_are_those_of_a_plain_loop(talker: LanguageModel, data: Path) -> None:

@@ -5,13 +5,13 @@ from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
 from .figures import Difference, Result, mean_interval
-from .fitting import Method, fit
+from .fitting import Method, fit, fit_gate
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
-from .steering import Dial, Intervention, Scope, Steering, Steerings
+from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
 from .strength import generate_contrast, within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
 
@@ -31,10 +31,12 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Completion",
+    "Condition",
     "Contrast",
     "Dial",
     "Difference",
     "Evaluation",
+    "Gate",
     "Intervention",
     "LanguageModel",
     "Method",
@@ -51,6 +53,7 @@ __all__ = [
     "cross_entropy",
     "evaluate",
     "fit",
+    "fit_gate",
     "generate_contrast",
     "load",
     "load_contrast",

@@ -34,10 +34,10 @@ from trimtab.terminal import CleanConsole, printable
 #: The commands in the order of the list, and the groups of commands among them. A module of the
 #: same name has each: the function that is the command, or `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "generate", "inspect", "bake", "evaluate", "strength",
-    "sweep", "reproduce", "compare", "analyse",
+    "demo", "models", "contrast", "fit", "gate", "generate", "inspect", "bake", "evaluate",
+    "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
-GROUPS = ("models", "contrast", "fit", "strength", "sweep", "analyse")
+GROUPS = ("models", "contrast", "fit", "gate", "strength", "sweep", "analyse")
 _ABOUT = (
     "Steer open-weight language models at inference time. With `--debug` errors show where they "
     "come from; with `--trust-remote-code` Python code that comes with a model is run. "

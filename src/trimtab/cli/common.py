@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trimtab.cli.options import Opened, Prompting, Read, Steered
 from trimtab.cli.values import read_named
@@ -21,6 +21,8 @@ from trimtab.terminal import CleanConsole, is_terminal
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
     from trimtab.steering import Steering
+
+T = TypeVar("T")
 
 #: Whether `--trust-remote-code` is on the command line, where every command takes it.
 trusting: ContextVar[bool] = ContextVar("trusting", default=False)
@@ -46,24 +48,33 @@ def as_chats(prompting: Prompting, opened: Opened) -> bool | None:
 
 
 def read_steerings(steered: Steered) -> list[Steering]:
-    """Steerings from `FILE` or `FILE@DIAL`, on the tokens that --scope names."""
-    from trimtab.steering import Scope, Steering
+    """Steerings from `FILE` or `FILE@DIAL`, on the tokens that --scope names, under the condition
+    that --gate names."""
+    from trimtab.steering import Scope, Steering, read_gate
 
-    scopes = [Scope.parse(text) for text in steered.scope]
     files = steered.steer
-    if len(scopes) > 1 and len(scopes) != len(files):
-        raise TrimtabError(
-            f"{len(scopes)} times --scope for {len(files)} times --steer: give one for all, or one "
-            "for each"
-        )
-    if scopes and not files:
-        raise TrimtabError("--scope says where a steering acts: name one with --steer")
+    scopes = _one_for_each("--scope", [Scope.parse(text) for text in steered.scope], len(files))
+    gates = _one_for_each(
+        "--gate", [None if text == "none" else read_gate(text) for text in steered.gate], len(files)
+    )
     steerings = [Steering.read(argument) for argument in files]
-    if len(scopes) == 1:
-        scopes *= len(steerings)
-    if not scopes:
-        return steerings
-    return [one.scoped(scope) for one, scope in zip(steerings, scopes, strict=True)]
+    if scopes:
+        steerings = [one.scoped(scope) for one, scope in zip(steerings, scopes, strict=True)]
+    if gates:
+        steerings = [one.gated(gate) for one, gate in zip(steerings, gates, strict=True)]
+    return steerings
+
+
+def _one_for_each(option: str, given: list[T], files: int) -> list[T]:
+    """What an option says of each steering, given once for all of them or as often as they are."""
+    if given and not files:
+        raise TrimtabError(f"{option} says how a steering acts: name one with --steer")
+    if len(given) > 1 and len(given) != files:
+        raise TrimtabError(
+            f"{len(given)} times {option} for {files} times --steer: give one for all, or one for "
+            "each"
+        )
+    return given * files if len(given) == 1 else given
 
 
 def one_steering(steerings: Sequence[Steering]) -> Steering:

@@ -28,7 +28,7 @@ from trimtab.options import option
 from trimtab.terminal import is_terminal, printable, write_text
 
 if TYPE_CHECKING:
-    from trimtab.model import LanguageModel
+    from trimtab.model import Completion, LanguageModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +122,7 @@ def generate(
                 "tokens": list(completion.tokens),
                 # With --kl the dial is each prompt's own.
                 "steering": list(completion.steering) if kl is not None else labels,
+                **_gates(completion),
             }
             for labels, run in runs
             for text, completion in zip(texts, run, strict=True)
@@ -135,7 +136,14 @@ def generate(
                 said = run[i].steering if kl is not None else labels
                 console.print(", ".join(said) or "unsteered", style="dim")
             write_text(run[i].text)
+            for decided in run[i].gates:
+                console.print(decided.summary, style="dim")
         console.print()
+
+
+def _gates(completion: Completion) -> dict[str, Any]:
+    """What gates decided, where there are some."""
+    return {"gate": [each.as_json() for each in completion.gates]} if completion.gates else {}
 
 
 def _about(images: Sequence[str], prompts: Sequence[str], chats: bool | None) -> Sequence[Any]:
@@ -172,6 +180,8 @@ def _stream(language_model: LanguageModel, prompt: Any, steering: Any, options: 
         print()  # also where an error, or the user, ends it
     if not isinstance(steering, list) and done.steering:
         console.print(", ".join(done.steering), style="dim")
+    for decided in done.gates:
+        console.print(decided.summary, style="dim")
     console.print()
 
 

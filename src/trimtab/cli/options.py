@@ -56,6 +56,13 @@ class Steered:
         (),
         flag="--scope",
     )
+    gate: Sequence[str] = option(
+        "Under which condition they act instead of the file's own: a file of trimtab gate fit, "
+        "several as in 'a.safetensors & !b.safetensors', or none; one for all, or one for each "
+        "--steer.",
+        (),
+        flag="--gate",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

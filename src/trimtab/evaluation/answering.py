@@ -79,6 +79,7 @@ def answer(
                     records.append(_record(task, entry.protocol, index, example, completion))
             if measure is not None:
                 _add_measures(records, batch, completions, owners, prompts, measure)
+            _add_gates(records, batch, completions, owners, prompts)
             seconds = time.perf_counter() - started
             for record in records:
                 record["seconds"] = round(seconds / len(records), 4)
@@ -109,6 +110,23 @@ def _add_measures(
     shared = [v for i, v in zip(batch, values, strict=True) for _ in owners[prompts[i]]]
     for record, found in zip(records, shared, strict=True):
         record["values"] |= found
+
+
+def _add_gates(
+    records: list[dict[str, Any]],
+    batch: Sequence[int],
+    completions: Sequence[Completion],
+    owners: dict[Prompt, list[tuple[Entry, int]]],
+    prompts: Sequence[Prompt],
+) -> None:
+    """Notes whether gates fired, and how strongly, of steerings that have some."""
+    shared = [
+        each.gates for i, each in zip(batch, completions, strict=True) for _ in owners[prompts[i]]
+    ]
+    for record, gates in zip(records, shared, strict=True):
+        if gates:
+            record["gate"] = [each.as_json() for each in gates]
+            record["values"]["gate_fired"] = float(any(each.fired for each in gates))
 
 
 def _record(
@@ -168,8 +186,8 @@ def _write_one_token(
         yield (
             batch.rows,
             [
-                Completion(prompts[i], text, (token,))
-                for i, text, token in zip(batch.rows, texts, tokens, strict=True)
+                Completion(prompts[i], text, (token,), gates=each.gates)
+                for i, text, token, each in zip(batch.rows, texts, tokens, found, strict=True)
             ],
         )
 

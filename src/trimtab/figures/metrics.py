@@ -50,6 +50,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("accuracy", unit="share", range=_SHARE),
         Metric("answered", unit="share", range=_SHARE),
+        Metric("gate_fired", unit="share", range=_SHARE, says="share at which the gate fired"),
         Metric("prefers", unit="share", range=_SHARE),
         Metric("log_odds", "mean", unit="nats", says="log-odds"),
         Metric("cross_entropy", "mean", "less", "nats per token", says="cross-entropy"),

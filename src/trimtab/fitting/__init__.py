@@ -5,6 +5,7 @@ from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
 from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
+from trimtab.fitting.gates import fit_gate
 from trimtab.fitting.method import (
     POSITIONS_HELP,
     Method,

@@ -20,7 +20,7 @@ from trimtab.methods.angular import (
 )
 from trimtab.methods.austeer import AUSTEER_GRID, AUSteer
 from trimtab.methods.caa import CAA
-from trimtab.methods.contents import describe, explain
+from trimtab.methods.contents import describe, explain, gate_in_words
 from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
 from trimtab.methods.ranking import rank

@@ -5,6 +5,7 @@ A file of a method that is not known here is described by its operators.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,15 @@ from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods.effects import predicted_at, predicted_at_strengths
 from trimtab.methods.known import METHODS
-from trimtab.steering import STRENGTHS, Scope, Steering, chosen, operators_in_words, steered_blocks
+from trimtab.steering import (
+    STRENGTHS,
+    Gate,
+    Scope,
+    Steering,
+    chosen,
+    operators_in_words,
+    steered_blocks,
+)
 
 _PLACES = {
     "all": "every token",
@@ -57,6 +66,7 @@ def describe(steering: Steering) -> dict[str, Any]:
             for intervention in steering.interventions
         ],
         "scope": _common_scope(steering),
+        "gate": None if steering.gate is None else steering.gate.as_json(),
         "model": dict(vars(steering.model)),
         "contrast": steering.contrast,
         "findings": steering.findings,
@@ -80,6 +90,29 @@ def describe(steering: Steering) -> dict[str, Any]:
         }
         described["layers"] = steered_blocks(steering)
     return described
+
+
+def gate_in_words(gate: Gate) -> list[str]:
+    """How well a gate tells its texts apart, where that was measured."""
+    lines = []
+    test = gate.findings.get("test")
+    if test:
+        fired = " and ".join(
+            f"{_share(test[side])} of {test[side]['n']} {side} texts"
+            for side in ("positive", "negative")
+        )
+        lines.append(f"On its test texts it fires at {fired} (F1 {test['f1']:.2f}).")
+    for name, found in gate.findings.get("unrelated", {}).items():
+        tokens = ""
+        if "tokens_fired" in found:
+            tokens = f", at {100 * found['tokens_fired']:.1f} % of their tokens"
+        lines.append(f"Of {found['n']} texts of {name} it fires at {_share(found)}{tokens}.")
+    return lines
+
+
+def _share(found: Mapping[str, Any]) -> str:
+    low, high = found["ci95"]
+    return f"{100 * found['fired']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _common_scope(steering: Steering) -> str | None:
@@ -108,6 +141,11 @@ def explain(steering: Steering) -> list[str]:
     model, dial = steering.model, steering.dial
     lines = _what_it_does(steering)
     lines += [f"It acts on {_tokens_in_words(scope)}." for scope in steering.scopes]
+    if steering.gate is not None:
+        lines += [
+            f"It acts where its gate fires, a {steering.gate}.",
+            *gate_in_words(steering.gate),
+        ]
     now, fitted, low, high = (
         f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)
     )

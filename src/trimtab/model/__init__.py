@@ -1,11 +1,21 @@
 """A model in memory: load or wrap it, steer it, bake it."""
 
-from trimtab.model.attach import finds_dials, turned, unsteered
+from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
 from trimtab.model.chats import ChatForm, put_as
 from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
 from trimtab.model.explaining import Firing, scope_weights
+from trimtab.model.gate_reports import (
+    Columns,
+    Fired,
+    decisions,
+    has_two_pass,
+    reported,
+    settled,
+    watch,
+)
+from trimtab.model.gate_scores import read_prompts, score_pass, score_prompts
 from trimtab.model.images import (
     ImageText,
     extended,
@@ -31,6 +41,7 @@ from trimtab.model.questions import (
     is_asking,
     probe_texts,
 )
+from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested

@@ -19,26 +19,25 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import current_thread
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trimtab.anatomy import Anatomy, Edit, Point, exclusively, hooked, parse_site
 from trimtab.errors import TrimtabError
+from trimtab.model.gate_scores import score_prompts
+from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Marks, Placed
 from trimtab.model.one_pass import Pass
 from trimtab.model.passes import Choose, Sequences
-from trimtab.model.running import Attached, Block
+from trimtab.model.running import ATTACHED, Attached, Block
 from trimtab.steering import Operator, Steering
 
 #: The steerings of one row of a batch, in the order in which they act.
 RowSteerings = tuple[Steering, ...]
-
-#: What is on each model, by its transformer body.
-_ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 
 @dataclass
@@ -51,6 +50,7 @@ class _Step:
     rows: list[bool]
     #: What the dials that are found for the rows while it runs are multiplied by.
     weight: float = 1.0
+    gate: GateAtWork | None = None
     touched: int = 0  # passes in which it changed something
     #: The operator and the rows that it changes, for each device and number of rows.
     bound: dict[Any, tuple[Callable[[Tensor], Tensor], Tensor | None]] = field(default_factory=dict)
@@ -61,6 +61,9 @@ class _Step:
         if now is not None and self.scope.turns is not None:
             now.check_turns(self.scope, self.rows)
         mask = True if now is None else now.mask(self.scope, x.device)
+        if mask is not False and self.gate is not None:
+            assert now is not None
+            mask = _both(mask, self.gate.decision(now).fires(x.device))
         if mask is False:
             return None
         found = None if now is None else now.found
@@ -102,7 +105,7 @@ class _Step:
     @property
     def everywhere(self) -> bool:
         """Whether it acts on all tokens of every pass."""
-        return self.scope.everywhere
+        return self.scope.everywhere and self.gate is None
 
     @property
     def same_for_all(self) -> bool:
@@ -123,6 +126,32 @@ class _Step:
             return function, None  # rows without this steering have the dial that does nothing
         steered = torch.tensor(rows).repeat_interleave(repeats)
         return function, steered[:, None, None].to(x.device)
+
+
+@dataclass
+class _Reader:
+    """Hands what one condition of a gate reads to it."""
+
+    gate: GateAtWork
+    number: int
+
+    def __call__(self, x: Tensor, now: Pass | None) -> None:
+        assert now is not None
+        self.gate.decision(now).read(self.number, x)
+
+
+#: What is done at each site, in order.
+_Chains = dict[str, list["_Step | _Reader"]]
+
+
+def _both(mask: Tensor | bool, fired: Tensor | bool) -> Tensor | bool:
+    """Tokens of a scope at which a gate fires."""
+    if isinstance(mask, bool):
+        return fired if mask else False
+    if isinstance(fired, bool):
+        return mask if fired else False
+    # Layers that see some tokens of a prompt only give a gate that is there as many.
+    return mask[:, -fired.shape[1] :] & fired if fired.shape[1] > 1 else mask & fired
 
 
 def _repeats(x: Tensor, rows: int) -> int:
@@ -155,18 +184,20 @@ def _same_for_all(step: _Step) -> Edit:
     return edit
 
 
-def _steps(rows: Sequence[RowSteerings], marks: Marks) -> dict[str, list[_Step]]:
+def _steps(rows: Sequence[RowSteerings], anatomy: Anatomy, marks: Marks) -> _Chains:
     """What to do at each site, in order; one step serves all rows that share an operator."""
-    steps: dict[str, list[_Step]] = {}
-    places: dict[tuple[int, int], dict[int, Steering]] = {}
+    steps: _Chains = {}
+    places: dict[tuple[int, int, int], dict[int, Steering]] = {}
     for row, steerings in enumerate(rows):
         for rank, steering in enumerate(steerings):
             # at() shares the interventions, so that two dials of one steering meet here.
-            key = (rank, id(steering.interventions))
+            key = (rank, id(steering.interventions), id(steering.gate))
             places.setdefault(key, {})[row] = steering
     for _, of_rows in sorted(places.items(), key=lambda place: place[0][0]):
         settings = {row: steering.setting for row, steering in of_rows.items()}
-        for intervention in next(iter(of_rows.values())).interventions:
+        first = next(iter(of_rows.values()))
+        gate = _at_work(first, anatomy, marks, steps)
+        for intervention in first.interventions:
             if all(intervention.idle_at(setting) for setting in settings.values()):
                 continue
             own = {row: intervention.dial_at(setting) for row, setting in settings.items()}
@@ -174,9 +205,22 @@ def _steps(rows: Sequence[RowSteerings], marks: Marks) -> dict[str, list[_Step]]
             dials = [own.get(row, nothing) for row in range(len(rows))]
             taking = [row in settings for row in range(len(rows))]
             scope = marks.place(intervention.scope)
-            step = _Step(intervention.operator, scope, dials, taking)
+            step = _Step(intervention.operator, scope, dials, taking, gate=gate)
             steps.setdefault(intervention.site, []).append(step)
     return steps
+
+
+def _at_work(
+    steering: Steering, anatomy: Anatomy, marks: Marks, steps: _Chains
+) -> GateAtWork | None:
+    """The gate of a steering, whose readers come before what the steering does at the same site."""
+    if steering.gate is None:
+        return None
+    work = GateAtWork(steering.gate, marks, partial(score_prompts, anatomy, marks))
+    if steering.gate.kind != "two-pass":
+        for number, condition in enumerate(steering.gate.conditions):
+            steps.setdefault(condition.site, []).append(_Reader(work, number))
+    return work
 
 
 def attached(
@@ -198,7 +242,8 @@ def attached(
     """
     count = len(rows) if per_row else None
     labels = list(dict.fromkeys(steering.label for row in rows for steering in row))
-    return _on_model(anatomy, _steps(rows, marks), labels, rows=count, pad=pad, block=block)
+    steps = _steps(rows, anatomy, marks)
+    return _on_model(anatomy, steps, labels, rows=count, pad=pad, block=block)
 
 
 def turned(
@@ -206,8 +251,9 @@ def turned(
 ) -> AbstractContextManager[Sequences]:
     """One steering on all rows of a batch, each at its own dial; `dials` [rows] may carry a
     derivative, which goes on through the model. That no row has a token of its kind is no error:
-    what it does to plain text is asked too."""
-    steps = _turned_steps(steering, marks, dials)
+    what it does to plain text is asked too. Nor does its gate count: a dial is measured where the
+    steering acts."""
+    steps = _turned_steps(replace(steering, gate=None), anatomy, marks, dials)
     return _on_model(anatomy, steps, [steering.label], rows=len(dials), may_miss_images=True)
 
 
@@ -216,53 +262,38 @@ def attached_by(
 ) -> AbstractContextManager[Sequences]:
     """One steering at dials that `choose` finds, [rows], whenever the model begins new sequences.
     While it looks, it may run the model, which is not steered then."""
-    steps = _turned_steps(steering, marks, torch.zeros(0))
+    steps = _turned_steps(steering, anatomy, marks, torch.zeros(0))
     return _on_model(anatomy, steps, [steering.label], choose=choose)
 
 
 def finds_dials(anatomy: Anatomy) -> bool:
     """Whether a block of `attached_by` is on the model, other than one that is looking now."""
-    on = _ATTACHED.get(anatomy.body)
+    on = ATTACHED.get(anatomy.body)
     return on is not None and any(
         block.finds and not block.sequences.here.paused for block in on.blocks
     )
 
 
-@contextmanager
-def unsteered(anatomy: Anatomy) -> Iterator[None]:
-    """Passes that this thread runs inside are none of the texts that open blocks steer: nobody
-    counts their positions or rows. What acts on all tokens of all rows alike may go on."""
-    on = _ATTACHED.get(anatomy.body)
-    here = [block.sequences.here for block in on.blocks] if on is not None else []
-    before = [each.paused for each in here]
-    for each in here:
-        each.paused = True
-    try:
-        yield
-    finally:
-        for each, paused in zip(here, before, strict=True):
-            each.paused = paused
-
-
-def _turned_steps(steering: Steering, marks: Marks, dials: Tensor) -> dict[str, list[_Step]]:
-    steps: dict[str, list[_Step]] = {}
+def _turned_steps(steering: Steering, anatomy: Anatomy, marks: Marks, dials: Tensor) -> _Chains:
+    steps: _Chains = {}
+    gate = _at_work(steering, anatomy, marks, steps)
     for intervention in steering.interventions:
         scope, weight = marks.place(intervention.scope), intervention.weight
-        step = _Step(intervention.operator, scope, dials * weight, [True], weight)
+        step = _Step(intervention.operator, scope, dials * weight, [True], weight, gate)
         steps.setdefault(intervention.site, []).append(step)
     return steps
 
 
-def _of_choice(chain: list[_Step]) -> list[_Step]:
+def _of_choice(chain: Sequence[_Step | _Reader]) -> list[_Step | _Reader]:
     """What is done to the scores by which a router chooses."""
-    choices = [(step, step.operator.choice) for step in chain]
+    choices = [(step, step.operator.choice) for step in chain if isinstance(step, _Step)]
     return [replace(s, operator=choice, bound={}) for s, choice in choices if choice is not None]
 
 
-def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
+def _editor(chain: Sequence[_Step | _Reader], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
-    if len(chain) == 1 and first.everywhere and first.same_for_all:
+    if len(chain) == 1 and isinstance(first, _Step) and first.everywhere and first.same_for_all:
         return _same_for_all(first)
 
     def edit(x: Tensor) -> Tensor | None:
@@ -280,7 +311,7 @@ def _editor(chain: list[_Step], sequences: Sequences) -> Edit:
 @contextmanager
 def _on_model(
     anatomy: Anatomy,
-    steps: dict[str, list[_Step]],
+    steps: _Chains,
     labels: Sequence[str],
     *,
     rows: int | None = None,
@@ -299,7 +330,8 @@ def _on_model(
         if not steps:
             yield Sequences()
             return
-        every = [step for chain in steps.values() for step in chain]
+        every = [step for chain in steps.values() for step in chain if isinstance(step, _Step)]
+        gates = list(dict.fromkeys(step.gate for step in every if step.gate is not None))
         placed = bool(rows or choose) or not all(step.everywhere for step in every)
         names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
         sequences = Sequences(
@@ -307,7 +339,8 @@ def _on_model(
             rows=rows,
             pad=pad,
             choose=choose,
-            scopes=[step.scope for step in every],
+            scopes=[*(s.scope for s in every), *(s for gate in gates for s in gate.scopes)],
+            gates=gates,
         )
         # Whoever holds the model for one call has looked at the texts of all of them.
         sequences.may_miss_images = may_miss_images or not block
@@ -320,9 +353,9 @@ def _on_model(
             choosing = _of_choice(chain) if parse_site(site)[1] == "router" else []
             if choosing:
                 edits[anatomy.choice_point(site)] = _editor(choosing, sequences)
-        on = _ATTACHED.get(anatomy.body)
+        on = ATTACHED.get(anatomy.body)
         if on is None or not on.blocks:
-            on = _ATTACHED[anatomy.body] = Attached(anatomy.model, anatomy.body)
+            on = ATTACHED[anatomy.body] = Attached(anatomy.model, anatomy.body)
         on.open(opened)
         try:
             with hooked(anatomy.body, edits):
@@ -330,7 +363,7 @@ def _on_model(
         finally:
             on.close(opened)
             if not on.blocks:
-                _ATTACHED.pop(anatomy.body, None)
+                ATTACHED.pop(anatomy.body, None)
         if opened.refused is not None:
             raise TrimtabError(f"in another thread: {opened.refused}")
         if opened.running:
@@ -341,10 +374,12 @@ def _on_model(
         _refuse_untouched(steps, sequences)
 
 
-def _refuse_untouched(steps: dict[str, list[_Step]], sequences: Sequences) -> None:
+def _refuse_untouched(steps: _Chains, sequences: Sequences) -> None:
     """A steering that does not act is an error."""
     for site, chain in steps.items():
         for step in chain:
+            if isinstance(step, _Reader) or step.gate is not None:
+                continue
             scope = step.scope
             over = scope.only_generated and sequences.ended_at_once
             over = over or (scope.only_images and sequences.may_miss_images)

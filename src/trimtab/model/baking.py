@@ -77,6 +77,11 @@ def bake(
     folds: list[_Fold] = []
     for steering in single:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
+        if steering.gate is not None:
+            raise TrimtabError(
+                f"cannot bake a gated {steering.method} steering: weights act on every text alike; "
+                "attach it instead, or take its gate away (steering.gated(None), --no-gate)"
+            )
         for intervention in steering.interventions:
             if not intervention.idle_at(steering.setting):
                 folds.append(_fold(intervention, steering))

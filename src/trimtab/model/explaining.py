@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from trimtab.anatomy import Anatomy
 from trimtab.errors import shown
+from trimtab.model.gate_reports import gate_weights
 from trimtab.model.marks import Marks
 from trimtab.model.one_pass import Pass
 from trimtab.model.standing import Prompts
@@ -89,7 +91,11 @@ class Firing(Presented):
 
 
 def firing(
-    marks: Marks, steerings: Sequence[Steering], prompt: Sequence[int], new: Sequence[int]
+    anatomy: Anatomy,
+    marks: Marks,
+    steerings: Sequence[Steering],
+    prompt: Sequence[int],
+    new: Sequence[int],
 ) -> Firing:
     """What steerings act on in a prompt (token ids) and in the tokens that were written after it:
     what the model does when it reads and writes them."""
@@ -99,13 +105,21 @@ def firing(
             one.label,
             str(scope),
             tuple(each.site for each in one.interventions if each.scope == scope),
-            scope_weights(marks, scope, ids, len(prompt)),
+            _gated(
+                scope_weights(marks, scope, ids, len(prompt)),
+                gate_weights(anatomy, marks, one.gate, ids, len(prompt)),
+            ),
         )
         for one in steerings
         for scope in one.scopes
     )
     texts = tuple(marks.tokenizer.decode([token]) for token in ids)
     return Firing(ids, texts, len(prompt), fires)
+
+
+def _gated(weights: tuple[float, ...], fired: Sequence[bool]) -> tuple[float, ...]:
+    """What a gate leaves of the weights of tokens."""
+    return tuple(weight * fires for weight, fires in zip(weights, fired, strict=True))
 
 
 def scope_weights(marks: Marks, scope: Scope, ids: Sequence[int], prompt: int) -> tuple[float, ...]:

@@ -37,6 +37,7 @@ from trimtab.model.decoding import (
     written,
 )
 from trimtab.model.explaining import Firing, firing
+from trimtab.model.gate_reports import Columns, Fired, reported, settled, watch
 from trimtab.model.identity import Weights
 from trimtab.model.images import (
     ImageText,
@@ -89,12 +90,15 @@ SteeringArgument = Steering | Steerings | Rule | None | Sequence[RowArgument]
 
 @dataclass(frozen=True, repr=False)
 class Completion:
-    """What a model wrote after a prompt: the text, and the ids of the new tokens."""
+    """What a model wrote after a prompt: the text, and the ids of the new tokens. `gates` say of
+    gated steerings whether they acted."""
 
     prompt: Prompt
     text: str
     tokens: tuple[int, ...]
     steering: tuple[str, ...] = ()
+    #: What the gates of its steerings decided, in order.
+    gates: tuple[Fired, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -533,7 +537,8 @@ class LanguageModel:
         lengths = (min_new_tokens, max_new_tokens)
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
-        rows = self._rows_for(tokens, steering, force)
+        asked_rows = self._rows_for(tokens, steering, force)
+        rows, decided = settled(self.anatomy, self.marks, asked_rows, tokens)
         done: dict[int, Completion] = {}
         with (
             torch.random.fork_rng(enabled=seed is not None),
@@ -544,19 +549,29 @@ class LanguageModel:
             for chosen in self._batches(tokens, batch_size, "generate"):
                 with self._for_call([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
+                    watch(sequences.gates)
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
                     texts, sound = written(
                         self.model, self.tokenizer, inputs, asked, pattern, lengths, pieces
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
+                beams, width = asked.get("num_beams", 1), inputs["input_ids"].shape[1]
                 for row, (i, new, is_sound) in enumerate(zip(chosen, texts, sound, strict=True)):
-                    labels = tuple(steering.label for steering in rows[i])
+                    labels = tuple(steering.label for steering in asked_rows[i])
+                    at = Columns(
+                        width - len(tokens[i]), width, width + len(new) - 1 if beams == 1 else None
+                    )
+                    gates = tuple(
+                        decided.get((i, place)) or reported(one, sequences.gates, row * beams, at)
+                        for place, one in enumerate(asked_rows[i])
+                        if one.gate is not None
+                    )
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     if pieces is not None:
                         pieces.finish(row, text)
-                    done[i] = Completion(wanted[i], text, tuple(new), labels)
+                    done[i] = Completion(wanted[i], text, tuple(new), labels, gates)
                 advance(len(chosen))
         return [done[i] for i in range(len(wanted))]
 
@@ -584,7 +599,7 @@ class LanguageModel:
                 force=force,
             )
             new = done.tokens
-        return firing(self.marks, steerings, tokens, new)
+        return firing(self.anatomy, self.marks, steerings, tokens, new)
 
     def stream(self, prompt: Any, **arguments: Any) -> Iterator[str]:
         """Continue one prompt, piece by piece: the same text as `generate([prompt], ...)`, with the
@@ -617,6 +632,7 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
+        rows, _ = settled(self.anatomy, self.marks, rows, tokens)
         found: dict[int, Tensor] = {}
         seen = with_images(tokens)
         # One by one where there are images, so that the model itself counts positions.

@@ -3,7 +3,7 @@ takes. What is worked out for a pass is kept with it, because every steered site
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,10 @@ class Pass:
     why_not: str = ""
     #: Of a prompt that is read in parts all of it, where that is known.
     whole: Trail | None = None
+    #: What gates have decided of these rows before this pass, by gate.
+    latched: Mapping[Any, Any] = field(default_factory=dict)
+    #: Its KV cache, held weakly, so that nobody keeps its memory.
+    cache: Any = None
     _masks: dict[Any, Any] = field(default_factory=dict)
 
     def mask(self, scope: Placed, device: torch.device) -> Tensor | bool:

@@ -19,8 +19,9 @@ where it matters.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,10 +30,11 @@ from torch import Tensor
 from transformers import Cache
 
 from trimtab.errors import TrimtabError
+from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Placed
 from trimtab.model.one_pass import FoundDials, Pass
-from trimtab.model.standing import Prompts, Standing
-from trimtab.model.trails import Trail, note_trail, trail_of
+from trimtab.model.standing import UNKNOWN_END, Prompts, Standing
+from trimtab.model.trails import Trail, latches_of, note_trail, trail_of
 
 
 @dataclass
@@ -46,6 +48,8 @@ class _Generation:
     guided: bool
     prompts: Prompts | None = None
     found: FoundDials | None = None
+    #: What two-pass gates have decided of its rows, by gate.
+    prepared: dict[Any, Any] = field(default_factory=dict)
     passes: int = 0
     begun: bool = False  # whether a pass of its own has run, and with which cache
     cache: Cache | None = None
@@ -78,6 +82,24 @@ class Beginning:
     tokens: Tensor | None
     mask: Any
     whole: bool  # whether these are all tokens of the prompts
+
+
+def texts_begun(beginning: Beginning, who: str) -> list[tuple[int, ...]]:
+    """The token ids that the model begins to read, without padding; `who` asks for them."""
+    tokens, mask = beginning.tokens, beginning.mask
+    if tokens is None or not beginning.whole:  # some ways to generate read a prompt in parts
+        raise TrimtabError(
+            f"{who} needs whole prompts of tokens: give the model input_ids, all of them in its "
+            "first pass, or generate with generate()"
+        )
+    if mask is None:
+        return [tuple(row) for row in tokens.tolist()]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise TrimtabError(
+            f"{who} needs to know which tokens are padding: give the model an attention_mask of "
+            "one number for each token"
+        )
+    return [tuple(row[keep].tolist()) for row, keep in zip(tokens, mask.bool(), strict=True)]
 
 
 #: Says at which dial each row of a batch is steered, [rows].
@@ -114,6 +136,7 @@ class Sequences:
         pad: int | None = None,
         choose: Choose | None = None,
         scopes: Collection[Placed] = (),
+        gates: Sequence[GateAtWork] = (),
     ) -> None:
         self.given_ends: list[int] | None = None
         self.ended_at_once = False
@@ -121,13 +144,15 @@ class Sequences:
         self.passes = 0
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
+        self.gates = gates
         #: Whether a scope asks where prompts end, or what the texts say.
-        self._placed = any(scope.placed for scope in scopes)
+        self._placed = bool(gates) or any(scope.placed for scope in scopes)
         self._reads = any(scope.reads for scope in scopes)
-        self._counts = any(scope.counts for scope in scopes)
+        latches = any(work.gate.kind != "token" for work in gates)
+        self._counts = latches or any(scope.counts for scope in scopes)
         self._looks_ahead = any(scope.looks_ahead for scope in scopes)
         #: Whether padding after a prompt may be taken for something else.
-        self._after_prompts = any(scope.after_prompts for scope in scopes)
+        self._after_prompts = latches or any(scope.after_prompts for scope in scopes)
         self.here = _Local()
         #: The dials of texts that are in a KV cache.
         self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
@@ -210,6 +235,7 @@ class Sequences:
                 prompts = self._prompts_by(generation, arguments, tokens, start)
         if begins and self._choose:
             found = FoundDials(self._chosen(arguments, tokens, start, generation))
+        latched = self._latched(prompts, arguments, tokens, start, cache, generation)
         if generation:
             generation.prompts, generation.found = prompts, found
             if not generation.nested and not generation.begun:
@@ -221,7 +247,50 @@ class Sequences:
             self._note(cache, prompts, found, trail)
         whole = self._whole(generation, start + length, rows) if self._looks_ahead else None
         standing = prompts.repeated(rows)
-        self.here.current = Pass(start, length, standing, found, trail, why_not, whole)
+        kept = None if cache is None else weakref.ref(cache)
+        self.here.current = Pass(
+            start, length, standing, found, trail, why_not, whole, latched, kept
+        )
+
+    def _latched(
+        self,
+        prompts: Prompts,
+        arguments: dict[str, Any],
+        tokens: Tensor,
+        start: int,
+        cache: Cache | None,
+        generation: _Generation | None,
+    ) -> Mapping[Any, Any]:
+        """What gates have decided of the rows of a pass before it, by gate; two-pass gates read
+        prompts that begin here."""
+        latched = dict(latches_of(cache)) if cache is not None and start else {}
+        kept = generation.prepared if generation else {}
+        begins = prompts.last_end < UNKNOWN_END and (start < prompts.last_end or not start)
+        for work in self.gates:
+            if work.gate.kind != "two-pass":
+                continue
+            if work.gate in kept:
+                latched[work.gate] = kept[work.gate]
+            elif begins or work.gate not in latched:
+                if prompts.last_end >= UNKNOWN_END:  # nobody asks for what comes of it
+                    continue
+                rows = self._begun(arguments, tokens, start, generation)
+                latched[work.gate] = kept[work.gate] = work.prepare(rows)
+        return latched
+
+    def _begun(
+        self,
+        arguments: dict[str, Any],
+        tokens: Tensor,
+        start: int,
+        generation: _Generation | None,
+    ) -> list[tuple[int, ...]]:
+        """The token ids of the prompts that a pass begins."""
+        rows = texts_begun(self._beginning(arguments, tokens, start, generation), "a two-pass gate")
+        if self.given_ends is None:
+            return rows
+        ends = self.given_ends * (len(rows) // len(self.given_ends))
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def _whole(self, generation: _Generation | None, stop: int, rows: int) -> Trail | None:
         """The whole prompt of a call of generate, of which a pass reads a part that ends at
@@ -268,10 +337,14 @@ class Sequences:
         current = self.here.current
         if current is None:
             return
+        given = None if current.cache is None else current.cache()
         values = output.values() if isinstance(output, Mapping) else output
-        for value in values if not isinstance(values, Tensor) else ():
-            if isinstance(value, Cache) and _noted_prompts(value) is None:
+        made = [] if isinstance(values, Tensor) else [x for x in values if isinstance(x, Cache)]
+        for value in made:
+            if _noted_prompts(value) is None:
                 self._note(value, current.prompts, current.found, current.trail)
+        for work in self.gates:
+            work.note(current, [given] if given is not None else made)
 
     def _note(
         self, cache: Cache, prompts: Prompts, found: FoundDials | None, trail: Trail | None
@@ -351,22 +424,38 @@ class Sequences:
         generation: _Generation | None,
     ) -> Tensor:
         assert self._choose is not None
-        width = (generation.width if generation else 0) or tokens.shape[1]
-        mask = arguments.get("attention_mask")
-        if generation and generation.mask is not None:
-            repeats = tokens.shape[0] // generation.mask.shape[0]
-            mask = generation.mask.repeat_interleave(repeats, dim=0)
-        ids = arguments.get("input_ids")
-        beginning = Beginning(
-            None if ids is None else ids[:, :width],
-            mask[:, :width] if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
-            start == 0 and tokens.shape[1] >= width,
-        )
+        beginning = self._beginning(arguments, tokens, start, generation)
+        # What is in a cache already was not read at the dial that is to be found.
+        beginning = replace(beginning, whole=beginning.whole and start == 0)
         self.here.paused = True
         try:
             return self._choose(beginning)
         finally:
             self.here.paused = False
+
+    def _beginning(
+        self,
+        arguments: dict[str, Any],
+        tokens: Tensor,
+        start: int,
+        generation: _Generation | None,
+    ) -> Beginning:
+        """The texts that a pass begins; inside of `generate` they are known whole, also where they
+        are read in parts."""
+        width = (generation.width if generation else 0) or tokens.shape[1]
+        mask, ids = arguments.get("attention_mask"), arguments.get("input_ids")
+        if generation and generation.mask is not None:
+            repeats = tokens.shape[0] // generation.mask.shape[0]
+            mask = generation.mask.repeat_interleave(repeats, dim=0)
+        whole = start == 0 and tokens.shape[1] >= width
+        if generation and generation.ids is not None and ids is not None:
+            repeats = tokens.shape[0] // generation.ids.shape[0]
+            ids, whole = generation.ids.repeat_interleave(repeats, dim=0), True
+        return Beginning(
+            None if ids is None else ids[:, :width],
+            mask[:, :width] if isinstance(mask, Tensor) and mask.dim() == 2 else mask,
+            whole,
+        )
 
 
 def find_cache(values: Iterable[Any]) -> Cache | None:

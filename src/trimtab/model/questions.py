@@ -33,8 +33,8 @@ from trimtab.anatomy import (
 )
 from trimtab.errors import TrimtabError
 from trimtab.files import write_whole
-from trimtab.model.attach import unsteered
 from trimtab.model.batching import refuse_dropout
+from trimtab.model.running import unsteered
 
 #: What models raise at what they do not take.
 _NO_ANSWER = (*DOES_NOT_RUN, ArithmeticError)

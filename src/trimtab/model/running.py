@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Thread, current_thread, local
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Hook
+from trimtab.anatomy import Anatomy, Hook
 from trimtab.errors import TrimtabError
 from trimtab.model.images import model_around
 from trimtab.model.passes import Sequences, find_cache
@@ -255,6 +257,26 @@ class Attached:
                     block.sequences.here.current = current
 
         return original(run, *args, **kwargs)
+
+
+#: What is on each model, by its transformer body.
+ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
+
+
+@contextmanager
+def unsteered(anatomy: Anatomy) -> Iterator[None]:
+    """Passes that this thread runs inside are none of the texts that open blocks steer: nobody
+    counts their positions or rows. What acts on all tokens of all rows alike may go on."""
+    on = ATTACHED.get(anatomy.body)
+    here = [block.sequences.here for block in on.blocks] if on is not None else []
+    before = [each.paused for each in here]
+    for each in here:
+        each.paused = True
+    try:
+        yield
+    finally:
+        for each, paused in zip(here, before, strict=True):
+            each.paused = paused
 
 
 class _Given(local):

@@ -1,6 +1,7 @@
-"""What the rows of a KV cache have read: their token ids, which scopes that look at a text need.
+"""What the rows of a KV cache have read: their token ids, which scopes that look at a text need,
+and what gates have decided of them.
 
-The ids are kept with the cache and follow it: when beam search puts its rows in another order, when
+Both are kept with the cache and follow it: when beam search puts its rows in another order, when
 rows are repeated or chosen, when it is cut or copied. So a token that is written with a cache sees
 the same text before it as one pass over the whole text does.
 """
@@ -8,15 +9,16 @@ the same text before it as one pass over the whole text does.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-#: The attribute of a cache that has its trail.
-_TRAIL = "_trimtab_trail"
+#: The attributes of a cache that have its trail, and what gates have decided of its rows.
+_TRAIL, _LATCHES = "_trimtab_trail", "_trimtab_latches"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +63,37 @@ def trail_of(cache: Any) -> Trail | None:
 
 def note_trail(cache: Any, trail: Trail) -> None:
     """Keep it with a cache, whose rows it follows from now on."""
-    if trail_of(cache) is None:
-        for name in _MOVES:
-            if hasattr(cache, name):
-                setattr(cache, name, _Follow(cache, name))
+    _follow(cache)
     setattr(cache, _TRAIL, trail)
+
+
+class Latches(WeakKeyDictionary[Any, Any]):
+    """What each gate has decided of the rows of a cache."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Latches:
+        found = Latches()
+        for gate, latched in self.items():
+            found[gate] = latched.moved(move)
+        return found
+
+
+def latches_of(cache: Any) -> Mapping[Any, Any]:
+    """What gates have decided of the rows of a cache, by gate."""
+    return getattr(cache, _LATCHES, {})
+
+
+def note_latch(cache: Any, gate: Any, latched: Any) -> None:
+    """Keep what a gate has decided with a cache, whose rows it follows from now on."""
+    _follow(cache)
+    if not hasattr(cache, _LATCHES):
+        setattr(cache, _LATCHES, Latches())
+    getattr(cache, _LATCHES)[gate] = latched
+
+
+def _follow(cache: Any) -> None:
+    for name in _MOVES:
+        if hasattr(cache, name) and not isinstance(vars(cache).get(name), _Follow):
+            setattr(cache, name, _Follow(cache, name))
 
 
 def _reordered(rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -99,10 +127,11 @@ class _Follow:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self.cache()
         result = getattr(type(cache), self.name)(cache, *args, **kwargs)
-        trail = trail_of(cache)
         given = (*args, *kwargs.values())
-        if trail is not None and given:
-            setattr(cache, _TRAIL, trail.moved(_MOVES[self.name](given[0])))
+        for name in (_TRAIL, _LATCHES) if given else ():
+            noted = getattr(cache, name, None)
+            if noted is not None:
+                setattr(cache, name, noted.moved(_MOVES[self.name](given[0])))
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Follow:

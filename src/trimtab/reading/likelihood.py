@@ -19,9 +19,11 @@ from trimtab.model import (
     SteeringArgument,
     frozen,
     has_images,
+    has_two_pass,
     per_text,
     refuse_unseen,
     row_steerings,
+    settled,
 )
 from trimtab.reading.abilities import packs
 from trimtab.reading.packing import (
@@ -54,8 +56,14 @@ def log_odds(
     steerings = per_text(steering, len(rows))
     of_rows = [row_steerings(steering)] * len(rows) if steerings is None else steerings
     refuse_unseen(of_rows, [row.texts()[0] for row in rows])
+    if has_two_pass(of_rows):
+        prompts = [row.texts()[0][: row.answers[0]] for row in rows]
+        of_rows, _ = settled(language_model.anatomy, language_model.marks, of_rows, prompts)
+        steering = steerings = of_rows
     # What counts the tokens before one would count the other side's in a packed row.
-    plain = all(scope.plain for row in of_rows for one in row for scope in one.scopes)
+    plain = all(scope.plain for row in of_rows for one in row for scope in one.scopes) and all(
+        one.gate is None or one.gate.kind == "token" for row in of_rows for one in row
+    )
     packed = plain and packs(language_model)
     odds = torch.zeros(len(rows), dtype=torch.float64)
     with progress("scoring", len(rows)) as advance:

@@ -9,8 +9,8 @@ alone, so that a run which was interrupted goes on with the very batches that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,16 +20,23 @@ from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.model import (
     UNKNOWN_END,
+    Columns,
+    Fired,
     LanguageModel,
+    Sequences,
     SteeringArgument,
     are_sound,
     batches_by_length,
     frozen,
+    has_two_pass,
     per_text,
     refuse_dropout,
     refuse_unseen,
+    reported,
     row_steerings,
+    settled,
     unsound,
+    watch,
     with_images,
 )
 from trimtab.reading.abilities import blocks_apart, shares_prefixes
@@ -62,11 +69,12 @@ class Reading:
 class Next:
     """At each position that was asked for: the most probable token, and the log-probability of the
     target in nats (float64; nothing where there were no targets). `sound` says whether all logits
-    can choose a token."""
+    can choose a token; `gates` what the gates of the text's steerings decided of its prompt."""
 
     best: Tensor
     log_p: Tensor
     sound: bool = True
+    gates: tuple[Fired, ...] = ()
 
 
 def prompt_reading(tokens: Sequence[int]) -> Reading:
@@ -129,6 +137,9 @@ def next_tokens(
         batches = plan(readings, language_model.batch_tokens, shares=False)
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
+    if has_two_pass(rows):
+        yield from _settled(language_model, readings, batches, rows, kept, force)
+        return
     if steerings is None:
         yield from run_batches(language_model, readings, batches, steering, kept, force)
         return
@@ -136,6 +147,45 @@ def next_tokens(
         # Texts that begin alike go apart from there on, when each has a steering of its own.
         alone, own = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
         yield from run_batches(language_model, readings, [alone], own, kept, force)
+
+
+def _settled(
+    language_model: LanguageModel,
+    readings: Sequence[Reading],
+    batches: Sequence[PlannedBatch],
+    rows: Sequence[tuple[Steering, ...]],
+    kept: StreamCache | None,
+    force: bool,
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
+    """As `next_tokens` where two-pass gates say for each text whether it is steered."""
+    for batch in batches:
+        own = [rows[i] for i in batch.rows]
+        prompts = [readings[i].tokens[: readings[i].prompt] for i in batch.rows]
+        free, decided = settled(language_model.anatomy, language_model.marks, own, prompts)
+        alone = PlannedBatch(0, batch.rows)
+        for _, nexts in run_batches(language_model, readings, [alone], free, kept, force):
+            yield (
+                batch,
+                [
+                    replace(each, gates=_in_order(own[row], row, decided, each.gates))
+                    for row, each in enumerate(nexts)
+                ],
+            )
+
+
+def _in_order(
+    steerings: Sequence[Steering],
+    row: int,
+    decided: Mapping[tuple[int, int], Fired],
+    others: Sequence[Fired],
+) -> tuple[Fired, ...]:
+    """What the gates of a row decided, those known before it ran and the others, in order."""
+    left = iter(others)
+    return tuple(
+        decided[row, place] if (row, place) in decided else next(left)
+        for place, one in enumerate(steerings)
+        if one.gate is not None
+    )
 
 
 @torch.inference_mode()
@@ -179,13 +229,36 @@ def run_batches(
                     layers = language_model.anatomy.layers
                     cache = run_prefix(language_model, start, stream, below, layers)[1]
             sequences.given_ends = [row.prompt for row in rows]
+            watch(sequences.gates)
             rests = [text[batch.shared :] for text in texts]
             hidden = run_upper(language_model, rests, streams, below, cache)
             columns = [[position - batch.shared for position in row.positions] for row in rows]
             targets = [row.targets or () for row in rows]
             nexts = read_columns(language_model, hidden, columns, targets)
             refuse_unsound(language_model, nexts, batch.rows, steering)
-            yield batch, nexts
+            yield batch, _with_gates(nexts, rows, batch.shared, steering, sequences)
+
+
+def _with_gates(
+    nexts: list[Next],
+    readings: Sequence[Reading],
+    shared: int,
+    steering: SteeringArgument,
+    sequences: Sequences,
+) -> list[Next]:
+    """With what gates decided of each text, where there are some; tokens that a batch shares are
+    not counted."""
+    if not sequences.gates:
+        return nexts
+    each_own = per_text(steering, len(nexts))
+    found = []
+    for row, (each, reading) in enumerate(zip(nexts, readings, strict=True)):
+        steerings = row_steerings(steering) if each_own is None else each_own[row]
+        at = Columns(shared, reading.prompt, len(reading.tokens))
+        gates = [one for one in steerings if one.gate is not None]
+        own = tuple(reported(one, sequences.gates, row, at) for one in gates)
+        found.append(replace(each, gates=own))
+    return found
 
 
 def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> None:

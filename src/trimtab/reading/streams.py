@@ -45,10 +45,8 @@ from trimtab.steering import Steering
 
 
 def blocks_below(anatomy: Anatomy, steerings: Iterable[Steering]) -> int:
-    """How many blocks run before any of the steerings changes anything."""
-    return blocks_before(
-        anatomy, [each.site for steering in steerings for each in steering.interventions]
-    )
+    """How many blocks run before any of the steerings reads or changes anything."""
+    return blocks_before(anatomy, [site for steering in steerings for site in steering.sites])
 
 
 def blocks_before(anatomy: Anatomy, sites: Iterable[str]) -> int:

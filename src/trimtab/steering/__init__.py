@@ -3,6 +3,8 @@
 from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.document import refuse_other_file
+from trimtab.steering.gate_reading import read_gate
+from trimtab.steering.gates import Condition, Gate
 from trimtab.steering.operators import (
     Ablate,
     Add,

@@ -20,6 +20,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
+from trimtab.steering.gates import Gate, check_gate
 from trimtab.steering.operators import Force, to_tensors
 from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity
 from trimtab.steering.scope import Scope, Tokens
@@ -52,6 +53,7 @@ class Steering:
     chosen units in rank order with their scores), and `findings` what it found out that is no
     tensor (which layer was chosen, and why). `contrast` names the texts and their digest.
     `calibration` says which dials keep to which budgets (`trimtab.strength.calibrate`).
+    With a `gate` it acts under a condition only (`gated`).
     `a + b` is both, and a acts first where the two meet.
     """
 
@@ -65,8 +67,13 @@ class Steering:
     findings: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
     calibration: Calibration | None = None
+    gate: Gate | None = None
     versions: dict[str, str] = field(default_factory=_versions)
     date: str = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        if self.gate is not None:
+            check_gate(self.gate, self.interventions)
 
     # -- the dial -----------------------------------------------------------------------------
 
@@ -130,6 +137,22 @@ class Steering:
         """The scopes of its interventions, each once."""
         return tuple(dict.fromkeys(each.scope for each in self.interventions))
 
+    def gated(self, gate: Gate | None) -> Steering:
+        """The same steering under a condition: it acts on rows, or tokens, where the gate fires,
+        and leaves the others bit by bit as they are. None takes its gate away."""
+        if gate is not None and gate.model and gate.model.digest != self.model.digest:
+            raise TrimtabError(
+                f"this gate was made for {gate.model}, the steering for {self.model}: fit one for "
+                "the same model"
+            )
+        return replace(self, gate=gate)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that it changes, and those that its gate reads, each once."""
+        read = self.gate.sites if self.gate is not None else ()
+        return tuple(dict.fromkeys((*(each.site for each in self.interventions), *read)))
+
     def explain(self, language_model: _Explains, prompt: Any, **options: Any) -> Any:
         """Token by token what will act on a prompt and on what the model writes after it: a
         `Firing`, which prints as a table. The same as `language_model.explain(self, prompt)`."""
@@ -163,7 +186,8 @@ class Steering:
     def label(self) -> str:
         """For people: method and dial."""
         method, dial, unit = shown(self.method), shown(self.dial.name), shown(self.dial.unit)
-        return f"{method} {dial}={self.setting:g}{unit}"
+        gated = "" if self.gate is None else ", gated"
+        return f"{method} {dial}={self.setting:g}{unit}{gated}"
 
     @property
     def where(self) -> str:
@@ -231,6 +255,11 @@ class Steering:
             digest.update(json.dumps(about, sort_keys=True).encode())
             for name in sorted(tensors):
                 digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
+        if self.gate is not None:
+            about = [{**self.gate.as_json(), "findings": {}}]
+            digest.update(json.dumps(about, sort_keys=True).encode())
+            for condition in self.gate.conditions:
+                digest.update(condition.direction.float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     # -- does it fit --------------------------------------------------------------------------
@@ -265,6 +294,13 @@ class Steering:
                 chosen = anatomy.router(intervention.site).chosen
                 dial = intervention.dial_at(self.setting)
                 intervention.operator.check_chosen(intervention.site, chosen, dial)
+        for condition in () if self.gate is None else self.gate.conditions:
+            width = anatomy.width(condition.site)
+            if condition.width != width:
+                raise TrimtabError(
+                    f"the sizes do not fit: {condition.site} has {width} units in "
+                    f"{shown(identity.name)}, the gate has {condition.width}"
+                )
         if force or self.model.digest == identity.digest:
             return
         if quantised and not self.model.plain_digest:
@@ -289,9 +325,20 @@ class Steering:
     @classmethod
     def load(cls, path: str | Path) -> Steering:
         """Read and check a file that `save` wrote."""
-        steering = cls(**document.read(Path(path)))
+        steering = cls._read(path)
         steering.warn_out_of_range()
         return steering
+
+    @classmethod
+    def _read(cls, path: str | Path) -> Steering:
+        fields, source = document.read(Path(path)), shown(path, 200)
+        if fields["gate"] is not None:
+            said, tensors = fields["gate"]
+            fields["gate"] = Gate.of_file(said, tensors, source)
+        try:
+            return cls(**fields)
+        except TrimtabError as error:  # of a gate that could not decide in time
+            raise TrimtabError(f"{source}: {error}") from error
 
     @classmethod
     def read(cls, argument: str) -> Steering:
@@ -301,7 +348,7 @@ class Steering:
         if not at or exists(Path(argument)):
             return cls.load(argument)
         if value.removeprefix("-") in STRENGTHS:
-            return cls(**document.read(Path(path))).at(value)
+            return cls._read(path).at(value)
         number = value.removeprefix("kl=")
         try:
             dial = float(number)
@@ -310,7 +357,7 @@ class Steering:
                 f"{shown(argument, 150)}: '{shown(number)}' is no number; write FILE@DIAL, as in "
                 f"joy.safetensors@12, FILE@kl=NATS, or a strength: {', '.join(STRENGTHS)}"
             ) from error
-        steering = cls(**document.read(Path(path)))
+        steering = cls._read(path)
         return steering.at(dial) if number == value else steering.at(kl=dial)
 
 

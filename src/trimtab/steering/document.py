@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -25,10 +25,12 @@ from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
 from trimtab.files import write_whole
 from trimtab.steering.calibration import Calibration
+from trimtab.steering.gate_document import GateDocument
 from trimtab.steering.operators import Force, from_tensors, to_tensors
 from trimtab.steering.parts import (
     STRICT,
     Dial,
+    Finite,
     Intervention,
     ModelIdentity,
     Number,
@@ -38,20 +40,14 @@ from trimtab.steering.scope import Place, Scope, Tokens
 from trimtab.steering.scope_grammar import LONGEST
 
 #: Files of format 2 have scopes that format 1 cannot say, which knows a place and a kind of tokens
-#: only. What it can say is written in it, so that older versions read the file.
-FORMAT_VERSION = 2
-METADATA_KEY = "trimtab"
+#: only; files of format 3 have a gate. What an older format can say is written in it, so that older
+#: versions read the file.
+FORMAT_VERSION = 3
+METADATA_KEY, GATE_KEY = "trimtab", "trimtab_gate"
+_NAMES = {METADATA_KEY: "steering", GATE_KEY: "gate"}
 #: SHA-256 of the document and the tensors. Beside the document, so that older versions, which know
 #: no checksum, still read the file; files of theirs have none.
 CHECKSUM_KEY = "trimtab_sha256"
-
-
-def _finite(value: dict[str, Any]) -> dict[str, Any]:
-    json.dumps(value, allow_nan=False)  # a ValueError says where there is NaN or infinity
-    return value
-
-
-_Finite = Annotated[dict[str, Any], AfterValidator(_finite)]
 
 
 class _InterventionDocument(BaseModel):
@@ -83,16 +79,17 @@ class _Document(BaseModel):
 
     model_config = STRICT
 
-    format: Literal[1, 2] = Field(description="at most FORMAT_VERSION")
+    format: Literal[1, 2, 3] = Field(description="at most FORMAT_VERSION")
     method: Word
-    hyperparameters: _Finite
+    hyperparameters: Finite
     dial: Dial
     value: Number | None
     calibration: _CalibrationDocument | None = None
     interventions: list[_InterventionDocument]
+    gate: GateDocument | None = None
     model: ModelIdentity
-    contrast: _Finite
-    findings: _Finite = Field(default_factory=dict)
+    contrast: Finite
+    findings: Finite = Field(default_factory=dict)
     versions: dict[str, str]
     date: str
 
@@ -115,45 +112,103 @@ def write(steering: Mapping[str, Any], path: Path, overwrite: bool) -> Path:
             }
         )
     tensors |= {f"table.{name}": tensor for name, tensor in steering["tables"].items()}
+    gate = steering["gate"]
+    if gate is not None:
+        tensors |= {f"gate.{name}": tensor for name, tensor in gate.tensors.items()}
     dial, value, calibration = (steering[name] for name in ("dial", "value", "calibration"))
     low, high = dial.range
-    document = {name: value for name, value in steering.items() if name != "tables"} | {
-        "format": FORMAT_VERSION if any("scope" in each for each in interventions) else 1,
+    scopes = any("scope" in each for each in interventions)
+    others = {name: value for name, value in steering.items() if name not in ("tables", "gate")}
+    document = others | {
+        "format": 3 if gate is not None else 2 if scopes else 1,
         # Floats, as they come back: a file that is loaded and saved again stays as it is.
         "dial": asdict(dial) | {"default": float(dial.default), "range": [float(low), float(high)]},
         "value": None if value is None else float(value),
         "calibration": None if calibration is None else asdict(calibration),
         "interventions": interventions,
         "model": asdict(steering["model"]),
+        **({} if gate is None else {"gate": gate.as_json()}),
     }
+    text = _as_json(document, "this steering")
+    _parse(text, tensors, "this steering")
+    return _write(path, METADATA_KEY, text, tensors, overwrite)
+
+
+def _as_json(document: Mapping[str, Any], what: str) -> str:
     try:
         text = json.dumps(document, sort_keys=True, ensure_ascii=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise TrimtabError(
-            f"this steering cannot be saved: what it says of itself must be JSON, and "
-            f"{shown(error, 150)}"
+            f"{what} cannot be saved: what it says of itself must be JSON, and {shown(error, 150)}"
         ) from error
-    _parse(text, tensors, "this steering")
+    return text
+
+
+def _write(path: Path, key: str, text: str, tensors: dict[str, Tensor], overwrite: bool) -> Path:
     # Copies, because safetensors refuses tensors that share their memory.
     copies = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    metadata = {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text, copies)}
+    metadata = {key: text, CHECKSUM_KEY: _checksum(text, copies)}
     if overwrite:
-        refuse_other_file(path)
+        refuse_other_file(path, key)
     return write_whole(path, _sorted(save(copies, metadata)), overwrite)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The fields of the steering in a file, after every check."""
-    text, tensors, checksum = _content(path)
+    """The fields of the steering in a file, after every check; of its gate what the document says,
+    and the tensors."""
+    text, tensors, checksum = _content(path, METADATA_KEY)
     steering = _parse(text, tensors, shown(path, 200))
-    # Last, because what is wrong with a value says more than that something was changed.
+    _check_sum(path, text, tensors, checksum)
+    return steering
+
+
+def _check_sum(path: Path, text: str, tensors: dict[str, Tensor], checksum: str | None) -> None:
+    """Refuse a file that was changed. Last, because what is wrong with a value says more."""
     if checksum is not None and checksum != _checksum(text, tensors):
         raise TrimtabError(
             f"{shown(path, 200)} is damaged: what it holds is not what was saved (its checksum "
             "differs); copy or fit it again"
         )
-    return steering
+
+
+class GateFile(BaseModel):
+    """The JSON document of a gate that is a file of its own."""
+
+    model_config = STRICT
+
+    format: Literal[1]
+    gate: GateDocument
+    model: ModelIdentity | None
+    contrast: Finite
+
+
+def write_gate(
+    gate: Mapping[str, Any], tensors: dict[str, Tensor], path: Path, overwrite: bool
+) -> Path:
+    """Write what a gate says of itself and its tensors as one file, whole or not at all; it passes
+    what `read_gate` checks."""
+    text = _as_json({"format": 1, **gate}, "this gate")
+    _parse_gate(text, tensors, "this gate")
+    return _write(path, GATE_KEY, text, tensors, overwrite)
+
+
+def read_gate(path: Path) -> tuple[GateFile, dict[str, Tensor]]:
+    """What the file of a gate says, and its tensors, after every check."""
+    text, tensors, checksum = _content(path, GATE_KEY)
+    document = _parse_gate(text, tensors, shown(path, 200))
+    _check_sum(path, text, tensors, checksum)
+    return document, tensors
+
+
+def _parse_gate(text: str, tensors: dict[str, Tensor], source: str) -> GateFile:
+    try:
+        document = GateFile.model_validate_json(text)
+    except ValidationError as error:
+        raise _no_document(error, source, "gate of format 1") from error
+    for name, tensor in tensors.items():
+        _check_tensor(f"{source}: tensor '{shown(name)}'", tensor)
+    return document
 
 
 def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]:
@@ -161,12 +216,7 @@ def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]
     try:
         document = _Document.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its document"
-        raise TrimtabError(
-            f"{source} is not a trimtab steering of format {FORMAT_VERSION}: "
-            f"{shown(where)}: {shown(first['msg'])}"
-        ) from error
+        raise _no_document(error, source, f"steering of format {FORMAT_VERSION}") from error
     calibration = None
     if document.calibration is not None:
         try:
@@ -191,6 +241,7 @@ def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]
             f"{source} does nothing: it has no intervention that changes an activation"
         )
     tables = owners.pop("table", {})
+    gate = None if document.gate is None else (document.gate, owners.pop("gate", {}))
     if owners:
         of_owners = {id(tensor) for own in owners.values() for tensor in own.values()}
         foreign = min(name for name, tensor in tensors.items() if id(tensor) in of_owners)
@@ -200,7 +251,14 @@ def _parse(text: str, tensors: dict[str, Tensor], source: str) -> dict[str, Any]
         "interventions": tuple(interventions),
         "tables": tables,
         "calibration": calibration,
+        "gate": gate,
     }
+
+
+def _no_document(error: ValidationError, source: str, what: str) -> TrimtabError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "its document"
+    return TrimtabError(f"{source} is not a trimtab {what}: {shown(where)}: {shown(first['msg'])}")
 
 
 def _scope_fields(scope: Scope) -> dict[str, str]:
@@ -222,22 +280,24 @@ def _scope(described: _InterventionDocument) -> Scope:
     return Scope.placed(described.positions, described.tokens)
 
 
-def refuse_other_file(path: Path) -> None:
-    """Refuse to overwrite what is no steering: the weights of a model, the texts of a contrast."""
+def refuse_other_file(path: Path, key: str = METADATA_KEY) -> None:
+    """Refuse to overwrite what is no steering (or no gate, by its key): the weights of a model, the
+    texts of a contrast."""
     if not path.is_file():
         return
     try:
         with safe_open(path, framework="pt") as file:
-            ours = METADATA_KEY in (file.metadata() or {})
+            ours = key in (file.metadata() or {})
     except (SafetensorError, OSError, ValueError):
         ours = False
     if not ours:
         raise TrimtabError(
-            f"{path} is not a steering, and overwriting replaces only those: choose another name"
+            f"{path} is not a {_NAMES[key]}, and overwriting replaces only those: choose another "
+            "name"
         )
 
 
-def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
+def _content(path: Path, key: str) -> tuple[str, dict[str, Tensor], str | None]:
     """The JSON text and the tensors of a file, and its checksum where it has one."""
     where = shown(path, 200)
     try:
@@ -245,7 +305,7 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
     except OSError as error:  # a name that is too long, a directory that may not be searched
         raise TrimtabError(f"cannot read {where}: {error.strerror or error}") from error
     if not there:
-        raise TrimtabError(f"no such steering file: {where}")
+        raise TrimtabError(f"no such {_NAMES[key]} file: {where}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -256,12 +316,16 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
         raise TrimtabError(
             f"{where} is not a safetensors file, or it is truncated: {shown(reason)}"
         ) from error
-    if METADATA_KEY not in metadata:
-        raise TrimtabError(f"{where} is a safetensors file but not a trimtab steering")
-    unknown = sorted(set(metadata) - {METADATA_KEY, CHECKSUM_KEY, "format"})
+    if key not in metadata:
+        other = next((name for of, name in _NAMES.items() if of in metadata), None)
+        raise TrimtabError(
+            f"{where} is a safetensors file but not a trimtab {_NAMES[key]}"
+            + (f": it is a {other}" if other else "")
+        )
+    unknown = sorted(set(metadata) - {key, CHECKSUM_KEY, "format"})
     if unknown:  # a damaged name would hide the checksum
         raise TrimtabError(f"{where} has metadata of an unknown name: {shown(unknown[0], 60)}")
-    return metadata[METADATA_KEY], tensors, metadata.get(CHECKSUM_KEY)
+    return metadata[key], tensors, metadata.get(CHECKSUM_KEY)
 
 
 def _sorted(content: bytes) -> bytes:

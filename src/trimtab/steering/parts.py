@@ -5,6 +5,7 @@ The types say what a file may hold of them.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -27,6 +28,13 @@ def _float32(value: float) -> float:
     return value
 
 
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    json.dumps(value, allow_nan=False)  # a ValueError says where there is NaN or infinity
+    return value
+
+
+#: What is said in JSON, with numbers that are some.
+Finite = Annotated[dict[str, Any], AfterValidator(_finite)]
 Number = Annotated[FiniteFloat, AfterValidator(_float32)]
 Word = Annotated[str, Field(max_length=200)]
 STRICT = ConfigDict(extra="forbid", strict=True)

@@ -1,0 +1,191 @@
+"""What gates decided of texts: which rows fired, by which scores, and at how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy
+from trimtab.model.gate_scores import score_pass, score_prompts
+from trimtab.model.gating import GateAtWork
+from trimtab.model.marks import Marks
+from trimtab.steering import Gate, Steering
+
+
+@dataclass(frozen=True)
+class Fired:
+    """What the gate of one steering decided of one text.
+
+    `scores` are those of its conditions, at the prompt's last token where the gate decides token by
+    token; `thresholds` what they were compared with. Of a token gate `prompt_tokens` and
+    `new_tokens` say at how many tokens it fired, and `fired` whether at any; of another they are
+    None.
+    """
+
+    steering: str
+    kind: str
+    fired: bool
+    scores: tuple[float | None, ...]
+    thresholds: tuple[float, ...]
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+
+    @property
+    def summary(self) -> str:
+        """For people: whether it fired, and the scores."""
+        pairs = zip(self.scores, self.thresholds, strict=True)
+        said = ", ".join(f"{_number(score)} against {limit:.3g}" for score, limit in pairs)
+        where = ""
+        if self.prompt_tokens is not None:
+            where = f" at {self.prompt_tokens} tokens of the prompt"
+            if self.new_tokens is not None:
+                where += f" and {self.new_tokens} new ones"
+        return f"gate {'fired' if self.fired else 'did not fire'}{where} (score {said})"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _number(score: float | None) -> str:
+    return "none" if score is None else f"{score:.3g}"
+
+
+def _fired(steering: Steering, fired: bool, scores: Sequence[float], **tokens: Any) -> Fired:
+    gate = steering.gate
+    assert gate is not None
+    return Fired(
+        steering.label,
+        gate.kind,
+        fired,
+        tuple(None if score != score else score for score in scores),
+        tuple(each.threshold for each in gate.conditions),
+        **tokens,
+    )
+
+
+Rows = Sequence[tuple[Steering, ...]]
+
+
+def has_two_pass(rows: Rows) -> bool:
+    """Whether a steering among some has a gate that decides before the model reads."""
+    return any(
+        each.gate is not None and each.gate.kind == "two-pass" for row in rows for each in row
+    )
+
+
+def settled(
+    anatomy: Anatomy, marks: Marks, rows: Rows, prompts: Sequence[Sequence[int]]
+) -> tuple[list[tuple[Steering, ...]], dict[tuple[int, int], Fired]]:
+    """The steerings of rows whose prompts (token ids) are known, without those whose two-pass gate
+    does not fire, and the others of such gates free of them; and what these gates decided, by row
+    and place."""
+    asked: dict[int, tuple[Gate, list[tuple[int, int]]]] = {}
+    for row, steerings in enumerate(rows):
+        for place, steering in enumerate(steerings):
+            if steering.gate is not None and steering.gate.kind == "two-pass":
+                found = asked.setdefault(id(steering.gate), (steering.gate, []))
+                found[1].append((row, place))
+    decided: dict[tuple[int, int], Fired] = {}
+    for gate, places in asked.values():
+        scores = score_prompts(anatomy, marks, gate, [prompts[row] for row, _ in places])
+        fires = gate.decide(list(scores)).tolist()
+        for at, fired, own in zip(places, fires, scores.T.tolist(), strict=True):
+            decided[at] = _fired(rows[at[0]][at[1]], fired, own)
+    if not asked:
+        return [tuple(row) for row in rows], {}
+    # One free copy of each steering, so that rows that share one still do.
+    free: dict[int, Steering] = {}
+    kept = []
+    for row, steerings in enumerate(rows):
+        own_row = []
+        for place, steering in enumerate(steerings):
+            at = (row, place)
+            if at not in decided:
+                own_row.append(steering)
+            elif decided[at].fired:
+                own_row.append(free.setdefault(id(steering), replace(steering, gate=None)))
+        kept.append(tuple(own_row))
+    return kept, decided
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a text stands in its batch: the columns of its first token and of the end of its
+    prompt, and up to which column it was read (None: not known, as of beams)."""
+
+    start: int
+    end: int
+    stop: int | None
+
+
+def reported(steering: Steering, gates: Sequence[GateAtWork], row: int, at: Columns) -> Fired:
+    """What a gate that was watched while the model ran decided of a row."""
+    work = next(each for each in gates if each.gate is steering.gate)
+    if work.gate.kind != "token":
+        last = work.seen[-1]
+        return _fired(steering, bool(last.fired[row]), last.scores[:, row].tolist())
+    fired, scores = _token_by_token(work, row)
+    of_prompt = int(fired[at.start : at.end].sum())
+    new = None if at.stop is None else int(fired[at.end : at.stop].sum())
+    return _fired(
+        steering,
+        bool(of_prompt or new),
+        scores[:, at.end - 1].tolist(),
+        prompt_tokens=of_prompt,
+        new_tokens=new,
+    )
+
+
+def _token_by_token(work: GateAtWork, row: int) -> tuple[Tensor, Tensor]:
+    """Where a gate fired, [columns], and its scores, [conditions, columns]; of a column that was
+    read again (after a guess that was wrong) what was decided last."""
+    columns = max(each.stop for each in work.seen)
+    fired = torch.zeros(columns, dtype=torch.bool)
+    scores = torch.full((len(work.gate.conditions), columns), torch.nan)
+    for each in work.seen:
+        first = each.stop - each.fired.shape[1]
+        fired[first : each.stop] = each.fired[row].cpu()
+        scores[:, first : each.stop] = each.scores[:, row].float().cpu()
+    return fired, scores
+
+
+def watch(gates: Sequence[GateAtWork]) -> None:
+    """Have gates keep what they decide from here on, for `reported`."""
+    for work in gates:
+        work.watched = True
+        work.seen.clear()
+
+
+def decisions(
+    anatomy: Anatomy, marks: Marks, gate: Gate, prompts: Sequence[Sequence[int]]
+) -> list[Fired]:
+    """What a gate decides of prompts (token ids) that are only read."""
+    scores = score_prompts(anatomy, marks, gate, prompts)
+    fires, limits = gate.decide(list(scores)), tuple(each.threshold for each in gate.conditions)
+    found = []
+    for row, prompt in enumerate(prompts):
+        own = tuple(None if score != score else score for score in scores[:, row].tolist())
+        tokens = None
+        if gate.kind == "token":
+            tokens = sum(gate_weights(anatomy, marks, gate, prompt, len(prompt)))
+        fired = bool(fires[row]) if tokens is None else tokens > 0
+        found.append(Fired("", gate.kind, fired, own, limits, tokens))
+    return found
+
+
+def gate_weights(
+    anatomy: Anatomy, marks: Marks, gate: Gate | None, ids: Sequence[int], prompt: int
+) -> tuple[bool, ...]:
+    """Where a gate fires in a text (token ids) whose first `prompt` tokens are the prompt;
+    everywhere where there is none."""
+    if gate is None:
+        return (True,) * len(ids)
+    if gate.kind == "token":
+        return tuple(score_pass(anatomy, marks, gate, [ids], [prompt]).fired[0].tolist())
+    scores = score_prompts(anatomy, marks, gate, [ids[:prompt]])
+    fired = bool(gate.decide(list(scores))[0])
+    return (fired,) * len(ids)

@@ -1,0 +1,149 @@
+"""Fitting gates: what is planted is found, thresholds are the best ones, figures are counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab as tt
+from gates_by_hand import prompt_score, stream
+from helpers import language_model, refused_in_one_line, steer
+from trimtab.contrasts import Contrast
+from trimtab.fitting.gates import _f1, _pairwise, _probe, _threshold
+from trimtab.steering import Add
+
+WORDS = ["ship", "rudder", "map", "day", "film", "answer", "way", "sea", "letter", "friend"]
+
+
+def texts(word: str, count: int, shift: int = 0) -> list[str]:
+    """Texts that hold a word among others."""
+    return [
+        f"{WORDS[(i + shift) % 10]} {word} {WORDS[(3 * i + shift) % 10]} {i}" for i in range(count)
+    ]
+
+
+def planted() -> Contrast:
+    """Texts with one word, and texts with another one in its place."""
+    return Contrast.from_texts(texts("please", 40), texts("never", 40))
+
+
+@pytest.mark.parametrize("kind", ["token", "latched", "two-pass"])
+@pytest.mark.parametrize("score", ["cosine", "projection", "probe", "compat"])
+def test_a_planted_word_is_found(kind: Any, score: Any) -> None:
+    lm = language_model("llama")
+    gate = tt.fit_gate(
+        lm, planted(), kind=kind, score=score, reads="all[1:]", chat=False,
+        unrelated={"others": texts("quite", 12)},
+    )  # fmt: skip
+    test = gate.findings["test"]
+    assert test["f1"] > (0.7 if score == "compat" else 0.8)
+    assert test["positive"]["n"] + test["negative"]["n"] == 16
+    low, high = test["positive"]["ci95"]
+    assert 0 <= low <= test["positive"]["fired"] <= high <= 1
+    assert {each["site"] for each in gate.findings["sites"]} == {
+        f"layers.{i}.resid" for i in range(lm.anatomy.layers)
+    }
+    others = gate.findings["unrelated"]["others"]
+    assert others["n"] == 12
+    assert ("tokens_fired" in others) == (kind == "token")
+    assert gate.contrast["rows"] == len(planted().with_parts().train)
+
+
+def test_figures_are_those_of_a_plain_loop() -> None:
+    lm = language_model("llama")
+    contrast = planted().with_parts()
+    gate = tt.fit_gate(lm, contrast, kind="latched", sites=["layers.1.resid"], chat=False)
+    (condition,) = gate.conditions
+
+    def score(text: Any) -> float:
+        ids = lm.tokenizer(text)["input_ids"]
+        return prompt_score(lm.model, ids, 1, "cosine", condition.direction, range(1, len(ids)))
+
+    train = contrast.train
+    sides: dict[str, Any] = {"positive": [], "negative": []}
+    for row in train.texts:
+        ids = lm.tokenizer(row.text)["input_ids"]
+        sides[row.label].append(stream(lm.model, ids, 1)[1:].mean(0))
+    means = {side: torch.stack(rows).mean(0) for side, rows in sides.items()}
+    difference = means["positive"] - means["negative"]
+    assert torch.allclose(condition.direction.double(), difference, atol=1e-6)
+    fired = {side: [] for side in sides}
+    for row in contrast.part("test").texts:
+        fired[row.label].append(score(row.text) > condition.threshold)
+    right = sum(fired["positive"])
+    f1 = 2 * right / (right + sum(fired["negative"]) + len(fired["positive"]))
+    assert gate.findings["test"]["f1"] == pytest.approx(f1)
+    assert gate.findings["test"]["positive"]["fired"] == pytest.approx(right / 8)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_threshold_has_the_best_f1_of_all(both: bool) -> None:
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        positive = torch.rand(25, generator=generator) < 0.4
+        sign = -1 if both and seed % 2 else 1
+        scores = torch.randn(25, generator=generator) + sign * positive.double()
+        fires, threshold = _threshold(scores, positive, both)
+        found = _f1(scores > threshold if fires == "above" else scores < threshold, positive)
+        ends = [
+            (a + b) / 2
+            for a, b in zip(*[scores.sort().values.tolist()[i:] for i in (0, 1)], strict=False)
+        ]
+        best = max(
+            max(_f1(scores > end, positive), _f1(scores < end, positive) if both else 0.0)
+            for end in ends
+        )
+        assert found == pytest.approx(best)
+
+
+def test_directions_of_probe_and_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(20, generator=generator)
+    positive = torch.arange(60) % 2 == 0
+    x = torch.randn(60, 20, generator=generator) + torch.where(positive, 1.0, -1.0)[:, None] * v
+    half = (x[positive] - x[~positive]).double()
+    _, vectors = torch.linalg.eigh(half.T @ half)
+    top = vectors[:, -1]
+    found = _pairwise(x, positive)
+    assert abs(float(found.double() @ top)) == pytest.approx(1, abs=1e-5)
+    assert float(found @ v) > 0
+    direction, bias = _probe(x, positive, 0.1)
+    assert ((x @ direction + bias > 0) == positive).double().mean() > 0.95
+
+
+def test_candidates_are_below_what_is_steered() -> None:
+    lm = language_model("llama")
+    steering = steer(lm, ("layers.1.ffn_in", Add(torch.ones(lm.anatomy.width("layers.1.ffn_in")))))
+    gate = tt.fit_gate(lm, planted(), below=steering, chat=False)
+    assert gate.sites == ("layers.0.resid",)
+    steering.gated(gate)
+    first = steer(lm, ("embed", Add(torch.ones(lm.anatomy.width("embed")))))
+    refused_in_one_line(lambda: tt.fit_gate(lm, planted(), below=first), "no site is below")
+    free = tt.fit_gate(lm, planted(), below=first, kind="two-pass", chat=False)
+    assert free.findings["sites"]
+
+
+def test_mistakes_of_fits() -> None:
+    lm = language_model("llama")
+    few = Contrast.from_texts(["a", "b"], ["c", "d"])
+    for arguments, says in (
+        ({"kind": "once"}, "kind"),
+        ({"score": "dot"}, "score"),
+        ({"any_of": 0}, "any_of"),
+        ({"sites": ["layers.99.resid"]}, "layer"),
+        ({"reads": "generated"}, "cannot read"),
+        ({"reads": "token(3)", "chat": False}, "nothing can be read"),
+    ):
+        refused_in_one_line(lambda more=arguments: tt.fit_gate(lm, planted(), **more), says)
+    refused_in_one_line(lambda: tt.fit_gate(lm, few), "too few")
+
+
+def test_more_than_one_condition_where_one_is_not_enough() -> None:
+    lm = language_model("llama")
+    one = tt.fit_gate(lm, planted(), any_of=1, chat=False)
+    three = tt.fit_gate(lm, planted(), any_of=3, chat=False)
+    assert len(one.conditions) == 1
+    assert len(three.conditions) <= 3
+    assert three.findings["validation"]["f1"] >= one.findings["validation"]["f1"]
