@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 
 import trimtab as tt
 from gates_by_hand import prompt_score, stream
-from helpers import language_model, refused_in_one_line, steer
+from helpers import language_model, refused_in_one_line, steer, write_pairs
 from trimtab.contrasts import Contrast
 from trimtab.fitting.gates import _f1, _pairwise, _probe, _threshold
-from trimtab.steering import Add
+from trimtab.steering import Add, Condition, Gate
 
 WORDS = ["ship", "rudder", "map", "day", "film", "answer", "way", "sea", "letter", "friend"]
 
@@ -147,3 +148,36 @@ def test_more_than_one_condition_where_one_is_not_enough() -> None:
     assert len(one.conditions) == 1
     assert len(three.conditions) <= 3
     assert three.findings["validation"]["f1"] >= one.findings["validation"]["f1"]
+
+
+def test_sweeps_and_comparisons_under_a_gate(tmp_path: Path) -> None:
+    """A gate that never fires leaves the unsteered model; one that always does leaves nothing out;
+    a run goes on under its own gate only."""
+    lm = language_model("llama")
+    task = write_pairs(tmp_path / "pairs.jsonl")
+    site = "layers.0.attn_norm"
+    direction = torch.ones(lm.anatomy.width(site))
+    never, always = (
+        Gate((Condition(site, direction, sign * 1e9, score="projection"),)) for sign in (1, -1)
+    )
+    always.save(tmp_path / "always.st")
+
+    def swept(**more: Any) -> Any:
+        space = {"alpha": (2.0, 30.0)}
+        return tt.sweep(lm, "austeer", task, space, fixed={"k": 9}, metric="log_odds", **more)
+
+    plain, idle = swept(), swept(gate=never, output=tmp_path / "run")
+    same = swept(gate=str(tmp_path / "always.st"))
+    assert [each.value for each in same.trials] == [each.value for each in plain.trials]
+    assert [each.value for each in idle.trials] == [idle.unsteered["validation"].value] * 2
+    assert idle.steering is not None
+    assert idle.steering.gate is never
+    assert tt.Steering.load(tmp_path / "run" / "best.safetensors").gate is not None
+    refused_in_one_line(lambda: swept(gate=always, output=tmp_path / "run"), "gate")
+    again = swept(gate=never, output=tmp_path / "run")
+    assert [each.value for each in again.trials] == [each.value for each in idle.trials]
+    candidates = [tt.Candidate("caa", {"layer": (1,)}), tt.Candidate("austeer", {"k": (9,)})]
+    beside = tt.compare(lm, candidates, task, gate=never, metric="log_odds", timed=False)
+    for row in beside.rows:
+        assert row.test is not None
+        assert row.test.value == pytest.approx(beside.unsteered["test"].value)

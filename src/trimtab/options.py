@@ -265,6 +265,12 @@ class FitOn:
         None,
         record=False,
     )
+    gate: Any = option(
+        "Under which condition what is fitted acts: a file of trimtab gate fit, or several as in "
+        "'a.safetensors & !b.safetensors'.",
+        None,
+        record=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

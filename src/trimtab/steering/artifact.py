@@ -256,10 +256,7 @@ class Steering:
             for name in sorted(tensors):
                 digest.update(name.encode() + tensors[name].cpu().contiguous().numpy().tobytes())
         if self.gate is not None:
-            about = [{**self.gate.as_json(), "findings": {}}]
-            digest.update(json.dumps(about, sort_keys=True).encode())
-            for condition in self.gate.conditions:
-                digest.update(condition.direction.float().cpu().contiguous().numpy().tobytes())
+            digest.update(self.gate.digest.encode())
         return digest.hexdigest()
 
     # -- does it fit --------------------------------------------------------------------------

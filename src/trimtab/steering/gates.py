@@ -17,6 +17,8 @@ Source: conditional activation steering (arXiv:2409.05907), whose score is `comp
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -258,6 +260,15 @@ class Gate:
     def tensors(self) -> dict[str, Tensor]:
         """The directions of its conditions, by number, for files."""
         return {str(i): each.direction.float() for i, each in enumerate(self.conditions)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it decides: its rule, its conditions and their directions."""
+        about = {**self.as_json(), "findings": {}}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            digest.update(self.tensors[name].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def as_json(self) -> dict[str, Any]:
         """All that it is but its directions, for files and for `inspect --json`."""

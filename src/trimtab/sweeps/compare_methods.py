@@ -30,7 +30,7 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
-from trimtab.steering import Steering
+from trimtab.steering import Gate, Steering
 from trimtab.strength import budget
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
@@ -44,6 +44,8 @@ from trimtab.sweeps.space import (
     check_space,
     default_space,
     described,
+    gate_given,
+    gate_said,
     grid,
     plain,
     tidy,
@@ -109,12 +111,13 @@ def compare(
     if before:
         measured = without_limit(measured)
     bench = TaskRows(language_model, task, rows, measured, chooses=not oracle)
-    texts = contrast_for(task, on.contrast, rows)
+    texts, gate = contrast_for(task, on.contrast, rows), gate_given(on.gate)
     config = {
         "methods": [_described(one) for one in candidates],
         "trials": comparing.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
+        **gate_said(gate),
         **record(measured.choosing, comparing, measured.answering),
         "model": language_model.described,
         **({"oracle": True} if oracle else {}),
@@ -123,7 +126,7 @@ def compare(
     run = Run(keep.output, config, keep.overwrite)
     started = time.perf_counter()
     told = [_as_before(one) for one in candidates] if before else candidates
-    fitters, fit = _fitters(bench, texts, told, on.cache)
+    fitters, fit = _fitters(bench, texts, told, on.cache, gate)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
     own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
@@ -230,12 +233,13 @@ def _fitters(
     contrast: Contrast,
     candidates: Sequence[Candidate],
     cache: str | Path | None,
+    gate: Gate | None,
 ) -> tuple[list[Fitter], Used]:
     """Fitters that share one pass over the contrast, and what the pass took."""
     shared: dict[Any, Any] = {}
     lm = bench.language_model
     fitters = [
-        Fitter(lm, METHODS[one.method], contrast, one.space, one.fixed, cache, shared)
+        Fitter(lm, METHODS[one.method], contrast, one.space, one.fixed, cache, shared, gate)
         for one in candidates
     ]
     with metered(lm) as used:

@@ -15,7 +15,7 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method, Want, collect, plain
 from trimtab.model import LanguageModel
-from trimtab.steering import Steering
+from trimtab.steering import Gate, Steering, read_gate
 
 #: More settings than this are a slip in a range.
 _MOST = 100_000
@@ -52,6 +52,16 @@ class Range:
 
 #: Values or a range for each hyperparameter that is searched.
 Space = Mapping[str, Sequence[Any] | Range]
+
+
+def gate_given(gate: Any) -> Gate | None:
+    """The gate under which what is fitted acts, from itself or from what names its files."""
+    return read_gate(gate) if isinstance(gate, str) else gate
+
+
+def gate_said(gate: Gate | None) -> dict[str, Any]:
+    """What a configuration says of it; nothing without one."""
+    return {} if gate is None else {"gate": {**gate.as_json(), "digest": gate.digest}}
 
 
 def default_space(
@@ -168,9 +178,10 @@ class Fitter:
         fixed: Params,
         cache: Any = None,
         statistics: dict[tuple[Want, ...], Any] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.language_model, self.method, self.contrast = language_model, method, contrast
-        self.fixed, self.cache = fixed, cache
+        self.fixed, self.cache, self.gate = fixed, cache, gate
         self.dial = method.dial
         self._statistics = {} if statistics is None else statistics
         self._built: dict[tuple[Any, ...], Steering] = {}
@@ -214,9 +225,7 @@ class Fitter:
         """The steering of a setting, its dial turned to what the setting says."""
         method, key = self.method_at(params), self._key(params)  # which checks the dial too
         if key not in self._built:
-            self._built[key] = method.build(
-                self.language_model, self.contrast, self._gathered(method)
-            )
+            self._built[key] = self._build(method)
         built = self._built[key]
         if self.dial not in params:
             return built
@@ -231,8 +240,11 @@ class Fitter:
 
     def fitted(self, params: Params) -> Steering:
         """The same as an artifact of its own: its dial's default is what the setting says."""
-        method = self.method_at(params)
-        return method.build(self.language_model, self.contrast, self._gathered(method))
+        return self._build(self.method_at(params))
+
+    def _build(self, method: Method) -> Steering:
+        built = method.build(self.language_model, self.contrast, self._gathered(method))
+        return built if self.gate is None else built.gated(self.gate)
 
     def wants(self) -> list[Want]:
         """What all settings that can be listed want of the pass."""

@@ -29,6 +29,8 @@ from trimtab.sweeps.space import (
     check_space,
     default_space,
     described,
+    gate_given,
+    gate_said,
     grid,
     plain,
     tidy,
@@ -66,6 +68,7 @@ def sweep(
     test rows; `validation_task` is another task whose test rows stand in for the validation rows,
     for tasks that have none. `metric` is by default the first that the task has, and `better` says
     whether more or less of it is, where its name does not (attack success: less, unless told).
+    `gate` is the condition under which every setting acts (see `fit_gate`).
     `max_cost` leaves out settings that cost more nats per token of plain text (None: no limit);
     what costs more breaks text, whatever it gains. `oracle` runs every
     complete trial on the test rows too. `output` names a run directory, in which a sweep that was
@@ -98,7 +101,7 @@ def sweep(
         shuffle=measured.answering.seed if searching.search == "halving" else None,
         resumed=searching.resumed,
     )
-    texts = contrast_for(task, on.contrast, rows)
+    texts, gate = contrast_for(task, on.contrast, rows), gate_given(on.gate)
     config = {
         "method": kind.name,
         "space": described(given),
@@ -107,12 +110,13 @@ def sweep(
         "trials": searching.trials,
         "task": bench.describe(),
         "contrast": {"name": texts.name, "digest": texts.digest},
+        **gate_said(gate),
         **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
         **({} if before else DEFAULTS),
     }
     told = {**former(kind.name, {**given, **own}), **own} if before else own
-    fitter = Fitter(language_model, kind, texts, given, told, cache=on.cache)
+    fitter = Fitter(language_model, kind, texts, given, told, cache=on.cache, gate=gate)
     if not any(isinstance(values, Range) for values in given.values()):
         fitter.check(grid(given))
     storage = None if searching.storage is None else open_storage(searching.storage)
