@@ -18,6 +18,7 @@ from .directory import (
     read_model,
     some,
 )
+from .gguf import gguf_tensors
 from .hub import Found, find_on_hub
 from .memory import Counts, counted, counted_on_hub, weight_bytes
 from .packs import encoder_directory
@@ -39,6 +40,7 @@ __all__ = [
     "damage_is_said",
     "encoder_directory",
     "find_on_hub",
+    "gguf_tensors",
     "has_weights",
     "in_words",
     "is_adapter",
