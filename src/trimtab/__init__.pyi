@@ -4,7 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .exchange import Exported, export
+from .exchange import Exported, export, import_steering
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -55,6 +55,7 @@ __all__ = [
     "export",
     "fit",
     "generate_contrast",
+    "import_steering",
     "load",
     "load_contrast",
     "log_odds",

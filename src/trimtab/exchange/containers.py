@@ -177,9 +177,7 @@ def _text(path: Path) -> str:
 
 def _damaged(path: Path, what: str, error: Exception) -> TrimtabError:
     reason = first_line(error) or type(error).__name__
-    return TrimtabError(
-        f"{shown(path, 200)} is not {what}, or it is damaged: {shown(reason, 120)}"
-    )
+    return TrimtabError(f"{shown(path, 200)} is not {what}, or it is damaged: {shown(reason, 120)}")
 
 
 _READERS: dict[Kind, Any] = {
@@ -250,6 +248,8 @@ def as_layer(value: Any, layers: int, what: str) -> int:
 
 def json_shown(value: Any) -> str:
     """A value as a message repeats it."""
-    return json.dumps(value) if isinstance(value, str | int | float | bool | None) else (
-        type(value).__name__
+    return (
+        json.dumps(value)
+        if isinstance(value, str | int | float | bool | None)
+        else (type(value).__name__)
     )

@@ -1,10 +1,10 @@
 """GGUF control vectors: those that llama.cpp adds, and repeng's, which are the same file.
 
 Both add `direction.N` to what block N puts out, counted from 0. In llama.cpp that is what two
-subtractions come to: `common_control_vector_load_one` puts direction.N at place N - 1 of a list that
-"starts from layer 1", and `llama_adapter_cvec::apply` gives block il the place il - 1. So its block
-0 gets none, a file with a direction.0 is refused whole, and so is one with a tensor of another name
-or of another type than F32. repeng (ControlModel, extract.py) reads hidden_states[N + 1] and adds
+subtractions come to: `common_control_vector_load_one` puts direction.N at place N - 1 of a list
+that begins with layer 1, and `llama_adapter_cvec::apply` gives block il the place il - 1. So its
+block 0 gets none, a file with a direction.0 is refused whole, and so is one with a tensor of
+another name or of another type than F32. repeng (ControlModel, extract.py) reads hidden_states[N + 1] and adds
 to the output of layer N, 0 included. Neither file has a strength: both programs multiply by one
 that their user gives, 1 at first. llama.cpp's own cvector-generator writes what it read at block i
 as direction.(i + 1), which is then added one block later; it is taken here as llama.cpp takes it.
@@ -22,21 +22,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from trimtab.errors import shown
 from trimtab.exchange.containers import Container, as_floats, as_layer
 from trimtab.exchange.request import Exported, Request
-from trimtab.exchange.vectors import (
-    BEFORE,
-    Added,
-    Found,
-    Refusal,
-    adds,
-    after_block,
-    after_blocks,
-    chosen,
-    everywhere,
-    no_stream,
-)
-from trimtab.errors import shown
+from trimtab.exchange.vectors import Found, adds, after_block, chosen, in_stream
 from trimtab.files import write_whole
 from trimtab.model import LanguageModel
 
@@ -55,32 +44,12 @@ def write_repeng(request: Request) -> Exported:
 
 
 def _write(request: Request, name: str, first: int) -> Exported:
-    lm = request.language_model
-    what = {"gguf": "a control vector of llama.cpp", "repeng": "a control vector of repeng"}[name]
-    fitting = everywhere(request, what, _refusal(lm, what, first))
-    vectors = {block: one.folded for block, one in after_blocks(lm, fitting.added).items()}
-    content = _content(vectors, str(lm.anatomy.name))
+    program = {"gguf": "llama.cpp", "repeng": "repeng"}[name]
+    added, left_out = in_stream(request, f"a control vector of {program}", first)
+    vectors = {block: one.folded for block, one in added.items()}
+    content = _content(vectors, request.language_model.anatomy.name)
     file = write_whole(request.output, content, request.overwrite)
-    return Exported(name, (file,), left_out=fitting.left_out)
-
-
-def _refusal(language_model: LanguageModel, what: str, first: int) -> Refusal:
-    elsewhere = no_stream(language_model, what)
-
-    def refusal(added: Added) -> str | None:
-        reason = elsewhere(added)
-        if reason is None:
-            (block,) = after_blocks(language_model, [added])
-            if block == BEFORE:
-                return f"{what} adds nothing before the first block; trimtab bake does"
-            if block < first:
-                return (
-                    f"{what} cannot be added to the output of block 0 (there is no direction.0); "
-                    "trimtab bake folds it into the weights"
-                )
-        return reason
-
-    return refusal
+    return Exported(name, (file,), left_out=left_out)
 
 
 def _content(vectors: dict[int, Tensor], hint: str) -> bytes:
@@ -108,9 +77,9 @@ def is_control_vector(container: Container) -> bool:
     )
 
 
-def is_repeng(container: Container) -> bool:
-    """Whether it has one for block 0, which llama.cpp refuses."""
-    return is_control_vector(container) and "direction.0" in container.content
+def has_first(container: Container) -> bool:
+    """Whether one of them is for block 0, which llama.cpp refuses."""
+    return "direction.0" in container.content
 
 
 def read_gguf(container: Container, lm: LanguageModel, sites: Sequence[str]) -> Found:
@@ -137,7 +106,7 @@ def _read(container: Container, lm: LanguageModel, sites: Sequence[str], first: 
             )
         vector = as_floats(tensor, f"{container.named}: {name}", (1,))
         if vector.any():
-            vectors[after_block(lm, block)] = (vector, 1.0)
+            vectors[after_block(block)] = (vector, 1.0)
     hint = container.metadata.get(f"{_ARCHITECTURE}.model_hint", "")
     picked = chosen(container, vectors, sites, together=True)
-    return adds(picked, says={"model": str(hint)} if hint else {})
+    return adds(picked, {"model_type": str(hint)} if hint else {})

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.exchange import lora
+from trimtab.exchange import (
+    control_vectors,
+    harness,
+    json_vectors,
+    lora,
+    pickled,
+    steering_lite,
+)
 from trimtab.exchange.request import Exported, Request
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering, Steerings, together
@@ -22,6 +29,14 @@ from trimtab.steering import Steering, Steerings, together
 #: What writes each format.
 FORMATS: dict[str, Callable[..., Exported]] = {
     "lora": lora.write,
+    "gguf": control_vectors.write_gguf,
+    "repeng": control_vectors.write_repeng,
+    "lm-eval": harness.write,
+    "svec": json_vectors.write_svec,
+    "steering-vectors": pickled.write_steering_vectors,
+    "steering-lite": steering_lite.write,
+    "vllm-lens": json_vectors.write_vllm_lens,
+    "persona-vectors": pickled.write_persona,
 }
 
 
@@ -40,6 +55,9 @@ def export(
 
     lora    a directory with an adapter that PEFT, vLLM, SGLang, TGI and others load
             (`dials`: several, each in a directory of its own; `precision`)
+    gguf    a control vector for llama.cpp; repeng the same for repeng
+    lm-eval, svec, steering-vectors, steering-lite, vllm-lens, persona-vectors
+            the file of that tool, for vectors that are added to every token
 
     What a format cannot carry exactly raises TrimtabError, with what does work; with `split` the
     rest is written, and `left_out` of the result says what is not. `force` allows a steering that

@@ -18,6 +18,8 @@ from trimtab.steering import Add, Intervention, Operator
 
 T = TypeVar("T")
 
+#: The way that works for whatever is linear.
+_BAKES = "trimtab bake folds it into the weights"
 #: Before the first block, where blocks are numbered from 0 by what they put out.
 BEFORE = -1
 
@@ -54,7 +56,8 @@ Refusal = Callable[[Added], str | None]
 def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
     """The vectors that the steerings add to every token, one for each site. What the format (called
     `what`) cannot carry is refused, or left out where the part that fits is asked for."""
-    reasons, sites = [], {}
+    reasons: list[str] = []
+    sites: dict[str, list[Added]] = {}
     for steering in request.steerings:
         for each in steering.interventions:
             coefficient = each.dial_at(steering.setting)
@@ -95,7 +98,7 @@ def _not_everywhere(intervention: Intervention, what: str) -> str | None:
 def _way(operator: Operator) -> str:
     """How such an operator gets into another program."""
     if operator.linear:
-        return "trimtab bake folds it into the weights"
+        return _BAKES
     return "it acts where trimtab attaches it"
 
 
@@ -106,33 +109,33 @@ def _sum(several: Sequence[Added]) -> Added:
     return Added(several[0].site, total.float(), 1.0)
 
 
-def after_blocks(
-    language_model: LanguageModel, added: Sequence[Added]
-) -> dict[int, Added]:
-    """The same vectors as they are added to the residual stream, by the block that puts it out;
-    before the first block by BEFORE."""
-    found: dict[int, list[Added]] = {}
-    for one in added:
-        placed = _in_stream(language_model, one)
-        assert placed is not None
-        block, factor = placed
-        coefficient = one.coefficient if factor == 1 else one.coefficient * factor
-        found.setdefault(block, []).append(Added(one.site, one.vector, coefficient))
-    return {block: _sum(found[block]) for block in sorted(found)}
-
-
-def no_stream(language_model: LanguageModel, what: str) -> Refusal:
-    """Refuses what is not added to the residual stream after a block, or before the first."""
+def in_stream(
+    request: Request, what: str, first: int = 0, last: int | None = None
+) -> tuple[dict[int, Added], tuple[str, ...]]:
+    """The vectors as they are added to the residual stream, by the block after which they are
+    (BEFORE: before the first one), where a format knows blocks `first` to `last`; and what is left
+    out. What is added just before a block ends, and read by nothing in it, is added after it."""
+    lm = request.language_model
+    last = lm.anatomy.layers - 1 if last is None else last
 
     def refusal(added: Added) -> str | None:
-        if _in_stream(language_model, added) is not None:
+        placed = _in_stream(lm, added)
+        if placed is None:
+            return f"{what} adds to the outputs of blocks (resid) only; {_BAKES}"
+        if first <= placed[0] <= last:
             return None
-        return (
-            f"{what} adds to the outputs of blocks (resid) only; trimtab bake folds it into the "
-            "weights"
-        )
+        where = "before the first block" if placed[0] == BEFORE else f"after block {placed[0]}"
+        return f"{what} can add nothing {where}; {_BAKES}"
 
-    return refusal
+    fitting = everywhere(request, what, refusal)
+    found: dict[int, list[Added]] = {}
+    for one in fitting.added:
+        placed = _in_stream(lm, one)
+        assert placed is not None
+        block, factor = placed
+        coefficient = one.coefficient * factor
+        found.setdefault(block, []).append(Added(one.site, one.vector, coefficient))
+    return {block: _sum(found[block]) for block in sorted(found)}, fitting.left_out
 
 
 def _in_stream(language_model: LanguageModel, added: Added) -> tuple[int, float] | None:
@@ -173,7 +176,9 @@ class Found:
     says: dict[str, str] = field(default_factory=dict)
 
 
-def adds(vectors: Mapping[str, tuple[Tensor, float]], **about: dict[str, str]) -> Found:
+def adds(
+    vectors: Mapping[str, tuple[Tensor, float]], says: Mapping[str, str] | None = None
+) -> Found:
     """Of vectors with their coefficients by site. One coefficient for all is where the dial stands;
     several are weights, and the dial stands on 1."""
     coefficients = {coefficient for _, coefficient in vectors.values()}
@@ -182,10 +187,11 @@ def adds(vectors: Mapping[str, tuple[Tensor, float]], **about: dict[str, str]) -
         Intervention(site, Add(vector), weight=1.0 if alike else coefficient)
         for site, (vector, coefficient) in vectors.items()
     )
-    return Found(interventions, coefficients.pop() if alike else 1.0, **about)
+    default = coefficients.pop() if alike else 1.0
+    return Found(interventions, default, says=dict(says or {}))
 
 
-def after_block(language_model: LanguageModel, block: int) -> str:
+def after_block(block: int) -> str:
     """The site of what a block puts out; of what the first one receives for BEFORE."""
     return "embed" if block == BEFORE else f"layers.{block}.resid"
 

@@ -1,0 +1,87 @@
+"""`trimtab import`: a steering from another tool's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trimtab.cli.common import console, open_model, print_json, refuse_steering_path
+from trimtab.cli.options import Json, Opened, Overwrite
+from trimtab.errors import TrimtabError, one_line
+from trimtab.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the file is, and what of it acts."""
+
+    heading = "Steerings"
+
+    format: str | None = option(
+        "gguf, repeng, lm-eval, svec, steering-vectors, steering-lite, vllm-lens, persona-vectors, "
+        "transformer-lens, neuronpedia or tensor, instead of what the file itself looks like.",
+        None,
+        flag="--from",
+    )
+    site: str | None = option(
+        "Sites that act, with commas between them, of a file with several: layers.12.resid, or "
+        "resid for all of a kind; and where a bare tensor belongs.",
+        None,
+    )
+    measure: bool = option(
+        "Measure the dial on plain text: its range, and the strengths gentle, clear and strong.",
+        True,
+    )
+
+
+def import_(
+    source: Annotated[Path, Parameter(help="The file of the other tool.")],
+    /,
+    *,
+    opened: Opened,
+    output: Annotated[
+        Path, Parameter(name=("--output", "-o"), help="The .safetensors file to write.")
+    ],
+    reading: Reading = Reading(),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make a steering of another tool's file: a control vector of llama.cpp or repeng, a vector of
+    lm-eval, steering-vectors, vLLM-Lens, Neuronpedia and others, or a bare tensor.
+
+    It does what the other tool does with the file, and says at which sites: tools count layers each
+    in its own way. Nothing in the file is run, and what does not fit the model is refused. The dial
+    stands where the file says, or on 1.
+
+    Example: `trimtab import vector.gguf --model smollm2-135m-instruct -o joy.safetensors`
+
+    Example: `trimtab import direction.npy --site layers.12.resid --model smollm2-135m-instruct -o
+    joy.safetensors`
+    """
+    from trimtab.exchange import import_steering
+    from trimtab.methods import describe, explain
+
+    refuse_steering_path(output, overwrite)
+    if output.is_dir():
+        raise TrimtabError(f"{output} is a directory: name a file")
+    steering = import_steering(
+        source,
+        open_model(opened),
+        format=reading.format,
+        site=tuple(name for name in (reading.site or "").split(",") if name),
+        measure=reading.measure,
+    )
+    steering.save(output, overwrite)
+    if as_json:
+        print_json({**describe(steering), "output": str(output)})
+        return
+    sites = ", ".join(intervention.site for intervention in steering.interventions)
+    console.print(f"Read as {steering.hyperparameters['format']}: it acts at {sites}.")
+    for line in explain(steering):
+        console.print(one_line(line))
+    console.print(
+        f"Saved as {output}. Try: trimtab generate --model {opened.model} --steer {output} ..."
+    )
