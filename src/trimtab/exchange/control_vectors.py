@@ -4,10 +4,11 @@ Both add `direction.N` to what block N puts out, counted from 0. In llama.cpp th
 subtractions come to: `common_control_vector_load_one` puts direction.N at place N - 1 of a list
 that begins with layer 1, and `llama_adapter_cvec::apply` gives block il the place il - 1. So its
 block 0 gets none, a file with a direction.0 is refused whole, and so is one with a tensor of
-another name or of another type than F32. repeng (ControlModel, extract.py) reads hidden_states[N + 1] and adds
-to the output of layer N, 0 included. Neither file has a strength: both programs multiply by one
-that their user gives, 1 at first. llama.cpp's own cvector-generator writes what it read at block i
-as direction.(i + 1), which is then added one block later; it is taken here as llama.cpp takes it.
+another name or of another type than F32. repeng (ControlModel, extract.py) reads
+hidden_states[N + 1] and adds to the output of layer N, 0 included. Neither file has a strength:
+both programs multiply by one that their user gives, 1 at first. llama.cpp's own cvector-generator
+writes what it read at block i as direction.(i + 1), which is then added one block later; it is
+taken here as llama.cpp takes it.
 
 https://github.com/ggml-org/llama.cpp (common/common.cpp, src/llama-adapter.cpp,
 tools/cvector-generator), https://github.com/vgel/repeng (repeng/extract.py, repeng/control.py)

@@ -3,8 +3,8 @@ vectors by hook name, and Neuronpedia's vectors.
 
 `blocks.N.hook_resid_pre` is the residual stream before block N, which is what block N - 1 puts out
 (for N = 0 the embedding); `hook_resid_post` is what block N puts out, and `hook_resid_mid` what
-lies between, to which one adds by adding to the attention's output. `hook_attn_out` and `hook_mlp_out`
-are the branches as they are added, after the norms that Gemma 2 and 3 have there.
+lies between, to which one adds by adding to the attention's output. `hook_attn_out` and
+`hook_mlp_out` are the branches as they are added, after the norms that Gemma 2 and 3 have there.
 
 Neuronpedia's vector has `hookName` (its requests: `layerNumber` and `hookType`), the vector, and
 the strength that it is steered with unless its user says another (`vectorDefaultSteerStrength`);

@@ -2,8 +2,7 @@
 
 A format is a pair of functions in `READERS`: whether a file is of it, by what the file holds, and
 what the file does, in our words. What comes of it is a normal steering for the given model, whose
-dial stands where the file says; its range is measured, as that of a fitted one is, or (`measure` is
-off, or there is nothing to measure) goes twice as far, on either side, as the dial stands.
+dial stands where the file says, and whose range is measured, as that of a fitted one is.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from trimtab.model import LanguageModel
 from trimtab.reading import plain_texts
 from trimtab.steering import Dial, Steering
 
+#: How far the dial of a vector goes that is not measured, as CAA has it.
+_FAR = 20.0
 #: Whether a file is of a format, by what it holds.
 SIGNS: dict[str, Callable[[Container], bool]] = {
     "gguf": control_vectors.is_control_vector,
@@ -148,5 +149,5 @@ def _warn_of_model(container: Container, language_model: LanguageModel, found: F
 def _dial(found: Found) -> Dial:
     if found.share:
         return Dial("amount", found.default, (0.0, 1.0))
-    far = 2 * abs(found.default) or 1.0
+    far = max(_FAR, 2 * abs(found.default))
     return Dial("alpha", found.default, (-far, far))

@@ -3,8 +3,8 @@
 Persona vectors are one tensor [layers + 1, units]: differences of transformers' hidden states, of
 which number L is what block L - 1 puts out and 0 the embedding. Their users take one row L and add
 it, times a coefficient, to the output of block L - 1 (`layer_idx=layer-1`), the last row too,
-though transformers reads its hidden states after the final norm. Row 0 would come to block -1, which
-Python takes for the last one: it is neither written nor read.
+though transformers reads its hidden states after the final norm. Row 0 would come to block -1,
+which Python takes for the last one: it is neither written nor read.
 
 steering-vectors has no file of its own. Its SteeringVector has two fields, which are written and
 read here as a dictionary: `torch.save(vars(vector), FILE)` makes it, and
