@@ -4,6 +4,7 @@ files and logits that they made, and against their loops written out."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -159,7 +160,15 @@ def test_vllm_lens(lm: tt.LanguageModel, tmp_path: Path) -> None:
     back = imported(tmp_path / "x.json", lm)
     expected = added_by_hand(lm, {0: vector(0) * 1.5, 2: vector(2) * 1.5})
     equal(logits(lm, back), expected)
+
+
+def test_vllm_lens_compresses(lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = FOREIGN / "vllm-lens.json"
+    refused_in_one_line(lambda: imported(path, lm), "pip install zstandard")
+    monkeypatch.undo()
     pytest.importorskip("zstandard")
+    expected = added_by_hand(lm, {0: vector(0) * 1.5, 2: vector(2) * 1.5})
     read = imported(FOREIGN / "vllm-lens.json", lm)
     equal(logits(lm, read), expected)
     half = imported(FOREIGN / "vllm-lens-bfloat16.json", lm)

@@ -97,16 +97,16 @@ def _gguf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _npy(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    where = shown(path, 200)
     try:
         # Mapped, so that a header which claims more than there is fails before room is made.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise TrimtabError(f"{where} holds {shown(array.dtype, 30)}, not floats")
-        tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
-    except (OSError, ValueError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
+        floats = array.dtype.kind == "f" and array.dtype.itemsize <= 8
+        kept = np.array(array, dtype=array.dtype.newbyteorder("=")) if floats else None
+    except Exception as error:  # its header is read as Python, which fails in many ways
         raise _damaged(path, "a NumPy array", error) from error
-    return {"": tensor}, {}
+    if kept is None:
+        raise TrimtabError(f"{shown(path, 200)} holds {shown(array.dtype, 30)}, not floats")
+    return {"": torch.from_numpy(kept)}, {}
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,7 +121,12 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _pickle(path: Path) -> tuple[Any, dict[str, Any]]:
     """What `torch.save` wrote, if that is plain tensors, numbers, texts, lists and dictionaries."""
-    _check_pickle(path)
+    for named in _named_by(path):
+        if not _NAMED.fullmatch(named):
+            raise TrimtabError(
+                f"{shown(path, 200)} needs {shown(named, 60)} to be loaded, which may run code: "
+                "save plain tensors and dictionaries instead, as in torch.save(vars(vector), FILE)"
+            )
     try:
         # Mapped, so that a storage which claims more bytes than there are is refused by torch.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
@@ -129,32 +134,29 @@ def _pickle(path: Path) -> tuple[Any, dict[str, Any]]:
         raise _damaged(path, "a file of torch.save", error) from error
 
 
-def _check_pickle(path: Path) -> None:
-    """Read what a pickle names before anything is made of it."""
+def _named_by(path: Path) -> list[str]:
+    """What a pickle names, read before anything is made of it."""
     where = shown(path, 200)
-    if not zipfile.is_zipfile(path):
-        raise TrimtabError(
-            f"{where} is not a file of torch.save as it has been since PyTorch 1.6: load it where "
-            "you trust it, and save its tensors anew"
-        )
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise TrimtabError(
+                f"{where} is not a file of torch.save as it has been since PyTorch 1.6: load it "
+                "where you trust it, and save its tensors anew"
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise TrimtabError(f"{where} is compressed, which torch.save never does")
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             pickles = [each for each in entries if each.filename.endswith("data.pkl")]
-            if len(pickles) != 1:
-                raise TrimtabError(f"{where} is a zip archive, but torch.save did not write it")
-            code = archive.read(pickles[0])
-        for operation, argument, _ in pickletools.genops(code):
-            named = operation.name in ("GLOBAL", "INST", "STACK_GLOBAL")
-            if named and not _NAMED.fullmatch(str(argument)):
-                raise TrimtabError(
-                    f"{where} needs {shown(argument, 60)} to be loaded, which may run code: save "
-                    "plain tensors and dictionaries instead, as in torch.save(vars(vector), FILE)"
-                )
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            code = archive.read(pickles[0]) if stored and len(pickles) == 1 else b"."
+        operations = [(kind.name, str(argument)) for kind, argument, _ in pickletools.genops(code)]
+    except Exception as error:  # a damaged archive fails in many ways, and so does a pickle
         raise _damaged(path, "a file of torch.save", error) from error
+    if not stored:
+        raise TrimtabError(f"{where} is compressed, which torch.save never does")
+    if len(pickles) != 1:
+        raise TrimtabError(f"{where} is a zip archive, but torch.save did not write it")
+    return [name for kind, name in operations if kind in ("GLOBAL", "INST", "STACK_GLOBAL")]
 
 
 def _json(path: Path) -> tuple[Any, dict[str, Any]]:
