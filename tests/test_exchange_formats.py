@@ -253,7 +253,7 @@ def test_another_format_is_refused(lm: tt.LanguageModel, tmp_path: Path) -> None
     tt.export(lm, steer(lm, ("layers.1.resid", add(48))), "gguf", tmp_path / "x.gguf")
     for name in READERS.keys() - {"gguf", "repeng"}:
         refused(lambda name=name: imported(tmp_path / "x.gguf", lm, format=name), name)
-    refused(lambda: imported(tmp_path / "x.gguf", lm, format="onnx"), "known are gguf")
+    refused(lambda: imported(tmp_path / "x.gguf", lm, format="onnx"), "known are lora, gguf")
     refused(lambda: imported(tmp_path / "none.gguf", lm), "cannot read", "none.gguf")
     refused(lambda: imported(tmp_path, lm), "cannot read")
     for text in ("", "hello", "a,b\n1,2\n", "{}", "[]", '{"vector": [1, 2]}', "null", "[" * 10**5):
@@ -283,3 +283,21 @@ def test_sizes_that_do_not_fit(lm: tt.LanguageModel, tmp_path: Path) -> None:
     deep = language_model("gemma3")
     tt.export(deep, steer(deep, ("layers.3.resid", add(48))), "gguf", tmp_path / "deep.gguf")
     refused(lambda: imported(tmp_path / "deep.gguf", lm), "has 0 to 2")
+
+
+# -- adapters of ours -----------------------------------------------------------------------------
+
+
+def test_an_adapter_comes_back(lm: tt.LanguageModel, tmp_path: Path) -> None:
+    steering = steer(lm, ("layers.1.heads", scale(64))).at(2.5)
+    tt.export(lm, steering, "lora", tmp_path / "adapter")
+    back = imported(tmp_path / "adapter", lm)
+    assert back.digest == steering.digest
+    assert back.setting == 2.5
+    torch.testing.assert_close(logits(lm, back), logits(lm, steering), rtol=0, atol=0)
+    other = language_model("gemma2")
+    refused(lambda: imported(tmp_path / "adapter", other), "sizes do not fit")
+    refused(lambda: imported(tmp_path, lm, format="lora"), "no adapter's directory")
+    two = steer(lm, ("layers.0.heads", scale(64)))
+    tt.export(lm, steering + two, "lora", tmp_path / "two")
+    refused(lambda: imported(tmp_path / "two", lm), "2 steerings together", "trimtab/")

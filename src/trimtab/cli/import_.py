@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, refuse_steering_path
-from trimtab.cli.options import Json, Opened, Overwrite
+from trimtab.cli.options import Json, Overwrite, Read
 from trimtab.errors import TrimtabError, one_line
 from trimtab.options import option
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+
+#: Sites that are said one by one.
+_FEW = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +27,9 @@ class Reading:
     heading = "Steerings"
 
     format: str | None = option(
-        "gguf, repeng, lm-eval, svec, steering-vectors, steering-lite, vllm-lens, persona-vectors, "
-        "transformer-lens, neuronpedia or tensor, instead of what the file itself looks like.",
+        "lora, gguf, repeng, lm-eval, svec, steering-vectors, steering-lite, vllm-lens, "
+        "persona-vectors, transformer-lens, neuronpedia or tensor, instead of what the file itself "
+        "looks like.",
         None,
         flag="--from",
     )
@@ -38,10 +45,10 @@ class Reading:
 
 
 def import_(
-    source: Annotated[Path, Parameter(help="The file of the other tool.")],
+    source: Annotated[Path, Parameter(help="The other tool's file, or an adapter's directory.")],
     /,
     *,
-    opened: Opened,
+    opened: Read,
     output: Annotated[
         Path, Parameter(name=("--output", "-o"), help="The .safetensors file to write.")
     ],
@@ -49,8 +56,8 @@ def import_(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make a steering of another tool's file: a control vector of llama.cpp or repeng, a vector of
-    lm-eval, steering-vectors, vLLM-Lens, Neuronpedia and others, or a bare tensor.
+    """Make a steering of another tool's file: of llama.cpp, repeng, lm-eval, steering-vectors,
+    vLLM-Lens, Neuronpedia and others, of a bare tensor, or of an adapter that export wrote.
 
     It does what the other tool does with the file, and says at which sites: tools count layers each
     in its own way. Nothing in the file is run, and what does not fit the model is refused. The dial
@@ -78,10 +85,15 @@ def import_(
     if as_json:
         print_json({**describe(steering), "output": str(output)})
         return
-    sites = ", ".join(intervention.site for intervention in steering.interventions)
-    console.print(f"Read as {steering.hyperparameters['format']}: it acts at {sites}.")
+    console.print(f"It acts at {_sites(steering)}.")
     for line in explain(steering):
         console.print(one_line(line))
     console.print(
         f"Saved as {output}. Try: trimtab generate --model {opened.model} --steer {output} ..."
     )
+
+
+def _sites(steering: Steering) -> str:
+    """The sites that were chosen, one by one as far as there are few."""
+    sites = [intervention.site for intervention in steering.interventions]
+    return ", ".join(sites) if len(sites) <= _FEW else steering.where

@@ -19,6 +19,7 @@ from trimtab.exchange import (
     harness,
     hook_names,
     json_vectors,
+    lora,
     pickled,
     plain,
     steering_lite,
@@ -60,6 +61,7 @@ READERS: dict[str, Callable[[Container, LanguageModel, Sequence[str]], Found]] =
     "persona-vectors": pickled.read_persona,
     "tensor": plain.read,
 }
+_KNOWN = ", ".join(("lora", *READERS))
 
 
 def import_steering(
@@ -70,19 +72,22 @@ def import_steering(
     site: str | Sequence[str] = (),
     measure: bool = True,
 ) -> Steering:
-    """A steering from another tool's file, for this model.
+    """A steering from another tool's file, for this model; or from an adapter's directory, if it
+    is one that `export` wrote.
 
-    `format` is one of `READERS`; without it what the file holds says which. Of a file with vectors
-    for several sites `site` names those that are to act (`layers.12.resid`, or a kind: `resid`),
-    and of a bare tensor where it belongs. The dial stands on the strength that the file names, 1
-    where it names none: then the model computes what the tool computes. Its range and its named
-    strengths are measured on plain text, or with `measure` off the range goes twice as far as the
-    dial stands (a share's from 0 to 1).
+    `format` is lora or one of `READERS`; without it what the file holds says which. Of a file with
+    vectors for several sites `site` names those that are to act (`layers.12.resid`, or a kind:
+    `resid`), and of a bare tensor where it belongs. The dial stands on the strength that the file
+    names, 1 where it names none: then the model computes what the tool computes. Its range and its
+    named strengths are measured on plain text; with `measure` off the range is 20 on either side,
+    or twice as far as the dial stands, and a share's from 0 to 1.
 
     Raises TrimtabError, in one line, for whatever is no such file or does not fit the model.
     """
     path = user_path(source)
     sites = (site,) if isinstance(site, str) else tuple(site)
+    if format == "lora" or (format is None and lora.recognises(path)):
+        return _from_adapter(path, language_model)
     container = open_container(path)
     name = _format_of(container, language_model, format)
     found = READERS[name](container, language_model, sites)
@@ -112,11 +117,26 @@ def import_steering(
     return measured(language_model, steering, contrast, default=False, beyond=not found.share)
 
 
+def _from_adapter(path: Path, language_model: LanguageModel) -> Steering:
+    """The steering of an adapter of ours, at its dial."""
+    if not lora.recognises(path):
+        raise TrimtabError(f"{shown(path, 200)} is no adapter's directory")
+    steerings = lora.read(path)
+    if len(steerings) != 1:
+        raise TrimtabError(
+            f"{shown(path, 200)} is {len(steerings)} steerings together: they lie in its folder "
+            f"{lora.OWN}/, each in a file"
+        )
+    (steering,) = steerings
+    steering.check_fits(language_model.anatomy, language_model.identity)
+    return steering
+
+
 def _format_of(container: Container, language_model: LanguageModel, given: str | None) -> str:
     """The format that is given, if the file can be of it, or that of what it holds."""
     if given is not None:
         if given not in READERS:
-            raise TrimtabError(f"format is {shown(given)!r}: known are {', '.join(READERS)}")
+            raise TrimtabError(f"format is {shown(given)!r}: known are {_KNOWN}")
         if not SIGNS[given](container):
             raise container.refused(f"it does not hold what a file of {given} does")
         return given
@@ -129,9 +149,7 @@ def _format_of(container: Container, language_model: LanguageModel, given: str |
         return "persona-vectors" if rows == language_model.anatomy.layers + 1 else "tensor"
     name = next((name for name, is_one in SIGNS.items() if is_one(container)), None)
     if name is None:
-        raise container.refused(
-            f"it is of no format that is known here: known are {', '.join(READERS)}"
-        )
+        raise container.refused(f"it is of no format that is known here: known are {_KNOWN}")
     return name
 
 

@@ -73,9 +73,11 @@ def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
     together = [_sum(several) for several in sites.values()]
     refused = {one.site: refusal(one) for one in together}
     reasons += [f"{site}: {reason}" for site, reason in refused.items() if reason is not None]
-    if reasons and not request.split:
-        raise TrimtabError(reasons[0])
     fitting = [one for one in together if refused[one.site] is None]
+    if reasons and not request.split:
+        more = f", and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        remedy = " (--split writes the rest)" if fitting else ""
+        raise TrimtabError(f"{reasons[0]}{more}{remedy}")
     if not fitting:
         why = f" ({reasons[0]})" if reasons else ": at this dial the steering does nothing"
         raise TrimtabError(f"nothing is left to write into {what}{why}")

@@ -22,6 +22,8 @@ _PLACES = {
     "last": "the prompt's last token and the generated ones",
 }
 
+#: What the method of a steering is called that was read from another tool's file.
+_IMPORTED = "imported"
 _KINDS = {"all": "", "text": ", where it is text", "image": ", where it stands for an image"}
 
 
@@ -111,11 +113,10 @@ def explain(steering: Steering) -> list[str]:
     now, fitted, low, high = (
         f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)
     )
-    contrast = steering.contrast
+    as_it_was = "in its file" if steering.method == _IMPORTED else "as fitted"
     lines += [
-        f"Dial {dial.name}: {now} now, {fitted} as fitted, sensible from {low} to {high}.",
-        f"Made for {model} from {contrast.get('rows', '?')} rows of "
-        f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
+        f"Dial {dial.name}: {now} now, {fitted} {as_it_was}, sensible from {low} to {high}.",
+        f"Made for {model} from {_origin(steering)} on {steering.date[:10]}.",
     ]
     measured = _what_was_measured(steering)
     lines += measured
@@ -126,6 +127,15 @@ def explain(steering: Steering) -> list[str]:
             "FILE@kl=NATS turns the dial to one of them, or to one between."
         )
     return lines
+
+
+def _origin(steering: Steering) -> str:
+    """What it was made from: a contrast, or another tool's file."""
+    about, contrast = steering.hyperparameters, steering.contrast
+    if steering.method == _IMPORTED:
+        digest = str(about.get("sha256"))[:12]
+        return f"{about.get('file')} ({about.get('format')}, SHA-256 {digest})"
+    return f"{contrast.get('rows', '?')} rows of {contrast.get('name', 'an unnamed contrast')}"
 
 
 def _what_was_measured(steering: Steering) -> list[str]:
