@@ -34,7 +34,13 @@ def near(name: str) -> float:
     return 1e-9 if name == "gpt2" else 1e-6
 
 
-@pytest.mark.parametrize(("name", "site"), CASES)
+QUICK = ("llama", "qwen3_moe", "gpt2", "phi3")
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [pytest.param(*case, marks=[] if case[0] in QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_the_adapter_is_the_attached_steering(name: str, site: str, tmp_path: Path) -> None:
     lm = language_model(name, dtype=torch.float64)
     plain = plain_logits(lm.model, IDS)

@@ -74,11 +74,13 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         for name, adapter in adapters.items():
             _save(adapter, work / name, dtype)
     made = list(adapters.values())
+    # Of several dials each leaves out the same.
+    left = {(each.steering, id(each.intervention)): str(each) for one in made for each in one.left}
     return Exported(
         "lora",
         tuple(output / name for name in adapters),
         exact=precision in ("float32", "float64"),
-        left_out=tuple(dict.fromkeys(str(each) for one in made for each in one.left)),
+        left_out=tuple(left.values()),
         details={"adapters": [one.details for one in made]} if dials else made[0].details,
     )
 
