@@ -56,6 +56,7 @@ PUBLIC = [
     "export",
     "fit",
     "generate_contrast",
+    "import_steering",
     "load",
     "load_contrast",
     "log_odds",

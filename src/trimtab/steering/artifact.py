@@ -295,7 +295,7 @@ class Steering:
         return steering
 
     @classmethod
-    def from_(cls, source: str | Path, language_model: Any, **options: Any) -> Steering:
+    def from_(cls, source: str | Path, language_model: _Explains, **options: Any) -> Steering:
         """From a file of another tool, for a model: `Steering.from_("vector.gguf", lm)`. The
         options are those of `trimtab.import_steering`, which says what files there are."""
         # What reads them stands above steerings, and is loaded when it is asked for.
