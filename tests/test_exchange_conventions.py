@@ -291,7 +291,8 @@ def test_persona_vectors(lm: tt.LanguageModel, tmp_path: Path) -> None:
         equal(logits(lm, back), _as_persona_vectors_add(lm, path, layer))
     refused_in_one_line(lambda: imported(path, lm, site="embed"), "nothing for embed")
     steering = steer(lm, ("layers.1.resid", add(48, 1))).at(2)
-    tt.export(lm, steering, "persona-vectors", tmp_path / "out.pt")
+    done = tt.export(lm, steering, "persona-vectors", tmp_path / "out.pt")
+    assert done.details == {"rows": [2]}
     equal(_as_persona_vectors_add(lm, tmp_path / "out.pt", 2), logits(lm, steering))
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 import time
 import warnings
 import zipfile
@@ -26,6 +27,7 @@ import trimtab as tt
 from exchanged import FOREIGN, WRITTEN, imported, vector
 from helpers import add, language_model, refused_in_one_line, steer
 from trimtab.exchange import READERS
+from trimtab.steering.operators import Scale
 
 #: Every format that is read, by the file that is mutated.
 FILES = {
@@ -234,6 +236,31 @@ def _check_mutations(
         read += _taken_or_refused(path, lm, **options)
         assert time.process_time() - began < 2
     assert 0 < read < count
+
+
+def _in_adapter(good: Path, room: Path, chance: random.Random) -> Path:
+    """An adapter's directory with one of its files mutated, or left out."""
+    shutil.rmtree(room, ignore_errors=True)
+    shutil.copytree(good, room)
+    file = chance.choice([path for path in room.rglob("*") if path.is_file()])
+    if file.suffix == ".json" and chance.random() < 0.7:
+        file.write_text(json.dumps(_changed(json.loads(file.read_text()), chance)))
+    elif chance.random() < 0.05:
+        file.unlink()
+    else:
+        file.write_bytes(_bytes(file.read_bytes(), chance))
+    return room
+
+
+@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+def test_mutated_adapters(count: int, lm: tt.LanguageModel, tmp_path: Path) -> None:
+    units = torch.arange(0, 64, 3)
+    steering = steer(lm, ("layers.1.heads", Scale(units, vector(1, len(units)), 64))).at(2)
+    tt.export(lm, steering, "lora", tmp_path / "good")
+    chance = random.Random(0)
+    for _ in range(count):
+        mutated = _in_adapter(tmp_path / "good", tmp_path / "mutated", chance)
+        _taken_or_refused(mutated, lm)
 
 
 # -- one by one -----------------------------------------------------------------------------------

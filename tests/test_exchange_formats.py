@@ -134,6 +134,14 @@ def test_only_vectors_go_out(lm: tt.LanguageModel, tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_a_dial_beyond_float32(lm: tt.LanguageModel, tmp_path: Path) -> None:
+    steering = steer(lm, ("layers.1.resid", Add(1e30 * vector(1))))
+    steering = tt.Steering(**{**vars(steering), "value": 1e30})
+    for name in WRITTEN:
+        out = tmp_path / WRITTEN[name]
+        refused(lambda name=name, out=out: tt.export(lm, steering, name, out), "beyond float32")
+
+
 def test_blocks_that_a_format_does_not_know(lm: tt.LanguageModel, tmp_path: Path) -> None:
     def out(site: str, name: str) -> Any:
         steering = steer(lm, (site, add(48)))
@@ -255,7 +263,10 @@ def test_another_format_is_refused(lm: tt.LanguageModel, tmp_path: Path) -> None
         refused(lambda name=name: imported(tmp_path / "x.gguf", lm, format=name), name)
     refused(lambda: imported(tmp_path / "x.gguf", lm, format="onnx"), "known are lora, gguf")
     refused(lambda: imported(tmp_path / "none.gguf", lm), "cannot read", "none.gguf")
-    refused(lambda: imported(tmp_path, lm), "cannot read")
+    refused(lambda: imported(tmp_path, lm), "it is no file")
+    refused(lambda: imported(Path("/dev/zero"), lm), "it is no file")
+    refused(lambda: imported(tmp_path / ("x" * 5000), lm), "cannot read")
+    refused(lambda: imported(tmp_path / "nul\0", lm), "cannot read")
     for text in ("", "hello", "a,b\n1,2\n", "{}", "[]", '{"vector": [1, 2]}', "null", "[" * 10**5):
         (tmp_path / "x").write_text(text)
         refused(lambda: imported(tmp_path / "x", lm), str(tmp_path / "x"))

@@ -11,6 +11,7 @@ import json
 import math
 import pickletools
 import re
+import stat
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,10 @@ class Container:
 def open_container(path: Path) -> Container:
     """Open a file by what it begins with."""
     try:
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise TrimtabError(f"cannot read {shown(path, 200)}: it is no file")
+        size = about.st_size
         with path.open("rb") as file:
             start = file.read(16)
     except (OSError, ValueError) as error:
@@ -164,8 +168,8 @@ def _json(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _csv(path: Path) -> tuple[str, dict[str, Any]]:
-    text = _text(path)
-    return text[: text.find("\n")].strip(), {}
+    """The line of column names, which says what the table is."""
+    return _text(path).partition("\n")[0].strip(), {}
 
 
 def _text(path: Path) -> str:

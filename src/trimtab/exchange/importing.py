@@ -1,8 +1,8 @@
 """Reads steerings from other tools' files.
 
-A format is a pair of functions in `READERS`: whether a file is of it, by what the file holds, and
-what the file does, in our words. What comes of it is a normal steering for the given model, whose
-dial stands where the file says, and whose range is measured, as that of a fitted one is.
+A format has a function in `SIGNS`, which knows its files by what they hold, and one in `READERS`,
+which says in our words what a file does. What comes of it is a normal steering for the given model,
+whose dial stands where the file says, and whose range is measured, as that of a fitted one is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trimtab.exchange import (
 )
 from trimtab.exchange.containers import Container, open_container
 from trimtab.exchange.vectors import Found
-from trimtab.files import file_digest, user_path
+from trimtab.files import exists, file_digest, user_path
 from trimtab.model import LanguageModel
 from trimtab.reading import plain_texts
 from trimtab.steering import Dial, Steering
@@ -86,7 +86,7 @@ def import_steering(
     """
     path = user_path(source)
     sites = (site,) if isinstance(site, str) else tuple(site)
-    if format == "lora" or (format is None and lora.recognises(path)):
+    if format == "lora" or (format is None and exists(path) and lora.recognises(path)):
         return _from_adapter(path, language_model)
     container = open_container(path)
     name = _format_of(container, language_model, format)

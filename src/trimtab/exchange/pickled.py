@@ -44,14 +44,16 @@ _CALLED = {
 
 
 def write_persona(request: Request) -> Exported:
-    """A tensor [layers + 1, units] with the dial folded in, zero where nothing is added."""
+    """A tensor [layers + 1, units] with the dial folded in, zero where nothing is added; `rows` of
+    the result are the numbers of the others, which the tool calls layers."""
     anatomy = request.language_model.anatomy
     added, left_out = in_stream(request, "a persona vector")
     rows = torch.zeros(anatomy.layers + 1, anatomy.hidden_size)
     for block, one in added.items():
         rows[block + 1] = one.folded
     file = write_whole(request.output, saved(rows), request.overwrite)
-    return Exported("persona-vectors", (file,), left_out=left_out)
+    details = {"rows": [block + 1 for block in added]}
+    return Exported("persona-vectors", (file,), left_out=left_out, details=details)
 
 
 def write_steering_vectors(request: Request) -> Exported:

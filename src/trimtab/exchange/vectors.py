@@ -71,6 +71,9 @@ def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
             assert vector is not None
             sites.setdefault(each.site, []).append(Added(each.site, vector.float(), coefficient))
     together = [_sum(several) for several in sites.values()]
+    for one in together:
+        if not torch.isfinite(one.folded).all():
+            raise TrimtabError(f"{one.site}: what is added at this dial is beyond float32")
     refused = {one.site: refusal(one) for one in together}
     reasons += [f"{site}: {reason}" for site, reason in refused.items() if reason is not None]
     fitting = [one for one in together if refused[one.site] is None]
