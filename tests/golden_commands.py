@@ -290,6 +290,7 @@ HELP = (
     *("contrast", "contrast check", "contrast show", "contrast split"),
     *(
         "bake",
+        "export",
         "import",
         "evaluate",
         "strength",

@@ -82,6 +82,18 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         exact=precision in ("float32", "float64"),
         left_out=tuple(left.values()),
         details={"adapters": [one.details for one in made]} if dials else made[0].details,
+        use=_use({output / name: adapter for name, adapter in adapters.items()}),
+    )
+
+
+def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
+    """How PEFT and vLLM take the adapters."""
+    configs = [adapter.config for adapter in adapters.values()]
+    modules = " ".join(f"{path.name}={path}" for path in adapters)
+    return (
+        f'PeftModel.from_pretrained(model, "{next(iter(adapters))}")',
+        f"vllm serve {configs[0]['base_model_name_or_path']} --enable-lora "
+        f"--max-lora-rank {max(config['r'] for config in configs)} --lora-modules {modules}",
     )
 
 
