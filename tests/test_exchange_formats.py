@@ -38,6 +38,7 @@ def test_one_vector_comes_back(name: str, lm: tt.LanguageModel, tmp_path: Path) 
     assert done.record["files"] == [str(tmp_path / WRITTEN[name])]
     assert done.exact
     assert not done.left_out
+    assert str(tmp_path / WRITTEN[name]) in "".join(done.use)
     back = imported(tmp_path / WRITTEN[name], lm, format=name)
     assert what(back).keys() == {"layers.1.resid"}
     torch.testing.assert_close(what(back), what(steering), rtol=0, atol=0)
@@ -112,6 +113,22 @@ def test_an_output_that_exists_is_kept(name: str, lm: tt.LanguageModel, tmp_path
     tt.export(lm, steering, name, path, overwrite=True)
     assert imported(path, lm).interventions
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.slow
+def test_a_real_model(smollm2: Any, tmp_path: Path) -> None:
+    """Out and in again, SmolLM2 writes the same tokens."""
+    steering = steer(smollm2, ("layers.12.resid", add(576, 1, size=2.0))).at(1.5)
+    prompts = ["Today I feel", "The ship left the harbour"]
+    expected = smollm2.generate(prompts, max_new_tokens=8, steering=steering)
+    plain = smollm2.generate(prompts, max_new_tokens=8)
+    assert [one.tokens for one in plain] != [one.tokens for one in expected]
+    for name, file in WRITTEN.items():
+        tt.export(smollm2, steering, name, tmp_path / file)
+        back = imported(tmp_path / file, smollm2)
+        assert what(back).keys() == {"layers.12.resid"}
+        found = smollm2.generate(prompts, max_new_tokens=8, steering=back)
+        assert [one.tokens for one in found] == [one.tokens for one in expected]
 
 
 # -- what a format cannot carry -------------------------------------------------------------------

@@ -78,7 +78,7 @@ def import_(
         source,
         open_model(opened),
         format=reading.format,
-        site=tuple(name for name in (reading.site or "").split(",") if name),
+        site=[name.strip() for name in (reading.site or "").split(",") if name.strip()],
         measure=reading.measure,
     )
     steering.save(output, overwrite)

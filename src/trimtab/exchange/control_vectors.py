@@ -46,11 +46,19 @@ def write_repeng(request: Request) -> Exported:
 
 def _write(request: Request, name: str, first: int) -> Exported:
     program = {"gguf": "llama.cpp", "repeng": "repeng"}[name]
+    output = request.output
     added, left_out = in_stream(request, f"a control vector of {program}", first)
     vectors = {block: one.folded for block, one in added.items()}
     content = _content(vectors, request.language_model.anatomy.name)
-    file = write_whole(request.output, content, request.overwrite)
-    return Exported(name, (file,), left_out=left_out)
+    file = write_whole(output, content, request.overwrite)
+    use = {
+        "gguf": f'llama-cli -m MODEL.gguf --control-vector {output} -p "Today I feel"',
+        "repeng": (
+            f"ControlModel(model, {list(vectors)}).set_control("
+            f'ControlVector.import_gguf("{output}"))'
+        ),
+    }
+    return Exported(name, (file,), left_out=left_out, use=(use[name],))
 
 
 def _content(vectors: dict[int, Tensor], hint: str) -> bytes:

@@ -66,7 +66,8 @@ def write(request: Request) -> Exported:
         for one in fitting.added
     }
     file = write_whole(request.output, saved(content), request.overwrite)
-    return Exported("lm-eval", (file,), left_out=fitting.left_out)
+    use = f"lm_eval --model steered --model_args pretrained={lm.name},steer_path={file} --tasks ..."
+    return Exported("lm-eval", (file,), left_out=fitting.left_out, use=(use,))
 
 
 def saved(content: Any) -> bytes:

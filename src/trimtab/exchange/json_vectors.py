@@ -75,8 +75,12 @@ def write_svec(request: Request) -> Exported:
         "explained_variances": dict.fromkeys(directions, 1.0),
     }
     file = write_whole(request.output, _content(content), request.overwrite)
+    use = (
+        f'MalleableModel(model, tokenizer).steer(SteeringVector.load("{file}"), '
+        f"behavior_layer_ids={list(directions)})"
+    )
     details = {"layer_ids": list(directions)}
-    return Exported("svec", (file,), left_out=left_out, details=details)
+    return Exported("svec", (file,), left_out=left_out, details=details, use=(use,))
 
 
 def is_svec(container: Container) -> bool:
@@ -119,7 +123,8 @@ def write_vllm_lens(request: Request) -> Exported:
         "position_indices": None,
     }
     file = write_whole(request.output, _content(content), request.overwrite)
-    return Exported("vllm-lens", (file,), left_out=left_out)
+    use = f'SamplingParams(extra_args={{"apply_steering_vectors": [json.load(open("{file}"))]}})'
+    return Exported("vllm-lens", (file,), left_out=left_out, use=(use,))
 
 
 def _as_base64(tensor: Tensor) -> dict[str, Any]:

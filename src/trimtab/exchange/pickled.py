@@ -53,7 +53,11 @@ def write_persona(request: Request) -> Exported:
         rows[block + 1] = one.folded
     file = write_whole(request.output, saved(rows), request.overwrite)
     details = {"rows": [block + 1 for block in added]}
-    return Exported("persona-vectors", (file,), left_out=left_out, details=details)
+    use = tuple(
+        f'ActivationSteerer(model, torch.load("{file}")[{block + 1}], coeff=1, layer_idx={block})'
+        for block in added
+    )
+    return Exported("persona-vectors", (file,), left_out=left_out, details=details, use=use)
 
 
 def write_steering_vectors(request: Request) -> Exported:
@@ -62,7 +66,8 @@ def write_steering_vectors(request: Request) -> Exported:
     activations = {block: one.folded.cpu().clone() for block, one in added.items()}
     fields = {"layer_activations": activations, "layer_type": "decoder_block"}
     file = write_whole(request.output, saved(fields), request.overwrite)
-    return Exported("steering-vectors", (file,), left_out=left_out)
+    use = f'with SteeringVector(**torch.load("{file}")).apply(model): ...'
+    return Exported("steering-vectors", (file,), left_out=left_out, use=(use,))
 
 
 def is_rows(container: Container) -> bool:

@@ -53,7 +53,8 @@ def write(request: Request) -> Exported:
     }
     content = save(tensors, {"cfg": json.dumps(configuration)})
     file = write_whole(request.output, content, request.overwrite)
-    return Exported("steering-lite", (file,), left_out=left_out)
+    use = f'with Vector.load("{file}")(model): ...'
+    return Exported("steering-lite", (file,), left_out=left_out, use=(use,))
 
 
 def is_steering_lite(container: Container) -> bool:
