@@ -30,7 +30,7 @@ from trimtab.exchange.directories import whole_directory
 from trimtab.exchange.low_rank import is_linear_in_dial
 from trimtab.exchange.request import Exported, Request
 from trimtab.files import exists, json_object
-from trimtab.model import LanguageModel, has_adapters, plain_copy, record_of, unlike
+from trimtab.model import LanguageModel, has_adapters, locations, plain_copy, record_of, unlike
 from trimtab.steering import Steering, Steerings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -90,9 +90,11 @@ def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
     """How PEFT and vLLM take the adapters."""
     configs = [adapter.config for adapter in adapters.values()]
     modules = " ".join(f"{path.name}={path}" for path in adapters)
+    base = configs[0]["base_model_name_or_path"]
+    here = next((place for place in locations(base) if exists(Path(place))), base)
     return (
         f'PeftModel.from_pretrained(model, "{next(iter(adapters))}")',
-        f"vllm serve {configs[0]['base_model_name_or_path']} --enable-lora "
+        f"vllm serve {here} --enable-lora "
         f"--max-lora-rank {max(config['r'] for config in configs)} --lora-modules {modules}",
     )
 
