@@ -38,8 +38,9 @@ def export(
 ) -> Exported:
     """Write steerings, each at its dial, in a format that other programs read.
 
-    lora    a directory with an adapter that PEFT, vLLM, SGLang, TGI and others load
-            (`dials`: several, each in a directory of its own; `precision`)
+    lora    a directory with a LoRA adapter (Hu et al., 2106.09685) that PEFT, vLLM, SGLang, TGI
+            and others load; `dials` makes several, each in a directory of its own, and `precision`
+            says how numbers are stored: float32, float64, bfloat16, float16
 
     What a format cannot carry exactly raises TrimtabError, with what does work; with `split` the
     rest is written, and `left_out` of the result says what is not. `force` allows a steering that
