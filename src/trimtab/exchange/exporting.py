@@ -53,8 +53,9 @@ def export(
 ) -> Exported:
     """Write steerings, each at its dial, in a format that other programs read.
 
-    lora    a directory with an adapter that PEFT, vLLM, SGLang, TGI and others load
-            (`dials`: several, each in a directory of its own; `precision`)
+    lora    a directory with a LoRA adapter (Hu et al., 2106.09685) that PEFT, vLLM, SGLang, TGI
+            and others load; `dials` makes several, each in a directory of its own, and `precision`
+            says how numbers are stored: float32, float64, bfloat16, float16
     gguf    a control vector for llama.cpp; repeng the same for repeng
     lm-eval, svec, steering-vectors, steering-lite, vllm-lens, persona-vectors
             the file of that tool, for vectors that are added to every token

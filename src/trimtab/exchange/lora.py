@@ -30,13 +30,14 @@ from trimtab.exchange.directories import whole_directory
 from trimtab.exchange.low_rank import is_linear_in_dial
 from trimtab.exchange.request import Exported, Request
 from trimtab.files import exists, json_object
-from trimtab.model import LanguageModel, has_adapters, plain_copy, record_of, unlike
+from trimtab.model import LanguageModel, has_adapters, locations, plain_copy, record_of, unlike
 from trimtab.steering import Steering, Steerings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Where the steerings lie: a folder, because SGLang takes every .safetensors file beside the
 #: adapter for a part of it.
 OWN = "trimtab"
+_NAMES = {CONFIG, WEIGHTS, OWN}
 #: In the metadata of the adapter's weights: what it is.
 _KEY = "trimtab"
 _FORMAT = 1
@@ -62,13 +63,11 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
     _refuse_model(request.language_model)
     if dials and len(request.steerings) > 1:
         raise TrimtabError("several dials are for one steering: export it alone, or name one dial")
-    named: dict[str, tuple[Steering, ...]] = {
-        str(int(dial) if dial == int(dial) else dial): (request.steerings[0].at(dial),)
-        for dial in dials
-    }
+    turned = [request.steerings[0].at(dial) for dial in dials]
+    named = {_dial_name(steering.setting): (steering,) for steering in turned}
     adapters = {
         name: _adapter(replace(request, steerings=steerings))
-        for name, steerings in (named or {"": request.steerings}).items()
+        for name, steerings in (named if dials else {"": request.steerings}).items()
     }
     with whole_directory(output, request.overwrite, _is_ours) as work:
         for name, adapter in adapters.items():
@@ -86,13 +85,20 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
     )
 
 
+def _dial_name(dial: float) -> str:
+    """How a directory is named by a dial: 12, not 12.0."""
+    return str(int(dial) if dial == int(dial) else dial)
+
+
 def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
     """How PEFT and vLLM take the adapters."""
     configs = [adapter.config for adapter in adapters.values()]
     modules = " ".join(f"{path.name}={path}" for path in adapters)
+    base = configs[0]["base_model_name_or_path"]
+    here = next((place for place in locations(base) if exists(Path(place))), base)
     return (
         f'PeftModel.from_pretrained(model, "{next(iter(adapters))}")',
-        f"vllm serve {configs[0]['base_model_name_or_path']} --enable-lora "
+        f"vllm serve {here} --enable-lora "
         f"--max-lora-rank {max(config['r'] for config in configs)} --lora-modules {modules}",
     )
 
@@ -355,19 +361,19 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory holds an adapter as it is written here, or several, and nothing else."""
-    entries = list(directory.iterdir())
-    if {entry.name for entry in entries} == {CONFIG, WEIGHTS, OWN}:
-        return True
-    return all(
-        entry.is_dir() and {inner.name for inner in entry.iterdir()} == {CONFIG, WEIGHTS, OWN}
-        for entry in entries
-    )
+    return _is_adapter(directory) or all(map(_is_adapter, directory.iterdir()))
+
+
+def _is_adapter(directory: Path) -> bool:
+    if not directory.is_dir() or {file.name for file in directory.iterdir()} != _NAMES:
+        return False
+    return all(file.suffix == ".safetensors" for file in (directory / OWN).iterdir())
 
 
 # -- read again ----------------------------------------------------------------------------------
