@@ -37,6 +37,7 @@ def test_a_control_vector(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     status, out, _ = run(capsys, "import", FOREIGN / "repeng.gguf", "-m", model, "-o", file)
     assert status == 0
     assert "It acts at layers.0.resid, layers.1.resid." in out
+    assert "It adds a vector to the residual stream after each of the blocks 0-1" in out
     assert "repeng.gguf (repeng, SHA-256" in out
     assert "Strengths, by how far" in out  # its dial was measured
     steering = tt.Steering.load(file)

@@ -151,6 +151,14 @@ def test_only_vectors_go_out(lm: tt.LanguageModel, tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_a_gate_is_not_left_aside(lm: tt.LanguageModel, tmp_path: Path) -> None:
+    steering = steer(lm, ("layers.1.resid", add(48)))
+    object.__setattr__(steering, "gate", "where the text is about ships")  # it is frozen
+    for name, file in WRITTEN.items():
+        out = tmp_path / file
+        refused(lambda name=name, out=out: tt.export(lm, steering, name, out), "under a gate")
+
+
 def test_a_dial_beyond_float32(lm: tt.LanguageModel, tmp_path: Path) -> None:
     steering = steer(lm, ("layers.1.resid", Add(1e30 * vector(1))))
     steering = tt.Steering(**{**vars(steering), "value": 1e30})

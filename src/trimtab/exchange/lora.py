@@ -61,6 +61,7 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         raise TrimtabError(f"precision is {shown(precision)!r}: known are {', '.join(_PRECISIONS)}")
     output, dtype = request.output, _PRECISIONS[precision]
     _refuse_model(request.language_model)
+    _refuse_conditions(request.steerings)
     if dials and len(request.steerings) > 1:
         raise TrimtabError("several dials are for one steering: export it alone, or name one dial")
     turned = [request.steerings[0].at(dial) for dial in dials]
@@ -116,6 +117,16 @@ def _refuse_model(language_model: LanguageModel) -> None:
             f"{name} carries an adapter, and a second one would belong to the two together: merge "
             "it (merge_and_unload), save that model and export from it, or attach the steering"
         )
+
+
+def _refuse_conditions(steerings: Sequence[Steering]) -> None:
+    """Refuse a steering under a condition, which no weights know."""
+    for steering in steerings:
+        if getattr(steering, "gate", None) is not None:
+            raise TrimtabError(
+                f"an adapter cannot carry the gate of a {shown(steering.method)} steering: weights "
+                "act on every text alike; attach it, or take the gate away"
+            )
 
 
 # -- one adapter ---------------------------------------------------------------------------------

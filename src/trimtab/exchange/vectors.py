@@ -14,7 +14,7 @@ from trimtab.errors import TrimtabError, shown
 from trimtab.exchange.containers import Container
 from trimtab.exchange.request import Request
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Intervention, Operator
+from trimtab.steering import Add, Intervention, Operator, Steering
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
             coefficient = each.dial_at(steering.setting)
             if not each.acts or each.idle_at(steering.setting):
                 continue
-            reason = _not_everywhere(each, what)
+            reason = _not_everywhere(steering, each, what)
             if reason is not None:
                 reasons.append(f"{each.site}: {reason}")
                 continue
@@ -87,9 +87,11 @@ def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
     return Fitting(fitting, tuple(reasons))
 
 
-def _not_everywhere(intervention: Intervention, what: str) -> str | None:
-    """Why an intervention is no vector that is added to every token."""
+def _not_everywhere(steering: Steering, intervention: Intervention, what: str) -> str | None:
+    """Why an intervention is no vector that is added to every token of every text."""
     operator = intervention.operator
+    if getattr(steering, "gate", None) is not None:
+        return f"it acts under a gate, and {what} acts on every text; take the gate away"
     if operator.added is None:
         return f"{operator.description} adds no vector, and {what} has only those; {_way(operator)}"
     if str(intervention.scope) != "all":

@@ -9,10 +9,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods.effects import predicted_at, predicted_at_strengths
 from trimtab.methods.known import METHODS
+from trimtab.methods.words import adds_vectors
 from trimtab.steering import STRENGTHS, Scope, Steering, chosen, operators_in_words, steered_blocks
 
 _PLACES = {
@@ -173,6 +175,8 @@ def _what_was_measured(steering: Steering) -> list[str]:
 
 def _what_it_does(steering: Steering) -> list[str]:
     """The method's own words where it is known here, else what its operators are."""
+    if steering.method == _IMPORTED and _adds_to_stream(steering):
+        return adds_vectors("It", steering, "as its file has it")
     method = _method(steering)
     if method is not None:
         try:
@@ -180,6 +184,14 @@ def _what_it_does(steering: Steering) -> list[str]:
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             pass  # a file may carry a method's name without what that method knows
     return operators_in_words(steering)
+
+
+def _adds_to_stream(steering: Steering) -> bool:
+    """Whether all that it does is to add vectors to what blocks put out."""
+    return all(
+        each.operator.added is not None and parse_site(each.site)[1] == "resid"
+        for each in steering.interventions
+    )
 
 
 def _method(steering: Steering) -> type[Method] | None:
