@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import trimtab as tt
 from exchanged import WRITTEN, added_by_hand, imported, logits, vector, what
 from helpers import add, basis, language_model, one_line, scale, steer, warned
-from trimtab.exchange import FORMATS, READERS
+from trimtab.exchange import FORMATS, READERS, Request
 from trimtab.steering.operators import Ablate, Add
 
 
@@ -155,8 +155,8 @@ def test_a_gate_is_not_left_aside(lm: tt.LanguageModel, tmp_path: Path) -> None:
     steering = steer(lm, ("layers.1.resid", add(48)))
     object.__setattr__(steering, "gate", "where the text is about ships")  # it is frozen
     for name, file in WRITTEN.items():
-        out = tmp_path / file
-        refused(lambda name=name, out=out: tt.export(lm, steering, name, out), "under a gate")
+        asked = Request(lm, (steering,), tmp_path / file)
+        refused(lambda name=name, asked=asked: FORMATS[name](asked), "under a gate")
 
 
 def test_a_dial_beyond_float32(lm: tt.LanguageModel, tmp_path: Path) -> None:
