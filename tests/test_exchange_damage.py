@@ -37,7 +37,7 @@ FILES = {
     "tensor": "bare.npy",
 }
 #: Mutations of each file: in the quick run, and in the long one.
-FEW, MANY = 150, 2000
+FEW, MANY = 300, 2000
 #: What a value may become.
 HOSTILE: tuple[Any, ...] = (
     *(

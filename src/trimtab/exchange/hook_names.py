@@ -38,14 +38,8 @@ from trimtab.model import LanguageModel
 _HOOK = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.(hook_[a-z_]+)")
 _HOOKS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 #: What a vector and its strength are called: in answers, in the library's records, in exports.
-_VECTOR, _STRENGTH = (
-    ("vector", "values"),
-    (
-        "vectorDefaultSteerStrength",
-        "defaultSteerStrength",
-        "default_steer_strength",
-    ),
-)
+_VECTOR = ("vector", "values")
+_STRENGTH = ("vectorDefaultSteerStrength", "defaultSteerStrength", "default_steer_strength")
 _NAME, _LABEL, _MODEL = ("hookName", "hook_name"), ("vectorLabel", "label"), ("modelId", "model_id")
 
 
