@@ -247,8 +247,11 @@ class _Target:
 #: dense block's maps of these names it knows by their parameters.
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
+#: Where PEFT lets nothing be added to an `out_proj`, because most Mambas read its weight apart.
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
-def _targets(model: nn.Module, maps: Sequence[ChangedMap]) -> list[_Target]:
+
+def _targets(model: Any, maps: Sequence[ChangedMap]) -> list[_Target]:
     paths = {id(module): path for path, module in model.named_modules()}
     mixture = any(parameter.dim() == 3 for parameter in model.parameters())
     targets = []
@@ -256,6 +259,11 @@ def _targets(model: nn.Module, maps: Sequence[ChangedMap]) -> list[_Target]:
         inner, _, name = changed.linear_map.weight.rpartition(".")
         module = changed.linear_map.owner.get_submodule(inner)
         path = paths[id(module)]
+        if path.endswith(".out_proj") and model.config.model_type in _MAMBAS:
+            raise TrimtabError(
+                f"PEFT adds nothing to {path} in {model.config.model_type}: bake the steering, or "
+                "attach it"
+            )
         plain = type(module) in (nn.Linear, Conv1D) and name == "weight"
         if mixture and path.rpartition(".")[2] in _NAMES_OF_EXPERTS:
             plain = False
