@@ -4,6 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
+from .exchange import Exported, export, import_steering
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -36,6 +37,7 @@ __all__ = [
     "Dial",
     "Difference",
     "Evaluation",
+    "Exported",
     "Gate",
     "Intervention",
     "LanguageModel",
@@ -52,9 +54,11 @@ __all__ = [
     "compare",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "fit_gate",
     "generate_contrast",
+    "import_steering",
     "load",
     "load_contrast",
     "log_odds",

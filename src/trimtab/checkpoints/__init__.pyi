@@ -1,7 +1,7 @@
 # What is in this folder for others. __init__.py loads each when it is asked for.
 
 from . import packs
-from .baked import CARD, RECORD, baked_already, in_words, read_baked, write_baked
+from .baked import CARD, RECORD, baked_already, in_words, read_baked, write_baked, write_record
 from .directory import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -18,6 +18,7 @@ from .directory import (
     read_model,
     some,
 )
+from .gguf import gguf_tensors
 from .hub import Found, find_on_hub
 from .memory import Counts, counted, counted_on_hub, weight_bytes
 from .packs import encoder_directory
@@ -39,6 +40,7 @@ __all__ = [
     "damage_is_said",
     "encoder_directory",
     "find_on_hub",
+    "gguf_tensors",
     "has_weights",
     "in_words",
     "is_adapter",
@@ -51,4 +53,5 @@ __all__ = [
     "some",
     "weight_bytes",
     "write_baked",
+    "write_record",
 ]

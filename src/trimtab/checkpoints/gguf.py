@@ -21,6 +21,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning, first_line, os_reason, 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -77,6 +78,25 @@ def check_is_gguf(path: Path) -> None:
         raise TrimtabError(
             f"{shown(path, 150)} is not a GGUF file: it begins with {magic!r}, not b'GGUF'"
         )
+
+
+def gguf_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a small GGUF file by name, each a copy in float32, and the plain values and
+    strings of its header. Quantised tensors are refused."""
+    import numpy as np
+    import torch
+
+    header = _checked(path)
+    tensors = {}
+    for tensor in _read_gguf(path).tensors:
+        numbers = np.asarray(tensor.data)
+        if numbers.dtype.kind != "f":
+            raise TrimtabError(
+                f"{shown(path, 150)}: tensor '{shown(tensor.name)}' is of type "
+                f"{tensor.tensor_type.name}, not of plain floats"
+            )
+        tensors[str(tensor.name)] = torch.from_numpy(numbers.astype(np.float32))
+    return tensors, header.values
 
 
 def _checked(path: Path) -> Header:

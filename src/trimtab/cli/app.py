@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,10 +33,11 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.terminal import CleanConsole, printable
 
 #: The commands in the order of the list, and the groups of commands among them. A module of the
-#: same name has each: the function that is the command, or `commands`, which makes the group.
+#: same name has each (of a Python keyword with _ behind it): the function that is the command, or
+#: `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "gate", "generate", "inspect", "bake", "evaluate",
-    "strength", "sweep", "reproduce", "compare", "analyse",
+    "demo", "models", "contrast", "fit", "gate", "generate", "inspect", "bake", "export", "import",
+    "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "strength", "sweep", "analyse")
 _ABOUT = (
@@ -76,7 +78,8 @@ def build(words: Sequence[str] | None) -> App:
     )
     first = next((word for word in words or () if not word.startswith("-")), None)
     for order, name in enumerate(COMMANDS):
-        module, function = f"trimtab.cli.{name}", "commands" if name in GROUPS else name
+        function = f"{name}_" if iskeyword(name) else name
+        module, function = f"trimtab.cli.{function}", "commands" if name in GROUPS else function
         if words is not None and name != first:
             app.command(App(name=name, help=summary(module, function), sort_key=order))
         elif name in GROUPS:

@@ -10,10 +10,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Method
 from trimtab.methods.effects import predicted_at, predicted_at_strengths
 from trimtab.methods.known import METHODS
+from trimtab.methods.words import adds_vectors
 from trimtab.steering import (
     STRENGTHS,
     Gate,
@@ -31,6 +33,8 @@ _PLACES = {
     "last": "the prompt's last token and the generated ones",
 }
 
+#: What the method of a steering is called that was read from another tool's file.
+_IMPORTED = "imported"
 _KINDS = {"all": "", "text": ", where it is text", "image": ", where it stands for an image"}
 
 
@@ -149,11 +153,10 @@ def explain(steering: Steering) -> list[str]:
     now, fitted, low, high = (
         f"{value:g}{dial.unit}" for value in (steering.setting, dial.default, *dial.range)
     )
-    contrast = steering.contrast
+    as_it_was = "in its file" if steering.method == _IMPORTED else "as fitted"
     lines += [
-        f"Dial {dial.name}: {now} now, {fitted} as fitted, sensible from {low} to {high}.",
-        f"Made for {model} from {contrast.get('rows', '?')} rows of "
-        f"{contrast.get('name', 'an unnamed contrast')} on {steering.date[:10]}.",
+        f"Dial {dial.name}: {now} now, {fitted} {as_it_was}, sensible from {low} to {high}.",
+        f"Made for {model} from {_origin(steering)} on {steering.date[:10]}.",
     ]
     measured = _what_was_measured(steering)
     lines += measured
@@ -164,6 +167,15 @@ def explain(steering: Steering) -> list[str]:
             "FILE@kl=NATS turns the dial to one of them, or to one between."
         )
     return lines
+
+
+def _origin(steering: Steering) -> str:
+    """What it was made from: a contrast, or another tool's file."""
+    about, contrast = steering.hyperparameters, steering.contrast
+    if steering.method == _IMPORTED:
+        digest = str(about.get("sha256"))[:12]
+        return f"{about.get('file')} ({about.get('format')}, SHA-256 {digest})"
+    return f"{contrast.get('rows', '?')} rows of {contrast.get('name', 'an unnamed contrast')}"
 
 
 def _what_was_measured(steering: Steering) -> list[str]:
@@ -201,6 +213,8 @@ def _what_was_measured(steering: Steering) -> list[str]:
 
 def _what_it_does(steering: Steering) -> list[str]:
     """The method's own words where it is known here, else what its operators are."""
+    if steering.method == _IMPORTED and _adds_to_stream(steering):
+        return adds_vectors("It", steering, "as its file has it")
     method = _method(steering)
     if method is not None:
         try:
@@ -208,6 +222,14 @@ def _what_it_does(steering: Steering) -> list[str]:
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             pass  # a file may carry a method's name without what that method knows
     return operators_in_words(steering)
+
+
+def _adds_to_stream(steering: Steering) -> bool:
+    """Whether all that it does is to add vectors to what blocks put out."""
+    return all(
+        each.operator.added is not None and parse_site(each.site)[1] == "resid"
+        for each in steering.interventions
+    )
 
 
 def _method(steering: Steering) -> type[Method] | None:

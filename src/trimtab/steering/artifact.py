@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -336,6 +337,16 @@ class Steering:
             return cls(**fields)
         except TrimtabError as error:  # of a gate that could not decide in time
             raise TrimtabError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_(cls, source: str | Path, language_model: _Explains, **options: Any) -> Steering:
+        """From a file of another tool, for a model: `Steering.from_("vector.gguf", lm)`. The
+        options are those of `trimtab.import_steering`, which says what files there are."""
+        # What reads them stands above steerings, and is loaded when it is asked for.
+        made: Steering = import_module("trimtab.exchange").import_steering(
+            source, language_model, **options
+        )
+        return made
 
     @classmethod
     def read(cls, argument: str) -> Steering:
