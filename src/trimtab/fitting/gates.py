@@ -28,9 +28,18 @@ from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.figures import rate_interval
 from trimtab.model import LanguageModel, batches_by_length, read_prompts, score_pass, score_prompts
-from trimtab.steering import Condition, Gate, Scope, Steering
-from trimtab.steering.gate_document import Fires, Kind, Score
-from trimtab.steering.gates import BUT_THE_FIRST, LAST, check_gate
+from trimtab.steering import (
+    READS_ALL_BUT_FIRST,
+    READS_LAST,
+    Condition,
+    Gate,
+    GateKind,
+    GateScore,
+    GateSide,
+    Scope,
+    Steering,
+    check_gate,
+)
 from trimtab.terminal import progress
 
 #: Inverse strengths of the probe's L2 penalty that are tried, on activations of unit variance.
@@ -62,8 +71,8 @@ def fit_gate(
     language_model: LanguageModel,
     contrast: Contrast,
     *,
-    kind: Kind = "token",
-    score: Score = "cosine",
+    kind: GateKind = "token",
+    score: GateScore = "cosine",
     reads: str | None = None,
     sites: Sequence[str] | None = None,
     below: Steering | None = None,
@@ -83,11 +92,17 @@ def fit_gate(
 
     Errors: a TrimtabError where a part lacks a side, or no site is a candidate.
     """
-    check_choice("kind", kind, Kind)
-    check_choice("score", score, Score)
+    check_choice("kind", kind, GateKind)
+    check_choice("score", score, GateScore)
     if any_of < 1:
         raise TrimtabError("any_of must be 1 or more: how many conditions may fire by themselves")
-    asked = Scope.of(reads) if reads is not None else LAST if kind == "token" else BUT_THE_FIRST
+    asked = (
+        Scope.of(reads)
+        if reads is not None
+        else READS_LAST
+        if kind == "token"
+        else READS_ALL_BUT_FIRST
+    )
     chosen = contrast.with_parts()
     candidates = _candidates(language_model, sites, below, kind)
     if not chosen.has_parts:
@@ -127,7 +142,10 @@ def fit_gate(
 
 
 def _candidates(
-    language_model: LanguageModel, sites: Sequence[str] | None, below: Steering | None, kind: Kind
+    language_model: LanguageModel,
+    sites: Sequence[str] | None,
+    below: Steering | None,
+    kind: GateKind,
 ) -> list[str]:
     anatomy = language_model.anatomy
     if sites is not None:
@@ -195,7 +213,9 @@ def _read(
 # -- one site -------------------------------------------------------------------------------------
 
 
-def _fitted(site: str, score: Score, reads: Scope, train: _Part, validation: _Part) -> list[_Tried]:
+def _fitted(
+    site: str, score: GateScore, reads: Scope, train: _Part, validation: _Part
+) -> list[_Tried]:
     """The conditions to choose from at a site: of a probe one for each penalty."""
     x = train.at[site]
     if score == "probe":
@@ -239,11 +259,11 @@ def _probe(x: Tensor, positive: Tensor, penalty: float) -> tuple[Tensor, float]:
     return torch.from_numpy(direction).float(), bias
 
 
-def _threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[Fires, float]:
+def _threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[GateSide, float]:
     """The side and the threshold with the best F1 on some texts, in the middle of the widest gap
     between scores that has it; `below` only where the score has no sign."""
-    found: list[tuple[float, float, Fires, float]] = []
-    sides: tuple[Fires, ...] = ("above", "below") if both else ("above",)
+    found: list[tuple[float, float, GateSide, float]] = []
+    sides: tuple[GateSide, ...] = ("above", "below") if both else ("above",)
     for fires in sides:
         sign = 1.0 if fires == "above" else -1.0
         order = (sign * scores).argsort()

@@ -19,8 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.model.marks import Marks, Placed
 from trimtab.model.one_pass import Pass
 from trimtab.model.trails import note_latch
-from trimtab.steering import Gate
-from trimtab.steering.gates import LAST
+from trimtab.steering import READS_LAST, Gate
 
 #: The scores of prompts (token ids) under a gate, [conditions, prompts].
 Score = Callable[[Gate, Sequence[Sequence[int]]], Tensor]
@@ -83,7 +82,8 @@ class GateAtWork:
     def __post_init__(self) -> None:
         conditions = self.gate.conditions
         self.reads = [
-            None if each.reads == LAST else self.marks.place(each.reads) for each in conditions
+            None if each.reads == READS_LAST else self.marks.place(each.reads)
+            for each in conditions
         ]
 
     @property

@@ -3,8 +3,15 @@
 from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.document import refuse_other_file
+from trimtab.steering.gate_document import GateKind, GateScore, GateSide
 from trimtab.steering.gate_reading import read_gate
-from trimtab.steering.gates import Condition, Gate
+from trimtab.steering.gates import (
+    READS_ALL_BUT_FIRST,
+    READS_LAST,
+    Condition,
+    Gate,
+    check_gate,
+)
 from trimtab.steering.operators import (
     Ablate,
     Add,

@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field
 from trimtab.steering.parts import STRICT, Finite, Number, Word
 from trimtab.steering.scope_grammar import LONGEST
 
-Score = Literal["cosine", "projection", "probe", "compat"]
-Fires = Literal["above", "below"]
-Kind = Literal["token", "latched", "two-pass"]
+GateScore = Literal["cosine", "projection", "probe", "compat"]
+GateSide = Literal["above", "below"]
+GateKind = Literal["token", "latched", "two-pass"]
 MOST_CONDITIONS = 256
 
 
@@ -22,8 +22,8 @@ class ConditionDocument(BaseModel):
 
     site: str = Field(max_length=100)
     threshold: Number
-    fires: Fires
-    score: Score
+    fires: GateSide
+    score: GateScore
     bias: Number = 0.0
     reads: str = Field(max_length=LONGEST)
     name: Word = ""
@@ -34,7 +34,7 @@ class GateDocument(BaseModel):
 
     model_config = STRICT
 
-    kind: Kind
+    kind: GateKind
     rule: Any
     conditions: list[ConditionDocument] = Field(min_length=1, max_length=MOST_CONDITIONS)
     findings: Finite = Field(default_factory=dict)

@@ -31,7 +31,13 @@ from torch import Tensor
 from trimtab.anatomy import parse_site, site_order
 from trimtab.errors import TrimtabError, check_choice, shown
 from trimtab.steering.document import read_gate, write_gate
-from trimtab.steering.gate_document import MOST_CONDITIONS, Fires, GateDocument, Kind, Score
+from trimtab.steering.gate_document import (
+    MOST_CONDITIONS,
+    GateDocument,
+    GateKind,
+    GateScore,
+    GateSide,
+)
 from trimtab.steering.parts import Intervention, ModelIdentity
 from trimtab.steering.scope import Scope
 from trimtab.steering.scope_tree import Situation, Window, Word, parts_of
@@ -42,9 +48,9 @@ Logic = int | tuple[Any, ...]
 
 #: Whose mean a condition reads unless told otherwise: all tokens of the prompt but the first, whose
 #: activation is far longer than the others' in most models and says nothing of the text.
-BUT_THE_FIRST = Scope.parse("all[1:]")
+READS_ALL_BUT_FIRST = Scope.parse("all[1:]")
 #: The prompt's last token alone.
-LAST = Scope.parse("last")
+READS_LAST = Scope.parse("last")
 _DEEPEST = 32
 
 
@@ -69,17 +75,17 @@ class Condition:
     site: str
     direction: Tensor
     threshold: float
-    fires: Fires = "above"
-    score: Score = "cosine"
+    fires: GateSide = "above"
+    score: GateScore = "cosine"
     bias: float = 0.0
-    reads: Scope = BUT_THE_FIRST
+    reads: Scope = READS_ALL_BUT_FIRST
     name: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", Scope.of(self.reads))  # it is frozen
         parse_site(self.site)
-        check_choice("score", self.score, Score)
-        check_choice("fires", self.fires, Fires)
+        check_choice("score", self.score, GateScore)
+        check_choice("fires", self.fires, GateSide)
         direction = self.direction
         if direction.dim() != 1 or not bool(direction.isfinite().all()) or not direction.any():
             raise TrimtabError(
@@ -155,14 +161,14 @@ class Gate:
     """
 
     conditions: tuple[Condition, ...]
-    kind: Kind = "token"
+    kind: GateKind = "token"
     rule: Logic = 0
     model: ModelIdentity | None = None
     contrast: dict[str, Any] = field(default_factory=dict)
     findings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, Kind)
+        check_choice("kind", self.kind, GateKind)
         if not 1 <= len(self.conditions) <= MOST_CONDITIONS:
             raise TrimtabError(
                 f"a gate has 1 to {MOST_CONDITIONS} conditions, not {len(self.conditions)}"
@@ -193,7 +199,7 @@ class Gate:
             (*self.conditions, *other.conditions), self.kind, rule, self.model or other.model
         )
 
-    def of_kind(self, kind: Kind) -> Gate:
+    def of_kind(self, kind: GateKind) -> Gate:
         """The same conditions, decided at another time."""
         return replace(self, kind=kind)
 
@@ -319,7 +325,7 @@ def check_gate(gate: Gate, interventions: Sequence[Intervention]) -> None:
 
 def _check_reads(reads: Scope) -> None:
     """Refuse scopes whose tokens are others once the text goes on."""
-    if reads == LAST:
+    if reads == READS_LAST:
         return
     moving = ("prompt", "generated", "last", "last_user", "answer")
     for part in parts_of(reads.part):
