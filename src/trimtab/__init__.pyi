@@ -4,6 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
+from .exchange import Exported, export
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -35,6 +36,7 @@ __all__ = [
     "Dial",
     "Difference",
     "Evaluation",
+    "Exported",
     "Intervention",
     "LanguageModel",
     "Method",
@@ -50,6 +52,7 @@ __all__ = [
     "compare",
     "cross_entropy",
     "evaluate",
+    "export",
     "fit",
     "generate_contrast",
     "load",

@@ -1,0 +1,4 @@
+"""A steering in other tools' formats: what each carries exactly, and what it cannot."""
+
+from trimtab.exchange.exporting import FORMATS, export
+from trimtab.exchange.request import Exported, Request

@@ -1,0 +1,74 @@
+"""Writes steerings in other tools' formats.
+
+A format is a function in `FORMATS` that takes a `Request` and, by name, the options that only some
+formats know. What it cannot carry it refuses, with the reason and the way that does work; with
+`split` it writes the part that fits and says what is left. It writes to a temporary place and
+renames that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError, shown
+from trimtab.exchange import lora
+from trimtab.exchange.request import Exported, Request
+from trimtab.model import LanguageModel
+from trimtab.steering import Steering, Steerings, together
+
+#: What writes each format.
+FORMATS: dict[str, Callable[..., Exported]] = {
+    "lora": lora.write,
+}
+
+
+def export(
+    language_model: LanguageModel,
+    steering: Steering | Steerings,
+    format: str,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    split: bool = False,
+    force: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write steerings, each at its dial, in a format that other programs read.
+
+    lora    a directory with an adapter that PEFT, vLLM, SGLang, TGI and others load
+            (`dials`: several, each in a directory of its own; `precision`)
+
+    What a format cannot carry exactly raises TrimtabError, with what does work; with `split` the
+    rest is written, and `left_out` of the result says what is not. `force` allows a steering that
+    was made for another model.
+    """
+    writer = FORMATS.get(format)
+    if writer is None:
+        raise TrimtabError(f"format is {shown(format)!r}: known are {', '.join(FORMATS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    _refuse_unknown(format, writer, given)
+    steerings = together(steering)
+    if not steerings:
+        raise TrimtabError("there is no steering to export")
+    for one in steerings:
+        one.check_fits(language_model.anatomy, language_model.identity, force)
+        language_model.warn_of(one)
+    return writer(Request(language_model, steerings, Path(output), overwrite, split), **given)
+
+
+def _refuse_unknown(format: str, writer: Callable[..., Exported], given: dict[str, Any]) -> None:
+    """Refuse an option that a format does not have."""
+    known = _options(writer)
+    for name in given:
+        if name not in known:
+            others = [other for other, made in FORMATS.items() if name in _options(made)]
+            whose = f"which is for {', '.join(others)}" if others else "and no other does"
+            raise TrimtabError(f"{format} takes no {shown(name)}, {whose}")
+
+
+def _options(writer: Callable[..., Exported]) -> list[str]:
+    parameters = inspect.signature(writer).parameters.values()
+    return [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
