@@ -4,7 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .exchange import Exported, export
+from .exchange import Exported, export, pull, push, search
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -59,8 +59,11 @@ __all__ = [
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "pull",
+    "push",
     "recipes",
     "reproduce",
+    "search",
     "strength",
     "sweep",
     "within",

@@ -34,8 +34,8 @@ from trimtab.terminal import CleanConsole, printable
 #: The commands in the order of the list, and the groups of commands among them. A module of the
 #: same name has each: the function that is the command, or `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "generate", "inspect", "bake", "export", "evaluate",
-    "strength", "sweep", "reproduce", "compare", "analyse",
+    "demo", "models", "contrast", "fit", "generate", "inspect", "bake", "export", "push",
+    "pull", "search", "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "strength", "sweep", "analyse")
 _ABOUT = (

@@ -30,6 +30,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&@:=$^\"'])")
 _TAG = re.compile(r"[^a-z0-9]+")
 _NOT_MEASURED = "not measured"
+#: Hyperparameters and interventions that are listed: a card is to be read.
+_MOST = 60
 #: Half of a 95 % interval, in standard errors.
 _HALF = 1.96
 
@@ -125,8 +127,9 @@ def _text(text: object, limit: int = 100) -> str:
 
 
 def _code(text: object, limit: int = 200) -> str:
-    """Foreign text as code inside a line: between more backticks than it has in a row."""
-    said = shown(text, limit)
+    """Foreign text as code inside a line: between more backticks than it has in a row, and without
+    what ends the cell of a table."""
+    said = shown(text, limit).replace("|", "¦")
     runs = [len(run) for run in re.findall(r"`+", said)]
     fence = "`" * (max(runs, default=0) + 1)
     pad = " " if said.startswith("`") or said.endswith("`") or not said else ""
@@ -194,7 +197,7 @@ def _figure(steering: Steering, name: str) -> list[str]:
     """A figure of the findings, its interval, and where it comes from."""
     for place in ("made", "chosen", "measured"):
         found = steering.findings.get(place)
-        value = found.get(name) if isinstance(found, dict) else None
+        value: Any = found.get(name) if isinstance(found, dict) else None
         if _is_number(value):
             assert isinstance(found, dict)
             unit = " nats per token of plain text" if (place, name) == ("measured", "cost") else ""
@@ -206,7 +209,8 @@ def _figure(steering: Steering, name: str) -> list[str]:
             if name == "gain"
             else ("kl", 2, "nats per token of plain text")
         )
-        value, error = foreseen.get(own), foreseen.get(f"{own}_error")
+        value = foreseen.get(own)
+        error: Any = foreseen.get(f"{own}_error")
         if _is_number(value):
             factor = steering.dial.default**power
             half = _HALF * abs(factor) * error if _is_number(error) else None
@@ -324,28 +328,22 @@ def _how_made(steering: Steering) -> list[str]:
         + f", made on {_text(steering.date[:10])}.",
         _table(
             ["setting", "value"],
-            [[_text(name), _code(_said(value))] for name, value in _sorted(steering)],
+            [
+                [_text(name), _code(json.dumps(value, ensure_ascii=False))]
+                for name, value in sorted(steering.hyperparameters.items())[:_MOST]
+            ],
         ),
         "What acts where:",
         "\n".join(
             f"- {_text(type(each.operator).__name__)} on {each.operator.size} units of "
             f"{_code(each.site)}, tokens: {_code(each.scope)}"
-            for each in steering.interventions[:40]
+            for each in steering.interventions[:_MOST]
         ),
     ]
-    if len(steering.interventions) > 40:
-        lines.append(f"and {len(steering.interventions) - 40} more.")
+    if len(steering.interventions) > _MOST:
+        lines.append(f"and {len(steering.interventions) - _MOST} more.")
     versions = ", ".join(f"{_text(name)} {_text(v)}" for name, v in steering.versions.items())
     return [*lines, f"Versions: {versions}."]
-
-
-def _sorted(steering: Steering) -> list[tuple[str, Any]]:
-    return sorted(steering.hyperparameters.items())[:60]
-
-
-def _said(value: Any) -> str:
-    # A table's cell ends at |, in code too.
-    return json.dumps(value, ensure_ascii=False).replace("|", "¦")
 
 
 def _digests(steering: Steering, about: About) -> list[str]:

@@ -8,7 +8,6 @@ is repeated without it, and without the exceptions that carry requests.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -32,6 +31,8 @@ _LARGEST = 1 << 30
 #: What the hub itself puts into a new repository.
 _EMPTY = {".gitattributes"}
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+#: An address, of which only the beginning is repeated: storages sign theirs behind it.
+_ADDRESS = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
 _SECRET = re.compile(r"hf_\w+|(?i:bearer)\s+\S+|//[^/@\s]+@")
 #: The hub spells licences so; what it does not know it says itself.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
@@ -211,9 +212,7 @@ def _size_of(info: Any, repo: str) -> int:
     """How many bytes the steering's file has, before it is fetched."""
     files = {each.rfilename: each.size for each in info.siblings or ()}
     if STEERING not in files:
-        raise TrimtabError(
-            f"{repo} holds no steering of trimtab: there is no {STEERING} in it"
-        )
+        raise TrimtabError(f"{repo} holds no steering of trimtab: there is no {STEERING} in it")
     size = files[STEERING]
     if not isinstance(size, int) or size > _LARGEST:
         counted = f"{size / 1e9:.1f} GB" if isinstance(size, int) else "of an unknown size"
@@ -357,27 +356,29 @@ def _api(token: str | None, endpoint: str | None) -> Any:
     return HfApi(endpoint=endpoint, token=token, library_name="trimtab")
 
 
-def _asked(
-    api: Any, what: str, ask: Callable[[], _Answer], revision: str | None = None
-) -> _Answer:
+def _asked(api: Any, what: str, ask: Callable[[], _Answer], revision: str | None = None) -> _Answer:
     """What the hub answers; whatever its library raises, in one line that has no token in it."""
     try:
         return ask()
     except TrimtabError:
         raise
     except Exception as error:  # the network fails in as many ways as there are libraries
-        reason = _reason(error, what, revision)
+        reason = _reason(error, api, what, revision)
     # Outside: the exception carries the request with its header, and must not come along.
     raise TrimtabError(_without_token(reason, api))
 
 
 def _without_token(text: str, api: Any) -> str:
+    for token in _tokens(api):
+        text = text.replace(token, "[token]")
+    return _SECRET.sub("[token]", _ADDRESS.sub(r"\1", text))
+
+
+def _tokens(api: Any) -> set[str]:
+    """Those that the library may have sent."""
     from huggingface_hub import get_token
 
-    for token in {api.token, get_token(), os.environ.get("HF_TOKEN")}:
-        if isinstance(token, str) and token.strip():
-            text = text.replace(token.strip(), "[token]")
-    return _SECRET.sub("[token]", text)
+    return {token for token in (api.token, get_token()) if isinstance(token, str) and token}
 
 
 _LOGIN = "log in (hf auth login) or set HF_TOKEN"
@@ -395,22 +396,24 @@ _BY_STATUS = {
 }
 
 
-def _reason(error: Exception, what: str, revision: str | None) -> str:
+def _reason(error: Exception, api: Any, what: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{what}: the hub is not asked, because HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{what}: its owner lets in who asked: accept its terms on the hub, and {_LOGIN}"
-        )
+        return f"{what}: its owner lets in who asked: accept its terms on the hub, and {_LOGIN}"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{what}: the hub has no revision {shown(revision)} of it"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    # The library speaks of its cache, or of the file, before it says why.
+    cause: BaseException = error
+    while cause.__cause__ is not None and _status_of(cause) is None:
+        cause = cause.__cause__
+    code = _status_of(cause)
+    if isinstance(error, errors.RepositoryNotFoundError) or (code == 401 and not _tokens(api)):
         return f"{what}: the hub {_BY_STATUS[404]}"
-    if isinstance(error, errors.HfHubHTTPError):
-        code = error.response.status_code
-        said = getattr(error, "server_message", None)
+    if code is not None:
+        said = getattr(cause, "server_message", None)
         detail = f" ({shown(said, 150)})" if said else ""
         if code >= 500:
             return f"{what}: the hub fails with error {code}{detail}: run it again later"
@@ -419,10 +422,16 @@ def _reason(error: Exception, what: str, revision: str | None) -> str:
         return f"{what}: the file did not arrive whole: run it again"
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{what}: {shown(error.filename)}: {error.strerror}"
-    if isinstance(error, ValueError) and not isinstance(error, OSError):
-        return f"{what}: {shown(first_line(error), 200)}"
-    said = first_line(error) or type(error).__name__
+    said = shown(first_line(cause) or type(cause).__name__, 150)
+    if isinstance(error, ValueError):  # what the library or the hub makes of a request or a card
+        return f"{what}: {said}"
     return (
-        f"{what}: the hub cannot be reached ({shown(said, 150)}): look at the network, and at "
-        "HF_ENDPOINT if it is set"
+        f"{what}: the hub cannot be reached ({said}): look at the network, and at HF_ENDPOINT if "
+        "it is set"
     )
+
+
+def _status_of(error: BaseException) -> int | None:
+    """The status that a server answered with, where that is what went wrong."""
+    code = getattr(getattr(error, "response", None), "status_code", None)
+    return code if isinstance(code, int) else None
