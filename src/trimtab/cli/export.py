@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, read_steerings
 from trimtab.cli.options import Force, Json, OpenedOnCpu, Overwrite, Steered
 from trimtab.files import check_output
+from trimtab.options import option
 from trimtab.terminal import status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What is written; options after `split` are for some formats only."""
+
+    heading = "Format"
+
+    to: str = option("lora.")
+    split: bool = option(
+        "Write the part that the format can carry, and say what is left.", False, flag="--split"
+    )
+    dial: Sequence[float] = option(
+        "lora: several adapters, one for each of these dials, as in 5,10,20.", ()
+    )
+    precision: str | None = option(
+        "lora: how numbers are stored: float32 (default), bfloat16, float16 or float64.", None
+    )
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What only some formats know, as far as it is given."""
+        given = {"dials": self.dial or None, "precision": self.precision}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def export(
@@ -19,15 +45,9 @@ def export(
         str, Parameter(help="FILE or FILE@DIAL; more of them, or --steer, act after it.")
     ],
     opened: OpenedOnCpu,
+    written: Format,
     steered: Steered = Steered(),
-    to: Annotated[str, Parameter(name="--to", help="The format: lora.")],
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="What to write.")],
-    split: Annotated[
-        bool,
-        Parameter(
-            help="Write the part that the format can carry, and say what is left.", negative=()
-        ),
-    ] = False,
     overwrite: Overwrite = False,
     force: Force = False,
     as_json: Json = False,
@@ -39,15 +59,22 @@ def export(
 
     Example: `trimtab export joy.safetensors@12 --model smollm2-135m-instruct --to lora -o joy/`
     """
-    from trimtab.exchange import export as written_as
+    from trimtab.exchange import export as export_as
     from trimtab.steering import Steerings
 
     check_output(output, overwrite)
     steerings = Steerings(read_steerings(replace(steered, steer=(*files, *steered.steer))))
     language_model = open_model(opened)
     with status(f"writing {output}"):
-        exported = written_as(
-            language_model, steerings, to, output, overwrite=overwrite, split=split, force=force
+        exported = export_as(
+            language_model,
+            steerings,
+            written.to,
+            output,
+            overwrite=overwrite,
+            split=written.split,
+            force=force,
+            **written.own,
         )
     if as_json:
         print_json(exported.record)

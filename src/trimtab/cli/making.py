@@ -29,6 +29,7 @@ HEADINGS = (
     "Fitting",
     "Rows",
     "Steerings",
+    "Format",
     "Choosing",
     "Search",
     "Comparing",

@@ -56,7 +56,8 @@ def export(
     for one in steerings:
         one.check_fits(language_model.anatomy, language_model.identity, force)
         language_model.warn_of(one)
-    return writer(Request(language_model, steerings, Path(output), overwrite, split), **given)
+    request = Request(language_model, steerings, Path(output), overwrite, split, force)
+    return writer(request, **given)
 
 
 def _refuse_unknown(format: str, writer: Callable[..., Exported], given: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ class Request:
     overwrite: bool = False
     #: Write the part that the format can carry, and say what is left, instead of refusing.
     split: bool = False
+    #: The steerings may have been made for another model.
+    force: bool = False
 
 
 @dataclass(frozen=True)

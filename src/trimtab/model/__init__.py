@@ -6,6 +6,8 @@ from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropo
 from trimtab.model.chats import ChatForm, put_as
 from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
 from trimtab.model.explaining import Firing, scope_weights
+from trimtab.model.folding import Fold, record_of, unlike
+from trimtab.model.identity import has_adapters
 from trimtab.model.images import (
     ImageText,
     extended,
@@ -23,6 +25,7 @@ from trimtab.model.language_model import (
 )
 from trimtab.model.loading import load, locations
 from trimtab.model.passes import Sequences
+from trimtab.model.plain import plain_copy
 from trimtab.model.questions import (
     alike,
     answered,

@@ -20,40 +20,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, LinearMap, parse_site, probe_ids, site_order
+from trimtab.anatomy import Anatomy, LinearMap, parse_site, site_order
 from trimtab.errors import TrimtabError
+from trimtab.model.folding import Fold, record_of, unlike
 from trimtab.model.language_model import LanguageModel
 from trimtab.model.plain import is_plain, plain_copy, untie
 from trimtab.steering import (
     Intervention,
-    LinearOperator,
     Steering,
     Steerings,
     fold_input,
     fold_output,
 )
-
-
-@dataclass(frozen=True)
-class _Fold:
-    """An intervention at its dial, ready to be folded."""
-
-    site: str
-    operator: LinearOperator
-    dial: float
-
-    @property
-    def shifts(self) -> bool:
-        """Whether it adds something, which takes a bias."""
-        return bool(self.operator.offset(self.dial).any())
 
 
 def bake(
@@ -74,7 +57,7 @@ def bake(
         single += given if isinstance(given, Steerings) else [given]
     for steering in single:
         language_model.warn_of(steering)
-    folds: list[_Fold] = []
+    folds: list[Fold] = []
     for steering in single:
         steering.check_fits(language_model.anatomy, language_model.identity, force)
         for intervention in steering.interventions:
@@ -113,37 +96,17 @@ def bake(
     if folds:
         _prove(language_model, single, baked, force)
     base = dict(vars(language_model.identity))
-    baked.baked = (*language_model.baked, *(_record(steering, base) for steering in single))
+    baked.baked = (*language_model.baked, *(record_of(steering, base) for steering in single))
     baked.processor, baked.no_processor = language_model.processor, language_model.no_processor
     return baked
 
 
-#: How far the logits of a baked model may be from those of the attached one: as a share of the
-#: largest logit, and in half precision, where rounding is larger, of the steering's own effect.
-_ALIKE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_ALIKE_IN_HALF, _OF_EFFECT_IN_HALF = 0.02, 0.25
-
-
-@torch.no_grad()
 def _prove(
     language_model: LanguageModel, steerings: Sequence[Steering], baked: LanguageModel, force: bool
 ) -> None:
-    """Compare the baked model's logits with the attached one's on a short text.
-
-    What no boundary of modules shows, such as a second reader of the embedding, shows here.
-    """
-    ids = probe_ids(language_model.model)
-    plain = _logits(language_model, ids)
-    with language_model.steered(*steerings, force=force):
-        attached = _logits(language_model, ids)
-    found = _logits(baked, ids)
-    off, largest = (found - attached).abs(), attached.abs().max().clamp(min=1e-30)
-    share = float(off.max() / largest)
-    alike = share <= _ALIKE.get(language_model.dtype, _ALIKE_IN_HALF)
-    if not alike and language_model.dtype not in _ALIKE:
-        effect = (attached - plain).square().mean().sqrt()
-        alike = bool(off.square().mean().sqrt() <= _OF_EFFECT_IN_HALF * effect)
-    if not alike:
+    """Compare the baked model's logits with the attached one's."""
+    share = unlike(language_model, steerings, baked.model, force)
+    if share is not None:
         raise TrimtabError(
             f"cannot bake into {language_model.name}: on a short text the baked model's logits "
             f"differ from the steered model's by {share:.2g} of the largest, so something else "
@@ -151,28 +114,7 @@ def _prove(
         )
 
 
-def _logits(language_model: LanguageModel, ids: Tensor) -> Tensor:
-    model: Any = language_model.model
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.double()
-
-
-def _record(steering: Steering, base: dict[str, Any]) -> dict[str, Any]:
-    """What the checkpoint says of a steering that was baked into it."""
-    dial = {"name": steering.dial.name, "value": steering.setting, "unit": steering.dial.unit}
-    return {
-        "method": steering.method,
-        "label": steering.label,
-        "dial": dial,
-        "digest": steering.digest,
-        "contrast": steering.contrast,
-        "base": base,
-        "trimtab": version("trimtab"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _fold(intervention: Intervention, steering: Steering) -> _Fold:
+def _fold(intervention: Intervention, steering: Steering) -> Fold:
     operator: Any = intervention.operator
     if not intervention.scope.everywhere:
         raise TrimtabError(
@@ -184,13 +126,13 @@ def _fold(intervention: Intervention, steering: Steering) -> _Fold:
             f"cannot bake {steering.method}: {operator.description} is not linear in the "
             "activation, so no weights do it; attach it instead"
         )
-    return _Fold(intervention.site, operator, intervention.dial_at(steering.setting))
+    return Fold(intervention.site, operator, intervention.dial_at(steering.setting))
 
 
 # -- which map takes which part of an operator ------------------------------------------------
 
 
-def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
+def _maps(anatomy: Anatomy, fold: Fold) -> tuple[str, list[LinearMap]]:
     """How a fold is taken ("input", "output", "tables", "norm") and by which linear maps."""
     layer, kind = parse_site(fold.site)
     if kind == "embed":
@@ -227,7 +169,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     if kind.endswith("_post_norm"):
         _refuse_beyond_gain(anatomy, fold)
         return "norm", []
-    if kind == "final_norm" and _factors(fold) is not None:
+    if kind == "final_norm" and fold.factors is not None:
         gain = anatomy.gain(fold.site)
         if gain is not None and gain.biased:
             return "norm", []
@@ -237,7 +179,7 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
             f"cannot bake at {fold.site}: more than linear maps that are known reads it in "
             f"{anatomy.name}; attach the steering instead"
         )
-    if any(reader.joint for reader in readers) and _factors(fold) is None:
+    if any(reader.joint for reader in readers) and fold.factors is None:
         raise TrimtabError(
             f"cannot bake at {fold.site}: the router weighs each expert's part of it anew for "
             "each token, so mixing units of several experts is no change of weights; attach the "
@@ -246,10 +188,10 @@ def _maps(anatomy: Anatomy, fold: _Fold) -> tuple[str, list[LinearMap]]:
     return "input", readers
 
 
-def _refuse_beyond_gain(anatomy: Anatomy, fold: _Fold) -> None:
+def _refuse_beyond_gain(anatomy: Anatomy, fold: Fold) -> None:
     """Refuse what does not go into the gain of the norm that writes a site, nor into its bias."""
     gain, reason = anatomy.gain(fold.site), ""
-    if _factors(fold) is None:
+    if fold.factors is None:
         reason = "its gain takes each unit by itself, so that units cannot be mixed"
     elif gain is None:
         reason = "how its weights multiply what it returns is not known"
@@ -272,7 +214,7 @@ def _writers(anatomy: Anatomy, site: str) -> list[LinearMap]:
     return writers
 
 
-def _part_of_offset(anatomy: Anatomy, fold: _Fold) -> float:
+def _part_of_offset(anatomy: Anatomy, fold: Fold) -> float:
     """What a constant at the site is divided by to be one in the bias of the map that takes it."""
     layer, kind = parse_site(fold.site)
     if kind == "resid":
@@ -287,20 +229,12 @@ def _part_of_offset(anatomy: Anatomy, fold: _Fold) -> float:
     return 1.0
 
 
-def _factors(fold: _Fold) -> Tensor | None:
-    """What each unit is multiplied by, None where units are mixed."""
-    probe = torch.arange(1, fold.operator.width + 1, dtype=torch.float64)
-    factors = fold.operator.linear_part(torch.ones_like(probe), fold.dial)
-    alone = torch.equal(fold.operator.linear_part(probe, fold.dial), probe * factors)
-    return factors if alone else None
-
-
-def _only_adds(fold: _Fold) -> bool:
-    factors = _factors(fold)
+def _only_adds(fold: Fold) -> bool:
+    factors = fold.factors
     return factors is not None and bool((factors == 1).all())
 
 
-def _apply(anatomy: Anatomy, fold: _Fold) -> None:
+def _apply(anatomy: Anatomy, fold: Fold) -> None:
     """Change the weights of one fold."""
     operator, dial = fold.operator, fold.dial
     how, maps = _maps(anatomy, fold)
@@ -331,9 +265,9 @@ def _apply(anatomy: Anatomy, fold: _Fold) -> None:
             setattr(linear_map.owner, linear_map.bias, _parameter(bias, old, fold))
 
 
-def _apply_to_norm(anatomy: Anatomy, fold: _Fold) -> None:
+def _apply_to_norm(anatomy: Anatomy, fold: Fold) -> None:
     """Multiply the gain of the norm that writes a site, and its bias; what is added goes there."""
-    gain, factors = anatomy.gain(fold.site), _factors(fold)
+    gain, factors = anatomy.gain(fold.site), fold.factors
     assert gain is not None  # or _maps would not have said "norm"
     assert factors is not None
     norm: Any = gain.owner
@@ -346,7 +280,7 @@ def _apply_to_norm(anatomy: Anatomy, fold: _Fold) -> None:
         norm.bias = _parameter(factors * norm.bias.detach().double() + offset, norm.bias, fold)
 
 
-def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
+def _parameter(value: Tensor, old: Tensor, fold: Fold) -> nn.Parameter:
     """A new value in the dtype of the old one, which has to hold it."""
     value = value.to(old.dtype)
     if not torch.isfinite(value).all():
@@ -361,7 +295,7 @@ def _parameter(value: Tensor, old: Tensor, fold: _Fold) -> nn.Parameter:
 # -- biases that are not there yet ------------------------------------------------------------
 
 
-def _missing_biases(anatomy: Anatomy, folds: list[_Fold]) -> list[str]:
+def _missing_biases(anatomy: Anatomy, folds: list[Fold]) -> list[str]:
     """Names of the bias parameters that the folds need and the model lacks."""
     names = {id(module): name for name, module in anatomy.model.named_modules()}
     missing = []

@@ -196,6 +196,11 @@ def adapter_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if is_adapter_layer(module)]
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether a model carries adapters of peft, acting or switched off."""
+    return any(map(is_adapter_layer, model.modules()))
+
+
 def is_adapter_layer(module: Any) -> bool:
     # transformers' own models have methods of this name.
     return isinstance(getattr(type(module), "active_adapters", None), property)
