@@ -4,7 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .exchange import Exported, export, pull, push, search
+from .exchange import Audit, Exported, audit, export, pull, push, search, strip
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -29,6 +29,7 @@ __all__ = [
     "AUSteer",
     "Ablation",
     "ActAdd",
+    "Audit",
     "Candidate",
     "Comparison",
     "Completion",
@@ -48,6 +49,7 @@ __all__ = [
     "Sweep",
     "TrimtabError",
     "TrimtabWarning",
+    "audit",
     "bake",
     "compare",
     "cross_entropy",
@@ -65,6 +67,7 @@ __all__ = [
     "reproduce",
     "search",
     "strength",
+    "strip",
     "sweep",
     "within",
     "wrap",

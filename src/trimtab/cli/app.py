@@ -35,7 +35,7 @@ from trimtab.terminal import CleanConsole, printable
 #: same name has each: the function that is the command, or `commands`, which makes the group.
 COMMANDS = (
     "demo", "models", "contrast", "fit", "generate", "inspect", "bake", "export", "push",
-    "pull", "search", "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
+    "pull", "search", "audit", "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "strength", "sweep", "analyse")
 _ABOUT = (

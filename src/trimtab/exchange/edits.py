@@ -186,9 +186,7 @@ def _kind(
     return "dense", "changed throughout, as by training or quantising", {}
 
 
-def _scaled(
-    side: str, was: Tensor, wide: Tensor, share: float
-) -> Kind | None:
+def _scaled(side: str, was: Tensor, wide: Tensor, share: float) -> Kind | None:
     """Whether each row is the old one times a factor."""
     squares = was.square().sum(1)
     factors = (wide * was).sum(1) / squares.clamp(min=1e-300)
@@ -199,23 +197,16 @@ def _scaled(
     changed &= squares > 0
     if not changed.any():
         return _SLIGHT
-    some = factors[changed]
-    numbers = {
-        "scaled": int(changed.sum()),
-        "of": len(factors),
-        "factors": [float(some.min()), float(some.max())],
-    }
-    low, high = numbers["factors"]
-    between = f"by {low:.4g}" if high - low <= _SLACK * share * abs(high) else (
-        f"by {low:.4g} to {high:.4g}"
-    )  # fmt: skip
-    what = f"{numbers['scaled']} of {len(factors)} {side} scaled {between}"
+    low, high = float(factors[changed].min()), float(factors[changed].max())
+    count, whole = int(changed.sum()), len(factors)
+    alike = high - low <= _SLACK * share * abs(high)
+    between = f"{low:.4g}" if alike else f"{low:.4g} to {high:.4g}"
+    what = f"{count} of {whole} {side} scaled by {between}"
+    numbers = {"scaled": count, "of": whole, "factors": [low, high]}
     return f"scaled {side}", what, numbers
 
 
-def _mapped(
-    side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float
-) -> Kind | None:
+def _mapped(side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float) -> Kind | None:
     """Whether a difference [out, in] is a map within a few directions of the output: change =
     basis S basis' was, for `basis` [out, rank]."""
     held, moved = basis.T @ was, basis.T @ change  # [rank, in]
@@ -243,9 +234,7 @@ def _mapped(
     return "map", f"its {side} mapped within {rank} directions", {"directions": rank, "side": side}
 
 
-def _mapped_from_elsewhere(
-    side: str, was: Tensor, moved: Tensor, noise: float
-) -> Kind | None:
+def _mapped_from_elsewhere(side: str, was: Tensor, moved: Tensor, noise: float) -> Kind | None:
     """Whether what is added along some directions, [rank, in], is read from the output at all.
     Where the output has as many units as the input, anything is."""
     rank = len(moved)
