@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -12,10 +12,6 @@ from trimtab.cli.common import console, print_json, read_steerings, trusting
 from trimtab.cli.options import Force, Json, Overwrite, Steered
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
-
-if TYPE_CHECKING:
-    from trimtab.exchange import Stripped
-    from trimtab.steering import Steering
 
 
 def audit(
@@ -26,7 +22,10 @@ def audit(
     steered: Steered = Steered(),
     strip: Annotated[
         str | None,
-        Parameter(help="FILE or FILE@DIAL: take this steering out of OTHER, into --output."),
+        Parameter(
+            help="FILE or FILE@DIAL: write OTHER without this steering to --output. It is one of "
+            "--steer, or was baked after them."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -40,8 +39,8 @@ def audit(
     which kind of edit it looks like. With --steer, how much of it these steerings explain, baked
     into BASE in the order given.
 
-    --strip takes a steering out: BASE's tensors are put back where it alone explains them (with
-    those of --steer beside it), else its inverse is baked in, if it has one.
+    --strip takes a steering out: BASE's tensors are put back where the steerings that are named
+    explain OTHER's, else its inverse is baked in, if it has one.
 
     Example: `trimtab audit smollm2-135m-instruct joy-model/ --steer joy.safetensors@12`
 
@@ -55,7 +54,9 @@ def audit(
         raise TrimtabError("--strip FILE@DIAL and --output DIR go together")
     if output is not None:
         check_target(output, [*locations(base), *locations(other)], overwrite)
-    files = steered.steer if strip is None else (*steered.steer, strip)
+    files = [*steered.steer]
+    if strip is not None and strip not in files:
+        files.append(strip)
     steerings = read_steerings(replace(steered, steer=files))
     sources: tuple[Any, Any] = base, other
     if steerings:  # once for both, BASE as OTHER is held
@@ -65,28 +66,19 @@ def audit(
     found = compare(*sources, *steerings, force=force, trust_remote_code=trusting.get())
     if not as_json:
         show(found.tables(), found.notes, None, summary=found.summary)
-    stripped = None
-    if output is not None:
-        *beside, last = steerings
-        stripped = take_out(*sources, last, *beside, force=force)
+    record = found.as_json()
+    if strip is not None and output is not None:
+        removed = steerings[files.index(strip)]
+        stripped = take_out(*sources, removed, among=steerings, force=force)
         stripped.model.save_pretrained(output, overwrite)
-    if as_json:
-        print_json(found.as_json() | _record(stripped, output, steerings))
-    elif stripped is not None:
-        console.print(f"Saved {output} without {steerings[-1].label}: {stripped.summary}")
-
-
-def _record(
-    stripped: Stripped | None, output: Path | None, steerings: list[Steering]
-) -> dict[str, Any]:
-    if stripped is None:
-        return {}
-    return {
-        "stripped": {
-            "steering": steerings[-1].label,
+        record["stripped"] = {
+            "steering": removed.label,
             "output": str(output),
             "how": stripped.how,
             "exact": stripped.exact,
             "tensors": list(stripped.tensors),
         }
-    }
+        if not as_json:
+            console.print(f"Saved {output} without {removed.label}: {stripped.summary}")
+    if as_json:
+        print_json(record)

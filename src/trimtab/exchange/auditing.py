@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError, shown
 from trimtab.exchange.edits import Edit, edit_of, rounding
-from trimtab.exchange.weights import Source, Weights, both, config_changes, of_model, zeros_for
+from trimtab.exchange.weights import Source, Weights, both, config_changes, of_model, side_by_side
 from trimtab.model import bake
 from trimtab.reports import Presented, Table
 from trimtab.steering import Steering, Steerings, together
@@ -238,7 +238,7 @@ def audit(
     that comes with a model runs only if `trust_remote_code` says so. Raises TrimtabError in one
     line where the two are no checkpoints of one architecture, or where a steering cannot be baked.
     """
-    given = together(*steerings) if steerings else ()
+    given = flattened(steerings)
     first, second = both(base, other, bool(given), trust_remote_code)
     expected = baked_into(first, given, force) if given else None
     names = names_of(first, second, *([] if expected is None else [expected]))
@@ -257,6 +257,11 @@ def audit(
         tuple(steering.label for steering in given),
         tuple(_notes(first, second)),
     )
+
+
+def flattened(steerings: Sequence[Steering | Steerings]) -> tuple[Steering, ...]:
+    """Single steerings in their order."""
+    return tuple(one for each in steerings for one in together(each))
 
 
 def baked_into(base: Weights, steerings: Sequence[Steering], force: bool) -> Weights:
@@ -285,22 +290,13 @@ def _numbered(part: str) -> int | str:
     return int(part) if part.isdigit() else part
 
 
-def tensors_of(name: str, base: Weights, other: Weights) -> tuple[Tensor, Tensor]:
-    """A tensor of both, BASE's in the type of OTHER's; a bias that one lacks is zero."""
-    two = other.read(name) if name in other.shapes else None
-    one = base.read(name) if name in base.shapes else zeros_for(name, other)
-    if two is None:
-        two = torch.zeros_like(one)
-    return one.to(two.dtype), two
-
-
 def _compared(name: str, base: Weights, other: Weights, expected: Weights | None) -> Change | None:
-    was, now = tensors_of(name, base, other)
+    if expected is None:
+        (was, now), awaited = side_by_side(name, base, other), None
+    else:
+        was, awaited, now = side_by_side(name, base, expected, other)
     _refuse_nan(name, was, base)
     _refuse_nan(name, now, other)
-    awaited = None
-    if expected is not None:
-        awaited = expected.read(name).to(now.dtype) if name in expected.shapes else was
     differs = not torch.equal(was, now)
     if not differs and (awaited is None or torch.equal(awaited, now)):
         return None

@@ -178,7 +178,9 @@ def _kind(
             ("output", outs, was, change),
             ("input", ins, was.T, change.T),
         ):
-            found = _mapped(side, basis, one, two, share * float(wide.norm()))
+            # Along one direction, of as many as there are.
+            noise = share * float(wide.norm()) / math.sqrt(len(basis))
+            found = _mapped(side, basis, one, two, noise)
             if found is not None:
                 return found
     if rank <= max(1, int(_LOW * full)):
@@ -214,23 +216,23 @@ def _mapped(side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float)
     if rank > held.shape[1] // 2:  # then there is always one
         return None
     s = torch.linalg.lstsq(held.T, moved.T).solution.T  # [rank, rank]
-    if float((moved - s @ held).norm()) > _SLACK * noise:
+    if float((moved - s @ held).norm()) > _along(noise, rank):
         return _mapped_from_elsewhere(side, was, moved, noise)
-    # How well the rounding lets the map be known.
-    tolerance = max(1e-6, 10 * noise / max(float(torch.linalg.svdvals(held)[-1]), 1e-300))
+    # How well rounding lets the map be known; of two kinds the one that fits better.
+    unsure = max(1e-6, 10 * noise / max(float(torch.linalg.svdvals(held)[-1]), 1e-300))
     eye = torch.eye(rank, dtype=s.dtype)
-    strength = -float(s.diagonal().mean())
-    if float((s + strength * eye).abs().max()) <= tolerance:
+    strength, turned = -float(s.diagonal().mean()), s + eye
+    off = float((s + strength * eye).abs().max())
+    off_turned = float((turned @ turned.T - eye).abs().max()) if rank == 2 else math.inf
+    if off <= min(unsure, off_turned):
         of = "a direction" if rank == 1 else f"{rank} directions"
-        gone = abs(strength - 1) <= tolerance
-        how = "ablated" if gone else f"times {1 - strength:.4g}"
-        numbers = {"directions": rank, "strength": strength}
-        return "ablation", f"{of} of its {side} {how}", {**numbers, "side": side}
-    turned = s + eye
-    if rank == 2 and float((turned @ turned.T - eye).abs().max()) <= tolerance:
-        angle = math.degrees(math.atan2(float(turned[1, 0]), float(turned[0, 0])))
-        words = f"its {side} turned by {abs(angle):.4g} degrees in a plane"
-        return "rotation", words, {"degrees": abs(angle), "side": side}
+        how = "ablated" if abs(strength - 1) <= unsure else f"times {1 - strength:.4g}"
+        numbers = {"directions": rank, "strength": strength, "side": side}
+        return "ablation", f"{of} of its {side} {how}", numbers
+    if off_turned <= unsure:
+        angle = abs(math.degrees(math.atan2(float(turned[1, 0]), float(turned[0, 0]))))
+        words = f"its {side} turned by {angle:.4g} degrees in a plane"
+        return "rotation", words, {"degrees": angle, "side": side}
     return "map", f"its {side} mapped within {rank} directions", {"directions": rank, "side": side}
 
 
@@ -241,6 +243,11 @@ def _mapped_from_elsewhere(side: str, was: Tensor, moved: Tensor, noise: float) 
     if rank + was.shape[0] > was.shape[1]:
         return None
     read = torch.linalg.lstsq(was.T, moved.T).solution.T  # [rank, out]
-    if float((moved - read @ was).norm()) > _SLACK * noise:
+    if float((moved - read @ was).norm()) > _along(noise, rank):
         return None
     return "map", f"its {side} mapped through {rank} directions", {"directions": rank, "side": side}
+
+
+def _along(noise: float, rank: int) -> float:
+    """What rounding may leave over along some directions."""
+    return 3 * _SLACK * noise * math.sqrt(rank)

@@ -20,13 +20,13 @@ from trimtab.exchange.auditing import (
     agreement,
     baked_into,
     distance,
+    flattened,
     names_of,
-    tensors_of,
 )
 from trimtab.exchange.inverse import inverse
-from trimtab.exchange.weights import Source, Weights, both, of_model
+from trimtab.exchange.weights import Source, Weights, both, of_model, side_by_side
 from trimtab.model import LanguageModel, bake, plain_copy
-from trimtab.steering import Steering, Steerings, together
+from trimtab.steering import Steering, Steerings
 from trimtab.terminal import status
 
 
@@ -58,21 +58,25 @@ def strip(
     base: Source,
     other: Source,
     steering: Steering,
-    *beside: Steering | Steerings,
+    *,
+    among: Sequence[Steering | Steerings] = (),
     force: bool = False,
 ) -> Stripped:
-    """OTHER without a steering that was baked into it, at the dial where it stands; `beside` are
-    others that are known to be in it, in the order in which they were baked, and stay.
+    """OTHER without a steering that was baked into it, at the dial where it stands.
 
-    `base` is the model that they were baked into. Raises TrimtabError where OTHER does not hold the
-    steering, and where what it did cannot be undone.
+    `base` is the model that it was baked into; `among` are all steerings that are known to be in
+    OTHER, in the order in which they were baked, this one with them (else it came last): the others
+    stay. Raises TrimtabError where OTHER does not hold the steering, and where what it did cannot
+    be undone.
     """
-    kept = together(*beside) if beside else ()
+    known = flattened(among)
+    known = known if steering in known else (*known, steering)
+    kept = tuple(one for one in known if one is not steering)
     first, second = both(base, other, loaded=True)
     without = baked_into(first, kept, force) if kept else first
-    with_it = baked_into(first, (*kept, steering), force)
-    names = names_of(first, second, with_it)
-    touched = [name for name in names if not torch.equal(*tensors_of(name, without, with_it))]
+    with_it = baked_into(first, known, force)
+    names = names_of(without, with_it)
+    touched = [name for name in names if not torch.equal(*side_by_side(name, without, with_it))]
     if not touched:
         raise TrimtabError(
             f"{shown(steering.label)} changes no number of {shown(first.name)}: at this dial there "
@@ -92,8 +96,7 @@ def _odd(
     the bit."""
     odd, exact = [], True
     for name in touched:
-        awaited, now = tensors_of(name, with_it, other)
-        was, _ = tensors_of(name, without, other)
+        was, awaited, now = side_by_side(name, without, with_it, other)
         how = agreement(distance(was, now), now, distance(awaited, now))
         odd += [] if how else [name]
         exact &= how != ROUNDING
@@ -102,8 +105,7 @@ def _odd(
 
 def _value(name: str, weights: Weights, other: Weights) -> Tensor:
     """A tensor of a checkpoint in the type of OTHER's."""
-    value, _ = tensors_of(name, weights, other)
-    return value
+    return side_by_side(name, weights, other)[0]
 
 
 # -- put back -------------------------------------------------------------------------------------
@@ -204,5 +206,6 @@ def _inverted(
 
 def _apart(weights: Weights, base: Weights, names: Sequence[str]) -> float:
     """The norm of what lies between some tensors of two checkpoints."""
-    squares = (distance(*tensors_of(name, base, weights)) ** 2 for name in names)
+    held = [name for name in names if name in base.shapes or name in weights.shapes]
+    squares = (distance(*side_by_side(name, base, weights)) ** 2 for name in held)
     return float(sum(squares) ** 0.5)

@@ -214,6 +214,9 @@ def _differ(one: Any, two: Any) -> bool:
     return one != two and not (one in (None, False) and two in (None, False))
 
 
-def zeros_for(name: str, beside: Weights) -> Tensor:
-    """What stands for a bias that a checkpoint does not have."""
-    return torch.zeros(beside.shapes[name])
+def side_by_side(name: str, *weights: Weights) -> list[Tensor]:
+    """A tensor of some checkpoints, in the type of the last one's; a bias that one lacks is
+    zero."""
+    held = [each.read(name) if name in each.shapes else None for each in weights]
+    like = next(tensor for tensor in reversed(held) if tensor is not None)
+    return [torch.zeros_like(like) if one is None else one.to(like.dtype) for one in held]
