@@ -7,6 +7,7 @@ A new method gets all of it with its defaults, and with other settings by being 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -18,7 +19,17 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from helpers import PROMPTS, by_hand, language_model, operator, relative, steer, token_ids
+from adapters import peft_model
+from helpers import (
+    PROMPTS,
+    by_hand,
+    language_model,
+    operator,
+    plain_logits,
+    relative,
+    steer,
+    token_ids,
+)
 from method_settings import CASES, setting_of
 from reference import reference
 from tiny import TINY
@@ -168,6 +179,21 @@ class TestConformance:
             return
         baked = tt.bake(lm, steering).logits(PROMPTS[:1])[0]
         assert relative(baked, _alone(case, name)) < 1e-4
+
+    def test_export(self, case: str, name: str, tmp_path: Path) -> None:
+        """An adapter and what it leaves out are the attached steering, or there is no adapter."""
+        lm, steering = _wrapped(name), _fitted(case, name)
+        try:
+            tt.export(lm, steering, "lora", tmp_path / "a", split=True)
+        except tt.TrimtabError as error:
+            said = str(error)
+            assert re.fullmatch("an adapter cannot carry .*attach it.*", said)
+            return
+        model = peft_model(name, tmp_path / "a")
+        rest = [tt.Steering.load(file) for file in sorted(tmp_path.glob("a/trimtab/left-*"))]
+        with tt.wrap(model, lm.tokenizer, name).steered(*rest, force=True):
+            logits = plain_logits(model, token_ids(PROMPTS[0]))[-1]
+        assert relative(logits, _alone(case, name)) < 1e-4
 
     def test_together_with_another(self, case: str, name: str) -> None:
         """a + b and b + a at one site, each in its order."""

@@ -74,11 +74,13 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         for name, adapter in adapters.items():
             _save(adapter, work / name, dtype)
     made = list(adapters.values())
+    # Of several dials each leaves out the same.
+    left = {(each.steering, id(each.intervention)): str(each) for one in made for each in one.left}
     return Exported(
         "lora",
         tuple(output / name for name in adapters),
         exact=precision in ("float32", "float64"),
-        left_out=tuple(dict.fromkeys(str(each) for one in made for each in one.left)),
+        left_out=tuple(left.values()),
         details={"adapters": [one.details for one in made]} if dials else made[0].details,
     )
 
@@ -203,7 +205,7 @@ def _padded(rank: int) -> int:
 @dataclass(frozen=True)
 class _Target:
     """Where PEFT puts a map's change: at a linear map's module, or at one of a module's parameters
-    (experts have no modules of their own)."""
+    (fused experts have no modules of their own)."""
 
     changed: ChangedMap
     module: nn.Module
@@ -212,14 +214,23 @@ class _Target:
     parameter: str | None
 
 
+#: What PEFT takes, in a mixture, for names of what each expert had before experts were fused; a
+#: dense block's maps of these names it knows by their parameters.
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
 def _targets(model: nn.Module, maps: Sequence[ChangedMap]) -> list[_Target]:
     paths = {id(module): path for path, module in model.named_modules()}
+    mixture = any(parameter.dim() == 3 for parameter in model.parameters())
     targets = []
     for changed in maps:
         inner, _, name = changed.linear_map.weight.rpartition(".")
         module = changed.linear_map.owner.get_submodule(inner)
+        path = paths[id(module)]
         plain = type(module) in (nn.Linear, Conv1D) and name == "weight"
-        targets.append(_Target(changed, module, paths[id(module)], None if plain else name))
+        if mixture and path.rpartition(".")[2] in _NAMES_OF_EXPERTS:
+            plain = False
+        targets.append(_Target(changed, module, path, None if plain else name))
     return sorted(targets, key=lambda target: (target.path, target.parameter or ""))
 
 
