@@ -124,6 +124,24 @@ def test_what_an_edit_looks_like(name: str) -> None:
             assert found.edit.numbers["of"] == ones
 
 
+def test_ablations_of_one_direction_are_found_to_be() -> None:
+    lm = language_model("llama")
+    width = lm.anatomy.width("layers.0.ffn_out")
+    r = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    r /= r.norm(dim=1, keepdim=True)
+    sites = [f"layers.{i}.{kind}" for i in range(3) for kind in ("attn_out", "ffn_out")]
+    steering = steer(lm, *((site, Ablate(r[0])) for site in sites[:5]), (sites[5], Ablate(r[1])))
+    found = tt.audit(lm, tt.bake(lm, steering))
+    first, second = found.directions
+    assert (len(first.tensors), len(second.tensors)) == (5, 1)
+    assert abs(float(first.direction @ r[0].double())) == pytest.approx(1, abs=1e-6)
+    assert abs(float(second.direction @ r[1].double())) == pytest.approx(1, abs=1e-6)
+    assert found.remarks == ("5 of the ablations are of one direction",)
+    assert found.summary == "6 of 30 tensors differ (6 ablation)"
+    (one, _) = found.as_json()["directions"]
+    assert one["direction"] == first.direction.tolist()
+
+
 # -- several, and what is beside ----------------------------------------------------------------
 
 
@@ -442,7 +460,7 @@ def test_a_result_as_tables_and_as_json() -> None:
     assert {row[0] for row in tensors.rows} == {
         "model.layers.1.mlp.down_proj.weight", "lm_head.weight",
     }  # fmt: skip
-    assert repr(found).startswith("<Audit: 2 of 30 tensors differ; the steerings explain ")
+    assert repr(found).startswith("<Audit: 2 of 30 tensors differ (")
     record = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert (record["tensors"], record["differing"], record["exact"]) == (30, 2, False)
     first = record["changes"][0]

@@ -30,7 +30,10 @@ def test_what_differs_and_what_explains_it(trimtab: Command) -> None:
     # A gain of 3 with one of 2 explained: a third of the norm is left, to float32's last bits.
     assert abs(found["unexplained"] - 1 / 3) < 1e-4
     said = trimtab("audit model joy --steer au.safetensors@3").text
-    assert "1 of 30 tensors differ, and the steerings explain all of it, bit for bit" in said
+    assert (
+        "1 of 30 tensors differ (1 scaled rows), and the steerings explain all of it, bit for bit"
+        in said
+    )
     assert "5 of 48 rows scaled by" in said
     assert trimtab("audit model model").text == "all 30 tensors are the same\n"
 

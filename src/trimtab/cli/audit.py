@@ -65,7 +65,7 @@ def audit(
         sources = load(base, dtype=second.dtype, **held), second
     found = compare(*sources, *steerings, force=force, trust_remote_code=trusting.get())
     if not as_json:
-        show(found.tables(), found.notes, None, summary=found.summary)
+        show(found.tables(), found.remarks, None, summary=found.summary)
     record = found.as_json()
     if strip is not None and output is not None:
         removed = steerings[files.index(strip)]

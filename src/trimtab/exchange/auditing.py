@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ _SITES = (
 _TABLES = re.compile(r"(embed_tokens|wte|wpe|embed_in|word_embeddings)\.weight$")
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _CONV1D_KINDS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+#: Directions of two ablations are one above this cosine.
+_ALIKE = 0.999
 #: What of a difference is told as explained: nothing is left to the bit, or no more than rounding.
 EXACT, ROUNDING = "exact", "to rounding"
 
@@ -76,9 +79,17 @@ class Change:
         return self.edit.words
 
     def as_json(self) -> dict[str, Any]:
-        record = asdict(self)
-        edit = record.pop("edit")
-        return {**record, "shape": list(self.shape), "looks_like": self.looks_like, "edit": edit}
+        edit = None if self.edit is None else self.edit.as_json()
+        about = {"shape": list(self.shape), "looks_like": self.looks_like, "edit": edit}
+        return {**vars(self), **about}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A direction, [units] of length 1 in float64, that is ablated in several tensors."""
+
+    direction: Tensor
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +113,24 @@ class Audit(Presented):
     def differing(self) -> tuple[Change, ...]:
         """The tensors that differ between the two."""
         return tuple(change for change in self.changes if change.edit is not None)
+
+    @property
+    def directions(self) -> tuple[Shared, ...]:
+        """The directions of single ablations, those first that are ablated in the most tensors."""
+        found: list[Shared] = []
+        for change in self.differing:
+            basis = change.edit.directions if change.edit is not None else None
+            if basis is None or basis.shape[1] != 1:
+                continue
+            one = basis[:, 0]
+            for place, known in enumerate(found):
+                if len(known.direction) == len(one) and abs(float(known.direction @ one)) > _ALIKE:
+                    found[place] = replace(known, tensors=(*known.tensors, change.name))
+                    break
+            else:
+                # The sign says nothing: its largest number is positive.
+                found.append(Shared(one * one[one.abs().argmax()].sign(), (change.name,)))
+        return tuple(sorted(found, key=lambda each: -len(each.tensors)))
 
     @property
     def unexplained(self) -> float | None:
@@ -137,7 +166,9 @@ class Audit(Presented):
             said = f"all {self.tensors} tensors are the same"
             absent = len(self.changes)
             return said + (f"; the steerings would change {absent} of them" if absent else "")
-        said = f"{count} of {self.tensors} tensors differ"
+        kinds = Counter(change.edit.kind for change in self.differing if change.edit is not None)
+        counted = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        said = f"{count} of {self.tensors} tensors differ ({counted})"
         if not self.steerings:
             return said
         if self.exact:
@@ -150,6 +181,13 @@ class Audit(Presented):
             f"{said}; the steerings explain {_percent(1 - left * left)} of the squared "
             f"difference, and {100 * left:.3g} % of its norm is unexplained"
         )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be known beside the tables: the notes, and directions that tensors share."""
+        shared = (each for each in self.directions if len(each.tensors) > 1)
+        said = (f"{len(each.tensors)} of the ablations are of one direction" for each in shared)
+        return (*said, *self.notes)
 
     def tables(self) -> list[Table]:
         """Block by block, then tensor by tensor, the largest difference first."""
@@ -217,6 +255,10 @@ class Audit(Presented):
             "fully_explained": self.fully_explained if self.steerings else None,
             "exact": self.exact if self.steerings else None,
             "changes": [change.as_json() for change in self.changes],
+            "directions": [
+                {"tensors": list(each.tensors), "direction": each.direction.tolist()}
+                for each in self.directions
+            ],
             "config": {name: list(pair) for name, pair in self.config.items()},
             "notes": list(self.notes),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,6 @@ _LOW, _FITTED = 0.25, 64
 _SLACK = 1.5
 #: Smallest singular value that can be told from the largest, because their squares are computed.
 _SQUARES = 1e-7
-#: A kind of edit, in words and in numbers.
-Kind = tuple[str, str, dict[str, Any]]
-_SLIGHT: Kind = ("slight", "changed by no more than rounding may make", {})
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class Edit:
     """What a difference looks like: in one word, in words, and in numbers.
 
     `rank` of `full` singular values are above `tolerance`, which is what rounding to `precision`
-    can make; `singular_values` has the largest ones. They are None of vectors.
+    can make; `singular_values` has the largest ones. They are None of vectors. Of an ablation
+    `directions` [units, rank] are those that were ablated, orthonormal, in float64.
     """
 
     kind: str
@@ -45,6 +43,15 @@ class Edit:
     singular_values: tuple[float, ...] = ()
     tolerance: float | None = None
     precision: str = ""
+    directions: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the directions, which may be the same in many tensors."""
+        record = {name: value for name, value in vars(self).items() if name != "directions"}
+        return {**record, "singular_values": list(self.singular_values)}
+
+
+_SLIGHT = Edit("slight", "changed by no more than rounding may make")
 
 
 def precision_of(tensor: Tensor) -> torch.dtype:
@@ -86,6 +93,7 @@ def edit_of(base: Tensor, other: Tensor, added: bool = False) -> Edit:
         first.singular_values,
         first.tolerance,
         first.precision,
+        first.directions if same else None,
     )
 
 
@@ -122,16 +130,13 @@ def _edit_of_matrix(base: Tensor, other: Tensor) -> Edit:
     values, vectors, left = _singular(change)
     tolerance = max(noise, _SQUARES * float(values[0]))
     rank = int((values > tolerance).sum())
-    kind, words, numbers = _kind(was, wide, change, rank, share, (vectors[:, :rank], left))
-    return Edit(
-        kind,
-        words,
-        numbers,
-        rank,
-        min(base.shape),
-        tuple(values[:_TOLD].tolist()),
-        tolerance,
-        _name(precision),
+    return replace(
+        _kind(was, wide, change, rank, share, (vectors[:, :rank], left)),
+        rank=rank,
+        full=min(base.shape),
+        singular_values=tuple(values[:_TOLD].tolist()),
+        tolerance=tolerance,
+        precision=_name(precision),
     )
 
 
@@ -160,7 +165,7 @@ def _kind(
     rank: int,
     share: float,
     known: tuple[Tensor, bool],
-) -> Kind:
+) -> Edit:
     """The simplest kind of edit that leaves nothing over but rounding."""
     if rank == 0:
         return _SLIGHT
@@ -184,11 +189,11 @@ def _kind(
             if found is not None:
                 return found
     if rank <= max(1, int(_LOW * full)):
-        return "low rank", f"low rank ({rank} of {full}), as a merged adapter", {}
-    return "dense", "changed throughout, as by training or quantising", {}
+        return Edit("low rank", f"low rank ({rank} of {full}), as a merged adapter")
+    return Edit("dense", "changed throughout, as by training or quantising")
 
 
-def _scaled(side: str, was: Tensor, wide: Tensor, share: float) -> Kind | None:
+def _scaled(side: str, was: Tensor, wide: Tensor, share: float) -> Edit | None:
     """Whether each row is the old one times a factor."""
     squares = was.square().sum(1)
     factors = (wide * was).sum(1) / squares.clamp(min=1e-300)
@@ -205,10 +210,10 @@ def _scaled(side: str, was: Tensor, wide: Tensor, share: float) -> Kind | None:
     between = f"{low:.4g}" if alike else f"{low:.4g} to {high:.4g}"
     what = f"{count} of {whole} {side} scaled by {between}"
     numbers = {"scaled": count, "of": whole, "factors": [low, high]}
-    return f"scaled {side}", what, numbers
+    return Edit(f"scaled {side}", what, numbers)
 
 
-def _mapped(side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float) -> Kind | None:
+def _mapped(side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float) -> Edit | None:
     """Whether a difference [out, in] is a map within a few directions of the output: change =
     basis S basis' was, for `basis` [out, rank]."""
     held, moved = basis.T @ was, basis.T @ change  # [rank, in]
@@ -228,15 +233,16 @@ def _mapped(side: str, basis: Tensor, was: Tensor, change: Tensor, noise: float)
         of = "a direction" if rank == 1 else f"{rank} directions"
         how = "ablated" if abs(strength - 1) <= unsure else f"times {1 - strength:.4g}"
         numbers = {"directions": rank, "strength": strength, "side": side}
-        return "ablation", f"{of} of its {side} {how}", numbers
+        return Edit("ablation", f"{of} of its {side} {how}", numbers, directions=basis)
     if off_turned <= unsure:
         angle = abs(math.degrees(math.atan2(float(turned[1, 0]), float(turned[0, 0]))))
         words = f"its {side} turned by {angle:.4g} degrees in a plane"
-        return "rotation", words, {"degrees": angle, "side": side}
-    return "map", f"its {side} mapped within {rank} directions", {"directions": rank, "side": side}
+        return Edit("rotation", words, {"degrees": angle, "side": side})
+    words = f"its {side} mapped within {rank} directions"
+    return Edit("map", words, {"directions": rank, "side": side})
 
 
-def _mapped_from_elsewhere(side: str, was: Tensor, moved: Tensor, noise: float) -> Kind | None:
+def _mapped_from_elsewhere(side: str, was: Tensor, moved: Tensor, noise: float) -> Edit | None:
     """Whether what is added along some directions, [rank, in], is read from the output at all.
     Where the output has as many units as the input, anything is."""
     rank = len(moved)
@@ -245,7 +251,8 @@ def _mapped_from_elsewhere(side: str, was: Tensor, moved: Tensor, noise: float) 
     read = torch.linalg.lstsq(was.T, moved.T).solution.T  # [rank, out]
     if float((moved - read @ was).norm()) > _along(noise, rank):
         return None
-    return "map", f"its {side} mapped through {rank} directions", {"directions": rank, "side": side}
+    words = f"its {side} mapped through {rank} directions"
+    return Edit("map", words, {"directions": rank, "side": side})
 
 
 def _along(noise: float, rank: int) -> float:
