@@ -27,7 +27,8 @@ TAG = "trimtab"
 #: Where the lines between the dashes say the method and the dial, which are no field of the hub's.
 OWN = "trimtab"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&@:=$^\"'])")
+#: What Markdown, or the hub's kind of it, takes for more than text.
+_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+.!|~&@:=$^\"']|^-)")
 _TAG = re.compile(r"[^a-z0-9]+")
 _NOT_MEASURED = "not measured"
 #: Hyperparameters and interventions that are listed: a card is to be read.
@@ -178,7 +179,7 @@ def _dial(steering: Steering) -> list[str]:
         for name, kl in STRENGTHS.items()
     ]
     heads = ["strength", "nats at the next token", *(f"dial, {side} side" for side in sides)]
-    on = f"Half of {known.prompts} prompts change by so much at these dials:"
+    on = f"At these dials the next token after half of {known.prompts} prompts changes by so much:"
     return [said, on, _table(heads, rows)]
 
 
@@ -249,7 +250,8 @@ def _breaks(steering: Steering) -> str:
 
 
 def _use(steering: Steering, about: About) -> list[str]:
-    model = steering.model.name if about.base_model is None else about.base_model
+    model = _weights(steering, about)
+    served = about.base_model or model
     own = f"{about.repo.partition('/')[2]}.safetensors"
     lines = [
         "In Python:",
@@ -266,13 +268,19 @@ def _use(steering: Steering, about: About) -> list[str]:
             f"trimtab generate --model {shlex.quote(model)} --steer {own} 'Today I feel'",
         ),
     ]
+    if served != model:
+        lines.append(
+            f"It was made on the weights that are called {_code(model)} here. On others of the "
+            "same model (of another precision, say) it has to be forced: `--force`, or "
+            "`lm.steered(steering, force=True)`."
+        )
     if may_be_lora(steering):
         lines += [
             "In vLLM, as a LoRA adapter:",
             _block(
                 "sh",
                 f"trimtab export {own} --model {shlex.quote(model)} --to lora -o adapter/",
-                f"vllm serve {shlex.quote(model)} --enable-lora --lora-modules steered=adapter/",
+                f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules steered=adapter/",
             ),
         ]
     if is_control_vector(steering):
@@ -285,6 +293,14 @@ def _use(steering: Steering, about: About) -> list[str]:
             ),
         ]
     return lines
+
+
+def _weights(steering: Steering, about: About) -> str:
+    """What to load: the weights that the steering was made on, whose digest it asks for, where
+    others have them by that name."""
+    name = steering.model.name
+    elsewhere = "/" in name and base_model_of(steering, None) is None
+    return about.base_model if elsewhere and about.base_model else name
 
 
 def may_be_lora(steering: Steering) -> bool:
