@@ -76,7 +76,17 @@ def test_base_model_and_licence_are_said_where_they_are_known() -> None:
     front, text = parts(write_card(on_hub, replace(ABOUT, base_model="them/tiny", license="mit")))
     assert front["license"] == "mit"
     assert (front["base_model"], front["base_model_relation"]) == ("them/tiny", "adapter")
-    assert "--model them/tiny" in text
+    assert "--model them/tiny@v1" in text  # the weights that it was made on
+    assert "vllm serve" not in text
+    scaled = some_steering(interventions=some_steering().interventions[:1])
+    _, text = parts(write_card(scaled, replace(ABOUT, base_model="them/tiny")))
+    assert "called `tiny` here" in text
+    assert "--model tiny --steer joy.safetensors" in text
+    assert "--model them/tiny --to lora -o adapter/ --force" in text
+    assert "vllm serve them/tiny --enable-lora" in text
+    local = replace(scaled, model=replace(MODEL, name="/home/x/m"))
+    _, text = parts(write_card(local, replace(ABOUT, base_model="them/tiny")))
+    assert "--model them/tiny --steer" in text
 
 
 def test_what_was_measured_is_said_with_its_intervals() -> None:

@@ -179,7 +179,7 @@ def _dial(steering: Steering) -> list[str]:
         for name, kl in STRENGTHS.items()
     ]
     heads = ["strength", "nats at the next token", *(f"dial, {side} side" for side in sides)]
-    on = f"At these dials the next token after half of {known.prompts} prompts changes by so much:"
+    on = f"At these dials the next token of half of {known.prompts} prompts changes by so much:"
     return [said, on, _table(heads, rows)]
 
 
@@ -279,7 +279,9 @@ def _use(steering: Steering, about: About) -> list[str]:
             "In vLLM, as a LoRA adapter:",
             _block(
                 "sh",
-                f"trimtab export {own} --model {shlex.quote(model)} --to lora -o adapter/",
+                # What an adapter adds is computed from the weights that it is for.
+                f"trimtab export {own} --model {shlex.quote(served)} --to lora -o adapter/"
+                + (" --force" if served != model else ""),
                 f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules steered=adapter/",
             ),
         ]
