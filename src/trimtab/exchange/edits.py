@@ -127,11 +127,11 @@ def _edit_of_matrix(base: Tensor, other: Tensor) -> Edit:
     wide, was = other.double(), base.double()
     change = wide - was
     noise = _noise(wide, share)
-    values, vectors, left = _singular(change)
+    values = _singular_values(change)
     tolerance = max(noise, _SQUARES * float(values[0]))
     rank = int((values > tolerance).sum())
     return replace(
-        _kind(was, wide, change, rank, share, (vectors[:, :rank], left)),
+        _kind(was, wide, change, rank, share),
         rank=rank,
         full=min(base.shape),
         singular_values=tuple(values[:_TOLD].tolist()),
@@ -149,13 +149,22 @@ def _noise(wide: Tensor, share: float) -> float:
     return share * max(spread / math.sqrt(rows * columns), longest)
 
 
-def _singular(change: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Singular values, largest first, and the vectors of the smaller side as columns; whether they
-    are the left ones, [out]."""
+def _gram(change: Tensor) -> Tensor:
+    """The products of the rows, or of the columns where these are fewer."""
+    return change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change
+
+
+def _singular_values(change: Tensor) -> Tensor:
+    """Largest first."""
+    return torch.linalg.eigvalsh(_gram(change)).clamp(min=0).sqrt().flip(0)
+
+
+def _bases(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The directions [out, rank] and [in, rank] in which a difference of low rank lies."""
+    one = torch.linalg.eigh(_gram(change)).eigenvectors.flip(1)[:, :rank]
     left = change.shape[0] <= change.shape[1]
-    gram = change @ change.T if left else change.T @ change
-    squares, vectors = torch.linalg.eigh(gram)
-    return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1), left
+    two = torch.linalg.qr((change.T if left else change) @ one).Q
+    return (one, two) if left else (two, one)
 
 
 def _kind(
@@ -164,7 +173,6 @@ def _kind(
     change: Tensor,
     rank: int,
     share: float,
-    known: tuple[Tensor, bool],
 ) -> Edit:
     """The simplest kind of edit that leaves nothing over but rounding."""
     if rank == 0:
@@ -175,10 +183,7 @@ def _kind(
             return found
     full = min(change.shape)
     if rank <= min(_FITTED, max(1, int(_LOW * full))):
-        vectors, left = known
-        across = (change.T if left else change) @ vectors  # the other side's, times their lengths
-        other_side = torch.linalg.qr(across).Q
-        outs, ins = (vectors, other_side) if left else (other_side, vectors)
+        outs, ins = _bases(change, rank)
         for side, basis, one, two in (
             ("output", outs, was, change),
             ("input", ins, was.T, change.T),

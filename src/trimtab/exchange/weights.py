@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.checkpoints import CheckpointError, check_files, is_adapter, read_json
+from trimtab.checkpoints import CheckpointError, check_files, is_adapter, read_config, read_json
 from trimtab.errors import TrimtabError, first_line, shown
 from trimtab.model import LanguageModel, directory_of, load, plain_copy
 
@@ -84,7 +84,7 @@ def _from_files(source: Source) -> Weights | None:
         return None
     try:
         check_files(directory)
-        config = read_json(directory / "config.json")
+        config = _config_in(directory)
         places = dict(_places(directory))
     except CheckpointError as error:
         raise TrimtabError(f"cannot read {shown(source, 150)}: {error}") from error
@@ -104,6 +104,22 @@ def _from_files(source: Source) -> Weights | None:
         read,
         lambda: _vocabulary_in(directory),
     )
+
+
+def _config_in(directory: Path) -> dict[str, Any]:
+    """A configuration with all that it leaves to its architecture; of an architecture that is not
+    known here, or comes as code, what its file says."""
+    raw = read_json(directory / "config.json")
+    try:
+        config = read_config(str(directory), trust_remote_code=False, local_files_only=True)
+    except CheckpointError:
+        return raw
+    return _whole(config)
+
+
+def _whole(config: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return whole
 
 
 def _places(directory: Path) -> Iterator[tuple[str, tuple[Path, tuple[int, ...]]]]:
@@ -160,7 +176,7 @@ def of_model(language_model: LanguageModel) -> Weights:
     }
     return Weights(
         language_model.name,
-        json.loads(model.config.to_json_string(use_diff=False)),
+        _whole(model.config),
         {name: tuple(tensor.shape) for name, tensor in state.items()},
         state.__getitem__,
         lambda: language_model.tokenizer.get_vocab(),
