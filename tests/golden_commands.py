@@ -288,7 +288,15 @@ _ANALYSES = (
 HELP = (
     *("", "demo", "models", "models list", "models pull", "models remove", "generate", "inspect"),
     *("contrast", "contrast check", "contrast show", "contrast split"),
-    *("bake", "evaluate", "strength", "strength budget", "strength curve", "strength contrast"),
+    *(
+        "bake",
+        "export",
+        "evaluate",
+        "strength",
+        "strength budget",
+        "strength curve",
+        "strength contrast",
+    ),
     *("strength theory", "reproduce", "compare", "fit", "fit many", "sweep", "analyse"),
     *(f"{command} {name}" for command in ("fit", "sweep") for name in FITS),
     *(f"analyse {name}" for name in _ANALYSES),

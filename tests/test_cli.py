@@ -42,7 +42,7 @@ __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their n
     "words",
     ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit many",
      "contrast", "contrast check", "contrast show", "contrast split",
-     *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake"],
+     *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake", "export"],
 )  # fmt: skip
 def test_help(trimtab: Command, words: str) -> None:
     text = trimtab(*words.split(), "--help").text

@@ -156,8 +156,19 @@ def test_damaged_files_are_one_line_or_still_the_steering(exported: Any) -> None
 # -- as a model ------------------------------------------------------------------------------------
 
 
-def test_an_exported_adapter_is_loaded_steered_and_baked(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "m")
+def test_experts_with_an_adapter_are_loaded(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path / "m")
+    tiny_tokenizer().save_pretrained(tmp_path / "m")
+    lm = tt.load(tmp_path / "m", device="cpu")
+    steering = one(lm, "layers.1.ffn_in", alpha=0.5)
+    tt.export(lm, steering, "lora", tmp_path / "a")
+    adapted = tt.load(tmp_path / "a", device="cpu")
+    assert relative(plain_logits(adapted.model, IDS), attached(lm, steering)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_an_exported_adapter_is_loaded_steered_and_baked(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "m")
     tiny_tokenizer().save_pretrained(tmp_path / "m")
     lm = tt.load(tmp_path / "m", device="cpu")
     steering = one(lm, HEADS, "Ablate", alpha=0.5)
@@ -171,7 +182,7 @@ def test_an_exported_adapter_is_loaded_steered_and_baked(tmp_path: Path) -> None
     twice = attached(lm, steering, steering)
     with adapted.steered(steering, force=True):
         assert relative(plain_logits(adapted.model, IDS), twice) < 1e-5
-    own = one(adapted, "layers.2.ffn_norm", "Rotate", alpha=50.0)
+    own = one(adapted, "layers.2.attn_norm", "Rotate", alpha=50.0)
     baked = tt.bake(adapted, own)
     assert relative(plain_logits(baked.model, IDS), attached(adapted, own)) < 1e-4
     # Merged it is a model of its own, from which adapters can be exported.

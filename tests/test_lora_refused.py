@@ -239,6 +239,9 @@ def test_formats_dials_and_names_that_are_wrong(tmp_path: Path) -> None:
         "several dials are for one steering": lambda: tt.export(
             lm, steering + steering, "lora", out, dials=[1, 2]
         ),
+        "the dial alpha cannot be inf": lambda: tt.export(
+            lm, steering, "lora", out, dials=[float("inf")]
+        ),
         "test alpha=0 does nothing.*turn the dial": lambda: tt.export(
             lm, steering.at(0), "lora", out
         ),

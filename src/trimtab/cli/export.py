@@ -60,9 +60,11 @@ def export(
     Example: `trimtab export joy.safetensors@12 --model smollm2-135m-instruct --to lora -o joy/`
     """
     from trimtab.exchange import export as export_as
+    from trimtab.exchange import writer_of
     from trimtab.steering import Steerings
 
     check_output(output, overwrite)
+    writer_of(written.to, written.own)
     steerings = Steerings(read_steerings(replace(steered, steer=(*files, *steered.steer))))
     language_model = open_model(opened)
     with status(f"writing {output}"):
@@ -83,3 +85,5 @@ def export(
         console.print(f"Saved {file}")
     for left in exported.left_out:
         console.print(f"Left out: {left}")
+    if exported.use:
+        console.print("Use it as in", *(f"    {line}" for line in exported.use), sep="\n")

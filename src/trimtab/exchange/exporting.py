@@ -9,7 +9,7 @@ renames that.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +38,16 @@ def export(
 ) -> Exported:
     """Write steerings, each at its dial, in a format that other programs read.
 
-    lora    a directory with an adapter that PEFT, vLLM, SGLang, TGI and others load
-            (`dials`: several, each in a directory of its own; `precision`)
+    lora    a directory with a LoRA adapter (Hu et al., 2106.09685) that PEFT, vLLM, SGLang, TGI
+            and others load; `dials` makes several, each in a directory of its own, and `precision`
+            says how numbers are stored: float32, float64, bfloat16, float16
 
     What a format cannot carry exactly raises TrimtabError, with what does work; with `split` the
     rest is written, and `left_out` of the result says what is not. `force` allows a steering that
     was made for another model.
     """
-    writer = FORMATS.get(format)
-    if writer is None:
-        raise TrimtabError(f"format is {shown(format)!r}: known are {', '.join(FORMATS)}")
     given = {name: value for name, value in options.items() if value is not None}
-    _refuse_unknown(format, writer, given)
+    writer = writer_of(format, given)
     steerings = together(steering)
     if not steerings:
         raise TrimtabError("there is no steering to export")
@@ -60,14 +58,17 @@ def export(
     return writer(request, **given)
 
 
-def _refuse_unknown(format: str, writer: Callable[..., Exported], given: dict[str, Any]) -> None:
-    """Refuse an option that a format does not have."""
-    known = _options(writer)
+def writer_of(format: str, given: Collection[str]) -> Callable[..., Exported]:
+    """What writes a format; refused is one that there is none of, and an option that it lacks."""
+    writer = FORMATS.get(format)
+    if writer is None:
+        raise TrimtabError(f"format is {shown(format)!r}: known are {', '.join(FORMATS)}")
     for name in given:
-        if name not in known:
+        if name not in _options(writer):
             others = [other for other, made in FORMATS.items() if name in _options(made)]
             whose = f"which is for {', '.join(others)}" if others else "and no other does"
             raise TrimtabError(f"{format} takes no {shown(name)}, {whose}")
+    return writer
 
 
 def _options(writer: Callable[..., Exported]) -> list[str]:

@@ -30,13 +30,14 @@ from trimtab.exchange.directories import whole_directory
 from trimtab.exchange.low_rank import is_linear_in_dial
 from trimtab.exchange.request import Exported, Request
 from trimtab.files import exists, json_object
-from trimtab.model import LanguageModel, has_adapters, plain_copy, record_of, unlike
+from trimtab.model import LanguageModel, has_adapters, locations, plain_copy, record_of, unlike
 from trimtab.steering import Steering, Steerings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Where the steerings lie: a folder, because SGLang takes every .safetensors file beside the
 #: adapter for a part of it.
 OWN = "trimtab"
+_NAMES = {CONFIG, WEIGHTS, OWN}
 #: In the metadata of the adapter's weights: what it is.
 _KEY = "trimtab"
 _FORMAT = 1
@@ -60,15 +61,14 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         raise TrimtabError(f"precision is {shown(precision)!r}: known are {', '.join(_PRECISIONS)}")
     output, dtype = request.output, _PRECISIONS[precision]
     _refuse_model(request.language_model)
+    _refuse_conditions(request.steerings)
     if dials and len(request.steerings) > 1:
         raise TrimtabError("several dials are for one steering: export it alone, or name one dial")
-    named: dict[str, tuple[Steering, ...]] = {
-        str(int(dial) if dial == int(dial) else dial): (request.steerings[0].at(dial),)
-        for dial in dials
-    }
+    turned = [request.steerings[0].at(dial) for dial in dials]
+    named = {_dial_name(steering.setting): (steering,) for steering in turned}
     adapters = {
         name: _adapter(replace(request, steerings=steerings))
-        for name, steerings in (named or {"": request.steerings}).items()
+        for name, steerings in (named if dials else {"": request.steerings}).items()
     }
     with whole_directory(output, request.overwrite, _is_ours) as work:
         for name, adapter in adapters.items():
@@ -82,6 +82,25 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         exact=precision in ("float32", "float64"),
         left_out=tuple(left.values()),
         details={"adapters": [one.details for one in made]} if dials else made[0].details,
+        use=_use({output / name: adapter for name, adapter in adapters.items()}),
+    )
+
+
+def _dial_name(dial: float) -> str:
+    """How a directory is named by a dial: 12, not 12.0."""
+    return str(int(dial) if dial == int(dial) else dial)
+
+
+def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
+    """How PEFT and vLLM take the adapters."""
+    configs = [adapter.config for adapter in adapters.values()]
+    modules = " ".join(f"{path.name}={path}" for path in adapters)
+    base = configs[0]["base_model_name_or_path"]
+    here = next((place for place in locations(base) if exists(Path(place))), base)
+    return (
+        f'PeftModel.from_pretrained(model, "{next(iter(adapters))}")',
+        f"vllm serve {here} --enable-lora "
+        f"--max-lora-rank {max(config['r'] for config in configs)} --lora-modules {modules}",
     )
 
 
@@ -98,6 +117,16 @@ def _refuse_model(language_model: LanguageModel) -> None:
             f"{name} carries an adapter, and a second one would belong to the two together: merge "
             "it (merge_and_unload), save that model and export from it, or attach the steering"
         )
+
+
+def _refuse_conditions(steerings: Sequence[Steering]) -> None:
+    """Refuse a steering under a condition, which no weights know."""
+    for steering in steerings:
+        if getattr(steering, "gate", None) is not None:
+            raise TrimtabError(
+                f"an adapter cannot carry the gate of a {shown(steering.method)} steering: weights "
+                "act on every text alike; attach it, or take the gate away"
+            )
 
 
 # -- one adapter ---------------------------------------------------------------------------------
@@ -343,19 +372,19 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory holds an adapter as it is written here, or several, and nothing else."""
-    entries = list(directory.iterdir())
-    if {entry.name for entry in entries} == {CONFIG, WEIGHTS, OWN}:
-        return True
-    return all(
-        entry.is_dir() and {inner.name for inner in entry.iterdir()} == {CONFIG, WEIGHTS, OWN}
-        for entry in entries
-    )
+    return _is_adapter(directory) or all(map(_is_adapter, directory.iterdir()))
+
+
+def _is_adapter(directory: Path) -> bool:
+    if not directory.is_dir() or {file.name for file in directory.iterdir()} != _NAMES:
+        return False
+    return all(file.suffix == ".safetensors" for file in (directory / OWN).iterdir())
 
 
 # -- read again ----------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class Exported:
     left_out: tuple[str, ...] = ()
     #: What else is to be said of the files, by name.
     details: dict[str, Any] = field(default_factory=dict)
+    #: For people: lines of other programs that put the files to use.
+    use: tuple[str, ...] = ()
 
     @property
     def record(self) -> dict[str, Any]:
