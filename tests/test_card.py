@@ -17,7 +17,7 @@ from trimtab.exchange.card import (
     About,
     base_model_of,
     is_control_vector,
-    may_be_lora,
+    lora_rank,
     write_card,
 )
 from trimtab.steering import Add, Calibration, Scale
@@ -83,7 +83,7 @@ def test_base_model_and_licence_are_said_where_they_are_known() -> None:
     assert "called `tiny` here" in text
     assert "--model tiny --steer joy.safetensors" in text
     assert "--model them/tiny --to lora -o adapter/ --force" in text
-    assert "vllm serve them/tiny --enable-lora" in text
+    assert "vllm serve them/tiny --enable-lora --max-lora-rank 8 --lora" in text
     local = replace(scaled, model=replace(MODEL, name="/home/x/m"))
     _, text = parts(write_card(local, replace(ABOUT, base_model="them/tiny")))
     assert "--model them/tiny --steer" in text
@@ -158,18 +158,25 @@ def test_what_other_programs_take() -> None:
     vector = torch.linspace(-1, 1, 48)
     add = [tt.Intervention(f"layers.{i}.resid", Add(vector)) for i in range(3)]
     scale = Scale(torch.tensor([1]), torch.tensor([0.5]), 48)
-    cases = [
-        ([add[1], add[2]], False, True),
-        ([add[0], add[1]], False, False),  # control vectors begin behind the first block
-        ([tt.Intervention("layers.1.resid", Add(vector), "generated")], False, False),
-        ([tt.Intervention("layers.1.resid", Add(vector, "always"))], False, False),
-        ([tt.Intervention("layers.1.ffn_out", scale)], True, False),
-        ([tt.Intervention("layers.1.ffn_out", scale, "generated")], False, False),
-        ([tt.Intervention("layers.1.ffn_out", Add(vector))], False, False),
-        ([tt.Intervention("final_norm", scale)], False, False),
+    many = Scale(torch.arange(20), torch.ones(20), 48)
+    wide = Scale(torch.arange(600), torch.ones(600), 1000)
+    cases: list[tuple[list[tt.Intervention], int | None, bool]] = [
+        ([add[1], add[2]], None, True),
+        ([add[0], add[1]], None, False),  # control vectors begin behind the first block
+        ([tt.Intervention("layers.1.resid", Add(vector), "generated")], None, False),
+        ([tt.Intervention("layers.1.resid", Add(vector, "always"))], None, False),
+        ([tt.Intervention("layers.1.ffn_out", scale)], 8, False),
+        ([tt.Intervention(f"layers.1.{kind}", many) for kind in ("heads", "ffn_in")], 64, False),
+        ([tt.Intervention("layers.1.ffn_out", wide)], None, False),
+        ([tt.Intervention("layers.1.ffn_out", scale, "generated")], None, False),
+        ([tt.Intervention("layers.1.ffn_out", Add(vector))], None, False),
+        ([tt.Intervention("final_norm", scale)], None, False),
     ]
     for interventions, lora, control in cases:
         steering = some_steering(interventions=tuple(interventions))
-        assert (may_be_lora(steering), is_control_vector(steering)) == (lora, control)
+        assert (lora_rank(steering), is_control_vector(steering)) == (lora, control)
         _, text = parts(write_card(steering, ABOUT))
-        assert ("--enable-lora" in text, "--control-vector" in text) == (lora, control)
+        assert (f"--max-lora-rank {lora} " in text, "--enable-lora" in text) == (
+            (lora is not None,) * 2
+        )
+        assert ("--control-vector" in text) == control

@@ -163,6 +163,10 @@ def test_a_server_that_repeats_the_token(hub: Hub, file: Path) -> None:
     hub.faults, hub.says = {"/api/": 403}, "refused {token} of hf_otherCANARY"
     for act in (lambda: tt.push(file, "me/joy"), lambda: tt.pull("me/joy"), tt.search):
         assert "[token]" in refusal(act)
+    for before in range(0, 200, 7):  # long messages lose their middle, wherever the token is
+        hub.says = "." * before + "{token}" + "." * 200
+        said = refusal(tt.search)
+        assert not any(part in said for part in (TOKEN[3:9], TOKEN[-6:]))
 
 
 def test_nothing_is_logged_of_a_token(

@@ -18,7 +18,7 @@ import yaml
 
 from trimtab.anatomy import parse_site
 from trimtab.errors import TrimtabError, shown
-from trimtab.steering import STRENGTHS, Add, Steering
+from trimtab.steering import STRENGTHS, Ablate, Add, Affine, Rotate, Scale, Shift, Steering
 
 #: The names of the files of a steering's repository; there are no others.
 STEERING, CARD = "steering.safetensors", "README.md"
@@ -33,6 +33,10 @@ _TAG = re.compile(r"[^a-z0-9]+")
 _NOT_MEASURED = "not measured"
 #: Hyperparameters and interventions that are listed: a card is to be read.
 _MOST = 60
+#: Sites at which a linear operator is a change of linear maps, and the largest rank that engines
+#: take.
+_FOLDS = ("heads", "attn_out", "ffn_in", "ffn_out", "attn_norm", "ffn_norm")
+_MOST_RANK = 512
 #: Half of a 95 % interval, in standard errors.
 _HALF = 1.96
 
@@ -274,7 +278,8 @@ def _use(steering: Steering, about: About) -> list[str]:
             "same model (of another precision, say) it has to be forced: `--force`, or "
             "`lm.steered(steering, force=True)`."
         )
-    if may_be_lora(steering):
+    rank = lora_rank(steering)
+    if rank is not None:
         lines += [
             "In vLLM, as a LoRA adapter:",
             _block(
@@ -282,7 +287,8 @@ def _use(steering: Steering, about: About) -> list[str]:
                 # What an adapter adds is computed from the weights that it is for.
                 f"trimtab export {own} --model {shlex.quote(served)} --to lora -o adapter/"
                 + (" --force" if served != model else ""),
-                f"vllm serve {shlex.quote(served)} --enable-lora --lora-modules steered=adapter/",
+                f"vllm serve {shlex.quote(served)} --enable-lora --max-lora-rank {rank} "
+                "--lora-modules steered=adapter/",
             ),
         ]
     if is_control_vector(steering):
@@ -305,17 +311,34 @@ def _weights(steering: Steering, about: About) -> str:
     return about.base_model if elsewhere and about.base_model else name
 
 
-def may_be_lora(steering: Steering) -> bool:
-    """Whether a steering is a change of linear maps and of nothing else, on all tokens alike: what
-    an adapter can carry, as far as that shows without the model."""
-    folds = ("heads", "attn_out", "ffn_in", "ffn_out", "attn_norm", "ffn_norm")
+def lora_rank(steering: Steering) -> int | None:
+    """The rank of the adapter that a steering is, as engines count ranks; None where it is none, as
+    far as that shows without the model: it is one where it changes linear maps and nothing else, on
+    all tokens alike."""
+    ranks: dict[int | None, int] = {}
     for each in steering.interventions:
         operator: Any = each.operator
-        if not (each.scope.everywhere and operator.linear):
-            return False
-        if parse_site(each.site)[1] not in folds or operator.offset(1.0).any():
-            return False
-    return True
+        layer, kind = parse_site(each.site)
+        rank = _rank_of(operator)
+        if rank is None or not (each.scope.everywhere and operator.linear):
+            return None
+        if kind not in _FOLDS or operator.offset(1.0).any():
+            return None
+        ranks[layer] = ranks.get(layer, 0) + rank  # several may change one map
+    largest = max(ranks.values(), default=0)
+    padded = max(8, 1 << max(0, largest - 1).bit_length())
+    return padded if largest > 0 and padded <= _MOST_RANK else None
+
+
+def _rank_of(operator: Any) -> int | None:
+    """How many directions an operator changes a map in."""
+    if isinstance(operator, Scale | Shift):
+        return operator.size
+    if isinstance(operator, Rotate):
+        return 2
+    if isinstance(operator, Ablate):
+        return operator.direction.shape[0] if operator.direction.dim() > 1 else 1
+    return operator.u.shape[-1] if isinstance(operator, Affine) else None
 
 
 def is_control_vector(steering: Steering) -> bool:

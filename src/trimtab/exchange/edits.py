@@ -156,7 +156,8 @@ def _gram(change: Tensor) -> Tensor:
 
 def _singular_values(change: Tensor) -> Tensor:
     """Largest first."""
-    return torch.linalg.eigvalsh(_gram(change)).clamp(min=0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(_gram(change))
+    return squares.clamp(min=0).sqrt().flip(0)
 
 
 def _bases(change: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.exchange.auditing import (
-    ROUNDING,
-    agreement,
-    baked_into,
-    distance,
-    flattened,
-    names_of,
-)
+from trimtab.exchange.audited import ROUNDING
+from trimtab.exchange.auditing import agreement, baked_into, distance, flattened
 from trimtab.exchange.inverse import inverse
+from trimtab.exchange.tensor_names import names_of
 from trimtab.exchange.weights import Source, Weights, both, of_model, side_by_side
 from trimtab.model import LanguageModel, bake, plain_copy
 from trimtab.steering import Steering, Steerings
