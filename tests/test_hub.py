@@ -215,6 +215,20 @@ def test_somebody_else_who_writes_meanwhile(hub: Hub, file: Path) -> None:
     assert said == "me/joy: the hub has it changed meanwhile: run it again"
 
 
+def test_a_hub_that_does_not_know_xet(
+    hub: Hub, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the library of that protocol says it, after a minute of trying.
+    said = "Network error: Request error: HTTP status client error (404 Not Found), domain: "
+
+    def upload(**given: Any) -> None:
+        raise RuntimeError(f"{said}{hub.url}/api/models/me/joy/xet-write-token/main")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr("huggingface_hub._commit_api._upload_xet_files", upload)
+    assert "set HF_HUB_DISABLE_XET=1" in refusal(lambda: tt.push(file, "me/joy"))
+
+
 def test_no_network(file: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     for act in (
         lambda: tt.push(file, "me/joy", endpoint=CLOSED),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from trimtab.errors import TrimtabError, first_line, shown
@@ -30,7 +31,8 @@ def api_of(token: str | None, endpoint: str | None) -> Any:
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         # The libraries below would repeat what no header can hold.
         raise TrimtabError("the token has characters that no token has: copy it again")
-    return HfApi(endpoint=endpoint, token=token, library_name="trimtab")
+    own = version("trimtab")
+    return HfApi(endpoint=endpoint, token=token, library_name="trimtab", library_version=own)
 
 
 def asked(api: Any, what: str, ask: Callable[[], _Answer], revision: str | None = None) -> _Answer:
@@ -103,6 +105,11 @@ def _reason(error: Exception, api: Any, what: str, revision: str | None) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.filename:
         return f"{what}: {shown(error.filename)}: {error.strerror}"
     said = _shown(first_line(cause) or type(cause).__name__, api)
+    if "xet" in str(cause):  # hubs of other people may not know it
+        return (
+            f"{what}: large files do not go to this hub by xet ({said}): set HF_HUB_DISABLE_XET=1 "
+            "and run it again"
+        )
     if isinstance(error, ValueError):  # what the library or the hub makes of a request or a card
         return f"{what}: {said}"
     return (
