@@ -59,7 +59,7 @@ def audit(
         files.append(strip)
     steerings = read_steerings(replace(steered, steer=files))
     sources: tuple[Any, Any] = base, other
-    if steerings:  # once for both, BASE as OTHER is held
+    if strip is not None:  # once for both, BASE as OTHER is held
         held: dict[str, Any] = {"device": "cpu", "trust_remote_code": trusting.get()}
         second = load(other, dtype="checkpoint", **held)
         sources = load(base, dtype=second.dtype, **held), second

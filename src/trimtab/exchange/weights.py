@@ -49,21 +49,36 @@ def both(
 ) -> tuple[Weights, Weights]:
     """Two checkpoints whose tensors are those of one architecture, or a TrimtabError in one line.
     With `loaded` as models, BASE in the type of OTHER."""
-    if not loaded:
-        one, two = _from_files(base), _from_files(other)
-        if one is not None and two is not None and _misfit(one, two) is None:
+    one, two = _from_files(base), _from_files(other)
+    if one is not None and two is not None:
+        if _misfit(one, two) is None:
             _refuse_other_tokens(one, two)
-            return one, two
+            if not loaded:
+                return one, two
+        elif _hopeless(one, two):  # before memory is filled with them
+            raise _unlike(one, two)
     second = of_model(_loaded(other, "checkpoint", trust_remote_code))
     assert second.model is not None
     first = of_model(_loaded(base, second.model.dtype, trust_remote_code))
-    reason = _misfit(first, second)
-    if reason is not None:
-        raise TrimtabError(
-            f"{shown(first.name)} and {shown(second.name)} cannot be compared: {reason}"
-        )
+    if _misfit(first, second) is not None:
+        raise _unlike(first, second)
     _refuse_other_tokens(first, second)
     return first, second
+
+
+def _unlike(base: Weights, other: Weights) -> TrimtabError:
+    return TrimtabError(
+        f"{shown(base.name)} and {shown(other.name)} cannot be compared: {_misfit(base, other)}"
+    )
+
+
+def _hopeless(base: Weights, other: Weights) -> bool:
+    """Whether two checkpoints do not go together whatever their files are read as: a tensor of one
+    name has two sizes, or most names of two architectures are in only one of them."""
+    common = base.shapes.keys() & other.shapes.keys()
+    if any(base.shapes[name] != other.shapes[name] for name in common):
+        return True
+    return base.kind != other.kind and 2 * len(common) < len(base.shapes)
 
 
 def _loaded(source: Source, dtype: Any, trust_remote_code: bool) -> LanguageModel:
