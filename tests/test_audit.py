@@ -177,6 +177,24 @@ def test_several_steerings_and_one_of_them_taken_out() -> None:
     assert found.unexplained < 1e-6
 
 
+def test_what_else_was_changed_stays(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    for kind, op in (("heads", "Scale"), ("resid", "Add")):
+        steering = turned(steer_at(lm, kind, op), op)
+        baked = tt.bake(lm, steering)
+        baked.model.config = copy.deepcopy(baked.model.config)
+        baked.model.config.rms_norm_eps = 0.5
+        baked.model.generation_config.temperature = 0.3
+        baked.model.generation_config.do_sample = True
+        stripped = tt.strip(lm, baked, steering)
+        assert stripped.exact
+        assert stripped.model.model.config.rms_norm_eps == 0.5
+        assert stripped.model.model.generation_config.temperature == 0.3
+        found = tt.audit(lm, stripped.model)
+        assert not found.changes
+        assert found.config["rms_norm_eps"] == (lm.model.config.rms_norm_eps, 0.5)
+
+
 def test_a_steering_that_is_not_there_is_not_taken_out() -> None:
     lm = language_model("llama")
     there, other = steer_at(lm, "ffn_out", "Scale"), steer_at(lm, "heads", "Scale")

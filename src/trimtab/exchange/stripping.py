@@ -7,6 +7,7 @@ is baked in, if it has one, and the result is exact to rounding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from trimtab.exchange.audited import ROUNDING
 from trimtab.exchange.auditing import agreement, baked_into, distance, flattened
 from trimtab.exchange.inverse import inverse
 from trimtab.exchange.tensor_names import names_of
-from trimtab.exchange.weights import Source, Weights, both, of_model, side_by_side
+from trimtab.exchange.weights import Source, Weights, both, config_changes, of_model, side_by_side
 from trimtab.model import LanguageModel, bake, plain_copy
 from trimtab.steering import Steering, Steerings
 from trimtab.terminal import status
@@ -81,7 +82,10 @@ def strip(
     if odd:
         return _inverted(second, steering, touched, odd, without)
     values = {name: _value(name, without, second) for name in touched}
-    return Stripped(_restored(first, second, values, steering), "restored", exact, tuple(touched))
+    # Where nothing but baking made OTHER's configuration, BASE's may take its place.
+    skeleton = first if not config_changes(with_it, second) else second
+    model = _restored(skeleton, second, values, steering)
+    return Stripped(model, "restored", exact, tuple(touched))
 
 
 def _odd(
@@ -107,22 +111,22 @@ def _value(name: str, weights: Weights, other: Weights) -> Tensor:
 
 
 def _restored(
-    base: Weights, other: Weights, values: dict[str, Tensor], steering: Steering
+    skeleton: Weights, other: Weights, values: dict[str, Tensor], steering: Steering
 ) -> LanguageModel:
-    """OTHER with some tensors replaced: as BASE's architecture where nothing else is left of the
-    biases and the untied tables that baking made, else as OTHER's."""
+    """OTHER with some tensors replaced: in the architecture of a skeleton, where that has no biases
+    or tied tables that the result has not, else in OTHER's own."""
     result = {name: values[name] if name in values else other.read(name) for name in other.shapes}
-    fits = all(name in base.shapes or not tensor.any() for name, tensor in result.items())
     changed = {
-        name: result[name]
-        for name in base.shapes
-        if name in result and not torch.equal(_value(name, base, other), result[name])
+        name: tensor
+        for name, tensor in result.items()
+        if name in skeleton.shapes and not torch.equal(_value(name, skeleton, other), tensor)
     }
-    tied = base.tied and any(_is_table(base, name) for name in changed)
-    assert base.model is not None
+    fits = all(name in skeleton.shapes or not tensor.any() for name, tensor in result.items())
+    fits = fits and not any(_is_table(skeleton, name) for name in changed)
+    assert skeleton.model is not None
     assert other.model is not None
-    if fits and not tied:
-        return _replaced(base.model, changed, other.model, steering)
+    if fits and skeleton.model.dtype == other.model.dtype:
+        return _replaced(skeleton.model, changed, other.model, steering)
     return _replaced(other.model, values, other.model, steering)
 
 
@@ -147,6 +151,7 @@ def _replaced(
             setattr(module, own, value)
         else:
             setattr(module, own, nn.Parameter(value.to(model.device)))
+    model.generation_config = copy.deepcopy(other.model.generation_config)
     name = f"{other.name} without {steering.label}"
     stripped = LanguageModel(model.eval(), other.tokenizer, name, other.chat_form)
     stripped.baked = _records_without(other, steering)
