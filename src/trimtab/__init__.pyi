@@ -4,7 +4,17 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .exchange import Exported, export, import_steering
+from .exchange import (
+    Audit,
+    Exported,
+    audit,
+    export,
+    import_steering,
+    pull,
+    push,
+    search,
+    strip,
+)
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -29,6 +39,7 @@ __all__ = [
     "AUSteer",
     "Ablation",
     "ActAdd",
+    "Audit",
     "Candidate",
     "Comparison",
     "Completion",
@@ -50,6 +61,7 @@ __all__ = [
     "Sweep",
     "TrimtabError",
     "TrimtabWarning",
+    "audit",
     "bake",
     "compare",
     "cross_entropy",
@@ -63,9 +75,13 @@ __all__ = [
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "pull",
+    "push",
     "recipes",
     "reproduce",
+    "search",
     "strength",
+    "strip",
     "sweep",
     "within",
     "wrap",

@@ -37,7 +37,8 @@ from trimtab.terminal import CleanConsole, printable
 #: `commands`, which makes the group.
 COMMANDS = (
     "demo", "models", "contrast", "fit", "gate", "generate", "inspect", "bake", "export", "import",
-    "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
+    "push", "pull", "search", "audit", "evaluate", "strength", "sweep", "reproduce", "compare",
+    "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "strength", "sweep", "analyse")
 _ABOUT = (

@@ -1,5 +1,10 @@
 """A steering in other tools' formats: what each carries exactly, and what it cannot."""
 
+from trimtab.exchange.audited import Audit
+from trimtab.exchange.auditing import audit
 from trimtab.exchange.exporting import FORMATS, export, writer_of
+from trimtab.exchange.hub import Pulled, Pushed, fetched, pull, push
+from trimtab.exchange.hub_search import Listing, search
 from trimtab.exchange.importing import READERS, import_steering
 from trimtab.exchange.request import Exported, Request
+from trimtab.exchange.stripping import Stripped, strip

@@ -33,7 +33,7 @@ from trimtab.model.language_model import (
     per_text,
     row_steerings,
 )
-from trimtab.model.loading import load, locations
+from trimtab.model.loading import directory_of, load, locations
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import plain_copy
 from trimtab.model.questions import (

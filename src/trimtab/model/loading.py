@@ -392,6 +392,13 @@ def _locate(name: str) -> str:
     return name
 
 
+def directory_of(source: str | Path) -> Path | None:
+    """The directory that a pack, a directory or a .gguf file is read from; None for what is a
+    model of the hub, if it is one."""
+    path = Path(_locate(str(source)))
+    return path if path.is_dir() else None
+
+
 def locations(name: str) -> list[str]:
     """The directories that a model of this name would be read from, nothing downloaded."""
     if name in packs.PACKS:
