@@ -35,6 +35,7 @@ EVERY: dict[str, Any] = {
     "ablation": tt.Ablation(layer=1),
     "sas": tt.SAS(theta=30),
     "aas": tt.AAS(theta=30),
+    "act": tt.AcT(site="ffn_out", layer=1),
     "ss": tt.SS(theta=30, whole_blocks=False),
     "austeer": tt.AUSteer(k=4, site="ffn_out", direction="paper"),
 }

@@ -26,7 +26,7 @@ from trimtab.reading import packs, runs_in_parts, shares_prefixes
 from trimtab.reading.streams import run_lower
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Turn
+from trimtab.steering.operators import Ablate, Add, Operator, Rotate, Scale, Shift, Turn
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
 PROMPTS = [
@@ -219,6 +219,14 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
             return x @ (torch.eye(len(r), dtype=x.dtype) - dial * torch.outer(r, r))
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
+        if isinstance(op, Shift):
+            own = x[..., op.units]
+            carried = (1 - dial) * own + dial * (op.slope.to(x.dtype) * own + op.shift.to(x.dtype))
+            if op.low is not None and op.high is not None:
+                carried = torch.where((own > op.low) & (own < op.high), carried, own)
+            changed = x.clone()
+            changed[..., op.units] = carried
+            return changed
         assert isinstance(op, Scale)
         changed = x.clone()
         own = x[..., op.units].abs() if op.absolute else x[..., op.units]

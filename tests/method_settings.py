@@ -97,6 +97,16 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "effect": _always(tt.CAA(layer="effect", token="answer"), FFN_BIAS, _NO_FFN_BIAS),
         "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "the scope 'last'"),
     },
+    "act": {
+        "line": _always(tt.AcT(strength=0.7), ATTENTION_BIAS, "takes no bias|no bias at"),
+        "at once": _always(
+            tt.AcT(site="ffn_out", causal=False, layer=(0, 2)), FFN_BIAS, _NO_FFN_BIAS
+        ),
+        "one": _always(
+            tt.AcT(site="ffn_out", slope="one", token="answer", layer=1), FFN_BIAS, _NO_FFN_BIAS
+        ),
+        "support": _always(tt.AcT(site="resid", support=True), NONE, "inside of an interval"),
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

@@ -78,6 +78,7 @@ INSPECTED: dict[str, tuple[set[str], str]] = {
     "ablation": (set(), "(7 sites)"),
     "sas": ({"plane", "layers"}, "Standard Angular Steering"),
     "aas": ({"plane", "layers"}, "Adaptive Angular Steering"),
+    "act": (set(), "AcT maps every unit"),
     "ss": ({"plane", "layers"}, "Selective Steering"),
     "austeer": ({"units"}, "AUSteer changes 4 single units"),
 }

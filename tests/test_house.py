@@ -23,6 +23,7 @@ PUBLIC = [
     "AAS",
     "AUSteer",
     "Ablation",
+    "AcT",
     "ActAdd",
     "Audit",
     "CAA",

@@ -5,6 +5,7 @@ searched by default, which hyperparameter is its dial, and the words for what it
 from __future__ import annotations
 
 from trimtab.methods.ablation import Ablation
+from trimtab.methods.act import AcT
 from trimtab.methods.actadd import ActAdd
 from trimtab.methods.angular import (
     AAS,

@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.fitting import Method
 from trimtab.methods.ablation import Ablation
+from trimtab.methods.act import AcT
 from trimtab.methods.actadd import ActAdd
 from trimtab.methods.angular import AAS, SAS, SS
 from trimtab.methods.austeer import AUSteer
@@ -16,7 +17,7 @@ from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer)
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT)
 
 
 def _is_method(added: Any, name: str) -> bool:

@@ -29,4 +29,4 @@ from trimtab.reading.reader import (
     read_columns,
 )
 from trimtab.reading.scaled import ScaledUnit, scaled_log_p
-from trimtab.reading.streams import StreamCache, blocks_below, run_lower, run_upper
+from trimtab.reading.streams import StreamCache, blocks_before, blocks_below, run_lower, run_upper
