@@ -291,6 +291,10 @@ HELP = (
     *(
         "bake",
         "export",
+        "push",
+        "pull",
+        "search",
+        "audit",
         "evaluate",
         "strength",
         "strength budget",
