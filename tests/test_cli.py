@@ -42,7 +42,8 @@ __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their n
     "words",
     ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit many",
      "contrast", "contrast check", "contrast show", "contrast split",
-     *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake", "export"],
+     *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake", "export", "push",
+     "pull", "search", "audit"],
 )  # fmt: skip
 def test_help(trimtab: Command, words: str) -> None:
     text = trimtab(*words.split(), "--help").text

@@ -15,7 +15,13 @@ from trimtab.errors import TrimtabError
 
 
 def audit(
-    base: Annotated[str, Parameter(help="A pack, a directory, a .gguf file or a hub id.")],
+    base: Annotated[
+        str,
+        Parameter(
+            help="A pack, a directory, a .gguf file or a hub id. Python code that comes with it "
+            "runs only with `--trust-remote-code`."
+        ),
+    ],
     other: Annotated[str, Parameter(help="The checkpoint that was made from it.")],
     /,
     *,
