@@ -16,7 +16,16 @@ from every_architecture import build
 from helpers import basis, language_model, plain_logits, refused_in_one_line, relative, steer
 from tiny import tiny_tokenizer
 from trimtab.exchange import FORMATS
-from trimtab.steering import Ablate, Add, Affine, Clamp, LinearDefaults, Shift
+from trimtab.steering import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Condition,
+    Gate,
+    LinearDefaults,
+    Shift,
+)
 
 Make = Callable[[tt.LanguageModel], tt.Steering]
 
@@ -55,6 +64,11 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
         at(HEADS, lambda w: Ablate(basis(w, 0, 1)[0]), positions="last"),
         r"Ablate at layers.1.heads: it acts on the scope 'last', and weights act on all "
         r"tokens alike; attach it, or give it the scope all \(--scope all\)",
+    ),
+    "a gate": (
+        "llama",
+        lambda lm: one(lm, HEADS, "Ablate").gated(Gate((Condition("embed", random(48), 0.0),))),
+        "an adapter cannot carry the gate of .*; attach it, or take the gate away",
     ),
     "Turn": ("llama", lambda lm: one(lm, HEADS, "Turn"), "Turn.* is not linear .*; attach it$"),
     "Scale of |x|": (

@@ -123,7 +123,7 @@ def _refuse_model(language_model: LanguageModel) -> None:
 def _refuse_conditions(steerings: Sequence[Steering]) -> None:
     """Refuse a steering under a condition, which no weights know."""
     for steering in steerings:
-        if getattr(steering, "gate", None) is not None:
+        if steering.gate is not None:
             raise TrimtabError(
                 f"an adapter cannot carry the gate of a {shown(steering.method)} steering: weights "
                 "act on every text alike; attach it, or take the gate away"

@@ -90,7 +90,7 @@ def everywhere(request: Request, what: str, refusal: Refusal) -> Fitting:
 def _not_everywhere(steering: Steering, intervention: Intervention, what: str) -> str | None:
     """Why an intervention is no vector that is added to every token of every text."""
     operator = intervention.operator
-    if getattr(steering, "gate", None) is not None:
+    if steering.gate is not None:
         return f"it acts under a gate, and {what} acts on every text; take the gate away"
     if operator.added is None:
         return f"{operator.description} adds no vector, and {what} has only those; {_way(operator)}"
