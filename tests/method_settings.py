@@ -107,6 +107,12 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         ),
         "support": _always(tt.AcT(site="resid", support=True), NONE, "inside of an interval"),
     },
+    "alphasteer": {
+        "resid": _always(tt.AlphaSteer("builtin:facts", layer=1, strength=2), NONE, _STREAM),
+        "ffn_out": _always(
+            tt.AlphaSteer("builtin:facts", layer=(0, 2), site="ffn_out", ridge=0.1), EVERY
+        ),
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

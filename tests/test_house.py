@@ -25,6 +25,7 @@ PUBLIC = [
     "Ablation",
     "AcT",
     "ActAdd",
+    "AlphaSteer",
     "Audit",
     "CAA",
     "Candidate",

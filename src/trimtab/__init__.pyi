@@ -17,7 +17,7 @@ from .exchange import (
 )
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
-from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AUSteer
+from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AlphaSteer, AUSteer
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
@@ -40,6 +40,7 @@ __all__ = [
     "Ablation",
     "AcT",
     "ActAdd",
+    "AlphaSteer",
     "Audit",
     "Candidate",
     "Comparison",

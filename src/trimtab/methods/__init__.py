@@ -7,6 +7,7 @@ from __future__ import annotations
 from trimtab.methods.ablation import Ablation
 from trimtab.methods.act import AcT
 from trimtab.methods.actadd import ActAdd
+from trimtab.methods.alphasteer import AlphaSteer
 from trimtab.methods.angular import (
     AAS,
     SAS,

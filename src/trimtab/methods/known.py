@@ -9,6 +9,7 @@ from trimtab.fitting import Method
 from trimtab.methods.ablation import Ablation
 from trimtab.methods.act import AcT
 from trimtab.methods.actadd import ActAdd
+from trimtab.methods.alphasteer import AlphaSteer
 from trimtab.methods.angular import AAS, SAS, SS
 from trimtab.methods.austeer import AUSteer
 from trimtab.methods.caa import CAA
@@ -17,7 +18,7 @@ from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT)
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
 
 
 def _is_method(added: Any, name: str) -> bool:

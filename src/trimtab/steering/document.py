@@ -309,7 +309,9 @@ def _content(path: Path, key: str) -> tuple[str, dict[str, Tensor], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies, because in a file they may lie anywhere, and products of what is not aligned
+            # round otherwise.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     # The last three are torch's, for shapes that pass safetensors' own checks.
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error) or type(error).__name__

@@ -1,0 +1,225 @@
+"""AlphaSteer: steer texts like some, and leave texts like others alone.
+
+"AlphaSteer: Learning Refusal Steering with Principled Null-Space Constraint" (2506.07022).
+
+    x <- x + strength <u, x> r        r the mean difference of the two sides at a site
+
+u is found so that <u, x> is about 1 at the texts that are to be steered, H, and as little as can be
+at the protected ones, B (rows are activations): with Q the directions in which B has least energy,
+
+    u = Q (Q' H' H Q + lambda I)^-1 Q' H' 1
+
+The authors solve for a matrix of units by units; because each row of their target is the same r, it
+is of rank one, u r', and two vectors say all of it: steering by r with a gate that is linear.
+
+The authors' code reads the last token of a padded batch and adds one vector to every token of a
+prompt's first pass: here each token is steered by what it is itself, in the prompt and after it.
+Protected texts that u was not fitted on say how well it leaves them alone: `findings["gate"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trimtab.anatomy import Anatomy
+from trimtab.contrasts import Contrast, Pair, Prompt
+from trimtab.errors import TrimtabError
+from trimtab.files import json_digest, user_path
+from trimtab.fitting import (
+    POSITIONS_HELP,
+    Method,
+    Number,
+    Samples,
+    Says,
+    Statistics,
+    Want,
+    new_steering,
+)
+from trimtab.methods.caa import residual_sites
+from trimtab.model import LanguageModel, read_prompts
+from trimtab.steering import (
+    READS_LAST,
+    Affine,
+    Dial,
+    Intervention,
+    Positions,
+    Scope,
+    Steering,
+)
+from trimtab.terminal import progress
+
+Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
+Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
+#: Of so many protected texts one is kept to say how well they are left alone.
+_HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class AlphaSteer(Method):
+    """AlphaSteer: steer texts like some, and leave texts like others alone.
+
+        x <- x + strength <u, x> r,    <u, x> about 1 at the texts to steer, 0 at protected ones
+
+    "AlphaSteer: Learning Refusal Steering with Principled Null-Space Constraint" (2506.07022).
+
+        >>> method = tt.AlphaSteer(protect="builtin:facts", layer=1)
+        >>> steering = method.fit(lm, contrast)
+    """
+
+    protect: str = field(
+        metadata={
+            "help": "Texts to leave alone: a contrast's file (both its sides), builtin:NAME, or a "
+            ".txt with a text a line."
+        }
+    )
+    layer: int | tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "Blocks, as in 12 or 10-14, negative from the end (default: 40%)."},
+    )
+    site: Literal["resid", "attn_out", "ffn_out"] = field(
+        default="resid",
+        metadata={"help": "Which activations of a block; of resid nothing bakes or exports."},
+    )
+    strength: Number | None = field(
+        default=None, metadata={"help": "The dial's default (default: measured)."}
+    )
+    where: Literal["both", "positive", "negative"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which side's texts are to be steered (default: both of pairs, positive of "
+            "texts)."
+        },
+    )
+    share: Share = field(
+        default=0.5, metadata={"help": "Share of directions, those of least protected energy."}
+    )
+    ridge: Positive = field(default=10.0, metadata={"help": "lambda, the penalty on u."})
+    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+
+    name = "alphasteer"
+    dial = "strength"
+    unmeasured = 1.0
+
+    def check(self) -> None:
+        if not self.protect:
+            raise TrimtabError("alphasteer: name the texts to leave alone (protect)")
+
+    @classmethod
+    def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
+        return {"layer": tuple(range(layers)), "strength": (0.5, 1.0, 2.0)}
+
+    def sites(self, anatomy: Anatomy) -> list[str]:
+        """The sites that are steered."""
+        blocks = residual_sites(anatomy, self.layer)
+        found = [site.replace("resid", self.site) for site in blocks]
+        for site in found:
+            anatomy.width(site)  # refuses what there is not
+        return found
+
+    def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
+        return [Want(site, "last", Samples) for site in self.sites(language_model.anatomy)]
+
+    def build(
+        self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
+    ) -> Steering:
+        sites = self.sites(language_model.anatomy)
+        protected, about = statistics.once(
+            ("alphasteer", self.protect, self.site, self.layer),
+            lambda: self._protected(language_model, sites),
+        )
+        where = self.where or ("both" if contrast.paired else "positive")
+        interventions, kept = [], {}
+        for site in sites:
+            texts, positive, _ = statistics.of(site, "last", Samples).texts()
+            r = texts[positive].double().mean(0) - texts[~positive].double().mean(0)
+            own = {"both": texts, "positive": texts[positive], "negative": texts[~positive]}[where]
+            held = torch.arange(len(protected[site])) % _HELD_OUT == _HELD_OUT - 1
+            u = gate_of(own, protected[site][~held], self.share, self.ridge)
+            operator = Affine(r.float()[:, None], u.float()[:, None])
+            interventions.append(Intervention(site, operator, Scope.of(self.positions)))
+            kept[site] = {
+                "steered": _mean_of(own, u),
+                "protected": _mean_of(protected[site][held], u),
+                "protected_size": float((protected[site][held].double() @ u).abs().mean()),
+            }
+        dial = Dial("strength", self.at_default, (-20.0, 20.0))
+        findings = {"protected": about, "gate": kept}
+        return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
+
+    def _protected(
+        self, language_model: LanguageModel, sites: Sequence[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Activations of the protected texts' last tokens at each site, and what they were."""
+        texts = _texts(self.protect)
+        if len(texts) < _HELD_OUT:
+            raise TrimtabError(
+                f"alphasteer: {self.protect} has {len(texts)} texts: {_HELD_OUT} are the least, of "
+                "which one says how well they are left alone"
+            )
+        lm = language_model
+        with progress("reading protected texts", len(texts)) as advance:
+            read = read_prompts(lm.anatomy, lm.marks, sites, READS_LAST, lm.fitting(texts), advance)
+        return read, {"source": self.protect, "texts": len(texts), "digest": json_digest(texts)}
+
+    @classmethod
+    def explain(cls, steering: Steering) -> list[str]:
+        found = steering.findings["gate"]
+        steered, protected = (
+            sum(each[name] for each in found.values()) / len(found)
+            for name in ("steered", "protected")
+        )
+        return [
+            f"AlphaSteer adds the mean difference of the two sides at {steering.where}, as much of "
+            f"it as a linear gate says of each token: on average {steered:.2f} at the texts to be "
+            f"steered, and {protected:.2f} at protected texts that it was not fitted on "
+            f"({steering.findings['protected']['source']})."
+        ]
+
+
+def gate_of(steered: Tensor, protected: Tensor, share: float, ridge: float) -> Tensor:
+    """u, [units] in float64, of activations [texts, units] that are to be steered and of protected
+    ones; `share` is how many of all directions it may use, those of least protected energy."""
+    h, b = steered.double(), protected.double()
+    units = h.shape[1]
+    count = int(share * units)
+    if count < 1:
+        raise TrimtabError(f"alphasteer: a share of {share:g} of {units} units is none of them")
+    _, vectors = torch.linalg.eigh(b.T @ b)  # the smallest first
+    q = vectors[:, :count]
+    seen = h @ q
+    system = seen.T @ seen + ridge * torch.eye(count, dtype=torch.float64)
+    factor = torch.linalg.cholesky(system)
+    found: Tensor = q @ torch.cholesky_solve(seen.sum(0)[:, None], factor)[:, 0]
+    return found
+
+
+def _mean_of(texts: Tensor, u: Tensor) -> float:
+    return float((texts.double() @ u).mean())
+
+
+def _texts(source: str) -> list[Prompt]:
+    """Protected texts: lines of a .txt, or a contrast's two sides, whole."""
+    kind, _, name = source.partition(":")
+    path = user_path(source)
+    if kind != "builtin" and path.suffix.lower() == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrimtabError(f"cannot read {source}: {error}") from error
+        return [line for line in lines if line.strip()]
+    contrast = Contrast.builtin(name) if kind == "builtin" else Contrast.from_file(source)
+    texts: list[Prompt] = []
+    for row in contrast.rows:
+        if not isinstance(row, Pair):
+            texts.append(row.text)
+        elif isinstance(row.prompt, str):
+            texts += [row.prompt + row.positive, row.prompt + row.negative]
+        else:  # a conversation is protected as it is before it is answered
+            texts.append(row.prompt)
+    return texts
