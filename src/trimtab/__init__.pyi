@@ -4,7 +4,7 @@ from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import evaluate, load_contrast
-from .exchange import Exported, export
+from .exchange import Exported, export, save_gguf
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit
 from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, ActAdd, AUSteer
@@ -61,6 +61,7 @@ __all__ = [
     "mean_interval",
     "recipes",
     "reproduce",
+    "save_gguf",
     "strength",
     "sweep",
     "within",

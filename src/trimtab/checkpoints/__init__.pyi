@@ -1,7 +1,7 @@
 # What is in this folder for others. __init__.py loads each when it is asked for.
 
 from . import packs
-from .baked import CARD, RECORD, baked_already, in_words, read_baked, write_baked
+from .baked import CARD, RECORD, baked_already, baked_content, in_words, read_baked, write_baked
 from .directory import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -18,19 +18,27 @@ from .directory import (
     read_model,
     some,
 )
+from .gguf import attention_scale
+from .gguf_metadata import BAKED, beside_weights, carry, metadata_of, values_of
+from .gguf_tokenizer import tokenizer_metadata
 from .hub import Found, find_on_hub
 from .memory import Counts, counted, counted_on_hub, weight_bytes
 from .packs import encoder_directory
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "BAKED",
     "CARD",
-    "RECORD",
     "CheckpointError",
     "Counts",
     "Found",
     "Misfit",
+    "RECORD",
+    "attention_scale",
     "baked_already",
+    "baked_content",
+    "beside_weights",
+    "carry",
     "check_adapter_files",
     "check_files",
     "check_tokenizer_files",
@@ -42,6 +50,7 @@ __all__ = [
     "has_weights",
     "in_words",
     "is_adapter",
+    "metadata_of",
     "not_finite",
     "packs",
     "read_baked",
@@ -49,6 +58,8 @@ __all__ = [
     "read_json",
     "read_model",
     "some",
+    "tokenizer_metadata",
+    "values_of",
     "weight_bytes",
     "write_baked",
 ]

@@ -62,14 +62,18 @@ def write_baked(directory: Path, baked: Sequence[Record], name: str, card: Path)
     is where it lies, and `name` the heading of a new one."""
     text = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     if baked:
-        content = json.dumps({"format": _FORMAT, "baked": list(baked)}, indent=1)
-        (directory / RECORD).write_text(content + "\n", encoding="utf-8")
+        (directory / RECORD).write_text(baked_content(baked), encoding="utf-8")
         text = _without_ours(text) or _new_card(name, baked)
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{_said(baked)}\n{_END}\n"
     elif text:
         text = _without_ours(text)
     if text:
         (directory / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def baked_content(baked: Sequence[Record]) -> str:
+    """What was baked, as the file says it."""
+    return json.dumps({"format": _FORMAT, "baked": list(baked)}, indent=1) + "\n"
 
 
 def _without_ours(card: str) -> str:
