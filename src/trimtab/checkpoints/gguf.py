@@ -48,8 +48,9 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
             f"cannot build the tokenizer of the GGUF file {shown(gguf, 150)}: {_reason(error)}"
         ) from error
 
-    # The end of a turn ends generation too, where the file tells the two apart.
-    ends = {tokenizer.eos_token_id, values.get("tokenizer.ggml.eot_token_id")} - {None}
+    # The end of a turn or message ends generation too, where the file tells them apart.
+    named = (values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
+    ends = {tokenizer.eos_token_id, *named} - {None}
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,

@@ -1,5 +1,8 @@
-"""What a GGUF file says of itself, its tensors apart: kept beside a checkpoint that was made of one,
-and found again when the checkpoint becomes a GGUF file."""
+"""What a GGUF file says of itself, its tensors apart.
+
+It is kept beside a checkpoint that was made of the file, and found again when the checkpoint
+becomes a GGUF file.
+"""
 
 from __future__ import annotations
 

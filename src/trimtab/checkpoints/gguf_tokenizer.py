@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
@@ -136,12 +136,12 @@ def _sentencepiece(values: Values, tokens: list[str]) -> Tokenizer:
     spelled = ["▁" * len(token) if token.isspace() and " " in token else token for token in tokens]
     vocabulary = {token: index for index, token in enumerate(spelled)}
     if "tokenizer.ggml.merges" in values:
-        merges = [tuple(merge.split(" ")) for merge in values.get("tokenizer.ggml.merges")]
+        merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
     elif values.get("general.architecture", "").startswith("gemma"):
         # Gemma's merges go by position; the scores of its user-defined tokens do not.
         merges = _merges(vocabulary, [float(-index) for index in range(len(spelled))])
     else:
-        merges = _merges(vocabulary, values.get("tokenizer.ggml.scores"))
+        merges = _merges(vocabulary, values["tokenizer.ggml.scores"])
     unknown = spelled[values.get("tokenizer.ggml.unknown_token_id", 0)]
     backend = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -182,8 +182,9 @@ _TEXTS = (
 )
 
 
-def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[str, Any]:
-    """What a GGUF file says of a tokenizer, for a model with so many rows of embeddings.
+def tokenizer_metadata(tokenizer: Any, rows: int, ends: Sequence[int] = ()) -> dict[str, Any]:
+    """What a GGUF file says of a tokenizer, for a model with so many rows of embeddings that ends
+    its texts with any of these tokens.
 
     TrimtabError where it is of a kind that is not read here, or would not be read as it is.
     """
@@ -199,7 +200,7 @@ def tokenizer_metadata(tokenizer: PreTrainedTokenizerFast, rows: int) -> dict[st
     tokens, kinds = _tokens(tokenizer, rows, model)
     values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
     kind = _sentencepiece_values if model["byte_fallback"] else _byte_level_values
-    values |= kind(backend, content) | _special_values(tokenizer)
+    values |= kind(content) | _special_values(tokenizer, ends)
     _prove(tokenizer, values)
     return values
 
@@ -237,7 +238,7 @@ def _tokens(tokenizer: Any, rows: int, model: dict[str, Any]) -> tuple[list[str]
     return tokens, kinds
 
 
-def _byte_level_values(backend: Any, content: dict[str, Any]) -> dict[str, Any]:
+def _byte_level_values(content: dict[str, Any]) -> dict[str, Any]:
     """Of byte-level BPE: the name of how text is cut, and the merges."""
     merges = [
         merge if isinstance(merge, list) else merge.split(" ") for merge in _merges_of(content)
@@ -267,7 +268,7 @@ def _form(content: dict[str, Any]) -> Any:
     return cuts, content["normalizer"], bool(content["model"]["ignore_merges"])
 
 
-def _sentencepiece_values(backend: Any, content: dict[str, Any]) -> dict[str, Any]:
+def _sentencepiece_values(content: dict[str, Any]) -> dict[str, Any]:
     """Of sentencepiece BPE: scores that imply the merges, and whether a space is put in front."""
     vocabulary = content["model"]["vocab"]
     ranks: dict[str, int] = {}
@@ -299,7 +300,7 @@ def _sentencepiece_values(backend: Any, content: dict[str, Any]) -> dict[str, An
     }
 
 
-def _special_values(tokenizer: Any) -> dict[str, Any]:
+def _special_values(tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
     """The special tokens by their roles, whether BOS is put in front, and the chat template."""
     ids = {
         "bos": tokenizer.bos_token_id,
@@ -307,6 +308,15 @@ def _special_values(tokenizer: Any) -> dict[str, Any]:
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
+    others = [end for end in ends if end != tokenizer.eos_token_id]
+    ids |= dict(zip(("eot", "eom"), others, strict=False))  # the ends of a turn, of a message
+    if len(others) > 2:
+        warnings.warn(
+            f"the model ends its texts with {len(others) + 1} tokens, and a GGUF file has room for "
+            "three: with some of them texts may run on",
+            TrimtabWarning,
+            stacklevel=5,
+        )
     values: dict[str, Any] = {
         f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items() if index is not None
     }

@@ -22,7 +22,7 @@ class Format:
 
     heading = "Format"
 
-    to: str = option("lora.")
+    to: str = option("lora or gguf-lora.")
     split: bool = option(
         "Write the part that the format can carry, and say what is left.", False, flag="--split"
     )
@@ -54,8 +54,9 @@ def export(
 ) -> None:
     """Write steerings in a format that other programs read.
 
-    `lora` is a directory with an adapter that PEFT, vLLM, SGLang and others load. What a format
-    cannot carry exactly is refused with the reason and with what does work.
+    `lora` is a directory with an adapter that PEFT, vLLM, SGLang and others load, and `gguf-lora`
+    the same adapter as a file for llama.cpp. What a format cannot carry exactly is refused with the
+    reason and with what does work.
 
     Example: `trimtab export joy.safetensors@12 --model smollm2-135m-instruct --to lora -o joy/`
     """

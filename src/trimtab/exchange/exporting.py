@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.exchange import lora
+from trimtab.exchange import gguf_lora, lora
 from trimtab.exchange.request import Exported, Request
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering, Steerings, together
@@ -22,6 +22,7 @@ from trimtab.steering import Steering, Steerings, together
 #: What writes each format.
 FORMATS: dict[str, Callable[..., Exported]] = {
     "lora": lora.write,
+    "gguf-lora": gguf_lora.write,
 }
 
 

@@ -113,7 +113,8 @@ class Names:
 def permuted(tensor: Tensor, heads: int) -> Tensor:
     """Rows of heads whose rotary pairs are halves apart [first half, second half] in the order that
     has each pair side by side."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1))
+    return pairs.transpose(1, 2).flatten(0, 2).contiguous()
 
 
 # -- hyperparameters -----------------------------------------------------------------------------
@@ -225,5 +226,5 @@ def rotary_factors(model: Any) -> Tensor | None:
         return None
     width, theta = _head_size(model.config), _rope(model.config)["rope_theta"]
     places = torch.arange(0, width, 2, dtype=torch.float64) / width
-    scaled = model.get_decoder().rotary_emb.inv_freq.double().cpu()
-    return (theta**-places / scaled).float()
+    scaled: Tensor = model.get_decoder().rotary_emb.inv_freq.double().cpu()
+    return torch.pow(theta, -places).div(scaled).float()

@@ -7,8 +7,6 @@ in float32.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,15 +70,16 @@ def save_gguf(
     name = language_model.name
     if language_model.quantised:
         raise TrimtabError(
-            f"{shown(name)} is quantised, and its weights are no plain numbers: write the GGUF file "
-            "of the unquantised model (q8_0 quantises it)"
+            f"{shown(name)} is quantised, and its weights are no plain numbers: write the GGUF "
+            "file of the unquantised model (q8_0 quantises it)"
         )
     architecture = architecture_of(language_model.model)
     model = plain_copy(language_model.model, name)
     weights = _weights(model, architecture)
     origin = metadata_of(Path(str(getattr(model.config, "_name_or_path", "") or "")))
     values = _metadata(language_model, model, architecture, origin)
-    values["general.name"], values["general.file_type"] = name, _file_type(type)
+    values["general.name"] = _name(language_model, origin)
+    values["general.file_type"] = _file_type(type)
     if language_model.baked:
         values[BAKED] = baked_content(language_model.baked)
     beside = _beside(model, origin)
@@ -88,6 +87,16 @@ def save_gguf(
         writer = _opened(temporary, architecture, values, origin)
         _write(writer, {**weights, **beside}, Names(architecture, model.config), type)
     return target
+
+
+def _name(language_model: LanguageModel, origin: GGUFReader | None) -> str:
+    """What the model is called, without where it lies on this machine."""
+    baked = language_model.baked
+    if not baked:
+        said = {} if origin is None else values_of(origin)
+        return str(said.get("general.name") or Path(language_model.name).name)
+    base = Path(str(baked[0]["base"]["name"])).name
+    return " + ".join([base, *(str(record["label"]) for record in baked)])
 
 
 def _file_type(type: str) -> int:
@@ -106,7 +115,9 @@ def _metadata(
     values = hyperparameters(architecture, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if origin is None:
-        return values | tokenizer_metadata(language_model.tokenizer, rows)
+        ends = getattr(model.generation_config, "eos_token_id", None) or ()
+        ends = [ends] if isinstance(ends, int) else list(ends)
+        return values | tokenizer_metadata(language_model.tokenizer, rows, ends)
     tokens = len(values_of(origin).get("tokenizer.ggml.tokens", ()))
     if tokens != rows:
         raise TrimtabError(
@@ -160,7 +171,7 @@ def put(writer: GGUFWriter, key: str, value: Any) -> None:
 def _beside(model: Any, origin: GGUFReader | None) -> dict[str, Tensor]:
     """Tensors that are no weights of the model."""
     if origin is not None:
-        return {name: torch.from_numpy(each) for name, each in beside_weights(origin).items()}
+        return {name: torch.tensor(each) for name, each in beside_weights(origin).items()}
     factors = rotary_factors(model)
     return {} if factors is None else {"rope_freqs.weight": factors}
 
