@@ -13,7 +13,8 @@ import torch
 import trimtab as tt
 from adapters import IDS, attached, linear_operators, one, peft_model, zeroed
 from helpers import language_model, plain_logits, refused_in_one_line, relative, steer
-from tiny import TINY
+from tiny import TINY, tiny_tokenizer
+from tiny_curated import CURATED, curated_model
 
 pytest.importorskip("peft")
 
@@ -82,6 +83,35 @@ def test_a_bias_of_zero_is_in_no_way(kind: str, tmp_path: Path) -> None:
             torch.nn.init.zeros_(getattr(linear, "base_layer", linear).bias)
         assert hasattr(maps[kind], "lora_A")
         assert relative(plain_logits(model, IDS), attached(lm, steering)) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CURATED)
+def test_architectures_beyond(name: str, tmp_path: Path) -> None:
+    """Where there is an adapter it is the attached steering, in layers of every kind."""
+    peft = pytest.importorskip("peft")
+    lm = tt.wrap(curated_model(name), tiny_tokenizer(), name)
+    sites = [
+        site
+        for kind in (*KINDS, "router")
+        if lm.anatomy.has(kind)
+        for site in {*lm.anatomy.sites(kind)[:1], *lm.anatomy.sites(kind)[-1:]}
+    ]
+    exported, refusals = 0, list[str]()
+    for site in sites:
+        for op, alpha in (("Scale", 1.5), ("Rotate", 70.0)):
+            steering, folder = one(lm, site, op, alpha=alpha), tmp_path / f"{site} {op}"
+            try:
+                tt.export(lm, steering, "lora", folder)
+            except tt.TrimtabError as error:
+                refusals.append(str(error))
+                continue
+            exported += 1
+            model = peft.PeftModel.from_pretrained(curated_model(name), folder).eval()
+            found = plain_logits(model, IDS)
+            assert relative(found, attached(lm, steering)) < 1e-4, (site, op)
+    assert exported >= 8
+    assert all("cannot carry" in each or "PEFT adds nothing" in each for each in refusals)
 
 
 def everywhere(lm: tt.LanguageModel, name: str) -> tt.Steering:

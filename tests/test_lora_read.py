@@ -180,7 +180,10 @@ def test_an_exported_adapter_is_loaded_steered_and_baked(name: str, tmp_path: Pa
     assert relative(plain_logits(tt.bake(adapted).model, IDS), once) < 1e-5
     # The same steering on top acts a second time, as two of them do.
     twice = attached(lm, steering, steering)
-    with adapted.steered(steering, force=True):
+    with (
+        pytest.warns(tt.TrimtabWarning, match="is baked into .* already.*acts a second time"),
+        adapted.steered(steering, force=True),
+    ):
         assert relative(plain_logits(adapted.model, IDS), twice) < 1e-5
     own = one(adapted, "layers.2.attn_norm", "Rotate", alpha=50.0)
     baked = tt.bake(adapted, own)
@@ -228,6 +231,7 @@ def test_export_as_a_command(trimtab: Command, work: Path) -> None:  # noqa: F81
     plain = trimtab(f"generate --model model {prompt}").json["outputs"]
     assert [each["text"] for each in adapted] == [each["text"] for each in steered]
     assert [each["text"] for each in adapted] != [each["text"] for each in plain]
+    assert "austeer alpha=2" in trimtab("inspect a").text
     said = trimtab("export -m model -s au.safetensors@2 --to lora -o b --dial 1,2.5").text
     assert said.split("\n")[:2] == ["Saved b/1", "Saved b/2.5"]
 

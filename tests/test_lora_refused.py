@@ -278,6 +278,6 @@ def test_an_adapter_is_overwritten_whole(tmp_path: Path) -> None:
     tt.export(lm, one(lm, HEADS), "lora", tmp_path / "a", overwrite=True, dials=[1, 2.5])
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["1", "2.5"]
     tt.export(lm, one(lm, HEADS), "lora", tmp_path / "a", overwrite=True)
-    names = ["adapter_config.json", "adapter_model.safetensors", "trimtab"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "trimtab", "trimtab.json"]
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == names
     assert [file.name for file in tmp_path.iterdir()] == ["a"]

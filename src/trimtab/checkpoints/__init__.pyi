@@ -1,7 +1,16 @@
 # What is in this folder for others. __init__.py loads each when it is asked for.
 
 from . import packs
-from .baked import CARD, RECORD, baked_already, baked_content, in_words, read_baked, write_baked
+from .baked import (
+    CARD,
+    RECORD,
+    baked_already,
+    baked_content,
+    in_words,
+    read_baked,
+    write_baked,
+    write_record,
+)
 from .directory import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -62,4 +71,5 @@ __all__ = [
     "values_of",
     "weight_bytes",
     "write_baked",
+    "write_record",
 ]

@@ -62,7 +62,7 @@ def write_baked(directory: Path, baked: Sequence[Record], name: str, card: Path)
     is where it lies, and `name` the heading of a new one."""
     text = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     if baked:
-        (directory / RECORD).write_text(baked_content(baked), encoding="utf-8")
+        write_record(directory, baked)
         text = _without_ours(text) or _new_card(name, baked)
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{_said(baked)}\n{_END}\n"
     elif text:
@@ -71,8 +71,13 @@ def write_baked(directory: Path, baked: Sequence[Record], name: str, card: Path)
         (directory / CARD).write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
+def write_record(directory: Path, baked: Sequence[Record]) -> None:
+    """Write what is in the weights of a directory, or in its adapter."""
+    (directory / RECORD).write_text(baked_content(baked), encoding="utf-8")
+
+
 def baked_content(baked: Sequence[Record]) -> str:
-    """What was baked, as the file says it."""
+    """What was baked, as files say it."""
     return json.dumps({"format": _FORMAT, "baked": list(baked)}, indent=1) + "\n"
 
 

@@ -308,12 +308,12 @@ def _special_values(tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    others = [end for end in ends if end != tokenizer.eos_token_id]
-    ids |= dict(zip(("eot", "eom"), others, strict=False))  # the ends of a turn, of a message
-    if len(others) > 2:
+    further = [end for end in ends if end != tokenizer.eos_token_id]
+    ids |= dict(zip(("eot", "eom"), further, strict=False))  # the ends of a turn, of a message
+    if len(further) > 2:
         warnings.warn(
-            f"the model ends its texts with {len(others) + 1} tokens, and a GGUF file has room for "
-            "three: with some of them texts may run on",
+            f"the model ends its texts with {len(further) + 1} tokens, and a GGUF file has room "
+            "for three: with some of them texts may run on",
             TrimtabWarning,
             stacklevel=5,
         )

@@ -21,7 +21,7 @@ from trimtab.exchange.gguf_architectures import (
     architecture_of,
     permuted,
 )
-from trimtab.exchange.lora import Adapter, adapter_of, refuse_model
+from trimtab.exchange.lora import Adapter, adapter_of, refuse_conditions, refuse_model
 from trimtab.exchange.request import Exported, Request
 from trimtab.files import whole_file
 
@@ -32,6 +32,7 @@ def write(request: Request) -> Exported:
     """A LoRA adapter for llama.cpp, in float32."""
     model, output = request.language_model.model, request.output
     refuse_model(request.language_model)
+    refuse_conditions(request.steerings)
     architecture = architecture_of(model)
     adapter = adapter_of(request)
     tensors = _tensors(adapter, Names(architecture, model.config))

@@ -3,8 +3,8 @@
 PEFT adds `lora_alpha / r` times up down to a weight. Where one steering alone is linear in its dial
 at every map, up and down are those of dial 1 and lora_alpha is r times the dial, so that the dial
 can be turned in adapter_config.json; else lora_alpha is r, and the dial is in the numbers. Beside
-the adapter, under trimtab/, lie the steerings that it holds; the engines that read adapters leave
-that folder alone.
+the adapter, under trimtab/, lie the steerings that it holds, and trimtab.json says what they are,
+as it does of baked weights; the engines that read adapters leave both alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimtab.anatomy import Anatomy
+from trimtab.checkpoints import RECORD, write_record
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
 from trimtab.exchange.changes import ChangedMap, Left, changed_maps, left_out, only, without
 from trimtab.exchange.directories import whole_directory
@@ -37,7 +38,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: Where the steerings lie: a folder, because SGLang takes every .safetensors file beside the
 #: adapter for a part of it.
 OWN = "trimtab"
-_NAMES = {CONFIG, WEIGHTS, OWN}
+_NAMES = {CONFIG, WEIGHTS, RECORD, OWN}
 #: In the metadata of the adapter's weights: what it is.
 _KEY = "trimtab"
 _FORMAT = 1
@@ -61,6 +62,7 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
         raise TrimtabError(f"precision is {shown(precision)!r}: known are {', '.join(_PRECISIONS)}")
     output, dtype = request.output, _PRECISIONS[precision]
     refuse_model(request.language_model)
+    refuse_conditions(request.steerings)
     if dials and len(request.steerings) > 1:
         raise TrimtabError("several dials are for one steering: export it alone, or name one dial")
     turned = [request.steerings[0].at(dial) for dial in dials]
@@ -118,6 +120,16 @@ def refuse_model(language_model: LanguageModel) -> None:
         )
 
 
+def refuse_conditions(steerings: Sequence[Steering]) -> None:
+    """Refuse a steering under a condition, which no weights know."""
+    for steering in steerings:
+        if getattr(steering, "gate", None) is not None:
+            raise TrimtabError(
+                f"an adapter cannot carry the gate of a {shown(steering.method)} steering: weights "
+                "act on every text alike; attach it, or take the gate away"
+            )
+
+
 # -- one adapter ---------------------------------------------------------------------------------
 
 
@@ -128,6 +140,8 @@ class Adapter:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     record: dict[str, Any]
+    #: What is in the model's own weights, and in the adapter.
+    baked: tuple[dict[str, Any], ...]
     steerings: tuple[Steering, ...]
     #: What the adapter cannot carry, and the steerings with nothing but that.
     left: tuple[Left, ...]
@@ -177,13 +191,15 @@ def adapter_of(request: Request) -> Adapter:
             "there than is known; attach the steering instead"
         )
     base = dict(vars(lm.identity))
+    held = [record_of(steering, base) for steering in kept]
     record = {
         "format": _FORMAT,
-        "steerings": [record_of(steering, base) for steering in kept],
+        "steerings": held,
         "dial_in_alpha": in_alpha,
         "left_out": [str(each) for each in left],
     }
-    return Adapter(config, tensors, record, tuple(kept), tuple(left), tuple(only(steerings, left)))
+    baked, rest = (*lm.baked, *held), tuple(only(steerings, left))
+    return Adapter(config, tensors, record, baked, tuple(kept), tuple(left), rest)
 
 
 def _refuse_left(left: Sequence[Left], kept: Sequence[Steering], split: bool) -> None:
@@ -237,8 +253,11 @@ class _Target:
 #: dense block's maps of these names it knows by their parameters.
 _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
+#: Where PEFT lets nothing be added to an `out_proj`, because most Mambas read its weight apart.
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
-def _targets(model: nn.Module, maps: Sequence[ChangedMap]) -> list[_Target]:
+
+def _targets(model: Any, maps: Sequence[ChangedMap]) -> list[_Target]:
     paths = {id(module): path for path, module in model.named_modules()}
     mixture = any(parameter.dim() == 3 for parameter in model.parameters())
     targets = []
@@ -246,6 +265,11 @@ def _targets(model: nn.Module, maps: Sequence[ChangedMap]) -> list[_Target]:
         inner, _, name = changed.linear_map.weight.rpartition(".")
         module = changed.linear_map.owner.get_submodule(inner)
         path = paths[id(module)]
+        if path.endswith(".out_proj") and model.config.model_type in _MAMBAS:
+            raise TrimtabError(
+                f"PEFT adds nothing to {path} in {model.config.model_type}: bake the steering, or "
+                "attach it"
+            )
         plain = type(module) in (nn.Linear, Conv1D) and name == "weight"
         if mixture and path.rpartition(".")[2] in _NAMES_OF_EXPERTS:
             plain = False
@@ -349,6 +373,7 @@ def _save(adapter: Adapter, directory: Path, dtype: torch.dtype) -> None:
     (directory / CONFIG).write_text(text, encoding="utf-8")
     record = json.dumps({**adapter.record, "tensors": _checksum(tensors)}, ensure_ascii=False)
     save_file(tensors, directory / WEIGHTS, {"format": "pt", _KEY: record})
+    write_record(directory, adapter.baked)
     (directory / OWN).mkdir()
     for number, steering in enumerate(adapter.steerings, 1):
         steering.save(directory / OWN / f"{number}.safetensors")
