@@ -28,7 +28,7 @@ from .directory import (
     some,
 )
 from .gguf import attention_scale
-from .gguf_metadata import BAKED, beside_weights, carry, metadata_of, values_of
+from .gguf_metadata import BAKED, Metadata, metadata_of
 from .gguf_tokenizer import tokenizer_metadata
 from .hub import Found, find_on_hub
 from .memory import Counts, counted, counted_on_hub, weight_bytes
@@ -42,12 +42,11 @@ __all__ = [
     "CheckpointError",
     "Counts",
     "Found",
+    "Metadata",
     "Misfit",
     "attention_scale",
     "baked_already",
     "baked_content",
-    "beside_weights",
-    "carry",
     "check_adapter_files",
     "check_files",
     "check_tokenizer_files",
@@ -68,7 +67,6 @@ __all__ = [
     "read_model",
     "some",
     "tokenizer_metadata",
-    "values_of",
     "weight_bytes",
     "write_baked",
     "write_record",

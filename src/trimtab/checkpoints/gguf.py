@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.checkpoints.baked import RECORD
 from trimtab.checkpoints.gguf_header import DamagedError, Header, check_header
-from trimtab.checkpoints.gguf_metadata import BAKED, keep_metadata, values_of
+from trimtab.checkpoints.gguf_metadata import BAKED, Metadata, keep_metadata, read_metadata
 from trimtab.checkpoints.gguf_tokenizer import read_tokenizer
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, os_reason, shown
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
     from transformers import PreTrainedModel
 
 
@@ -35,7 +34,8 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     from transformers import GenerationConfig
 
     header = _checked(gguf)
-    reader, values = _read_gguf(gguf)
+    metadata = _read_gguf(gguf)
+    values = metadata.values
     _warn_of_losses(header)
     destination.mkdir(parents=True, exist_ok=True)
     model = _load_weights(gguf, destination, header)
@@ -63,7 +63,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
             model.to(_smallest_lossless(model)).save_pretrained(destination)
         tokenizer.save_pretrained(destination)
         _shorten(destination / "tokenizer.json")
-        keep_metadata(reader, destination)
+        keep_metadata(metadata, destination)
         if isinstance(values.get(BAKED), str):
             (destination / RECORD).write_text(values[BAKED], encoding="utf-8")
         for weights in destination.glob("*.safetensors"):  # safetensors lets the owner only
@@ -93,13 +93,11 @@ def _checked(path: Path) -> Header:
         raise _damaged(path, error) from error
 
 
-def _read_gguf(path: Path) -> tuple[GGUFReader, dict[str, Any]]:
-    """A file's reader, and what its metadata say."""
+def _read_gguf(path: Path) -> Metadata:
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(path)
-        return reader, values_of(reader)
+        return read_metadata(GGUFReader(path))
     except Exception as error:  # whatever it reads in a way of its own
         raise _damaged(path, error) from error
 

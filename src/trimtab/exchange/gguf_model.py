@@ -16,12 +16,10 @@ from torch import Tensor
 
 from trimtab.checkpoints import (
     BAKED,
+    Metadata,
     baked_content,
-    beside_weights,
-    carry,
     metadata_of,
     tokenizer_metadata,
-    values_of,
 )
 from trimtab.errors import TrimtabError, shown
 from trimtab.exchange.gguf_architectures import (
@@ -35,7 +33,7 @@ from trimtab.files import whole_file
 from trimtab.model import LanguageModel, plain_copy
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 #: How matrices may be stored: gguf's names of the type, and of a file that is mostly of it.
 TYPES = {
@@ -89,11 +87,11 @@ def save_gguf(
     return target
 
 
-def _name(language_model: LanguageModel, origin: GGUFReader | None) -> str:
+def _name(language_model: LanguageModel, origin: Metadata | None) -> str:
     """What the model is called, without where it lies on this machine."""
     baked = language_model.baked
     if not baked:
-        said = {} if origin is None else values_of(origin)
+        said = {} if origin is None else origin.values
         return str(said.get("general.name") or Path(language_model.name).name)
     base = Path(str(baked[0]["base"]["name"])).name
     return " + ".join([base, *(str(record["label"]) for record in baked)])
@@ -109,7 +107,7 @@ def _file_type(type: str) -> int:
 
 
 def _metadata(
-    language_model: LanguageModel, model: Any, architecture: Architecture, origin: GGUFReader | None
+    language_model: LanguageModel, model: Any, architecture: Architecture, origin: Metadata | None
 ) -> dict[str, Any]:
     """What is said of the model, as far as its origin does not say it."""
     values = hyperparameters(architecture, model)
@@ -118,7 +116,7 @@ def _metadata(
         ends = getattr(model.generation_config, "eos_token_id", None) or ()
         ends = [ends] if isinstance(ends, int) else list(ends)
         return values | tokenizer_metadata(language_model.tokenizer, rows, ends)
-    tokens = len(values_of(origin).get("tokenizer.ggml.tokens", ()))
+    tokens = len(origin.values.get("tokenizer.ggml.tokens", ()))
     if tokens != rows:
         raise TrimtabError(
             f"{shown(language_model.name)} has embeddings of {rows} tokens, and the GGUF file that "
@@ -129,7 +127,7 @@ def _metadata(
 
 
 def _opened(
-    file: Path, architecture: Architecture, values: dict[str, Any], origin: GGUFReader | None
+    file: Path, architecture: Architecture, values: dict[str, Any], origin: Metadata | None
 ) -> GGUFWriter:
     """A GGUF file with its metadata; what its origin says counts more than what is made up."""
     from gguf import GGUFWriter
@@ -137,7 +135,7 @@ def _opened(
     writer = GGUFWriter(file, architecture.name)
     carried: dict[str, str] = {}
     if origin is not None:
-        said = values_of(origin)
+        said = origin.values
         before = f"{said.get('general.architecture')}."
         carried = {
             key: f"{architecture.name}.{key.removeprefix(before)}"
@@ -146,7 +144,7 @@ def _opened(
             for key in said
             if key not in _OWN
         }
-        carry(origin, writer, carried)
+        origin.carry(writer, carried)
     for key, value in values.items():
         if key not in carried.values():
             put(writer, key, value)
@@ -168,10 +166,10 @@ def put(writer: GGUFWriter, key: str, value: Any) -> None:
             writer.add_array(key, value)
 
 
-def _beside(model: Any, origin: GGUFReader | None) -> dict[str, Tensor]:
+def _beside(model: Any, origin: Metadata | None) -> dict[str, Tensor]:
     """Tensors that are no weights of the model."""
     if origin is not None:
-        return {name: torch.tensor(each) for name, each in beside_weights(origin).items()}
+        return {name: torch.tensor(each) for name, each in origin.beside.items()}
     factors = rotary_factors(model)
     return {} if factors is None else {"rope_freqs.weight": factors}
 
