@@ -27,20 +27,20 @@ LAYERS, NEW = 6, 16
 STEERINGS = {
     "heads": ("Scale", (0.5, -0.3)),
     "ffn_out": ("Scale", (0.4, -0.4)),
-    "attn_norm": ("Rotate", (30.0, -60.0)),
+    "attn_norm": ("Rotate", (100.0, -100.0)),
 }
 
 
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[tt.LanguageModel, Path]:
-    """The first blocks of SmolLM2, which are enough and faster, and their directory."""
-    folder = tmp_path_factory.mktemp("cut") / "model"
-    lm = tt.load("smollm2-135m-instruct", device="cpu", dtype=torch.float32)
+def first_blocks(name: str, folder: Path) -> tt.LanguageModel:
+    """A real model of a few blocks only, which are enough and faster, saved to a directory."""
+    lm = tt.load(name, device="cpu", dtype=torch.float32)
     model: Any = lm.model
     model.model.layers = model.model.layers[:LAYERS]
     model.config.num_hidden_layers = LAYERS
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:LAYERS]
     tt.wrap(model, lm.tokenizer, "cut").save_pretrained(folder)
-    return tt.load(folder, device="cpu", dtype=torch.float32), folder
+    return tt.load(folder, device="cpu", dtype=torch.float32)
 
 
 def answers(job: dict[str, Any], folder: Path) -> list[list[int]]:
@@ -57,11 +57,13 @@ def answers(job: dict[str, Any], folder: Path) -> list[list[int]]:
     return written
 
 
-def test_a_mixed_batch_of_adapters(cut: tuple[tt.LanguageModel, Path], tmp_path: Path) -> None:
-    lm, base = cut
+@pytest.mark.parametrize(("name", "ranks"), [("smollm2-135m-instruct", 1), ("gemma3-270m", 2)])
+def test_a_mixed_batch_of_adapters(name: str, ranks: int, tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    lm = first_blocks(name, base)
     adapters: dict[str, str] = {}
     steered: dict[str | None, tt.Steering | None] = {None: None}
-    ranks = []
+    widths = []
     for kind, (op, dials) in STEERINGS.items():
         parts = [one(lm, f"layers.{layer}.{kind}", op, seed=layer) for layer in (2, 4)]
         steering = replace(parts[0], interventions=tuple(part.interventions[0] for part in parts))
@@ -69,23 +71,23 @@ def test_a_mixed_batch_of_adapters(cut: tuple[tt.LanguageModel, Path], tmp_path:
         for dial, file in zip(dials, made.files, strict=True):
             adapters[f"{kind}@{dial:g}"] = str(file)
             steered[f"{kind}@{dial:g}"] = steering.at(dial)
-        ranks += [each["rank"] for each in made.details["adapters"]]
+        widths += [each["rank"] for each in made.details["adapters"]]
     tokens = [lm.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    # Adapters take turns, so that each batch is mixed.
-    requests = [{"tokens": ids, "adapter": name} for ids in tokens for name in steered]
-    job = {"base": str(base), "adapters": adapters, "rank": max(ranks), "new": NEW}
-    found = answers({**job, "requests": requests}, tmp_path)
+    # Adapters take turns, so that the batch is mixed.
+    requests = [{"tokens": ids, "adapter": variant} for ids in tokens for variant in steered]
+    job = {"base": str(base), "ranks": ranks, "adapters": adapters, "rank": max(widths)}
+    found = answers({**job, "new": NEW, "requests": requests}, tmp_path)
     expected = {
-        name: [
+        variant: [
             list(out.tokens)
             for out in lm.generate(PROMPTS, chat=False, steering=steering, max_new_tokens=NEW)
         ]
-        for name, steering in steered.items()
+        for variant, steering in steered.items()
     }
     end = lm.tokenizer.eos_token_id
     for i in range(len(PROMPTS)):
-        for j, name in enumerate(steered):
+        for j, variant in enumerate(steered):
             answer = [token for token in found[i * len(steered) + j] if token != end]
-            assert answer == [token for token in expected[name][i] if token != end], (i, name)
-    for name in adapters:
-        assert expected[name] != expected[None], name
+            assert answer == [token for token in expected[variant][i] if token != end], variant
+    for variant in adapters:
+        assert expected[variant] != expected[None], variant

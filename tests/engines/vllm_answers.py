@@ -2,8 +2,9 @@
 
     python vllm_answers.py JOB.json ANSWERS.json
 
-The job has the model's directory (`base`), adapters' directories by name, the largest rank, and
-requests: token ids with the name of an adapter, or null. All run in one batch, greedily.
+The job has the model's directory (`base`), over how many processes it is split (`ranks`), adapters'
+directories by name, the largest rank of theirs, and requests: token ids with the name of an
+adapter, or null. All run in one batch, greedily.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import json
 import os
 import sys
 
-os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
-
 
 def main(job_file: str, answers_file: str) -> None:
+    with open(job_file) as file:
+        job = json.load(file)
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(job["ranks"]))),  # a core for each
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(job["ranks"] > 1)),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "HF_HUB_OFFLINE": "1",
+    }
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    with open(job_file) as file:
-        job = json.load(file)
     adapters = {
         name: LoRARequest(name, number, directory)
         for number, (name, directory) in enumerate(job["adapters"].items(), 1)
@@ -40,6 +41,7 @@ def main(job_file: str, answers_file: str) -> None:
         max_lora_rank=job["rank"],
         max_model_len=256,
         enforce_eager=True,
+        tensor_parallel_size=job["ranks"],
     )
     answered = engine.generate(
         [{"prompt_token_ids": request["tokens"]} for request in job["requests"]],
