@@ -62,6 +62,7 @@ PUBLIC = [
     "mean_interval",
     "recipes",
     "reproduce",
+    "save_gguf",
     "strength",
     "sweep",
     "within",
