@@ -10,9 +10,10 @@ INSTALLED := .venv/.installed
 
 # vLLM needs other versions of the same packages: an environment of its own, with nothing of ours.
 VLLM := .venv-vllm
+LLAMACPP := .llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-versions test-vllm lint docs-house bench clean
+.PHONY: help demo test test-all test-versions test-vllm test-llamacpp lint docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-all  the same with the slow tests, which use real models; shows coverage"
 	@echo "make test-versions  the tests of steering with the oldest and the newest transformers"
 	@echo "make test-vllm  set up vLLM beside it, and compare what it writes with adapters"
+	@echo "make test-llamacpp  the same with llama.cpp (needs node and npm), and with GGUF files"
 	@echo "make lint      lint and type check only"
 	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
@@ -77,7 +79,20 @@ $(VLLM)/.installed: Makefile
 
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines
+	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines/test_vllm.py
+
+# Built already, for this machine's processor; scripts of packages are not run.
+$(LLAMACPP)/.installed: Makefile
+	@command -v node >/dev/null && command -v npm >/dev/null || { \
+		echo "make test-llamacpp needs node (20 or newer) and npm" >&2; exit 1; }
+	mkdir -p $(LLAMACPP)
+	cd $(LLAMACPP) && npm install --silent --no-save --no-audit --no-fund --ignore-scripts \
+		--omit=peer --prefix . node-llama-cpp@3.22.1
+	@touch $@
+
+test-llamacpp: export OMP_NUM_THREADS = 1
+test-llamacpp: $(INSTALLED) $(LLAMACPP)/.installed
+	TRIMTAB_LLAMACPP=$(CURDIR)/$(LLAMACPP) $(BIN)/python -m pytest tests/engines/test_llamacpp.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -93,5 +108,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-vllm build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .llamacpp build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

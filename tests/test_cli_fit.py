@@ -126,6 +126,27 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "unit_norm": [("yes", True), ("no", False)],
         "positions": [("last", "last")],
     },
+    "act": {
+        "site": [("ffn_out", "ffn_out")],
+        "layer": [("2", 2), ("1,3-4", (1, 3, 4))],
+        "strength": [("0.5", 0.5)],
+        "slope": [("one", "one")],
+        "causal": [("no", False), ("yes", True)],
+        "support": [("yes", True)],
+        "shrink": [("yes", True)],
+        "token": [("answer", "answer")],
+        "positions": [("last", "last")],
+    },
+    "alphasteer": {
+        "protect": [("texts.txt", "texts.txt")],
+        "layer": [("2", 2), ("1,3-4", (1, 3, 4))],
+        "site": [("ffn_out", "ffn_out")],
+        "strength": [("0.5", 0.5)],
+        "where": [("negative", "negative")],
+        "share": [("0.25", 0.25)],
+        "ridge": [("3", 3.0)],
+        "positions": [("last", "last")],
+    },
     "iti": {
         "k": [("7", 7)],
         "alpha": [("3", 3.0)],
@@ -201,6 +222,11 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     },
 }  # fmt: skip
 OPTIONS["aas"] = OPTIONS["sas"]
+#: What a method cannot do without.
+REQUIRED: dict[str, dict[str, Any]] = {
+    "sta": {"sae": "mine"},
+    "alphasteer": {"protect": "builtin:facts"},
+}
 #: What an option needs beside it.
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("austeer", "choose"): {"alpha": 0.25},
@@ -227,8 +253,7 @@ def test_every_option_reaches_the_method(
     for option, values in OPTIONS[method].items():
         for text, value in values:
             wanted: dict[str, Any] = {**NEEDED.get((method, option), {}), option: value}
-            if method == "sta" and option != "sae":
-                wanted["sae"] = "mine"
+            wanted = REQUIRED.get(method, {}) | wanted
             expected = METHODS[method](**wanted)
             flag = f"--{option.replace('_', '-')}"
             if isinstance(value, bool):
@@ -247,7 +272,7 @@ def test_every_option_reaches_the_method(
             # And as `fit many` reads it.
             rest = "".join(f" {key}={wanted[key]}" for key in wanted if key != option)
             assert read_method(f"{method} {option}='{text}'{rest}") == expected
-    if method != "sta":
+    if method not in REQUIRED:
         assert trimtab("fit", method, *shlex.split(FIT), "-o", "new.st").text == ""
         assert given.pop() == METHODS[method]()
 
@@ -295,6 +320,7 @@ def test_fit_of_every_method(trimtab: Command, home: Path, method: str) -> None:
         "aas": "--theta 30",
         "ss": "--theta 30 --no-whole-blocks",
         "austeer": "--site ffn_out --k 4 --direction paper",
+        "act": "--site ffn_out --layer 1",
     }[method]
     found = trimtab(f"fit {method} {FIT} {options} -o new.st --json").json
     expected = trimtab(f"inspect every/{method}.safetensors --json").json

@@ -72,6 +72,7 @@ PUBLIC = [
     "push",
     "recipes",
     "reproduce",
+    "save_gguf",
     "search",
     "strength",
     "strip",

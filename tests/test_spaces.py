@@ -99,6 +99,7 @@ def test_dial_and_default_grid_of_every_method(name: str, contrast: tt.Contrast)
     assert grid(default_space(method, 3))
     fixed = {"layer": 1} if name == "ablation" else {"k": 3} if name == "iti" else {}
     fixed |= {"whole_blocks": False} if name == "ss" else {}
+    fixed |= {"protect": "builtin:facts"} if name == "alphasteer" else {}
     steering = method(**fixed).fit(lm, contrast)
     assert steering.dial.name == method.dial
     for params in grid(default_space(method, 30)):

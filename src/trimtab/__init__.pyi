@@ -12,6 +12,7 @@ from .exchange import (
     import_steering,
     pull,
     push,
+    save_gguf,
     search,
     strip,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "push",
     "recipes",
     "reproduce",
+    "save_gguf",
     "search",
     "strength",
     "strip",

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,6 +92,14 @@ os.umask(_UMASK)
 
 def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     """Write a file through a temporary one beside it, so that it is there whole or not at all."""
+    with whole_file(path, overwrite) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary file beside `path` to write into, which takes its place when nothing fails."""
     if exists(path) and not overwrite:
         raise TrimtabError(
             f"{shown(path, 200)} exists: choose another name, or pass overwrite (--overwrite)"
@@ -101,8 +110,8 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
     except OSError as error:
         raise TrimtabError(f"cannot write {shown(path, 200)}: {error.strerror or error}") from error
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        os.close(handle)
+        yield Path(temporary)
         os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes it private
         os.replace(temporary, path)
     except BaseException as error:
@@ -112,7 +121,6 @@ def write_whole(path: Path, content: bytes, overwrite: bool = False) -> Path:
                 f"cannot write {shown(path, 200)}: {error.strerror or error}"
             ) from error
         raise
-    return path
 
 
 def open_as_usual(directory: Path) -> None:

@@ -1,7 +1,16 @@
 # What is in this folder for others. __init__.py loads each when it is asked for.
 
 from . import packs
-from .baked import CARD, RECORD, baked_already, in_words, read_baked, write_baked, write_record
+from .baked import (
+    CARD,
+    RECORD,
+    baked_already,
+    baked_content,
+    in_words,
+    read_baked,
+    write_baked,
+    write_record,
+)
 from .directory import (
     ADAPTER_CONFIG,
     CheckpointError,
@@ -18,20 +27,26 @@ from .directory import (
     read_model,
     some,
 )
-from .gguf import gguf_tensors
+from .gguf import attention_scale, gguf_tensors
+from .gguf_metadata import BAKED, Metadata, metadata_of
+from .gguf_tokenizer import tokenizer_metadata
 from .hub import Found, find_on_hub
 from .memory import Counts, counted, counted_on_hub, weight_bytes
 from .packs import encoder_directory
 
 __all__ = [
     "ADAPTER_CONFIG",
+    "BAKED",
     "CARD",
     "RECORD",
     "CheckpointError",
     "Counts",
     "Found",
+    "Metadata",
     "Misfit",
+    "attention_scale",
     "baked_already",
+    "baked_content",
     "check_adapter_files",
     "check_files",
     "check_tokenizer_files",
@@ -44,6 +59,7 @@ __all__ = [
     "has_weights",
     "in_words",
     "is_adapter",
+    "metadata_of",
     "not_finite",
     "packs",
     "read_baked",
@@ -51,6 +67,7 @@ __all__ = [
     "read_json",
     "read_model",
     "some",
+    "tokenizer_metadata",
     "weight_bytes",
     "write_baked",
     "write_record",

@@ -73,8 +73,12 @@ def write_baked(directory: Path, baked: Sequence[Record], name: str, card: Path)
 
 def write_record(directory: Path, baked: Sequence[Record]) -> None:
     """Write what is in the weights of a directory, or in its adapter."""
-    content = json.dumps({"format": _FORMAT, "baked": list(baked)}, indent=1)
-    (directory / RECORD).write_text(content + "\n", encoding="utf-8")
+    (directory / RECORD).write_text(baked_content(baked), encoding="utf-8")
+
+
+def baked_content(baked: Sequence[Record]) -> str:
+    """What was baked, as files say it."""
+    return json.dumps({"format": _FORMAT, "baked": list(baked)}, indent=1) + "\n"
 
 
 def _without_ours(card: str) -> str:

@@ -1,8 +1,7 @@
 """Makes a plain checkpoint (safetensors and tokenizer) of a GGUF file.
 
-transformers dequantises the weights. The tokenizer is built here from the file's metadata, because
-transformers does it right in some versions only: 5.16 gives Gemma wrong merges and no BOS, and
-SmolLM2 a wrong end-of-text token.
+transformers dequantises the weights; what it does not read of the configuration is read here. What
+the file says of itself is kept beside the checkpoint, for when it becomes a GGUF file again.
 """
 
 from __future__ import annotations
@@ -11,18 +10,23 @@ import io
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from trimtab.checkpoints.baked import RECORD
 from trimtab.checkpoints.gguf_header import DamagedError, Header, check_header
+from trimtab.checkpoints.gguf_metadata import BAKED, keep_metadata, read_metadata
+from trimtab.checkpoints.gguf_tokenizer import read_tokenizer
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, os_reason, shown
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
-    from tokenizers import Tokenizer
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
+
+
+R = TypeVar("R")
 
 
 def convert_gguf(gguf: Path, destination: Path) -> None:
@@ -34,13 +38,13 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     from transformers import GenerationConfig
 
     header = _checked(gguf)
-    reader = _read_gguf(gguf)
-    fields: dict[str, Any] = dict(reader.fields)
-    _warn_of_losses(reader, fields)
+    metadata = _read(gguf, read_metadata)
+    values = metadata.values
+    _warn_of_losses(header)
     destination.mkdir(parents=True, exist_ok=True)
     model = _load_weights(gguf, destination, header)
     try:
-        tokenizer = _tokenizer(fields, model.config.max_position_embeddings)
+        tokenizer = read_tokenizer(values, model.config.max_position_embeddings)
     except TrimtabError:
         raise
     except Exception as error:  # ids, scores or merges that do not fit together
@@ -48,8 +52,9 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
             f"cannot build the tokenizer of the GGUF file {shown(gguf, 150)}: {_reason(error)}"
         ) from error
 
-    # The end of a turn ends generation too, where the file tells the two apart.
-    ends = {tokenizer.eos_token_id, _field(fields, "tokenizer.ggml.eot_token_id")} - {None}
+    # The end of a turn or message ends generation too, where the file tells them apart.
+    named = (values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))
+    ends = {tokenizer.eos_token_id, *named} - {None}
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id,
@@ -62,6 +67,9 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
             model.to(_smallest_lossless(model)).save_pretrained(destination)
         tokenizer.save_pretrained(destination)
         _shorten(destination / "tokenizer.json")
+        keep_metadata(metadata, destination)
+        if isinstance(values.get(BAKED), str):
+            (destination / RECORD).write_text(values[BAKED], encoding="utf-8")
         for weights in destination.glob("*.safetensors"):  # safetensors lets the owner only
             shutil.copymode(destination / "config.json", weights)
     except Exception as error:  # a full disk comes as safetensors' own error
@@ -88,7 +96,7 @@ def gguf_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     header = _checked(path)
     tensors = {}
-    for tensor in _read_gguf(path).tensors:
+    for tensor in _read(path, lambda reader: reader.tensors):
         numbers = np.asarray(tensor.data)
         if numbers.dtype.kind != "f":
             raise TrimtabError(
@@ -108,11 +116,12 @@ def _checked(path: Path) -> Header:
         raise _damaged(path, error) from error
 
 
-def _read_gguf(path: Path) -> GGUFReader:
+def _read(path: Path, what: Callable[[Any], R]) -> R:
+    """What is read of a file."""
     from gguf import GGUFReader
 
     try:
-        return GGUFReader(path)
+        return what(GGUFReader(path))
     except Exception as error:  # whatever it reads in a way of its own
         raise _damaged(path, error) from error
 
@@ -124,15 +133,10 @@ def _damaged(path: Path, error: Exception) -> TrimtabError:
     )
 
 
-def _field(fields: dict[str, Any], key: str, default: Any = None) -> Any:
-    return fields[key].contents() if key in fields else default
-
-
-def _warn_of_losses(reader: GGUFReader, fields: dict[str, Any]) -> None:
-    scaling = [key for key in fields if key.endswith(".rope.scaling.type")]
-    if any(_field(fields, key) != "none" for key in scaling) or any(
-        tensor.name == "rope_freqs.weight" for tensor in reader.tensors
-    ):
+def _warn_of_losses(header: Header) -> None:
+    scaling = [key for key in header.values if key.endswith(".rope.scaling.type")]
+    scaled = any(header.values[key] != "none" for key in scaling)
+    if scaled or "rope_freqs.weight" in header.tensors:
         warnings.warn(
             "this GGUF file scales its rotary frequencies for long contexts, which the conversion "
             "does not carry over: long texts will come out worse than in the original model",
@@ -152,11 +156,17 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     place: dict[str, Any] = {"gguf_file": str(gguf.absolute()), "local_files_only": True}
     try:
         config = transformers.AutoConfig.from_pretrained(str(empty), **place)
+        _complete(config, header)
         _check_size(config, header)
         # The redirection hides a bar that cannot be turned off.
         with redirect_stderr(io.StringIO()):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(empty), dtype=torch.float32, output_loading_info=True, **place, **options
+                str(empty),
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **place,
+                **options,
             )
         model: PreTrainedModel = loaded[0]
         _check_complete(model, loaded[1])
@@ -169,6 +179,42 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+#: Layers of Gemma's largest models, whose attention llama.cpp scales by another size than a head's.
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
+
+
+def _complete(config: Any, header: Header) -> None:
+    """What transformers leaves at a default whatever the file says."""
+    said = _of_architecture(header.values)
+    if config.model_type == "llama":
+        config.attention_bias = "blk.0.attn_q.bias" in header.tensors
+        config.mlp_bias = "blk.0.ffn_gate.bias" in header.tensors
+    if config.model_type == "qwen3" and "attention.key_length" in said:
+        config.head_dim = said["attention.key_length"]
+    if config.model_type in _LARGEST_GEMMAS:
+        config.query_pre_attn_scalar = attention_scale(config)
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if name in said:
+                setattr(config, name, said[name])
+    if config.model_type == "gemma3_text" and "rope.freq_base_swa" in said:
+        config.rope_parameters["sliding_attention"]["rope_theta"] = said["rope.freq_base_swa"]
+
+
+def attention_scale(config: Any) -> int:
+    """The size by whose root llama.cpp divides the logits of a Gemma's attention."""
+    if config.num_hidden_layers == _LARGEST_GEMMAS[config.model_type]:
+        return int(config.hidden_size // config.num_attention_heads)
+    return int(config.head_dim)
+
+
+def _of_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a file's architecture, without its name in front."""
+    before = f"{values.get('general.architecture')}."
+    return {
+        key.removeprefix(before): value for key, value in values.items() if key.startswith(before)
+    }
 
 
 def _check_size(config: Any, header: Header) -> None:
@@ -217,154 +263,3 @@ def _shorten(tokenizer: Path) -> None:
         content["model"]["merges"] = [" ".join(merge) for merge in merges]
     short = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     tokenizer.write_text(short, encoding="utf-8", newline="\n")
-
-
-# --- the tokenizer in a GGUF -----------------------------------------------------------------
-
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of token in a GGUF
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CLITICS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3_SPLIT = rf"{_CLITICS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2_SPLIT = rf"{_CLITICS}|{_WORD}|\p{{N}}|{_REST}"
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-#: `tokenizer.ggml.pre` -> how text is cut before the merges; llama.cpp's table.
-_SPLITS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), _LLAMA3_SPLIT),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2_SPLIT),
-    "tekken": _TEKKEN_SPLIT,
-}
-_DIGIT_BY_DIGIT = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-_GPT2 = ("gpt-2", "gpt2", "default", "olmo", "phi-2", "mpt")
-#: Those that take a whole word which is in the vocabulary as it is, and that add BOS by default.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-
-
-def _tokenizer(fields: dict[str, Any], longest: int) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata describe, the same in every version of transformers."""
-    from tokenizers import AddedToken, processors
-    from transformers import PreTrainedTokenizerFast
-
-    kind = _field(fields, "tokenizer.ggml.model")
-    tokens: list[str] = _field(fields, "tokenizer.ggml.tokens", [])
-    kinds: list[int] = _field(fields, "tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if kind == "gpt2":
-        backend = _byte_level(fields, tokens)
-    elif kind == "llama":
-        backend = _sentencepiece(fields, tokens)
-    else:
-        raise TrimtabError(
-            f"the GGUF file has a tokenizer '{shown(kind)}': trimtab reads gpt2 and llama"
-        )
-
-    vocabulary = backend.get_vocab()
-    pieces = [pair for pair in zip(tokens, kinds, strict=True) if pair[0] in vocabulary]
-    backend.add_special_tokens(
-        [AddedToken(text, normalized=False) for text, of in pieces if of == _CONTROL]
-    )
-    backend.add_tokens(
-        [AddedToken(text, normalized=False) for text, of in pieces if of == _USER_DEFINED]
-    )
-
-    def special(name: str) -> str | None:
-        index = _field(fields, f"tokenizer.ggml.{name}_token_id")
-        return tokens[index] if index is not None and index < len(tokens) else None
-
-    bos, eos = special("bos"), special("eos")
-    adds_bos = kind == "llama" or _field(fields, "tokenizer.ggml.pre") in _WHOLE_WORDS
-    if bos and _field(fields, "tokenizer.ggml.add_bos_token", adds_bos):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A",
-            pair=f"{bos} $A {bos} $B:1",
-            special_tokens=[(bos, tokens.index(bos))],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=special("unknown"),
-        pad_token=special("padding") or eos,
-        chat_template=_field(fields, "tokenizer.chat_template"),
-        model_max_length=longest,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _byte_level(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE, as of GPT-2, with the split that the vocabulary was learned on."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pre = _field(fields, "tokenizer.ggml.pre", "default")
-    merges = [tuple(merge.split(" ")) for merge in _field(fields, "tokenizer.ggml.merges", [])]
-    backend = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=pre in _WHOLE_WORDS,
-        )
-    )
-    cuts: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    if pre in _DIGIT_BY_DIGIT:
-        cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    elif pre in _SPLITS:
-        cuts = [
-            pre_tokenizers.Split(Regex(_SPLITS[pre]), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    elif pre not in _GPT2:
-        warnings.warn(
-            f"the GGUF file cuts text in a way ('{shown(pre)}') that trimtab does not know: "
-            "GPT-2's is used, and some texts may get other tokens than in the original model",
-            TrimtabWarning,
-            stacklevel=4,
-        )
-    if pre == "qwen2":
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Tokenizer:
-    """Sentencepiece BPE: a space is written ▁, what the vocabulary lacks becomes bytes."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    # Gemma's files spell the tokens of several spaces with real spaces; text has ▁ by then.
-    spelled = ["▁" * len(token) if token.isspace() and " " in token else token for token in tokens]
-    vocabulary = {token: index for index, token in enumerate(spelled)}
-    if "tokenizer.ggml.merges" in fields:
-        merges = [tuple(merge.split(" ")) for merge in _field(fields, "tokenizer.ggml.merges")]
-    elif _field(fields, "general.architecture", "").startswith("gemma"):
-        # Gemma's merges go by position; the scores of its user-defined tokens do not.
-        merges = _merges(vocabulary, [float(-index) for index in range(len(spelled))])
-    else:
-        merges = _merges(vocabulary, _field(fields, "tokenizer.ggml.scores"))
-    unknown = spelled[_field(fields, "tokenizer.ggml.unknown_token_id", 0)]
-    backend = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    normalize: list[Any] = [normalizers.Replace(" ", "▁")]
-    if _field(fields, "tokenizer.ggml.add_space_prefix", True):
-        normalize.insert(0, normalizers.Prepend("▁"))
-        decode.append(decoders.Strip(" ", 1, 0))
-    backend.normalizer = normalizers.Sequence(normalize)
-    backend.decoder = decoders.Sequence(decode)
-    return backend
-
-
-def _merges(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that a sentencepiece vocabulary implies: every way to cut a token, best first."""
-    cuts = [
-        (token[:cut], token[cut:], score)
-        for token, score in zip(vocabulary, scores, strict=True)
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    cuts.sort(key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
-    cuts.sort(key=lambda cut: (cut[2], len(cut[0]), len(cut[1])), reverse=True)
-    return [(left, right) for left, right, _ in cuts]

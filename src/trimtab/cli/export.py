@@ -23,8 +23,8 @@ class Format:
     heading = "Format"
 
     to: str = option(
-        "lora, gguf, repeng, lm-eval, svec, steering-vectors, steering-lite, vllm-lens or "
-        "persona-vectors."
+        "lora, gguf, gguf-lora, repeng, lm-eval, svec, steering-vectors, steering-lite, vllm-lens "
+        "or persona-vectors."
     )
     split: bool = option(
         "Write the part that the format can carry, and say what is left.", False, flag="--split"
@@ -57,9 +57,10 @@ def export(
 ) -> None:
     """Write steerings in a format that other programs read.
 
-    `lora` is a directory with an adapter that PEFT, vLLM, SGLang and others load; `gguf` is a
-    control vector for llama.cpp, and the others are the files of the tools of those names, all for
-    vectors that are added to every token. What a format cannot carry exactly is refused with the
+    `lora` is a directory with an adapter that PEFT, vLLM, SGLang and others load, and `gguf-lora`
+    the same adapter as a file for llama.cpp; `gguf` is a control vector for llama.cpp, and the
+    others are the files of the tools of those names, all for vectors that are added to every token.
+    What a format cannot carry exactly is refused with the
     reason and with what does work.
 
     Example: `trimtab export joy.safetensors@12 --model smollm2-135m-instruct --to lora -o joy/`

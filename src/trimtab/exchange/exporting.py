@@ -16,6 +16,7 @@ from typing import Any
 from trimtab.errors import TrimtabError, shown
 from trimtab.exchange import (
     control_vectors,
+    gguf_lora,
     harness,
     json_vectors,
     lora,
@@ -29,6 +30,7 @@ from trimtab.steering import Steering, Steerings, together
 #: What writes each format.
 FORMATS: dict[str, Callable[..., Exported]] = {
     "lora": lora.write,
+    "gguf-lora": gguf_lora.write,
     "gguf": control_vectors.write_gguf,
     "repeng": control_vectors.write_repeng,
     "lm-eval": harness.write,

@@ -61,14 +61,14 @@ def write(request: Request, *, dials: Sequence[float] = (), precision: str = "fl
     if precision not in _PRECISIONS:
         raise TrimtabError(f"precision is {shown(precision)!r}: known are {', '.join(_PRECISIONS)}")
     output, dtype = request.output, _PRECISIONS[precision]
-    _refuse_model(request.language_model)
-    _refuse_conditions(request.steerings)
+    refuse_model(request.language_model)
+    refuse_conditions(request.steerings)
     if dials and len(request.steerings) > 1:
         raise TrimtabError("several dials are for one steering: export it alone, or name one dial")
     turned = [request.steerings[0].at(dial) for dial in dials]
     named = {_dial_name(steering.setting): (steering,) for steering in turned}
     adapters = {
-        name: _adapter(replace(request, steerings=steerings))
+        name: adapter_of(replace(request, steerings=steerings))
         for name, steerings in (named if dials else {"": request.steerings}).items()
     }
     with whole_directory(output, request.overwrite, _is_ours) as work:
@@ -92,7 +92,7 @@ def _dial_name(dial: float) -> str:
     return str(int(dial) if dial == int(dial) else dial)
 
 
-def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
+def _use(adapters: Mapping[Path, Adapter]) -> tuple[str, ...]:
     """How PEFT and vLLM take the adapters."""
     configs = [adapter.config for adapter in adapters.values()]
     modules = " ".join(f"{path.name}={path}" for path in adapters)
@@ -105,7 +105,7 @@ def _use(adapters: Mapping[Path, _Adapter]) -> tuple[str, ...]:
     )
 
 
-def _refuse_model(language_model: LanguageModel) -> None:
+def refuse_model(language_model: LanguageModel) -> None:
     """Refuse weights that are no plain ones: what an adapter adds is computed from them."""
     name = shown(language_model.name)
     if language_model.quantised:
@@ -120,7 +120,7 @@ def _refuse_model(language_model: LanguageModel) -> None:
         )
 
 
-def _refuse_conditions(steerings: Sequence[Steering]) -> None:
+def refuse_conditions(steerings: Sequence[Steering]) -> None:
     """Refuse a steering under a condition, which no weights know."""
     for steering in steerings:
         if steering.gate is not None:
@@ -134,8 +134,8 @@ def _refuse_conditions(steerings: Sequence[Steering]) -> None:
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    """What an adapter says of itself, and its tensors by PEFT's names."""
+class Adapter:
+    """What an adapter says of itself, and its tensors (float64) by PEFT's names."""
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -159,7 +159,8 @@ class _Adapter:
         }
 
 
-def _adapter(request: Request) -> _Adapter:
+def adapter_of(request: Request) -> Adapter:
+    """The adapter that adds what the steerings change, proved by the model's own logits."""
     lm, steerings = request.language_model, request.steerings
     left = left_out(lm.anatomy, steerings)
     kept = without(steerings, left)
@@ -198,7 +199,7 @@ def _adapter(request: Request) -> _Adapter:
         "left_out": [str(each) for each in left],
     }
     baked, rest = (*lm.baked, *held), tuple(only(steerings, left))
-    return _Adapter(config, tensors, record, baked, tuple(kept), tuple(left), rest)
+    return Adapter(config, tensors, record, baked, tuple(kept), tuple(left), rest)
 
 
 def _refuse_left(left: Sequence[Left], kept: Sequence[Steering], split: bool) -> None:
@@ -355,7 +356,7 @@ def _base_of(language_model: LanguageModel) -> tuple[str, str | None]:
 # -- the directory -------------------------------------------------------------------------------
 
 
-def _save(adapter: _Adapter, directory: Path, dtype: torch.dtype) -> None:
+def _save(adapter: Adapter, directory: Path, dtype: torch.dtype) -> None:
     """Write one adapter."""
     tensors = {
         name: tensor.to(dtype=dtype, device="cpu").contiguous()

@@ -66,10 +66,11 @@ class AlphaSteer(Method):
 
         x <- x + strength <u, x> r,    <u, x> about 1 at the texts to steer, 0 at protected ones
 
-    "AlphaSteer: Learning Refusal Steering with Principled Null-Space Constraint" (2506.07022).
+    "AlphaSteer: Learning Refusal Steering with Principled Null-Space Constraint"
+    (arXiv:2506.07022).
 
-        >>> method = tt.AlphaSteer(protect="builtin:facts", layer=1)
-        >>> steering = method.fit(lm, contrast)
+        >>> steering = tt.AlphaSteer(protect="builtin:facts", layer=1).fit(lm, contrast)
+        >>> texts = lm.generate(["Today I feel"], steering=steering.at(1))
     """
 
     protect: str = field(

@@ -1,0 +1,84 @@
+"""Stock llama.cpp runs exported adapters and baked GGUF files: what it writes is what the attached
+steering writes.
+
+`make test-llamacpp` fetches llama.cpp as node-llama-cpp brings it, names that folder in
+TRIMTAB_LLAMACPP and runs this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab as tt
+from adapters import one
+
+FOLDER = os.environ.get("TRIMTAB_LLAMACPP")
+pytestmark = pytest.mark.skipif(not FOLDER, reason="TRIMTAB_LLAMACPP names no folder of llama.cpp")
+
+PROMPTS = ["Text message to my sister:\n", "The weather today is", "Dear sir, I"]
+#: A text whose tokens llama.cpp makes by what the file says of the tokenizer.
+TEXT = "She  looked at   the map\n\n and 12345 Größe, 日本 🎉 I'VE <b>"
+NEW = 16
+#: Operators at sites, each with a dial at which it shows.
+STEERINGS = {
+    "heads": ("Scale", 0.8),
+    "ffn_out": ("Scale", 0.6),
+    "attn_norm": ("Rotate", 30.0),
+}
+
+
+def answers(requests: list[dict[str, Any]], folder: Path) -> list[dict[str, list[int]]]:
+    """What llama.cpp writes, in a process of its own."""
+    given, found = folder / "job.json", folder / "answers.json"
+    given.write_text(json.dumps({"requests": requests, "new": NEW, "threads": 1}))
+    program = Path(__file__).with_name("llamacpp_answers.mjs")
+    ran = subprocess.run(
+        ["node", program, given, found], capture_output=True, text=True, cwd=FOLDER
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    written: list[dict[str, list[int]]] = json.loads(found.read_text())
+    return written
+
+
+def greedy(lm: tt.LanguageModel, ids: list[int], steering: tt.Steering | None) -> list[int]:
+    """The likeliest tokens, one after the other, of the attached model."""
+    given = torch.tensor([ids])
+    with torch.no_grad(), lm.steered(*([steering] if steering else [])):
+        for _ in range(NEW):
+            given = torch.cat((given, lm.model(given).logits[:, -1:].argmax(-1)), 1)
+    written: list[int] = given[0, len(ids) :].tolist()
+    return written
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "gemma3-270m"])
+def test_adapters_and_baked_files(name: str, tmp_path: Path) -> None:
+    lm = tt.load(name, device="cpu", dtype=torch.float32)
+    base = str(tt.save_gguf(lm, tmp_path / "base.gguf"))
+    runs: list[tuple[str, str | None, tt.Steering | None]] = [(base, None, None)]
+    for kind, (op, dial) in STEERINGS.items():
+        if name.startswith("gemma") and kind == "ffn_out":
+            continue  # a norm writes it
+        steering = one(lm, f"layers.5.{kind}", op).at(dial)
+        adapter, baked = tmp_path / f"{kind}.lora.gguf", tmp_path / f"{kind}.gguf"
+        tt.export(lm, steering, "gguf-lora", adapter)
+        tt.save_gguf(tt.bake(lm, steering), baked)
+        runs += [(base, str(adapter), steering), (str(baked), None, steering)]
+    requests, expected = [], []
+    for prompt in PROMPTS:
+        ids = lm.tokenizer(prompt).input_ids
+        for model, adapter, steering in runs:
+            requests.append({"model": model, "adapter": adapter, "tokens": ids, "text": TEXT})
+            expected.append(greedy(lm, ids, steering))
+    found = answers(requests, tmp_path)
+    assert [one["tokens"] for one in found] == expected
+    assert len({tuple(tokens) for tokens in expected}) > len(PROMPTS)  # steerings show
+    plain = lm.tokenizer(TEXT, add_special_tokens=False).input_ids
+    for one_found in found:
+        assert one_found["text"][-len(plain) :] == plain
