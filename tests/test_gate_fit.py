@@ -55,7 +55,9 @@ def test_a_planted_word_is_found(kind: Any, score: Any) -> None:
 def test_figures_are_those_of_a_plain_loop() -> None:
     lm = language_model("llama")
     contrast = planted().with_parts()
-    gate = tt.fit_gate(lm, contrast, kind="latched", sites=["layers.1.resid"], chat=False)
+    gate = tt.fit_gate(
+        lm, contrast, kind="latched", score="cosine", sites=["layers.1.resid"], chat=False
+    )
     (condition,) = gate.conditions
 
     def score(text: Any) -> float:
@@ -117,12 +119,14 @@ def test_directions_of_probe_and_pairs() -> None:
 def test_candidates_are_below_what_is_steered() -> None:
     lm = language_model("llama")
     steering = steer(lm, ("layers.1.ffn_in", Add(torch.ones(lm.anatomy.width("layers.1.ffn_in")))))
-    gate = tt.fit_gate(lm, planted(), below=steering, chat=False)
+    gate = tt.fit_gate(lm, planted(), kind="token", below=steering, chat=False)
     assert gate.sites == ("layers.0.resid",)
     steering.gated(gate)
     first = steer(lm, ("embed", Add(torch.ones(lm.anatomy.width("embed")))))
-    refused_in_one_line(lambda: tt.fit_gate(lm, planted(), below=first), "no site is below")
-    free = tt.fit_gate(lm, planted(), below=first, kind="two-pass", chat=False)
+    refused_in_one_line(
+        lambda: tt.fit_gate(lm, planted(), kind="latched", below=first), "no site is below"
+    )
+    free = tt.fit_gate(lm, planted(), below=first, chat=False)
     assert free.findings["sites"]
 
 

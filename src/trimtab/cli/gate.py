@@ -48,12 +48,12 @@ class Gated:
     kind: str = option(
         "When it decides: token (at each token), latched (once, at the prompt's last token), "
         "two-pass (once, from a pass over the prompt before).",
-        "token",
+        "two-pass",
     )
     score: str = option(
         "cosine or projection on the difference of means, probe (logistic regression), or compat "
         "(the score of conditional activation steering's authors).",
-        "cosine",
+        "probe",
     )
     reads: str | None = option(
         "Whose tokens' mean activation is scored: a scope as in 'all[1:]' or user; or last, the "
