@@ -292,13 +292,8 @@ class Steering:
                 chosen = anatomy.router(intervention.site).chosen
                 dial = intervention.dial_at(self.setting)
                 intervention.operator.check_chosen(intervention.site, chosen, dial)
-        for condition in () if self.gate is None else self.gate.conditions:
-            width = anatomy.width(condition.site)
-            if condition.width != width:
-                raise TrimtabError(
-                    f"the sizes do not fit: {condition.site} has {width} units in "
-                    f"{shown(identity.name)}, the gate has {condition.width}"
-                )
+        if self.gate is not None:
+            self.gate.check_sizes(anatomy, identity.name)
         if force or self.model.digest == identity.digest:
             return
         if quantised and not self.model.plain_digest:
