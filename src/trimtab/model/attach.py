@@ -162,7 +162,7 @@ def _repeats(x: Tensor, rows: int) -> int:
     return repeats
 
 
-def _same_for_all(step: _Step) -> Edit:
+def _same_for_all(step: _Step, sequences: Sequences) -> Edit:
     """A step with one dial for all rows and all tokens, which is what most steerings are.
 
     The general way asks at every pass which tokens to change and looks up what was bound for the
@@ -171,9 +171,12 @@ def _same_for_all(step: _Step) -> Edit:
     step touched something is noted once, which is all that is asked of it.
     """
     function: Callable[[Tensor], Tensor] | None = None
+    here = sequences.here
 
-    def edit(x: Tensor) -> Tensor:
+    def edit(x: Tensor) -> Tensor | None:
         nonlocal function
+        if here.paused:
+            return None
         if function is None:
             step.touched = 1
             # A plain pass with gradients may follow one in inference mode in the same block.
@@ -300,7 +303,7 @@ def _editor(chain: Sequence[_Step | _Reader], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
     if len(chain) == 1 and isinstance(first, _Step) and first.everywhere and first.same_for_all:
-        return _same_for_all(first)
+        return _same_for_all(first, sequences)
 
     def edit(x: Tensor) -> Tensor | None:
         if sequences.here.paused:

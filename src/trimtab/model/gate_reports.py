@@ -151,8 +151,8 @@ def reported(
     row: int,
     at: Columns,
 ) -> tuple[Fired, ...]:
-    """What the gates of a row's steerings decided, in order: those of `decided`, by place, and those
-    that were watched while the model ran."""
+    """What the gates of a row's steerings decided, in order: those of `decided`, by place, and
+    those that were watched while the model ran."""
     places = zip(steerings, decided_by(steerings, decided, gates), strict=True)
     return tuple(
         by if isinstance(by, Fired) else _watched(steering, by, row, at)
