@@ -12,7 +12,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.errors import shown
 from trimtab.model.attach import attached
 from trimtab.model.gate_reports import Fired, decided_by, settled, token_by_token, watch
-from trimtab.model.gate_scores import device_of
+from trimtab.model.gate_scores import device_of, refuse_images
 from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Marks
 from trimtab.model.one_pass import Pass
@@ -129,6 +129,7 @@ def _fired(
     the prompt, when all of them act; everywhere where it has none."""
     if all(one.gate is None for one in steerings):
         return [(True,) * len(ids) for _ in steerings]
+    refuse_images(marks, [ids])
     (row,), decided = settled(anatomy, marks, [tuple(steerings)], [ids[:prompt]])
     with attached(anatomy, [row], marks, block=False) as sequences:
         sequences.given_ends, sequences.ended_at_once = [prompt], True

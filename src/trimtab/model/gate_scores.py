@@ -33,11 +33,7 @@ def score_pass(
 ) -> Decision:
     """What a gate decides of texts (token ids) whose prompts end so far in, in one pass that is not
     steered and goes no higher than the gate reads; padding on the right."""
-    if any(token in marks.images for text in texts for token in text):
-        raise TrimtabError(
-            "a text has an image, and what a gate decides before the model runs, or in fitting and "
-            "checking it, comes of text alone: take a token or a latched gate, and generate with it"
-        )
+    refuse_images(marks, texts)
     device = device_of(anatomy.body)
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.long)
@@ -111,6 +107,15 @@ def read_prompts(
             found[site][rows] = decision.activations[number].float().cpu()
         advance(len(rows))
     return found
+
+
+def refuse_images(marks: Marks, texts: Sequence[Sequence[int]]) -> None:
+    """Refuse texts (token ids) with images, which a pass of a gate's own does not see."""
+    if any(token in marks.images for text in texts for token in text):
+        raise TrimtabError(
+            "a prompt has an image, and two-pass gates, and what fits, checks and explains gates, "
+            "read text alone: generate with a token or a latched gate"
+        )
 
 
 def device_of(body: nn.Module) -> torch.device:
