@@ -141,6 +141,11 @@ class Steering:
     def gated(self, gate: Gate | None) -> Steering:
         """The same steering under a condition: it acts on rows, or tokens, where the gate fires,
         and leaves the others bit by bit as they are. None takes its gate away."""
+        if not isinstance(gate, Gate | None):
+            raise TrimtabError(
+                f"{shown(gate, 60)} is no gate: load one with Gate.load(FILE), or fit one with "
+                "fit_gate"
+            )
         if gate is not None and gate.model and gate.model.digest != self.model.digest:
             raise TrimtabError(
                 f"this gate was made for {gate.model}, the steering for {self.model}: fit one for "

@@ -87,6 +87,11 @@ class Condition:
         check_choice("score", self.score, GateScore)
         check_choice("fires", self.fires, GateSide)
         direction = self.direction
+        if not isinstance(direction, Tensor):
+            raise TrimtabError(
+                f"the condition at {self.site} needs a direction that is a tensor [units], not "
+                f"{shown(direction, 60)}"
+            )
         if direction.dim() != 1 or not bool(direction.isfinite().all()) or not direction.any():
             raise TrimtabError(
                 f"the condition at {self.site} needs a direction [units] of finite numbers, not "
