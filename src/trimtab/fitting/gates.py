@@ -96,6 +96,9 @@ def fit_gate(
     check_choice("score", score, GateScore)
     if any_of < 1:
         raise TrimtabError("any_of must be 1 or more: how many conditions may fire by themselves")
+    for name, texts in (unrelated or {}).items():
+        if not texts:
+            raise TrimtabError(f"unrelated '{name}' has no text: give some, or leave it out")
     asked = (
         Scope.of(reads)
         if reads is not None
@@ -280,8 +283,10 @@ def _threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[GateSide, 
 def _tried(condition: Condition, part: _Part) -> _Tried:
     scores = condition.scores(part.at[condition.site].double())
     positive, negative = scores[part.positive], scores[~part.positive]
-    spread = ((positive.var() + negative.var()) / 2).sqrt()
-    margin = float((positive.mean() - negative.mean()).abs() / spread)
+    # One text of a side has no spread of its own, and without any there is no margin to tell.
+    spread = float(((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt())
+    apart = float((positive.mean() - negative.mean()).abs())
+    margin = apart / spread if spread else 0.0
     return _Tried(condition, _f1(condition.holds(scores), part.positive), margin)
 
 
