@@ -230,3 +230,17 @@ def test_a_gate_that_reads_by_itself_refuses_images() -> None:
         refused_in_one_line(refused, "has an image")
     (done,) = lm.generate([prompt], max_new_tokens=1, steering=latched)
     assert done.gates[0].fired
+
+
+def test_a_row_that_is_nothing_but_padding_fires_nowhere() -> None:
+    lm = language_model("llama")
+    one = gated(lm, gate_for(lm, "latched"))
+    ids = torch.tensor([token_ids(TEXTS[1])] * 2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with torch.no_grad(), lm.steered(one):
+        found = lm.model(ids, attention_mask=mask).logits
+        alone = lm.model(ids[:1]).logits
+    assert relative(found[:1], alone) < 1e-6
+    with torch.no_grad():
+        assert torch.equal(found[1], lm.model(ids, attention_mask=mask).logits[1])

@@ -251,7 +251,7 @@ class Decision:
         known = self._known()
         if known is None:
             # Where a prompt has ended in an earlier pass, somebody must have decided then.
-            if bool(before.any()):
+            if self.now.start and bool(before.any()):
                 raise _not_seen()
             return decided & self._ends_here(decided.device)
         old = _of_rows(known.fired, len(decided)).to(decided.device)
