@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_a_gate_is_fitted_checked_and_put_to_work(
         (f"{GENERATE} Hi -s au.safetensors --gate g.st", "acts on earlier ones"),
         ("bake --model model -s au.safetensors --scope last --gate g.st -o b", "cannot bake a g"),
         (f"{FIT} -o g.st", "exists"),
+        ("gate check other.st --model model Hi", "gate was made for"),
         (f"{FIT} --kind once -o x.st", "kind"),
         (f"{FIT} --score dot -o x.st", "score"),
         (f"{FIT} --reads generated -o x.st", "cannot read"),
@@ -88,9 +90,24 @@ def test_a_gate_is_fitted_checked_and_put_to_work(
     ],
 )
 def test_mistakes(trimtab: Command, work: Path, fitted: Path, line: str, says: str) -> None:
+    gate = tt.Gate.load(fitted)
+    assert gate.model is not None
+    replace(gate, model=replace(gate.model, digest="0" * 64)).save(work / "other.st")
     found = trimtab(line)
     assert found.status == 2
     assert says in found.err
     assert len(found.err.splitlines()) == 1
     assert not (work / "x.st").exists()
     assert not (work / "b").exists()
+
+
+def test_a_new_gate_comes_with_a_scope_that_the_old_one_forbids(
+    trimtab: Command, home: Path, work: Path, fitted: Path
+) -> None:
+    latched = tt.Gate.load(fitted)
+    late = tt.Steering.load(home / "au.safetensors").scoped("last").gated(latched)
+    late.save(work / "late.st")
+    line = [*shlex.split(GENERATE), *PROMPTS, "--json", "-s", "late.st@40", "--scope", "all"]
+    assert "acts on earlier ones" in trimtab(*line).err
+    found = trimtab(*line, "--gate", "none").json["outputs"]
+    same_as_python(found, ["late.st@40"], steering=late.gated(None).scoped("all").at(40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,19 @@ def test_sweeps_and_comparisons_under_a_gate(tmp_path: Path) -> None:
     for row in beside.rows:
         assert row.test is not None
         assert row.test.value == pytest.approx(beside.unsteered["test"].value)
+
+
+def test_one_text_of_a_side_is_enough_to_choose_by(tmp_path: Path) -> None:
+    """It has no spread, and what is found is a file all the same."""
+    lines = [
+        {"text": text, "label": label, "part": part}
+        for word, label in (("please", "positive"), ("never", "negative"))
+        for text, part in zip(texts(word, 6), [*["train"] * 4, "validation", "test"], strict=True)
+    ]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    few = Contrast.from_jsonl(tmp_path / "few.jsonl")
+    lm = language_model("llama")
+    gate = tt.fit_gate(lm, few, chat=False)
+    gate.save(tmp_path / "few.st")
+    assert tt.Gate.load(tmp_path / "few.st").findings == gate.findings
+    refused_in_one_line(lambda: tt.fit_gate(lm, few, unrelated={"x": []}), "'x' has no text")

@@ -435,6 +435,7 @@ def test_what_could_not_decide_in_time_is_refused() -> None:
     refused_in_one_line(lambda: tt.bake(lm, late), "cannot bake a gated")
     wide = Gate((Condition("layers.0.resid", torch.ones(5), 0.0),), "token")
     refused_in_one_line(lambda: lm.logits(TEXTS, steering=plain.gated(wide)), "the gate has 5")
+    refused_in_one_line(lambda: plain.gated("low.safetensors"), "Gate.load")  # type: ignore[arg-type]
     other = replace(low, model=replace(plain.model, digest="0" * 64))
     refused_in_one_line(lambda: plain.scoped("last").gated(other), "was made for")
 
@@ -444,6 +445,7 @@ def test_bad_conditions_and_rules_are_one_line() -> None:
     for make, says in (
         (lambda: Condition("layers.0.resid", torch.zeros(4), 0.0), "direction"),
         (lambda: Condition("layers.0.resid", good * torch.nan, 0.0), "direction"),
+        (lambda: Condition("layers.0.resid", [1.0, 2.0], 0.0), "a tensor"),  # type: ignore[arg-type]
         (lambda: Condition("layers.0.resid", good, torch.nan), "threshold"),
         (lambda: Condition("layers.0.resid", good, 0.0, "over"), "fires"),  # type: ignore[arg-type]
         (lambda: Condition("layers.0.resid", good, 0.0, score="dot"), "score"),  # type: ignore[arg-type]

@@ -58,6 +58,8 @@ def read_steerings(steered: Steered) -> list[Steering]:
         "--gate", [None if text == "none" else read_gate(text) for text in steered.gate], len(files)
     )
     steerings = [Steering.read(argument) for argument in files]
+    if gates:  # the file's own gate may not allow the new scope
+        steerings = [one.gated(None) for one in steerings]
     if scopes:
         steerings = [one.scoped(scope) for one, scope in zip(steerings, scopes, strict=True)]
     if gates:

@@ -154,6 +154,7 @@ def check(
     chats, texts = as_chats(prompting, opened), read_prompts(prompts, prompting.file)
     found = read_gate(gate)
     language_model = open_model(opened)
+    found.check_fits(language_model.anatomy, language_model.identity)
     wanted = language_model.prompts(texts, chats)
     decided = decisions(
         language_model.anatomy, language_model.marks, found, language_model.fitting(wanted)

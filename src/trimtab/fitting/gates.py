@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Prompt
+from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.figures import rate_interval
 from trimtab.model import LanguageModel, batches_by_length, read_prompts, score_pass, score_prompts
@@ -96,6 +96,9 @@ def fit_gate(
     check_choice("score", score, GateScore)
     if any_of < 1:
         raise TrimtabError("any_of must be 1 or more: how many conditions may fire by themselves")
+    for name, texts in (unrelated or {}).items():
+        if not texts:
+            raise TrimtabError(f"unrelated '{name}' has no text: give some, or leave it out")
     asked = (
         Scope.of(reads)
         if reads is not None
@@ -185,17 +188,28 @@ def _read(
     chat: bool | None,
 ) -> _Part:
     """The activations of one part's texts."""
-    texts: list[Sequence[int]]
-    if contrast.paired:
-        both = [(row, side) for row in contrast.pairs for side in ("positive", "negative")]
-        texts = language_model.encode(
-            [row.prompt for row, _ in both], [getattr(row, side) for row, side in both]
-        )
-        labels = [side == "positive" for _, side in both]
-    else:
-        plain: list[Prompt] = [row.text for row in contrast.texts]
-        texts = _texts(language_model, plain, chat)
-        labels = [row.label == "positive" for row in contrast.texts]
+    plain: list[Prompt] = []
+    answers: list[str | None] = []
+    labels: list[bool] = []
+    for row in contrast.rows:
+        if not isinstance(row, Pair):
+            plain.append(row.text)
+            answers.append(None)
+            labels.append(row.label == "positive")
+            continue
+        for side, answer in ((True, row.positive), (False, row.negative)):
+            # A text with its answer is a text; a conversation is read as it stands after it.
+            whole = isinstance(row.prompt, str)
+            plain.append(f"{row.prompt}{answer}" if whole else row.prompt)
+            answers.append(None if whole else answer)
+            labels.append(side)
+    texts = _texts(language_model, plain, chat)
+    answered = [i for i, answer in enumerate(answers) if answer is not None]
+    if answered:
+        ends = [answers[i] or "" for i in answered]
+        found = language_model.encode([plain[i] for i in answered], ends)
+        for i, text in zip(answered, found, strict=True):
+            texts[i] = text
     with progress("reading texts", len(texts)) as advance:
         at = read_prompts(
             language_model.anatomy, language_model.marks, sites, reads, texts, advance
@@ -280,8 +294,10 @@ def _threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[GateSide, 
 def _tried(condition: Condition, part: _Part) -> _Tried:
     scores = condition.scores(part.at[condition.site].double())
     positive, negative = scores[part.positive], scores[~part.positive]
-    spread = ((positive.var() + negative.var()) / 2).sqrt()
-    margin = float((positive.mean() - negative.mean()).abs() / spread)
+    # One text of a side has no spread of its own, and without any there is no margin to tell.
+    spread = float(((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt())
+    apart = float((positive.mean() - negative.mean()).abs())
+    margin = apart / spread if spread else 0.0
     return _Tried(condition, _f1(condition.holds(scores), part.positive), margin)
 
 

@@ -162,7 +162,7 @@ def _repeats(x: Tensor, rows: int) -> int:
     return repeats
 
 
-def _same_for_all(step: _Step) -> Edit:
+def _same_for_all(step: _Step, sequences: Sequences) -> Edit:
     """A step with one dial for all rows and all tokens, which is what most steerings are.
 
     The general way asks at every pass which tokens to change and looks up what was bound for the
@@ -171,9 +171,12 @@ def _same_for_all(step: _Step) -> Edit:
     step touched something is noted once, which is all that is asked of it.
     """
     function: Callable[[Tensor], Tensor] | None = None
+    here = sequences.here
 
-    def edit(x: Tensor) -> Tensor:
+    def edit(x: Tensor) -> Tensor | None:
         nonlocal function
+        if here.paused:
+            return None
         if function is None:
             step.touched = 1
             # A plain pass with gradients may follow one in inference mode in the same block.
@@ -193,17 +196,17 @@ def _steps(rows: Sequence[RowSteerings], anatomy: Anatomy, marks: Marks) -> _Cha
             # at() shares the interventions, so that two dials of one steering meet here.
             key = (rank, id(steering.interventions), id(steering.gate))
             places.setdefault(key, {})[row] = steering
-    for _, of_rows in sorted(places.items(), key=lambda place: place[0][0]):
+    for (rank, *_), of_rows in sorted(places.items(), key=lambda place: place[0][0]):
         settings = {row: steering.setting for row, steering in of_rows.items()}
         first = next(iter(of_rows.values()))
-        gate = _at_work(first, anatomy, marks, steps)
+        taking = [row in settings for row in range(len(rows))]
+        gate = _at_work(first, anatomy, marks, steps, rank, taking)
         for intervention in first.interventions:
             if all(intervention.idle_at(setting) for setting in settings.values()):
                 continue
             own = {row: intervention.dial_at(setting) for row, setting in settings.items()}
             nothing = intervention.operator.identity or 0.0
             dials = [own.get(row, nothing) for row in range(len(rows))]
-            taking = [row in settings for row in range(len(rows))]
             scope = marks.place(intervention.scope)
             step = _Step(intervention.operator, scope, dials, taking, gate=gate)
             steps.setdefault(intervention.site, []).append(step)
@@ -211,12 +214,18 @@ def _steps(rows: Sequence[RowSteerings], anatomy: Anatomy, marks: Marks) -> _Cha
 
 
 def _at_work(
-    steering: Steering, anatomy: Anatomy, marks: Marks, steps: _Chains
+    steering: Steering,
+    anatomy: Anatomy,
+    marks: Marks,
+    steps: _Chains,
+    rank: int = 0,
+    rows: Sequence[bool] = (True,),
 ) -> GateAtWork | None:
     """The gate of a steering, whose readers come before what the steering does at the same site."""
     if steering.gate is None:
         return None
-    work = GateAtWork(steering.gate, marks, partial(score_prompts, anatomy, marks))
+    score = partial(score_prompts, anatomy, marks)
+    work = GateAtWork(steering.gate, marks, score, rank=rank, rows=rows)
     if steering.gate.kind != "two-pass":
         for number, condition in enumerate(steering.gate.conditions):
             steps.setdefault(condition.site, []).append(_Reader(work, number))
@@ -294,7 +303,7 @@ def _editor(chain: Sequence[_Step | _Reader], sequences: Sequences) -> Edit:
     """What is done to the activation of one site."""
     first = chain[0]
     if len(chain) == 1 and isinstance(first, _Step) and first.everywhere and first.same_for_all:
-        return _same_for_all(first)
+        return _same_for_all(first, sequences)
 
     def edit(x: Tensor) -> Tensor | None:
         if sequences.here.paused:
@@ -331,8 +340,10 @@ def _on_model(
             yield Sequences()
             return
         every = [step for chain in steps.values() for step in chain if isinstance(step, _Step)]
-        gates = list(dict.fromkeys(step.gate for step in every if step.gate is not None))
-        placed = bool(rows or choose) or not all(step.everywhere for step in every)
+        # Also those whose steering does nothing at its dial: what they decide is asked.
+        acting = [step.gate for chain in steps.values() for step in chain if step.gate is not None]
+        gates = _numbered(list(dict.fromkeys(acting)), ATTACHED.get(anatomy.body))
+        placed = bool(rows or choose or gates) or not all(step.everywhere for step in every)
         names = list(inspect.signature(anatomy.body.forward).parameters) if placed else []
         sequences = Sequences(
             names,
@@ -372,6 +383,15 @@ def _on_model(
                 "thread writes is no longer steered; wait for it (thread.join()) inside the block"
             )
         _refuse_untouched(steps, sequences)
+
+
+def _numbered(gates: Sequence[GateAtWork], on: Attached | None) -> Sequence[GateAtWork]:
+    """Gates that come onto a model, each with its number among those of the same gate."""
+    before = [] if on is None else [w.gate for block in on.blocks for w in block.sequences.gates]
+    for work in gates:
+        work.number = before.count(work.gate)
+        before.append(work.gate)
+    return gates
 
 
 def _refuse_untouched(steps: _Chains, sequences: Sequences) -> None:

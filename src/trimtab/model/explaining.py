@@ -10,7 +10,10 @@ import torch
 
 from trimtab.anatomy import Anatomy
 from trimtab.errors import shown
-from trimtab.model.gate_reports import gate_weights
+from trimtab.model.attach import attached
+from trimtab.model.gate_reports import Fired, decided_by, settled, token_by_token, watch
+from trimtab.model.gate_scores import device_of, refuse_images
+from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Marks
 from trimtab.model.one_pass import Pass
 from trimtab.model.standing import Prompts
@@ -100,6 +103,7 @@ def firing(
     """What steerings act on in a prompt (token ids) and in the tokens that were written after it:
     what the model does when it reads and writes them."""
     ids = (*prompt, *new)
+    fired = _fired(anatomy, marks, steerings, ids, len(prompt))
     fires = tuple(
         Fires(
             one.label,
@@ -107,14 +111,42 @@ def firing(
             tuple(each.site for each in one.interventions if each.scope == scope),
             _gated(
                 scope_weights(marks, scope, ids, len(prompt)),
-                gate_weights(anatomy, marks, one.gate, ids, len(prompt)),
+                where,
             ),
         )
-        for one in steerings
+        for one, where in zip(steerings, fired, strict=True)
         for scope in one.scopes
     )
     texts = tuple(marks.tokenizer.decode([token]) for token in ids)
     return Firing(ids, texts, len(prompt), fires)
+
+
+@torch.no_grad()
+def _fired(
+    anatomy: Anatomy, marks: Marks, steerings: Sequence[Steering], ids: Sequence[int], prompt: int
+) -> list[Sequence[bool]]:
+    """Of each steering where its gate fires in a text (token ids) whose first `prompt` tokens are
+    the prompt, when all of them act; everywhere where it has none."""
+    if all(one.gate is None for one in steerings):
+        return [(True,) * len(ids) for _ in steerings]
+    refuse_images(marks, [ids])
+    (row,), decided = settled(anatomy, marks, [tuple(steerings)], [ids[:prompt]])
+    with attached(anatomy, [row], marks, block=False) as sequences:
+        sequences.given_ends, sequences.ended_at_once = [prompt], True
+        watch(sequences.gates)
+        text = torch.tensor([list(ids)], device=device_of(anatomy.body))
+        anatomy.body(input_ids=text, use_cache=False)
+    early = {place: each for (_, place), each in decided.items()}
+    return [_where(by, len(ids)) for by in decided_by(steerings, early, sequences.gates)]
+
+
+def _where(by: Fired | GateAtWork | None, tokens: int) -> Sequence[bool]:
+    """At which tokens of a text what decided of it fires."""
+    if isinstance(by, GateAtWork) and by.gate.kind == "token":
+        found: list[bool] = token_by_token(by, 0)[0].tolist()
+        return found
+    fired = by.seen[-1].fired[0] if isinstance(by, GateAtWork) else by is None or by.fired
+    return (bool(fired),) * tokens
 
 
 def _gated(weights: tuple[float, ...], fired: Sequence[bool]) -> tuple[float, ...]:

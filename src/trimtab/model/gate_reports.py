@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.anatomy import Anatomy
 from trimtab.model.gate_scores import score_pass, score_prompts
-from trimtab.model.gating import GateAtWork
+from trimtab.model.gating import Decision, GateAtWork
 from trimtab.model.marks import Marks
 from trimtab.steering import Gate, Steering
 
@@ -54,6 +54,10 @@ def _number(score: float | None) -> str:
     return "none" if score is None else f"{score:.3g}"
 
 
+def _numbers(scores: Sequence[float]) -> tuple[float | None, ...]:
+    return tuple(None if score != score else score for score in scores)
+
+
 def _fired(steering: Steering, fired: bool, scores: Sequence[float], **tokens: Any) -> Fired:
     gate = steering.gate
     assert gate is not None
@@ -61,7 +65,7 @@ def _fired(steering: Steering, fired: bool, scores: Sequence[float], **tokens: A
         steering.label,
         gate.kind,
         fired,
-        tuple(None if score != score else score for score in scores),
+        _numbers(scores),
         tuple(each.threshold for each in gate.conditions),
         **tokens,
     )
@@ -122,13 +126,47 @@ class Columns:
     stop: int | None
 
 
-def reported(steering: Steering, gates: Sequence[GateAtWork], row: int, at: Columns) -> Fired:
+def decided_by(
+    steerings: Sequence[Steering], decided: Mapping[int, Fired], gates: Sequence[GateAtWork]
+) -> list[Fired | GateAtWork | None]:
+    """By what it is decided of each of a row's steerings whether it acts: what was `decided` before
+    the model ran, by place, or a gate that is at work while it does; None where it has no gate."""
+    found: list[Fired | GateAtWork | None] = []
+    rank = 0
+    for place, steering in enumerate(steerings):
+        early = decided.get(place)
+        if early is not None or steering.gate is None:
+            found.append(early)
+        else:
+            works = (each for each in gates if each.gate is steering.gate and each.rank == rank)
+            found.append(next(works))
+        rank += early is None or early.fired  # `settled` leaves the others out
+    return found
+
+
+def reported(
+    steerings: Sequence[Steering],
+    decided: Mapping[int, Fired],
+    gates: Sequence[GateAtWork],
+    row: int,
+    at: Columns,
+) -> tuple[Fired, ...]:
+    """What the gates of a row's steerings decided, in order: those of `decided`, by place, and
+    those that were watched while the model ran."""
+    places = zip(steerings, decided_by(steerings, decided, gates), strict=True)
+    return tuple(
+        by if isinstance(by, Fired) else _watched(steering, by, row, at)
+        for steering, by in places
+        if by is not None
+    )
+
+
+def _watched(steering: Steering, work: GateAtWork, row: int, at: Columns) -> Fired:
     """What a gate that was watched while the model ran decided of a row."""
-    work = next(each for each in gates if each.gate is steering.gate)
     if work.gate.kind != "token":
         last = work.seen[-1]
         return _fired(steering, bool(last.fired[row]), last.scores[:, row].tolist())
-    fired, scores = _token_by_token(work, row)
+    fired, scores = token_by_token(work, row)
     of_prompt = int(fired[at.start : at.end].sum())
     new = None if at.stop is None else int(fired[at.end : at.stop].sum())
     return _fired(
@@ -140,7 +178,7 @@ def reported(steering: Steering, gates: Sequence[GateAtWork], row: int, at: Colu
     )
 
 
-def _token_by_token(work: GateAtWork, row: int) -> tuple[Tensor, Tensor]:
+def token_by_token(work: GateAtWork, row: int) -> tuple[Tensor, Tensor]:
     """Where a gate fired, [columns], and its scores, [conditions, columns]; of a column that was
     read again (after a guess that was wrong) what was decided last."""
     columns = max(each.stop for each in work.seen)
@@ -148,8 +186,9 @@ def _token_by_token(work: GateAtWork, row: int) -> tuple[Tensor, Tensor]:
     scores = torch.full((len(work.gate.conditions), columns), torch.nan)
     for each in work.seen:
         first = each.stop - each.fired.shape[1]
-        fired[first : each.stop] = each.fired[row].cpu()
-        scores[:, first : each.stop] = each.scores[:, row].float().cpu()
+        own = row if len(each.fired) > 1 else 0  # a beginning that texts share is one row
+        fired[first : each.stop] = each.fired[own].cpu()
+        scores[:, first : each.stop] = each.scores[:, own].float().cpu()
     return fired, scores
 
 
@@ -164,28 +203,21 @@ def decisions(
     anatomy: Anatomy, marks: Marks, gate: Gate, prompts: Sequence[Sequence[int]]
 ) -> list[Fired]:
     """What a gate decides of prompts (token ids) that are only read."""
-    scores = score_prompts(anatomy, marks, gate, prompts)
-    fires, limits = gate.decide(list(scores)), tuple(each.threshold for each in gate.conditions)
-    found = []
-    for row, prompt in enumerate(prompts):
-        own = tuple(None if score != score else score for score in scores[:, row].tolist())
-        tokens = None
-        if gate.kind == "token":
-            tokens = sum(gate_weights(anatomy, marks, gate, prompt, len(prompt)))
-        fired = bool(fires[row]) if tokens is None else tokens > 0
-        found.append(Fired("", gate.kind, fired, own, limits, tokens))
-    return found
-
-
-def gate_weights(
-    anatomy: Anatomy, marks: Marks, gate: Gate | None, ids: Sequence[int], prompt: int
-) -> tuple[bool, ...]:
-    """Where a gate fires in a text (token ids) whose first `prompt` tokens are the prompt;
-    everywhere where there is none."""
-    if gate is None:
-        return (True,) * len(ids)
+    limits = tuple(each.threshold for each in gate.conditions)
     if gate.kind == "token":
-        return tuple(score_pass(anatomy, marks, gate, [ids], [prompt]).fired[0].tolist())
-    scores = score_prompts(anatomy, marks, gate, [ids[:prompt]])
-    fired = bool(gate.decide(list(scores))[0])
-    return (fired,) * len(ids)
+        return [
+            _of_tokens(score_pass(anatomy, marks, gate, [p], [len(p)]), limits) for p in prompts
+        ]
+    scores = score_prompts(anatomy, marks, gate, prompts)
+    fires = gate.decide(list(scores)).tolist()
+    return [
+        Fired("", gate.kind, fired, _numbers(own), limits)
+        for fired, own in zip(fires, scores.T.tolist(), strict=True)
+    ]
+
+
+def _of_tokens(decision: Decision, limits: tuple[float, ...]) -> Fired:
+    """What a token gate decided of one prompt that was read alone."""
+    tokens = int(decision.fired.sum())
+    scores = [float(each[0, -1]) for each in decision.scores_in_order()]
+    return Fired("", "token", tokens > 0, _numbers(scores), limits, tokens)

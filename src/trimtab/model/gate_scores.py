@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.anatomy import Anatomy, Edit, Point, hooked
+from trimtab.errors import TrimtabError
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length
 from trimtab.model.gating import Decision, GateAtWork
 from trimtab.model.marks import Marks
@@ -32,7 +33,8 @@ def score_pass(
 ) -> Decision:
     """What a gate decides of texts (token ids) whose prompts end so far in, in one pass that is not
     steered and goes no higher than the gate reads; padding on the right."""
-    device = _device_of(anatomy.body)
+    refuse_images(marks, texts)
+    device = device_of(anatomy.body)
     longest = max(map(len, texts))
     ids = torch.zeros(len(texts), longest, dtype=torch.long)
     real = torch.zeros(len(texts), longest, dtype=torch.bool)
@@ -107,6 +109,15 @@ def read_prompts(
     return found
 
 
-def _device_of(body: nn.Module) -> torch.device:
+def refuse_images(marks: Marks, texts: Sequence[Sequence[int]]) -> None:
+    """Refuse texts (token ids) with images, which a pass of a gate's own does not see."""
+    if any(token in marks.images for text in texts for token in text):
+        raise TrimtabError(
+            "a prompt has an image, and two-pass gates, and what fits, checks and explains gates, "
+            "read text alone: generate with a token or a latched gate"
+        )
+
+
+def device_of(body: nn.Module) -> torch.device:
     table: Any = next(body.parameters())
     return torch.device("cpu") if table.is_meta else table.device

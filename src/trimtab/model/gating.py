@@ -78,6 +78,12 @@ class GateAtWork:
     reads: list[Placed | None] = field(init=False)
     watched: bool = False
     seen: list[Seen] = field(default_factory=list)
+    #: Whose it is: its steering's place among those of a row, and which rows have that.
+    rank: int = 0
+    rows: Sequence[bool] = (True,)
+    #: How many steerings under the same gate come before, on the same model: each decides for
+    #: itself, because it may see what those before it did.
+    number: int = 0
 
     def __post_init__(self) -> None:
         conditions = self.gate.conditions
@@ -85,6 +91,11 @@ class GateAtWork:
             None if each.reads == READS_LAST else self.marks.place(each.reads)
             for each in conditions
         ]
+
+    @property
+    def key(self) -> tuple[Gate, int]:
+        """By what is kept what it has decided."""
+        return self.gate, self.number
 
     @property
     def scopes(self) -> list[Placed]:
@@ -108,7 +119,7 @@ class GateAtWork:
             latched = decision.latched()
             self.seen = [Seen(stop, latched.fired, latched.scores)]
             for cache in caches:
-                note_latch(cache, self.gate, latched)
+                note_latch(cache, self.key, latched)
 
     def prepare(self, prompts: Sequence[Sequence[int]]) -> Latched:
         """What a two-pass gate decides of prompts (token ids)."""
@@ -141,6 +152,8 @@ class Decision:
                 self.scores[number] = condition.scores(x)
                 return
             placed = self.work.reads[number]
+            if placed is not None:
+                self.now.check_turns(placed, self.work.rows)
             read = self._last(x) if placed is None else self._mean(number, x, placed)
             self.activations[number] = read
             self.scores[number] = condition.scores(read)
@@ -172,10 +185,10 @@ class Decision:
             wanted = wanted & now.trail.real[:, now.start :].to(x.device)
         wide, (total, count) = x.double(), self._before(number, x)
         of_prompt = wanted & (columns < ends)
-        sums = total + (wide * of_prompt[:, :, None]).sum(1)
+        sums = total + _sum(wide, of_prompt)
         counts = count + of_prompt.sum(1)
         # For a prompt that goes on after what is written now, which a cache may be used for.
-        self.sums[number] = total + (wide * wanted[:, :, None]).sum(1)
+        self.sums[number] = total + _sum(wide, wanted)
         self.counts[number] = count + wanted.sum(1)
         return sums / counts[:, None]
 
@@ -238,7 +251,7 @@ class Decision:
         known = self._known()
         if known is None:
             # Where a prompt has ended in an earlier pass, somebody must have decided then.
-            if bool(before.any()):
+            if self.now.start and bool(before.any()):
                 raise _not_seen()
             return decided & self._ends_here(decided.device)
         old = _of_rows(known.fired, len(decided)).to(decided.device)
@@ -252,7 +265,7 @@ class Decision:
         return [self.scores[i].to(first.device) for i in range(len(self.work.gate.conditions))]
 
     def _prepared(self) -> Latched:
-        found: Latched | None = self.now.latched.get(self.work.gate)
+        found: Latched | None = self.now.latched.get(self.work.key)
         if found is None:
             raise _not_seen()
         return found
@@ -267,7 +280,7 @@ class Decision:
 
     def _known(self) -> Latched | None:
         """What is kept of the rows in the cache."""
-        return None if self.now.start == 0 else self.now.latched.get(self.work.gate)
+        return None if self.now.start == 0 else self.now.latched.get(self.work.key)
 
     def latched(self) -> Latched:
         """What is to be kept of a gate that looks back."""
@@ -288,6 +301,11 @@ class Decision:
             [self.counts.get(i) for i in numbers],
             self.now.start + self.now.length,
         )
+
+
+def _sum(x: Tensor, wanted: Tensor) -> Tensor:
+    """The sum over some tokens; the others may be no numbers, as padding is in some models."""
+    return torch.where(wanted[:, :, None], x, 0.0).sum(1)
 
 
 def _of_rows(kept: Tensor, rows: int) -> Tensor:

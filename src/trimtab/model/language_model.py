@@ -37,7 +37,7 @@ from trimtab.model.decoding import (
     written,
 )
 from trimtab.model.explaining import Firing, firing
-from trimtab.model.gate_reports import Columns, Fired, reported, settled, watch
+from trimtab.model.gate_reports import Columns, Fired, has_two_pass, reported, settled, watch
 from trimtab.model.identity import Weights
 from trimtab.model.images import (
     ImageText,
@@ -452,15 +452,28 @@ class LanguageModel:
     ) -> AbstractContextManager[Sequences]:
         """One entry of `rows` for all rows of a batch, or (`per_row`) one each. Unless it is a
         `block`, the model is held for one call only, for which others wait."""
-        unique = {id(steering): steering for row in rows for steering in row}
-        if unique:
-            identity = self.identity
-            for steering in unique.values():
-                self.warn_of(steering)
-                steering.check_fits(self.anatomy, identity, force, self.quantised)
-                self._refuse_without_images(steering)
+        self._check_fit(rows, force)
         pad = self.tokenizer.pad_token_id
         return attached(self.anatomy, rows, self.marks, per_row=per_row, pad=pad, block=block)
+
+    def settled(
+        self, rows: Sequence[RowSteerings], prompts: Sequence[Sequence[int]], force: bool
+    ) -> tuple[list[RowSteerings], dict[tuple[int, int], Fired]]:
+        """As `gate_reports.settled`, for steerings that fit the model, also those whose gate then
+        leaves a text alone."""
+        if has_two_pass(rows):
+            self._check_fit(rows, force)
+        return settled(self.anatomy, self.marks, rows, prompts)
+
+    def _check_fit(self, rows: Sequence[RowSteerings], force: bool) -> None:
+        unique = {id(steering): steering for row in rows for steering in row}
+        if not unique:
+            return
+        identity = self.identity
+        for steering in unique.values():
+            self.warn_of(steering)
+            steering.check_fits(self.anatomy, identity, force, self.quantised)
+            self._refuse_without_images(steering)
 
     def _refuse_without_images(self, steering: Steering) -> None:
         if not self.image_tokens and any(scope.only_images for scope in steering.scopes):
@@ -538,7 +551,7 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted, max_new_tokens)
         asked_rows = self._rows_for(tokens, steering, force)
-        rows, decided = settled(self.anatomy, self.marks, asked_rows, tokens)
+        rows, decided = self.settled(asked_rows, tokens, force)
         done: dict[int, Completion] = {}
         with (
             torch.random.fork_rng(enabled=seed is not None),
@@ -561,11 +574,8 @@ class LanguageModel:
                     at = Columns(
                         width - len(tokens[i]), width, width + len(new) - 1 if beams == 1 else None
                     )
-                    gates = tuple(
-                        decided.get((i, place)) or reported(one, sequences.gates, row * beams, at)
-                        for place, one in enumerate(asked_rows[i])
-                        if one.gate is not None
-                    )
+                    early = {place: each for (of, place), each in decided.items() if of == i}
+                    gates = reported(asked_rows[i], early, sequences.gates, row * beams, at)
                     if not is_sound:
                         raise unsound(f"prompt {i + 1}", labels, self.dtype, list(changed(asked)))
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
@@ -599,6 +609,7 @@ class LanguageModel:
                 force=force,
             )
             new = done.tokens
+        self._check_fit([steerings], force)
         return firing(self.anatomy, self.marks, steerings, tokens, new)
 
     def stream(self, prompt: Any, **arguments: Any) -> Iterator[str]:
@@ -632,7 +643,7 @@ class LanguageModel:
         wanted = self.prompts(prompts, chat)
         tokens = self.fitting(wanted)
         rows = self._rows_for(tokens, steering, force)
-        rows, _ = settled(self.anatomy, self.marks, rows, tokens)
+        rows, _ = self.settled(rows, tokens, force)
         found: dict[int, Tensor] = {}
         seen = with_images(tokens)
         # One by one where there are images, so that the model itself counts positions.

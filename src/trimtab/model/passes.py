@@ -269,13 +269,13 @@ class Sequences:
         for work in self.gates:
             if work.gate.kind != "two-pass":
                 continue
-            if work.gate in kept:
-                latched[work.gate] = kept[work.gate]
-            elif begins or work.gate not in latched:
+            if work.key in kept:
+                latched[work.key] = kept[work.key]
+            elif begins or work.key not in latched:
                 if prompts.last_end >= UNKNOWN_END:  # nobody asks for what comes of it
                     continue
                 rows = self._begun(arguments, tokens, start, generation)
-                latched[work.gate] = kept[work.gate] = work.prepare(rows)
+                latched[work.key] = kept[work.key] = work.prepare(rows)
         return latched
 
     def _begun(

@@ -265,8 +265,8 @@ ATTACHED: WeakKeyDictionary[nn.Module, Attached] = WeakKeyDictionary()
 
 @contextmanager
 def unsteered(anatomy: Anatomy) -> Iterator[None]:
-    """Passes that this thread runs inside are none of the texts that open blocks steer: nobody
-    counts their positions or rows. What acts on all tokens of all rows alike may go on."""
+    """Passes that this thread runs inside are none of the texts that open blocks steer: nothing
+    acts on them, and nobody counts their positions or rows."""
     on = ATTACHED.get(anatomy.body)
     here = [block.sequences.here for block in on.blocks] if on is not None else []
     before = [each.paused for each in here]

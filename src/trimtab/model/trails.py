@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -67,14 +66,15 @@ def note_trail(cache: Any, trail: Trail) -> None:
     setattr(cache, _TRAIL, trail)
 
 
-class Latches(WeakKeyDictionary[Any, Any]):
-    """What each gate has decided of the rows of a cache."""
+class Latches(dict[Any, Any]):
+    """What each gate has decided of the rows of a cache. Nothing of it is ever changed in place, so
+    that a copy of the cache has the same one, whose gates are the same objects."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Latches:
-        found = Latches()
-        for gate, latched in self.items():
-            found[gate] = latched.moved(move)
-        return found
+        return Latches({gate: latched.moved(move) for gate, latched in self.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Latches:
+        return self
 
 
 def latches_of(cache: Any) -> Mapping[Any, Any]:
@@ -85,9 +85,7 @@ def latches_of(cache: Any) -> Mapping[Any, Any]:
 def note_latch(cache: Any, gate: Any, latched: Any) -> None:
     """Keep what a gate has decided with a cache, whose rows it follows from now on."""
     _follow(cache)
-    if not hasattr(cache, _LATCHES):
-        setattr(cache, _LATCHES, Latches())
-    getattr(cache, _LATCHES)[gate] = latched
+    setattr(cache, _LATCHES, Latches({**latches_of(cache), gate: latched}))
 
 
 def _follow(cache: Any) -> None:

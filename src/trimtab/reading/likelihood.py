@@ -23,7 +23,6 @@ from trimtab.model import (
     per_text,
     refuse_unseen,
     row_steerings,
-    settled,
 )
 from trimtab.reading.abilities import packs
 from trimtab.reading.packing import (
@@ -58,7 +57,7 @@ def log_odds(
     refuse_unseen(of_rows, [row.texts()[0] for row in rows])
     if has_two_pass(of_rows):
         prompts = [row.texts()[0][: row.answers[0]] for row in rows]
-        of_rows, _ = settled(language_model.anatomy, language_model.marks, of_rows, prompts)
+        of_rows, _ = language_model.settled(of_rows, prompts, force)
         steering = steerings = of_rows
     # What counts the tokens before one would count the other side's in a packed row.
     plain = all(scope.plain for row in of_rows for one in row for scope in one.scopes) and all(

@@ -34,7 +34,6 @@ from trimtab.model import (
     refuse_unseen,
     reported,
     row_steerings,
-    settled,
     unsound,
     watch,
     with_images,
@@ -161,7 +160,7 @@ def _settled(
     for batch in batches:
         own = [rows[i] for i in batch.rows]
         prompts = [readings[i].tokens[: readings[i].prompt] for i in batch.rows]
-        free, decided = settled(language_model.anatomy, language_model.marks, own, prompts)
+        free, decided = language_model.settled(own, prompts, force)
         alone = PlannedBatch(0, batch.rows)
         for _, nexts in run_batches(language_model, readings, [alone], free, kept, force):
             yield (
@@ -212,6 +211,7 @@ def run_batches(
     cache = None
     with language_model.steered(steering, force=force) as sequences:
         sequences.may_miss_images = True
+        watch(sequences.gates)
         for batch in batches:
             rows = [readings[i] for i in batch.rows]
             texts = [row.tokens for row in rows]
@@ -229,34 +229,33 @@ def run_batches(
                     layers = language_model.anatomy.layers
                     cache = run_prefix(language_model, start, stream, below, layers)[1]
             sequences.given_ends = [row.prompt for row in rows]
-            watch(sequences.gates)
+            # What gates decide of the beginning that texts share is there for all batches of them.
+            for gate in sequences.gates:
+                gate.seen = [each for each in gate.seen if each.stop <= batch.shared]
             rests = [text[batch.shared :] for text in texts]
             hidden = run_upper(language_model, rests, streams, below, cache)
             columns = [[position - batch.shared for position in row.positions] for row in rows]
             targets = [row.targets or () for row in rows]
             nexts = read_columns(language_model, hidden, columns, targets)
             refuse_unsound(language_model, nexts, batch.rows, steering)
-            yield batch, _with_gates(nexts, rows, batch.shared, steering, sequences)
+            yield batch, _with_gates(nexts, rows, steering, sequences)
 
 
 def _with_gates(
     nexts: list[Next],
     readings: Sequence[Reading],
-    shared: int,
     steering: SteeringArgument,
     sequences: Sequences,
 ) -> list[Next]:
-    """With what gates decided of each text, where there are some; tokens that a batch shares are
-    not counted."""
+    """With what gates decided of each text, where there are some."""
     if not sequences.gates:
         return nexts
     each_own = per_text(steering, len(nexts))
     found = []
     for row, (each, reading) in enumerate(zip(nexts, readings, strict=True)):
         steerings = row_steerings(steering) if each_own is None else each_own[row]
-        at = Columns(shared, reading.prompt, len(reading.tokens))
-        gates = [one for one in steerings if one.gate is not None]
-        own = tuple(reported(one, sequences.gates, row, at) for one in gates)
+        at = Columns(0, reading.prompt, len(reading.tokens))
+        own = reported(steerings, {}, sequences.gates, row, at)
         found.append(replace(each, gates=own))
     return found
 

@@ -141,6 +141,11 @@ class Steering:
     def gated(self, gate: Gate | None) -> Steering:
         """The same steering under a condition: it acts on rows, or tokens, where the gate fires,
         and leaves the others bit by bit as they are. None takes its gate away."""
+        if not isinstance(gate, Gate | None):
+            raise TrimtabError(
+                f"{shown(gate, 60)} is no gate: load one with Gate.load(FILE), or fit one with "
+                "fit_gate"
+            )
         if gate is not None and gate.model and gate.model.digest != self.model.digest:
             raise TrimtabError(
                 f"this gate was made for {gate.model}, the steering for {self.model}: fit one for "
@@ -292,13 +297,8 @@ class Steering:
                 chosen = anatomy.router(intervention.site).chosen
                 dial = intervention.dial_at(self.setting)
                 intervention.operator.check_chosen(intervention.site, chosen, dial)
-        for condition in () if self.gate is None else self.gate.conditions:
-            width = anatomy.width(condition.site)
-            if condition.width != width:
-                raise TrimtabError(
-                    f"the sizes do not fit: {condition.site} has {width} units in "
-                    f"{shown(identity.name)}, the gate has {condition.width}"
-                )
+        if self.gate is not None:
+            self.gate.check_sizes(anatomy, identity.name)
         if force or self.model.digest == identity.digest:
             return
         if quantised and not self.model.plain_digest:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import parse_site, site_order
+from trimtab.anatomy import Anatomy, parse_site, site_order
 from trimtab.errors import TrimtabError, check_choice, shown
 from trimtab.steering.document import read_gate, write_gate
 from trimtab.steering.gate_document import (
@@ -87,6 +87,11 @@ class Condition:
         check_choice("score", self.score, GateScore)
         check_choice("fires", self.fires, GateSide)
         direction = self.direction
+        if not isinstance(direction, Tensor):
+            raise TrimtabError(
+                f"the condition at {self.site} needs a direction that is a tensor [units], not "
+                f"{shown(direction, 60)}"
+            )
         if direction.dim() != 1 or not bool(direction.isfinite().all()) or not direction.any():
             raise TrimtabError(
                 f"the condition at {self.site} needs a direction [units] of finite numbers, not "
@@ -202,6 +207,25 @@ class Gate:
     def of_kind(self, kind: GateKind) -> Gate:
         """The same conditions, decided at another time."""
         return replace(self, kind=kind)
+
+    def check_fits(self, anatomy: Anatomy, identity: ModelIdentity) -> None:
+        """Refuse a model other than its own, as far as it is known which that is."""
+        if self.model is not None and self.model.digest != identity.digest:
+            raise TrimtabError(
+                f"this gate was made for {self.model}, the model is {identity}: fit one for this "
+                "model"
+            )
+        self.check_sizes(anatomy, identity.name)
+
+    def check_sizes(self, anatomy: Anatomy, name: str) -> None:
+        """Refuse a model that lacks a site of its conditions, or has it in another width."""
+        for condition in self.conditions:
+            width = anatomy.width(condition.site)
+            if condition.width != width:
+                raise TrimtabError(
+                    f"the sizes do not fit: {condition.site} has {width} units in {shown(name)}, "
+                    f"the gate has {condition.width}"
+                )
 
     def decide(self, scores: Sequence[Tensor]) -> Tensor:
         """Where it fires, from the scores of its conditions, all of one shape. It does not fire
