@@ -216,9 +216,9 @@ def _read(
         )
     for site, activations in at.items():
         if not bool(activations.isfinite().all()):
-            row = int((~activations.isfinite().all(-1)).nonzero()[0])
+            first = int((~activations.isfinite().all(-1)).nonzero()[0])
             raise TrimtabError(
-                f"{contrast.name}, text {row + 1}: nothing can be read at {site} (no token of the "
+                f"{contrast.name}, text {first + 1}: nothing can be read at {site} (no token of the "
                 f"scope '{reads}', or activations that are no numbers)"
             )
     return _Part(at, torch.tensor(labels))
