@@ -218,8 +218,8 @@ def _read(
         if not bool(activations.isfinite().all()):
             first = int((~activations.isfinite().all(-1)).nonzero()[0])
             raise TrimtabError(
-                f"{contrast.name}, text {first + 1}: nothing can be read at {site} (no token of the "
-                f"scope '{reads}', or activations that are no numbers)"
+                f"{contrast.name}, text {first + 1}: nothing can be read at {site} (no token of "
+                f"the scope '{reads}', or activations that are no numbers)"
             )
     return _Part(at, torch.tensor(labels))
 
