@@ -95,7 +95,7 @@ def bad(work: Path, home: Path) -> Path:
     (work / "nothing.st").write_bytes(b"")
     (work / "text.st").write_text("not a steering")
     save_file({"weight": torch.ones(3)}, work / "foreign.st")
-    tampered("version.st", lambda document, _: document.update(format=3))
+    tampered("version.st", lambda document, _: document.update(format=4))
     tampered("method.st", lambda document, _: document.pop("method"))
     tampered("nan.st", lambda _, tensors: tensors["0.vector"][3:4].fill_(float("nan")))
     tampered("inf.st", lambda _, tensors: tensors["0.vector"][3:4].fill_(float("inf")))

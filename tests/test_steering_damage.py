@@ -54,7 +54,7 @@ def _put(name: str, tensor: Any) -> Callable[[dict[str, Any], dict[str, Tensor]]
 
 #: Name -> an edit of a good file's document and tensors, and what the message must say.
 BAD: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
-    "next version": (_edit("format", 3), "format 2: format"),
+    "next version": (_edit("format", 4), "format 3: format"),
     "old version": (_edit("format", 0), "format"),
     "version as text": (_edit("format", "1"), "format"),
     "no version": (_edit("format", DELETE), "format"),
