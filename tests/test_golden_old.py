@@ -160,7 +160,9 @@ def _same_as_then(line: str, then: dict[str, Any]) -> None:
 def _results(found: dict[str, Any]) -> dict[str, Any]:
     """What was found, without what it took: less, where some was done already; and without the
     texts that runs show since, scopes, which say what positions did, and gates."""
-    found = {name: value for name, value in found.items() if name not in ("samples", "scope", "gate")}
+    found = {
+        name: value for name, value in found.items() if name not in ("samples", "scope", "gate")
+    }
     if "interventions" in found:
         acting = [{k: v for k, v in one.items() if k != "scope"} for one in found["interventions"]]
         found["interventions"] = acting
