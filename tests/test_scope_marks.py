@@ -14,7 +14,7 @@ import torch
 import trimtab as tt
 from helpers import add, language_model, one_line, refused_in_one_line, steer, warned
 from tiny import tiny_tokenizer
-from trimtab.model.explaining import firing
+from trimtab.model.explaining import scope_weights
 from trimtab.model.marks import Marks
 from trimtab.steering import Scope
 
@@ -97,7 +97,7 @@ def fires(marks: Marks, scope: str, ids: Sequence[int], prompt: int | None = Non
     lm = language_model("llama")
     one = steer(lm, ("layers.1.resid", add(48))).scoped(scope)
     end = len(ids) if prompt is None else prompt
-    found = firing(marks, [one], ids[:end], ids[end:]).fires[0].weights
+    found = scope_weights(marks, one.scopes[0], ids, end)
     return [weight > 0 for weight in found]
 
 
