@@ -89,6 +89,7 @@ def _factors(found: StudyResult, name: str, k: int, dial: float) -> dict[tuple[i
 # -- rankings ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rankings_are_those_of_the_methods_with_so_many_units(
     lm: tt.LanguageModel, found: StudyResult
 ) -> None:
@@ -289,6 +290,7 @@ def test_a_cost_that_overflows_or_jumps_is_kept_below() -> None:
 # -- what comes of it -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on(lm: tt.LanguageModel, tmp_path: Path) -> None:
     whole = effect(lm, CONTRAST, **ASKED, run=Run(tmp_path / "one", {"model": {}}))
     files = sorted((tmp_path / "one" / "records").iterdir())

@@ -136,6 +136,7 @@ def modes(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 def test_everything_that_is_written_has_the_usual_modes(work: Path, home: Path) -> None:
     """In a process of its own, because the umask is of a process."""
     out = work / "out"

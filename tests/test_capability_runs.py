@@ -104,6 +104,7 @@ def test_a_steered_tiny_task_is_compared_by_weight(lm: tt.LanguageModel, data: P
     assert comparison.difference == pytest.approx(moved, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_mmlu_is_all_of_its_subjects(lm: tt.LanguageModel, data: Path, tmp_path: Path) -> None:
     found = tt.evaluate(lm, "lm-eval:mmlu", data=data)
     assert len(found.records) == 114

@@ -89,6 +89,7 @@ def test_for_people_and_again(trimtab: Command) -> None:
     assert trimtab(command).text == said  # nothing is run twice
 
 
+@pytest.mark.slow
 def test_draws_and_halving(trimtab: Command) -> None:
     drawn = f"sweep caa {QUICK} --layer 0:2 --alpha 0.1:10:log --search tpe --trials 5 --json"
     found = trimtab(drawn).json
@@ -207,6 +208,7 @@ def test_the_pass_is_kept(trimtab: Command) -> None:
     assert found[0]["best"] == found[1]["best"]
 
 
+@pytest.mark.slow
 def test_what_a_judge_says_can_be_what_counts(trimtab: Command) -> None:
     for verb in ("ask", "tell"):
         lines = (json.dumps({"prompt": f"{verb} {i}"}) + "\n" for i in (1, 2))

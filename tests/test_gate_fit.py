@@ -155,6 +155,7 @@ def test_more_than_one_condition_where_one_is_not_enough() -> None:
     assert three.findings["validation"]["f1"] >= one.findings["validation"]["f1"]
 
 
+@pytest.mark.slow
 def test_sweeps_and_comparisons_under_a_gate(tmp_path: Path) -> None:
     """A gate that never fires leaves the unsteered model; one that always does leaves nothing out;
     a run goes on under its own gate only."""

@@ -330,6 +330,7 @@ def test_a_method_that_chooses_on_validation_rows_has_some(trimtab: Command, wor
     refused(trimtab(f"{line} few.jsonl --overwrite"), "has none: name parts", "--split")
 
 
+@pytest.mark.slow
 def test_one_file_serves_sweep_compare_and_analyse(trimtab: Command, work: Path) -> None:
     own_rows = "--model model --task contrast:own.jsonl --json"
     swept = trimtab(f"sweep caa {own_rows} --layer 1 --alpha 1,4").json
@@ -374,6 +375,7 @@ def test_one_pair_is_warned_about(trimtab: Command, work: Path) -> None:
     assert quiet.err == ""  # it takes one pair, whatever there is
 
 
+@pytest.mark.slow
 def test_a_recipe_takes_a_contrast(tmp_path: Path) -> None:
     run = tmp_path / "run"
     found = tt.reproduce(shared("llama"), "ss-norms", scale="full", contrast=own(), output=run)

@@ -222,6 +222,7 @@ LOADED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", few_quick(LOADED, "--help", "evaluate --help", "models", "dance", "fit caa --help")
 )
@@ -237,6 +238,7 @@ def test_a_page_loads_no_more_than_it_needs(words: str) -> None:
     assert set(loaded) <= set(LOADED[words].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", few_quick(["bash", "zsh", "fish"], "bash"))
 def test_completion_knows_commands_and_options(shell: Any) -> None:
     script = build(None).generate_completion(shell=shell)

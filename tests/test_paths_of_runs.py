@@ -62,6 +62,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_quick(NAMES, "a?b=1", ":memory:"))
 def test_a_sweep_lies_where_it_was_asked_for(
     lm: tt.LanguageModel, task: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +132,7 @@ def test_what_ends_before_it_begins_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_empty_directory_is_begun(lm: tt.LanguageModel, task: str, tmp_path: Path) -> None:
     for names in ([], [".lock"], [".lock", "environment.json"]):
         folder = tmp_path / str(len(names))

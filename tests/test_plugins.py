@@ -68,6 +68,7 @@ def tiny_helium(path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
+@pytest.mark.slow
 def test_a_package_adds_a_method_an_operator_a_task_and_an_architecture(tmp_path: Path) -> None:
     room = tmp_path / "site"
     room.mkdir()

@@ -62,6 +62,7 @@ def test_what_need_not_be_imported(words: list[str], heavy: list[str], tmp_path:
     assert ran.stdout.splitlines()[-1] == "0 []", ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", few_quick(["bash", "zsh", "fish"], "bash"))
 def test_completion(shell: Any, tmp_path: Path) -> None:
     script = build(None).generate_completion(shell=shell)

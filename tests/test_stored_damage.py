@@ -106,6 +106,7 @@ def _logged(log: Path) -> list[list[tuple[int, ...]]]:
     return [[tuple(row) for row in json.loads(line)] for line in lines]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
     with _slow_fit(cache, log, seconds=0.3) as process:

@@ -140,6 +140,7 @@ def test_report_and_pictures(done: tuple[Sweep, Path]) -> None:
     assert (done[1] / "pictures" / "heatmap.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_pictures_of_one_of_three_and_of_draws(
     lm: tt.LanguageModel, task: str, tmp_path: Path
 ) -> None:
@@ -420,6 +421,7 @@ def _shared(lm: tt.LanguageModel, task: str, output: Path, storage: str | None) 
     assert len(list((output / "records").glob("0*-validation.jsonl"))) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_another_takes_last_is_waited_for(
     lm: tt.LanguageModel, task: str, tmp_path: Path

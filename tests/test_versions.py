@@ -52,6 +52,7 @@ def test_an_untested_version_is_said(
     assert all(version in str(w.message) for w in caught)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.15.0", NEWEST])
 def test_it_is_said_once_models_are_needed(version: str) -> None:
     """Not by `import trimtab`, which stays quick."""
