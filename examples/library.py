@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("names", nargs="*", help="built-in contrasts (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     kept = asked.output / "library.json"
     records = json.loads(kept.read_text()) if kept.exists() else []

@@ -19,16 +19,16 @@ from trimtab.steering import Add, Condition, Gate
 WORDS = ["ship", "rudder", "map", "day", "film", "answer", "way", "sea", "letter", "friend"]
 
 
-def texts(word: str, count: int, shift: int = 0) -> list[str]:
-    """Texts that hold a word among others."""
-    return [
-        f"{WORDS[(i + shift) % 10]} {word} {WORDS[(3 * i + shift) % 10]} {i}" for i in range(count)
-    ]
+def texts(word: str, count: int, shift: int = 0, last: bool = False) -> list[str]:
+    """Texts that hold a word among others, or as their last one."""
+    rows = [(WORDS[(i + shift) % 10], f"{WORDS[(3 * i + shift) % 10]} {i}") for i in range(count)]
+    return [f"{a} {b} {word}" if last else f"{a} {word} {b}" for a, b in rows]
 
 
-def planted() -> Contrast:
+def planted(last: bool = False) -> Contrast:
     """Texts with one word, and texts with another one in its place."""
-    return Contrast.from_texts(texts("please", 40), texts("never", 40))
+    one, other = ("happy", "sad") if last else ("please", "never")
+    return Contrast.from_texts(texts(one, 40, last=last), texts(other, 40, last=last))
 
 
 @pytest.mark.parametrize("kind", ["token", "latched", "two-pass"])
@@ -36,7 +36,7 @@ def planted() -> Contrast:
 def test_a_planted_word_is_found(kind: Any, score: Any) -> None:
     lm = language_model("llama")
     gate = tt.fit_gate(
-        lm, planted(), kind=kind, score=score, reads="all[1:]", chat=False,
+        lm, planted(kind == "token"), kind=kind, score=score, chat=False,
         unrelated={"others": texts("quite", 12)},
     )  # fmt: skip
     test = gate.findings["test"]
@@ -140,6 +140,7 @@ def test_mistakes_of_fits() -> None:
         ({"any_of": 0}, "any_of"),
         ({"sites": ["layers.99.resid"]}, "layer"),
         ({"reads": "generated"}, "cannot read"),
+        ({"kind": "token", "reads": "all[1:]"}, "single tokens"),
         ({"reads": "token(3)", "chat": False}, "nothing can be read"),
     ):
         refused_in_one_line(lambda more=arguments: tt.fit_gate(lm, planted(), **more), says)

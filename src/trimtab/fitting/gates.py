@@ -99,6 +99,11 @@ def fit_gate(
     for name, texts in (unrelated or {}).items():
         if not texts:
             raise TrimtabError(f"unrelated '{name}' has no text: give some, or leave it out")
+    if kind == "token" and reads not in (None, "last"):
+        raise TrimtabError(
+            f"a token gate scores single tokens, and reads '{reads}' is a mean of several: leave "
+            "it out (it is fitted on the prompt's last token), or make the gate two-pass"
+        )
     asked = (
         Scope.of(reads)
         if reads is not None
