@@ -123,6 +123,19 @@ def whole_file(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def put_in_place(new: Path, place: Path, aside: Path) -> None:
+    """Rename a directory to where it belongs. What is there goes aside, and comes back if that
+    fails."""
+    if place.exists():
+        place.rename(aside)
+    try:
+        new.rename(place)
+    except BaseException:
+        if aside.exists():
+            aside.rename(place)
+        raise
+
+
 def open_as_usual(directory: Path) -> None:
     """Let others read the files of a directory as the user's umask says: safetensors writes through
     private temporary ones, and leaves them so."""

@@ -14,7 +14,7 @@ from trimtab.anatomy.description import Block, Branch, Description
 from trimtab.anatomy.drawing import blocks_drawn, places, ranges
 from trimtab.anatomy.entries import known
 from trimtab.anatomy.exclusive import exclusively, on_behalf_of_this_thread
-from trimtab.anatomy.hooks import Hook, eager, hooked, is_hooked
+from trimtab.anatomy.hooks import Enough, Hook, eager, hooked, is_hooked
 from trimtab.anatomy.knowing import DOES_NOT_RUN, cache_file
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.numbers import near

@@ -39,6 +39,10 @@ class Hook(partial[Any]):
         )
 
 
+class Enough(Exception):  # noqa: N818, it is a signal and no error
+    """Raised by an edit that has seen all that is wanted of a pass, which ends there."""
+
+
 @contextmanager
 def hooked(body: nn.Module, edits: Mapping[Point, Edit]) -> Iterator[None]:
     """Run every edit at its point of the model with this transformer body while the block lasts;

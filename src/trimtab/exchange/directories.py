@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.files import check_output, open_as_usual
+from trimtab.files import check_output, open_as_usual, put_in_place
 
 
 @contextmanager
@@ -32,14 +32,7 @@ def whole_directory(
             new.mkdir()
             yield new
             open_as_usual(new)
-            if target.exists():
-                target.rename(old)
-            try:
-                new.rename(target)
-            except BaseException:
-                if old.exists():
-                    old.rename(target)
-                raise
+            put_in_place(new, target, old)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.anatomy import Edit, Point, hooked, is_hooked, site_order
+from trimtab.anatomy import Edit, Enough, Point, hooked, is_hooked, site_order
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
 from trimtab.fitting.differentiable import check_differentiable
@@ -123,10 +123,6 @@ class Statistics(dict[Want, Any]):
 
 S = TypeVar("S")
 M = TypeVar("M")
-
-
-class _Enough(Exception):  # noqa: N818, it is a signal and no error
-    """Raised inside a forward pass once the highest wanted site has been seen."""
 
 
 @torch.no_grad()
@@ -290,13 +286,13 @@ def _run_forward(language_model: LanguageModel, batch: Batch, readers: Mapping[s
 
     def stop(activation: Tensor) -> None:
         readers[last](activation)
-        raise _Enough
+        raise Enough
 
     edits: dict[Point, Edit] = {
         anatomy.read_point(site): stop if site == last else reader
         for site, reader in readers.items()
     }
-    with torch.inference_mode(), hooked(anatomy.body, edits), suppress(_Enough):
+    with torch.inference_mode(), hooked(anatomy.body, edits), suppress(Enough):
         run_packed(batch, language_model)
 
 

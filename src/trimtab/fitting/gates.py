@@ -39,6 +39,7 @@ from trimtab.steering import (
     Scope,
     Steering,
     check_gate,
+    reads_below,
 )
 from trimtab.terminal import progress
 
@@ -163,20 +164,12 @@ def _candidates(
     else:
         found = [f"layers.{layer}.resid" for layer in range(anatomy.layers)]
     if below is not None and kind != "two-pass":
-        found = [site for site in found if _is_below(anatomy.width(site), site, below)]
+        found = [site for site in found if reads_below(site, below.interventions)]
     if not found:
         raise TrimtabError(
             "no site is below what the steering changes: make the gate two-pass, or name sites"
         )
     return found
-
-
-def _is_below(width: int, site: str, steering: Steering) -> bool:
-    try:
-        check_gate(Gate((Condition(site, torch.ones(width), 0.0),)), steering.interventions)
-    except TrimtabError:
-        return False
-    return True
 
 
 def _texts(
@@ -363,15 +356,15 @@ def _false_fires(
     """At how many of some texts it fires, of a token gate also at how many of their tokens."""
     encoded = _texts(language_model, texts, chat)
     anatomy, marks = language_model.anatomy, language_model.marks
-    scores = score_prompts(anatomy, marks, gate, encoded)
-    found = _rate(gate.decide(list(scores)))
     if gate.kind != "token":
-        return found
+        return _rate(gate.decide(list(score_prompts(anatomy, marks, gate, encoded))))
+    last = torch.zeros(len(encoded), dtype=torch.bool)
     tokens = fired = 0
     for rows in batches_by_length(list(map(len, encoded)), language_model.batch_tokens):
         own = [encoded[i] for i in rows]
         where = score_pass(anatomy, marks, gate, own, list(map(len, own))).fired.cpu()
-        for row, text in enumerate(own):
+        for row, (i, text) in enumerate(zip(rows, own, strict=True)):
+            last[i] = where[row, len(text) - 1]
             fired += int(where[row, : len(text)].sum())
             tokens += len(text)
-    return found | {"tokens_fired": fired / tokens, "tokens": tokens}
+    return _rate(last) | {"tokens_fired": fired / tokens, "tokens": tokens}

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy, Edit, Point, hooked, parse_site
+from trimtab.anatomy import Anatomy, Edit, Enough, Point, hooked, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import POSITIONS_HELP, Method, Number, Samples, Statistics, Want, new_steering
@@ -260,10 +260,6 @@ def _texts(
     return texts, counted, torch.tensor(positive)
 
 
-class _Enough(Exception):  # noqa: N818, it is a signal and no error
-    """Raised inside a forward pass once the site has been read."""
-
-
 def _read(
     language_model: LanguageModel,
     site: str,
@@ -279,12 +275,12 @@ def _read(
 
     def see(x: Tensor) -> None:
         seen.append(x.detach())
-        raise _Enough
+        raise Enough
 
     edits: dict[Point, Edit] = {lm.anatomy.point(site): see}
     for rows in batches_by_length(list(map(len, texts)), lm.batch_tokens, apart=with_images(texts)):
         some = [streams[i] for i in rows] if blocks else []
-        with torch.no_grad(), hooked(lm.anatomy.body, edits), suppress(_Enough):
+        with torch.no_grad(), hooked(lm.anatomy.body, edits), suppress(Enough):
             run_upper(lm, [texts[i] for i in rows], some, blocks)
         for row, i in enumerate(rows):
             found[i] = seen[-1][row, : len(texts[i])].float().cpu()

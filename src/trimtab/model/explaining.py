@@ -12,10 +12,11 @@ from trimtab.anatomy import Anatomy
 from trimtab.errors import shown
 from trimtab.model.attach import attached
 from trimtab.model.gate_reports import Fired, decided_by, settled, token_by_token, watch
-from trimtab.model.gate_scores import device_of, refuse_images
+from trimtab.model.gate_scores import refuse_images
 from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Marks
 from trimtab.model.one_pass import Pass
+from trimtab.model.padding import input_device
 from trimtab.model.standing import Prompts
 from trimtab.model.trails import Trail
 from trimtab.reports import Presented, Table
@@ -134,7 +135,7 @@ def _fired(
     with attached(anatomy, [row], marks, block=False) as sequences:
         sequences.given_ends, sequences.ended_at_once = [prompt], True
         watch(sequences.gates)
-        text = torch.tensor([list(ids)], device=device_of(anatomy.body))
+        text = torch.tensor([list(ids)], device=input_device(anatomy.model))
         anatomy.body(input_ids=text, use_cache=False)
     early = {place: each for (_, place), each in decided.items()}
     return [_where(by, len(ids)) for by in decided_by(steerings, early, sequences.gates)]

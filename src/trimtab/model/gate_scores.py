@@ -6,25 +6,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from trimtab.anatomy import Anatomy, Edit, Point, hooked
+from trimtab.anatomy import Anatomy, Edit, Enough, Point, hooked
 from trimtab.errors import TrimtabError
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length
 from trimtab.model.gating import Decision, GateAtWork
 from trimtab.model.marks import Marks
 from trimtab.model.one_pass import Pass
+from trimtab.model.padding import input_device
 from trimtab.model.running import unsteered
 from trimtab.model.standing import Prompts
 from trimtab.model.trails import Trail
 from trimtab.steering import Condition, Gate, Scope
-
-
-class _Enough(Exception):  # noqa: N818, it is a signal and no error
-    """Raised inside a forward pass once the highest condition has been read."""
 
 
 @torch.no_grad()
@@ -34,14 +31,10 @@ def score_pass(
     """What a gate decides of texts (token ids) whose prompts end so far in, in one pass that is not
     steered and goes no higher than the gate reads; padding on the right."""
     refuse_images(marks, texts)
-    device = device_of(anatomy.body)
-    longest = max(map(len, texts))
-    ids = torch.zeros(len(texts), longest, dtype=torch.long)
-    real = torch.zeros(len(texts), longest, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = torch.tensor(list(text))
-        real[row, : len(text)] = True
-    ids, real = ids.to(device), real.to(device)
+    device, longest = input_device(anatomy.model), max(map(len, texts))
+    ids = pad_sequence([torch.tensor(list(text)) for text in texts], batch_first=True).to(device)
+    ones = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+    real = pad_sequence(ones, batch_first=True).to(device)
     work = GateAtWork(gate, marks, partial(score_prompts, anatomy, marks))
     now = Pass(0, longest, Prompts.ending(list(ends)), trail=Trail(ids, real))
     for placed in work.scopes:
@@ -55,7 +48,7 @@ def score_pass(
                 decision.read(number, x)
             left.difference_update(numbers)
             if not left:
-                raise _Enough
+                raise Enough
 
         return edit
 
@@ -63,7 +56,7 @@ def score_pass(
         anatomy.point(site): reader([i for i, c in enumerate(gate.conditions) if c.site == site])
         for site in gate.sites
     }
-    with unsteered(anatomy), hooked(anatomy.body, edits), suppress(_Enough):
+    with unsteered(anatomy), hooked(anatomy.body, edits), suppress(Enough):
         anatomy.body(input_ids=ids, attention_mask=real.long(), use_cache=False)
     return decision
 
@@ -116,8 +109,3 @@ def refuse_images(marks: Marks, texts: Sequence[Sequence[int]]) -> None:
             "a prompt has an image, and two-pass gates, and what fits, checks and explains gates, "
             "read text alone: generate with a token or a latched gate"
         )
-
-
-def device_of(body: nn.Module) -> torch.device:
-    table: Any = next(body.parameters())
-    return torch.device("cpu") if table.is_meta else table.device

@@ -50,7 +50,13 @@ from trimtab.model.images import (
     with_images,
 )
 from trimtab.model.marks import Marks
-from trimtab.model.padding import left_padded, pads_generate, pads_logits, plain_logits
+from trimtab.model.padding import (
+    input_device,
+    left_padded,
+    pads_generate,
+    pads_logits,
+    plain_logits,
+)
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import is_quantised
 from trimtab.model.questions import answered, probe_texts
@@ -145,10 +151,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding table."""
-        table = self.model.get_input_embeddings()
-        device = torch.device(table.weight.device)
-        # A table that accelerate keeps on disk says where it is brought to.
-        return torch.device(table._hf_hook.execution_device) if device.type == "meta" else device
+        return input_device(self.model)
 
     @property
     def batch_tokens(self) -> int:

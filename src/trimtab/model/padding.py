@@ -19,6 +19,14 @@ from trimtab.model.decoding import configuration, sampling
 from trimtab.model.questions import alike
 
 
+def input_device(model: Any) -> torch.device:
+    """Where inputs go: the device of the embedding table."""
+    table = model.get_input_embeddings()
+    device = torch.device(table.weight.device)
+    # A table that accelerate keeps on disk says where it is brought to.
+    return torch.device(table._hf_hook.execution_device) if device.type == "meta" else device
+
+
 def left_padded(texts: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Token ids and mask of texts, [rows, longest]."""
     longest = max(len(row) for row in texts)

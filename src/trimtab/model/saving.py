@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from trimtab.anatomy import is_hooked
 from trimtab.checkpoints import CARD, CheckpointError, read_model, some, write_baked
 from trimtab.errors import TrimtabError, first_line, shown
-from trimtab.files import open_as_usual
+from trimtab.files import open_as_usual, put_in_place
 from trimtab.model.plain import is_plain, is_quantised, plain_copy
 from trimtab.terminal import status
 
@@ -76,13 +76,7 @@ def save_checkpoint(
                 _check_written(model, inside)
             if place.exists():
                 check_target(target, [], overwrite)  # others may have written there meanwhile
-                place.rename(old)
-            try:
-                inside.rename(place)
-            except BaseException:
-                if old.exists():
-                    old.rename(place)
-                raise
+            put_in_place(inside, place, old)
     except CheckpointError as error:
         raise TrimtabError(f"cannot save {name} as a plain checkpoint: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:

@@ -11,6 +11,7 @@ from trimtab.steering.gates import (
     Condition,
     Gate,
     check_gate,
+    reads_below,
 )
 from trimtab.steering.operators import (
     Ablate,

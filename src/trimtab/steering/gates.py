@@ -325,17 +325,21 @@ def _length(x: Tensor) -> Tensor:
     return x.square().sum(-1).sqrt()
 
 
+def reads_below(site: str, interventions: Sequence[Intervention]) -> bool:
+    """Whether what is read at a site is read before anything is steered, or where it is."""
+    return all(site_order(site) <= site_order(each.site) for each in interventions)
+
+
 def check_gate(gate: Gate, interventions: Sequence[Intervention]) -> None:
     """Refuse a gate that could not decide before what it steers, or that would see what it did."""
     if gate.kind == "two-pass":
         return
-    lowest = min(interventions, key=lambda each: site_order(each.site))
     for condition in gate.conditions:
-        if site_order(condition.site) > site_order(lowest.site):
+        if not reads_below(condition.site, interventions):
+            lowest = min((each.site for each in interventions), key=site_order)
             raise TrimtabError(
                 f"a {gate.kind} gate reads below what it steers: its condition at "
-                f"{condition.site} is above {lowest.site}; make it two-pass, or fit it at a lower "
-                "site"
+                f"{condition.site} is above {lowest}; make it two-pass, or fit it at a lower site"
             )
     for intervention in interventions if gate.kind == "latched" else ():
         scope = intervention.scope
