@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,28 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import TINY, tiny_model, tiny_tokenizer
+from tiny_curated import CURATED
+
+#: Tests of more cases than this over architectures are sampled where tests are to be quick.
+_MANY = 8
+
+
+@pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test over many architectures every third case, by its name, is a quick one."""
+    crossed = [item for item in items if _over_architectures(item)]
+    cases = Counter(item.nodeid.partition("[")[0] for item in crossed)
+    for item in crossed:
+        many = cases[item.nodeid.partition("[")[0]] > _MANY
+        if many and zlib.crc32(item.nodeid.encode()) % 3:
+            item.add_marker(pytest.mark.slow)
+
+
+def _over_architectures(item: pytest.Item) -> bool:
+    """Whether one of a case's parameters is the name of an architecture."""
+    case = getattr(item, "callspec", None)  # which only tests of several cases have
+    given = case.params.values() if case else ()
+    return any(isinstance(value, str) and value in (*TINY, *CURATED) for value in given)
 
 
 @pytest.fixture(scope="session", autouse=True)

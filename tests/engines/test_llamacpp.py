@@ -1,5 +1,5 @@
-"""Stock llama.cpp runs exported adapters and baked GGUF files: what it writes is what the attached
-steering writes.
+"""Stock llama.cpp runs exported adapters, control vectors and baked GGUF files: what it writes is
+what the attached steering writes.
 
 `make test-llamacpp` fetches llama.cpp as node-llama-cpp brings it, names that folder in
 TRIMTAB_LLAMACPP and runs this.
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +84,35 @@ def test_adapters_and_baked_files(name: str, tmp_path: Path) -> None:
     plain = lm.tokenizer(TEXT, add_special_tokens=False).input_ids
     for one_found in found:
         assert one_found["text"][-len(plain) :] == plain
+
+
+def answers_under_vectors(job: dict[str, Any], folder: Path) -> list[list[int]]:
+    """What llama.cpp writes under control vectors, in a process of its own."""
+    (library,) = Path(str(FOLDER)).glob("node_modules/@node-llama-cpp/linux-x64/bins/linux-x64")
+    given, found = folder / "job.json", folder / "answers.json"
+    given.write_text(json.dumps({"folder": str(library), "new": NEW, **job}))
+    program = Path(__file__).with_name("llamacpp_vector.py")
+    ran = subprocess.run([sys.executable, program, given, found], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    written: list[list[int]] = json.loads(found.read_text())
+    return written
+
+
+@pytest.mark.parametrize(
+    ("name", "dials"), [("smollm2-135m-instruct", (6.0, -6.0)), ("gemma3-270m", (900.0, -900.0))]
+)
+def test_control_vectors(name: str, dials: tuple[float, float], tmp_path: Path) -> None:
+    lm = tt.load(name, device="cpu", dtype=torch.float32)
+    base = str(tt.save_gguf(lm, tmp_path / "base.gguf"))
+    parts = [one(lm, f"layers.{layer}.resid", "Add", seed=layer) for layer in (1, 7, 11)]
+    steering = replace(parts[0], interventions=tuple(part.interventions[0] for part in parts))
+    runs: list[tuple[str | None, tt.Steering | None]] = [(None, None)]
+    for dial in dials:
+        vector = tmp_path / f"{dial:g}.gguf"
+        tt.export(lm, steering.at(dial), "gguf", vector)
+        runs.append((str(vector), steering.at(dial)))
+    tokens = [lm.tokenizer(prompt).input_ids for prompt in PROMPTS]
+    requests = [{"vector": vector, "tokens": ids} for ids in tokens for vector, _ in runs]
+    expected = [greedy(lm, ids, attached) for ids in tokens for _, attached in runs]
+    assert answers_under_vectors({"model": base, "requests": requests}, tmp_path) == expected
+    assert len({tuple(written) for written in expected}) == len(expected)  # steerings show
