@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,37 +63,127 @@ def answers(job: dict[str, Any], folder: Path) -> list[list[int]]:
     return written
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("smollm2-135m-instruct", 1), ("gemma3-270m", 2)])
-def test_a_mixed_batch_of_adapters(name: str, ranks: int, tmp_path: Path) -> None:
-    base = tmp_path / "model"
-    lm = first_blocks(name, base)
+def exported(
+    lm: tt.LanguageModel, folder: Path, blocks: tuple[int, ...]
+) -> tuple[dict[str, str], dict[str | None, tt.Steering | None], int]:
+    """Adapters' directories by name; the steering of each name, and none of None; the largest
+    rank."""
     adapters: dict[str, str] = {}
     steered: dict[str | None, tt.Steering | None] = {None: None}
     widths = []
     for kind, (op, dials) in STEERINGS.items():
-        parts = [one(lm, f"layers.{layer}.{kind}", op, seed=layer) for layer in (2, 4)]
+        parts = [one(lm, f"layers.{layer}.{kind}", op, seed=layer) for layer in blocks]
         steering = replace(parts[0], interventions=tuple(part.interventions[0] for part in parts))
-        made = tt.export(lm, steering, "lora", tmp_path / kind, dials=dials)
+        made = tt.export(lm, steering, "lora", folder / kind, dials=dials)
         for dial, file in zip(dials, made.files, strict=True):
             adapters[f"{kind}@{dial:g}"] = str(file)
             steered[f"{kind}@{dial:g}"] = steering.at(dial)
         widths += [each["rank"] for each in made.details["adapters"]]
+    return adapters, steered, max(widths)
+
+
+def compare(
+    lm: tt.LanguageModel,
+    steered: dict[str | None, tt.Steering | None],
+    found: dict[str | None, list[list[int]]],
+) -> None:
+    """What was written of each variant is what the attached steering writes, which shows."""
+    end, plain = lm.tokenizer.eos_token_id, None
+    for variant, steering in steered.items():
+        written = lm.generate(PROMPTS, chat=False, steering=steering, max_new_tokens=NEW)
+        expected = [[token for token in out.tokens if token != end] for out in written]
+        answers = [[token for token in tokens if token != end] for tokens in found[variant]]
+        assert answers == expected, variant
+        assert variant is None or expected != plain, variant
+        plain = plain or expected
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "compiled"),
+    [
+        ("smollm2-135m-instruct", 1, False),
+        ("smollm2-135m-instruct", 1, True),
+        ("gemma3-270m", 2, False),
+    ],
+)
+def test_a_mixed_batch_of_adapters(name: str, ranks: int, compiled: bool, tmp_path: Path) -> None:
+    base = tmp_path / "model"
+    lm = first_blocks(name, base)
+    adapters, steered, rank = exported(lm, tmp_path, (2, 4))
     tokens = [lm.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     # Adapters take turns, so that the batch is mixed.
     requests = [{"tokens": ids, "adapter": variant} for ids in tokens for variant in steered]
-    job = {"base": str(base), "ranks": ranks, "adapters": adapters, "rank": max(widths)}
-    found = answers({**job, "new": NEW, "requests": requests}, tmp_path)
-    expected = {
-        variant: [
-            list(out.tokens)
-            for out in lm.generate(PROMPTS, chat=False, steering=steering, max_new_tokens=NEW)
-        ]
-        for variant, steering in steered.items()
+    job = {"base": str(base), "ranks": ranks, "compiled": compiled, "rank": rank}
+    found = answers({**job, "adapters": adapters, "new": NEW, "requests": requests}, tmp_path)
+    compare(lm, steered, {name: found[i :: len(steered)] for i, name in enumerate(steered)})
+
+
+@contextmanager
+def serving(base: Path, rank: int, folder: Path) -> Iterator[str]:
+    """The address of a stock server of a model, that takes adapters while it runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+    command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    # As in vllm_answers.py, one more than there are.
+    command += ["--enable-lora", "--max-loras", "7", "--max-lora-rank", str(rank)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
     }
-    end = lm.tokenizer.eos_token_id
-    for i in range(len(PROMPTS)):
-        for j, variant in enumerate(steered):
-            answer = [token for token in found[i * len(steered) + j] if token != end]
-            assert answer == [token for token in expected[variant][i] if token != end], variant
-    for variant in adapters:
-        assert expected[variant] != expected[None], variant
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        while not answers_at(address):
+            assert server.poll() is None, (folder / "server.log").read_text()[-3000:]
+            time.sleep(1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def answers_at(address: str) -> bool:
+    """Whether a server is ready."""
+    try:
+        return bool(urllib.request.urlopen(f"{address}/health").status == 200)
+    except OSError:
+        return False
+
+
+def post(address: str, path: str, content: dict[str, Any]) -> bytes:
+    """What a server answers."""
+    request = urllib.request.Request(
+        f"{address}{path}", json.dumps(content).encode(), {"Content-Type": "application/json"}
+    )
+    answered: bytes = urllib.request.urlopen(request).read()
+    return answered
+
+
+def test_a_server_loads_adapters_while_it_runs(tmp_path: Path) -> None:
+    lm = tt.load("smollm2-135m-instruct", device="cpu", dtype=torch.float32)
+    base = tmp_path / "model"
+    lm.save_pretrained(base)
+    adapters, steered, rank = exported(lm, tmp_path, (2, 9, 28))
+    tokens = [lm.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+
+    with serving(base, rank, tmp_path) as address:
+        for adapter, directory in adapters.items():
+            loaded = {"lora_name": adapter, "lora_path": directory}
+            post(address, "/v1/load_lora_adapter", loaded)
+
+        def written(model: str | None, ids: list[int]) -> list[int]:
+            content = {"model": model or "base", "prompt": ids, "temperature": 0}
+            content |= {"max_tokens": NEW, "return_token_ids": True}
+            answered = json.loads(post(address, "/v1/completions", content))
+            found: list[int] = answered["choices"][0]["token_ids"]
+            return found
+
+        asked = [(variant, ids) for ids in tokens for variant in steered]
+        with ThreadPoolExecutor(len(asked)) as pool:  # all at once: one mixed batch
+            found = list(pool.map(written, *zip(*asked, strict=True)))
+    compare(lm, steered, {name: found[i :: len(steered)] for i, name in enumerate(steered)})

@@ -2,9 +2,9 @@
 
     python vllm_answers.py JOB.json ANSWERS.json
 
-The job has the model's directory (`base`), over how many processes it is split (`ranks`), adapters'
-directories by name, the largest rank of theirs, and requests: token ids with the name of an
-adapter, or null. All run in one batch, greedily.
+The job has the model's directory (`base`), over how many processes it is split (`ranks`), whether
+the engine compiles it, adapters' directories by name, the largest rank of theirs, and requests:
+token ids with the name of an adapter, or null. All run in one batch, greedily.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(job_file: str, answers_file: str) -> None:
         max_loras=len(adapters) + 1,
         max_lora_rank=job["rank"],
         max_model_len=256,
-        enforce_eager=True,
+        enforce_eager=not job["compiled"],
         tensor_parallel_size=job["ranks"],
     )
     answered = engine.generate(
