@@ -167,7 +167,6 @@ def test_vllm_lens_compresses(lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPa
     path = FOREIGN / "vllm-lens.json"
     refused_in_one_line(lambda: imported(path, lm), "pip install zstandard")
     monkeypatch.undo()
-    pytest.importorskip("zstandard")
     expected = added_by_hand(lm, {0: vector(0) * 1.5, 2: vector(2) * 1.5})
     read = imported(FOREIGN / "vllm-lens.json", lm)
     equal(logits(lm, read), expected)
