@@ -157,6 +157,38 @@ def test_a_cache_whose_rows_move_takes_its_texts_along() -> None:
     assert relative(moved, expected) > 0.01
 
 
+def test_rows_that_are_chosen_of_a_cache_take_their_places_and_dials_along() -> None:
+    """A batch that is padded on the left, of which some rows go on, in another order."""
+    lm = language_model("llama")
+    inputs = left_padded(lm, PROMPTS)
+    lengths, width = inputs["attention_mask"].sum(-1).tolist(), inputs["input_ids"].shape[1]
+    name, kept = cache_argument(lm.anatomy.body), [2, 0]
+    window = slice(min(lengths), min(lengths) + 2)  # of the shortest text what is written first
+    scope = f"all[{window.start}:{window.stop}]"
+    new = torch.tensor([[60], [61]])
+    rows = [scoped(lm, scope).at(dial) for dial in (4.0, 1.0, -4.0)]
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        with lm.steered(rows):
+            cache = DynamicCache(config=lm.model.config)
+            lm.model(**inputs, use_cache=True, **{name: cache})
+        cache.batch_select_indices(torch.tensor(kept))
+        mask = torch.cat((inputs["attention_mask"][kept], torch.ones(2, 1, dtype=torch.long)), 1)
+        place = mask.sum(-1, keepdim=True) - 1
+        with lm.steered([rows[i] for i in kept]):
+            found = lm.model(new, attention_mask=mask, position_ids=place, **{name: cache}).logits
+    for at, row in enumerate(kept):
+        ids = torch.tensor([[*token_ids(PROMPTS[row]), *new[at].tolist()]])
+        weights = torch.zeros(ids.shape)
+        weights[:, window] = 1.0
+        with (
+            torch.no_grad(),
+            masked_by_hand(lm.model, 1, lambda _, w=weights: w, vector(lm), rows[row].setting),
+        ):
+            expected = lm.model(ids, use_cache=False).logits[0, -1]
+        assert relative(found[at, -1], expected) < 1e-5, (row, width)
+
+
 @pytest.mark.parametrize("scope", few_quick(SCOPES, *QUICK, "all[2:9]", "prompt[-4:]"))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_in_a_loop_of_the_users_own(side: Any, scope: str) -> None:

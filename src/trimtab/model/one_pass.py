@@ -26,6 +26,10 @@ class FoundDials:
     values: Tensor
     bound: dict[Any, Any] = field(default_factory=dict)
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> FoundDials:
+        """Those of rows that were put in another order, repeated or chosen."""
+        return FoundDials(move(self.values))
+
 
 @dataclass(eq=False)
 class Pass:

@@ -23,7 +23,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -34,7 +33,16 @@ from trimtab.model.gating import GateAtWork
 from trimtab.model.marks import Placed
 from trimtab.model.one_pass import FoundDials, Pass
 from trimtab.model.standing import UNKNOWN_END, Prompts, Standing
-from trimtab.model.trails import Trail, latches_of, note_trail, trail_of
+from trimtab.model.trails import (
+    Trail,
+    dials_of,
+    latches_of,
+    note_dials,
+    note_prompts,
+    note_trail,
+    prompts_of,
+    trail_of,
+)
 
 
 @dataclass
@@ -154,8 +162,6 @@ class Sequences:
         #: Whether padding after a prompt may be taken for something else.
         self._after_prompts = latches or any(scope.after_prompts for scope in scopes)
         self.here = _Local()
-        #: The dials of texts that are in a KV cache.
-        self._found: WeakKeyDictionary[Cache, FoundDials] = WeakKeyDictionary()
 
     # -- generate -----------------------------------------------------------------------------
 
@@ -341,7 +347,7 @@ class Sequences:
         values = output.values() if isinstance(output, Mapping) else output
         made = [] if isinstance(values, Tensor) else [x for x in values if isinstance(x, Cache)]
         for value in made:
-            if _noted_prompts(value) is None:
+            if prompts_of(value) is None:
                 self._note(value, current.prompts, current.found, current.trail)
         for work in self.gates:
             work.note(current, [given] if given is not None else made)
@@ -352,11 +358,11 @@ class Sequences:
         """Where the prompts end of the texts in a cache, unless only this caller says so, and what
         they say."""
         if self.given_ends is None and (self._placed or self._choose):
-            setattr(cache, _PROMPTS, prompts)
+            note_prompts(cache, prompts)
         if trail is not None:
             note_trail(cache, trail)
         if found is not None:
-            self._found[cache] = found
+            note_dials(cache, self, found)
 
     def _check_rows(self, rows: int, generation: _Generation | None) -> None:
         """Rows are repeated, in place, for the beams and samples of generate, and nowhere else."""
@@ -374,11 +380,11 @@ class Sequences:
         """Where prompts end and at which dials they are, as far as that is known from before."""
         if generation:
             return generation.prompts, generation.found
-        prompts = _noted_prompts(cache)
+        prompts = prompts_of(cache)
         # A cache that was cut inside of the prompt goes on with another one.
         if cache is None or prompts is None or start < prompts.last_end:
             return None, None
-        return prompts, self._found.get(cache)
+        return prompts, dials_of(cache, self)
 
     def _prompts_by(
         self,
@@ -476,8 +482,6 @@ def _known_cache(arguments: Mapping[str, Any]) -> Cache | None:
     return cache
 
 
-#: The attribute of a KV cache that says where the prompts of its texts stand.
-_PROMPTS = "_trimtab_prompts"
 _NO_IDS = (
     "the model was run without input_ids, so the steering cannot tell what its texts say (which "
     "tokens are text and which stand for images among it): give input_ids, or steer all tokens"
@@ -486,11 +490,6 @@ _NOT_SEEN = (
     "the model goes on with a KV cache that no pass under this steering has filled, so its scope "
     "cannot tell what was read before: run the prompt inside the block, too, or steer all tokens"
 )
-
-
-def _noted_prompts(cache: Cache | None) -> Prompts | None:
-    prompts: Prompts | None = getattr(cache, _PROMPTS, None)
-    return prompts
 
 
 def _generation(args: tuple[Any, ...], kwargs: dict[str, Any], config: Any) -> _Generation:

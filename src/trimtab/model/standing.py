@@ -8,7 +8,7 @@ tokens of the pass are in it, or none, and tensors only where some are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,6 +69,12 @@ class Prompts:
             lambda: Prompts(tuple(row for row in self.rows for _ in range(times))),
         )
         return made
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Prompts:
+        """Those of rows that were put in another order, repeated or chosen."""
+        if len(self.rows) == 1:
+            return self
+        return Prompts(tuple(self.rows[i] for i in move(torch.arange(len(self.rows))).tolist()))
 
     def column(self, of: str, device: torch.device) -> Tensor:
         """A column of each row (`start`, `end` or `resumes`), [rows, 1]."""

@@ -1,9 +1,9 @@
-"""What the rows of a KV cache have read: their token ids, which scopes that look at a text need,
-and what gates have decided of them.
+"""What is known of the rows of a KV cache: what they have read (their token ids, which scopes that
+look at a text need), where their prompts stand, at which dials they are, what gates have decided.
 
-Both are kept with the cache and follow it: when beam search puts its rows in another order, when
-rows are repeated or chosen, when it is cut or copied. So a token that is written with a cache sees
-the same text before it as one pass over the whole text does.
+All of it is kept with the cache and follows it: when beam search puts its rows in another order,
+when rows are repeated or chosen, when it is cut or copied. So a token that is written with a cache
+sees the same text before it as one pass over the whole text does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The attributes of a cache that have its trail, and what gates have decided of its rows.
-_TRAIL, _LATCHES = "_trimtab_trail", "_trimtab_latches"
+from trimtab.model.standing import Prompts
+
+#: The attributes of a cache that have its trail, where prompts stand, at which dials the rows are,
+#: and what gates have decided of them.
+_TRAIL, _PROMPTS = "_trimtab_trail", "_trimtab_prompts"
+_FOUND, _LATCHES = "_trimtab_found", "_trimtab_latches"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +66,28 @@ def trail_of(cache: Any) -> Trail | None:
 
 def note_trail(cache: Any, trail: Trail) -> None:
     """Keep it with a cache, whose rows it follows from now on."""
-    _follow(cache)
-    setattr(cache, _TRAIL, trail)
+    _note(cache, _TRAIL, trail)
 
 
-class Latches(dict[Any, Any]):
-    """What each gate has decided of the rows of a cache. Nothing of it is ever changed in place, so
-    that a copy of the cache has the same one, whose gates are the same objects."""
+def prompts_of(cache: Any) -> Prompts | None:
+    """Where the prompts of a cache's texts stand."""
+    prompts: Prompts | None = getattr(cache, _PROMPTS, None)
+    return prompts
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Latches:
-        return Latches({gate: latched.moved(move) for gate, latched in self.items()})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Latches:
+def note_prompts(cache: Any, prompts: Prompts) -> None:
+    """Keep it with a cache, whose rows it follows from now on."""
+    _note(cache, _PROMPTS, prompts)
+
+
+class _ByKey(dict[Any, Any]):
+    """What is known of the rows of a cache, by gate or by block. Nothing of it is ever changed in
+    place, so that a copy of the cache has the same one, whose keys are the same objects."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> _ByKey:
+        return _ByKey({key: value.moved(move) for key, value in self.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ByKey:
         return self
 
 
@@ -84,8 +98,22 @@ def latches_of(cache: Any) -> Mapping[Any, Any]:
 
 def note_latch(cache: Any, gate: Any, latched: Any) -> None:
     """Keep what a gate has decided with a cache, whose rows it follows from now on."""
+    _note(cache, _LATCHES, _ByKey({**latches_of(cache), gate: latched}))
+
+
+def dials_of(cache: Any, block: Any) -> Any:
+    """The dials that a block has found for the rows of a cache, None where it has none."""
+    return getattr(cache, _FOUND, {}).get(block)
+
+
+def note_dials(cache: Any, block: Any, found: Any) -> None:
+    """Keep the dials that a block has found with a cache, whose rows they follow from now on."""
+    _note(cache, _FOUND, _ByKey({**getattr(cache, _FOUND, {}), block: found}))
+
+
+def _note(cache: Any, name: str, value: Any) -> None:
     _follow(cache)
-    setattr(cache, _LATCHES, Latches({**latches_of(cache), gate: latched}))
+    setattr(cache, name, value)
 
 
 def _follow(cache: Any) -> None:
@@ -126,7 +154,7 @@ class _Follow:
         cache = self.cache()
         result = getattr(type(cache), self.name)(cache, *args, **kwargs)
         given = (*args, *kwargs.values())
-        for name in (_TRAIL, _LATCHES) if given else ():
+        for name in (_TRAIL, _PROMPTS, _FOUND, _LATCHES) if given else ():
             noted = getattr(cache, name, None)
             if noted is not None:
                 setattr(cache, name, noted.moved(_MOVES[self.name](given[0])))
