@@ -99,7 +99,7 @@ def answers_under_vectors(job: dict[str, Any], folder: Path) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "dials"), [("smollm2-135m-instruct", (6.0, -6.0)), ("gemma3-270m", (900.0, -900.0))]
+    ("name", "dials"), [("smollm2-135m-instruct", (6.0, -6.0)), ("gemma3-270m", (30.0, -30.0))]
 )
 def test_control_vectors(name: str, dials: tuple[float, float], tmp_path: Path) -> None:
     lm = tt.load(name, device="cpu", dtype=torch.float32)
