@@ -49,5 +49,6 @@ from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
+from trimtab.model.writing import Writing
 
 warn_if_untested()

@@ -401,7 +401,7 @@ def _refuse_untouched(steps: _Chains, sequences: Sequences) -> None:
             if isinstance(step, _Reader) or step.gate is not None:
                 continue
             scope = step.scope
-            over = scope.only_generated and sequences.ended_at_once
+            over = sequences.in_part or (scope.only_generated and sequences.ended_at_once)
             over = over or (scope.only_images and sequences.may_miss_images)
             # Whether a text has a token of another scope it says itself.
             over = over or not scope.plain

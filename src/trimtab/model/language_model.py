@@ -495,10 +495,11 @@ class LanguageModel:
                 self._warned.add(message)
                 warnings.warn(message, TrimtabWarning, stacklevel=2)
 
-    def _for_call(
+    def held(
         self, rows: Sequence[RowSteerings], force: bool
     ) -> AbstractContextManager[Sequences]:
-        """The rows of one batch; what all of them share takes less time per token."""
+        """The model for one batch with steerings of each row, for which other threads wait; what
+        all rows share takes less time per token."""
         alike = all(row == rows[0] for row in rows)
         return self._attached(rows[:1] if alike else rows, not alike, force)
 
@@ -563,7 +564,7 @@ class LanguageModel:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in self._batches(tokens, batch_size, "generate"):
-                with self._for_call([rows[i] for i in chosen], force) as sequences:
+                with self.held([rows[i] for i in chosen], force) as sequences:
                     inputs = self._left_padded([tokens[i] for i in chosen])
                     watch(sequences.gates)
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
@@ -655,7 +656,7 @@ class LanguageModel:
         together = self._batches([tokens[i] for i in plain], batch_size, "logits")
         for chosen in (*alone, *([plain[place] for place in places] for places in together)):
             inputs = self._left_padded([tokens[i] for i in chosen])
-            with self._for_call([rows[i] for i in chosen], force):
+            with self.held([rows[i] for i in chosen], force):
                 count, last = not seen[chosen[0]], at == "last"
                 logits = plain_logits(self.model, inputs, last, count).float()
             for i, row in zip(chosen, logits, strict=True):

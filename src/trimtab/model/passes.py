@@ -131,7 +131,8 @@ class Sequences:
     `given_ends` says where the prompt of each row ends (or of all rows), for texts whose answer is
     read along with them. `ended_at_once` says that every text ended with its first token, so that
     none was left to steer. `may_miss_images` says that passes without an image are no mistake,
-    because the caller has seen to it that others have some.
+    because the caller has seen to it that others have some. `in_part` says that other passes of
+    the same texts run in other blocks.
 
     `scopes` are those of all steps, so that nothing is noted that none of them asks for.
     """
@@ -149,6 +150,7 @@ class Sequences:
         self.given_ends: list[int] | None = None
         self.ended_at_once = False
         self.may_miss_images = False
+        self.in_part = False
         self.passes = 0
         self._arguments = arguments  # names of the body's, for those given by place
         self._rows, self._pad, self._choose = rows, pad, choose
