@@ -1,0 +1,350 @@
+"""From a request's body to the jobs that answer it, and from what they tell to the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.model import LanguageModel, scope_weights
+from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
+from trimtab.serving.choosing import Chosen
+from trimtab.serving.engine import Ended, Engine, Job, Piece, Told
+from trimtab.serving.library import Library
+from trimtab.serving.names import Asked, asked_by
+
+#: How many tokens an answer has where the request does not say.
+_CHAT_TOKENS, _COMPLETION_TOKENS = 1024, 16
+
+
+class UnknownModelError(TrimtabError):
+    """A request names a model that is not served."""
+
+
+@dataclass(eq=False)
+class Answer:
+    """One of a request's answers: its job, and what was told of it so far."""
+
+    job: Job
+    text: str = ""
+    tokens: list[Chosen] = field(default_factory=list)
+    reason: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    """A request that is being answered: its answers, of which each has a job."""
+
+    kind: str
+    model: str
+    names: list[str]
+    answers: list[Answer]
+    prompt_tokens: int
+    began: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    told: asyncio.Queue[tuple[int, Told]] = field(default_factory=asyncio.Queue)
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        for answer in self.answers:
+            answer.job.left.set()
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | Ended]]:
+        """What its answers go on with, in the order in which it comes, until all are whole."""
+        open_answers = len(self.answers)
+        while open_answers:
+            index, told = await self.told.get()
+            if isinstance(told, TrimtabError):
+                raise told
+            answer = self.answers[index]
+            if isinstance(told, Piece):
+                answer.text += told.text
+                answer.tokens += told.tokens
+            else:
+                answer.reason = told.reason
+                open_answers -= 1
+            yield index, told
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where requests become jobs: the model, its steerings, its engine; `name` is what clients call
+    the model, `timeout` how many seconds an answer may take."""
+
+    language_model: LanguageModel
+    name: str
+    library: Library
+    engine: Engine
+    timeout: float
+    #: Tokenizers change while they read.
+    tokenizing: Lock = field(default_factory=Lock)
+
+    def begin(self, body: ChatBody | CompletionBody, loop: asyncio.AbstractEventLoop) -> Request:
+        """Check a request whole, and hand its jobs to the engine, which tell of themselves in
+        `loop`; nothing has run where it is refused."""
+        asked = self._asked(body)
+        wanted = self.library.wanted(asked)
+        with self.tokenizing:
+            prompts = self._prompts(body)
+        most = self._most(body, prompts)
+        logprobs = _logprobs(body)
+        names = [one.name for one in asked]
+        total = len(prompts) * (body.n or 1)
+        if total > MOST_ANSWERS:
+            raise TrimtabError(f"a request may have {MOST_ANSWERS} answers, not {total}")
+        request = Request(
+            "chat" if isinstance(body, ChatBody) else "text", body.model, names, [],
+            sum(map(len, prompts)),
+        )  # fmt: skip
+        deadline = time.monotonic() + self.timeout
+        for i in range(total):
+            tokens = prompts[i // (body.n or 1)]
+            job = Job(
+                list(tokens),
+                partial(self.library.settled, wanted, tokens),
+                body.settings(most[i // (body.n or 1)], logprobs, i),
+                _teller(loop, request.told, i),
+                deadline,
+            )
+            request.answers.append(Answer(job))
+        try:
+            for answer in request.answers:
+                self.engine.submit(answer.job)
+        except TrimtabError:
+            request.leave()
+            raise
+        return request
+
+    def _asked(self, body: ChatBody | CompletionBody) -> list[Asked]:
+        by_name = asked_by(body.model, self.name)
+        if by_name is None:
+            raise UnknownModelError(
+                f"there is no model '{body.model[:100]}': this server has {self.name}, and "
+                f"{self.name}+STEERING@DIAL"
+            )
+        by_field = [one.asked for one in body.steering or []]
+        if by_name and by_field:
+            raise TrimtabError("name steerings in the model's name or in steering, not in both")
+        return by_name or by_field
+
+    def _prompts(self, body: ChatBody | CompletionBody) -> list[Sequence[int]]:
+        """The token ids of each prompt."""
+        lm = self.language_model
+        if isinstance(body, ChatBody):
+            return [self._chat_tokens(body)]
+        prompt: Any = body.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            prompt = [prompt]
+        if isinstance(prompt[0], str):
+            return list(lm.fitting(lm.prompts(prompt, False)))
+        largest = lm.anatomy.config.vocab_size - 1
+        for tokens in prompt:
+            if max(tokens) > largest:
+                raise TrimtabError(f"token ids go from 0 to {largest}, and one is {max(tokens)}")
+        lm.refuse_bare(prompt)
+        return list(prompt)
+
+    def _chat_tokens(self, body: ChatBody) -> Sequence[int]:
+        lm = self.language_model
+        if not lm.chats:
+            raise TrimtabError(f"{self.name} has no chat template: ask /v1/completions")
+        tools = body.tools if body.tool_choice != "none" else None
+        more = any(message.model_extra for message in body.messages)
+        if not (tools or more):
+            roles = {"developer": "system"}
+            turns = [
+                {"role": roles.get(one.role, one.role), "content": one.text}
+                for one in body.messages
+            ]
+            (tokens,) = lm.fitting(lm.prompts([turns], True))
+            return tokens
+        plain, told = (self._rendered(body, given) for given in (None, tools))
+        if tools and plain == told:
+            raise TrimtabError(f"the chat template of {self.name} takes no tools: leave them out")
+        found: list[int] = lm.tokenizer(told, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _rendered(self, body: ChatBody, tools: Any) -> str:
+        """Messages with what a template may want beside their texts, and tools."""
+        lm = self.language_model
+        messages = [
+            {**(one.model_extra or {}), "role": one.role, "content": one.text}
+            for one in body.messages
+        ]
+        try:
+            rendered: str = lm.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True,
+                **lm.chat_form.options,
+            )  # fmt: skip
+        except Exception as error:  # a template is a program: it fails as it likes
+            raise TrimtabError(
+                f"the chat template of {self.name} refuses these messages"
+            ) from error
+        return rendered
+
+    def _most(self, body: ChatBody | CompletionBody, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """How many tokens the answers to each prompt may have."""
+        if isinstance(body, ChatBody):
+            asked = body.max_completion_tokens or body.max_tokens
+        else:
+            asked = body.max_tokens or _COMPLETION_TOKENS
+        most = []
+        for tokens in prompts:
+            room = self.language_model.max_length - len(tokens)
+            if room < (asked or 1):
+                raise TrimtabError(
+                    f"a prompt of {len(tokens)} tokens and {asked or 1} new ones exceed the "
+                    f"{self.language_model.max_length} tokens that {self.name} takes"
+                )
+            most.append(asked or min(room, _CHAT_TOKENS))
+        return most
+
+    def acted(self, request: Request, index: int) -> list[dict[str, Any]]:
+        """Of one answer which steerings acted, at which dial, on how many tokens of the prompt and
+        of the answer, and what their gates decided."""
+        job, found = request.answers[index].job, []
+        gates = list(job.gates)
+        for name, steering in zip(request.names, job.acting, strict=False):
+            told: dict[str, Any] = {"name": name, "dial": steering.setting}
+            gate = gates.pop(0) if steering.gate is not None and gates else None
+            if gate is None or gate.fired or gate.kind == "token":
+                told["tokens"] = self._tokens(steering, job)
+            if gate is not None:
+                told["gate"] = {"kind": gate.kind, "fired": gate.fired, "scores": gate.scores}
+            found.append(told)
+        return found
+
+    def _tokens(self, steering: Any, job: Job) -> dict[str, int]:
+        """On how many tokens the scopes of a steering are true; the last that is written is not
+        read."""
+        ids, end = [*job.tokens, *job.new[:-1]], len(job.tokens)
+        marks = self.language_model.marks
+        each = [scope_weights(marks, scope, ids, end) for scope in steering.scopes]
+        acts = [any(weights) for weights in zip(*each, strict=True)]
+        return {"prompt": sum(acts[:end]), "answer": sum(acts[end:])}
+
+
+def _teller(
+    loop: asyncio.AbstractEventLoop, told: asyncio.Queue[tuple[int, Told]], index: int
+) -> Callable[[Told], None]:
+    """What the engine's thread calls; a loop that has ended hears nothing."""
+
+    def tell(what: Told) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(told.put_nowait, (index, what))
+
+    return tell
+
+
+def _logprobs(body: ChatBody | CompletionBody) -> int | None:
+    if isinstance(body, CompletionBody):
+        return body.logprobs
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+# -- in OpenAI's form -----------------------------------------------------------------------------
+
+
+def whole(desk: Desk, request: Request) -> dict[str, Any]:
+    """The answer, when all of it is there."""
+    choices = []
+    for i, answer in enumerate(request.answers):
+        content: dict[str, Any] = {"text": answer.text}
+        if request.kind == "chat":
+            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        choices.append({
+            "index": i,
+            **content,
+            "logprobs": _said(desk, request, answer.tokens),
+            "finish_reason": _finish(answer.reason),
+            "steering": desk.acted(request, i),
+        })  # fmt: skip
+    kind = "chat.completion" if request.kind == "chat" else "text_completion"
+    return {**_head(request, kind), "choices": choices, "usage": usage(request)}
+
+
+def chunk(desk: Desk, request: Request, index: int, told: Piece | Ended) -> dict[str, Any] | None:
+    """A piece of a streamed answer; None where there is nothing to say of it."""
+    finish = _finish(told.reason) if isinstance(told, Ended) else None
+    text = told.text if isinstance(told, Piece) else ""
+    said = _said(desk, request, told.tokens) if isinstance(told, Piece) else None
+    if not (text or finish or said):
+        return None
+    choice: dict[str, Any] = {"index": index, "logprobs": said, "finish_reason": finish}
+    if finish:
+        choice["steering"] = desk.acted(request, index)
+    if request.kind == "chat":
+        return {
+            **_head(request, "chat.completion.chunk"),
+            "choices": [{**choice, "delta": {"content": text} if text else {}}],
+        }
+    return {**_head(request, "text_completion"), "choices": [{**choice, "text": text}]}
+
+
+def opening(request: Request, index: int) -> dict[str, Any]:
+    """The first piece of a streamed chat answer, which says whose turn it is."""
+    choice = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    return {**_head(request, "chat.completion.chunk"), "choices": [choice]}
+
+
+def closing(request: Request) -> dict[str, Any]:
+    """The last piece of a stream: how many tokens there were."""
+    name = "chat.completion.chunk" if request.kind == "chat" else "text_completion"
+    return {**_head(request, name), "choices": [], "usage": usage(request)}
+
+
+def usage(request: Request) -> dict[str, int]:
+    written = sum(len(answer.job.new) for answer in request.answers)
+    return {
+        "prompt_tokens": request.prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": request.prompt_tokens + written,
+    }
+
+
+def _head(request: Request, kind: str) -> dict[str, Any]:
+    prefix = "chatcmpl" if request.kind == "chat" else "cmpl"
+    return {
+        "id": f"{prefix}-{request.key}",
+        "object": kind,
+        "created": request.created,
+        "model": request.model,
+    }
+
+
+def _finish(reason: str) -> str:
+    """OpenAI knows stop and length; an answer that was cut off is as if it had been too long."""
+    return reason if reason == "stop" else "length"
+
+
+def _said(desk: Desk, request: Request, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+    """Log-probabilities of some tokens."""
+    if not tokens or tokens[0].logprob is None:
+        return None
+    decode = desk.language_model.tokenizer.decode
+    if request.kind == "chat":
+        content = [
+            {
+                **_word(decode([one.token]), one.logprob or 0.0),
+                "top_logprobs": [_word(decode([token]), value) for token, value in one.top],
+            }
+            for one in tokens
+        ]
+        return {"content": content, "refusal": None}
+    return {
+        "tokens": [decode([one.token]) for one in tokens],
+        "token_logprobs": [one.logprob for one in tokens],
+        "top_logprobs": [{decode([token]): value for token, value in one.top} for one in tokens],
+        "text_offset": [],
+    }
+
+
+def _word(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}

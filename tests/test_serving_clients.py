@@ -1,0 +1,162 @@
+"""A server on a port of its own, as OpenAI's client and others meet it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+import trimtab as tt
+from helpers import PROMPTS, language_model, steer_at
+from trimtab.serving import Access, Desk, Engine, Library, Limits, api
+
+CHAT: Any = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(scope="module")
+def lm() -> tt.LanguageModel:
+    return language_model("llama")
+
+
+@pytest.fixture(scope="module")
+def joy(lm: tt.LanguageModel) -> tt.Steering:
+    return steer_at(lm, "resid", seed=2)
+
+
+@pytest.fixture(scope="module")
+def engine(lm: tt.LanguageModel) -> Engine:
+    return Engine(lm, Limits(rows=16))
+
+
+@pytest.fixture(scope="module")
+def address(
+    lm: tt.LanguageModel,
+    joy: tt.Steering,
+    engine: Engine,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    library = Library(lm)
+    file = joy.save(tmp_path_factory.mktemp("steerings") / "joy.safetensors")
+    library.read(str(file))
+    app = api(Desk(lm, "base", library, engine, 60.0), Access())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (first, *_) = server.servers[0].sockets
+    yield f"http://127.0.0.1:{first.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def test_chats_are_those_of_the_attached_steering(
+    client: openai.OpenAI, lm: tt.LanguageModel, joy: tt.Steering
+) -> None:
+    asked: Any = {"messages": CHAT, "temperature": 0, "max_tokens": 12}
+    for model, steering in (("base", None), ("base+joy@4", joy.at(4))):
+        (expected,) = lm.generate([CHAT], steering=steering, max_new_tokens=12)
+        answer = client.chat.completions.create(model=model, **asked)
+        assert answer.choices[0].message.content == expected.text
+        stream = client.chat.completions.create(model=model, stream=True, **asked)
+        pieces = [piece.choices[0].delta.content or "" for piece in stream]
+        assert "".join(pieces) == expected.text
+        assert len(pieces) > 3
+    body = {"steering": [{"name": "joy", "dial": 4}]}
+    answer = client.chat.completions.create(model="base", extra_body=body, **asked)
+    assert answer.choices[0].message.content == expected.text
+
+
+def test_logprobs_and_models_are_read_by_the_client(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["base", "base+joy"]
+    answer = client.chat.completions.create(
+        model="base", messages=CHAT, max_tokens=2, logprobs=True, top_logprobs=3, temperature=0
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    for one in told.content:
+        assert one.logprob == max(top.logprob for top in one.top_logprobs)
+        assert len(one.top_logprobs) == 3
+
+
+def test_mistakes_are_the_client_s_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.chat.completions.create(model="other", messages=CHAT)
+    with pytest.raises(openai.BadRequestError, match="takes no tools"):
+        tool: Any = {"type": "function", "function": {"name": "f", "parameters": {}}}
+        client.chat.completions.create(model="base", messages=CHAT, tools=[tool])
+    image: Any = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model="base", messages=[{"role": "user", "content": [image]}]
+        )
+
+
+def test_other_hosts_are_not_answered(address: str) -> None:
+    """A page that a browser shows may send requests here under a name of its own."""
+    found = httpx.get(f"{address}/v1/models", headers={"Host": "evil.example"})
+    assert found.status_code == 400
+    simple = {"Content-Type": "text/plain"}
+    posted = httpx.post(f"{address}/v1/completions", content="{}", headers=simple)
+    assert posted.status_code == 400
+
+
+def test_a_client_that_goes_makes_room(address: str, engine: Engine) -> None:
+    body = {"model": "base", "prompt": PROMPTS[0], "max_tokens": 200, "temperature": 0}
+    with httpx.stream("POST", f"{address}/v1/completions", json={**body, "stream": True}) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/completions", json={**body, "n": 64}, timeout=0.1)
+    until = time.monotonic() + 30
+    while engine.running or engine.waiting:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_nothing_is_lost_and_nothing_is_wrong(
+    count: int, address: str, lm: tt.LanguageModel, joy: tt.Steering, engine: Engine
+) -> None:
+    """Random steerings, lengths and cancellations, many at once; each answer is its solo run's."""
+    draw, known = random.Random(1), {}
+    for prompt in PROMPTS:
+        for dial in (None, -4.0, 2.0, 6.0):
+            own = None if dial is None else joy.at(dial)
+            (done,) = lm.generate([prompt], chat=False, steering=own, max_new_tokens=20)
+            known[prompt, dial] = list(done.tokens)
+    cases = [
+        (*draw.choice(list(known)), draw.randrange(1, 21), draw.random()) for _ in range(count)
+    ]
+    with httpx.Client(base_url=address, timeout=120) as http, ThreadPoolExecutor(32) as pool:
+
+        def ask(case: tuple[str, float | None, int, float]) -> bool:
+            prompt, dial, new, luck = case
+            model = "base" if dial is None else f"base+joy@{dial:g}"
+            body = {"model": model, "prompt": prompt, "max_tokens": new, "temperature": 0}
+            if luck < 0.2:  # left at once
+                with http.stream("POST", "/v1/completions", json={**body, "stream": True}):
+                    return True
+            told = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+            return bool(
+                told == lm.tokenizer.decode(known[prompt, dial][:new], skip_special_tokens=True)
+            )
+
+        assert all(pool.map(ask, cases))
+    until = time.monotonic() + 30
+    while engine.running or engine.waiting:
+        assert time.monotonic() < until
+        time.sleep(0.05)
