@@ -47,6 +47,7 @@ HEADINGS = (
     "Task",
     "Texts",
     "Budget",
+    "Server",
     "Model",
     "Run",
     "Output",

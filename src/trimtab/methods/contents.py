@@ -184,13 +184,10 @@ def _what_was_measured(steering: Steering) -> list[str]:
     if not (isinstance(measured, dict) and known is not None):
         return []
     unit, lines = steering.dial.unit, []
-    dials = dict(zip(known.kl, known.positive, strict=False))
-    strengths = {name: dials.get(kl) for name, kl in STRENGTHS.items()}
-    end = steering.dial.range[1]
+    strengths, end = known.strengths, steering.dial.range[1]
     reached = [
         f"{name} {dial:.3g}{unit}{' (beyond the range)' if dial > end else ''}"
         for name, dial in strengths.items()
-        if dial is not None
     ]
     if reached:
         lines.append(

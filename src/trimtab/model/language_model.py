@@ -495,9 +495,7 @@ class LanguageModel:
                 self._warned.add(message)
                 warnings.warn(message, TrimtabWarning, stacklevel=2)
 
-    def held(
-        self, rows: Sequence[RowSteerings], force: bool
-    ) -> AbstractContextManager[Sequences]:
+    def held(self, rows: Sequence[RowSteerings], force: bool) -> AbstractContextManager[Sequences]:
         """The model for one batch with steerings of each row, for which other threads wait; what
         all rows share takes less time per token."""
         alike = all(row == rows[0] for row in rows)

@@ -136,7 +136,7 @@ class Library:
 
 def described(name: str, held: Held) -> dict[str, Any]:
     """What a client may know of a steering: how far its dial goes and what that costs."""
-    steering = held.steering
+    steering, measured = held.steering, held.steering.findings.get("measured")
     dial = {
         "name": steering.dial.name,
         "unit": steering.dial.unit,
@@ -147,23 +147,13 @@ def described(name: str, held: Held) -> dict[str, Any]:
         "name": name,
         "method": steering.method,
         "dial": dial,
-        "strengths": strengths(steering),
+        "strengths": {} if steering.calibration is None else steering.calibration.strengths,
+        "cost": measured.get("cost") if isinstance(measured, dict) else None,
         "scopes": [str(scope) for scope in steering.scopes],
         "gate": None if steering.gate is None else steering.gate.kind,
         "sites": len(steering.interventions),
         "bytes": held.size,
     }
-
-
-def strengths(steering: Steering) -> dict[str, float]:
-    """The dials of the strengths that have a name, of a steering that was calibrated."""
-    found = {}
-    for word in ("gentle", "clear", "strong"):
-        try:
-            found[word] = steering.at(word).setting
-        except TrimtabError:  # it was not calibrated, or not so far
-            continue
-    return found
 
 
 def _path_of(source: str) -> Path:

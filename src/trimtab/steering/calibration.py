@@ -32,6 +32,13 @@ class Calibration:
     negative: tuple[float | None, ...] = ()
     negative_worst5: tuple[float | None, ...] = ()
 
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The dials of the strengths that have a name, of those that were reached."""
+        dials = dict(zip(self.kl, self.positive, strict=False))
+        found = {name: dials.get(kl) for name, kl in STRENGTHS.items()}
+        return {name: dial for name, dial in found.items() if dial is not None}
+
     def dial(
         self, kl: float, side: Literal["positive", "negative"] = "positive", median: bool = False
     ) -> float:
