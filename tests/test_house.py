@@ -42,6 +42,7 @@ PUBLIC = [
     "Intervention",
     "LanguageModel",
     "Method",
+    "Probe",
     "Range",
     "Result",
     "Scope",
