@@ -34,6 +34,7 @@ from .methods import (
     Probe,
 )
 from .model import Completion, LanguageModel, bake, load, wrap
+from .monitoring import Answered, Monitor, Monitoring, fit_monitor, monitor
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
@@ -56,6 +57,7 @@ __all__ = [
     "AcT",
     "ActAdd",
     "AlphaSteer",
+    "Answered",
     "Audit",
     "Candidate",
     "Comparison",
@@ -70,6 +72,8 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "Method",
+    "Monitor",
+    "Monitoring",
     "Probe",
     "Range",
     "Result",
@@ -87,12 +91,14 @@ __all__ = [
     "export",
     "fit",
     "fit_gate",
+    "fit_monitor",
     "generate_contrast",
     "import_steering",
     "load",
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "monitor",
     "pull",
     "push",
     "recipes",
