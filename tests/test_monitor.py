@@ -240,6 +240,7 @@ def test_mistakes(lm: Any, caa: Any) -> None:
     for act, says in (
         (lambda: tt.monitor(lm, caa, "text"), "must be a list"),
         (lambda: tt.monitor(lm, caa, []), "no chat to read"),
+        (lambda: tt.monitor(lm, "caa.st", [CHAT]), "neither a monitor nor a steering"),  # type: ignore[arg-type]
         (lambda: tt.monitor(lm, caa, [CHAT, late]), "chat 2 begins with the assistant"),
         (lambda: tt.monitor(lm, caa, [[{"role": "user"}]]), "chat 1: a message must be"),
         (lambda: tt.monitor(lm, caa, ["ship " * 5000]), "chat 1 has"),

@@ -46,6 +46,7 @@ from trimtab.fitting import (
     separation,
     validation_part,
 )
+from trimtab.methods.act import Kind
 from trimtab.methods.readers import Estimator, Reader, Settings, direction_of, reader_of
 from trimtab.methods.words import difference_read_at, read_at
 from trimtab.model import LanguageModel
@@ -61,11 +62,6 @@ from trimtab.steering import (
     Steering,
 )
 
-#: Kinds of sites that a block has one of.
-Kind = Literal[
-    "attn_norm", "attn_out", "attn_post_norm", "ffn_norm", "ffn_in", "ffn_out", "ffn_post_norm",
-    "heads", "resid",
-]  # fmt: skip
 Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
 Share = Annotated[float, Field(ge=0, le=1), Says("must lie between 0 and 1, not {value}")]
 #: The dial's range by what is done, and by how long what is added is.

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from trimtab.anatomy import Anatomy
 from trimtab.errors import TrimtabError, shown
+from trimtab.model import LanguageModel
 from trimtab.steering import Condition, Gate, GateKind, ModelIdentity, Steering
 
 #: What of a turn is looked at: the mean over the answer's tokens, or the prompt's last token, which
@@ -177,8 +178,18 @@ def what_is_read(at: At) -> str:
     return "the mean over an answer's tokens" if at == "answer" else "a prompt's last token"
 
 
-def direction_of(steering: Steering, site: str | None) -> tuple[Condition, dict[str, Any]]:
-    """The direction of a steering as a projection without a threshold, and where it is from."""
+def direction_of(
+    language_model: LanguageModel, steering: Steering, site: str | None
+) -> tuple[Condition, dict[str, Any]]:
+    """The direction of a steering as a projection without a threshold, and where it is from; a
+    steering of another model is refused."""
+    if not isinstance(steering, Steering):
+        raise TrimtabError(
+            f"{shown(steering, 60)} is neither a monitor nor a steering: load one with "
+            "Monitor.load(FILE) or Steering.load(FILE)"
+        )
+    lm = language_model
+    steering.check_fits(lm.anatomy, lm.identity, quantised=lm.quantised)
     condition = steering.condition(site, threshold=float("inf"))
     source = {
         "method": steering.method,

@@ -63,8 +63,7 @@ def fit_monitor(
             f"{contrast.name} has too few texts to hold some out for validation and test: "
             f"{contrast.too_few}"
         )
-    steering.check_fits(language_model.anatomy, language_model.identity)
-    condition, source = direction_of(steering, site)
+    condition, source = direction_of(language_model, steering, site)
     read = {
         part: _values(language_model, condition, parts.part(part), at, chat)
         for part in ("validation", "test")

@@ -160,14 +160,13 @@ def monitor(
     read = [as_chat(chat, f"chat {number}") for number, chat in enumerate(chats, 1)]
     if not read:
         raise TrimtabError("there is no chat to read")
-    anatomy, identity = language_model.anatomy, language_model.identity
-    watch.check_fits(anatomy, identity)
     if isinstance(watch, Monitor):
+        watch.check_fits(language_model.anatomy, language_model.identity)
         if site is not None:
             raise TrimtabError("a monitor has its site: name one where a steering is read")
         condition, source, own = watch.condition, watch.source, watch
     else:
-        condition, source = direction_of(watch, site)
+        condition, source = direction_of(language_model, watch, site)
         own = None
     return Monitoring(turns_along(language_model, condition, read), condition.site, source, own)
 
