@@ -25,15 +25,13 @@ from trimtab.reports import (
 _NAMED = 8
 #: Of so many turns the tokens are shown; the results have all.
 _SHOWN = 40
-#: Standard deviations from what is usual at which a colour is full.
-_FULL = 3.0
 
 
 def draw(axes: Any, found: Monitoring) -> None:
     """What is compared of each turn, chat by chat; an alarm is ringed."""
     monitor = found.monitor
     at = "answer" if monitor is None else monitor.at
-    place = 0
+    place = 1
     chats = [list(turns) for _, turns in groupby(found.turns, key=lambda turn: turn.chat)]
     for number, turns in enumerate(chats):
         known = [(place + i, turn.value(at)) for i, turn in enumerate(turns)]
@@ -69,13 +67,14 @@ def _picture(found: Monitoring) -> Picture:
 
 
 def _tokens(found: Monitoring) -> Coloured:
-    """The answers with each token as coloured as it is far from what is usual (without a monitor,
-    from 0, by the largest that there is)."""
-    values = [abs(value) for turn in found.turns for value in turn.projections]
-    middle, full = 0.0, max(values, default=0.0) or 1.0
-    if found.monitor is not None and found.monitor.at == "answer":
-        usual = found.monitor.baseline
-        middle, full = usual.mean, _FULL * usual.sd or 1.0
+    """The answers with each token as coloured as it is far from the threshold (where there is none
+    for answers, from 0)."""
+    monitor = found.monitor
+    has_limit = monitor is not None and monitor.at == "answer"
+    middle = monitor.condition.threshold if monitor is not None and has_limit else 0.0
+    shown = [turn for turn in found.turns if turn.tokens][:_SHOWN]
+    away = [abs(value - middle) for turn in shown for value in turn.projections]
+    full = max(away, default=0.0) or 1.0
 
     def passage(turn: Turn) -> Passage:
         alarm = ", alarm" if found.alarms(turn) else ""
@@ -85,9 +84,9 @@ def _tokens(found: Monitoring) -> Coloured:
             tuple(zip(turn.tokens, shades, turn.projections, strict=True)),
         )
 
-    shown = [turn for turn in found.turns if turn.tokens][:_SHOWN]
-    more = len(found.turns) - len(shown)
-    note = "Blue is above, orange below what is usual; point at a token for its projection."
+    more = sum(bool(turn.tokens) for turn in found.turns) - len(shown)
+    of = "the threshold" if has_limit else "0"
+    note = f"Blue is above, orange below {of}; point at a token for its projection."
     if more:
         note += f" {more} other turns are in results.json."
     return Coloured("Tokens", tuple(map(passage, shown)), note)

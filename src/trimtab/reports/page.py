@@ -215,7 +215,8 @@ def _shown(block: Block, name: str = "") -> dict[str, Any]:
 def _shaded(piece: tuple[str, float, float]) -> dict[str, str]:
     """A piece of a text for the template: its colour, and the number that it stands for."""
     text, shade, value = piece
-    colour, strength = _ABOVE if shade > 0 else _BELOW, min(1.0, abs(shade))
+    colour = _ABOVE if shade > 0 else _BELOW
+    strength = 0.6 * min(1.0, abs(shade))  # text stays readable, in the dark too
     return {"text": text, "colour": f"rgb({colour} / {strength:.2f})", "value": f"{value:.4g}"}
 
 
