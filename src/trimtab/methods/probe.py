@@ -293,14 +293,12 @@ class Probe(Method):
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
         options, found = steering.hyperparameters, steering.findings["probe"]
-        along = _WORDS[options["steer"]].format(
-            read=read_at(options["token"]), mean=difference_read_at(options["token"])
-        )
-        lines = [_what_it_does(steering), f"The direction is {along}."]
-        reader = _WORDS[options["read"]].format(
-            read=read_at(options["token"]), mean=difference_read_at(options["token"])
-        )
-        lines.append(f"It is read, as a logit, with {reader}.")
+        along, reader = (_in_words(options[which], options["token"]) for which in ("steer", "read"))
+        lines = [
+            _what_it_does(steering),
+            f"The direction is {along}.",
+            f"It is read, as a logit, with {reader}.",
+        ]
         for site, said in found.items():
             if "auroc" in said:
                 right, auroc = said["accuracy"], said["auroc"]
@@ -318,11 +316,17 @@ class Probe(Method):
 
 
 _WORDS = {
-    "mean": "{mean}",
-    "lda": "Fisher's discriminant of the two sides ({read})",
-    "logistic": "the weights of a logistic regression ({read})",
-    "lat": "the axis along which pairs differ most, with random signs ({read})",
+    "lda": "Fisher's discriminant of the two sides",
+    "logistic": "the weights of a logistic regression",
+    "lat": "the axis along which pairs differ most, with random signs",
 }
+
+
+def _in_words(estimator: str, token: str | int) -> str:
+    """A direction, and at which token it was read."""
+    if estimator == "mean":
+        return difference_read_at(token)
+    return f"{_WORDS[estimator]}, {read_at(token)}"
 
 
 def _what_it_does(steering: Steering) -> str:

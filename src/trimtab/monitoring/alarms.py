@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from trimtab.anatomy import Anatomy
@@ -23,6 +24,7 @@ from trimtab.steering import Condition, Gate, GateKind, ModelIdentity, Steering
 At = Literal["answer", "prompt"]
 #: What a token gate and one that decides at the prompt's last token read.
 _KINDS: dict[At, GateKind] = {"answer": "token", "prompt": "latched"}
+_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,22 @@ class Baseline:
         return (value - self.mean) / self.sd if self.sd > 0 else 0.0
 
 
+class _Usual(BaseModel):
+    model_config = _STRICT
+
+    mean: FiniteFloat
+    sd: FiniteFloat = Field(ge=0)
+    n: int = Field(ge=1)
+    of: str
+
+
 class _Noted(BaseModel):
     """What the findings of a gate that is a monitor say of it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    class Usual(BaseModel):
-        model_config = ConfigDict(extra="forbid", strict=True)
-
-        mean: FiniteFloat
-        sd: FiniteFloat = Field(ge=0)
-        n: int = Field(ge=1)
-        of: str
+    model_config = _STRICT
 
     at: At
-    baseline: Usual
+    baseline: _Usual
     source: dict[str, Any]
     chosen: dict[str, Any]
 
@@ -137,10 +140,9 @@ class Monitor:
 
     def alarms(self, value: float | None) -> bool:
         """Whether a turn of this value is an alarm; one without a value is none."""
-        if value is None:
-            return False
-        above = value > self.condition.threshold
-        return above if self.condition.fires == "above" else value < self.condition.threshold
+        return value is not None and bool(
+            self.condition.holds(torch.tensor(value, dtype=torch.float64))
+        )
 
     @property
     def sign(self) -> str:
