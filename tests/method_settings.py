@@ -113,6 +113,15 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.AlphaSteer("builtin:facts", layer=(0, 2), site="ffn_out", ridge=0.1), EVERY
         ),
     },
+    "probe": {
+        "validation": _always(tt.Probe(alpha=2), FFN_BIAS, _NO_FFN_BIAS),
+        "clamp": _always(
+            tt.Probe(layer=1, read="logistic", operator="clamp"), NONE, "stops at a bound"
+        ),
+        "ablate": _always(
+            tt.Probe("ffn_out", layer=(1, 2), read="mean", steer="lat", operator="ablate"), EVERY
+        ),
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

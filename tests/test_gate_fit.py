@@ -13,7 +13,8 @@ import trimtab as tt
 from gates_by_hand import prompt_score, stream
 from helpers import language_model, refused_in_one_line, steer, write_pairs
 from trimtab.contrasts import Contrast
-from trimtab.fitting.gates import _f1, _pairwise, _probe, _threshold
+from trimtab.fitting.classifiers import best_threshold, f1_of, logistic
+from trimtab.fitting.gates import _pairwise
 from trimtab.steering import Add, Condition, Gate
 
 WORDS = ["ship", "rudder", "map", "day", "film", "answer", "way", "sea", "letter", "friend"]
@@ -89,14 +90,14 @@ def test_the_threshold_has_the_best_f1_of_all(both: bool) -> None:
         positive = torch.rand(25, generator=generator) < 0.4
         sign = -1 if both and seed % 2 else 1
         scores = torch.randn(25, generator=generator) + sign * positive.double()
-        fires, threshold = _threshold(scores, positive, both)
-        found = _f1(scores > threshold if fires == "above" else scores < threshold, positive)
+        fires, threshold = best_threshold(scores, positive, both)
+        found = f1_of(scores > threshold if fires == "above" else scores < threshold, positive)
         ends = [
             (a + b) / 2
             for a, b in zip(*[scores.sort().values.tolist()[i:] for i in (0, 1)], strict=False)
         ]
         best = max(
-            max(_f1(scores > end, positive), _f1(scores < end, positive) if both else 0.0)
+            max(f1_of(scores > end, positive), f1_of(scores < end, positive) if both else 0.0)
             for end in ends
         )
         assert found == pytest.approx(best)
@@ -113,7 +114,7 @@ def test_directions_of_probe_and_pairs() -> None:
     found = _pairwise(x, positive)
     assert abs(float(found.double() @ top)) == pytest.approx(1, abs=1e-5)
     assert float(found @ v) > 0
-    direction, bias = _probe(x, positive, 0.1)
+    direction, bias = logistic(x, positive, 0.1)
     assert ((x @ direction + bias > 0) == positive).double().mean() > 0.95
 
 

@@ -18,8 +18,23 @@ from .exchange import (
 )
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
-from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AlphaSteer, AUSteer
+from .methods import (
+    AAS,
+    CAA,
+    ITI,
+    SADI,
+    SAS,
+    SS,
+    STA,
+    Ablation,
+    AcT,
+    ActAdd,
+    AlphaSteer,
+    AUSteer,
+    Probe,
+)
 from .model import Completion, LanguageModel, bake, load, wrap
+from .monitoring import Answered, Monitor, Monitoring, fit_monitor, monitor
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
@@ -42,6 +57,7 @@ __all__ = [
     "AcT",
     "ActAdd",
     "AlphaSteer",
+    "Answered",
     "Audit",
     "Candidate",
     "Comparison",
@@ -56,6 +72,9 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "Method",
+    "Monitor",
+    "Monitoring",
+    "Probe",
     "Range",
     "Result",
     "Scope",
@@ -72,12 +91,14 @@ __all__ = [
     "export",
     "fit",
     "fit_gate",
+    "fit_monitor",
     "generate_contrast",
     "import_steering",
     "load",
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "monitor",
     "pull",
     "push",
     "recipes",

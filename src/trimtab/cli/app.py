@@ -36,11 +36,11 @@ from trimtab.terminal import CleanConsole, printable
 #: same name has each (of a Python keyword with _ behind it): the function that is the command, or
 #: `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "gate", "generate", "inspect", "bake", "serve", "export",
-    "import", "push", "pull", "search", "audit", "evaluate", "strength", "sweep", "reproduce",
-    "compare", "analyse",
+    "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "inspect", "bake", "serve",
+    "export", "import", "push", "pull", "search", "audit", "evaluate", "strength", "sweep",
+    "reproduce", "compare", "analyse",
 )  # fmt: skip
-GROUPS = ("models", "contrast", "fit", "gate", "strength", "sweep", "analyse")
+GROUPS = ("models", "contrast", "fit", "gate", "monitor", "strength", "sweep", "analyse")
 _ABOUT = (
     "Steer open-weight language models at inference time. With `--debug` errors show where they "
     "come from; with `--trust-remote-code` Python code that comes with a model is run. "

@@ -1,6 +1,12 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
-from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+from trimtab.figures.intervals import (
+    Estimate,
+    auroc_interval,
+    mean_interval,
+    rate_interval,
+    weighted_interval,
+)
 from trimtab.figures.metrics import (
     METRICS,
     Metric,

@@ -2,6 +2,14 @@
 
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
+from trimtab.fitting.classifiers import (
+    best_threshold,
+    fired_rate,
+    logistic,
+    rare_threshold,
+    separation,
+    sides_fired,
+)
 from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain

@@ -17,16 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Pair, Prompt
 from trimtab.errors import TrimtabError, check_choice
-from trimtab.figures import rate_interval
+from trimtab.fitting.classifiers import (
+    best_threshold,
+    f1_of,
+    fired_rate,
+    logistic,
+    separation,
+    sides_fired,
+)
 from trimtab.model import LanguageModel, batches_by_length, read_prompts, score_pass, score_prompts
 from trimtab.steering import (
     READS_ALL_BUT_FIRST,
@@ -35,7 +40,6 @@ from trimtab.steering import (
     Gate,
     GateKind,
     GateScore,
-    GateSide,
     Scope,
     Steering,
     check_gate,
@@ -231,15 +235,16 @@ def _fitted(
     """The conditions to choose from at a site: of a probe one for each penalty."""
     x = train.at[site]
     if score == "probe":
-        made = [_probe(x, train.positive, penalty) for penalty in _PENALTIES]
+        made = [logistic(x, train.positive, penalty) for penalty in _PENALTIES]
         conditions = [
             Condition(site, direction, 0.0, "above", "probe", bias, reads)
             for direction, bias in made
         ]
     else:
-        direction = _pairwise(x, train.positive) if score == "compat" else _means(x, train.positive)
+        unsigned = score == "compat"
+        direction = (_pairwise if unsigned else _means)(x, train.positive)
         plain = Condition(site, direction, 0.0, score=score, reads=reads)
-        fires, threshold = _threshold(plain.scores(x.double()), train.positive, score == "compat")
+        fires, threshold = best_threshold(plain.scores(x.double()), train.positive, unsigned)
         conditions = [replace(plain, fires=fires, threshold=threshold)]
     return [_tried(each, validation) for each in conditions]
 
@@ -257,51 +262,10 @@ def _pairwise(x: Tensor, positive: Tensor) -> Tensor:
     return (direction if (half @ direction > 0).sum() * 2 >= n else -direction).float()
 
 
-def _probe(x: Tensor, positive: Tensor, penalty: float) -> tuple[Tensor, float]:
-    """A logistic regression on activations of unit variance, as a direction and a bias for plain
-    ones."""
-    from sklearn.linear_model import LogisticRegression
-
-    wide = x.double().numpy()
-    mean, spread = wide.mean(0), np.maximum(wide.std(0), 1e-6)
-    model = LogisticRegression(C=penalty, class_weight="balanced", max_iter=2000)
-    model.fit((wide - mean) / spread, positive.numpy())
-    direction = model.coef_[0] / spread
-    bias = float(model.intercept_[0] - direction @ mean)
-    return torch.from_numpy(direction).float(), bias
-
-
-def _threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[GateSide, float]:
-    """The side and the threshold with the best F1 on some texts, in the middle of the widest gap
-    between scores that has it; `below` only where the score has no sign."""
-    found: list[tuple[float, float, GateSide, float]] = []
-    sides: tuple[GateSide, ...] = ("above", "below") if both else ("above",)
-    for fires in sides:
-        sign = 1.0 if fires == "above" else -1.0
-        order = (sign * scores).argsort()
-        ordered, labels = (sign * scores)[order].tolist(), positive[order].tolist()
-        total, below = sum(labels), 0
-        for place, (low, high) in enumerate(pairwise(ordered)):
-            below += labels[place]
-            right, fired = total - below, len(ordered) - place - 1
-            found.append((2 * right / (fired + total), high - low, fires, sign * (low + high) / 2))
-    _, _, side, threshold = max(found)
-    return side, threshold
-
-
 def _tried(condition: Condition, part: _Part) -> _Tried:
     scores = condition.scores(part.at[condition.site].double())
-    positive, negative = scores[part.positive], scores[~part.positive]
-    # One text of a side has no spread of its own, and without any there is no margin to tell.
-    spread = float(((positive.var(correction=0) + negative.var(correction=0)) / 2).sqrt())
-    apart = float((positive.mean() - negative.mean()).abs())
-    margin = apart / spread if spread else 0.0
-    return _Tried(condition, _f1(condition.holds(scores), part.positive), margin)
-
-
-def _f1(fired: Tensor, positive: Tensor) -> float:
-    right, either = int((fired & positive).sum()), int(fired.sum()) + int(positive.sum())
-    return 2 * right / either if either else 0.0
+    margin = separation(scores, part.positive)
+    return _Tried(condition, f1_of(condition.holds(scores), part.positive), margin)
 
 
 def _combined(ranked: Sequence[_Tried], part: _Part, any_of: int) -> list[_Tried]:
@@ -312,7 +276,7 @@ def _combined(ranked: Sequence[_Tried], part: _Part, any_of: int) -> list[_Tried
         if len(kept) == any_of:
             break
         both = fired | _holds(each, part)
-        if _f1(both, part.positive) > _f1(fired, part.positive):
+        if f1_of(both, part.positive) > f1_of(fired, part.positive):
             kept.append(each)
             fired = both
     return kept
@@ -329,16 +293,7 @@ def _holds(tried: _Tried, part: _Part) -> Tensor:
 def _figures(gate: Gate, part: _Part) -> dict[str, Any]:
     """F1 and the rates at which it fires, with their intervals."""
     fired = gate.decide([c.scores(part.at[c.site].double()) for c in gate.conditions])
-    return {
-        "f1": _f1(fired, part.positive),
-        "positive": _rate(fired[part.positive]),
-        "negative": _rate(fired[~part.positive]),
-    }
-
-
-def _rate(fired: Tensor) -> dict[str, Any]:
-    found = rate_interval(fired.double())
-    return {"fired": found.value, "ci95": list(found.ci95), "n": found.n}
+    return sides_fired(fired, part.positive)
 
 
 def _best_by_site(tried: Sequence[_Tried]) -> list[dict[str, Any]]:
@@ -357,7 +312,7 @@ def _false_fires(
     encoded = _texts(language_model, texts, chat)
     anatomy, marks = language_model.anatomy, language_model.marks
     if gate.kind != "token":
-        return _rate(gate.decide(list(score_prompts(anatomy, marks, gate, encoded))))
+        return fired_rate(gate.decide(list(score_prompts(anatomy, marks, gate, encoded))))
     last = torch.zeros(len(encoded), dtype=torch.bool)
     tokens = fired = 0
     for rows in batches_by_length(list(map(len, encoded)), language_model.batch_tokens):
@@ -367,4 +322,4 @@ def _false_fires(
             last[i] = where[row, len(text) - 1]
             fired += int(where[row, : len(text)].sum())
             tokens += len(text)
-    return _rate(last) | {"tokens_fired": fired / tokens, "tokens": tokens}
+    return fired_rate(last) | {"tokens_fired": fired / tokens, "tokens": tokens}

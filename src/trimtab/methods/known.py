@@ -14,11 +14,12 @@ from trimtab.methods.angular import AAS, SAS, SS
 from trimtab.methods.austeer import AUSteer
 from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
+from trimtab.methods.probe import Probe
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer, Probe)
 
 
 def _is_method(added: Any, name: str) -> bool:

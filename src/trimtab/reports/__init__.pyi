@@ -25,6 +25,8 @@ from .charts import (
 )
 from .evaluations import Evaluation, evaluation_page, short_name, summarise
 from .page import (
+    Coloured,
+    Passage,
     Picture,
     model_line,
     render_page,
@@ -63,9 +65,11 @@ __all__ = [
     "NEUTRAL",
     "STYLE",
     "UP",
+    "Coloured",
     "Evaluation",
     "Finite",
     "Line",
+    "Passage",
     "Picture",
     "Presented",
     "Run",

@@ -46,12 +46,36 @@ class Picture:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A text in pieces, each with its shade from -1 to 1 (what is beyond counts as that) and the
+    number that it stands for."""
+
+    title: str
+    pieces: Sequence[tuple[str, float, float]]
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """Texts whose pieces are coloured by a number."""
+
+    title: str
+    passages: Sequence[Passage]
+    note: str = ""
+
+
+#: What a page is made of.
+Block = Table | Picture | Coloured
+#: Colours of shades above and below 0, as CSS has them.
+_ABOVE, _BELOW = "0 114 178", "213 94 0"
+
+
 def run_page(
     run: Run,
     environment: dict[str, Any],
     title: str,
     subtitle: str,
-    blocks: Sequence[Table | Picture],
+    blocks: Sequence[Block],
     *,
     summary: str = "",
     notes: Sequence[str] = (),
@@ -77,7 +101,7 @@ def run_page(
 def render_page(
     title: str,
     subtitle: str,
-    blocks: Sequence[Table | Picture],
+    blocks: Sequence[Block],
     config: dict[str, Any],
     environment: dict[str, Any],
     *,
@@ -111,7 +135,7 @@ def tables_html(tables: Sequence[Table], summary: str = "") -> str:
     return str(_template("notebook.html.jinja").render(summary=summary, blocks=blocks))
 
 
-def save_blocks(blocks: Sequence[Table | Picture], directory: Path) -> None:
+def save_blocks(blocks: Sequence[Block], directory: Path) -> None:
     """Each picture as pictures/NAME.png and .svg, each table as tables/NAME.csv and .tex."""
     from trimtab.reports.charts import save_figure  # matplotlib takes a second to import
 
@@ -119,6 +143,8 @@ def save_blocks(blocks: Sequence[Table | Picture], directory: Path) -> None:
         if isinstance(block, Picture):
             make_directory(directory / "pictures")
             save_figure(block.figure, directory / "pictures", name)
+            continue
+        if isinstance(block, Coloured):
             continue
         make_directory(directory / "tables")
         for kind, text in (("csv", block.to_csv()), ("tex", TABLE_MARK + block.to_latex())):
@@ -151,12 +177,15 @@ def _breakable(value: Any) -> Markup:
     return Markup("<wbr>").join([*parts, escape(text[begin:])])
 
 
-def _file_names(blocks: Sequence[Table | Picture]) -> list[str]:
-    """The names of the blocks' files: a picture's own, a table's from its title."""
+def _file_names(blocks: Sequence[Block]) -> list[str]:
+    """The names of the blocks' files: a picture's own, a table's from its title, none of a text."""
     names: list[str] = []
     for block in blocks:
         if isinstance(block, Picture):
             names.append(block.name)
+            continue
+        if isinstance(block, Coloured):
+            names.append("")
             continue
         name = re.sub(r"[^a-z0-9]+", "-", block.title.lower())[:60].strip("-") or "table"
         count = sum(re.fullmatch(rf"{name}(-\d+)?", other) is not None for other in names)
@@ -164,11 +193,14 @@ def _file_names(blocks: Sequence[Table | Picture]) -> list[str]:
     return names
 
 
-def _shown(block: Table | Picture, name: str = "") -> dict[str, Any]:
+def _shown(block: Block, name: str = "") -> dict[str, Any]:
     """A block for the template; with a `name`, it also lies beside the page as files."""
     if isinstance(block, Table):
         files = [f"tables/{name}.{kind}" for kind in ("csv", "tex")] if name else []
         return {"kind": "table", "files": files, **vars(block)}
+    if isinstance(block, Coloured):
+        passages = [(each.title, list(map(_shaded, each.pieces))) for each in block.passages]
+        return {"kind": "coloured", "files": [], **vars(block), "passages": passages}
     from trimtab.reports.charts import rendered
     from trimtab.reports.dark import dark
 
@@ -178,6 +210,14 @@ def _shown(block: Table | Picture, name: str = "") -> dict[str, Any]:
     files = [f"pictures/{name}.{kind}" for kind in ("svg", "png")] if name else []
     sources = {"light": _as_source(light), "dark": _as_source(on_dark)}
     return {"kind": "picture", "files": files, **sources, **vars(block)}
+
+
+def _shaded(piece: tuple[str, float, float]) -> dict[str, str]:
+    """A piece of a text for the template: its colour, and the number that it stands for."""
+    text, shade, value = piece
+    colour = _ABOVE if shade > 0 else _BELOW
+    strength = 0.6 * min(1.0, abs(shade))  # text stays readable, in the dark too
+    return {"text": text, "colour": f"rgb({colour} / {strength:.2f})", "value": f"{value:.4g}"}
 
 
 def _as_source(svg: bytes) -> str:

@@ -2,7 +2,7 @@
 
 from trimtab.steering.artifact import Steering, Steerings, together
 from trimtab.steering.calibration import STRENGTHS, Calibration
-from trimtab.steering.document import refuse_other_file
+from trimtab.steering.document import kind_of_file, refuse_other_file
 from trimtab.steering.gate_document import GateKind, GateScore, GateSide
 from trimtab.steering.gate_reading import read_gate
 from trimtab.steering.gates import (

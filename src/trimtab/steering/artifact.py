@@ -21,7 +21,9 @@ from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.files import exists
 from trimtab.steering import document
 from trimtab.steering.calibration import STRENGTHS, Calibration
-from trimtab.steering.gates import Gate, check_gate
+from trimtab.steering.directions import condition_of
+from trimtab.steering.gate_document import GateSide
+from trimtab.steering.gates import Condition, Gate, check_gate
 from trimtab.steering.operators import Force, to_tensors
 from trimtab.steering.parts import LARGEST, Dial, Intervention, ModelIdentity
 from trimtab.steering.scope import Scope, Tokens
@@ -158,6 +160,18 @@ class Steering:
         """The sites that it changes, and those that its gate reads, each once."""
         read = self.gate.sites if self.gate is not None else ()
         return tuple(dict.fromkeys((*(each.site for each in self.interventions), *read)))
+
+    def condition(
+        self, site: str | None = None, threshold: float = 0.0, fires: GateSide = "above"
+    ) -> Condition:
+        """What it is about, as the condition of a gate: a probe's reader, whose score is a logit,
+        or else the projection on the direction that it adds, takes out or holds within bounds.
+
+            Gate((steering.condition(),))
+
+        `site` names one where it has several. Errors: a TrimtabError where it has no direction.
+        """
+        return condition_of(self, site, threshold, fires)
 
     def explain(self, language_model: _Explains, prompt: Any, **options: Any) -> Any:
         """Token by token what will act on a prompt and on what the model writes after it: a

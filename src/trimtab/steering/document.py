@@ -280,17 +280,22 @@ def _scope(described: _InterventionDocument) -> Scope:
     return Scope.placed(described.positions, described.tokens)
 
 
+def kind_of_file(path: str | Path) -> str | None:
+    """Whether a file is a steering or a gate; None where it is neither, or cannot be read."""
+    try:
+        with safe_open(Path(path).expanduser(), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return next((name for key, name in _NAMES.items() if key in metadata), None)
+
+
 def refuse_other_file(path: Path, key: str = METADATA_KEY) -> None:
     """Refuse to overwrite what is no steering (or no gate, by its key): the weights of a model, the
     texts of a contrast."""
     if not path.is_file():
         return
-    try:
-        with safe_open(path, framework="pt") as file:
-            ours = key in (file.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        ours = False
-    if not ours:
+    if kind_of_file(path) != _NAMES[key]:
         raise TrimtabError(
             f"{path} is not a {_NAMES[key]}, and overwriting replaces only those: choose another "
             "name"
