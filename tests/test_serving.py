@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 import trimtab as tt
 from helpers import PROMPTS, language_model, steer_at
-from trimtab.serving import Access, Desk, Engine, Library, Limits, api
+from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 
 NEW = 8
 KEYS = Access("answers", "changes", hosts=None)
@@ -60,7 +60,9 @@ def served(
     library = Library(lm)
     library.read(str(folder))
     desk = {"timeout": 60.0, **desk}
-    with TestClient(api(Desk(lm, "base", library, Engine(lm, limits), **desk), KEYS)) as opened:
+    with TestClient(
+        application(Desk(lm, "base", library, Engine(lm, limits), **desk), KEYS)
+    ) as opened:
         opened.headers = ASK
         yield opened
 

@@ -16,7 +16,7 @@ import uvicorn
 
 import trimtab as tt
 from helpers import PROMPTS, language_model, steer_at
-from trimtab.serving import Access, Desk, Engine, Library, Limits, api
+from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 
 CHAT: Any = [{"role": "user", "content": "Say something."}]
 
@@ -46,7 +46,7 @@ def address(
     library = Library(lm)
     file = joy.save(tmp_path_factory.mktemp("steerings") / "joy.safetensors")
     library.read(str(file))
-    app = api(Desk(lm, "base", library, engine, 60.0), Access())
+    app = application(Desk(lm, "base", library, engine, 60.0), Access())
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -147,7 +147,7 @@ def _run(
     """Serve until Ctrl-C."""
     import uvicorn
 
-    from trimtab.serving import Access, Desk, Engine, Limits, api
+    from trimtab.serving import Access, Desk, Engine, Limits, application
 
     hosts: tuple[str, ...] | None = (*_LOOPBACK, *serving.allow_host)
     if serving.host not in _LOOPBACK and not serving.allow_host:
@@ -155,7 +155,7 @@ def _run(
     limits = Limits(serving.rows, serving.tokens, waiting=serving.waiting)
     bound = _bound(serving.host, serving.port)
     desk = Desk(language_model, name, library, Engine(language_model, limits), serving.timeout)
-    app = api(desk, Access(*keys, hosts))
+    app = application(desk, Access(*keys, hosts))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
     console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")

@@ -1,6 +1,6 @@
 """A model behind OpenAI's API, each answer under steerings of its own"""
 
 from trimtab.serving.answering import Desk
-from trimtab.serving.api import Access, api
+from trimtab.serving.api import Access, application
 from trimtab.serving.engine import Engine, Limits
 from trimtab.serving.library import Library, described

@@ -56,7 +56,7 @@ class Access:
     hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "::1")
 
 
-def api(desk: Desk, access: Access = Access()) -> FastAPI:
+def application(desk: Desk, access: Access = Access()) -> FastAPI:
     """The application of one served model."""
     metrics = Metrics(desk.engine)
 
