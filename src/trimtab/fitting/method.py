@@ -106,6 +106,11 @@ class Method(ABC):
         """Whether the dial's default is to be measured."""
         return self.unmeasured is not None and getattr(self, self.dial) is None
 
+    @property
+    def looks_beyond(self) -> bool:
+        """Whether the dial may be measured beyond the range that the method gives it."""
+        return self.unmeasured is not None
+
     @abstractmethod
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         """The statistics that it needs of the contrast's train part."""
@@ -178,7 +183,7 @@ def _measured(
         steering,
         contrast,
         default=method.asks_for_dial,
-        beyond=method.unmeasured is not None,
+        beyond=method.looks_beyond,
     )
     found.warn_out_of_range()
     return found

@@ -27,4 +27,5 @@ from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
 from trimtab.methods.ranking import rank
 from trimtab.methods.sadi import SADI
+from trimtab.methods.sae import SAE
 from trimtab.methods.sta import STA

@@ -15,10 +15,11 @@ from trimtab.methods.austeer import AUSteer
 from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
 from trimtab.methods.sadi import SADI
+from trimtab.methods.sae import SAE
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
+_OWN = (ActAdd, CAA, ITI, SADI, STA, SAE, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
 
 
 def _is_method(added: Any, name: str) -> bool:
