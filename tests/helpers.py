@@ -26,7 +26,17 @@ from trimtab.reading import packs, runs_in_parts, shares_prefixes
 from trimtab.reading.streams import run_lower
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import Ablate, Add, Affine, Operator, Rotate, Scale, Shift, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Operator,
+    Rotate,
+    Scale,
+    SetFeatures,
+    Shift,
+    Turn,
+)
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
 PROMPTS = [
@@ -222,6 +232,17 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
             return x + dial * (moved if op.c is None else moved + op.c.to(x.dtype))
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
+        if isinstance(op, SetFeatures):
+            pre = x @ op.encoder.to(x.dtype).T + op.bias.to(x.dtype)
+            f = pre.relu() * (pre > op.threshold.to(x.dtype))
+            level = 0.0 if op.level is None else dial * op.level.to(x.dtype)
+            new = {
+                "clamp": level + 0 * f,
+                "at_least": torch.maximum(f, level + 0 * f),
+                "ablate": f - dial * f,
+                "scale": f + dial * f,
+            }[op.mode]
+            return x + (new - f) @ op.decoder.to(x.dtype)
         if isinstance(op, Shift):
             own = x[..., op.units]
             carried = (1 - dial) * own + dial * (op.slope.to(x.dtype) * own + op.shift.to(x.dtype))

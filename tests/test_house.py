@@ -46,6 +46,7 @@ PUBLIC = [
     "Result",
     "Scope",
     "SADI",
+    "SAE",
     "SAS",
     "SS",
     "STA",

@@ -94,10 +94,11 @@ class SAE(Method):
         >>> texts = lm.generate(["Today I feel"], steering=steering.at(2))
     """
 
-    sae: tuple[str, ...] | str = field(
+    sae: str = field(
         metadata={
-            "help": "Sparse autoencoders, with commas between them, each of a site of its own: a "
-            "directory, or RELEASE:ID (SAELens)."
+            "help": "Sparse autoencoder: a directory, or RELEASE:ID (SAELens); several, each of a "
+            "site of its own, with commas between them, or the option again.",
+            "repeats": True,
         }
     )
     features: tuple[int, ...] | int | None = field(
@@ -173,7 +174,7 @@ class SAE(Method):
     columns = ("a_max",)
 
     def check(self) -> None:
-        if not self.sae or "" in self.sources:
+        if "" in self.sources:
             raise TrimtabError("sae: name an autoencoder (sae): a directory, or RELEASE:ID")
         if self.named is not None and len(self.sources) > 1:
             raise TrimtabError(
@@ -197,7 +198,7 @@ class SAE(Method):
     @property
     def sources(self) -> tuple[str, ...]:
         """The autoencoders that were named."""
-        return (self.sae,) if isinstance(self.sae, str) else self.sae
+        return tuple(name.strip() for name in self.sae.split(","))
 
     @property
     def named(self) -> tuple[int, ...] | None:
@@ -297,7 +298,9 @@ class SAE(Method):
         """Of each autoencoder its features that are steered."""
         if self.named is not None:
             return [self._checked(known[0], torch.tensor(self.named))]
-        usable = [(one.peak > 0) & (self._levels(one) > 0) for one in known]
+        usable = [
+            (one.peak > 0) & (self._levels(one) > 0) & one.features.decoder.any(-1) for one in known
+        ]
         if self.variant == "single":
             return by_autoencoder(known, choose(known, usable, self.k, self.negative))
         return [
@@ -408,11 +411,13 @@ class SAE(Method):
             lines.append(_choice_in_words(options, found))
         if found.get("cutoffs"):
             share = (
-                "" if found["agree"] is None else f"; the two agree {found['agree']:.0%} of the time"
+                ""
+                if found["agree"] is None
+                else f"; the two agree {found['agree']:.0%} of the time"
             )
             lines.append(
-                "Its autoencoder takes the k largest activations; a feature by itself is taken for "
-                f"one of them above their mean least{share}."
+                "Its autoencoder takes the k largest activations; a feature is taken for one of "
+                f"them above a cutoff, the mean of the k-th largest{share}."
             )
         if found.get("validation_gain"):
             gains = found["validation_gain"]
