@@ -142,10 +142,11 @@ class Features:
         if self.by_rank:
             threshold = torch.full_like(bias, cutoff or 0.0)
         return FeatureRows(
-            encoder=((lengths * larger)[:, None] * encoder).float(),
+            # In the order in which a file holds it: products round by where numbers lie.
+            encoder=((lengths * larger)[:, None] * encoder).float().contiguous(),
             bias=(lengths * (bias - larger * along)).float(),
             threshold=(lengths * threshold).float(),
-            decoder=(decoder / lengths[:, None]).float(),
+            decoder=(decoder / lengths[:, None]).float().contiguous(),
         )
 
 
