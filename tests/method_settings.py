@@ -145,7 +145,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             identity=None,
         ),
         "scale": Setting(
-            lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=60, do="scale", strength=5),
+            lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=50, do="scale", strength=5),
             NONE,
             "reads features of an autoencoder",
         ),

@@ -117,7 +117,10 @@ def test_records_of_an_evaluation(autoencoder: Callable[..., Path], tmp_path: Pa
 def test_outcomes_that_go_with_lengths_are_said(
     autoencoder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    longer = [row | {"answer": row["answer"] + row["outcome"] * " and light"} for row in ROWS]
+    longer = [
+        row | {"answer": row["answer"] + row["outcome"] * " and light and good and happy"}
+        for row in ROWS
+    ]
     path, rows = autoencoder("standard"), _write(tmp_path / "rows.jsonl", longer)
     with pytest.warns(tt.TrimtabWarning, match="outcomes go with the length"):
         steering = _fitted(path, rows)

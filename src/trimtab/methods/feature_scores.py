@@ -47,7 +47,7 @@ from trimtab.methods.effects import refuse_unsure
 from trimtab.methods.first_order import scaled_scores, scaled_wants
 from trimtab.methods.ranking import places, rank
 from trimtab.model import LanguageModel
-from trimtab.reading import encode_contrast
+from trimtab.reading import Packed, encode_contrast
 
 By = Literal["auroc", "difference", "correlation", "effect"]
 Pool = Literal["max", "mean"]
@@ -220,17 +220,25 @@ def _on(activations: Tensor, positive: bool) -> Sides:
     return Sides(*sides) if positive else Sides(none, activations, rows[:0], rows)
 
 
-def length_correlation(
+def packed_quietly(
     language_model: LanguageModel, contrast: Contrast, most: int | None
-) -> float:
-    """How the lengths of answers go with the side that they are on."""
+) -> list[Packed]:
+    """The rows of a contrast that a pass has read, and has warned of, already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrimtabWarning)
+        found: list[Packed] = encode_contrast(language_model, contrast, most)
+    return found
+
+
+def length_correlation(rows: Sequence[Packed], contrast: Contrast) -> float:
+    """How the lengths of answers (of texts) go with the side that they are on."""
     found = Correlation()
-    for row in encode_contrast(language_model, contrast, most):
-        one = contrast.rows[row.index]
+    for row in rows:
+        one = contrast.train.rows[row.index]
         starts = row.answers if contrast.paired else (0,)
-        lengths = [len(t) - start for t, start in zip(row.texts(), starts, strict=True)]
-        sides = [1.0, 0.0] if contrast.paired else [float(getattr(one, "label", "") == "positive")]
-        found.add(torch.tensor(lengths, dtype=torch.float64)[:, None], torch.tensor(sides))
+        sides = (1.0, 0.0) if contrast.paired else (float(getattr(one, "label", "") == "positive"),)
+        lengths = [[len(text) - start] for text, start in zip(row.texts(), starts, strict=True)]
+        found.add(torch.tensor(lengths, dtype=torch.float64), torch.tensor(sides))
     return float(found.r)
 
 

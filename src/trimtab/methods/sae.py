@@ -3,9 +3,9 @@
     h <- h + sum over chosen features i of (f'_i - f_i(h)) d_i
 
 with f_i(h) what the autoencoder's encoder makes of h and d_i its decoder's row. That is
-h + dec(f') - dec(f): what the autoencoder does not explain of h stays as it is, where putting
-dec(f') in the place of h would lose it. At strength t, with a_i the feature's largest activation on
-the texts (`level="mean"`: its mean over the positive ones),
+h + dec(f') - dec(f): what the autoencoder does not explain of h stays as it is, as in AxBench's
+clamp, where putting dec(f') in the place of h would lose it. At strength t, with a_i the feature's
+largest activation on the texts (`level="mean"`: its mean over the positive ones),
 
     add        f'_i = f_i + t a_i         clamp   f'_i = t a_i
     at_least   f'_i = max(f_i, t a_i)     ablate  f'_i = (1 - t) f_i     scale  f'_i = (1 + t) f_i
@@ -19,7 +19,7 @@ of each, or of these what raises the preference of validation rows (CorrSteer's 
 Where this differs from the authors' code on purpose: CorrSteer hooks a block's input with that
 block's autoencoder, and steers the last position of each pass (`positions="last"`); here a feature
 is steered where its autoencoder reads. It prunes on a task's accuracy, one layer at a time; here on
-the validation rows' preference. AxBench clamps in the place of h too, with the error added back.
+the validation rows' preference.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ from trimtab.methods.feature_scores import (
     choose,
     correlated,
     length_correlation,
+    packed_quietly,
     warn_of_length,
 )
 from trimtab.methods.ranking import rank
 from trimtab.model import LanguageModel
-from trimtab.reading import encode_contrast, preference
+from trimtab.reading import preference
 from trimtab.steering import Add, Dial, Intervention, Positions, Scope, SetFeatures, Steering
 
 Do = Literal["add", "clamp", "at_least", "ablate", "scale"]
@@ -263,7 +264,8 @@ class SAE(Method):
         else:
             known = self._asked.known(language_model, contrast, statistics, features)
             if self.by == "correlation":
-                length_r = length_correlation(language_model, contrast.train, statistics.max_length)
+                rows = packed_quietly(language_model, contrast.train, statistics.max_length)
+                length_r = length_correlation(rows, contrast)
                 findings["length_r"] = length_r
                 warn_of_length(length_r, self.pool)
         picked = self._picked(known)
@@ -275,7 +277,10 @@ class SAE(Method):
         interventions = [self._intervention(known[number], picked[number]) for number in chosen]
         if self.do != "add" and any(known[number].features.by_rank for number in chosen):
             operators = {each.site: each.operator for each in interventions}
-            findings |= _cutoffs(language_model, contrast, known, picked, operators)
+            some = contrast.train.take(_CHECKED)
+            packed = packed_quietly(language_model, some, statistics.max_length)
+            texts = [text for row in packed for text in row.texts()]
+            findings |= _cutoffs(language_model, texts, known, picked, operators)
         tables, labels = self._table(known, picked)
         if any(labels):
             findings["labels"] = labels
@@ -465,15 +470,13 @@ def _choice_in_words(options: dict[str, Any], found: dict[str, Any]) -> str:
 
 def _cutoffs(
     language_model: LanguageModel,
-    contrast: Contrast,
+    texts: Sequence[Sequence[int]],
     known: Sequence[Known],
     picked: Sequence[Tensor],
     operators: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Of autoencoders by rank the cutoff that stands for the k-th largest activation, and the share
-    of tokens at which a feature is active by both where it is by either."""
-    packed = encode_contrast(language_model, contrast.train.take(_CHECKED), None)
-    texts = [text for row in packed for text in row.texts()]
+    of tokens of some texts at which a feature is active by both where it is by either."""
     by_rank = [
         (one, own)
         for one, own in zip(known, picked, strict=True)
