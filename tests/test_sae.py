@@ -76,6 +76,7 @@ def _random(texts: int = 60, units: int = 7) -> tuple[Tensor, Tensor]:
     x[:, 0] = 0.0  # never active
     x[:, 1] = 0.1  # the same at every text
     x[positive, 2] += 3
+    x[:, 6] -= 1.0  # below 0, too
     return x, positive
 
 

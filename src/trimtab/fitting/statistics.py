@@ -207,8 +207,8 @@ class Correlation:
 @dataclass
 class Aurocs:
     """How well each unit tells the sides apart: the probability that it is larger at a positive
-    text than at a negative one, plus half that it is equal. Of texts only what is above 0 is kept,
-    which of features is little; activations must not be below 0."""
+    text than at a negative one, plus half that it is equal. Of texts only what is not 0 is kept,
+    which of features is little."""
 
     needs_pairs = False
     counts: list[int] = field(default_factory=lambda: [0, 0])
@@ -221,11 +221,9 @@ class Aurocs:
             self.counts[side] += len(activations)
             self._units = activations.shape[-1]
             text, unit = activations.nonzero(as_tuple=True)
-            values = activations[text, unit].cpu()
-            if bool((values < 0).any()):
-                raise ValueError("activations below 0 have no place in these ranks")
             of_positive = torch.full((len(unit),), side == 0)
-            self._kept.append((unit.to("cpu", torch.int32), values, of_positive))
+            kept = (unit.to("cpu", torch.int32), activations[text, unit].cpu(), of_positive)
+            self._kept.append(kept)
 
     @property
     def auroc(self) -> Tensor:
@@ -235,16 +233,17 @@ class Aurocs:
         unit, value, positive = unit[order], value[order], positive[order]
         active = np.bincount(unit, minlength=self._units)
         ones, zeros = self.counts
-        # Places from 1 on among all texts: the silent ones come first, and share their mean place.
+        below = np.bincount(unit[value < 0], minlength=self._units)
+        # Places from 1 on among all texts: the silent ones share the mean of theirs.
         silent = ones + zeros - active
         start = np.concatenate(([0], np.cumsum(active)[:-1]))
-        place = np.arange(len(unit)) - start[unit] + silent[unit] + 1.0
-        new = np.diff(unit, prepend=-1).astype(bool) | (np.diff(value, prepend=-1.0) != 0)
+        place = np.arange(len(unit)) - start[unit] + silent[unit] * (value > 0) + 1.0
+        new = np.diff(unit, prepend=-1).astype(bool) | (np.diff(value, prepend=0.0) != 0)
         run = np.cumsum(new) - 1  # of equal values of one unit
         shared = (np.bincount(run, place) / np.maximum(np.bincount(run), 1))[run]
         above = np.bincount(unit, shared * positive, self._units)
         silent_ones = ones - np.bincount(unit, positive, self._units)
-        ranks = above + silent_ones * (silent + 1) / 2
+        ranks = above + silent_ones * (below + (silent + 1) / 2)
         return torch.from_numpy((ranks - ones * (ones + 1) / 2) / (ones * zeros))
 
 
