@@ -139,13 +139,17 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=3), FFN_BIAS, _NO_FFN_BIAS
         ),
         "clamp": Setting(
-            lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=2, do="clamp"),
+            lambda lm: tt.SAE(
+                _autoencoder(lm.anatomy.hidden_size), k=2, do="clamp", positions="all"
+            ),
             NONE,
             "reads features of an autoencoder",
             identity=None,
         ),
         "scale": Setting(
-            lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=50, do="scale", strength=5),
+            lambda lm: tt.SAE(
+                _autoencoder(lm.anatomy.hidden_size), k=50, do="scale", strength=5, positions="all"
+            ),
             NONE,
             "reads features of an autoencoder",
         ),

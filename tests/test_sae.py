@@ -17,7 +17,16 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import trimtab as tt
-from autoencoders import CONTRAST, FEATURES, PAIRS, autoencoder, library, tiny_lm, vector_of
+from autoencoders import (
+    CONTRAST,
+    FEATURES,
+    PAIRS,
+    autoencoder,
+    library,
+    tiny_lm,
+    vector_of,
+    with_weights,
+)
 from helpers import PROMPTS, refused_in_one_line, relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
@@ -227,6 +236,19 @@ def test_a_file_holds_the_rows_of_its_features_alone(
     assert "sets 2 features" in explain(again)[0]
 
 
+def test_a_first_token_is_left_alone_where_features_are_read(
+    autoencoder: Callable[..., Path],
+) -> None:
+    path, scopes = autoencoder("standard"), {}
+    for do in ("add", "clamp", "at_least", "ablate", "scale"):
+        (one,) = _fitted(path, do=do).interventions
+        scopes[do] = str(one.scope)
+    assert scopes.pop("add") == "all"
+    assert set(scopes.values()) == {"all[1:]"}
+    (one,) = _fitted(path, do="clamp", positions="last").interventions
+    assert str(one.scope) == "last"
+
+
 def test_where_the_dial_stands() -> None:
     clamp, ablate = (tt.SAE("x", do=do) for do in ("clamp", "ablate"))  # type: ignore[arg-type]
     assert (clamp.asks_for_dial, ablate.asks_for_dial) == (False, False)
@@ -322,11 +344,12 @@ def test_what_does_not_fit_is_refused(autoencoder: Callable[..., Path]) -> None:
     refused_in_one_line(
         lambda: tt.SAE(f"{path},{path}").fit(tiny_lm(), CONTRAST), "two autoencoders read"
     )
-    sae = library(path)
-    silent = int((_peaks(sae) == 0).nonzero()[0]) if bool((_peaks(sae) == 0).any()) else None
-    if silent is not None:
-        refused_in_one_line(lambda: _fitted(path, features=silent), "in none of the texts")
+    never = with_weights(autoencoder("jumprelu"), lambda each: each["threshold"][3].fill_(1e6))
+    refused_in_one_line(lambda: _fitted(never, features=3), "in none of the texts")
+    assert _fitted(never, features=3, a_max=2.0).interventions
+    dead = with_weights(autoencoder("standard"), lambda each: each["W_dec"][3].zero_())
+    refused_in_one_line(lambda: _fitted(dead, features=3, do="clamp"), "feature 3 .* is dead")
     rescaling = autoencoder("standard", normalize_activations="layer_norm")
     refused_in_one_line(lambda: _fitted(rescaling), "rescales what it reads")
     with pytest.raises(tt.TrimtabError, match="is not linear in the activation"):
-        tt.bake(tiny_lm(), _fitted(path, do="ablate"))
+        tt.bake(tiny_lm(), _fitted(path, do="ablate", positions="all"))

@@ -77,6 +77,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "ablate": (0.0, 1.0),
     "scale": (-1.0, 9.0),
 }
+#: Tokens at which features are read and changed: at a text's first one they may be a hundred times
+#: as active as anywhere else, and setting them there moves all that attends to it.
+_BUT_FIRST = "all[1:]"
 #: Texts on which it is measured how often a cutoff is right.
 _CHECKED = 16
 
@@ -167,7 +170,13 @@ class SAE(Method):
             "explanations.jsonl beside the autoencoder)."
         },
     )
-    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+    positions: Positions | None = field(
+        default=None,
+        metadata={
+            "help": f"{POSITIONS_HELP} (default: all, but of what reads features all[1:], because "
+            "those of a text's first token are huge)."
+        },
+    )
 
     name = "sae"
     dial = "strength"
@@ -225,7 +234,12 @@ class SAE(Method):
 
     @property
     def _asked(self) -> Asked:
-        return Asked(self.by, self.pool, self.positions)
+        return Asked(self.by, self.pool, self._scope)
+
+    @property
+    def _scope(self) -> Positions:
+        """The tokens that are steered."""
+        return self.positions or ("all" if self.do == "add" else _BUT_FIRST)
 
     def _features(self, language_model: LanguageModel) -> list[Features]:
         """The autoencoders, after every check."""
@@ -362,7 +376,7 @@ class SAE(Method):
 
     def _intervention(self, known: Known, own: Tensor) -> Intervention:
         """What is done at an autoencoder's site."""
-        features, scope = known.features, Scope.of(self.positions)
+        features, scope = known.features, Scope.of(self._scope)
         levels = self._levels(known, own)
         if self.do == "add":
             amounts = levels * known.signed[own].sign() if self.negative else levels
