@@ -16,7 +16,7 @@ d does: with p the share of successes and q = 1 - p, r = d / sqrt(d^2 + 1 / (p q
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -281,3 +281,31 @@ def by_autoencoder(known: Sequence[Known], picked: Tensor) -> list[Tensor]:
     """Of flat indices the features of each autoencoder, in rank order."""
     site_of, feature_of = places([one.features.width for one in known], picked)
     return [feature_of[site_of == number] for number in range(len(known))]
+
+
+def cutoffs(
+    language_model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    known: Sequence[Known],
+    picked: Sequence[Tensor],
+    operators: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Of autoencoders by rank the cutoff that stands for the k-th largest activation, and the share
+    of tokens of some texts at which a feature is active by both where it is by either."""
+    by_rank = [
+        (one, own)
+        for one, own in zip(known, picked, strict=True)
+        if one.features.by_rank and len(own)
+    ]
+    both = either = 0
+    for _, found in read_texts(language_model, [one.features.site for one, _ in by_rank], texts):
+        for one, own in by_rank:
+            x = found[one.features.site][1:].float()
+            exact = one.features(x)[..., own] > 0
+            taken = operators[one.features.site].active(x) > 0
+            both += int((exact & taken).sum())
+            either += int((exact | taken).sum())
+    return {
+        "cutoffs": {one.features.site: one.cutoff for one, _ in by_rank},
+        "agree": both / either if either else None,
+    }

@@ -24,7 +24,7 @@ the validation rows' preference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,6 @@ from trimtab.fitting import (
     features_for,
     load_labels,
     new_steering,
-    read_texts,
     validation_part,
 )
 from trimtab.methods.feature_scores import (
@@ -57,6 +56,7 @@ from trimtab.methods.feature_scores import (
     by_autoencoder,
     choose,
     correlated,
+    cutoffs,
     length_correlation,
     packed_quietly,
     warn_of_length,
@@ -294,7 +294,7 @@ class SAE(Method):
             some = contrast.train.take(_CHECKED)
             packed = packed_quietly(language_model, some, statistics.max_length)
             texts = [text for row in packed for text in row.texts()]
-            findings |= _cutoffs(language_model, texts, known, picked, operators)
+            findings |= cutoffs(language_model, texts, known, picked, operators)
         tables, labels = self._table(known, picked)
         if any(labels):
             findings["labels"] = labels
@@ -480,31 +480,3 @@ def _choice_in_words(options: dict[str, Any], found: dict[str, Any]) -> str:
         "correlation": "Chosen for how they go with the side that an answer is on (r).",
         "effect": "Chosen because what scaling them does to the answers is most certain (effect).",
     }[options["by"]]
-
-
-def _cutoffs(
-    language_model: LanguageModel,
-    texts: Sequence[Sequence[int]],
-    known: Sequence[Known],
-    picked: Sequence[Tensor],
-    operators: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Of autoencoders by rank the cutoff that stands for the k-th largest activation, and the share
-    of tokens of some texts at which a feature is active by both where it is by either."""
-    by_rank = [
-        (one, own)
-        for one, own in zip(known, picked, strict=True)
-        if one.features.by_rank and len(own)
-    ]
-    both = either = 0
-    for _, found in read_texts(language_model, [one.features.site for one, _ in by_rank], texts):
-        for one, own in by_rank:
-            x = found[one.features.site][1:].float()
-            exact = one.features(x)[..., own] > 0
-            taken = operators[one.features.site].active(x) > 0
-            both += int((exact & taken).sum())
-            either += int((exact | taken).sum())
-    return {
-        "cutoffs": {one.features.site: one.cutoff for one, _ in by_rank},
-        "agree": both / either if either else None,
-    }
