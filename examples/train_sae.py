@@ -35,8 +35,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import trimtab as tt
-from trimtab.anatomy import parse_site
-from trimtab.anatomy.hooks import hooked
+from trimtab.anatomy import Enough, hooked, parse_site
 from trimtab.contrasts import Prompt, builtins
 from trimtab.files import check_output
 from trimtab.terminal import progress
@@ -242,10 +241,6 @@ def count(token_windows: Sequence[Sequence[int]]) -> int:
 # -- residuals --------------------------------------------------------------------------------
 
 
-class _Enough(Exception):  # noqa: N818, it is a signal and no error
-    """Raised inside a forward pass once the wanted block has been seen."""
-
-
 @torch.inference_mode()
 def read_residuals(
     lm: tt.LanguageModel, site: str, token_windows: Sequence[Sequence[int]]
@@ -270,9 +265,9 @@ def activation_of(lm: tt.LanguageModel, site: str, ids: Tensor) -> Tensor:
 
     def keep(activation: Tensor) -> None:
         seen.append(activation)
-        raise _Enough
+        raise Enough
 
-    with hooked({lm.anatomy.point(site): keep}), suppress(_Enough):
+    with hooked(lm.anatomy.body, {lm.anatomy.point(site): keep}), suppress(Enough):
         lm.anatomy.body(input_ids=ids, use_cache=False)
     return seen[0]
 

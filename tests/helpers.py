@@ -34,6 +34,7 @@ from trimtab.steering.operators import (
     Operator,
     Rotate,
     Scale,
+    SetFeatures,
     Shift,
     Turn,
 )
@@ -237,6 +238,17 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
             return x + dial * (moved if op.c is None else moved + op.c.to(x.dtype))
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
+        if isinstance(op, SetFeatures):
+            pre = x @ op.encoder.to(x.dtype).T + op.bias.to(x.dtype)
+            f = pre.relu() * (pre > op.threshold.to(x.dtype))
+            level = 0.0 if op.level is None else dial * op.level.to(x.dtype)
+            new = {
+                "clamp": level + 0 * f,
+                "at_least": torch.maximum(f, level + 0 * f),
+                "ablate": f - dial * f,
+                "scale": f + dial * f,
+            }[op.mode]
+            return x + (new - f) @ op.decoder.to(x.dtype)
         if isinstance(op, Shift):
             own = x[..., op.units]
             carried = (1 - dial) * own + dial * (op.slope.to(x.dtype) * own + op.shift.to(x.dtype))

@@ -143,6 +143,26 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             _NO_FFN_BIAS,
         ),
     },
+    "sae": {
+        "add": Setting(
+            lambda lm: tt.SAE(_autoencoder(lm.anatomy.hidden_size), k=3), FFN_BIAS, _NO_FFN_BIAS
+        ),
+        "clamp": Setting(
+            lambda lm: tt.SAE(
+                _autoencoder(lm.anatomy.hidden_size), k=2, do="clamp", positions="all"
+            ),
+            NONE,
+            "reads features of an autoencoder",
+            identity=None,
+        ),
+        "scale": Setting(
+            lambda lm: tt.SAE(
+                _autoencoder(lm.anatomy.hidden_size), k=50, do="scale", strength=5, positions="all"
+            ),
+            NONE,
+            "reads features of an autoencoder",
+        ),
+    },
     "ablation": {
         "writers": _always(tt.Ablation(layer=1), EVERY - POST_NORM, _POST),
         "norms": _always(tt.Ablation(layer=2, where="norms", amount=-1), EVERY),

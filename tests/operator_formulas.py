@@ -10,7 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.steering.operators import Ablate, Add, Affine, Clamp, Rotate, Scale, Shift, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Rotate,
+    Scale,
+    SetFeatures,
+    Shift,
+    Turn,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DIALS = st.floats(-30, 30, width=32)
@@ -25,6 +35,7 @@ LINEAR = (
 ALL = (
     *LINEAR, "Absolute", "Turn", "Adaptive",
     "Interval", "Clamp", "AtLeast", "AtMost", "Kept", "Capped",
+    "features clamp", "features at_least", "features ablate", "features scale",
 )  # fmt: skip
 
 #: Clamps by name: their bounds.
@@ -51,6 +62,13 @@ def random_operator(kind: str, seed: int, width: int = 12) -> Any:
     if kind in ("Affine", "Constant"):
         u, v = (torch.randn(width, 2, generator=generator) / 4 for _ in range(2))
         return Affine(u, v, torch.randn(width, generator=generator) if kind == "Constant" else None)
+    if kind.startswith("features "):
+        mode: Any = kind.partition(" ")[2]
+        encoder, decoder = (torch.randn(3, width, generator=generator) for _ in range(2))
+        bias, threshold, level = torch.randn(3, 3, generator=generator)
+        decoder = (decoder.double() / decoder.double().norm(dim=-1, keepdim=True)).float()
+        kept = level.abs() if mode in ("clamp", "at_least") else None
+        return SetFeatures(encoder, bias, threshold, decoder, mode, kept)
     if kind in BOUNDS:
         direction = exactly(torch.randn(1, width, generator=generator))[0].float()
         return Clamp(direction, *BOUNDS[kind])
@@ -142,7 +160,8 @@ def formula(operator: Any, x: Tensor, dial: float) -> Tensor:
 
 
 def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
-    """Clamps, shifts inside of an interval, and added vectors after which the length is kept."""
+    """Clamps, shifts inside of an interval, features of an autoencoder, and added vectors after
+    which the length is kept."""
     flat = []
     for h in x.double().reshape(-1, operator.width):
         if isinstance(operator, Clamp):
@@ -151,6 +170,20 @@ def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
             wanted = max(along, -math.inf if operator.low is None else operator.low)
             wanted = min(wanted, math.inf if operator.high is None else operator.high)
             flat.append(h + dial * (wanted - along) * v)
+        elif isinstance(operator, SetFeatures):
+            moved = h.clone()
+            for place, row in enumerate(operator.decoder.double()):
+                f = float(h @ operator.encoder[place].double()) + float(operator.bias[place])
+                f = f if f > 0 and f > float(operator.threshold[place]) else 0.0
+                level = 0.0 if operator.level is None else dial * float(operator.level[place])
+                new = {
+                    "clamp": level,
+                    "at_least": max(f, level),
+                    "ablate": (1 - dial) * f,
+                    "scale": (1 + dial) * f,
+                }[operator.mode]
+                moved = moved + (new - f) * row
+            flat.append(moved)
         elif isinstance(operator, Shift):
             h = h.clone()
             for place, unit in enumerate(operator.units.tolist()):

@@ -25,6 +25,7 @@ from trimtab.steering.operators import (
     Force,
     Rotate,
     Scale,
+    SetFeatures,
     Shift,
     Turn,
 )
@@ -49,6 +50,10 @@ def every() -> Steering:
         ("layers.1.heads", Clamp(basis(48, 4, rows=1)[0], -0.5, 2.0)),
         ("layers.1.ffn_norm", Ablate(basis(48, 5))),
         ("layers.2.router", Force(torch.tensor([1]), torch.tensor([0, 5]), 8)),
+        (
+            "layers.2.resid",
+            SetFeatures(basis(48, 6), *torch.ones(2, 2), basis(48, 7), "at_least", halves[:2]),
+        ),
         ("layers.2.resid", Add(torch.linspace(-1, 1, 48), "cap")),
     )
     interventions = [tt.Intervention(site, one, "last") for site, one in operators]

@@ -190,6 +190,22 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "token": [("mean", "mean"), ("-3", -3)],
         "positions": [("last", "last")],
     },
+    "sae": {
+        "sae": [("other:sae/1", "other:sae/1"), ("one,two", "one,two")],
+        "features": [("131071", 131071), ("12,345", (12, 345))],
+        "by": [("effect", "effect")],
+        "k": [("3", 3)],
+        "variant": [("pruned", "pruned")],
+        "do": [("at_least", "at_least")],
+        "strength": [("0.5", 0.5)],
+        "level": [("mean", "mean")],
+        "a_max": [("2.5", (2.5,))],
+        "pool": [("mean", "mean")],
+        "outcomes": [("rows.jsonl", "rows.jsonl")],
+        "negative": [("yes", True)],
+        "labels": [("labels.json", "labels.json")],
+        "positions": [("last", "last")],
+    },
     "ablation": {
         "layer": [("2", 2), ("-1", -1)],
         "tokens": [("-1,-2", (-1, -2)), ("-3", (-3,))],
@@ -242,6 +258,7 @@ OPTIONS["aas"] = OPTIONS["sas"]
 #: What a method cannot do without.
 REQUIRED: dict[str, dict[str, Any]] = {
     "sta": {"sae": "mine"},
+    "sae": {"sae": "mine"},
     "alphasteer": {"protect": "builtin:facts"},
 }
 #: What an option needs beside it.
@@ -253,6 +270,8 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
         for option in ("per_token", "first_token", "verify", "average", "interaction", "basis")
     },
     ("sta", "k"): {"locate": "effect"},
+    ("sae", "a_max"): {"features": 7},
+    ("sae", "outcomes"): {"by": "correlation"},
 }
 
 

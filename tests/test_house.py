@@ -50,6 +50,7 @@ PUBLIC = [
     "Result",
     "Scope",
     "SADI",
+    "SAE",
     "SAS",
     "SS",
     "STA",

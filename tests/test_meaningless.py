@@ -300,6 +300,7 @@ def test_logits_beyond_float16() -> None:
         (tt.ITI, "alpha"),
         (tt.SADI, "delta"),
         (functools.partial(tt.STA, sae="none"), "alpha"),
+        (functools.partial(tt.SAE, sae="none"), "strength"),
         (tt.Ablation, "amount"),
         (tt.Ablation, "kl"),
         (tt.SAS, "theta"),

@@ -42,7 +42,7 @@ def test_it_has_formula_source_fields_and_example(name: str) -> None:
 def test_its_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autoencoder: Callable[..., Path]
 ) -> None:
-    if name == "sta":
+    if name in ("sta", "sae"):
         autoencoder(path=tmp_path / "my-sae")
     monkeypatch.chdir(tmp_path)
     given = {"tt": tt, "lm": tiny_lm(), "contrast": CONTRAST}

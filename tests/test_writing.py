@@ -49,9 +49,7 @@ def test_each_text_is_what_generate_writes_of_it_alone(name: str) -> None:
     texts = [token_ids(prompt) for prompt in prompts]
     found = written(Writing(lm, texts, rows), 3, {1: [2, 0], 3: [1]})
     for row, (prompt, steerings) in enumerate(zip(prompts, rows, strict=True)):
-        (alone,) = lm.generate(
-            [prompt], chat=False, steering=[list(steerings)], max_new_tokens=NEW
-        )
+        (alone,) = lm.generate([prompt], chat=False, steering=[list(steerings)], max_new_tokens=NEW)
         shared = min(len(alone.tokens), len(found[row]))  # one may have ended by itself
         assert found[row][:shared] == list(alone.tokens)[:shared]
     assert [len(text) for text in found] == [6, 2, 4]

@@ -143,6 +143,6 @@ def _list(records: list[dict[str, Any]], top: int) -> None:
 
 
 def _cell(name: str, value: Any) -> str:
-    if isinstance(value, int):
-        return str(value)
+    if isinstance(value, int | str):
+        return one_line(value)
     return f"{value:+.2f}" if name == "gamma" else f"{value:.3f}"

@@ -182,11 +182,13 @@ def _option(name: str, hints: Mapping[str, Any], about: Any) -> Any:
     return Annotated[hint, Parameter(**own)]
 
 
-def _one_text(read: Callable[[str, str], Any]) -> dict[str, Any]:
-    """For an option whose text, one word, is read by our own function of name and text."""
+def _one_text(read: Callable[[str, str], Any], repeats: bool = False) -> dict[str, Any]:
+    """For an option whose text, one word, is read by our own function of name and text. One that
+    `repeats` is read as if it were there once, with commas between its texts."""
 
     def converter(kind: Any, tokens: Sequence[Any]) -> Any:
-        return read(tokens[-1].keyword, tokens[-1].value)
+        texts = [token.value for token in tokens]
+        return read(tokens[-1].keyword, ",".join(texts) if repeats else texts[-1])
 
     return {"converter": converter, "n_tokens": 1}
 
@@ -215,7 +217,8 @@ def method_options(method: type, as_text: bool = False) -> Any:
             hint = Annotated[str | None, Parameter(help=words, name=names, metavar="VALUES")]
             about = dataclasses.field(default=None)
         else:
-            hint = method_option(hints[item.name], words, names)
+            repeats = bool(item.metadata.get("repeats"))
+            hint = method_option(hints[item.name], words, names, repeats)
             about = dataclasses.field(default=item.default)
         made.append((item.name, hint, about))
     options = dataclasses.make_dataclass(
@@ -225,7 +228,9 @@ def method_options(method: type, as_text: bool = False) -> Any:
     return options
 
 
-def method_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any:
+def method_option(
+    hint: Any, words: str | None, names: tuple[str, ...], repeats: bool = False
+) -> Any:
     """An option of a method, which itself says which words it knows."""
     if hint is bool:
         return Annotated[hint, Parameter(help=words)]
@@ -235,14 +240,15 @@ def method_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any:
 
     # Any, because cyclopts holds what was read to the type where pydantic is loaded.
     own: dict[str, Any] = {"help": words, "name": names, "metavar": _metavar(hint)}
-    return Annotated[Any, Parameter(**own, **_one_text(read))]
+    return Annotated[Any, Parameter(**own, **_one_text(read, repeats))]
 
 
 def _metavar(hint: Any) -> str:
     """What may stand for a value: `INT|all`."""
     plain = [kind.__name__.upper() for kind in kinds_of(hint) if kind in (int, float, str)]
     if list_in(hint) is not None:
-        plain = ["NUMBERS" if int in typing.get_args(list_in(hint)) else "WORDS"]
+        numbers = {int, float} & set(typing.get_args(list_in(hint)))
+        plain = ["NUMBERS" if numbers else "WORDS"]
     return "|".join([*plain, *words_of(hint)])
 
 

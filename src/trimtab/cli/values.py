@@ -68,6 +68,8 @@ def read_value(what: str, text: str, hint: Any) -> Any:
         return int(text)
     if several is not None and int in typing.get_args(several):
         return read_numbers(what, text, words)
+    if several is not None and float in typing.get_args(several):
+        return tuple(read_number(what, part) for part in text.split(",") if part)
     if several is not None:
         return tuple(part for part in text.split(",") if part)
     if float in kinds:
@@ -140,9 +142,9 @@ def read_numbers(what: str, text: str, words: Sequence[str] = ()) -> tuple[int, 
     """
     numbers: list[int] = []
     for part in text.split(","):
-        # Five digits at most, so that no slip of the finger fills the memory.
-        match = re.fullmatch(r"\s*(-?\d{1,5})(?:-(\d{1,5}))?\s*", part)
-        first = int(match[1]) if match else 0
+        # Five digits of a range at most, so that no slip of the finger fills the memory.
+        match = re.fullmatch(r"\s*(-?\d{1,5})-(\d{1,5})\s*|\s*(-?\d{1,9})()\s*", part)
+        first = int(match[1] or match[3]) if match else 0
         last = int(match[2]) if match and match[2] else first
         if match is None or last < first:
             instead = "".join(f", or {word}" for word in words)

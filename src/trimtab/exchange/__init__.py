@@ -8,4 +8,5 @@ from trimtab.exchange.hub import Pulled, Pushed, fetched, pull, push
 from trimtab.exchange.hub_search import Listing, search
 from trimtab.exchange.importing import READERS, import_steering
 from trimtab.exchange.request import Exported, Request
+from trimtab.exchange.sae_ts import Target
 from trimtab.exchange.stripping import Stripped, strip

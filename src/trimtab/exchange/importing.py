@@ -1,8 +1,9 @@
 """Reads steerings from other tools' files.
 
 A format has a function in `SIGNS`, which knows its files by what they hold, and one in `READERS`,
-which says in our words what a file does. What comes of it is a normal steering for the given model,
-whose dial stands where the file says, and whose range is measured, as that of a fitted one is.
+which says in our words what a file does (of effects of SAE-TS it is `sae_ts.read`). What comes of
+it is a normal steering for the given model, whose dial stands where the file says, and whose range
+is measured, as that of a fitted one is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trimtab.exchange import (
     lora,
     pickled,
     plain,
+    sae_ts,
     steering_lite,
 )
 from trimtab.exchange.containers import Container, open_container
@@ -45,9 +47,11 @@ SIGNS: dict[str, Callable[[Container], bool]] = {
     "transformer-lens": hook_names.is_transformer_lens,
     "neuronpedia": hook_names.is_neuronpedia,
     "persona-vectors": pickled.is_rows,
+    "sae-ts": sae_ts.is_effects,
     "tensor": plain.is_tensor,
 }
-#: What reads each format: the sites that are wanted of a file with several may be named.
+#: What reads each format but sae-ts, of whose files more is asked: the sites that are wanted of a
+#: file with several may be named.
 READERS: dict[str, Callable[[Container, LanguageModel, Sequence[str]], Found]] = {
     "gguf": control_vectors.read_gguf,
     "repeng": control_vectors.read_repeng,
@@ -61,7 +65,7 @@ READERS: dict[str, Callable[[Container, LanguageModel, Sequence[str]], Found]] =
     "persona-vectors": pickled.read_persona,
     "tensor": plain.read,
 }
-_KNOWN = ", ".join(("lora", *READERS))
+_KNOWN = ", ".join(("lora", *SIGNS))
 
 
 def import_steering(
@@ -70,17 +74,19 @@ def import_steering(
     *,
     format: str | None = None,
     site: str | Sequence[str] = (),
+    target: sae_ts.Target | None = None,
     measure: bool = True,
 ) -> Steering:
     """A steering from another tool's file, for this model; or from an adapter's directory, if it
     is one that `export` wrote.
 
-    `format` is lora or one of `READERS`; without it what the file holds says which. Of a file with
+    `format` is lora or one of `SIGNS`; without it what the file holds says which. Of a file with
     vectors for several sites `site` names those that are to act (`layers.12.resid`, or a kind:
-    `resid`), and of a bare tensor where it belongs. The dial stands on the strength that the file
-    names, 1 where it names none: then the model computes what the tool computes. Its range and its
-    named strengths are measured on plain text; with `measure` off the range is 20 on either side,
-    or twice as far as the dial stands, and a share's from 0 to 1.
+    `resid`), and of a bare tensor where it belongs. Of a file of SAE-TS, which says what vectors do
+    to the features of an autoencoder, `target` names those that are wanted. The dial stands on the
+    strength that the file names, 1 where it names none: then the model computes what the tool
+    computes. Its range and its named strengths are measured on plain text; with `measure` off the
+    range is 20 on either side, or twice as far as the dial stands, and a share's from 0 to 1.
 
     Raises TrimtabError, in one line, for whatever is no such file or does not fit the model.
     """
@@ -90,7 +96,12 @@ def import_steering(
         return _from_adapter(path, language_model)
     container = open_container(path)
     name = _format_of(container, language_model, format)
-    found = READERS[name](container, language_model, sites)
+    if name == "sae-ts":
+        found = sae_ts.read(container, language_model, sites, target)
+    elif target is not None:
+        raise container.refused("features are named of a file of SAE-TS only")
+    else:
+        found = READERS[name](container, language_model, sites)
     _warn_of_model(container, language_model, found)
     steering = Steering(
         method="imported",
@@ -135,7 +146,7 @@ def _from_adapter(path: Path, language_model: LanguageModel) -> Steering:
 def _format_of(container: Container, language_model: LanguageModel, given: str | None) -> str:
     """The format that is given, if the file can be of it, or that of what it holds."""
     if given is not None:
-        if given not in READERS:
+        if given not in SIGNS:
             raise TrimtabError(f"format is {shown(given)!r}: known are {_KNOWN}")
         if not SIGNS[given](container):
             raise container.refused(f"it does not hold what a file of {given} does")

@@ -1,7 +1,14 @@
 """One pass over a contrast, and what a method is."""
 
-from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
-from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
+from trimtab.fitting.activations import Pooled, Statistics, Token, UnitLength, Want, collect
+from trimtab.fitting.autoencoders import (
+    Cutoff,
+    FeatureEffects,
+    FeatureRows,
+    Features,
+    features_for,
+    load_features,
+)
 from trimtab.fitting.classifiers import (
     best_threshold,
     fired_rate,
@@ -14,6 +21,7 @@ from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.gates import fit_gate
+from trimtab.fitting.labels import load_labels
 from trimtab.fitting.method import (
     POSITIONS_HELP,
     Method,
@@ -21,9 +29,13 @@ from trimtab.fitting.method import (
     new_steering,
     validation_part,
 )
+from trimtab.fitting.outcomes import Outcomes, read_outcomes, read_texts, written
 from trimtab.fitting.statistics import (
     Active,
+    Aurocs,
+    Correlation,
     Effects,
+    Largest,
     Means,
     Samples,
     SecondMoment,

@@ -47,6 +47,20 @@ Token = Annotated[
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Stands in a `Want` in place of a token: the largest value of each number over some tokens of
+    a text, or their mean. Over its answer's tokens, or the rest: all but the first, whose
+    activations are huge in many models (a text of one token stands for itself)."""
+
+    pool: Literal["max", "mean"]
+    over: Literal["answer", "rest"]
+
+    def __str__(self) -> str:
+        """For file names."""
+        return f"{self.pool}.{self.over}"
+
+
+@dataclass(frozen=True)
 class Pick:
     """What is read of a text: a site, whose tokens stand for the text, and in which form.
 
@@ -56,7 +70,7 @@ class Pick:
     """
 
     site: str
-    token: Token | Effect
+    token: Token | Pooled | Effect
     read: Any = None
 
     @property
@@ -78,7 +92,7 @@ class Want:
     """
 
     site: str
-    token: Token | Effect
+    token: Token | Pooled | Effect
     statistic: type[Any]
     read: Any = None
     rows: frozenset[int] | None = None
@@ -116,7 +130,7 @@ class Statistics(dict[Want, Any]):
         found: M = self._made[key]
         return found
 
-    def of(self, site: str, token: Token | Effect, statistic: type[S], **more: Any) -> S:
+    def of(self, site: str, token: Token | Pooled | Effect, statistic: type[S], **more: Any) -> S:
         found: S = self[Want(site, token, statistic, **more)]
         return found
 
@@ -144,7 +158,7 @@ def collect(
         return wanted
     if not contrast.paired:
         for want, statistic in wanted.items():
-            if want.token == "answer":
+            if want.token == "answer" or getattr(want.token, "over", "") == "answer":
                 raise TrimtabError(
                     f"{contrast.name} is unpaired, so its texts have no answers: take another "
                     "token rule (token mean or last), or give it pairs"
@@ -337,12 +351,9 @@ def _picker(batch: Batch, token: Any, device: torch.device) -> Callable[[Tensor]
             return activation[lines.to(device), columns.to(device)].float()
 
         return one
-    start = torch.zeros_like(lengths)
-    if token == "answer":
-        start = torch.tensor([row.answers for row in batch.rows])
-        start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
-    steps = torch.arange(place.shape[-1])
-    taken = (steps >= start[..., None]) & (steps < lengths[..., None])
+    taken = _taken(batch, token.over if isinstance(token, Pooled) else token, lengths)
+    if isinstance(token, Pooled) and token.pool == "max":
+        return _largest(place, lines, taken)
     weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
     weights.scatter_add_(-1, place.clamp(min=0), taken.float())
     weights = (weights / taken.sum(-1, keepdim=True)).to(device)
@@ -354,3 +365,32 @@ def _picker(batch: Batch, token: Any, device: torch.device) -> Callable[[Tensor]
         return means.view(*lines.shape, -1)
 
     return mean
+
+
+def _taken(batch: Batch, over: str, lengths: Tensor) -> Tensor:
+    """Which tokens of each side stand for it, [rows, sides, longest side]; `over` is mean (all),
+    answer or rest."""
+    start = torch.zeros_like(lengths)
+    if over == "answer":
+        start = torch.tensor([row.answers for row in batch.rows])
+        start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
+    if over == "rest":
+        start = (lengths - 1).clamp(max=1)
+    steps = torch.arange(batch.place.shape[-1])
+    return (steps >= start[..., None]) & (steps < lengths[..., None])
+
+
+def _largest(place: Tensor, lines: Tensor, taken: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes the largest of each number over the tokens that are taken of each side."""
+
+    def largest(activation: Tensor) -> Tensor:
+        rows = [
+            [
+                activation[lines[row, side], place[row, side][taken[row, side]]].amax(0)
+                for side in range(place.shape[1])
+            ]
+            for row in range(len(place))
+        ]
+        return torch.stack([torch.stack(sides) for sides in rows]).float()
+
+    return largest

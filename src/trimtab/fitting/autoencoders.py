@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line
 from trimtab.files import user_path
+from trimtab.model import LanguageModel
 
 #: Loaders of sae-lens that read safetensors, npz without pickles, JSON and YAML only. The others
 #: unpickle, which trimtab never does.
@@ -33,6 +34,13 @@ _FILES = ("cfg.json", "sae_weights.safetensors")
 #: Parts of the configuration that do not change what the features are.
 _NOT_FEATURES = ("device", "dtype", "metadata")
 
+#: Kinds whose features each read an activation by themselves, as sae-lens calls them; and those of
+#: which so many of all features are active, which is known only where all of them are read.
+_BY_ROW = ("standard", "jumprelu", "gated")
+_BY_RANK = ("topk",)
+#: How many autoencoders are kept in memory.
+_KEPT = 8
+
 #: What reading damaged files may raise: sae-lens checks little itself.
 _BAD_FILES = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError
@@ -44,12 +52,14 @@ class Features:
     """Reads a residual stream as the features of a sparse autoencoder; `name` tells it from others.
 
     `decoder` [features, units] on the CPU: what a feature adds to the stream at activation 1.
+    `source` is what it was loaded from.
     """
 
     name: str
     site: str
     sae: Any = field(compare=False, repr=False)
     decoder: Tensor = field(compare=False, repr=False)
+    source: str = field(default="", compare=False)
 
     @property
     def width(self) -> int:
@@ -65,6 +75,109 @@ class Features:
         """Activations of the features, [..., features] in float32."""
         encoded: Tensor = self.sae.to(activation.device).encode(activation.float())
         return encoded.float()
+
+    def check_plain(self) -> None:
+        """Refuse one that rescales what it reads."""
+        if not self.plain:
+            raise TrimtabError(
+                f"the autoencoder {self.source!r} rescales what it reads (normalize_activations "
+                f"{self.sae.cfg.normalize_activations}), so that what a feature adds is not its "
+                "activation times its decoder's row: take one that reads activations as they are"
+            )
+
+    def check_by_row(self) -> None:
+        """Refuse a kind whose features cannot be read one by one."""
+        kind = self.sae.cfg.architecture()
+        if kind not in (*_BY_ROW, *_BY_RANK):
+            raise TrimtabError(
+                f"the autoencoder {self.source!r} is of the kind {kind}, whose features cannot be "
+                f"read one by one (known are {', '.join((*_BY_ROW, *_BY_RANK))}): only add works"
+            )
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether a feature is active where it is among the k largest (TopK), so that no feature
+        can be read without all the others."""
+        return self.sae.cfg.architecture() in _BY_RANK
+
+    def rows(self, which: Tensor, cutoff: float | None = None) -> FeatureRows:
+        """Some features, by number [k], as each can be read without the others, measured along
+        decoder rows of length 1.
+
+        Of an autoencoder that is `by_rank` a `cutoff` stands for the k-th largest activation: a
+        feature above it is taken for one of them. Raises TrimtabError where features cannot be
+        read row by row.
+        """
+        self.check_plain()
+        self.check_by_row()
+        sae, kind = self.sae, self.sae.cfg.architecture()
+        if self.by_rank and cutoff is None:
+            raise TrimtabError(f"the autoencoder {self.source!r} is {kind}: it needs a cutoff")
+        decoder = self.decoder[which].double()
+        lengths = decoder.norm(dim=-1)
+        if not bool((lengths > 0).all()):
+            dead = int(which[lengths == 0][0])
+            raise TrimtabError(
+                f"feature {dead} of the autoencoder {self.source!r} is dead: its decoder row is 0"
+            )
+
+        def of_rows(name: str) -> Tensor:
+            weight: Tensor = getattr(sae, name).detach().cpu()
+            return weight[which].double()
+
+        encoder = sae.W_enc.detach().cpu()[:, which].double().T
+        along = encoder @ (sae.b_dec.detach().cpu().double() * float(sae.cfg.apply_b_dec_to_input))
+        larger, threshold = torch.ones_like(lengths), torch.zeros_like(lengths)
+        if kind == "gated":
+            # Active where e'x + b_gate > 0, and then exp(r) e'x + b_mag: a JumpReLU.
+            larger, bias = of_rows("r_mag").exp(), of_rows("b_mag")
+            threshold = bias - larger * of_rows("b_gate")
+        else:
+            bias = of_rows("b_enc")
+        if kind == "jumprelu":
+            threshold = of_rows("threshold")
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            larger = of_rows("W_dec").norm(dim=-1)
+            bias = larger * bias
+        if self.by_rank:
+            threshold = torch.full_like(bias, cutoff or 0.0)
+        return FeatureRows(
+            # In the order in which a file holds it: products round by where numbers lie.
+            encoder=((lengths * larger)[:, None] * encoder).float().contiguous(),
+            bias=(lengths * (bias - larger * along)).float(),
+            threshold=(lengths * threshold).float(),
+            decoder=(decoder / lengths[:, None]).float().contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Some features of an autoencoder: f(x) = encoder x + bias where that is above threshold and
+    above 0, else 0; each adds f times its decoder row, of length 1, to the stream. encoder and
+    decoder [k, units], bias and threshold [k], float32."""
+
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    decoder: Tensor
+
+
+@dataclass(frozen=True)
+class Cutoff:
+    """Reads the least activation that is still among the k largest of an autoencoder of that
+    kind, one number."""
+
+    features: Features
+
+    width = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.features.name}.cutoff"
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        active = self.features(activation)
+        return active.topk(int(self.features.sae.cfg.k), dim=-1).values[..., -1:]
 
 
 @dataclass(frozen=True)
@@ -85,6 +198,18 @@ class FeatureEffects:
     def __call__(self, activation: Tensor, gradient: Tensor) -> Tensor:
         active = self.features(activation).to(gradient)
         return active * (gradient @ self.features.decoder.to(gradient).T)
+
+
+def features_for(method: str, source: str, language_model: LanguageModel) -> Features:
+    """An autoencoder that fits a model; `method` is who asks."""
+    features = load_features(source)
+    width = language_model.anatomy.width(features.site)  # refuses a layer out of range
+    if features.decoder.shape[1] != width:
+        raise TrimtabError(
+            f"{method}: the autoencoder reads {features.decoder.shape[1]} units, {features.site} "
+            f"of {language_model.name} has {width}: it was made for another model"
+        )
+    return features
 
 
 def load_features(source: str) -> Features:
@@ -109,7 +234,7 @@ def _stamp(source: str) -> tuple[Any, ...]:
     return tuple(stamp)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=_KEPT)
 def _load_features(source: str, stamp: tuple[Any, ...]) -> Features:
     try:
         sae = _load(source)
@@ -146,7 +271,7 @@ def _load_features(source: str, stamp: tuple[Any, ...]) -> Features:
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
         # Its activations are measured along decoder rows of length 1; a dead feature's row is 0.
         decoder = torch.nn.functional.normalize(decoder, dim=-1)
-    return Features(f"sae{digest.hexdigest()[:12]}", _site(sae, source), sae, decoder)
+    return Features(f"sae{digest.hexdigest()[:12]}", _site(sae, source), sae, decoder, source)
 
 
 def _load(source: str) -> Any:
@@ -190,8 +315,8 @@ def _site(sae: Any, source: str) -> str:
     elsewhere = getattr(sae.cfg.metadata, "hook_name_out", None)
     if match is None or elsewhere or "transcoder" in sae.cfg.architecture():
         raise TrimtabError(
-            f"the autoencoder {source!r} reads {hook}: STA needs one of the residual stream, "
-            "blocks.N.hook_resid_post or hook_resid_pre"
+            f"the autoencoder {source!r} reads {hook}: steering by features needs one of the "
+            "residual stream, blocks.N.hook_resid_post or hook_resid_pre"
         )
     block = int(match[1]) - (match[2] == "pre")
     return "embed" if block < 0 else f"layers.{block}.resid"

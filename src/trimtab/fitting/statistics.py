@@ -152,6 +152,102 @@ class Active:
 
 
 @dataclass
+class Largest:
+    """The largest activation of each unit over the texts of both sides."""
+
+    needs_pairs = False
+    value: Any = -math.inf  # [units]
+
+    def update(self, sides: Sides) -> None:
+        for activations in (sides.positive, sides.negative):
+            if len(activations):
+                largest = activations.amax(0).double().cpu()
+                self.value = torch.maximum(largest, torch.as_tensor(self.value).double())
+
+
+@dataclass
+class Correlation:
+    """Pearson's r of each unit with an outcome, from sums that forget the texts. Of a contrast the
+    positive side has outcome 1 and the negative one 0.
+
+    Sums are of what lies beyond the first text, so that a unit which is the same at every text has
+    exactly no variance; its r is 0.
+    """
+
+    needs_pairs = False
+    count: int = 0
+    _first: Any = None  # the first text's activations [units] and outcome
+    _sums: list[Any] = field(default_factory=lambda: [0.0] * 5)  # of x, x^2, x y, y, y^2
+
+    def update(self, sides: Sides) -> None:
+        self.add(sides.positive, torch.ones(len(sides.positive)))
+        self.add(sides.negative, torch.zeros(len(sides.negative)))
+
+    def add(self, activations: Tensor, outcomes: Tensor) -> None:
+        """Take in texts: activations [texts, units], outcomes [texts]."""
+        if not len(activations):
+            return
+        x, y = activations.double().cpu(), outcomes.double()
+        if self._first is None:
+            self._first = (x[0].clone(), y[0].clone())
+        x, y = x - self._first[0], y - self._first[1]
+        self.count += len(x)
+        found = (x.sum(0), x.square().sum(0), y @ x, y.sum(), y.square().sum())
+        self._sums = [old + new for old, new in zip(self._sums, found, strict=True)]
+
+    @property
+    def r(self) -> Tensor:
+        """[units] in float64."""
+        x, xx, xy, y, yy = (each / self.count for each in self._sums)
+        spread = ((xx - x.square()).clamp(min=0) * (yy - y.square()).clamp(min=0)).sqrt()
+        covariance = xy - x * y
+        return torch.where(spread > 0, covariance / spread.clamp(min=1e-300), 0.0).clamp(-1, 1)
+
+
+@dataclass
+class Aurocs:
+    """How well each unit tells the sides apart: the probability that it is larger at a positive
+    text than at a negative one, plus half that it is equal. Of texts only what is not 0 is kept,
+    which of features is little."""
+
+    needs_pairs = False
+    counts: list[int] = field(default_factory=lambda: [0, 0])
+    _units: int = 0
+    #: Of each batch and side: units, values, and whether they are of the positive side.
+    _kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def update(self, sides: Sides) -> None:
+        for side, activations in enumerate((sides.positive, sides.negative)):
+            self.counts[side] += len(activations)
+            self._units = activations.shape[-1]
+            text, unit = activations.nonzero(as_tuple=True)
+            of_positive = torch.full((len(unit),), side == 0)
+            kept = (unit.to("cpu", torch.int32), activations[text, unit].cpu(), of_positive)
+            self._kept.append(kept)
+
+    @property
+    def auroc(self) -> Tensor:
+        """[units] in float64."""
+        unit, value, positive = (torch.cat(each).numpy() for each in zip(*self._kept, strict=True))
+        order = np.lexsort((value, unit))
+        unit, value, positive = unit[order], value[order], positive[order]
+        active = np.bincount(unit, minlength=self._units)
+        ones, zeros = self.counts
+        below = np.bincount(unit[value < 0], minlength=self._units)
+        # Places from 1 on among all texts: the silent ones share the mean of theirs.
+        silent = ones + zeros - active
+        start = np.concatenate(([0], np.cumsum(active)[:-1]))
+        place = np.arange(len(unit)) - start[unit] + silent[unit] * (value > 0) + 1.0
+        new = np.diff(unit, prepend=-1).astype(bool) | (np.diff(value, prepend=0.0) != 0)
+        run = np.cumsum(new) - 1  # of equal values of one unit
+        shared = (np.bincount(run, place) / np.maximum(np.bincount(run), 1))[run]
+        above = np.bincount(unit, shared * positive, self._units)
+        silent_ones = ones - np.bincount(unit, positive, self._units)
+        ranks = above + silent_ones * (below + (silent + 1) / 2)
+        return torch.from_numpy((ranks - ones * (ones + 1) / 2) / (ones * zeros))
+
+
+@dataclass
 class SecondMoment:
     """Of the differences m between the sides of a pair: the sum of m m', [units, units]."""
 

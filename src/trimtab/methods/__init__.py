@@ -28,4 +28,5 @@ from trimtab.methods.known import METHODS
 from trimtab.methods.probe import Probe
 from trimtab.methods.ranking import rank
 from trimtab.methods.sadi import SADI
+from trimtab.methods.sae import SAE
 from trimtab.methods.sta import STA

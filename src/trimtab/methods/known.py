@@ -16,10 +16,13 @@ from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
 from trimtab.methods.probe import Probe
 from trimtab.methods.sadi import SADI
+from trimtab.methods.sae import SAE
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer, Probe)
+_OWN = (
+    ActAdd, CAA, ITI, SADI, STA, SAE, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer, Probe,
+)  # fmt: skip
 
 
 def _is_method(added: Any, name: str) -> bool:

@@ -54,6 +54,7 @@ from trimtab.fitting import (
     Statistics,
     Token,
     Want,
+    features_for,
     load_features,
     new_steering,
     unit_costs,
@@ -138,13 +139,7 @@ class STA(Method):
         return {"p": (0.05, 0.15, 0.35, 0.5), "alpha": (0.5, 1.0, 2.0)}
 
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
-        features = load_features(self.sae)
-        width = language_model.anatomy.width(features.site)  # refuses a layer out of range
-        if features.decoder.shape[1] != width:
-            raise TrimtabError(
-                f"sta: the autoencoder reads {features.decoder.shape[1]} units, {features.site} of "
-                f"{language_model.name} has {width}: it was made for another model"
-            )
+        features = features_for(self.name, self.sae, language_model)
         wants = self._differences(features)
         if self.by_effect:
             wants += scaled_wants({features.site: _effects_read(features)}, self._effect)

@@ -21,7 +21,8 @@ def chosen(steering: Steering, columns: Sequence[str] = ()) -> dict[str, list[di
     where it chose none.
 
     `columns` are those that the method's tables always have beside the numbering one; a file
-    without them is refused. Units have their gamma at the dial where it stands.
+    without them is refused. Units have their gamma at the dial where it stands, features what they
+    are about, where the autoencoder's release says it.
     """
     tables = steering.tables
     numbered = [column for column in _KINDS if column in tables]
@@ -50,6 +51,10 @@ def chosen(steering: Steering, columns: Sequence[str] = ()) -> dict[str, list[di
     if "layer" in values and len(kinds) == 1:
         (kind,) = kinds
         records = [{"site": f"layers.{record['layer']}.{kind}", **record} for record in records]
+    labels = steering.findings.get("labels")
+    if numbered == ["feature"] and isinstance(labels, list) and len(labels) == len(records):
+        for record, label in zip(records, labels, strict=True):
+            record["label"] = shown(label)
     return {_KINDS[numbered[0]]: records}
 
 

@@ -12,11 +12,13 @@ map that writes the activation (A W, A b + c) or into one that reads it (W A, b 
     Clamp   x   <- x + d (clip(p) - p) v      p = v'x, v of length 1       (activation capping)
     Rotate  x   <- x - Px + U R_d U'x         in a plane U = [b1 b2]       (Selective Steering)
     Turn    x   <- x - Px + |Px| U (cos d, sin d)'                         (SAS and AAS)
+    SetFeatures  x <- x + sum_i (f'_i - f_i(x)) d_i     features of an autoencoder   (SAE)
     Force   a router's logits so that it chooses some experts, and never others    (SteerMoE)
 
 where P = U U' and R_d turns by d degrees from b1 toward b2. No d x d matrix is ever formed. Linear
-are all but Turn, Force, Scale of |x|, Shift with an interval, Add that keeps the norm, and Clamp
-with one bound or two that differ. At dial 0 all but Turn do nothing, to the bit.
+are all but Turn, SetFeatures, Force, Scale of |x|, Shift with an interval, Add that keeps the norm,
+and Clamp with one bound or two that differ. At dial 0 all but Turn and SetFeatures that clamps do
+nothing, to the bit.
 
 A dial is a number, or a tensor that broadcasts against x without its last dimension: [rows, 1] for
 one dial per row of x [rows, tokens, units]. Arithmetic runs in float32 or better and is cast back.
@@ -36,6 +38,7 @@ from trimtab.steering.operators.base import (
 )
 from trimtab.steering.operators.bounds import Clamp
 from trimtab.steering.operators.diagonal import Scale, Shift
+from trimtab.steering.operators.features import FeatureMode, SetFeatures
 from trimtab.steering.operators.kinds import (
     OPERATORS,
     apply,

@@ -14,6 +14,7 @@ from trimtab.steering.operators.adding import Add
 from trimtab.steering.operators.base import Dial, LinearOperator, Operator
 from trimtab.steering.operators.bounds import Clamp
 from trimtab.steering.operators.diagonal import Scale, Shift
+from trimtab.steering.operators.features import SetFeatures
 from trimtab.steering.operators.low_rank import Ablate, Affine
 from trimtab.steering.operators.planes import Rotate, Turn
 from trimtab.steering.operators.routing import Force
@@ -23,14 +24,11 @@ def _is_operator(added: Any, name: str) -> bool:
     return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
 
 
-_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
+_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, SetFeatures, Force)
 #: Operators by the names that steering files have.
 OPERATORS: Mapping[str, type[Any]] = Extended(
     "operator",
-    {
-        kind.__name__: kind
-        for kind in (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
-    },
+    {kind.__name__: kind for kind in _OWN},
     _is_operator,
 )
 
