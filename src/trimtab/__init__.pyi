@@ -24,8 +24,9 @@ from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
-from .strength import generate_contrast, within
+from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
+from .writing import generate_contrast
 
 __version__: str
 
