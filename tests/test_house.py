@@ -68,6 +68,7 @@ PUBLIC = [
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "persona_contrast",
     "pull",
     "push",
     "recipes",

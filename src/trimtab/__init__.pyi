@@ -26,7 +26,7 @@ from .reports import Evaluation
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
 from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
-from .writing import generate_contrast
+from .writing import generate_contrast, persona_contrast
 
 __version__: str
 
@@ -79,6 +79,7 @@ __all__ = [
     "load_contrast",
     "log_odds",
     "mean_interval",
+    "persona_contrast",
     "pull",
     "push",
     "recipes",
