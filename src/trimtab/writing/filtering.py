@@ -5,15 +5,25 @@ holds. A judge behind an endpoint scores the trait and coherence from 0 to 100 (
 model that is loaded here is asked "Yes or No?", and its log-odds are compared, never taken by
 themselves, because small models say yes, or no, to everything: the positive answer's against the
 negative one's, and those of an answer against those of its own words in another order.
+
+A model that does not see the difference drops the wrong rows. So what it says is used only where it
+tells the two kinds of text apart in 60 % of all cases or more. Where it is blind to the trait, the
+model that answered says whether the two answers fit their instructions or those of the other side:
+
+    D = log p(a+ | i+) + log p(a- | i-) - log p(a+ | i-) - log p(a- | i+)
+
+the log-odds that the answers are where they belong against that they are exchanged; kept are pairs
+for which it is nine to one or more.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.contrasts import Contrast, Part, Prompt, plain
 from trimtab.evaluation import ChatEndpoint, repetition
@@ -24,11 +34,17 @@ from trimtab.writing.replies import is_text, score
 from trimtab.writing.work import Work
 from trimtab.writing.writers import Writer
 
+Item = TypeVar("Item")
+
 #: Why a pair is dropped, in the order in which it is asked.
 REASONS = ("empty", "too long", "special tokens", "repeats itself", "sides alike", "duplicate",
-           "no score", "trait", "incoherent")  # fmt: skip
+           "no score", "trait", "exchanged", "incoherent")  # fmt: skip
 #: A judge's score from which on an answer shows a trait, or is coherent, as the authors have it.
 _ENOUGH = 50.0
+#: Log-odds of nine to one, in nats.
+_NINE_TO_ONE = math.log(9)
+#: A model that tells the kinds of text apart less often than this is not heard.
+_SEES = 0.6
 #: Said of an answer that got no score, in place of one.
 _NO_SCORE = -1.0
 #: The share of its four-word runs that are there a second time, from which on a text is a loop.
@@ -41,23 +57,31 @@ _CHUNK = 64
 
 @dataclass(frozen=True)
 class Answers:
-    """A question with its answers under a pair of instructions (by its number)."""
+    """A question with its answers under a pair of instructions (by its number), and what the model
+    was told on either side."""
 
     question: str
     part: Part
     pair: int
     positive: str
     negative: str
+    told: tuple[Prompt, Prompt] = ("", "")
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What is kept; for each row why it was dropped (None: kept); how well the judge tells the
-    sides apart: how often a positive answer gets more than a negative one, 0.5 by chance."""
+    """What is kept; for each row why it was dropped (None: kept); and how often the judge gives
+    more to a positive answer than to a negative one (`separation`), or to an answer than to its
+    words shuffled (`coherence`): 0.5 is chance, None is that it was not asked.
+
+    `by` says what decided about the trait and about coherence.
+    """
 
     kept: tuple[Answers, ...]
     reasons: tuple[str | None, ...]
     separation: float | None
+    coherence: float | None
+    by: dict[str, str]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -72,6 +96,7 @@ def filtered(
     wish: str,
     work: Work,
     *,
+    answerer: Writer,
     special: Sequence[str],
     max_new_tokens: int,
 ) -> Filtered:
@@ -80,18 +105,43 @@ def filtered(
     reasons = [_fault(row, special, max_new_tokens * _PER_TOKEN) for row in rows]
     _mark_duplicates(rows, reasons)
     scorer = _Scorer(judge, wish, work)
+    by = {"trait": "scores", "coherence": "scores"}
 
-    left = [i for i, reason in enumerate(reasons) if reason is None]
+    left = _left(reasons)
     shown = scorer.trait([rows[i] for i in left])
-    for i, (positive, negative) in zip(left, shown, strict=True):
-        reasons[i] = _about_trait(positive, negative, scorer.absolute)
-    separation = _separation(shown)
+    separation = _how_often(*zip(*shown, strict=True)) if shown else None
+    said = [_about_trait(*each, absolute=scorer.absolute) for each in shown]
+    if not scorer.absolute:
+        by["trait"] = "yes or no"
+        if separation is not None and separation < _SEES:
+            by["trait"], said = "nothing", [None] * len(left)
+            if isinstance(answerer, LanguageModel):
+                by["trait"] = "which instruction fits"
+                fits = scorer.fits([rows[i] for i in left], answerer)
+                said = [None if odds >= _NINE_TO_ONE else "exchanged" for odds in fits]
+    _mark(reasons, left, said)
 
-    left = [i for i, reason in enumerate(reasons) if reason is None]
-    for i, scores in zip(left, scorer.coherence([rows[i] for i in left]), strict=True):
-        reasons[i] = _about_coherence(scores, scorer.absolute)
-    kept = (row for row, reason in zip(rows, reasons, strict=True) if reason is None)
-    return Filtered(tuple(kept), tuple(reasons), separation)
+    left = _left(reasons)
+    scores = scorer.coherence([rows[i] for i in left])
+    said = [_about_coherence(each, scorer.absolute) for each in scores]
+    coherence = None
+    if not scorer.absolute:
+        by["coherence"] = "yes or no"
+        coherence = _over_shuffled(scores)
+        if coherence is not None and coherence < _SEES:
+            by["coherence"], said = "plain rules", [None] * len(left)
+    _mark(reasons, left, said)
+    kept = tuple(rows[i] for i in _left(reasons))
+    return Filtered(kept, tuple(reasons), separation, coherence, by)
+
+
+def _left(reasons: Sequence[str | None]) -> list[int]:
+    return [i for i, reason in enumerate(reasons) if reason is None]
+
+
+def _mark(reasons: list[str | None], rows: Sequence[int], said: Sequence[str | None]) -> None:
+    for i, reason in zip(rows, said, strict=True):
+        reasons[i] = reason
 
 
 # -- plain rules ----------------------------------------------------------------------------------
@@ -140,21 +190,23 @@ def _about_coherence(scores: tuple[float, ...], absolute: bool) -> str | None:
     return None if ordered else "incoherent"
 
 
-def _separation(shown: Sequence[tuple[float, float]]) -> float | None:
-    """How often a positive answer gets more than a negative one, of whatever rows; ties count half.
+def _how_often(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """How often one of the first is more than one of the second; ties count half.
 
-    The area under the ROC curve. None without scores.
+    The area under the ROC curve. None where nothing has a score.
     """
-    scored = [pair for pair in shown if _NO_SCORE not in pair]
-    if not scored:
+    firsts, seconds = ([each for each in some if each != _NO_SCORE] for some in (first, second))
+    if not firsts or not seconds:
         return None
-    negatives = [negative for _, negative in scored]
-    wins = sum(
-        (positive > negative) + (positive == negative) / 2
-        for positive, _ in scored
-        for negative in negatives
-    )
-    return wins / len(scored) ** 2
+    wins = sum((one > other) + (one == other) / 2 for one in firsts for other in seconds)
+    return wins / (len(firsts) * len(seconds))
+
+
+def _over_shuffled(scores: Sequence[tuple[float, ...]]) -> float | None:
+    """How often an answer has more than its own words in another order; ties count half."""
+    pairs = [each[i : i + 2] for each in scores for i in (0, 2)]
+    wins = sum((one > other) + (one == other) / 2 for one, other in pairs)
+    return wins / len(pairs) if pairs else None
 
 
 # -- judges ---------------------------------------------------------------------------------------
@@ -217,16 +269,39 @@ class _Scorer:
         found = self._scores("coherence", asked, COHERENCE_QUESTION)
         return [tuple(found[i : i + 4]) for i in range(0, len(found), 4)]
 
+    def fits(self, rows: Sequence[Answers], answerer: LanguageModel) -> list[float]:
+        """Of each row the log-odds that its answers are not exchanged, D above, in nats."""
+
+        def odds(chunk: Sequence[Answers]) -> list[float]:
+            under = [
+                log_odds(
+                    answerer,
+                    Contrast.from_pairs(
+                        [(row.told[side], row.positive, row.negative) for row in chunk], "judging"
+                    ),
+                )
+                for side in (0, 1)
+            ]
+            return [float(value) for value in under[0] - under[1]]
+
+        return self._in_chunks("instruction", rows, odds)
+
     def _scores(self, label: str, asked: Sequence[tuple[str, str]], request: str) -> list[float]:
         """A number for each question and answer."""
+        return self._in_chunks(label, asked, lambda chunk: self._asked(chunk, request))
+
+    def _in_chunks(
+        self, label: str, items: Sequence[Item], ask: Callable[[Sequence[Item]], list[float]]
+    ) -> list[float]:
+        """A number for each item; what was interrupted goes on with the chunk that is missing."""
         found: list[float] = []
-        with progress(f"judging ({label})", len(asked)) as advance:
-            for number, chunk in enumerate(_chunks(asked)):
-                label_ = f"{label} scores"
-                scores = self.work.next_batch(label_, number, len(chunk), float)
+        with progress(f"judging ({label})", len(items)) as advance:
+            for number, start in enumerate(range(0, len(items), _CHUNK)):
+                chunk = items[start : start + _CHUNK]
+                scores = self.work.next_batch(f"{label} scores", number, len(chunk), float)
                 if scores is None:
-                    scores = self._asked(chunk, request)
-                    self.work.append(label_, number, scores)
+                    scores = ask(chunk)
+                    self.work.append(f"{label} scores", number, scores)
                 found += scores
                 advance(len(chunk))
         return found
@@ -269,7 +344,3 @@ def _shuffled(text: str) -> str:
     words = text.split()
     random.Random(text).shuffle(words)
     return " ".join(words)
-
-
-def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK))

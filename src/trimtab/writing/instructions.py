@@ -83,8 +83,9 @@ def _pair(value: Any) -> Instructions | None:
     texts = [" ".join(side.split()) for side in sides if isinstance(side, str)]
     if len(texts) < 2 or not all(_SHORTEST <= len(text) <= _LONGEST for text in texts):
         return None
-    positive, negative = texts
-    return None if plain(positive) == plain(negative) else Instructions(positive, negative, "writer")
+    if plain(texts[0]) == plain(texts[1]):
+        return None
+    return Instructions(texts[0], texts[1], "writer")
 
 
 def top_up(written: Sequence[Instructions], wish: Wish, count: int) -> list[Instructions]:

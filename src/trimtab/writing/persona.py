@@ -53,8 +53,8 @@ _ABLE = 1_000_000_000
 _TRIES = 3
 #: Tokens for each pair of instructions or question that a writer writes, and for what is around.
 _TOKENS_EACH, _TOKENS_AROUND, _MOST_TOKENS = 80, 200, 4000
-#: A judge that tells the sides apart no better than this says little about what is kept.
-_TOLD_APART = 0.6
+#: A judge that tells the sides apart less often says little about what is kept.
+_SEES = 0.6
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ def persona_contrast(
         roles.judge,
         read.text,
         work,
+        answerer=roles.answerer,
         special=special,
         max_new_tokens=sampling.max_new_tokens,
     )
@@ -308,27 +309,31 @@ def _answered(
         for _ in range(answers)
     ]
     as_system = _takes_system(answerer)
-    sides: dict[str, list[str]] = {}
+    prompts = {
+        side: [
+            _conversation(f"You are {who}. {getattr(told[number], side)}", question, as_system)
+            for question, number in grid
+        ]
+        for side, who in (("positive", wish.who), ("negative", "a helpful assistant"))
+    }
+    texts: dict[str, list[str]] = {}
     with progress("writing answers", 2 * len(grid)) as advance:
-        for side, who in (("positive", wish.who), ("negative", "a helpful assistant")):
-            prompts = [
-                _conversation(f"You are {who}. {getattr(told[number], side)}", question, as_system)
-                for question, number in grid
-            ]
-            sides[side] = []
+        for side, asked_there in prompts.items():
+            texts[side] = []
             for number, start in enumerate(range(0, len(grid), sampling.batch_size)):
-                batch = prompts[start : start + sampling.batch_size]
-                texts = work.next_batch(side, number, len(batch), str)
-                if texts is None:
+                batch = asked_there[start : start + sampling.batch_size]
+                written = work.next_batch(side, number, len(batch), str)
+                if written is None:
                     seed = batch_seed(sampling.seed, side, number)
-                    texts = [text.strip() for text in write(answerer, batch, seed, sampling)]
-                    work.append(side, number, texts)
-                sides[side] += texts
+                    written = [text.strip() for text in write(answerer, batch, seed, sampling)]
+                    work.append(side, number, written)
+                texts[side] += written
                 advance(len(batch))
-    pairs = zip(grid, sides["positive"], sides["negative"], strict=True)
+    sides = zip(texts["positive"], texts["negative"], strict=True)
+    both = zip(prompts["positive"], prompts["negative"], strict=True)
     return [
-        Answers(question.text, question.part, number, positive, negative)
-        for (question, number), positive, negative in pairs
+        Answers(question.text, question.part, number, *written_here, told_here)
+        for (question, number), written_here, told_here in zip(grid, sides, both, strict=True)
     ]
 
 
@@ -375,11 +380,15 @@ def _check_kept(found: Filtered, wish: Wish, written: int) -> None:
     for part in ("validation", "test"):
         if not any(row.part == part for row in found.kept):
             _warn(f"no {part} rows are kept for {wish.text!r}: ask for more questions")
-    if found.separation is not None and found.separation < _TOLD_APART:
+    if found.separation is not None and found.separation < _SEES:
+        instead = {
+            "which instruction fits": "the answers were kept by which instruction they fit instead",
+            "nothing": "its yes and no were not used",
+        }.get(found.by["trait"], "look at the rows")
         _warn(
             f"the judge hardly tells the two sides of {wish.text!r} apart (a positive answer beats "
-            f"a negative one in {found.separation:.0%} of cases): look at the rows, or name "
-            "another judge"
+            f"a negative one in {found.separation:.0%} of cases): {instead}; a larger model or a "
+            "service judges better (--judge)"
         )
 
 
@@ -409,5 +418,7 @@ def _findings(
             "kept by part": {part: by_part[part] for part in ("train", "validation", "test")},
             "kept by pair": [by_pair[number] for number in range(len(told))],
         },
+        "kept by": found.by,
         "separation": found.separation,
+        "coherence": found.coherence,
     }
