@@ -28,7 +28,7 @@ def model(work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(persona, "FEWEST", 1)
-    monkeypatch.setattr(persona, "_SEES", 0.0)  # a coin judges
+    monkeypatch.setattr(persona, "SEES", 0.0)  # a coin judges
     save_model(work / "long", name="llama", max_position_embeddings=2048)
     config = work / "long" / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 2048}))

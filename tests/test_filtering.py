@@ -152,7 +152,7 @@ def filled(request: str, row: Answers, text: str) -> str:
 def test_log_odds_are_compared_and_not_taken_by_themselves(
     lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filtering, "_SEES", 0.0)
+    monkeypatch.setattr(filtering, "SEES", 0.0)
     some = some_rows()
     found = judged(some, lm)
     odds = {
@@ -185,7 +185,7 @@ def test_log_odds_are_compared_and_not_taken_by_themselves(
 
 def test_a_blind_model_is_not_heard(lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead it says which of the two instructions an answer was made under."""
-    monkeypatch.setattr(filtering, "_SEES", 1.1)
+    monkeypatch.setattr(filtering, "SEES", 1.1)
     some = some_rows()
     found = judged(some, lm)
     assert found.by == {"trait": "which instruction fits", "coherence": "plain rules"}

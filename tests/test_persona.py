@@ -223,7 +223,7 @@ def test_a_base_model_needs_somebody_who_answers(judge: ChatEndpoint) -> None:
         first, *rest = (message["content"] for message in request.content["messages"])
         if not rest:
             return said(json.dumps(TWO))
-        eos = "<|endoftext|>" if "of the sea" in rest[0] else ""
+        eos = "</s>" if "by the sea" in rest[0] else ""  # as an answer's own end would be read
         greeting = "Good day" if "duke" in first or "judge" in first else "Hi"
         return said(f"{greeting} {rest[0]}{eos}")
 
@@ -232,6 +232,7 @@ def test_a_base_model_needs_somebody_who_answers(judge: ChatEndpoint) -> None:
         contrast = made(bare, judge, writer=writer)
     assert contrast.made is not None
     assert contrast.made["answers by"]["model"] == "w"
+    assert contrast.made["counts"]["dropped"]["special tokens"] == 2
     row = contrast.pairs[0]
     question = contrast.made["questions"][0]["text"]
     assert row.prompt == f"Question: {question}\nAnswer:"
@@ -296,6 +297,8 @@ def test_a_blind_judge_is_a_warning(lm: tt.LanguageModel) -> None:
     [
         ({"wish": " "}, "the wish is empty"),
         ({"opposite": "."}, "the opposite is empty"),
+        ({"wish": "formal</s>"}, "holds a mark of the chat template"),
+        ({"opposite": "casual \x1b[2J"}, "or a character that nobody sees"),
         ({"writer": "gemma"}, "a writer is a LanguageModel, a ChatEndpoint or 'templates'"),
         ({"judge": "gemma"}, "a judge is a LanguageModel or a ChatEndpoint"),
         ({"questions": 0}, "must be 1 or more"),

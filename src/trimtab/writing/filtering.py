@@ -44,7 +44,7 @@ _ENOUGH = 50.0
 #: Log-odds of nine to one, in nats.
 _NINE_TO_ONE = math.log(9)
 #: A model that tells the kinds of text apart less often than this is not heard.
-_SEES = 0.6
+SEES = 0.6
 #: Said of an answer that got no score, in place of one.
 _NO_SCORE = -1.0
 #: The share of its four-word runs that are there a second time, from which on a text is a loop.
@@ -113,7 +113,7 @@ def filtered(
     said = [_about_trait(*each, absolute=scorer.absolute) for each in shown]
     if not scorer.absolute:
         by["trait"] = "yes or no"
-        if separation is not None and separation < _SEES:
+        if separation is not None and separation < SEES:
             by["trait"], said = "nothing", [None] * len(left)
             if isinstance(answerer, LanguageModel):
                 by["trait"] = "which instruction fits"
@@ -128,7 +128,7 @@ def filtered(
     if not scorer.absolute:
         by["coherence"] = "yes or no"
         coherence = _over_shuffled(scores)
-        if coherence is not None and coherence < _SEES:
+        if coherence is not None and coherence < SEES:
             by["coherence"], said = "plain rules", [None] * len(left)
     _mark(reasons, left, said)
     kept = tuple(rows[i] for i in _left(reasons))

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimtab.contrasts import Contrast, Conversation, Pair, Prompt, made_beside
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
 from trimtab.evaluation import ChatEndpoint
 from trimtab.model import LanguageModel
 from trimtab.options import PersonaAmounts, Sampling, flat
 from trimtab.terminal import progress
-from trimtab.writing.filtering import Answers, Filtered, filtered
+from trimtab.writing.filtering import SEES, Answers, Filtered, filtered
 from trimtab.writing.instructions import REQUEST as INSTRUCTIONS_REQUEST
 from trimtab.writing.instructions import Instructions, new_pairs, top_up
 from trimtab.writing.questions import REQUEST as QUESTIONS_REQUEST
@@ -53,8 +53,6 @@ _ABLE = 1_000_000_000
 _TRIES = 3
 #: Tokens for each pair of instructions or question that a writer writes, and for what is around.
 _TOKENS_EACH, _TOKENS_AROUND, _MOST_TOKENS = 80, 200, 4000
-#: A judge that tells the sides apart less often says little about what is kept.
-_SEES = 0.6
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,14 @@ def persona_contrast(
     roles = _roles(language_model, writer, judge)
     _check_amounts(amounts)
     settings = _settings(read, amounts, sampling, roles)
+    special = _special_tokens(language_model)
+    _check_words(read, special)
     target = checked_target(output, overwrite)
+    work = Work(target, settings, overwrite)
+    # A run that was stopped between the two files has left the one that says how it was made.
+    overwrite = overwrite or work.resumes
     if target is not None:
         checked_target(made_beside(target), overwrite)
-    work = Work(target, settings, overwrite)
-    special = _special_tokens(language_model)
 
     told = _instructions(roles.writer, read, amounts.pairs, sampling.seed, work, special)
     asked = _questions(roles.writer, read, amounts.questions, sampling.seed, work, special)
@@ -181,6 +182,15 @@ def _roles(language_model: LanguageModel, writer: Any, judge: Writer | None) -> 
     answers = language_model if language_model.chats else writes
     assert answers is not None
     return _Roles(writes, answers, language_model if judge is None else judge)
+
+
+def _check_words(wish: Wish, special: Sequence[str]) -> None:
+    """Refuse a wish that would end a turn of the conversation that it is put into."""
+    if not all(_harmless(text, special) for text in (wish.text, wish.ask_not)):
+        raise TrimtabError(
+            f"the wish {shown(repr(wish.text), 60)} or its opposite holds a mark of the chat "
+            "template, or a character that nobody sees: write plain words"
+        )
 
 
 def _check_amounts(amounts: PersonaAmounts) -> None:
@@ -380,7 +390,7 @@ def _check_kept(found: Filtered, wish: Wish, written: int) -> None:
     for part in ("validation", "test"):
         if not any(row.part == part for row in found.kept):
             _warn(f"no {part} rows are kept for {wish.text!r}: ask for more questions")
-    if found.separation is not None and found.separation < _SEES:
+    if found.separation is not None and found.separation < SEES:
         instead = {
             "which instruction fits": "the answers were kept by which instruction they fit instead",
             "nothing": "its yes and no were not used",

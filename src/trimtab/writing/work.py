@@ -88,6 +88,11 @@ class Work:
             self._journal.replace([self.settings, batch])
             self._begun = True
 
+    @property
+    def resumes(self) -> bool:
+        """Whether some of the work is done."""
+        return self._begun
+
     def check_used(self) -> None:
         """More batches than the texts take are not this run's."""
         if self._waiting and self._journal is not None:
