@@ -385,8 +385,8 @@ def _check_kept(found: Filtered, wish: Wish, written: int) -> None:
         raise TrimtabError(
             f"of {written} pairs of answers for {wish.text!r} only {len(found.kept)} are kept, "
             f"{train} of them to fit on, and {FEWEST} are needed (dropped: {dropped}): try a "
-            f"larger model, longer answers (--max-new-tokens), more of them (--questions), a stronger "
-            f"judge (--judge){less_guessing}"
+            f"larger model, longer answers (--max-new-tokens), more of them (--questions), a "
+            f"stronger judge (--judge){less_guessing}"
         )
     for part in ("validation", "test"):
         if not any(row.part == part for row in found.kept):
