@@ -19,7 +19,7 @@ from trimtab.evaluation.endpoint import ChatEndpoint
 from trimtab.model import Completion
 from trimtab.steering.operators import Add
 from trimtab.strength import ChatConceptJudge, LexiconJudge, concept_curve, lexicon
-from trimtab.strength.generated import CONCEPTS
+from trimtab.writing.concepts import CONCEPTS
 
 # -- words ----------------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from helpers import refused_in_one_line
 from services import Reply, Request, serving
 from trimtab.errors import TrimtabWarning
 from trimtab.evaluation.endpoint import ChatEndpoint
-from trimtab.strength import generated as concepts
-from trimtab.strength.generated import batch_seed, generate_contrast, request
+from trimtab.writing import concepts
+from trimtab.writing.concepts import generate_contrast, request
+from trimtab.writing.writers import batch_seed
 
 __all__ = ["lm", "other", "own_surroundings"]  # fixtures, which pytest finds by their names here
 
@@ -189,7 +190,7 @@ def test_damaged_work_is_kept_and_named(
     path, part = tmp_path / "joy.jsonl", tmp_path / "joy.jsonl.part"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         # Interrupted when all six batches are there, before the file is.
-        patch.setattr(concepts._Work, "check_used", interrupt)
+        patch.setattr(concepts.Work, "check_used", interrupt)
         generate_contrast(lm, "joy", output=path, **SHORT)
     part.write_bytes(b"".join(damage(part.read_bytes().splitlines(keepends=True))))
     before = part.read_bytes()

@@ -20,8 +20,9 @@ import trimtab as tt
 from generated_texts import SHORT, lm, other, own_surroundings, roomy, texts_of
 from helpers import language_model, read_sites, refused_in_one_line
 from trimtab.errors import TrimtabWarning
-from trimtab.strength import generated as concepts
-from trimtab.strength.generated import CONCEPTS, batch_seed, generate_contrast, request
+from trimtab.writing import concepts
+from trimtab.writing.concepts import CONCEPTS, generate_contrast, request
+from trimtab.writing.writers import batch_seed
 
 __all__ = ["lm", "other", "own_surroundings"]  # fixtures, which pytest finds by their names here
 

@@ -75,6 +75,7 @@ PUBLIC = [
     "log_odds",
     "mean_interval",
     "monitor",
+    "persona_contrast",
     "pull",
     "push",
     "recipes",

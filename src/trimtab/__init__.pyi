@@ -40,8 +40,9 @@ from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
-from .strength import generate_contrast, within
+from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
+from .writing import generate_contrast, persona_contrast
 
 __version__: str
 
@@ -101,6 +102,7 @@ __all__ = [
     "log_odds",
     "mean_interval",
     "monitor",
+    "persona_contrast",
     "pull",
     "push",
     "recipes",

@@ -398,6 +398,17 @@ class Bounds:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonaAmounts:
+    """How much is written for the contrast of a trait."""
+
+    heading = "Texts"
+
+    pairs: int = option("Pairs of instructions, one for the trait and one against it.", 5, least=1)
+    questions: int = option("Questions, half of them for fitting.", 40, least=1)
+    answers: int = option("Answers to each question under each instruction.", 1, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How texts are sampled; the defaults are those of "Towards Understanding Steering
     Strength"."""

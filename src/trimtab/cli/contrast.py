@@ -1,5 +1,5 @@
-"""`trimtab contrast`: look at a contrast before anything is fitted on it, and give its rows
-parts."""
+"""`trimtab contrast`: look at a contrast before anything is fitted on it, give its rows parts, or
+have one written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cyclopts import App, Parameter, validators
 from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.making import prepared
 from trimtab.cli.options import Data, Json, OpenedIfNamed, Overwrite
+from trimtab.cli.persona import persona
 from trimtab.contrasts import Contrast, Image, Pair, as_messages, check, columns, images_in
 from trimtab.errors import TrimtabError
 from trimtab.files import check_output
@@ -32,11 +33,13 @@ Count = Annotated[
 
 
 def commands(app: App) -> None:
-    """Your own contrast: `check` it, `show` some of it, `split` it into parts.
+    """Your own contrast: `check` it, `show` some of it, `split` it into parts; or have a model
+    write one for a trait (`persona`).
 
     Example: `trimtab contrast check pairs.jsonl`, then `trimtab fit caa --contrast pairs.jsonl ...`
     """
-    for name, command in (("check", check_it), ("show", show), ("split", split)):
+    named = (("check", check_it), ("show", show), ("split", split), ("persona", persona))
+    for name, command in named:
         app.command(prepared(command), name=name)
 
 

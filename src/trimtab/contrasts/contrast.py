@@ -18,7 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +39,7 @@ from trimtab.contrasts.rows import (
     read_rows,
 )
 from trimtab.errors import TrimtabError
-from trimtab.files import json_digest, user_path, write_whole
+from trimtab.files import exists, json_digest, json_object, user_path, write_whole
 from trimtab.options import SPLIT, Split
 
 #: Rows that a notebook shows.
@@ -51,11 +51,15 @@ class Contrast:
     """Contrasting texts, in order, with a name for people and a digest for records.
 
     `drawn` is the split that gave the rows their parts; None where they name them, or have none.
+    `made` says how a model wrote the rows, and who kept which of them; None of other rows. A file
+    has it in another one beside it (`made_beside`), and where its rows were changed since, `made`
+    has "edited".
     """
 
     rows: tuple[Pair | Text, ...]
     name: str = "contrast"
     drawn: Split | None = None
+    made: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -92,7 +96,7 @@ class Contrast:
                 f"{path} is plain text, and a contrast has two sides: write JSONL or CSV with "
                 "prompt, positive and negative, or with text and label"
             )
-        return cls(read_rows(read_table(path), str(path), others=True), str(path))
+        return cls(read_rows(read_table(path), str(path), others=True), str(path))._with_made(path)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Contrast:
@@ -103,7 +107,8 @@ class Contrast:
         Anthropic's questions (question, answer_matching_behavior, answer_not_matching_behavior; or
         prompt, correct, incorrect). Of those more columns than the texts' are left out.
         """
-        return cls(read_rows(read_json(user_path(path)), str(path), others=True), str(path))
+        rows = read_rows(read_json(user_path(path)), str(path), others=True)
+        return cls(rows, str(path))._with_made(path)
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Contrast:
@@ -125,11 +130,29 @@ class Contrast:
 
     def to_jsonl(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write one JSON object a line, parts and messages too; the file is there whole or not at
-        all, and `from_jsonl` reads the same rows from it."""
+        all, and `from_jsonl` reads the same rows from it. `made` goes into a file beside it."""
         place = user_path(path)
         rows = [_as_json(row, place.parent) for row in self.rows]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        return write_whole(place, "".join(lines).encode(), overwrite)
+        if self.made is not None:
+            said = json.dumps({**self.made, "digest": self.digest}, ensure_ascii=False, indent=1)
+            write_whole(made_beside(place), (said + "\n").encode(), overwrite)
+        written = write_whole(place, "".join(lines).encode(), overwrite)
+        if self.made is None and overwrite:
+            made_beside(place).unlink(missing_ok=True)  # it was about the rows of before
+        return written
+
+    def _with_made(self, path: str | Path) -> Contrast:
+        """With what the file beside its own says of how it was made, if there is one."""
+        place = made_beside(user_path(path))
+        if not exists(place):
+            return self
+        try:
+            said = json_object(place.read_text(encoding="utf-8"), str(place))
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrimtabError(f"{place} cannot be read: mend it, or delete it") from error
+        edited = {} if said.get("digest") == self.digest else {"edited": True}
+        return replace(self, made={**said, **edited})
 
     # -- what is in it ------------------------------------------------------------------------
 
@@ -178,6 +201,11 @@ class Contrast:
             for row in self.rows
         ]
         return json_digest(content, ensure_ascii=False, separators=(",", ":"))
+
+    @property
+    def made_in_short(self) -> dict[str, Any]:
+        """How it was made, without the questions, which its rows have."""
+        return {name: said for name, said in (self.made or {}).items() if name != "questions"}
 
     # -- parts --------------------------------------------------------------------------------
 
@@ -276,6 +304,11 @@ class Contrast:
         positive = [row for row in self.texts if row.label == "positive"][:count]
         negative = [row for row in self.texts if row.label == "negative"][:count]
         return replace(self, rows=(*positive, *negative))
+
+
+def made_beside(path: Path) -> Path:
+    """The file that says how the contrast in a file was made: pairs.made.json of pairs.jsonl."""
+    return path.with_name(f"{path.stem}.made.json")
 
 
 def builtins() -> list[str]:

@@ -203,6 +203,7 @@ def new_steering(
     _check_interventions(method.name, contrast, interventions)
     train = contrast.train
     split = {} if contrast.drawn is None else {"split": str(contrast.drawn)}
+    made = {} if contrast.made is None else {"made": contrast.made_in_short}
     return Steering(
         method=method.name,
         hyperparameters=_plain(asdict(method)),  # type: ignore[call-overload]
@@ -214,6 +215,7 @@ def new_steering(
             "digest": train.digest,
             "rows": len(train),
             **split,
+            **made,
             **put_as(train, language_model.chat_form),
         },
         tables=tables or {},

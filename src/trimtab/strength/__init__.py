@@ -42,7 +42,6 @@ from trimtab.strength.curves import (
     resampled,
     token_log_odds,
 )
-from trimtab.strength.generated import Negatives, generate_contrast
 from trimtab.strength.limits import limit
 from trimtab.strength.page import write_curves
 from trimtab.strength.pictures import Accuracy, Curves, draw
@@ -50,3 +49,4 @@ from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within
 from trimtab.strength.samples import TextsAsked
 from trimtab.strength.theory import ufm
+from trimtab.writing import Negatives, generate_contrast
