@@ -47,8 +47,8 @@ from trimtab.model.questions import (
 from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
+from trimtab.model.stepwise import Writing
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
-from trimtab.model.writing import Writing
 
 warn_if_untested()
