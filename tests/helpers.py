@@ -26,7 +26,17 @@ from trimtab.reading import packs, runs_in_parts, shares_prefixes
 from trimtab.reading.streams import run_lower
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import Ablate, Add, Affine, Operator, Rotate, Scale, Shift, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Operator,
+    Respond,
+    Rotate,
+    Scale,
+    Shift,
+    Turn,
+)
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
 PROMPTS = [
@@ -37,12 +47,13 @@ PROMPTS = [
 
 #: Operators by the names that `operator` knows: those that fold into weights, and all of them.
 LINEAR = ("Scale", "Add", "Ablate", "Rotate")
-OPERATORS = (*LINEAR, "Absolute", "Turn", "Adaptive")
+OPERATORS = (*LINEAR, "Absolute", "Turn", "Adaptive", "Respond")
 
 #: A dial at which each of them does enough to be seen.
 TELLING = {"Scale": 1.5, "Add": 1.5, "Ablate": 3.0, "Rotate": 70.0, "Absolute": 1.5} | {
     "Turn": 200.0,
     "Adaptive": 200.0,
+    "Respond": 1.5,
 }
 
 #: A calibration of three budgets, of which half of the prompts do not reach the largest.
@@ -187,13 +198,16 @@ def basis(width: int, seed: int = 0, rows: int = 2) -> Tensor:
 
 
 def operator(kind: str, width: int, seed: int = 0) -> Any:
-    """A random operator: Scale, Absolute (a Scale of |x|), Add, Ablate, Rotate, Turn, Adaptive."""
+    """A random operator: Scale, Absolute (a Scale of |x|), Add, Ablate, Rotate, Turn, Adaptive,
+    Respond."""
     if kind == "Scale":
         return scale(width, seed)
     if kind == "Absolute":
         return replace(scale(width, seed), absolute=True)
     if kind == "Add":
         return add(width, seed)
+    if kind == "Respond":
+        return Respond(add(width, seed).vector, add(width, seed + 1).vector, 0.5)
     if kind == "Ablate":
         return Ablate(basis(width, seed, 1)[0])
     plane = basis(width, seed)
@@ -214,6 +228,9 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
     def apply(x: Tensor) -> Tensor:
         if isinstance(op, Add):
             return x + dial * op.vector.to(x.dtype)
+        if isinstance(op, Respond):
+            fires = (x @ op.reader.to(x.dtype) + op.bias)[..., None]
+            return x + torch.where(fires > 0, dial * fires * op.vector.to(x.dtype), 0.0)
         if isinstance(op, Ablate):
             r = op.direction.to(x.dtype)
             return x @ (torch.eye(len(r), dtype=x.dtype) - dial * torch.outer(r, r))

@@ -10,7 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimtab.steering.operators import Ablate, Add, Affine, Clamp, Rotate, Scale, Shift, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Respond,
+    Rotate,
+    Scale,
+    Shift,
+    Turn,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 DIALS = st.floats(-30, 30, width=32)
@@ -24,7 +34,7 @@ LINEAR = (
 )  # fmt: skip
 ALL = (
     *LINEAR, "Absolute", "Turn", "Adaptive",
-    "Interval", "Clamp", "AtLeast", "AtMost", "Kept", "Capped",
+    "Interval", "Clamp", "AtLeast", "AtMost", "Kept", "Capped", "Respond",
 )  # fmt: skip
 
 #: Clamps by name: their bounds.
@@ -51,6 +61,9 @@ def random_operator(kind: str, seed: int, width: int = 12) -> Any:
     if kind in ("Affine", "Constant"):
         u, v = (torch.randn(width, 2, generator=generator) / 4 for _ in range(2))
         return Affine(u, v, torch.randn(width, generator=generator) if kind == "Constant" else None)
+    if kind == "Respond":
+        added, reader = (torch.randn(width, generator=generator) / 4 for _ in range(2))
+        return Respond(added, reader, 0.25)
     if kind in BOUNDS:
         direction = exactly(torch.randn(1, width, generator=generator))[0].float()
         return Clamp(direction, *BOUNDS[kind])
@@ -142,7 +155,8 @@ def formula(operator: Any, x: Tensor, dial: float) -> Tensor:
 
 
 def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
-    """Clamps, shifts inside of an interval, and added vectors after which the length is kept."""
+    """Clamps, shifts inside of an interval, what is added as much as a reader fires, and added
+    vectors after which the length is kept."""
     flat = []
     for h in x.double().reshape(-1, operator.width):
         if isinstance(operator, Clamp):
@@ -151,6 +165,9 @@ def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
             wanted = max(along, -math.inf if operator.low is None else operator.low)
             wanted = min(wanted, math.inf if operator.high is None else operator.high)
             flat.append(h + dial * (wanted - along) * v)
+        elif isinstance(operator, Respond):
+            fires = max(0.0, float(h @ operator.reader.double()) + operator.bias)
+            flat.append(h + dial * fires * operator.vector.double())
         elif isinstance(operator, Shift):
             h = h.clone()
             for place, unit in enumerate(operator.units.tolist()):

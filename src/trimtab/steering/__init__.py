@@ -23,6 +23,7 @@ from trimtab.steering.operators import (
     LinearOperator,
     Operator,
     OperatorDefaults,
+    Respond,
     Rotate,
     Scale,
     Shift,

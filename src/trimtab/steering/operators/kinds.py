@@ -16,6 +16,7 @@ from trimtab.steering.operators.bounds import Clamp
 from trimtab.steering.operators.diagonal import Scale, Shift
 from trimtab.steering.operators.low_rank import Ablate, Affine
 from trimtab.steering.operators.planes import Rotate, Turn
+from trimtab.steering.operators.responding import Respond
 from trimtab.steering.operators.routing import Force
 
 
@@ -23,13 +24,12 @@ def _is_operator(added: Any, name: str) -> bool:
     return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
 
 
-_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
 #: Operators by the names that steering files have.
 OPERATORS: Mapping[str, type[Any]] = Extended(
     "operator",
     {
         kind.__name__: kind
-        for kind in (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, Force)
+        for kind in (Scale, Shift, Add, Ablate, Affine, Clamp, Respond, Rotate, Turn, Force)
     },
     _is_operator,
 )
