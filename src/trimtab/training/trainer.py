@@ -265,7 +265,7 @@ class _Trainer:
     # -- checkpoints ------------------------------------------------------------------------------
 
     def _key(self, own: Any) -> str:
-        """A digest of all that the parameters depend on but how long they are trained in minutes."""
+        """A digest of all that the parameters depend on; `minutes` only end it."""
         texts, settings = self._texts, asdict(self._settings)
         del settings["minutes"]
         about = {
