@@ -3,9 +3,11 @@
 from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
 from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
+from trimtab.fitting.differentiable import differentiates
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.gates import fit_gate
+from trimtab.fitting.gradients import with_gradients
 from trimtab.fitting.method import (
     POSITIONS_HELP,
     Method,
@@ -22,3 +24,4 @@ from trimtab.fitting.statistics import (
     Sides,
     SignCounts,
 )
+from trimtab.fitting.stored import digest_of
