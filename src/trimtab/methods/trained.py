@@ -159,7 +159,12 @@ class TrainedMethod(Method):
         interventions = self.interventions(made.parameters)
         dial = Dial(self.dial, self.at_default, self.dial_range)
         findings = {"training": made.findings, **self.further_findings(made)}
-        return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
+        tables = self.tables(made)
+        return new_steering(self, language_model, contrast, interventions, dial, tables, findings)
+
+    def tables(self, made: Trained) -> dict[str, Tensor]:
+        """What it knows beside its interventions, tensors by name."""
+        return {}
 
     def further_findings(self, made: Trained) -> dict[str, Any]:
         """What a method tells beside its training: JSON."""

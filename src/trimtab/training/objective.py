@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -34,6 +34,8 @@ class Steered:
     answers: Tensor  # [runs, tokens] true at the tokens of the answer
     #: The share of all steps that is done.
     progress: float = 0.0
+    #: What operators note on the way, for the loss.
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def steered(self) -> Tensor:
