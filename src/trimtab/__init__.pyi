@@ -18,7 +18,23 @@ from .exchange import (
 )
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
-from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AlphaSteer, AUSteer
+from .methods import (
+    AAS,
+    CAA,
+    ITI,
+    PSR,
+    SADI,
+    SAS,
+    SS,
+    STA,
+    Ablation,
+    AcT,
+    ActAdd,
+    AlphaSteer,
+    AUSteer,
+    LoReFT,
+    ReFT,
+)
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds

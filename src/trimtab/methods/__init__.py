@@ -25,6 +25,9 @@ from trimtab.methods.caa import CAA
 from trimtab.methods.contents import describe, explain, gate_in_words
 from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
+from trimtab.methods.loreft import LoReFT
+from trimtab.methods.psr import PSR
 from trimtab.methods.ranking import rank
+from trimtab.methods.reft import ReFT
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA

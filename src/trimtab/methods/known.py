@@ -14,11 +14,17 @@ from trimtab.methods.angular import AAS, SAS, SS
 from trimtab.methods.austeer import AUSteer
 from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
+from trimtab.methods.loreft import LoReFT
+from trimtab.methods.psr import PSR
+from trimtab.methods.reft import ReFT
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
+_OWN = (
+    ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer,
+    ReFT, LoReFT, PSR,
+)  # fmt: skip
 
 
 def _is_method(added: Any, name: str) -> bool:

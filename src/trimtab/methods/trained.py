@@ -82,7 +82,7 @@ class TrainedMethod(Method):
     )
     seed: int = field(default=0, metadata={"help": "Of the order of rows, and of what is drawn."})
 
-    unmeasured = 1.0
+    unmeasured: ClassVar[float | None] = 1.0
     #: Of each preset: `learning_rate`, `batch`, `steps` or `epochs`, and what else `Training` has.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
