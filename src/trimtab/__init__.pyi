@@ -18,7 +18,23 @@ from .exchange import (
 )
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
-from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AlphaSteer, AUSteer
+from .methods import (
+    AAS,
+    CAA,
+    ITI,
+    SADI,
+    SAS,
+    SS,
+    SSV,
+    STA,
+    Ablation,
+    AcT,
+    ActAdd,
+    AlphaSteer,
+    AUSteer,
+    BiPO,
+    RePS,
+)
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
@@ -36,6 +52,7 @@ __all__ = [
     "SADI",
     "SAS",
     "SS",
+    "SSV",
     "STA",
     "AUSteer",
     "Ablation",
@@ -43,6 +60,7 @@ __all__ = [
     "ActAdd",
     "AlphaSteer",
     "Audit",
+    "BiPO",
     "Candidate",
     "Comparison",
     "Completion",
@@ -57,6 +75,7 @@ __all__ = [
     "LanguageModel",
     "Method",
     "Range",
+    "RePS",
     "Result",
     "Scope",
     "Steering",
