@@ -113,6 +113,22 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.AlphaSteer("builtin:facts", layer=(0, 2), site="ffn_out", ridge=0.1), EVERY
         ),
     },
+    "ssv": {
+        "resid": _always(tt.SSV(layer=1, steps=3, alpha=1), FFN_BIAS, _NO_FFN_BIAS),
+    },
+    "bipo": {
+        "ffn_out": _always(
+            tt.BiPO(layer=(0, 2), site="ffn_out", steps=3, alpha=2), FFN_BIAS, _NO_FFN_BIAS
+        ),
+    },
+    "reps": {
+        "attn_out": _always(
+            tt.RePS(layer=1, site="attn_out", steps=3), ATTENTION_BIAS, "takes no bias|no bias at"
+        ),
+        "suppress": _always(
+            tt.RePS(layer=1, steps=3, use="suppress", alpha=1), NONE, "stops at a bound"
+        ),
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

@@ -29,14 +29,16 @@ from torch import Generator, Tensor
 from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import POSITIONS_HELP, Number
-from trimtab.methods.trained import OneOrMore, TrainedMethod, training_in_words
+from trimtab.fitting import Number
+from trimtab.methods.trained import SMALL, OneOrMore, TrainedMethod, training_in_words
 from trimtab.model import LanguageModel
 from trimtab.steering import Affine, Intervention, Positions, Scope, Situation, Steering
 from trimtab.training import Objective, Outcome, Run, Steered, Texts, positive_texts
 
 #: Where blocks are steered, as shares of the depth: the authors' 5, 10, 15 and 20 of 26.
 _DEPTHS = (0.2, 0.4, 0.6, 0.8)
+#: The authors' tokens.
+_ENDS = "prompt[:5] | prompt[-5:]"
 
 
 @dataclass(frozen=True)
@@ -52,27 +54,30 @@ class LoReFT(TrainedMethod):
         >>> texts = lm.generate(["Today I feel"], steering=steering.at(1))
     """
 
-    layer: int | tuple[int, ...] | None = field(
-        default=None,
-        metadata={
-            "help": "Blocks, as in 12 or 10-14, negative from the end (default: those at 20, 40, "
-            "60 and 80% of the depth)."
-        },
-    )
     alpha: Number = field(
         default=1.0, metadata={"help": "How much of the map, 0 to 1; the dial's default."}
-    )
-    positions: Positions = field(
-        default="prompt[:5] | prompt[-5:]", metadata={"help": POSITIONS_HELP}
     )
     rank: OneOrMore = field(default=4, metadata={"help": "Dimensions of the subspace."})
 
     name = "loreft"
     unmeasured = None
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "small": {"learning_rate": 0.003, "batch": 6, "steps": 60},
-        "paper": {"learning_rate": 0.0009, "batch": 36, "epochs": 24},
+    presets: ClassVar = {
+        "small": {
+            **SMALL,
+            "learning_rate": 0.003,
+            "batch": 6,
+            "steps": 60,
+            "positions": _ENDS,
+        },
+        "paper": {
+            "learning_rate": 0.0009,
+            "batch": 36,
+            "epochs": 24,
+            "positions": _ENDS,
+            "patience": 0,
+        },
     }
+    dial_range: ClassVar = (0.0, 1.0)
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -84,33 +89,28 @@ class LoReFT(TrainedMethod):
         layers = tuple(dict.fromkeys(int(depth * anatomy.layers) for depth in _DEPTHS))
         return replace(self, layer=layers).sites(anatomy)
 
-    @property
-    def dial_range(self) -> tuple[float, float]:
-        return (0.0, 1.0)
-
     def texts(
         self, language_model: LanguageModel, contrast: Contrast, max_length: int | None
     ) -> Texts:
-        of_prompts = Scope.of(self.positions).holds(Situation("generated")) is False
+        positions = self.positions or self.presets[self.preset]["positions"]
+        of_prompts = Scope.of(positions).holds(Situation("generated")) is False
         if of_prompts and not contrast.paired:
             raise TrimtabError(
-                f"loreft: '{self.positions}' are tokens of prompts, and {contrast.name} is "
+                f"loreft: '{positions}' are tokens of prompts, and {contrast.name} is "
                 "unpaired, so that its texts have none: give it pairs, or positions all "
                 "(--positions all)"
             )
         return positive_texts(language_model, contrast, max_length)
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
-        anatomy = language_model.anatomy
-        widths = {site: anatomy.width(site) for site in self.sites(anatomy)}
-        narrow = min(widths, key=lambda site: widths[site])
-        if self.rank > widths[narrow]:
-            raise TrimtabError(
-                f"loreft: rank {self.rank} is more than the {widths[narrow]} units of {narrow}"
-            )
-        return Subspaces(widths, self.positions, self.rank)
+        where = self.where(language_model.anatomy)
+        for site, width in where["widths"].items():
+            if self.rank > width:
+                raise TrimtabError(f"loreft: rank {self.rank} is more than the {width} of {site}")
+        return Subspaces(self.rank, **where)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
+        assert self.positions is not None
         scope = Scope.of(self.positions)
         sites = dict.fromkeys(name.rpartition("/")[0] for name in parameters)
         return [Intervention(site, _map(parameters, site), scope) for site in sites]
@@ -131,7 +131,7 @@ class Subspaces(Objective):
     """The mean negative log-likelihood per token of each positive answer, with R, W [rank, units]
     and b [rank] at each site."""
 
-    def __init__(self, widths: Mapping[str, int], positions: Positions, rank: int) -> None:
+    def __init__(self, rank: int, widths: Mapping[str, int], positions: Positions) -> None:
         self._widths, self.sites, self.positions = widths, tuple(widths), positions
         self._rank = rank
 

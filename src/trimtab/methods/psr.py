@@ -29,10 +29,10 @@ from torch import Generator, Tensor
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.fitting import POSITIONS_HELP, Number
+from trimtab.fitting import Number
 from trimtab.methods.asking import asked
 from trimtab.methods.tokens import token_activations
-from trimtab.methods.trained import TrainedMethod, training_in_words
+from trimtab.methods.trained import SMALL, TrainedMethod, training_in_words
 from trimtab.model import LanguageModel, frozen
 from trimtab.steering import Intervention, Positions, Respond, Scope, Steering
 from trimtab.training import (
@@ -74,15 +74,21 @@ class PSR(TrainedMethod):
         metadata={"help": "Blocks, as in 12 or 10-14, negative from the end (default: all)."},
     )
     alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
-    positions: Positions = field(default="last", metadata={"help": POSITIONS_HELP})
-
     name = "psr"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "small": {"learning_rate": 0.01, "batch": 3, "steps": 60},
+    presets: ClassVar = {
+        "small": {
+            **SMALL,
+            "learning_rate": 0.01,
+            "batch": 3,
+            "steps": 60,
+            "positions": "last",
+        },
         "paper": {
             "learning_rate": 0.001,
             "batch": 1,
             "epochs": 15,
+            "positions": "last",
+            "patience": 0,
             "weight_decay": 1e-6,
             "clip": 1e9,  # none
         },
@@ -125,9 +131,12 @@ class PSR(TrainedMethod):
         return numbered(rows, held_out)
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
-        return Imitation(language_model, texts, self.sites(language_model.anatomy), self.positions)
+        assert self.positions is not None
+        sites = self.sites(language_model.anatomy)
+        return Imitation(language_model, texts, sites, self.positions)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
+        assert self.positions is not None
         scope = Scope.of(self.positions)
         sites = dict.fromkeys(name.rpartition("/")[0] for name in parameters)
         return [Intervention(site, _operator(parameters, site), scope) for site in sites]

@@ -23,8 +23,8 @@ theirs weighs answers by their length within a batch; and w has length 1 at ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -35,10 +35,16 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Says, Statistics
 from trimtab.methods.tokens import token_activations
-from trimtab.methods.trained import OneOrMore, TrainedMethod, training_in_words
+from trimtab.methods.trained import (
+    SMALL,
+    OneOrMore,
+    TrainedMethod,
+    Vectors,
+    training_in_words,
+)
 from trimtab.model import LanguageModel, frozen, scope_weights
 from trimtab.reading import encode_contrast
-from trimtab.steering import Add, Intervention, Positions, Scope, Steering
+from trimtab.steering import Intervention, Positions, Scope, Steering
 from trimtab.training import (
     Objective,
     Outcome,
@@ -76,9 +82,16 @@ class ReFT(TrainedMethod):
     )
 
     name = "reft"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "small": {"learning_rate": 0.01, "batch": 3, "steps": 60},
-        "paper": {"learning_rate": 0.01, "batch": 3, "epochs": 3},
+    presets: ClassVar = {
+        "small": {"learning_rate": 0.01, "batch": 3, "steps": 60, **SMALL},
+        "paper": {
+            "learning_rate": 0.01,
+            "batch": 3,  # pairs: six texts
+            "epochs": 3,
+            "depth": 10 / 26,
+            "positions": "all[1:]",
+            "patience": 0,
+        },
     }
 
     def texts(
@@ -98,30 +111,21 @@ class ReFT(TrainedMethod):
         return numbered(rows, held_out)
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
-        anatomy = language_model.anatomy
-        widths = {site: anatomy.width(site) for site in self.sites(anatomy)}
-        return Detecting(widths, self.positions, self.top, self.penalty)
+        return Detecting(self.top, self.penalty, **self.where(language_model.anatomy))
 
-    def learn(
+    def _learn(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
-    ) -> _Learnt:
-        made = super().learn(language_model, contrast, statistics)
-        own = (getattr(self, each.name) for each in fields(self) if each.name != self.dial)
-        return statistics.once(
-            (self.name, "latents", *own),
-            lambda: self._read(language_model, contrast, statistics.max_length, made),
-        )
+    ) -> tuple[Self, Trained]:
+        own, made = super()._learn(language_model, contrast, statistics)
+        texts = self.texts(language_model, contrast, statistics.max_length)
+        return own, own._read(language_model, contrast, texts, made)
 
     def _read(
-        self,
-        language_model: LanguageModel,
-        contrast: Contrast,
-        max_length: int | None,
-        made: Trained,
+        self, language_model: LanguageModel, contrast: Contrast, texts: Texts, made: Trained
     ) -> _Learnt:
         """What the directions find in the texts of either side: the largest latent says how much
         of them is added."""
-        texts = self.texts(language_model, contrast, max_length)
+        assert self.positions is not None
         readers = {site: normalize(w, dim=0) for site, w in made.parameters.items()}
         found = latents_of(language_model, texts.texts, readers, self.positions)
         sides = _sides(contrast, texts)
@@ -145,8 +149,7 @@ class ReFT(TrainedMethod):
         return _Learnt(writers, made.findings, readers, told)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
-        scope = Scope.of(self.positions)
-        return [Intervention(site, Add(vector), scope) for site, vector in parameters.items()]
+        return self.adding(parameters)
 
     def tables(self, made: Trained) -> dict[str, Tensor]:
         assert isinstance(made, _Learnt)
@@ -185,18 +188,16 @@ class _Learnt(Trained):
     latents: dict[str, Any]
 
 
-class Detecting(Objective):
+class Detecting(Vectors):
     """Likelihood of both sides' answers, each text steered by its own latents, which are to be
     small where they are not the largest; a direction w at each site, named as the site."""
 
-    def __init__(
-        self, widths: Mapping[str, int], positions: Positions, top: int, penalty: float
-    ) -> None:
-        self._widths, self.sites, self.positions = widths, tuple(widths), positions
+    def __init__(self, top: int, penalty: float, **where: Any) -> None:
+        super().__init__(**where)
         self._top, self._penalty = top, penalty
 
     def start(self, generator: Generator) -> dict[str, Tensor]:
-        return {site: normalize(torch.ones(width), dim=0) for site, width in self._widths.items()}
+        return {site: normalize(torch.ones(width), dim=0) for site, width in self.widths.items()}
 
     def draw(self, rows: Sequence[tuple[int, ...]], generator: Generator) -> list[list[Run]]:
         return [[Run(text) for text in row] for row in rows]

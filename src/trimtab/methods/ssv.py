@@ -18,10 +18,10 @@ import torch
 from torch import Generator, Tensor
 
 from trimtab.contrasts import Contrast
-from trimtab.methods.trained import TrainedMethod, training_in_words
+from trimtab.methods.trained import SMALL, TrainedMethod, Vectors, training_in_words
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Intervention, Positions, Scope, Steering
-from trimtab.training import Objective, Outcome, Run, Steered, Texts, positive_texts
+from trimtab.steering import Intervention, Steering
+from trimtab.training import Objective, Outcome, Run, Texts, positive_texts
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,15 @@ class SSV(TrainedMethod):
 
     name = "ssv"
     presets: ClassVar = {
-        "small": {"learning_rate": 0.01, "batch": 6, "steps": 60},
-        "paper": {"learning_rate": 0.01, "batch": 6, "epochs": 3},
+        "small": {"rate": 0.02, "batch": 6, "steps": 60, **SMALL},
+        "paper": {
+            "learning_rate": 0.01,
+            "batch": 6,
+            "epochs": 3,
+            "depth": 10 / 26,
+            "positions": "all[1:]",
+            "patience": 0,
+        },
     }
 
     def texts(
@@ -49,13 +56,10 @@ class SSV(TrainedMethod):
         return positive_texts(language_model, contrast, max_length)
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
-        anatomy = language_model.anatomy
-        widths = {site: anatomy.width(site) for site in self.sites(anatomy)}
-        return Likelihood(widths, self.positions)
+        return Likelihood(**self.where(language_model.anatomy))
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
-        scope = Scope.of(self.positions)
-        return [Intervention(site, Add(vector), scope) for site, vector in parameters.items()]
+        return self.adding(parameters)
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
@@ -66,21 +70,14 @@ class SSV(TrainedMethod):
         ]
 
 
-class Likelihood(Objective):
-    """The mean negative log-likelihood per token of each positive answer, with a vector at each
-    site, named as the site."""
-
-    def __init__(self, widths: Mapping[str, int], positions: Positions) -> None:
-        self._widths, self.sites, self.positions = widths, tuple(widths), positions
+class Likelihood(Vectors):
+    """The mean negative log-likelihood per token of each positive answer."""
 
     def start(self, generator: Generator) -> dict[str, Tensor]:
-        return {site: torch.full((width,), 0.01) for site, width in self._widths.items()}
+        return {site: torch.full((width,), 0.01) for site, width in self.widths.items()}
 
     def draw(self, rows: Sequence[tuple[int, ...]], generator: Generator) -> list[list[Run]]:
         return [[Run(row[0])] for row in rows]
-
-    def change(self, parameters: Mapping[str, Tensor], site: str, x: Tensor, at: Steered) -> Tensor:
-        return x + at.dials * parameters[site].to(x)
 
     def loss(self, parameters: Mapping[str, Tensor], outcome: Outcome) -> dict[str, Tensor]:
         return {"loss": -(outcome.log_p / outcome.lengths)}

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -31,12 +31,22 @@ from trimtab.fitting import (
 )
 from trimtab.methods.caa import residual_sites
 from trimtab.model import LanguageModel
-from trimtab.steering import Dial, Intervention, Positions, Steering
-from trimtab.training import Objective, Texts, Trained, Training, texts_of, train
+from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
+from trimtab.training import (
+    Objective,
+    Steered,
+    Texts,
+    Trained,
+    Training,
+    texts_of,
+    train,
+    typical_size,
+)
 
 OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 AboveZero = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
-Value = TypeVar("Value")
+#: What the small presets share.
+SMALL = {"depth": 0.4, "positions": "all", "patience": 3}
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,10 @@ class TrainedMethod(Method):
 
     layer: int | tuple[int, ...] | None = field(
         default=None,
-        metadata={"help": "Blocks, as in 12 or 10-14, negative from the end (default: 40%)."},
+        metadata={
+            "help": "Blocks, as in 12 or 10-14, negative from the end (default: the preset's share "
+            "of the depth, about 40%)."
+        },
     )
     site: Literal["resid", "attn_out", "ffn_out"] = field(
         default="resid", metadata={"help": "Which activations of a block."}
@@ -53,12 +66,14 @@ class TrainedMethod(Method):
     alpha: Number | None = field(
         default=None, metadata={"help": "Strength; the dial's default (default: measured)."}
     )
-    positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+    positions: Positions | None = field(
+        default=None, metadata={"help": f"{POSITIONS_HELP} (default: the preset's)."}
+    )
     preset: Literal["small", "paper"] = field(
         default="small",
         metadata={
-            "help": "Settings of the training that are not given: for a small model, within "
-            "minutes, or the authors' own."
+            "help": "What is not given: small, which ends within minutes on two cores, or paper, "
+            "the authors' own."
         },
     )
     steps: OneOrMore | None = field(
@@ -68,46 +83,56 @@ class TrainedMethod(Method):
         default=None, metadata={"help": "End the training after so many minutes."}
     )
     learning_rate: AboveZero | None = field(
-        default=None, metadata={"help": "AdamW's (default: the preset's)."}
+        default=None,
+        metadata={
+            "help": "AdamW's (default: the preset's; small's is in proportion to the activations "
+            "at the site)."
+        },
     )
     batch: OneOrMore | None = field(
         default=None, metadata={"help": "Rows of the contrast in a step (default: the preset's)."}
     )
-    patience: Count = field(
-        default=3,
+    patience: Count | None = field(
+        default=None,
         metadata={
-            "help": "End after so many checks without a better gain on validation rows, of which "
-            "there are ten; 0: never."
+            "help": "End after so many checks on validation rows without a better gain, of ten in "
+            "all; 0: never (default: the preset's)."
         },
     )
     seed: int = field(default=0, metadata={"help": "Of the order of rows, and of what is drawn."})
 
     unmeasured: ClassVar[float | None] = 1.0
-    #: Of each preset: `learning_rate`, `batch`, `steps` or `epochs`, and what else `Training` has.
+    #: By name, what a preset says of fields that are not given (`learning_rate`, or `rate` in
+    #: medians of the activations' sizes; `steps`, or `epochs`), the share of the `depth` at which
+    #: it steers, and what else `Training` has, with `horizon_epochs` in place of `horizon`.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}
 
-    def sites(self, anatomy: Anatomy) -> list[str]:
-        """The sites that are steered."""
-        blocks = residual_sites(anatomy, self.layer)
-        found = [site.replace("resid", self.site) for site in blocks]
-        for site in found:
-            anatomy.width(site)  # refuses what there is not
-        return found
-
     def check(self) -> None:
         if self.layer == ():
             raise TrimtabError(f"{self.name}: layer is empty: name some, or leave it out")
 
+    def sites(self, anatomy: Anatomy) -> list[str]:
+        """The sites that are steered."""
+        layer = self.layer
+        if layer is None:
+            layer = int(self.presets[self.preset]["depth"] * anatomy.layers)
+        found = [site.replace("resid", self.site) for site in residual_sites(anatomy, layer)]
+        for site in found:
+            anatomy.width(site)  # refuses what there is not
+        return found
+
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
         return []  # it runs the model itself
 
+    # -- what a method says -----------------------------------------------------------------------
+
     @abstractmethod
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
-        """What is trained, on some texts."""
+        """What is trained, on some texts. All fields have values here."""
 
     @abstractmethod
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
@@ -119,92 +144,115 @@ class TrainedMethod(Method):
         """What it is trained on."""
         return texts_of(language_model, contrast, max_length)
 
-    @property
-    def dial_range(self) -> tuple[float, float]:
-        """Where the dial may stand as far as nothing is measured."""
-        return (-20.0, 20.0)
+    #: Where the dial may stand as long as nothing is measured.
+    dial_range: ClassVar[tuple[float, float]] = (-20.0, 20.0)
 
-    def or_preset(self, name: str) -> Any:
-        """A field as it was given, or as the preset has it."""
-        given = getattr(self, name)
-        return self.presets[self.preset][name] if given is None else given
-
-    def training(self, rows: int) -> Training:
-        """The settings of a training on so many rows."""
-        preset = dict(self.presets[self.preset])
-        batch: int = self.or_preset("batch")
-        of_epoch = math.ceil(rows / batch)
-        steps = self.steps or preset.get("steps") or of_epoch * preset["epochs"]
-        horizon = preset["horizon_epochs"] * of_epoch if "horizon_epochs" in preset else None
-        known = {each.name for each in fields(Training)}
-        own = {name: value for name, value in preset.items() if name in known}
-        return Training(
-            **{
-                **own,
-                "steps": steps,
-                "batch": batch,
-                "learning_rate": self.or_preset("learning_rate"),
-                "horizon": None if self.steps else horizon,
-                "minutes": self.minutes,
-                "check_every": max(1, steps // 10),
-                "patience": self.patience,
-                "seed": self.seed,
-            }
-        )
+    # -- from a contrast to a steering ------------------------------------------------------------
 
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
-        made = self.learn(language_model, contrast, statistics)
-        interventions = self.interventions(made.parameters)
+        settled, made = statistics.once(
+            self._key(), lambda: self._learn(language_model, contrast, statistics)
+        )
+        own = replace(settled, **{self.dial: getattr(self, self.dial)})
+        interventions = own.interventions(made.parameters)
         dial = Dial(self.dial, self.at_default, self.dial_range)
-        findings = {"training": made.findings, **self.further_findings(made)}
-        tables = self.tables(made)
-        return new_steering(self, language_model, contrast, interventions, dial, tables, findings)
+        findings = {"training": made.findings, **own.further_findings(made)}
+        tables = own.tables(made)
+        return new_steering(own, language_model, contrast, interventions, dial, tables, findings)
 
     def tables(self, made: Trained) -> dict[str, Tensor]:
         """What it knows beside its interventions, tensors by name."""
         return {}
 
     def further_findings(self, made: Trained) -> dict[str, Any]:
-        """What a method tells beside its training: JSON."""
+        """What it tells beside its training: JSON."""
         return {}
 
-    def learn(
+    def _key(self) -> Hashable:
+        """Methods that differ in the dial alone share a training."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return self.name, *((name, value) for name, value in own.items() if name != self.dial)
+
+    def _learn(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
-    ) -> Trained:
-        """What the training gives; methods that differ in the dial alone share it."""
-        own = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if each.name not in (self.dial, "minutes")
+    ) -> tuple[Self, Trained]:
+        texts = self.texts(language_model, contrast, statistics.max_length)
+        own = self.settled(language_model, texts)
+        told = {
+            name: value for name, value in asdict(own).items() if name not in (own.dial, "minutes")
         }
-        key = (self.name, self.minutes, *own.items())
-        return statistics.once(key, self._learning(language_model, contrast, statistics, own))
+        made = train(
+            language_model,
+            own.objective(language_model, texts),
+            texts,
+            own.training(len(texts.rows)),
+            own={"method": own.name, **told},
+            cache=statistics.cache,
+        )
+        return own, made
 
-    def _learning(
-        self,
-        language_model: LanguageModel,
-        contrast: Contrast,
-        statistics: Statistics,
-        own: dict[str, Any],
-    ) -> Callable[[], Trained]:
-        def learn() -> Trained:
-            texts = self.texts(language_model, contrast, statistics.max_length)
-            return train(
-                language_model,
-                self.objective(language_model, texts),
-                texts,
-                self.training(len(texts.rows)),
-                own={"method": self.name, **own},
-                cache=statistics.cache,
-            )
+    def settled(self, language_model: LanguageModel, texts: Texts) -> Self:
+        """The method with what its preset says of fields that are not given."""
+        preset = self.presets[self.preset]
+        given = {
+            each.name: preset[each.name]
+            for each in fields(self)
+            if getattr(self, each.name) is None and each.name in preset
+        }
+        own = replace(self, **given)
+        if own.steps is None:
+            assert own.batch is not None
+            steps = preset["epochs"] * math.ceil(len(texts.rows) / own.batch)
+            own = replace(own, steps=steps)
+        if own.learning_rate is None:
+            size = typical_size(language_model, self.sites(language_model.anatomy), texts.texts)
+            own = replace(own, learning_rate=preset["rate"] * size)
+        return own
 
-        return learn
+    def training(self, rows: int) -> Training:
+        """The settings of a training on so many rows, of a method that is settled."""
+        preset = self.presets[self.preset]
+        assert self.steps is not None and self.batch is not None  # noqa: PT018
+        assert self.learning_rate is not None and self.patience is not None  # noqa: PT018
+        own = ("schedule", "warmup", "weight_decay", "clip")
+        more = {name: preset[name] for name in own if name in preset}
+        if "horizon_epochs" in preset:
+            more["horizon"] = preset["horizon_epochs"] * math.ceil(rows / self.batch)
+        return Training(
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            minutes=self.minutes,
+            check_every=max(1, self.steps // 10),
+            patience=self.patience,
+            seed=self.seed,
+            **more,
+        )
 
-    @classmethod
-    def explain(cls, steering: Steering) -> list[str]:
-        return training_in_words(steering)
+    # -- for methods whose parameters are vectors that are added ----------------------------------
+
+    def where(self, anatomy: Anatomy) -> dict[str, Any]:
+        """What an objective of vectors is made of: the width of each site, and the positions."""
+        widths = {site: anatomy.width(site) for site in self.sites(anatomy)}
+        return {"widths": widths, "positions": self.positions}
+
+    def adding(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
+        """Adds each vector at the site that it is named after."""
+        assert self.positions is not None
+        scope = Scope.of(self.positions)
+        return [Intervention(site, Add(vector), scope) for site, vector in parameters.items()]
+
+
+class Vectors(Objective):
+    """Trains a vector that is added at each site, named as the site."""
+
+    def __init__(self, widths: Mapping[str, int], positions: Positions) -> None:
+        self.widths, self.sites, self.positions = widths, tuple(widths), positions
+
+    def change(self, parameters: Mapping[str, Tensor], site: str, x: Tensor, at: Steered) -> Tensor:
+        return x + at.dials * parameters[site].to(x)
 
 
 def training_in_words(steering: Steering) -> list[str]:

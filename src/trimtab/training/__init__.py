@@ -7,5 +7,6 @@ back parameters and what is told of how they were found.
 
 from trimtab.training.objective import Objective, Outcome, Run, Steered
 from trimtab.training.settings import Training
+from trimtab.training.sizes import typical_size
 from trimtab.training.texts import Text, Texts, numbered, positive_texts, texts_of
 from trimtab.training.trainer import Trained, train
