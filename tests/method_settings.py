@@ -129,6 +129,14 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.RePS(layer=1, steps=3, use="suppress", alpha=1), NONE, "stops at a bound"
         ),
     },
+    "reft": {"resid": _always(tt.ReFT(layer=1, steps=3), FFN_BIAS, _NO_FFN_BIAS)},
+    "loreft": {
+        "ends": _always(tt.LoReFT(layer=(0, 2), rank=2, steps=3), NONE, "the scope 'prompt"),
+        "ffn_out": _always(
+            tt.LoReFT(layer=1, rank=2, steps=3, site="ffn_out", positions="all", bias=False), EVERY
+        ),
+    },
+    "psr": {"blocks": _always(tt.PSR(ask="Be glad.", steps=3), NONE, "the scope 'last'")},
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

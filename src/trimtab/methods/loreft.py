@@ -58,6 +58,10 @@ class LoReFT(TrainedMethod):
         default=1.0, metadata={"help": "How much of the map, 0 to 1; the dial's default."}
     )
     rank: OneOrMore = field(default=4, metadata={"help": "Dimensions of the subspace."})
+    bias: bool = field(
+        default=True,
+        metadata={"help": "Learn b, too; without it the map is one that an adapter (LoRA) holds."},
+    )
 
     name = "loreft"
     unmeasured = None
@@ -107,7 +111,7 @@ class LoReFT(TrainedMethod):
         for site, width in where["widths"].items():
             if self.rank > width:
                 raise TrimtabError(f"loreft: rank {self.rank} is more than the {width} of {site}")
-        return Subspaces(self.rank, **where)
+        return Subspaces(self.rank, self.bias, **where)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
         assert self.positions is not None
@@ -129,18 +133,21 @@ class LoReFT(TrainedMethod):
 
 class Subspaces(Objective):
     """The mean negative log-likelihood per token of each positive answer, with R, W [rank, units]
-    and b [rank] at each site."""
+    and maybe b [rank] at each site."""
 
-    def __init__(self, rank: int, widths: Mapping[str, int], positions: Positions) -> None:
+    def __init__(
+        self, rank: int, bias: bool, widths: Mapping[str, int], positions: Positions
+    ) -> None:
         self._widths, self.sites, self.positions = widths, tuple(widths), positions
-        self._rank = rank
+        self._rank, self._bias = rank, bias
 
     def start(self, generator: Generator) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for site, width in self._widths.items():
             random = torch.randn(self._rank, width, generator=generator, dtype=torch.float64)
             end = width**-0.5  # as torch.nn.Linear begins
-            for name, shape in (("W", (self._rank, width)), ("b", (self._rank,))):
+            shapes = {"W": (self._rank, width), **({"b": (self._rank,)} if self._bias else {})}
+            for name, shape in shapes.items():
                 uniform = torch.rand(shape, generator=generator)
                 found[f"{site}/{name}"] = end * (2 * uniform - 1)
             found[f"{site}/R"] = orthonormal_rows(random).float()
@@ -151,8 +158,10 @@ class Subspaces(Objective):
 
     def change(self, parameters: Mapping[str, Tensor], site: str, x: Tensor, at: Steered) -> Tensor:
         r = orthonormal_rows(parameters[f"{site}/R"].to(x))
-        w, b = parameters[f"{site}/W"].to(x), parameters[f"{site}/b"].to(x)
-        return x + at.dials * ((x @ w.T + b - x @ r.T) @ r)
+        wanted = x @ parameters[f"{site}/W"].to(x).T
+        if self._bias:
+            wanted = wanted + parameters[f"{site}/b"].to(x)
+        return x + at.dials * ((wanted - x @ r.T) @ r)
 
     def loss(self, parameters: Mapping[str, Tensor], outcome: Outcome) -> dict[str, Tensor]:
         return {"loss": -(outcome.log_p / outcome.lengths)}
@@ -172,6 +181,7 @@ def orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def _map(parameters: Mapping[str, Tensor], site: str) -> Affine:
-    r, w, b = (parameters[f"{site}/{name}"].double() for name in ("R", "W", "b"))
-    u, v, c = r.T, (w - r).T, r.T @ b
-    return Affine(*(each.float().contiguous() for each in (u, v, c)))
+    r, w = (parameters[f"{site}/{name}"].double() for name in ("R", "W"))
+    u, v = (each.float().contiguous() for each in (r.T, (w - r).T))
+    b = parameters.get(f"{site}/b")
+    return Affine(u, v, None if b is None else (r.T @ b.double()).float())
