@@ -121,12 +121,11 @@ class LoReFT(TrainedMethod):
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
-        first = steering.interventions[0]
-        assert isinstance(first.operator, Affine)
+        rank, scope = steering.hyperparameters["rank"], steering.interventions[0].scope
         return [
-            f"LoReFT sets what activations say in {first.operator.u.shape[1]} dimensions at "
-            f"{steering.where} anew, on the tokens '{first.scope}', as was learnt to make the "
-            "positive answers as probable as can be; other dimensions stay as they are.",
+            f"LoReFT sets what activations say in {rank} dimensions at {steering.where} anew, on the "
+            f"tokens '{scope}', as was learnt to make the positive answers as probable as can be; "
+            "other dimensions stay as they are.",
             *training_in_words(steering),
         ]
 

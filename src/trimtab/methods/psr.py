@@ -78,7 +78,7 @@ class PSR(TrainedMethod):
     presets: ClassVar = {
         "small": {
             **SMALL,
-            "learning_rate": 0.01,
+            "learning_rate": 0.003,
             "batch": 3,
             "steps": 60,
             "positions": "last",
