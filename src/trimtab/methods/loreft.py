@@ -123,9 +123,9 @@ class LoReFT(TrainedMethod):
     def explain(cls, steering: Steering) -> list[str]:
         rank, scope = steering.hyperparameters["rank"], steering.interventions[0].scope
         return [
-            f"LoReFT sets what activations say in {rank} dimensions at {steering.where} anew, on the "
-            f"tokens '{scope}', as was learnt to make the positive answers as probable as can be; "
-            "other dimensions stay as they are.",
+            f"LoReFT sets what activations say in {rank} dimensions at {steering.where} anew, on "
+            f"the tokens '{scope}', as was learnt to make the positive answers as probable as can "
+            "be; other dimensions stay as they are.",
             *training_in_words(steering),
         ]
 

@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from trimtab.anatomy import Anatomy, parse_site
 from trimtab.contrasts import Contrast
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 from trimtab.fitting import Number
 from trimtab.methods.asking import asked
 from trimtab.methods.tokens import token_activations
@@ -144,11 +144,12 @@ class PSR(TrainedMethod):
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
         left = steering.findings["training"]["loss"]["last"]
+        words = shown(steering.hyperparameters["ask"], 200)
         return [
             f"PSR adds a vector at {steering.where}, as much of it as a reader finds in each token "
             f"of '{steering.interventions[0].scope}'. It was learnt to take activations where the "
-            f"words '{steering.hyperparameters['ask']}' take them: in the last step "
-            f"{100 * left:.0f} % of that distance was left.",
+            f"words '{words}' take them: in the last step {100 * left:.0f} % of that distance was "
+            "left.",
             *training_in_words(steering),
         ]
 
