@@ -136,7 +136,11 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.LoReFT(layer=1, rank=2, steps=3, site="ffn_out", positions="all", bias=False), EVERY
         ),
     },
-    "psr": {"blocks": _always(tt.PSR(ask="Be glad.", steps=3), NONE, "the scope 'last'")},
+    "psr": {
+        "blocks": _always(
+            tt.PSR(ask="Be glad.", steps=3, learning_rate=0.03), NONE, "the scope 'last'"
+        )
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(

@@ -11,10 +11,11 @@ model has when words before the same prompt ask for it:
     loss = sum over blocks of  mean |h_steered - h_asked|^2,  divided by what it is unsteered
 
 The mean is over the steered tokens and the units. Blocks below the lowest one that is steered
-cannot come nearer, and are left out of both. The port begins with random v (as torch.nn.Linear
-does) and divides by the loss there; here v begins with zeros, so that nothing is steered at first
-and the loss is the share of the distance that is left. What to ask for is given (`ask`); the port
-has another model write it.
+cannot come nearer, and are left out of both. The port begins with random v, a and b (as
+torch.nn.Linear does) and divides by the loss there; but a reader that fires at no token learns
+nothing, and that is every other one. Here v and a begin with zeros and b with 1: a vector of no
+length that is added everywhere, and the loss is the share of the distance that is left. What to ask
+for is given (`ask`); the port has another model write it.
 """
 
 from __future__ import annotations
@@ -199,10 +200,8 @@ class Imitation(Objective):
         found: dict[str, Tensor] = {}
         for site in self.sites:
             width = self._lm.anatomy.width(site)
-            end = width**-0.5  # as torch.nn.Linear begins
-            uniform = torch.rand(width + 1, generator=generator)
-            found[f"{site}/a"], found[f"{site}/b"] = (end * (2 * uniform - 1)).split((width, 1))
-            found[f"{site}/v"] = torch.zeros(width)
+            found[f"{site}/v"], found[f"{site}/a"] = torch.zeros(width), torch.zeros(width)
+            found[f"{site}/b"] = torch.ones(1)
         return found
 
     def draw(self, rows: Sequence[tuple[int, ...]], generator: Generator) -> list[list[Run]]:
