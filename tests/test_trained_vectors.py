@@ -330,7 +330,8 @@ def test_a_planted_vector_is_found_from_what_the_model_writes_under_it() -> None
 @pytest.mark.parametrize("kind", ["bipo", "reps"])
 def test_a_planted_vector_is_found_from_preferences(kind: str) -> None:
     """Of two tokens that one is the positive answer which a vector at what the LM head reads makes
-    the more probable one, as often as it does."""
+    the more probable one, as often as it does. BiPO's loss has its minimum there; that of RePS,
+    which weights the two answers unequally, only lies on the same side."""
     lm = language_model("llama")
     width, site = lm.anatomy.hidden_size, "final_norm"
     planted = a_vector(width, 1.0)
@@ -346,7 +347,8 @@ def test_a_planted_vector_is_found_from_preferences(kind: str) -> None:
     if kind == "reps":
         own = BothKinds((1.0,), False, {site: width}, "all")
     made = train(lm, own, texts, Training(steps=60, batch=200, learning_rate=0.1))
-    assert cosine_similarity(made.parameters[site], planted, dim=0) > 0.9
+    least = {"bipo": 0.9, "reps": 0.4}[kind]
+    assert cosine_similarity(made.parameters[site], planted, dim=0) > least
 
 
 @torch.no_grad()
