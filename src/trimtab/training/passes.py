@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from trimtab.anatomy import Edit, Point, hooked
 from trimtab.errors import TrimtabError
 from trimtab.fitting import with_gradients
-from trimtab.model import LanguageModel, refuse_dropout, scope_weights
+from trimtab.model import LanguageModel, is_asking, refuse_dropout, scope_weights
 from trimtab.reading import StreamCache, blocks_apart, run_upper
 from trimtab.steering import Scope
 from trimtab.training.objective import Objective, Outcome, Run, Steered
@@ -109,6 +109,8 @@ class Passes:
 
         def edit_at(site: str) -> Edit:
             def edit(x: Tensor) -> Tensor | None:
+                if is_asking():  # a text of other tokens, by which a model is got to know
+                    return None
                 changed = None
                 if site in objective.sites:
                     here = at.last(x.shape[1], x.device)
