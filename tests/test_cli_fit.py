@@ -163,6 +163,9 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     },
     "ssv": TRAINED,
     "bipo": {**TRAINED, "beta": [("0.2", 0.2)]},
+    "reft": {**TRAINED, "top": [("3", 3)], "penalty": [("0.1", 0.1)]},
+    "loreft": {**TRAINED, "rank": [("2", 2)], "bias": [("no", False), ("yes", True)]},
+    "psr": {**TRAINED, "ask": [("Be glad.", "Be glad.")]},
     "reps": {
         **TRAINED,
         "factors": [("2", (2.0,)), ("1,2.5", (1.0, 2.5))],
@@ -244,23 +247,6 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     },
 }  # fmt: skip
 OPTIONS["aas"] = OPTIONS["sas"]
-#: What every trained method has.
-TRAINED: dict[str, list[tuple[str, Any]]] = {
-    "layer": [("2", 2), ("1,3-4", (1, 3, 4))],
-    "site": [("ffn_out", "ffn_out")],
-    "alpha": [("0.5", 0.5)],
-    "positions": [("last", "last")],
-    "preset": [("paper", "paper")],
-    "steps": [("7", 7)],
-    "minutes": [("2", 2.0)],
-    "learning_rate": [("0.1", 0.1)],
-    "batch": [("4", 4)],
-    "patience": [("0", 0)],
-    "seed": [("5", 5)],
-}
-OPTIONS["reft"] = {**TRAINED, "top": [("3", 3)], "penalty": [("0.1", 0.1)]}
-OPTIONS["loreft"] = {**TRAINED, "rank": [("2", 2)], "bias": [("no", False), ("yes", True)]}
-OPTIONS["psr"] = {**TRAINED, "ask": [("Be glad.", "Be glad.")]}
 #: What a method cannot do without.
 REQUIRED: dict[str, dict[str, Any]] = {
     "sta": {"sae": "mine"},
