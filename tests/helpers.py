@@ -26,7 +26,17 @@ from trimtab.reading import packs, runs_in_parts, shares_prefixes
 from trimtab.reading.streams import run_lower
 from trimtab.steering import Positions
 from trimtab.steering.calibration import Calibration
-from trimtab.steering.operators import Ablate, Add, Affine, Operator, Rotate, Scale, Shift, Turn
+from trimtab.steering.operators import (
+    Ablate,
+    Add,
+    Affine,
+    Clamp,
+    Operator,
+    Rotate,
+    Scale,
+    Shift,
+    Turn,
+)
 
 #: Longer than the sliding window of 8 tokens, and of different lengths.
 PROMPTS = [
@@ -220,6 +230,10 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
         if isinstance(op, Affine):
             moved = (x @ op.v.to(x.dtype)) @ op.u.to(x.dtype).T
             return x + dial * (moved if op.c is None else moved + op.c.to(x.dtype))
+        if isinstance(op, Clamp):
+            v = op.direction.to(x.dtype)
+            along = x @ v
+            return x + dial * (along.clamp(op.low, op.high) - along)[..., None] * v
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
         if isinstance(op, Shift):
