@@ -74,7 +74,7 @@ class RePS(TrainedMethod):
 
     name = "reps"
     presets: ClassVar = {
-        "small": {"rate": 0.002, "batch": 3, "steps": 60, **SMALL},
+        "small": {"rate": 0.01, "batch": 3, "steps": 60, **SMALL},
         "paper": {
             "learning_rate": 0.04,
             "batch": 6,
