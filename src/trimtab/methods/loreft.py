@@ -12,9 +12,9 @@ W h + b, and what is across the rows of R is as it was. It is an affine map of r
 The authors steer the first five and the last five tokens of the prompt, after some blocks; no
 weights do that. At all tokens of `ffn_out` or `attn_out` the same map bakes into the weights.
 
-R is kept orthonormal by a QR decomposition, in the gradient and after each step; the authors'
-parametrisation (a matrix of units by units beside each R) takes other steps to the same place. Of a
-prompt with fewer than ten tokens all are steered, where they leave out the one in the middle.
+R is kept orthonormal by a QR decomposition, in the gradient and after each step; in the authors'
+parametrisation (a matrix of units by units beside each R) AdamW takes other steps. Of a prompt of
+fewer than ten tokens all are steered; of an odd number they leave out the one in the middle.
 """
 
 from __future__ import annotations
