@@ -213,7 +213,7 @@ def test_the_optimum_of_a_linear_model_is_the_logistic_one() -> None:
     one, other = (Text((1, 20, 30, token), 3) for token in (40, 50))
     rows = [(one, other)] * 3 + [(other, one)]
     own = BothWays(0.5, {"final_norm": lm.anatomy.hidden_size}, "all")
-    settings = Training(steps=400, batch=4, learning_rate=0.1)
+    settings = Training(steps=150, batch=4, learning_rate=0.2)
     v = train(lm, own, numbered(rows), settings).parameters["final_norm"]
     head = lm.model.get_output_embeddings().weight.detach()
     assert 0.5 * float((head[40] - head[50]) @ v) == pytest.approx(math.log(3), abs=0.01)
@@ -327,6 +327,7 @@ def test_a_planted_vector_is_found_from_what_the_model_writes_under_it() -> None
     assert cosine_similarity(made.parameters[SITE], planted, dim=0) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bipo", "reps"])
 def test_a_planted_vector_is_found_from_preferences(kind: str) -> None:
     """Of two tokens that one is the positive answer which a vector at what the LM head reads makes

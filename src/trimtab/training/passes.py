@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from trimtab.anatomy import Edit, Point, hooked
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, not_finite
 from trimtab.fitting import with_gradients
 from trimtab.model import LanguageModel, is_asking, refuse_dropout, scope_weights
 from trimtab.reading import StreamCache, blocks_apart, run_upper
@@ -138,6 +138,8 @@ class Passes:
         )
         summed = log_p.new_zeros(len(texts)).index_add(0, runs.to(log_p.device), log_p)
         if not summed.isfinite().all():
+            if not edits:
+                raise not_finite("the log-probability of an answer is not finite", lm.dtype)
             raise TrimtabError(
                 f"training diverged: {lm.name} gives answers no finite probability under what was "
                 "learnt so far; take a smaller learning rate"

@@ -170,7 +170,7 @@ class _Trainer:
             for name, figure in figures.items():
                 totals[name] = totals.get(name, 0.0) + float(figure.detach().sum()) / len(rows)
         self._scaler.unscale_(self._optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip)
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), settings.clip)
         if not math.isfinite(totals["loss"]):
             raise TrimtabError(
                 f"training diverged at step {standing.step + 1}: the loss is not finite; take a "
@@ -183,7 +183,7 @@ class _Trainer:
         with torch.no_grad():
             self._objective.tidy(self._parameters)
         standing.step += 1
-        standing.figures.append({**totals, "gradient": float(norm)})
+        standing.figures.append(totals)
 
     def _rows_of(self, step: int) -> list[tuple[int, ...]]:
         """The rows of a step: all are dealt out in an order of the epoch's own."""
@@ -246,7 +246,7 @@ class _Trainer:
     def _findings(self) -> dict[str, Any]:
         """What is told of the training: JSON."""
         standing = self._standing
-        figures = [name for name in (standing.figures or [{}])[0] if name != "gradient"]
+        figures = standing.figures[0] if standing.figures else ()
         told: dict[str, Any] = {
             "steps": standing.step,
             "seconds": round(standing.seconds, 1),
