@@ -31,7 +31,8 @@ REFUSED: dict[tuple[str, str, str], str] = {
        for name, kind in SITES for op, why in (
            ("Absolute", r"a Scale that adds a multiple of \|x\|"),
            ("Turn", "Turn, which lays activations at an absolute angle,"),
-           ("Adaptive", "Turn, which lays activations at an absolute angle,"))},
+           ("Adaptive", "Turn, which lays activations at an absolute angle,"),
+           ("Respond", "Respond, which adds where its reader fires,"))},
     **{(name, "final_norm", "Add"): NO_BIAS for name in TINY if name != "gpt2"},
     **{(name, "ffn_norm", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},
     **{(name, "ffn_in", "Add"): NO_BIAS for name in WITHOUT_MLP_BIAS},

@@ -32,6 +32,7 @@ from trimtab.steering.operators import (
     Affine,
     Clamp,
     Operator,
+    Respond,
     Rotate,
     Scale,
     SetFeatures,
@@ -48,12 +49,13 @@ PROMPTS = [
 
 #: Operators by the names that `operator` knows: those that fold into weights, and all of them.
 LINEAR = ("Scale", "Add", "Ablate", "Rotate")
-OPERATORS = (*LINEAR, "Absolute", "Turn", "Adaptive")
+OPERATORS = (*LINEAR, "Absolute", "Turn", "Adaptive", "Respond")
 
 #: A dial at which each of them does enough to be seen.
 TELLING = {"Scale": 1.5, "Add": 1.5, "Ablate": 3.0, "Rotate": 70.0, "Absolute": 1.5} | {
     "Turn": 200.0,
     "Adaptive": 200.0,
+    "Respond": 1.5,
 }
 
 #: A calibration of three budgets, of which half of the prompts do not reach the largest.
@@ -198,13 +200,16 @@ def basis(width: int, seed: int = 0, rows: int = 2) -> Tensor:
 
 
 def operator(kind: str, width: int, seed: int = 0) -> Any:
-    """A random operator: Scale, Absolute (a Scale of |x|), Add, Ablate, Rotate, Turn, Adaptive."""
+    """A random operator: Scale, Absolute (a Scale of |x|), Add, Ablate, Rotate, Turn, Adaptive,
+    Respond."""
     if kind == "Scale":
         return scale(width, seed)
     if kind == "Absolute":
         return replace(scale(width, seed), absolute=True)
     if kind == "Add":
         return add(width, seed)
+    if kind == "Respond":
+        return Respond(add(width, seed).vector, add(width, seed + 1).vector, 0.5)
     if kind == "Ablate":
         return Ablate(basis(width, seed, 1)[0])
     plane = basis(width, seed)
@@ -225,6 +230,9 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
     def apply(x: Tensor) -> Tensor:
         if isinstance(op, Add):
             return x + dial * op.vector.to(x.dtype)
+        if isinstance(op, Respond):
+            fires = (x @ op.reader.to(x.dtype) + op.bias)[..., None]
+            return x + torch.where(fires > 0, dial * fires * op.vector.to(x.dtype), 0.0)
         if isinstance(op, Ablate):
             r = op.direction.to(x.dtype)
             return x @ (torch.eye(len(r), dtype=x.dtype) - dial * torch.outer(r, r))
@@ -236,6 +244,10 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
         if isinstance(op, Affine):
             moved = (x @ op.v.to(x.dtype)) @ op.u.to(x.dtype).T
             return x + dial * (moved if op.c is None else moved + op.c.to(x.dtype))
+        if isinstance(op, Clamp):
+            v = op.direction.to(x.dtype)
+            along = x @ v
+            return x + dial * (along.clamp(op.low, op.high) - along)[..., None] * v
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
         if isinstance(op, SetFeatures):

@@ -15,6 +15,7 @@ from trimtab.steering.operators import (
     Add,
     Affine,
     Clamp,
+    Respond,
     Rotate,
     Scale,
     SetFeatures,
@@ -34,7 +35,7 @@ LINEAR = (
 )  # fmt: skip
 ALL = (
     *LINEAR, "Absolute", "Turn", "Adaptive",
-    "Interval", "Clamp", "AtLeast", "AtMost", "Kept", "Capped",
+    "Interval", "Clamp", "AtLeast", "AtMost", "Kept", "Capped", "Respond",
     "features clamp", "features at_least", "features ablate", "features scale",
 )  # fmt: skip
 
@@ -69,6 +70,9 @@ def random_operator(kind: str, seed: int, width: int = 12) -> Any:
         decoder = (decoder.double() / decoder.double().norm(dim=-1, keepdim=True)).float()
         kept = level.abs() if mode in ("clamp", "at_least") else None
         return SetFeatures(encoder, bias, threshold, decoder, mode, kept)
+    if kind == "Respond":
+        added, reader = (torch.randn(width, generator=generator) / 4 for _ in range(2))
+        return Respond(added, reader, 0.25)
     if kind in BOUNDS:
         direction = exactly(torch.randn(1, width, generator=generator))[0].float()
         return Clamp(direction, *BOUNDS[kind])
@@ -160,8 +164,8 @@ def formula(operator: Any, x: Tensor, dial: float) -> Tensor:
 
 
 def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
-    """Clamps, shifts inside of an interval, features of an autoencoder, and added vectors after
-    which the length is kept."""
+    """Clamps, shifts inside of an interval, features of an autoencoder, what is added as much as a
+    reader fires, and added vectors after which the length is kept."""
     flat = []
     for h in x.double().reshape(-1, operator.width):
         if isinstance(operator, Clamp):
@@ -184,6 +188,9 @@ def _by_token(operator: Any, x: Tensor, dial: float) -> Tensor:
                 }[operator.mode]
                 moved = moved + (new - f) * row
             flat.append(moved)
+        elif isinstance(operator, Respond):
+            fires = max(0.0, float(h @ operator.reader.double()) + operator.bias)
+            flat.append(h + dial * fires * operator.vector.double())
         elif isinstance(operator, Shift):
             h = h.clone()
             for place, unit in enumerate(operator.units.tolist()):

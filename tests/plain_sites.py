@@ -301,7 +301,11 @@ def plain_edit(model: PreTrainedModel, name: str, site: str, function: Change) -
 def at_positions(change: Change, positions: str, end: int) -> Change:
     """A change of those tokens of one sequence that positions name, where the prompt has `end`;
     for [1, tokens, units] and [tokens, units]."""
-    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}[positions]
+    first = {"all": 0, "prompt": 0, "generated": end, "last": end - 1}.get(positions)
+    if first is None:
+        assert positions == "prompt[:5] | prompt[-5:]"
+        ends = sorted({*range(min(5, end)), *range(max(0, end - 5), end)})
+        return lambda x: x.index_copy(-2, torch.tensor(ends), change(x[..., ends, :]))
 
     def edit(x: Tensor) -> Tensor:
         stop = end if positions == "prompt" else x.shape[-2]

@@ -23,6 +23,7 @@ from trimtab.steering.operators import (
     Affine,
     Clamp,
     Force,
+    Respond,
     Rotate,
     Scale,
     SetFeatures,
@@ -49,6 +50,7 @@ def every() -> Steering:
         ("layers.0.resid", Shift(units, halves, halves, 48, torch.zeros(3), torch.ones(3))),
         ("layers.1.heads", Clamp(basis(48, 4, rows=1)[0], -0.5, 2.0)),
         ("layers.1.ffn_norm", Ablate(basis(48, 5))),
+        ("layers.1.attn_out", Respond(torch.linspace(-1, 1, 48), torch.ones(48), -0.5)),
         ("layers.2.router", Force(torch.tensor([1]), torch.tensor([0, 5]), 8)),
         (
             "layers.2.resid",

@@ -108,6 +108,20 @@ def test_fit_caa(trimtab: Command) -> None:
     assert torch.equal(saved.vector, expected.interventions[0].operator.vector)
 
 
+#: Those of every trained method.
+TRAINED: dict[str, list[tuple[str, Any]]] = {
+    "layer": [("2", 2), ("1,3-4", (1, 3, 4))],
+    "site": [("ffn_out", "ffn_out")],
+    "alpha": [("2", 2.0)],
+    "positions": [("last", "last")],
+    "preset": [("paper", "paper")],
+    "steps": [("7", 7)],
+    "minutes": [("0.5", 0.5)],
+    "learning_rate": [("0.1", 0.1)],
+    "batch": [("3", 3)],
+    "patience": [("0", 0)],
+    "seed": [("5", 5)],
+}
 #: Of every method every option: how it is written, and the value that the method gets.
 OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     "actadd": {
@@ -163,6 +177,17 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "centred": [("no", False), ("yes", True)],
         "seed": [("3", 3)],
         "positions": [("last", "last")],
+    },
+    "ssv": TRAINED,
+    "bipo": {**TRAINED, "beta": [("0.2", 0.2)]},
+    "reft": {**TRAINED, "top": [("3", 3)], "penalty": [("0.1", 0.1)]},
+    "loreft": {**TRAINED, "rank": [("2", 2)], "bias": [("no", False), ("yes", True)]},
+    "psr": {**TRAINED, "ask": [("Be glad.", "Be glad.")]},
+    "reps": {
+        **TRAINED,
+        "factors": [("2", (2.0,)), ("1,2.5", (1.0, 2.5))],
+        "use": [("suppress", "suppress")],
+        "compat": [("yes", True)],
     },
     "iti": {
         "k": [("7", 7)],
@@ -260,6 +285,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "sta": {"sae": "mine"},
     "sae": {"sae": "mine"},
     "alphasteer": {"protect": "builtin:facts"},
+    "psr": {"ask": "Please."},
 }
 #: What an option needs beside it.
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {

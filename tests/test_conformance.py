@@ -68,10 +68,15 @@ def _edits(steerings: list[tt.Steering], tokens: int) -> dict[str, Callable[[Ten
         for intervention in steering.interventions:
             change = by_hand(intervention.operator, steering.setting)
             # Of a prompt, `last` is its last token, and all and `prompt` the whole.
-            first = tokens - 1 if str(intervention.scope) == "last" else 0
+            ends = [*range(min(5, tokens)), *range(max(5, tokens - 5), tokens)]
+            rows = {"last": [tokens - 1], "prompt[:5] | prompt[-5:]": ends}.get(
+                str(intervention.scope), list(range(tokens))
+            )
 
-            def at_positions(x: Tensor, change: Any = change, first: int = first) -> Tensor:
-                return torch.cat((x[:first], change(x[first:])))
+            def at_positions(x: Tensor, change: Any = change, rows: list[int] = rows) -> Tensor:
+                changed = x.clone()
+                changed[rows] = change(x[rows])
+                return changed
 
             chains.setdefault(intervention.site, []).append(at_positions)
 

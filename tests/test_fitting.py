@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -121,5 +121,5 @@ def test_long_texts_are_warned_about_once() -> None:
 def test_methods_have_names_and_help() -> None:
     for name, method in METHODS.items():
         assert method.name == name
-        for option in method.__dataclass_fields__.values():  # type: ignore[attr-defined]
+        for option in fields(method):  # type: ignore[arg-type]
             assert option.metadata["help"].endswith("."), f"{name}: {option.name}"

@@ -24,6 +24,7 @@ from trimtab.steering import (
     Condition,
     Gate,
     LinearDefaults,
+    Respond,
     Shift,
 )
 
@@ -76,6 +77,11 @@ REFUSED: dict[str, tuple[str, Make, str]] = {
     ),
     "a bounded Clamp": (
         "llama", at(HEADS, lambda w: Clamp(basis(w, 0, 1)[0], low=0.1)), "stops at a bound",
+    ),
+    "Respond": (
+        "llama",
+        at(HEADS, lambda w: Respond(random(w), random(w), 0.0)),
+        "adds where its reader fires, is not linear .*; attach it$",
     ),
     "an Add that keeps the norm": (
         "llama", at(HEADS, lambda w: Add(random(w), "always")), "keeps the norm is not linear",

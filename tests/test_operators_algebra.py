@@ -30,6 +30,7 @@ from trimtab.steering.operators import (
     Affine,
     Clamp,
     Operator,
+    Respond,
     Scale,
     Shift,
     apply,
@@ -293,6 +294,26 @@ def test_where_a_kept_length_ends() -> None:
         assert not Add(v, keeps).linear
 
 
+# -- what is added as much as a reader fires --------------------------------------------------
+
+
+@quick
+@given(SEEDS, DIALS, st.floats(-3, 3, width=32))
+def test_respond_adds_where_its_reader_fires(seed: int, dial: float, bias: float) -> None:
+    x, v, reader = activation(seed), vector(seed), vector(seed + 1)
+    respond = Respond(v, reader, bias)
+    fires = along(x, reader) + bias > 0
+    steered = apply(respond, x, dial)
+    assert torch.equal(steered[~fires], x[~fires])
+    same(respond, Affine(v[:, None], reader[:, None], bias * v), x[fires], dial, 1e-4)
+    # Twice the dial is twice the change; a reader that never fires, and one that always does.
+    x = x.double()
+    near(apply(respond, x, 2 * dial) - x, 2 * (apply(respond, x, dial) - x), 1e-9)
+    always = Respond(v, torch.zeros_like(v), 1.0)
+    same(always, Add(v), x, dial)
+    assert not Respond(v, torch.zeros_like(v), -1.0).acts
+
+
 # -- derivatives, files -----------------------------------------------------------------------
 
 
@@ -357,6 +378,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "clamp beyond": (lambda: Clamp(UNIT, _INF), "low = inf, which is no bound"),
     "clamp no number": (lambda: Clamp(UNIT, 0.0, _NAN), "high = nan, which is no bound"),
     "clamp far": (lambda: Clamp(UNIT, 1e39), "no bound"),
+    "respond shapes": (lambda: Respond(ONE, torch.ones(3), 0.0), r"\[2\] and a reader of .*\[3\]"),
+    "respond matrix": (lambda: Respond(torch.eye(2), torch.eye(2), 0.0), r"must be \[units\]"),
+    "respond nan": (lambda: Respond(ONE, ONE * _NAN, 0.0), "NaN"),
+    "respond bias": (lambda: Respond(ONE, ONE, _INF), "bias = inf, which is no finite number"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import trimtab as tt
 from helpers import PROMPTS, language_model, refused_in_one_line
 from trimtab.methods import METHODS
+from trimtab.methods.trained import TrainedMethod
 from trimtab.model import is_asking
 from trimtab.sweeps.space import (
     Fitter,
@@ -100,6 +101,8 @@ def test_dial_and_default_grid_of_every_method(name: str, contrast: tt.Contrast)
     fixed = {"layer": 1} if name == "ablation" else {"k": 3} if name == "iti" else {}
     fixed |= {"whole_blocks": False} if name == "ss" else {}
     fixed |= {"protect": "builtin:facts"} if name == "alphasteer" else {}
+    fixed |= {"ask": "Be glad."} if name == "psr" else {}
+    fixed |= {"steps": 3} if issubclass(method, TrainedMethod) else {}
     steering = method(**fixed).fit(lm, contrast)
     assert steering.dial.name == method.dial
     for params in grid(default_space(method, 30)):

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,18 +56,30 @@ class CleanConsole(Console):
         raise  # what was caught goes on to who runs the command
 
 
+class Advance(Protocol):
+    """Moves a bar on by some steps; `said` takes the place of what it showed as its work."""
+
+    def __call__(self, steps: int, said: str | None = None) -> object: ...
+
+
 #: The bars of the work that is going on.
 _shown: list[Progress] = []
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress(what: str, total: int) -> Iterator[Advance]:
     """Shows `what` with a bar; the block is handed a function that moves it on by some steps."""
     if in_notebook():
         from tqdm.auto import tqdm  # a widget, or text where there are no widgets
 
         with tqdm(desc=printable(what), total=total, leave=False) as shown:
-            yield shown.update
+
+            def move(steps: int, said: str | None = None) -> None:
+                if said is not None:
+                    shown.set_description(printable(said), refresh=False)
+                shown.update(steps)
+
+            yield move
         return
     if _shown:
         yield from _line(_shown[-1], what, total)
@@ -112,9 +124,14 @@ def note(text: str) -> None:
         print(f"trimtab: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def _line(bar: Progress, what: str, total: int) -> Iterator[Callable[[int], object]]:
+def _line(bar: Progress, what: str, total: int) -> Iterator[Advance]:
     task = bar.add_task(printable(what), total=total)
+
+    def move(steps: int, said: str | None = None) -> None:
+        description = None if said is None else printable(said)
+        bar.update(task, advance=steps, description=description)
+
     try:
-        yield lambda steps: bar.advance(task, steps)
+        yield move
     finally:
         bar.remove_task(task)

@@ -69,7 +69,7 @@ def read_value(what: str, text: str, hint: Any) -> Any:
     if several is not None and int in typing.get_args(several):
         return read_numbers(what, text, words)
     if several is not None and float in typing.get_args(several):
-        return tuple(read_number(what, part) for part in text.split(",") if part)
+        return read_list(what, text, float)
     if several is not None:
         return tuple(part for part in text.split(",") if part)
     if float in kinds:

@@ -18,9 +18,11 @@ from trimtab.fitting.classifiers import (
     sides_fired,
 )
 from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
+from trimtab.fitting.differentiable import differentiates
 from trimtab.fitting.effects import Effect, HeadSums, Slope
 from trimtab.fitting.fields import BetweenZeroAndOne, Count, Number, Says, check_number, plain
 from trimtab.fitting.gates import fit_gate
+from trimtab.fitting.gradients import with_gradients
 from trimtab.fitting.labels import load_labels
 from trimtab.fitting.method import (
     POSITIONS_HELP,
@@ -42,3 +44,4 @@ from trimtab.fitting.statistics import (
     Sides,
     SignCounts,
 )
+from trimtab.fitting.stored import digest_of

@@ -114,13 +114,18 @@ class UnitLength:
 
 class Statistics(dict[Want, Any]):
     """What a pass has gathered, and what methods have made of it that others of their settings
-    need too. `max_length` is that of the pass."""
+    need too. `max_length` is that of the pass, `cache` the directory that keeps what the model was
+    run for."""
 
     def __init__(
-        self, gathered: Mapping[Want, Any] | None = None, max_length: int | None = None
+        self,
+        gathered: Mapping[Want, Any] | None = None,
+        max_length: int | None = None,
+        cache: Path | None = None,
     ) -> None:
         super().__init__(gathered or {})
         self.max_length = max_length
+        self.cache = cache
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], M]) -> M:
@@ -153,7 +158,8 @@ def collect(
     `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
     ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
     """
-    wanted = Statistics({want: want.statistic() for want in wants}, max_length)
+    gathered = {want: want.statistic() for want in wants}
+    wanted = Statistics(gathered, max_length, Path(cache) if cache else None)
     if not wanted:
         return wanted
     if not contrast.paired:

@@ -74,11 +74,6 @@ def run_gradients(
     float32. `readers` see the activations of sites on the way.
     """
     anatomy, readers = language_model.anatomy, readers or {}
-    if any(weight.is_inference() for weight in language_model.model.parameters()):
-        raise TrimtabError(
-            f"{language_model.name} was loaded inside of torch.inference_mode(), so that nothing "
-            "of it can be differentiated: load it outside"
-        )
     found: dict[Any, list[Tensor]] = {key: [] for kept in sums.values() for key in kept}
     # What every activation of a wanted site is joined to, so that there is a way back to it.
     with torch.inference_mode(False):
@@ -114,14 +109,8 @@ def run_gradients(
 
     points = {site: anatomy.read_point(site) for site in {**sums, **readers}}
     edits: dict[Point, Edit] = {point: watch(site) for site, point in points.items()}
-    with (
-        exclusively(anatomy.body),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _frozen(language_model.model),
-        _lean(language_model, batch),
-        hooked(anatomy.body, edits),
-    ):
+    shape = batch.tokens.shape[0], batch.tokens.shape[1]
+    with with_gradients(language_model, shape), hooked(anatomy.body, edits):
         hidden = run_packed(batch, language_model).last_hidden_state
         known = hidden.detach()
         slopes = [_slope(language_model, known, figure(known)) for figure in figures]
@@ -174,6 +163,25 @@ def _go_back(
 
 
 @contextmanager
+def with_gradients(language_model: LanguageModel, shape: tuple[int, int]) -> Iterator[None]:
+    """Passes over batches of a shape, [lines, tokens], keep their graph while the block lasts; no
+    weight gets a gradient."""
+    if any(weight.is_inference() for weight in language_model.model.parameters()):
+        raise TrimtabError(
+            f"{language_model.name} was loaded inside of torch.inference_mode(), so that nothing "
+            "of it can be differentiated: load it outside"
+        )
+    with (
+        exclusively(language_model.anatomy.body),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _frozen(language_model.model),
+        _lean(language_model, shape),
+    ):
+        yield
+
+
+@contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No weight gets a gradient while the block lasts."""
     learning = [weight for weight in model.parameters() if weight.requires_grad]
@@ -210,11 +218,11 @@ def _slope(language_model: LanguageModel, hidden: Tensor, scored: Scored) -> Ten
 
 
 @contextmanager
-def _lean(language_model: LanguageModel, batch: Batch) -> Iterator[None]:
+def _lean(language_model: LanguageModel, shape: tuple[int, int]) -> Iterator[None]:
     """Where the graph of a batch would take too much memory, each block forgets what is inside it
     and runs again in the backward pass."""
     blocks = language_model.anatomy.blocks
-    if not asks_for_memory(language_model, batch):
+    if not asks_for_memory(language_model, shape):
         yield
         return
     before = [vars(block).get("forward") for block in blocks]
@@ -233,9 +241,9 @@ def _lean(language_model: LanguageModel, batch: Batch) -> Iterator[None]:
                 object.__delattr__(block, "forward")
 
 
-def asks_for_memory(language_model: LanguageModel, batch: Batch) -> bool:
-    """Whether the graph of a batch takes too much of the memory that is free."""
-    anatomy, (lines, length) = language_model.anatomy, batch.tokens.shape
+def asks_for_memory(language_model: LanguageModel, shape: tuple[int, int]) -> bool:
+    """Whether the graph of a batch, [lines, tokens], takes too much of the memory that is free."""
+    anatomy, (lines, length) = language_model.anatomy, shape
     size = max(2, next(anatomy.body.parameters()).element_size())
     numbers = lines * length * anatomy.hidden_size * _KEPT
     if getattr(anatomy.config, "_attn_implementation", None) == "eager":  # which keeps its weights

@@ -21,12 +21,18 @@ from trimtab.methods.angular import (
     unit_means,
 )
 from trimtab.methods.austeer import AUSTEER_GRID, AUSteer
+from trimtab.methods.bipo import BiPO
 from trimtab.methods.caa import CAA
 from trimtab.methods.contents import describe, explain, gate_in_words
 from trimtab.methods.iti import ITI
 from trimtab.methods.known import METHODS
+from trimtab.methods.loreft import LoReFT
 from trimtab.methods.probe import Probe
+from trimtab.methods.psr import PSR
 from trimtab.methods.ranking import rank
+from trimtab.methods.reft import ReFT
+from trimtab.methods.reps import RePS
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sae import SAE
+from trimtab.methods.ssv import SSV
 from trimtab.methods.sta import STA

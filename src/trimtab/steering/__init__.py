@@ -24,6 +24,7 @@ from trimtab.steering.operators import (
     LinearOperator,
     Operator,
     OperatorDefaults,
+    Respond,
     Rotate,
     Scale,
     SetFeatures,

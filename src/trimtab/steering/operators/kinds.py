@@ -17,6 +17,7 @@ from trimtab.steering.operators.diagonal import Scale, Shift
 from trimtab.steering.operators.features import SetFeatures
 from trimtab.steering.operators.low_rank import Ablate, Affine
 from trimtab.steering.operators.planes import Rotate, Turn
+from trimtab.steering.operators.responding import Respond
 from trimtab.steering.operators.routing import Force
 
 
@@ -24,7 +25,7 @@ def _is_operator(added: Any, name: str) -> bool:
     return is_dataclass(added) and getattr(added, "__name__", "") == name and hasattr(added, "bind")
 
 
-_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Rotate, Turn, SetFeatures, Force)
+_OWN = (Scale, Shift, Add, Ablate, Affine, Clamp, Respond, Rotate, Turn, SetFeatures, Force)
 #: Operators by the names that steering files have.
 OPERATORS: Mapping[str, type[Any]] = Extended(
     "operator",
