@@ -124,23 +124,32 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     },
     "ssv": {
         "resid": _always(tt.SSV(layer=1, steps=3, alpha=1), FFN_BIAS, _NO_FFN_BIAS),
+    },
     "bipo": {
         "ffn_out": _always(
             tt.BiPO(layer=(0, 2), site="ffn_out", steps=3, alpha=2), FFN_BIAS, _NO_FFN_BIAS
+        ),
+    },
     "reps": {
         "attn_out": _always(
             tt.RePS(layer=1, site="attn_out", steps=3), ATTENTION_BIAS, "takes no bias|no bias at"
+        ),
         "suppress": _always(
             tt.RePS(layer=1, steps=3, use="suppress", alpha=1), NONE, "stops at a bound"
+        ),
+    },
     "reft": {"resid": _always(tt.ReFT(layer=1, steps=3), FFN_BIAS, _NO_FFN_BIAS)},
     "loreft": {
         "ends": _always(tt.LoReFT(layer=(0, 2), rank=2, steps=3), NONE, "the scope 'prompt"),
         "ffn_out": _always(
             tt.LoReFT(layer=1, rank=2, steps=3, site="ffn_out", positions="all", bias=False), EVERY
+        ),
+    },
     "psr": {
         "blocks": _always(
             tt.PSR(ask="Be glad.", steps=3, learning_rate=0.03), NONE, "the scope 'last'"
         )
+    },
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(
