@@ -15,6 +15,8 @@ from transformers import get_linear_schedule_with_warmup
 
 import trimtab as tt
 from helpers import language_model, refused_in_one_line, traces
+from seeing import seeing
+from test_images_run import contrast as about_images
 from training_by_hand import CONTRAST, PAIRS, log_p, plus
 from trimtab.contrasts import Pair
 from trimtab.methods.ssv import Likelihood
@@ -170,6 +172,16 @@ def test_the_gain_is_that_of_the_steering(lm: tt.LanguageModel, positions: str) 
     assert float(gain) == pytest.approx(gains[str(told["best_step"])], abs=1e-4)
     assert max(gains.values()) == gains[str(told["best_step"])]
     assert told["validation_rows"] == 2
+
+
+def test_texts_with_images(tmp_path: Path) -> None:
+    lm, pairs = seeing(), about_images(tmp_path).pairs
+    parts = [replace(row, part="train" if i else "validation") for i, row in enumerate(pairs)]
+    steering = tt.BiPO(layer=1, steps=2, alpha=1).fit(lm, tt.Contrast(tuple(parts)))
+    told = steering.findings["training"]
+    held_out = tt.Contrast(tuple(parts[:1]))
+    gain = (log_odds(lm, held_out, steering) - log_odds(lm, held_out)).mean()
+    assert float(gain) == pytest.approx(told["validation_gain"][str(told["best_step"])], abs=1e-4)
 
 
 def test_it_ends_when_the_gain_grows_no_more(lm: tt.LanguageModel) -> None:

@@ -20,13 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
-from trimtab.methods.trained import SMALL, AboveZero, TrainedMethod, Vectors, training_in_words
+from trimtab.methods.trained import (
+    SMALL,
+    AboveZero,
+    Presets,
+    TrainedMethod,
+    Vectors,
+    training_in_words,
+)
 from trimtab.model import LanguageModel
 from trimtab.steering import Intervention, Positions, Steering
 from trimtab.training import Objective, Outcome, Run, Texts
@@ -51,20 +57,22 @@ class BiPO(TrainedMethod):
     )
 
     name = "bipo"
-    presets: ClassVar = {
-        "small": {"rate": 0.02, "batch": 4, "steps": 60, **SMALL},
-        "paper": {
-            "learning_rate": 5e-4,
-            "batch": 4,
-            "epochs": 20,
-            "schedule": "cosine",
-            "horizon_epochs": 100,  # also where the vector of an earlier epoch is used
-            "warmup": 100,
-            "depth": 15 / 32,
-            "positions": "all",
-            "patience": 0,
-        },
-    }
+    presets = Presets(
+        {
+            "small": {"rate": 0.02, "batch": 4, "steps": 60, **SMALL},
+            "paper": {
+                "learning_rate": 5e-4,
+                "batch": 4,
+                "epochs": 20,
+                "schedule": "cosine",
+                "horizon_epochs": 100,  # also where the vector of an earlier epoch is used
+                "warmup": 100,
+                "depth": 15 / 32,
+                "positions": "all",
+                "patience": 0,
+            },
+        }
+    )
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
         return BothWays(self.beta, **self.where(language_model.anatomy))

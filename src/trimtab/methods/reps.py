@@ -27,7 +27,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -35,7 +35,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
 from trimtab.fitting import Number, Says
-from trimtab.methods.trained import SMALL, TrainedMethod, Vectors, training_in_words
+from trimtab.methods.trained import SMALL, Presets, TrainedMethod, Vectors, training_in_words
 from trimtab.model import LanguageModel
 from trimtab.steering import Clamp, Intervention, Positions, Scope, Steering
 from trimtab.training import Objective, Outcome, Run, Steered, Texts
@@ -73,17 +73,19 @@ class RePS(TrainedMethod):
     )
 
     name = "reps"
-    presets: ClassVar = {
-        "small": {"rate": 0.01, "batch": 3, "steps": 60, **SMALL},
-        "paper": {
-            "learning_rate": 0.04,
-            "batch": 6,
-            "epochs": 18,
-            "depth": 10 / 26,
-            "positions": "all[1:]",
-            "patience": 0,
-        },
-    }
+    presets = Presets(
+        {
+            "small": {"rate": 0.01, "batch": 3, "steps": 60, **SMALL},
+            "paper": {
+                "learning_rate": 0.04,
+                "batch": 6,
+                "epochs": 18,
+                "depth": 10 / 26,
+                "positions": "all[1:]",
+                "patience": 0,
+            },
+        }
+    )
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
         return BothKinds(self.factors, self.compat, **self.where(language_model.anatomy))

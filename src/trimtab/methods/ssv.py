@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from trimtab.contrasts import Contrast
-from trimtab.methods.trained import SMALL, TrainedMethod, Vectors, training_in_words
+from trimtab.methods.trained import SMALL, Presets, TrainedMethod, Vectors, training_in_words
 from trimtab.model import LanguageModel
 from trimtab.steering import Intervention, Steering
 from trimtab.training import Objective, Outcome, Run, Texts, positive_texts
@@ -38,17 +37,19 @@ class SSV(TrainedMethod):
     """
 
     name = "ssv"
-    presets: ClassVar = {
-        "small": {"rate": 0.02, "batch": 6, "steps": 60, **SMALL},
-        "paper": {
-            "learning_rate": 0.01,
-            "batch": 6,
-            "epochs": 3,
-            "depth": 10 / 26,
-            "positions": "all[1:]",
-            "patience": 0,
-        },
-    }
+    presets = Presets(
+        {
+            "small": {"rate": 0.02, "batch": 6, "steps": 60, **SMALL},
+            "paper": {
+                "learning_rate": 0.01,
+                "batch": 6,
+                "epochs": 3,
+                "depth": 10 / 26,
+                "positions": "all[1:]",
+                "patience": 0,
+            },
+        }
+    )
 
     def texts(
         self, language_model: LanguageModel, contrast: Contrast, max_length: int | None

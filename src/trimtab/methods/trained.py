@@ -11,7 +11,8 @@ import math
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field
 from torch import Tensor
@@ -45,6 +46,8 @@ from trimtab.training import (
 
 OneOrMore = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 AboveZero = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
+#: Of each preset what it says.
+Presets = MappingProxyType[str, Mapping[str, Any]]
 #: What the small presets share.
 SMALL = {"depth": 0.4, "positions": "all", "patience": 3}
 
@@ -105,7 +108,8 @@ class TrainedMethod(Method):
     #: By name, what a preset says of fields that are not given (`learning_rate`, or `rate` in
     #: medians of the activations' sizes; `steps`, or `epochs`), the share of the `depth` at which
     #: it steers, and what else `Training` has, with `horizon_epochs` in place of `horizon`.
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    #: Not annotated, or a dataclass would list it among its fields.
+    presets = Presets({})
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -145,7 +149,7 @@ class TrainedMethod(Method):
         return texts_of(language_model, contrast, max_length)
 
     #: Where the dial may stand as long as nothing is measured.
-    dial_range: ClassVar[tuple[float, float]] = (-20.0, 20.0)
+    dial_range = (-20.0, 20.0)
 
     # -- from a contrast to a steering ------------------------------------------------------------
 
