@@ -49,6 +49,7 @@ PUBLIC = [
     "SAS",
     "SS",
     "STA",
+    "SteerMoE",
     "Steering",
     "Steerings",
     "Sweep",

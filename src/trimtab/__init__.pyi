@@ -18,7 +18,21 @@ from .exchange import (
 )
 from .figures import Difference, Result, mean_interval
 from .fitting import Method, fit, fit_gate
-from .methods import AAS, CAA, ITI, SADI, SAS, SS, STA, Ablation, AcT, ActAdd, AlphaSteer, AUSteer
+from .methods import (
+    AAS,
+    CAA,
+    ITI,
+    SADI,
+    SAS,
+    SS,
+    STA,
+    Ablation,
+    AcT,
+    ActAdd,
+    AlphaSteer,
+    AUSteer,
+    SteerMoE,
+)
 from .model import Completion, LanguageModel, bake, load, wrap
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
@@ -59,6 +73,7 @@ __all__ = [
     "Range",
     "Result",
     "Scope",
+    "SteerMoE",
     "Steering",
     "Steerings",
     "Sweep",

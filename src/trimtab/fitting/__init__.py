@@ -1,6 +1,6 @@
 """One pass over a contrast, and what a method is."""
 
-from trimtab.fitting.activations import Statistics, Token, UnitLength, Want, collect
+from trimtab.fitting.activations import Statistics, Summed, Token, UnitLength, Want, collect
 from trimtab.fitting.autoencoders import FeatureEffects, Features, load_features
 from trimtab.fitting.costs import Costs, kl_samples, predicted_kl, unit_costs
 from trimtab.fitting.effects import Effect, HeadSums, Slope
@@ -21,4 +21,5 @@ from trimtab.fitting.statistics import (
     SecondMoment,
     Sides,
     SignCounts,
+    Totals,
 )

@@ -47,6 +47,18 @@ Token = Annotated[
 
 
 @dataclass(frozen=True)
+class Summed:
+    """Stands in a `Want` in place of a token: the sum over the tokens of a text's answer (what
+    follows the prompt; paired contrasts only), or over all of them."""
+
+    over: Literal["answer", "all"]
+
+    def __str__(self) -> str:
+        """For file names."""
+        return f"summed.{self.over}"
+
+
+@dataclass(frozen=True)
 class Pick:
     """What is read of a text: a site, whose tokens stand for the text, and in which form.
 
@@ -56,7 +68,7 @@ class Pick:
     """
 
     site: str
-    token: Token | Effect
+    token: Token | Effect | Summed
     read: Any = None
 
     @property
@@ -78,7 +90,7 @@ class Want:
     """
 
     site: str
-    token: Token | Effect
+    token: Token | Effect | Summed
     statistic: type[Any]
     read: Any = None
     rows: frozenset[int] | None = None
@@ -116,7 +128,7 @@ class Statistics(dict[Want, Any]):
         found: M = self._made[key]
         return found
 
-    def of(self, site: str, token: Token | Effect, statistic: type[S], **more: Any) -> S:
+    def of(self, site: str, token: Token | Effect | Summed, statistic: type[S], **more: Any) -> S:
         found: S = self[Want(site, token, statistic, **more)]
         return found
 
@@ -144,7 +156,7 @@ def collect(
         return wanted
     if not contrast.paired:
         for want, statistic in wanted.items():
-            if want.token == "answer":
+            if want.token in ("answer", Summed("answer")):
                 raise TrimtabError(
                     f"{contrast.name} is unpaired, so its texts have no answers: take another "
                     "token rule (token mean or last), or give it pairs"
@@ -338,19 +350,21 @@ def _picker(batch: Batch, token: Any, device: torch.device) -> Callable[[Tensor]
 
         return one
     start = torch.zeros_like(lengths)
-    if token == "answer":
+    if token in ("answer", Summed("answer")):
         start = torch.tensor([row.answers for row in batch.rows])
         start = torch.minimum(start, lengths - 1)  # an empty answer: its prompt's last token
     steps = torch.arange(place.shape[-1])
     taken = (steps >= start[..., None]) & (steps < lengths[..., None])
     weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
     weights.scatter_add_(-1, place.clamp(min=0), taken.float())
-    weights = (weights / taken.sum(-1, keepdim=True)).to(device)
+    if not isinstance(token, Summed):
+        weights = weights / taken.sum(-1, keepdim=True)
+    weights = weights.to(device)
     # A line is a row, with all its sides, or a side.
     by_line = weights.view(len(batch.tokens), -1, weights.shape[-1])
 
-    def mean(activation: Tensor) -> Tensor:
-        means = torch.bmm(by_line.to(activation.device), activation.float())
-        return means.view(*lines.shape, -1)
+    def summed(activation: Tensor) -> Tensor:
+        sums = torch.bmm(by_line.to(activation.device), activation.float())
+        return sums.view(*lines.shape, -1)
 
-    return mean
+    return summed

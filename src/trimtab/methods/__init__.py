@@ -28,3 +28,4 @@ from trimtab.methods.known import METHODS
 from trimtab.methods.ranking import rank
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
+from trimtab.methods.steermoe import SteerMoE

@@ -96,7 +96,9 @@ def _of_svd(differences: Tensor, count: int) -> Tensor:
         )
     chosen = vectors[:count]
     along = chosen @ differences.mean(0)
-    return chosen.mul(torch.where(along < 0, -1.0, 1.0).to(chosen)[:, None])
+    signs = torch.where(along < 0, -1.0, 1.0).to(chosen)
+    turned: Tensor = signs[:, None] * chosen
+    return turned
 
 
 def _of_map(shown: Tensor, other: Tensor, count: int, seed: int) -> Tensor:

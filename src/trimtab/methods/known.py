@@ -16,9 +16,10 @@ from trimtab.methods.caa import CAA
 from trimtab.methods.iti import ITI
 from trimtab.methods.sadi import SADI
 from trimtab.methods.sta import STA
+from trimtab.methods.steermoe import SteerMoE
 from trimtab.plugins import Extended
 
-_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer)
+_OWN = (ActAdd, CAA, ITI, SADI, STA, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer, SteerMoE)
 
 
 def _is_method(added: Any, name: str) -> bool:
