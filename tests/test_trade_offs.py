@@ -15,7 +15,7 @@ from commands import Command, home, trimtab, work
 from helpers import language_model, plain_logits, refused_in_one_line, write_pairs
 from trimtab.options import Search
 from trimtab.reading import plain_texts
-from trimtab.sweeps.front import Limits, chosen_trial, front
+from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral, neutral_texts
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.space import Range, listed
@@ -207,8 +207,8 @@ def test_equal_trials_and_either_direction() -> None:
     trials.append(Trial(6, {}, "failed"))
     assert [t.number for t in front(trials, maximise=True)] == [4, 2, 3]
     assert [t.number for t in front(trials, maximise=False)] == [4]
-    assert chosen_trial(trials, Limits(0.5), maximise=True) == trials[2]
-    assert chosen_trial(trials, Limits(0.05), maximise=True) is None
+    assert [t.number for t in trials if is_within(t, 0.5, None)] == [0, 1, 2, 4]
+    assert picked(trials, 3) == trials[3]
 
 
 def test_one_pass_serves_all_layers_between_two(lm: tt.LanguageModel) -> None:

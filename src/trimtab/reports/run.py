@@ -56,7 +56,7 @@ PICTURES = [
 TABLE_MARK = "% A table of a run of trimtab; needs \\usepackage{booktabs}.\n"
 _PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
 #: The records of parts, by name: of trials, of the unsteered model and of dials.
-_PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
+_PART = re.compile(r"(unsteered|unsearched|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
 
 #: The tokens of a text are its weight: more than these is no text.
 _HEAVIEST = 1e12

@@ -16,7 +16,7 @@ from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.reports import Run, line_of, summarise
 from trimtab.steering import Steering
-from trimtab.sweeps.front import Limits, chosen_trial, front, is_within
+from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
@@ -127,7 +127,7 @@ class _Worker:
             self.run.keep(f"{trial.number:05d}-{part}", some)
         if outcome["state"] == "complete":
             known = _trial(trial.number, outcome)
-            if self._chosen([*self._top, known]) is known:
+            if self._better([*self._top, known]) is known:
                 self._top, self._top_records = (known,), records
         queue.finish(trial, outcome, outcome.get("value"))
 
@@ -185,7 +185,9 @@ class _Worker:
             if trial.state == "complete" and not queue.has_checksum(one):
                 self._check_kept(trial)
         complete = [trial for trial in trials if trial.state == "complete"]
-        best = self._chosen(complete)
+        best = self._better(complete)
+        if self.neutral is not None and self.search.pick is not None:
+            best = picked(complete, self.search.pick)
         unsteered = {
             part: rows.recorded(self.run, f"unsteered-{part}", None, part) for part in _PARTS
         }
@@ -240,32 +242,30 @@ class _Worker:
             **traded,
         )
 
-    def _chosen(self, complete: Sequence[Trial]) -> Trial | None:
-        """The best on the validation rows; of trade-offs the best within their limits."""
-        if self.neutral is not None:
-            return chosen_trial(complete, self._limits, self.rows.maximise)
-        return _best(complete, "value", self.rows.maximise)
-
-    @property
-    def _limits(self) -> Limits:
-        return Limits(self.search.max_kl, self.max_cost, self.search.pick)
+    def _better(self, complete: Sequence[Trial]) -> Trial | None:
+        """The best on the validation rows; of trade-offs among those within the limits."""
+        allowed = [trial for trial in complete if self._allows(trial)]
+        return _best(allowed, "value", self.rows.maximise)
 
     def _allows(self, trial: Trial) -> bool:
-        return self.neutral is None or is_within(trial, self._limits)
+        """Whether a trial is within the limits; of others than trade-offs only such were run."""
+        if self.neutral is None:
+            return True
+        return is_within(trial, self.search.max_kl, self.max_cost)
 
     def _traded(self, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
         """Of a search for trade-offs its front, the method beside it as it is unsearched, and what
         is to be said of them."""
         if self.neutral is None:
             return {"notes": []}
-        limits, notes = self._limits, [f"KL is measured {self.neutral.in_words}"]
+        limit, notes = self.search.max_kl, [f"KL is measured {self.neutral.in_words}"]
         found, unsearched = front(trials, self.rows.maximise), None
         if best is None and found:
             notes.append(
                 f"no trial keeps the limits: the least KL on neutral texts is {found[0].kl:.3g} "
-                f"nats per token, the limit {limits.kl:g}"
+                f"nats per token, the limit {limit:g}"
             )
-        elif best is not None and not is_within(best, limits):
+        elif best is not None and not self._allows(best):
             notes.append(f"trial {best.number}, which was picked, is beyond the limits")
         try:
             unsearched = self._unsearched(self.neutral)
@@ -273,7 +273,7 @@ class _Worker:
             notes.append(f"the method unsearched is not there to compare with: {error}")
         return {
             "front": found,
-            "max_kl": limits.kl,
+            "max_kl": limit,
             "unsearched": unsearched,
             "notes": notes,
         }
