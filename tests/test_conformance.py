@@ -66,7 +66,7 @@ def _edits(steerings: list[tt.Steering], tokens: int) -> dict[str, Callable[[Ten
     chains: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for steering in steerings:
         for intervention in steering.interventions:
-            change = by_hand(intervention.operator, steering.setting)
+            change = by_hand(intervention.operator, intervention.dial_at(steering.setting))
             # Of a prompt, `last` is its last token, and all and `prompt` the whole.
             first = tokens - 1 if str(intervention.scope) == "last" else 0
 
