@@ -129,6 +129,8 @@ def test_the_method_unsearched_is_measured_beside(
         r for r in evaluated.results if r.metric == "log_odds" and r.steering is not None
     ]
     assert found.unsearched.test == pytest.approx(expected.value, abs=1e-4)
+    kept = tt.Steering.load(done[1] / "unsearched.safetensors")  # not to choose again
+    assert kept.digest == plain.digest
     neutral = Neutral(lm, neutral_texts(contrast, None), 3)
     assert found.unsearched.kl == pytest.approx(neutral.kl(plain), rel=1e-4)
 

@@ -41,14 +41,20 @@ _ALL_SEALED = {"records": "each line has a checksum"}
 #: Of how an environment is known, also one from before there were checksums.
 _ENVIRONMENT = {"date", "python", "platform", "packages"}
 #: What comes of the work of a run.
-_MADE = ("records.jsonl", "results.json", "report.html", "best.safetensors")
+_MADE = (
+    "records.jsonl",
+    "results.json",
+    "report.html",
+    "best.safetensors",
+    "unsearched.safetensors",
+)
 #: Files that runs leave in a directory, beside the pictures and the records of parts, and beside
 #: what tells that a directory is a run's.
 _LEFT = (*_MADE, *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")))
 #: The pictures of runs, by name: those of a recipe with its part before them.
 PICTURES = [
     "ablations", "coherence", "combinations", "cosines", "count", "curve", "curves", "dial",
-    "differences", "footprint", "gain-and-cost", "gain-by-k", "heatmap", "line", "masks", "norms",
+    "differences", "footprint", "front", "gain-and-cost", "gain-by-k", "heatmap", "line", "masks", "norms",
     "overlap", "overview", "pairs", "panels", "predicted", "projections", "suppression", "tasks",
     "tokens", "trials", "units",
 ]  # fmt: skip

@@ -280,7 +280,7 @@ class _Worker:
 
     def _unsearched(self, neutral: Neutral) -> Trial:
         """The method with what was fixed, and else its defaults, measured on both parts."""
-        steering, rows = self.fitter.steering({}), self.rows
+        steering, rows = self._as_it_is(), self.rows
         name = f"{label(self.fitter.method, {})} unsearched"
         known: dict[str, Any] = {"kl": neutral.kl(steering)}
         if self.max_cost is not None:
@@ -293,6 +293,17 @@ class _Worker:
             else:
                 known |= {"value": result.value, "n": result.n, "ci95": result.ci95}
         return Trial(-1, {}, "complete", **known)
+
+    def _as_it_is(self) -> Steering:
+        """The method's steering without a search; a method that chooses something itself does so
+        once for a run directory."""
+        file = None if self.run.path is None else self.run.path / "unsearched.safetensors"
+        if file is not None and file.exists():
+            return Steering.load(file)
+        steering = self.fitter.steering({})
+        if file is not None and steering.acts:
+            steering.save(file)
+        return steering
 
     def _records(self, trial: Trial, part: Part, steering: Steering) -> list[Record]:
         """The records of a trial on a part; run here where another machine has them, or nobody."""
