@@ -74,6 +74,11 @@ def _always(method: Method, *rest: Any, **more: Any) -> Setting:
     return Setting(lambda lm: method, *rest, **more)
 
 
+#: Weights over depth, of which some are nothing.
+_KERNELS: dict[str, Any] = {
+    "attn_max": 1.2, "attn_position": 1.0, "attn_min": 0.5, "attn_distance": 1.0,
+    "ffn_max": 0.9, "ffn_position": 2.0, "ffn_min": 0.0, "ffn_distance": 1.5,
+}  # fmt: skip
 _NO_FFN_BIAS = "no bias|cannot be given one|a norm stands between"
 _POST = "a norm writes it straight into the residual stream"
 _STREAM = "divide by its length"
@@ -150,6 +155,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.PSR(ask="Be glad.", steps=3, learning_rate=0.03), NONE, "the scope 'last'"
         )
     },
+    "steermoe": {},  # for mixtures only: see test_steermoe.py
     "iti": {
         "mean": _always(tt.ITI(k=4, alpha=4), ATTENTION_BIAS, "takes no bias|no bias at"),
         "effect": _always(
@@ -198,6 +204,14 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "embed": _always(tt.Ablation(layer=0, where="layer", amount=0.5), EVERY),
         "validation": _always(
             tt.Ablation(kl=100, depth=1, tokens=(-1, -2, -3)), EVERY - POST_NORM, _POST
+        ),
+        "kernels": _always(
+            tt.Ablation(layer=1.5, project="biprojected", winsorise=0.95, **_KERNELS),
+            EVERY - POST_NORM,
+            _POST,
+        ),
+        "several": _always(
+            tt.Ablation(layer=2, directions=3, basis="som", compose=True), EVERY - POST_NORM, _POST
         ),
     },
     "sas": {

@@ -249,24 +249,24 @@ def test_a_direction_that_never_causes_the_behaviour_is_an_error() -> None:
 
 
 def test_a_score_that_is_no_number_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    import trimtab.methods.ablation as module
+    import trimtab.methods.ablation_choice as module
 
     for what in ("kl", "induced"):
         with monkeypatch.context() as patch:
-            patch.setattr(module._Scored, what, lambda self, steering: math.nan)
+            patch.setattr(module.Scored, what, lambda self, steering: math.nan)
             with pytest.raises(tt.TrimtabError, match="none of .* directions"):
                 tt.Ablation(targets=targets_of("llama"), kl=1e9, depth=1).fit(tiny_lm(), CHAT)
 
 
 def test_targets_count_by_their_first_token_and_each_once() -> None:
-    from trimtab.methods.ablation import _scores
+    from trimtab.methods.ablation_choice import scores
 
     longer = [" ships and maps", " map!", " mazes"]  # of many tokens each
     prompts = [CHAT.texts[0].text, CHAT.texts[-1].text]
     ids = sorted({*_target_ids(longer)})
     assert len(ids) == 2
     expected = [_score("llama", ids_of(prompt), ids) for prompt in prompts]
-    assert _scores(tiny_lm(), prompts, longer).tolist() == pytest.approx(expected, abs=1e-3)
+    assert scores(tiny_lm(), prompts, longer).tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_targets_that_are_all_there_is_have_a_finite_score() -> None:
@@ -281,15 +281,15 @@ def test_targets_that_are_all_there_is_have_a_finite_score() -> None:
 
 
 def test_a_certain_target_has_a_finite_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trimtab.methods.ablation import _scores
+    from trimtab.methods.ablation_choice import scores
 
     logits = torch.randn(200, 400, generator=torch.Generator().manual_seed(0))
     logits[:, 65:70] += 60
     monkeypatch.setattr(tt.LanguageModel, "logits", lambda self, prompts, **options: logits)
     ids = [tiny_tokenizer().decode([token]) for token in range(65, 70)]
-    scores = _scores(tiny_lm(), [""] * 200, ids)
+    found = scores(tiny_lm(), [""] * 200, ids)
     # eps is all that is left of 1 - P.
-    assert scores == pytest.approx(-math.log(1e-8), abs=1e-6)
+    assert found == pytest.approx(-math.log(1e-8), abs=1e-6)
 
 
 # -- typical texts only -----------------------------------------------------------------------

@@ -164,7 +164,7 @@ BAD = {
         f"fit caa {FIT} -o o --layer validate",
         "--layer validate: write numbers, as in 4,5,8-12, or validation",
     ),
-    "layers of one block": (f"fit ablation {FIT} -o o --layer 1-2", "--layer", "no whole number"),
+    "layers of one block": (f"fit ablation {FIT} -o o --layer 1-2", "--layer", "no number"),
     "no validation rows": (f"fit caa {FIT} -o o --layer validation", "validation rows", "split"),
     "token before the text": (f"fit caa {FIT} -o o --token -200", "none at -200"),
     "token zero": (f"fit caa {FIT} -o o --token 0", "token", "0", "answer"),

@@ -122,6 +122,9 @@ TRAINED: dict[str, list[tuple[str, Any]]] = {
     "patience": [("0", 0)],
     "seed": [("5", 5)],
 }
+
+#: The numbers of ablation's two kernels.
+KERNELS = [f"{p}_{n}" for p in ("attn", "ffn") for n in ("max", "position", "min", "distance")]
 #: Of every method every option: how it is written, and the value that the method gets.
 OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
     "actadd": {
@@ -232,7 +235,7 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "positions": [("last", "last")],
     },
     "ablation": {
-        "layer": [("2", 2), ("-1", -1)],
+        "layer": [("2", 2), ("-1", -1), ("1.5", 1.5)],
         "tokens": [("-1,-2", (-1, -2)), ("-3", (-3,))],
         "where": [("norms", "norms")],
         "targets": [("I,Sorry", ("I", "Sorry")), (" yes", (" yes",))],
@@ -241,6 +244,22 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "typical": [("yes", True)],
         "amount": [("-1", -1.0)],
         "positions": [("prompt", "prompt")],
+        "project": [("negative", "negative")],
+        "directions": [("3", 3)],
+        "basis": [("som", "som")],
+        "compose": [("yes", True)],
+        "winsorise": [("0.9", 0.9)],
+        "per_layer": [("yes", True)],
+        "seed": [("5", 5)],
+        **{name: [("0.5", 0.5)] for name in KERNELS},
+    },
+    "steermoe": {
+        "variant": [("soft", "soft")],
+        "activate": [("3", 3)],
+        "deactivate": [("2", 2)],
+        "strength": [("0.5", 0.5)],
+        "token": [("all", "all")],
+        "positions": [("last", "last")],
     },
     "sas": {
         "theta": [("-90", -90.0)],
@@ -298,6 +317,16 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("sta", "k"): {"locate": "effect"},
     ("sae", "a_max"): {"features": 7},
     ("sae", "outcomes"): {"by": "correlation"},
+    ("ablation", "basis"): {"directions": 2},
+    ("ablation", "compose"): {"directions": 2},
+    **{
+        ("ablation", name): {
+            other: 1.0
+            for other in KERNELS
+            if other != name and other.partition("_")[0] == name.partition("_")[0]
+        }
+        for name in KERNELS
+    },
 }
 
 

@@ -66,7 +66,7 @@ def _edits(steerings: list[tt.Steering], tokens: int) -> dict[str, Callable[[Ten
     chains: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for steering in steerings:
         for intervention in steering.interventions:
-            change = by_hand(intervention.operator, steering.setting)
+            change = by_hand(intervention.operator, intervention.dial_at(steering.setting))
             # Of a prompt, `last` is its last token, and all and `prompt` the whole.
             ends = [*range(min(5, tokens)), *range(max(5, tokens - 5), tokens)]
             rows = {"last": [tokens - 1], "prompt[:5] | prompt[-5:]": ends}.get(

@@ -37,8 +37,10 @@ _NO_FFN_IN = {"gemma4_moe": "no ffn_in: no linear map, and no experts of a known
 
 #: The architectures for which a method refuses to be fitted, and what the refusal says.
 REFUSED: dict[str, dict[str, str]] = {
-    "ablation: writers": dict.fromkeys(_THREE, "a branch without a site of its own"),
-    "ablation: validation": dict.fromkeys(_THREE, "a branch without a site of its own"),
+    **{
+        f"ablation: {case}": dict.fromkeys(_THREE, "a branch without a site of its own")
+        for case in ("writers", "validation", "kernels", "several")
+    },
     "ablation: norms": _NO_FFN_NORM,
     # The mixture and the shared FFN read one norm, whose input is not the block's.
     "sas: input": _NO_FFN_NORM | {"granitemoehybrid": "is shared; take candidates"},
@@ -135,7 +137,7 @@ def _changes(steerings: Iterable[tt.Steering], end: int) -> dict[str, Change]:
     chains: dict[str, list[Change]] = {}
     for steering in steerings:
         for each in steering.interventions:
-            change = by_hand(each.operator, steering.setting)
+            change = by_hand(each.operator, each.dial_at(steering.setting))
             change = at_positions(change, str(each.scope), end)
             chains.setdefault(each.site, []).append(change)
 

@@ -60,6 +60,7 @@ PUBLIC = [
     "SS",
     "SSV",
     "STA",
+    "SteerMoE",
     "Steering",
     "Steerings",
     "Sweep",

@@ -15,6 +15,7 @@ import pytest
 import trimtab as tt
 from autoencoders import CONTRAST, autoencoder, tiny_lm
 from commands import Command, home, trimtab, work
+from helpers import language_model
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 
@@ -45,7 +46,8 @@ def test_its_example_runs(
     if name in ("sta", "sae"):
         autoencoder(path=tmp_path / "my-sae")
     monkeypatch.chdir(tmp_path)
-    given = {"tt": tt, "lm": tiny_lm(), "contrast": CONTRAST}
+    lm = language_model("qwen3_moe") if name == "steermoe" else tiny_lm()
+    given = {"tt": tt, "lm": lm, "contrast": CONTRAST}
     test = doctest.DocTestParser().get_doctest(
         inspect.getdoc(METHODS[name]) or "", given, name, None, None
     )

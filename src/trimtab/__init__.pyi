@@ -39,6 +39,7 @@ from .methods import (
     Probe,
     ReFT,
     RePS,
+    SteerMoE,
 )
 from .model import Completion, LanguageModel, bake, load, wrap
 from .monitoring import Answered, Monitor, Monitoring, fit_monitor, monitor
@@ -93,6 +94,7 @@ __all__ = [
     "RePS",
     "Result",
     "Scope",
+    "SteerMoE",
     "Steering",
     "Steerings",
     "Sweep",

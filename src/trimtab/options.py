@@ -22,6 +22,8 @@ Better = Literal["more", "less"]
 FAST = 100
 #: What a setting that is chosen may cost, in nats per token of plain text.
 MAX_COST = 0.3
+#: By how much a chosen trade-off may move neutral texts, in nats per token.
+MAX_KL = 0.1
 #: How far a probability may be off between the dials at which the model ran.
 TOLERANCE = 1e-3
 #: Train, validation and test: how the rows of a contrast are dealt out that name no part.
@@ -279,8 +281,10 @@ class Search:
 
     heading = "Search"
 
-    search: Literal["grid", "tpe", "halving"] = option(
-        "grid; tpe (draws --trials settings); halving (stops poor ones early).", "grid"
+    search: Literal["grid", "tpe", "halving", "pareto"] = option(
+        "grid; tpe (draws --trials settings); halving (stops poor ones early); pareto (draws what "
+        "does most for as little KL as can be on neutral texts).",
+        "grid",
     )
     trials: int | None = option("How many, where they are drawn.", None)
     oracle: bool = option("Run every complete trial on the test rows too.", True)
@@ -293,6 +297,29 @@ class Search:
         record=False,
         flag=("--resumed", "--full"),
     )
+    max_kl: float = option(
+        "Of pareto: choose what moves neutral texts by at most so many nats per token.",
+        MAX_KL,
+        record=False,
+    )
+    pick: int | None = option(
+        "Of pareto: the number of the trial to choose instead.", None, record=False, least=0
+    )
+    neutral: str | None = option(
+        "Of pareto: texts that are to stay as they are: a .txt with one a line, or a contrast's "
+        "negative texts or prompts (default: its negative validation texts, or plain text).",
+        None,
+        record=False,
+    )
+    kl_tokens: int = option(
+        "Of pareto: how many tokens after each neutral text count.", 8, record=False, least=1
+    )
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_kl) and self.max_kl >= 0):
+            raise TrimtabError(f"max_kl must be 0 nats or more, not {self.max_kl}")
+        if self.search != "pareto" and (self.pick is not None or self.neutral is not None):
+            raise TrimtabError("pick and neutral are for a search for trade-offs: --search pareto")
 
 
 @dataclass(frozen=True, kw_only=True)

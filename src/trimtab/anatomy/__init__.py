@@ -19,5 +19,5 @@ from trimtab.anatomy.knowing import DOES_NOT_RUN, cache_file
 from trimtab.anatomy.maps import LinearMap
 from trimtab.anatomy.numbers import near
 from trimtab.anatomy.routers import Router
-from trimtab.anatomy.sites import KINDS, READ_ONLY, Edit, Point, parse_site, site_order
+from trimtab.anatomy.sites import CHOICE, KINDS, READ_ONLY, Edit, Point, parse_site, site_order
 from trimtab.anatomy.tracing import probe_ids

@@ -27,12 +27,13 @@ from trimtab.anatomy.maps import (
 from trimtab.anatomy.outer import cap_of, capped
 from trimtab.anatomy.routers import Router
 from trimtab.anatomy.sites import (
+    CHOICE,
     KINDS,
-    READ_ONLY,
     Point,
     Side,
-    ffn_in_after,
     parse_site,
+    read_only,
+    site_beside,
 )
 from trimtab.errors import TrimtabError
 
@@ -275,9 +276,12 @@ class Anatomy:
 
     def read_point(self, site: str) -> Point:
         """Where to hook to read a site, or what can only be read."""
-        if not site.endswith(f".{READ_ONLY}"):
+        kind = read_only(site)
+        if kind is None:
             return self.point(site)
-        after = self.point(ffn_in_after(site))
+        after = self.point(site_beside(site))
+        if kind == CHOICE:
+            return replace(self.choice_point(after.site), site=site)
         if after.side == "experts":
             return replace(after, site=site, side="expert_acts")
         layer, _ = self.check(after.site)

@@ -21,10 +21,13 @@ A *site* is a place where an activation can be read or changed, written `layers.
     resid           output of the block
     final_norm      what the unembedding reads
 
-One place can be read and not steered, which is what SADI ranks units by:
+Two places can be read and not steered. By the first SADI ranks units, by the other SteerMoE counts
+experts:
 
     ffn_act         output of the FFN's activation function: of a gated FFN act(gate), which is
                     multiplied by another map to give `ffn_in`; with experts as `ffn_in`
+    router_choice   of a mixture: the scores of which its router takes the largest, one of each
+                    expert: its logits, probabilities, or these with a bias and without some groups
 """
 
 from __future__ import annotations
@@ -45,8 +48,11 @@ BLOCK_KINDS = (
 )  # fmt: skip
 #: All site kinds.
 KINDS = ("embed", *BLOCK_KINDS, "final_norm")
-#: What a block has that can be read and is no site; `ffn_act` comes just before `ffn_in`.
-READ_ONLY = "ffn_act"
+#: What a block has that can be read and is no site; `ffn_act` comes just before `ffn_in`, and
+#: `router_choice` just after `router`.
+READ_ONLY, CHOICE = "ffn_act", "router_choice"
+#: The site beside each of them, of the same width, and how far behind it that is read.
+_BESIDE = {READ_ONLY: ("ffn_in", -0.5), CHOICE: ("router", 0.5)}
 
 #: What a hook does to an activation [rows, tokens, units]: a new one, or None to leave it.
 Edit = Callable[[Tensor], Tensor | None]
@@ -63,6 +69,10 @@ def parse_site(site: str) -> tuple[int | None, str]:
             f"{site} can be read and not steered: steer layers.{match[1]}.ffn_in, where scaling a "
             "unit does the same"
         )
+    if match is not None and match[2] == CHOICE:
+        raise TrimtabError(
+            f"{site} can be read and not steered: steer layers.{match[1]}.router, the logits"
+        )
     if match is None or match[2] not in BLOCK_KINDS:
         raise TrimtabError(
             f"unknown site '{shown(site, 40)}': write layers.N.KIND with a kind of "
@@ -73,18 +83,27 @@ def parse_site(site: str) -> tuple[int | None, str]:
 
 def site_order(site: str) -> tuple[float, float]:
     """Sort key: sites, and what can only be read, in the order in which a token passes them."""
-    if site.endswith(f".{READ_ONLY}"):
-        layer, place = site_order(ffn_in_after(site))
-        return (layer, place - 0.5)
+    kind = read_only(site)
+    if kind is not None:
+        layer, place = site_order(site_beside(site))
+        return (layer, place + _BESIDE[kind][1])
     number, kind = parse_site(site)
     if number is None:
         return (-1, 0) if kind == "embed" else (float("inf"), 0)
     return (number, BLOCK_KINDS.index(kind))
 
 
-def ffn_in_after(site: str) -> str:
-    """The site that follows an `ffn_act`, of the same width."""
-    return site.removesuffix(READ_ONLY) + "ffn_in"
+def read_only(site: str) -> str | None:
+    """The kind of what can be read and is no site; None of all else."""
+    kind = site.rpartition(".")[2]
+    return kind if kind in _BESIDE else None
+
+
+def site_beside(place: str) -> str:
+    """The site beside what can only be read, of the same width: `ffn_in` after `ffn_act`, `router`
+    before `router_choice`."""
+    start, _, kind = place.rpartition(".")
+    return f"{start}.{_BESIDE[kind][0]}"
 
 
 Side = Literal["input", "output", "experts", "expert_acts", "router", "router_choice"]

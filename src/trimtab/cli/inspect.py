@@ -82,7 +82,7 @@ def inspect(
         return
     for line in explain(steering):
         console.print(one_line(line))
-    for kind in ("units", "heads", "features"):
+    for kind in ("units", "heads", "features", "experts"):
         _list(described.get(kind, []), max(0, top))
     for each in acting:
         for line in str(each).splitlines():

@@ -158,7 +158,7 @@ def read_values(option: str, text: str, hint: Any) -> list[Any] | Range:
     (of layers) are separated by /. What is in brackets or quotation marks is one value."""
     kinds = kinds_of(hint)
     if ":" in text and {int, float} & set(kinds):
-        return _range(option, text, float in kinds)
+        return _range(option, text, kinds)
     if list_in(hint) and ("/" in text or int not in kinds):
         parts = text.split("/")
     else:
@@ -168,11 +168,13 @@ def read_values(option: str, text: str, hint: Any) -> list[Any] | Range:
     return [read_value(option, part.strip(), hint) for part in parts]
 
 
-def _range(option: str, text: str, fractions: bool) -> Range:
+def _range(option: str, text: str, kinds: Collection[Any]) -> Range:
     from trimtab.sweeps import Range
 
     low, _, rest = text.partition(":")
     high, _, kind = rest.partition(":")
+    whole = all(re.fullmatch(r"[+-]?\d+", end.strip()) for end in (low, high))
+    fractions = float in kinds and not (int in kinds and whole)
     try:
         ends = [float(end) if fractions else int(end) for end in (low, high)]
     except ValueError as error:

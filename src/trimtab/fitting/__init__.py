@@ -43,5 +43,6 @@ from trimtab.fitting.statistics import (
     SecondMoment,
     Sides,
     SignCounts,
+    Totals,
 )
 from trimtab.fitting.stored import digest_of

@@ -49,11 +49,12 @@ Token = Annotated[
 @dataclass(frozen=True)
 class Pooled:
     """Stands in a `Want` in place of a token: the largest value of each number over some tokens of
-    a text, or their mean. Over its answer's tokens, or the rest: all but the first, whose
-    activations are huge in many models (a text of one token stands for itself)."""
+    a text, their mean, or their sum. Over its answer's tokens (what follows the prompt; paired
+    contrasts only), over all of them, or over the rest: all but the first, whose activations are
+    huge in many models (a text of one token stands for itself)."""
 
-    pool: Literal["max", "mean"]
-    over: Literal["answer", "rest"]
+    pool: Literal["max", "mean", "sum"]
+    over: Literal["answer", "all", "rest"]
 
     def __str__(self) -> str:
         """For file names."""
@@ -362,20 +363,22 @@ def _picker(batch: Batch, token: Any, device: torch.device) -> Callable[[Tensor]
         return _largest(place, lines, taken)
     weights = torch.zeros(*lengths.shape, batch.tokens.shape[1])
     weights.scatter_add_(-1, place.clamp(min=0), taken.float())
-    weights = (weights / taken.sum(-1, keepdim=True)).to(device)
+    if not (isinstance(token, Pooled) and token.pool == "sum"):
+        weights = weights / taken.sum(-1, keepdim=True)
+    weights = weights.to(device)
     # A line is a row, with all its sides, or a side.
     by_line = weights.view(len(batch.tokens), -1, weights.shape[-1])
 
-    def mean(activation: Tensor) -> Tensor:
-        means = torch.bmm(by_line.to(activation.device), activation.float())
-        return means.view(*lines.shape, -1)
+    def summed(activation: Tensor) -> Tensor:
+        sums = torch.bmm(by_line.to(activation.device), activation.float())
+        return sums.view(*lines.shape, -1)
 
-    return mean
+    return summed
 
 
 def _taken(batch: Batch, over: str, lengths: Tensor) -> Tensor:
-    """Which tokens of each side stand for it, [rows, sides, longest side]; `over` is mean (all),
-    answer or rest."""
+    """Which tokens of each side stand for it, [rows, sides, longest side]; `over` is mean or
+    all, answer, or rest."""
     start = torch.zeros_like(lengths)
     if over == "answer":
         start = torch.tensor([row.answers for row in batch.rows])

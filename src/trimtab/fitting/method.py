@@ -68,6 +68,12 @@ class Method(ABC):
         return {}
 
     @classmethod
+    def ranges(cls, layers: int) -> dict[str, tuple[float, float]]:
+        """What a search for trade-offs draws its numbers from, lowest and highest, on a model of so
+        many blocks. Empty: what `grid` has."""
+        return {}
+
+    @classmethod
     def explain(cls, steering: Steering) -> list[str]:
         """What a steering of its does, in sentences for someone who meets the method for the first
         time. A file may lack what they need: a KeyError or TypeError then does no harm."""

@@ -248,6 +248,24 @@ class Aurocs:
 
 
 @dataclass
+class Totals:
+    """What was read of each side, summed over its texts."""
+
+    needs_pairs = False
+    sums: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # [units] each
+
+    def update(self, sides: Sides) -> None:
+        for side, activations in enumerate((sides.positive, sides.negative)):
+            self.sums[side] = self.sums[side] + _wide(activations).sum(0)
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """Of the positive side and of the negative one, [units] in float64."""
+        positive, negative = (torch.as_tensor(each).double().cpu() for each in self.sums)
+        return positive, negative
+
+
+@dataclass
 class SecondMoment:
     """Of the differences m between the sides of a pair: the sum of m m', [units, units]."""
 

@@ -36,3 +36,4 @@ from trimtab.methods.sadi import SADI
 from trimtab.methods.sae import SAE
 from trimtab.methods.ssv import SSV
 from trimtab.methods.sta import STA
+from trimtab.methods.steermoe import SteerMoE

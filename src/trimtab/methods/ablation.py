@@ -20,43 +20,65 @@ log P - log(1 - P) of the next token being one of `targets`, the tokens that the
 with: ablation is scored on the positives, KL and adding on the negatives. Of a paired contrast it
 is the log-odds of positive against negative answers, and KL is measured where the answers begin.
 
+The direction in other ways: `project` leaves the negative side's mean alone,
+
+    r <- unit(r - g g'r),    g = unit(mean(h^neg))
+
+where r is read, or also (`biprojected`) at the output of the block that is edited; `directions`
+takes the span of several out (by SVD of the differences, or by a map of the positive texts,
+`basis="som"`, whose authors take them out one after the other: `compose`); `winsorise` clips each
+activation at a quantile of its units' sizes, before the mean; `layer=12.4` lies between the
+directions of blocks 12 and 13, `per_layer` takes out at each block its own. How much of the dial
+each block gets is 1, or a kernel over depth (see kernels.py), for attention and for FFN by itself;
+the embedding then stays as it is. `trimtab sweep ablation --search pareto` finds kernels.
+
 Two simpler variants: `where="layer"` ablates at the one place that r comes from, `where="norms"` at
 every norm before attention and FFN, which is what Selective Steering's paper compares with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy
-from trimtab.contrasts import Contrast, Prompt
+from trimtab.anatomy import Anatomy, parse_site
+from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
+    Count,
     Means,
     Method,
     Number,
+    Samples,
     Says,
     Statistics,
     Want,
     new_steering,
     validation_part,
 )
+from trimtab.methods.ablation_choice import Scored, after_text, scores
+from trimtab.methods.ablation_directions import (
+    Finding,
+    Source,
+    Winsorised,
+    between,
+    found_directions,
+    operators_of,
+    outside,
+)
+from trimtab.methods.kernels import Kernel, ranges_of_kernels
 from trimtab.methods.norms import read_sites
 from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
-from trimtab.reading import preference
 from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Scope, Steering
 from trimtab.terminal import progress
-
-#: Keeps the score finite where P is 0 or 1.
-_EPSILON = 1e-8
 
 FromEnd = Annotated[
     tuple[Annotated[int, Field(lt=0)], ...],
@@ -64,6 +86,12 @@ FromEnd = Annotated[
 ]
 Texts = Annotated[tuple[str, ...], Says("must be several: write ({value!r},)")]
 Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not {value}")]
+Several = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
+Quantile = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
+Share = Annotated[float, Field(ge=0, le=1), Says("must lie between 0 and 1, not {value}")]
+Blocks = Annotated[float, Field(ge=0, lt=1e5), Says("must be a number of blocks, not {value}")]
+#: A block, or a number between two, and a token from the end.
+Place = tuple[float, int]
 
 
 @dataclass(frozen=True)
@@ -79,9 +107,12 @@ class Ablation(Method):
         >>> plain = tt.bake(lm, steering)
     """
 
-    layer: int | None = field(
+    layer: int | float | None = field(
         default=None,
-        metadata={"help": "Block whose input gives the direction (default: by validation)."},
+        metadata={
+            "help": "Block whose input gives the direction; 12.4 lies between two (default: by "
+            "validation)."
+        },
     )
     tokens: FromEnd | None = field(
         default=None,
@@ -105,59 +136,162 @@ class Ablation(Method):
     )
     amount: Number = field(default=1.0, metadata={"help": "Share taken out, the dial's default."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
+    project: Literal["none", "negative", "biprojected"] = field(
+        default="none",
+        metadata={
+            "help": "negative leaves the negative side's mean alone where the direction is read, "
+            "biprojected also at each block that is edited."
+        },
+    )
+    directions: Several = field(
+        default=1, metadata={"help": "How many directions; of several their whole span goes."}
+    )
+    basis: Finding = field(
+        default="svd",
+        metadata={"help": "Several directions: svd of the differences, or som of the texts."},
+    )
+    compose: bool = field(
+        default=False,
+        metadata={"help": "Take several out one after the other, which leaves some of each."},
+    )
+    winsorise: Quantile = field(
+        default=1.0,
+        metadata={"help": "Quantile of an activation's units at which all are clipped; 1: none."},
+    )
+    per_layer: bool = field(
+        default=False, metadata={"help": "Take out at each block the direction of its output."}
+    )
+    attn_max: Number | None = field(
+        default=None, metadata={"help": "Attention's kernel over blocks: its largest weight."}
+    )
+    attn_position: Number | None = field(default=None, metadata={"help": "The block it is at."})
+    attn_min: Share | None = field(
+        default=None, metadata={"help": "Which share of it is left at the kernel's ends."}
+    )
+    attn_distance: Blocks | None = field(
+        default=None, metadata={"help": "How many blocks away these are; beyond, nothing is left."}
+    )
+    ffn_max: Number | None = field(default=None, metadata={"help": "As attn_max, for FFNs."})
+    ffn_position: Number | None = field(default=None, metadata={"help": "As attn_position."})
+    ffn_min: Share | None = field(default=None, metadata={"help": "As attn_min."})
+    ffn_distance: Blocks | None = field(default=None, metadata={"help": "As attn_distance."})
+    seed: Count = field(default=0, metadata={"help": "For basis som."})
 
     name = "ablation"
     dial = "amount"
 
     def check(self) -> None:
+        if isinstance(self.layer, float):
+            if not math.isfinite(self.layer):
+                raise TrimtabError(f"ablation: layer must be a finite number, not {self.layer}")
+            if self.layer.is_integer():
+                object.__setattr__(self, "layer", int(self.layer))  # it is frozen
         if self.layer is not None and len(self.tokens or ()) > 1:
             raise TrimtabError("ablation: with a layer, tokens must name one")
         if self.tokens == () or self.targets == ():
             raise TrimtabError("ablation: tokens and targets must name some, or be left out")
+        if self.per_layer and (self.layer is not None or len(self.tokens or ()) > 1):
+            raise TrimtabError("ablation: per_layer takes no layer, and one token")
+        if self.directions == 1 and (self.compose or self.basis != "svd"):
+            raise TrimtabError("ablation: compose and basis are for several directions")
+        if self.directions > 1 and isinstance(self.layer, float):
+            raise TrimtabError("ablation: between two layers lies one direction, not several")
+        by_block = self.per_layer or self.project == "biprojected" or bool(self._kernels)
+        if self.where != "writers" and by_block:
+            raise TrimtabError(
+                "ablation: per_layer, kernels and biprojected are for where = writers"
+            )
+
+    @property
+    def _kernels(self) -> dict[str, Kernel]:
+        """The kernels of attention and of FFN, of those that have one."""
+        found = {}
+        for part in ("attn", "ffn"):
+            given = {item.name: getattr(self, f"{part}_{item.name}") for item in fields(Kernel)}
+            missing = [f"{part}_{name}" for name, value in given.items() if value is None]
+            if missing and len(missing) < len(given):
+                raise TrimtabError(f"ablation: a kernel needs {missing[0]} too")
+            if not missing:
+                found[part] = Kernel(**given)
+        return found
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"layer": tuple(range(max(1, int(0.8 * layers)))), "amount": (0.25, 0.5, 1.0)}
 
+    @classmethod
+    def ranges(cls, layers: int) -> dict[str, tuple[float, float]]:
+        last = float(max(layers - 1, 1))
+        return {"layer": (0.4 * last, 0.9 * last), **ranges_of_kernels(layers)}
+
     # -- what it reads ------------------------------------------------------------------------
 
     def wants(self, language_model: LanguageModel, contrast: Contrast) -> list[Want]:
-        if self.layer is None:
+        if self._chooses:
             validation_part(self.name, contrast)
             if not contrast.paired and self.targets is None:
                 raise TrimtabError(
                     "ablation: to choose a direction from unpaired texts, say how the behaviour "
                     "begins (targets, --targets I,Sorry), or name the layer (--layer)"
                 )
-        return list(self._candidates(language_model, contrast).values())
+        candidates = self._candidates(language_model, contrast)
+        sources = [source for some in candidates.values() for source in some]
+        wanted = [source.want(Means) for source in sources]
+        if self.directions > 1:
+            wanted += [source.want(Samples) for source in sources]
+        if self.project == "biprojected":
+            edited = ("embed", *language_model.anatomy.sites("resid"))
+            wanted += [each._replace(site=site).want(Means) for each in sources for site in edited]
+        return list(dict.fromkeys(wanted))
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether the direction is chosen on validation rows."""
+        return self.layer is None and not self.per_layer
 
     def _candidates(
         self, language_model: LanguageModel, contrast: Contrast
-    ) -> dict[tuple[int, int], Want]:
-        """What gives the direction of each (block, token)."""
-        anatomy = language_model.anatomy
-        if self.layer is None:
-            tokens = self.tokens or _after_text(language_model, contrast.train)
-            layers = range(max(1, int(self.depth * anatomy.layers)))
-        else:
-            tokens = self.tokens or (-1,)
-            anatomy.sites("resid", (self.layer,))  # refuses a layer out of range
-            layers = range(self.layer % anatomy.layers, self.layer % anatomy.layers + 1)
+    ) -> dict[Place, tuple[Source, ...]]:
+        """Where the direction of each (block, token) is read: at one site, or at the two that it
+        lies between."""
+        tokens = self.tokens or (-1,)
+        if self._chooses and self.tokens is None:
+            tokens = after_text(language_model, contrast.train)
+        read = None if self.winsorise == 1 else Winsorised(self.winsorise)
         rows = None
         if self.typical:
             kept = self._typical(language_model, contrast.train)
             rows = frozenset(kept.nonzero().flatten().tolist())
         return {
-            (layer, token): Want(anatomy.block_input(layer), token, Means, rows=rows)
-            for layer in layers
+            (layer, token): tuple(Source(site, token, read, rows) for site in sites)
+            for layer, sites in self._layers(language_model.anatomy).items()
             for token in tokens
         }
+
+    def _layers(self, anatomy: Anatomy) -> dict[float, tuple[str, ...]]:
+        """The blocks whose direction is taken or may be, and where it is read."""
+        if self.per_layer:
+            return {layer: (f"layers.{layer}.resid",) for layer in range(anatomy.layers)}
+        if self.layer is None:
+            some = range(max(1, int(self.depth * anatomy.layers)))
+            return {layer: (anatomy.block_input(layer),) for layer in some}
+        last = anatomy.layers - 1
+        if isinstance(self.layer, int):
+            anatomy.sites("resid", (self.layer,))  # refuses a layer out of range
+            layer = self.layer % anatomy.layers
+            return {layer: (anatomy.block_input(layer),)}
+        if not 0 <= self.layer <= last:
+            raise TrimtabError(
+                f"layer {self.layer:g} is out of range: this model has layers 0 to {last}"
+            )
+        below = int(self.layer)
+        return {self.layer: (anatomy.block_input(below), anatomy.block_input(below + 1))}
 
     def _typical(self, language_model: LanguageModel, contrast: Contrast) -> Tensor:
         """Which texts the model itself treats as labelled, [texts]."""
         if contrast.paired or self.targets is None:
             raise TrimtabError("ablation: typical needs an unpaired contrast, and targets")
-        score = _scores(language_model, [row.text for row in contrast.texts], self.targets)
+        score = scores(language_model, [row.text for row in contrast.texts], self.targets)
         positive = torch.tensor([row.label == "positive" for row in contrast.texts])
         kept = positive == (score > 0)
         if not (kept & positive).any() or not (kept & ~positive).any():
@@ -172,39 +306,88 @@ class Ablation(Method):
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
-        candidates = self._candidates(language_model, contrast)
-        differences = {place: statistics[want].difference for place, want in candidates.items()}
+        anatomy = language_model.anatomy
         findings: dict[str, Any] = {}
-        if self.layer is not None:
-            place = next(iter(candidates))
-        else:
-            place, findings = self._select(language_model, contrast, differences)
+        candidates = self._candidates(language_model, contrast)
+        place = next(iter(candidates))
+        if self._chooses:
+            place, findings = self._select(language_model, contrast, statistics, candidates)
         layer, token = place
-        if not differences[place].any():
+        where = " and ".join(source.site for source in candidates[place])
+        if self.per_layer:
+            where = "each block's output"
+        elif not any(_difference(statistics, each).any() for each in candidates[place]):
             raise TrimtabError(f"ablation: the two sides do not differ at block {layer}'s input")
-        findings |= {"source_site": candidates[place].site, "token": token}
-        interventions = self._interventions(language_model.anatomy, layer, differences[place])
+        findings |= {"source_site": where, "token": token}
+        interventions = self._interventions(anatomy, statistics, candidates, place)
         dial = Dial("amount", self.amount, (-1.0, 1.0))
         return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
 
     def _interventions(
-        self, anatomy: Anatomy, layer: int, difference: Tensor
+        self,
+        anatomy: Anatomy,
+        statistics: Statistics,
+        candidates: Mapping[Place, tuple[Source, ...]],
+        place: Place,
     ) -> list[Intervention]:
-        ablate = Ablate((difference / difference.norm()).float())
+        """The directions of a place, or each block's own, at all sites that are edited."""
+        scope, found = Scope.of(self.positions), []
+        made: dict[str | None, list[Ablate]] = {}
+        for site in self._sites(anatomy, int(place[0])):
+            block, weight = parse_site(site)[0], self._weight(site)
+            if not weight:
+                continue  # and so it has no hook
+            stream = "embed" if block is None else f"layers.{block}.resid"
+            edited = stream if self.per_layer or self.project == "biprojected" else None
+            if edited not in made:
+                own = (float(block or 0), place[1]) if self.per_layer else place
+                directions = self._directions(statistics, candidates[own], edited)
+                made[edited] = operators_of(directions, self.compose)
+            found += [Intervention(site, each, scope, weight) for each in made[edited]]
+        if not found:
+            raise TrimtabError("ablation: by these kernels every block's weight is 0")
+        return found
+
+    def _sites(self, anatomy: Anatomy, layer: int) -> list[str]:
+        """The sites that are edited."""
         if self.where == "writers":
-            sites = anatomy.stream_writers
-        elif self.where == "layer":
-            sites = [anatomy.block_input(layer)]
-        else:
-            sites = read_sites(anatomy)
-        return [Intervention(site, ablate, Scope.of(self.positions)) for site in sites]
+            return anatomy.stream_writers
+        return [anatomy.block_input(layer)] if self.where == "layer" else read_sites(anatomy)
+
+    def _weight(self, site: str) -> float:
+        """How much of the dial a site gets; the embedding, of no block, has no kernel and no
+        direction of its own."""
+        block, kind = parse_site(site)
+        if block is None:
+            return 0.0 if self._kernels or self.per_layer else 1.0
+        kernel = self._kernels.get(kind.partition("_")[0])
+        return 1.0 if kernel is None else kernel.weight(block)
+
+    def _directions(
+        self, statistics: Statistics, sources: Sequence[Source], edited: str | None
+    ) -> Tensor:
+        """What is taken out, [k, units] in float64; `edited` is the stream where it is."""
+        found = []
+        for source in sources:
+            of = found_directions(statistics, source, self.directions, self.basis, self.seed)
+            if self.project != "none":
+                others = [source]
+                if self.project == "biprojected":
+                    others.append(source._replace(site=edited or source.site))
+                of = outside(of, [statistics[each.want(Means)].negative for each in others])
+            found.append(of)
+        if len(found) == 1:
+            return found[0]
+        assert self.layer is not None
+        return between(found[0], found[1], self.layer % 1)
 
     def _select(
         self,
         language_model: LanguageModel,
         contrast: Contrast,
-        differences: dict[tuple[int, int], Tensor],
-    ) -> tuple[tuple[int, int], dict[str, Any]]:
+        statistics: Statistics,
+        candidates: Mapping[Place, tuple[Source, ...]],
+    ) -> tuple[Place, dict[str, Any]]:
         """The (block, token) whose direction lowers the score most, and what was measured."""
         anatomy = language_model.anatomy
         validation = validation_part(self.name, contrast)
@@ -212,47 +395,51 @@ class Ablation(Method):
             kept = self._typical(language_model, validation).tolist()
             rows = tuple(row for row, keep in zip(validation.rows, kept, strict=True) if keep)
             validation = replace(validation, rows=rows)
-        scored = _Scored(language_model, validation, self.targets)
+        scored = Scored(language_model, validation, self.targets)
         dial = Dial("amount", 1.0, (-1.0, 1.0))
         trials: list[dict[str, Any]] = []
         costly = idle = 0
-        with progress("choosing a direction", len(differences)) as advance:
-            for (layer, token), difference in differences.items():
+        unfound: list[TrimtabError] = []
+        with progress("choosing a direction", len(candidates)) as advance:
+            for place, (source,) in candidates.items():
                 advance(1)
+                difference = _difference(statistics, source)
                 if not difference.any():
                     idle += 1
                     continue
-                ablated = new_steering(
-                    self,
-                    language_model,
-                    contrast,
-                    self._interventions(anatomy, layer, difference),
-                    dial,
-                )
+                try:
+                    ablating = self._interventions(anatomy, statistics, candidates, place)
+                except TrimtabError as error:  # as where there are fewer directions than asked for
+                    unfound.append(error)
+                    continue
+                ablated = new_steering(self, language_model, contrast, ablating, dial)
                 kl = scored.kl(ablated)
                 if not kl <= self.kl:  # NaN is too much, too
                     costly += 1
                     continue  # it would not be chosen, whatever its score
-                site = anatomy.block_input(layer)
-                added = [Intervention(site, Add(difference.float()), Scope.of(self.positions))]
+                scope = Scope.of(self.positions)
+                added = [Intervention(source.site, Add(difference.float()), scope)]
                 induced = scored.induced(new_steering(self, language_model, contrast, added, dial))
                 if not induced >= 0:
                     idle += 1
                     continue
+                layer, token = place
                 trial = {"layer": layer, "token": token, "score": scored.score(ablated)}
                 trials.append({**trial, "kl": kl, "induced": induced})
+        if len(unfound) == len(candidates):
+            raise unfound[0]
         if not trials:
             raise TrimtabError(
-                f"ablation: none of {len(differences)} directions will do: {costly} change other "
-                f"text by more than kl = {self.kl:g}, {idle} do not cause the behaviour when "
-                "added: raise kl, or name the layer"
+                f"ablation: none of {len(candidates)} directions will do: {costly} change other "
+                f"text by more than kl = {self.kl:g}, {idle + len(unfound)} do not cause the "
+                "behaviour when added: raise kl, or name the layer"
             )
         best = min(trials, key=lambda trial: trial["score"])
         findings = {
             "unsteered_score": scored.unsteered,
             "chosen": best,
             "passed": len(trials),
-            "candidates": len(differences),
+            "candidates": len(candidates),
         }
         return (best["layer"], best["token"]), findings
 
@@ -260,20 +447,35 @@ class Ablation(Method):
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
-        found, dial = steering.findings, steering.dial.name
-        count = sum(isinstance(each.operator, Ablate) for each in steering.interventions)
+        found, dial, said = steering.findings, steering.dial.name, steering.hyperparameters
+        edited = [i for i in steering.interventions if isinstance(i.operator, Ablate)]
+        count = len({each.site for each in edited})
         where = {
             "writers": f"everything that is written to the residual stream ({count} sites)",
             "norms": f"what attention and FFN read ({count} sites)",
             "layer": "the residual stream at one place",
-        }[str(steering.hyperparameters.get("where", "writers"))]
+        }[str(said.get("where", "writers"))]
+        several = int(said.get("directions", 1))
+        left = f"at {dial} 1 nothing is left along it, at -1 what is there is doubled."
+        what = "one direction"
+        if several > 1:
+            what, left = f"{several} directions", left.replace("it", "them", 1)
+            if said.get("compose"):
+                left = "one after the other, so that some is left of all but the last."
+        if said.get("per_layer"):
+            what += ", each block's own,"
+        weights = [each.weight for each in edited]
+        if set(weights) != {1.0}:
+            where = f"what blocks write to the residual stream ({count} sites)"
+            left = f"at {dial} 1, {min(weights):.2f} to {max(weights):.2f} of it, by block."
         lines = [
-            f"Directional ablation takes one direction out of {where}: at {dial} 1 nothing is left "
-            "along it, at -1 what is there is doubled.",
+            f"Directional ablation takes {what} out of {where}: {left}",
             "The direction leads from the negative texts' mean to the positive ones', read at "
             f"{found['source_site']}, {read_at(found['token'])}: what sets the positive texts "
             "apart is what the model loses.",
         ]
+        if said.get("project", "none") != "none":
+            lines.append("What lies along the negative texts' mean is left as it is.")
         chosen = found.get("chosen")
         if chosen:
             lines.append(
@@ -284,85 +486,6 @@ class Ablation(Method):
         return lines
 
 
-class _Scored:
-    """What is measured of a direction on validation rows."""
-
-    def __init__(
-        self, language_model: LanguageModel, validation: Contrast, targets: tuple[str, ...] | None
-    ) -> None:
-        self.language_model, self.validation, self.targets = language_model, validation, targets
-        self.shown: list[Prompt]
-        self.other: list[Prompt]
-        if validation.paired:
-            self.shown = self.other = [pair.prompt for pair in validation.pairs]
-        else:
-            self.shown = [row.text for row in validation.texts if row.label == "positive"]
-            self.other = [row.text for row in validation.texts if row.label == "negative"]
-        self.base = _log_p(language_model, self.other)
-        self.unsteered = self.score(None)
-
-    def score(self, steering: Steering | None) -> float:
-        """The behaviour's score where it is shown."""
-        if self.validation.paired:
-            return preference(self.language_model, self.validation, steering)
-        assert self.targets is not None  # wants() asks for them
-        return float(_scores(self.language_model, self.shown, self.targets, steering).mean())
-
-    def induced(self, steering: Steering) -> float:
-        """Its score where it is not shown; of pairs, how much it rises."""
-        if self.validation.paired:
-            return self.score(steering) - self.unsteered
-        assert self.targets is not None
-        return float(_scores(self.language_model, self.other, self.targets, steering).mean())
-
-    def kl(self, steering: Steering) -> float:
-        """Mean KL(unsteered || steered) of the next token where the behaviour is not shown."""
-        steered = _log_p(self.language_model, self.other, steering)
-        return float((self.base.exp() * (self.base - steered)).sum(-1).mean())
-
-
-def _log_p(
-    language_model: LanguageModel, prompts: Sequence[Prompt], steering: Any = None
-) -> Tensor:
-    """Log-probabilities of the token after each prompt, [prompts, vocabulary]."""
-    logits: Tensor = language_model.logits(prompts, steering=steering)
-    return logits.log_softmax(-1)
-
-
-def _scores(
-    language_model: LanguageModel,
-    prompts: Sequence[Prompt],
-    targets: Sequence[str],
-    steering: Any = None,
-) -> Tensor:
-    """log P - log(1 - P) of the next token being the first one of a target, [prompts]."""
-    ids = _first_tokens(language_model, targets)
-    logits = language_model.logits(prompts, steering=steering)
-    # Row by row in float64: rounded to float32, the sum of P may exceed 1.
-    p = torch.stack([row.double().softmax(-1)[ids].sum() for row in logits]).clamp(max=1)
-    return torch.log(p + _EPSILON) - torch.log(1 - p + _EPSILON)
-
-
-def _first_tokens(language_model: LanguageModel, targets: Sequence[str]) -> list[int]:
-    """The token that each target begins with, each once."""
-    encoded = [language_model.tokenizer.encode(t, add_special_tokens=False) for t in targets]
-    if not all(encoded):
-        raise TrimtabError("ablation: a target is empty: name how the behaviour begins")
-    return sorted({tokens[0] for tokens in encoded})
-
-
-def _after_text(language_model: LanguageModel, contrast: Contrast) -> tuple[int, ...]:
-    """The tokens, from the end, that a chat template puts after what the user says; else the last.
-
-    Found by rendering two messages: their last tokens are the same as far as the template goes.
-    """
-    row = contrast.rows[0]
-    if contrast.paired or isinstance(getattr(row, "text", ""), str):
-        return (-1,)
-    one, two = language_model.encode([(("user", "one"),), (("user", "two"),)])
-    same = 0
-    for first, second in zip(reversed(one), reversed(two), strict=False):
-        if first != second:
-            break
-        same += 1
-    return tuple(range(-1, -same - 1, -1)) or (-1,)
+def _difference(statistics: Statistics, source: Source) -> Tensor:
+    found: Tensor = statistics[source.want(Means)].difference
+    return found

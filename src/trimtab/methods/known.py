@@ -24,10 +24,12 @@ from trimtab.methods.sadi import SADI
 from trimtab.methods.sae import SAE
 from trimtab.methods.ssv import SSV
 from trimtab.methods.sta import STA
+from trimtab.methods.steermoe import SteerMoE
 from trimtab.plugins import Extended
 
 _OWN = (
     *(ActAdd, CAA, ITI, SADI, STA, SAE, Ablation, SAS, AAS, SS, AUSteer, AcT, AlphaSteer, Probe),
+    SteerMoE,
     *(SSV, BiPO, RePS, ReFT, LoReFT, PSR),
 )
 

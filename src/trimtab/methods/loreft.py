@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -30,7 +30,7 @@ from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Number
-from trimtab.methods.trained import SMALL, OneOrMore, TrainedMethod, training_in_words
+from trimtab.methods.trained import SMALL, OneOrMore, Presets, TrainedMethod, training_in_words
 from trimtab.model import LanguageModel
 from trimtab.steering import Affine, Intervention, Positions, Scope, Situation, Steering
 from trimtab.training import Objective, Outcome, Run, Steered, Texts, positive_texts
@@ -65,23 +65,25 @@ class LoReFT(TrainedMethod):
 
     name = "loreft"
     unmeasured = None
-    presets: ClassVar = {
-        "small": {
-            **SMALL,
-            "learning_rate": 0.003,
-            "batch": 6,
-            "steps": 60,
-            "positions": _ENDS,
-        },
-        "paper": {
-            "learning_rate": 0.0009,
-            "batch": 36,
-            "epochs": 24,
-            "positions": _ENDS,
-            "patience": 0,
-        },
-    }
-    dial_range: ClassVar = (0.0, 1.0)
+    presets = Presets(
+        {
+            "small": {
+                **SMALL,
+                "learning_rate": 0.003,
+                "batch": 6,
+                "steps": 60,
+                "positions": _ENDS,
+            },
+            "paper": {
+                "learning_rate": 0.0009,
+                "batch": 36,
+                "epochs": 24,
+                "positions": _ENDS,
+                "patience": 0,
+            },
+        }
+    )
+    dial_range = (0.0, 1.0)
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

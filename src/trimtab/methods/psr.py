@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -33,7 +33,7 @@ from trimtab.errors import TrimtabError, shown
 from trimtab.fitting import Number
 from trimtab.methods.asking import asked
 from trimtab.methods.tokens import token_activations
-from trimtab.methods.trained import SMALL, TrainedMethod, training_in_words
+from trimtab.methods.trained import SMALL, Presets, TrainedMethod, training_in_words
 from trimtab.model import LanguageModel, frozen
 from trimtab.steering import Intervention, Positions, Respond, Scope, Steering
 from trimtab.training import (
@@ -78,24 +78,26 @@ class PSR(TrainedMethod):
     )
     alpha: Number = field(default=1.0, metadata={"help": "Strength; the dial's default."})
     name = "psr"
-    presets: ClassVar = {
-        "small": {
-            **SMALL,
-            "learning_rate": 0.003,
-            "batch": 3,
-            "steps": 60,
-            "positions": "last",
-        },
-        "paper": {
-            "learning_rate": 0.001,
-            "batch": 1,
-            "epochs": 15,
-            "positions": "last",
-            "patience": 0,
-            "weight_decay": 1e-6,
-            "clip": 1e9,  # none
-        },
-    }
+    presets = Presets(
+        {
+            "small": {
+                **SMALL,
+                "learning_rate": 0.003,
+                "batch": 3,
+                "steps": 60,
+                "positions": "last",
+            },
+            "paper": {
+                "learning_rate": 0.001,
+                "batch": 1,
+                "epochs": 15,
+                "positions": "last",
+                "patience": 0,
+                "weight_decay": 1e-6,
+                "clip": 1e9,  # none
+            },
+        }
+    )
 
     def check(self) -> None:
         super().check()

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -38,6 +38,7 @@ from trimtab.methods.tokens import token_activations
 from trimtab.methods.trained import (
     SMALL,
     OneOrMore,
+    Presets,
     TrainedMethod,
     Vectors,
     training_in_words,
@@ -82,17 +83,19 @@ class ReFT(TrainedMethod):
     )
 
     name = "reft"
-    presets: ClassVar = {
-        "small": {"learning_rate": 0.01, "batch": 3, "steps": 60, **SMALL},
-        "paper": {
-            "learning_rate": 0.01,
-            "batch": 3,  # pairs: six texts
-            "epochs": 3,
-            "depth": 10 / 26,
-            "positions": "all[1:]",
-            "patience": 0,
-        },
-    }
+    presets = Presets(
+        {
+            "small": {"learning_rate": 0.01, "batch": 3, "steps": 60, **SMALL},
+            "paper": {
+                "learning_rate": 0.01,
+                "batch": 3,  # pairs: six texts
+                "epochs": 3,
+                "depth": 10 / 26,
+                "positions": "all[1:]",
+                "patience": 0,
+            },
+        }
+    )
 
     def texts(
         self, language_model: LanguageModel, contrast: Contrast, max_length: int | None

@@ -104,7 +104,7 @@ class TrainedMethod(Method):
     )
     seed: int = field(default=0, metadata={"help": "Of the order of rows, and of what is drawn."})
 
-    unmeasured: ClassVar[float | None] = 1.0
+    unmeasured = 1.0
     #: By name, what a preset says of fields that are not given (`learning_rate`, or `rate` in
     #: medians of the activations' sizes; `steps`, or `epochs`), the share of the `depth` at which
     #: it steers, and what else `Training` has, with `horizon_epochs` in place of `horizon`.

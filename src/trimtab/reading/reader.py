@@ -68,12 +68,15 @@ class Reading:
 class Next:
     """At each position that was asked for: the most probable token, and the log-probability of the
     target in nats (float64; nothing where there were no targets). `sound` says whether all logits
-    can choose a token; `gates` what the gates of the text's steerings decided of its prompt."""
+    can choose a token; `gates` what the gates of the text's steerings decided of its prompt;
+    `every` the log-probabilities of all tokens, [positions, vocabulary], where they were asked
+    for."""
 
     best: Tensor
     log_p: Tensor
     sound: bool = True
     gates: tuple[Fired, ...] = ()
+    every: Tensor | None = None
 
 
 def prompt_reading(tokens: Sequence[int]) -> Reading:
@@ -118,8 +121,10 @@ def next_tokens(
     missing: Callable[[int], bool] | None = None,
     kept: StreamCache | None = None,
     force: bool = False,
+    whole: bool = False,
 ) -> Iterator[tuple[PlannedBatch, list[Next]]]:
-    """What a model expects at the positions of readings, a batch at a time.
+    """What a model expects at the positions of readings, a batch at a time; of all tokens where
+    the `whole` is asked for.
 
     `steering` is one for all texts, or a list with one per text. Batches without a reading that is
     `missing` (by its index) are left out, and the others are those that they would have been. With
@@ -137,15 +142,15 @@ def next_tokens(
     if missing is not None:
         batches = [batch for batch in batches if any(map(missing, batch.rows))]
     if has_two_pass(rows):
-        yield from _settled(language_model, readings, batches, rows, kept, force)
+        yield from _settled(language_model, readings, batches, rows, kept, force, whole)
         return
     if steerings is None:
-        yield from run_batches(language_model, readings, batches, steering, kept, force)
+        yield from run_batches(language_model, readings, batches, steering, kept, force, whole)
         return
     for batch in batches:
         # Texts that begin alike go apart from there on, when each has a steering of its own.
         alone, own = PlannedBatch(0, batch.rows), [steerings[i] for i in batch.rows]
-        yield from run_batches(language_model, readings, [alone], own, kept, force)
+        yield from run_batches(language_model, readings, [alone], own, kept, force, whole)
 
 
 def _settled(
@@ -155,6 +160,7 @@ def _settled(
     rows: Sequence[tuple[Steering, ...]],
     kept: StreamCache | None,
     force: bool,
+    whole: bool,
 ) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """As `next_tokens` where two-pass gates say for each text whether it is steered."""
     for batch in batches:
@@ -162,7 +168,7 @@ def _settled(
         prompts = [readings[i].tokens[: readings[i].prompt] for i in batch.rows]
         free, decided = language_model.settled(own, prompts, force)
         alone = PlannedBatch(0, batch.rows)
-        for _, nexts in run_batches(language_model, readings, [alone], free, kept, force):
+        for _, nexts in run_batches(language_model, readings, [alone], free, kept, force, whole):
             yield (
                 batch,
                 [
@@ -195,6 +201,7 @@ def run_batches(
     steering: SteeringArgument = None,
     kept: StreamCache | None = None,
     force: bool = False,
+    whole: bool = False,
 ) -> Iterator[tuple[PlannedBatch, list[Next]]]:
     """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
@@ -236,7 +243,7 @@ def run_batches(
             hidden = run_upper(language_model, rests, streams, below, cache)
             columns = [[position - batch.shared for position in row.positions] for row in rows]
             targets = [row.targets or () for row in rows]
-            nexts = read_columns(language_model, hidden, columns, targets)
+            nexts = read_columns(language_model, hidden, columns, targets, whole)
             refuse_unsound(language_model, nexts, batch.rows, steering)
             yield batch, _with_gates(nexts, rows, steering, sequences)
 
@@ -280,9 +287,11 @@ def read_columns(
     hidden: Tensor,
     columns: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
+    whole: bool = False,
 ) -> list[Next]:
     """What comes after some columns of each row of what the final norm put out,
-    [rows, columns, units]; `targets` are their tokens of each row, or none.
+    [rows, columns, units]; `targets` are their tokens of each row, or none; `whole` keeps what is
+    expected of every token.
 
     Only these columns are unembedded, as many at once as fit.
     """
@@ -294,7 +303,7 @@ def read_columns(
         device=hidden.device,
     )
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
-    best, log_p, sound = [], [], []
+    best, log_p, sound, wholes = [], [], [], []
     for chunk in torch.arange(len(places), device=hidden.device).split(
         max(1, _LOGITS // vocabulary)
     ):
@@ -302,15 +311,18 @@ def read_columns(
         logits = language_model.unembed(hidden[row, column])
         best.append(logits.argmax(-1).cpu())
         sound.append(are_sound(logits).cpu())
+        if whole:
+            wholes.append(logits.log_softmax(-1).cpu())
         if scored:
             every = logits.log_softmax(-1)
             log_p.append(every.gather(-1, wanted[chunk, None]).squeeze(-1).cpu().double())
     counts = [len(asked) for asked in columns]
     bests, sounds = (torch.cat(parts).split(counts) for parts in (best, sound))
     log_ps = torch.cat(log_p).split(counts) if scored else [torch.zeros(0)] * len(columns)
+    distributions = torch.cat(wholes).split(counts) if whole else [None] * len(columns)
     return [
-        Next(tokens, values, bool(good.all()))
-        for tokens, values, good in zip(bests, log_ps, sounds, strict=True)
+        Next(tokens, values, bool(good.all()), every=some)
+        for tokens, values, good, some in zip(bests, log_ps, sounds, distributions, strict=True)
     ]
 
 

@@ -41,22 +41,28 @@ _ALL_SEALED = {"records": "each line has a checksum"}
 #: Of how an environment is known, also one from before there were checksums.
 _ENVIRONMENT = {"date", "python", "platform", "packages"}
 #: What comes of the work of a run.
-_MADE = ("records.jsonl", "results.json", "report.html", "best.safetensors")
+_MADE = (
+    "records.jsonl",
+    "results.json",
+    "report.html",
+    "best.safetensors",
+    "unsearched.safetensors",
+)
 #: Files that runs leave in a directory, beside the pictures and the records of parts, and beside
 #: what tells that a directory is a run's.
 _LEFT = (*_MADE, *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")))
 #: The pictures of runs, by name: those of a recipe with its part before them.
 PICTURES = [
     "ablations", "coherence", "combinations", "cosines", "count", "curve", "curves", "dial",
-    "differences", "footprint", "gain-and-cost", "gain-by-k", "heatmap", "line", "masks", "norms",
-    "overlap", "overview", "pairs", "panels", "predicted", "projections", "suppression", "tasks",
-    "tokens", "trials", "units",
+    "differences", "footprint", "front", "gain-and-cost", "gain-by-k", "heatmap", "line", "masks",
+    "norms", "overlap", "overview", "pairs", "panels", "predicted", "projections", "suppression",
+    "tasks", "tokens", "trials", "units",
 ]  # fmt: skip
 #: The first line of the LaTeX tables of runs, by which they and the CSV beside them are known.
 TABLE_MARK = "% A table of a run of trimtab; needs \\usepackage{booktabs}.\n"
 _PICTURE = re.compile(rf"(.+-)?({'|'.join(PICTURES)}|scores-[\w-]+|figure-(\d|b1))")
 #: The records of parts, by name: of trials, of the unsteered model and of dials.
-_PART = re.compile(r"(unsteered|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
+_PART = re.compile(r"(unsteered|unsearched|\d{5,}|.+-[-+.e\d]+)-(validation|test|plain-text)")
 
 #: The tokens of a text are its weight: more than these is no text.
 _HEAVIEST = 1e12

@@ -11,14 +11,14 @@ from trimtab.steering.artifact import Steering
 from trimtab.steering.parts import Intervention
 
 #: The tables that a steering may have: what each row is, by the column that numbers it.
-_KINDS = {"unit": "units", "head": "heads", "feature": "features"}
+_KINDS = {"unit": "units", "head": "heads", "feature": "features"} | {"expert": "experts"}
 #: Columns that say where a row is and how it ranks, in the order in which they are shown.
-_FIRST = ("layer", "head", "unit", "feature", "score")
+_FIRST = ("layer", "head", "unit", "feature", "expert", "score")
 
 
 def chosen(steering: Steering, columns: Sequence[str] = ()) -> dict[str, list[dict[str, Any]]]:
-    """The units, heads or features that a method chose, one record each, by what they are; empty
-    where it chose none.
+    """The units, heads, features or experts that a method chose, one record each, by what they are;
+    empty where it chose none.
 
     `columns` are those that the method's tables always have beside the numbering one; a file
     without them is refused. Units have their gamma at the dial where it stands, features what they

@@ -30,7 +30,8 @@ class Trial:
 
     `state` is complete, pruned (stopped early), failed (`why`) or dear (above the limit of cost).
     `value` is the metric's mean over `n` validation rows, `test` that over `test_n` test rows where
-    they were run; `cost` is in nats per token of plain text, where it was measured.
+    they were run; `cost` is in nats per token of plain text, where it was measured, and `kl` in
+    nats per token after neutral texts, of a search for trade-offs.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Trial:
     cost: float | None = None
     seconds: float = 0.0
     why: str = ""
+    kl: float | None = None
 
     @property
     def estimate(self) -> Estimate | None:
@@ -69,6 +71,10 @@ class Sweep(Presented):
     are equal; `oracle` that of the best value on the test rows. `unsteered` has the figures of the
     unsteered model on both parts; `difference` compares the best with it on the test rows, and
     `chosen_p` is McNemar's p on the validation rows times the number of trials.
+
+    Of a search for trade-offs `front` has the trials that none other beats both in value and in KL,
+    from the least KL to the most, `best` the best of them with a KL of at most `max_kl`, and
+    `unsearched` the method as it is without a search (None where it cannot be fitted).
     """
 
     method: str
@@ -91,12 +97,16 @@ class Sweep(Presented):
     tested: tuple[Record, ...] = ()
     #: What the model writes on some test prompts, unsteered and with the best.
     samples: tuple[Sample, ...] = ()
+    front: tuple[Trial, ...] = ()
+    max_kl: float | None = None
+    unsearched: Trial | None = None
 
     def tables(self) -> list[Table]:
         """What was chosen, beside the unsteered model and the oracle; what it writes; and all
         trials."""
         written = [samples_table(self.samples)] if self.samples else []
-        return [self._chosen_table(), *written, self._trials_table()]
+        traded = [self._front_table()] if self.max_kl is not None else []
+        return [self._chosen_table(), *traded, *written, self._trials_table()]
 
     @property
     def summary(self) -> str:
@@ -130,6 +140,9 @@ class Sweep(Presented):
             figures = [setting(best.params), *self._cells(best)]
             compared = [difference_cell(self.difference, self.metric), tested_cell(self.difference)]
             rows.append(["chosen on validation", *figures, *compared])
+        if self.unsearched is not None:
+            figures = [setting(self.unsearched.params), *self._cells(self.unsearched)]
+            rows.append(["unsearched", *figures, "", ""])
         if oracle is not None:
             note = (
                 "The oracle was chosen on the rows that it is reported on: no one has it "
@@ -140,6 +153,32 @@ class Sweep(Presented):
         heads = ["", "setting", f"validation, n = {base['validation'].n}"]
         heads += [f"test, n = {base['test'].n}", "difference on test", "flipped"]
         return Table(on_task(self.metric, self.task), heads, rows, note)
+
+    def _front_table(self) -> Table:
+        """What does most for each KL: one of them is to be picked."""
+        rows = [
+            [
+                t.number,
+                "chosen" if self.best is not None and t.number == self.best.number else "",
+                number_cell(t.kl, ".3f"),
+                *self._cells(t),
+                number_cell(t.cost, ".3f"),
+                setting(t.params),
+            ]
+            for t in self.front
+        ]
+        if self.unsearched is not None:
+            alone = self.unsearched
+            cost = number_cell(alone.cost, ".3f")
+            rows.append(["", "unsearched", number_cell(alone.kl, ".3f"), *self._cells(alone), cost])
+            rows[-1].append("")
+        heads = ["trial", "", "KL, nats/token", "validation", "test", "cost, nats/token", "setting"]
+        note = (
+            "No other trial does more for as little KL on neutral texts. Chosen is what does most "
+            f"at {self.max_kl:g} nats per token or less: --max-kl says another limit, --pick names "
+            "a trial."
+        )
+        return Table("Trade-offs: the Pareto front", heads, rows, note).without_empty_columns()
 
     def _cells(self, trial: Trial) -> list[str]:
         return [cell(trial, self.metric), cell(trial.on_test, self.metric)]
@@ -154,6 +193,7 @@ class Sweep(Presented):
                 t.n,
                 cell(t.on_test, self.metric),
                 number_cell(t.cost, ".3f"),
+                number_cell(t.kl, ".3f"),
                 f"{t.seconds:.1f}",
             ]
             for t in self.trials[:_MOST_ROWS]
@@ -162,7 +202,7 @@ class Sweep(Presented):
         title = "All trials"
         if len(self.trials) > _MOST_ROWS:
             title = f"The first {_MOST_ROWS} of {len(self.trials)} trials"
-        every = Table(title, [*heads, "cost, nats/token", "seconds"], rows)
+        every = Table(title, [*heads, "cost, nats/token", "KL, nats/token", "seconds"], rows)
         return every.without_empty_columns()
 
     def as_json(self) -> dict[str, Any]:
@@ -190,9 +230,28 @@ class Sweep(Presented):
                 for part, r in self.unsteered.items()
             },
             "difference": None if self.difference is None else self.difference.as_json(),
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [_as_json(trial) for trial in self.trials],
+            **self._traded(),
             "model": self.model,
             "seconds": self.seconds,
             "notes": list(self.notes),
             "samples": [sample.as_json() for sample in self.samples],
         }
+
+    def _traded(self) -> dict[str, Any]:
+        """Of a search for trade-offs what else is said of it."""
+        if self.max_kl is None:
+            return {}
+        return {
+            "front": [_as_json(trial) for trial in self.front],
+            "max_kl": self.max_kl,
+            "unsearched": self.unsearched and _as_json(self.unsearched),
+        }
+
+
+def _as_json(trial: Trial) -> dict[str, Any]:
+    """A trial; of others than searches for trade-offs nothing is said of KL."""
+    said = asdict(trial)
+    if trial.kl is None:
+        del said["kl"]
+    return said

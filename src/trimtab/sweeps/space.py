@@ -124,19 +124,30 @@ def grid(space: Space) -> list[Params]:
 
 
 def listed(space: Space) -> list[Params] | None:
-    """Settings that want of a pass over the contrast what all of a space want: ranges of whole
-    numbers written out, others by their ends. None where they are too many to fit at once."""
+    """Settings that want of a pass over the contrast what all of a space want: ranges written out,
+    of others the ends. Of many ranges, whose draws are in no grid, each is written out beside one
+    value of the others. None where they are too many to fit at once."""
     columns: dict[str, Sequence[Any]] = {}
     for name, values in space.items():
-        if not isinstance(values, Range):
-            columns[name] = values
-        elif values.whole and values.high - values.low < _WRITTEN_OUT:
-            columns[name] = range(int(values.low), int(values.high) + 1)
-        else:  # a share or a number of units, of which other ones want the same
-            columns[name] = (values.low, values.high)
-    if math.prod([len(values) for values in columns.values()]) > _LISTED:
+        columns[name] = _written_out(values) if isinstance(values, Range) else values
+    if math.prod([len(values) for values in columns.values()]) <= _LISTED:
+        return grid(columns)
+    if all(not isinstance(values, Range) or values.whole for values in space.values()):
         return None
-    return grid(columns)
+    first = {name: values[0] for name, values in columns.items()}
+    return [{**first, name: value} for name, values in columns.items() for value in values]
+
+
+def _written_out(values: Range) -> Sequence[Any]:
+    """The numbers of a range that may be layers, each of which wants its own statistics, also where
+    what is drawn lies between two; of a wide one its ends, since of a share or a number of units
+    other ones want the same."""
+    if values.high - values.low >= _WRITTEN_OUT:
+        return (values.low, values.high)
+    if values.whole:
+        return range(int(values.low), int(values.high) + 1)
+    between = range(math.ceil(values.low), math.floor(values.high) + 1)
+    return tuple(dict.fromkeys((values.low, *map(float, between), values.high)))
 
 
 def label(method: type[Method], params: Params) -> str:
@@ -265,6 +276,7 @@ class Fitter:
         every = tuple(dict.fromkeys((*wants, *self.wants())))
         try:
             found = self._collect(every)
+            self._listed = []  # read now: what else is wanted is read by itself
         except TrimtabError:
             if every == wants:
                 raise

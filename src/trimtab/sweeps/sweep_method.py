@@ -9,7 +9,9 @@ the oracle that nobody has.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Asked
@@ -19,6 +21,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
+from trimtab.sweeps.neutral import Neutral, neutral_texts
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -62,8 +65,11 @@ def sweep(
 
     `space` gives values (or a `Range`) for each hyperparameter that is searched (default: the
     grid of the method's paper), `fixed` values for others. `search` is grid; tpe (Optuna's
-    sampler, `trials` of them); or halving: successive halving over growing parts of the validation
-    rows, of a grid or of random draws from ranges. `contrast` is what is fitted on (default: the
+    sampler, `trials` of them); halving: successive halving over growing parts of the validation
+    rows, of a grid or of random draws from ranges; or pareto: trade-offs of the metric against KL
+    on neutral texts, by Optuna's multivariate sampler, of which what does most at `max_kl` nats per
+    token or less is chosen, or trial `pick`; `neutral` names the texts, `kl_tokens` says how many
+    tokens after each count. `contrast` is what is fitted on (default: the
     task's own train rows). `limit` takes so many validation rows (None: all), `test_limit` so many
     test rows; `validation_task` is another task whose test rows stand in for the validation rows,
     for tasks that have none. `metric` is by default the first that the task has, and `better` says
@@ -83,7 +89,8 @@ def sweep(
         raise TrimtabError(f"name a method, {kind.name!r}: its hyperparameters are space and fixed")
     own = {name: plain(value) for name, value in (fixed or {}).items()}
     layers = language_model.anatomy.layers
-    given = tidy(default_space(kind, layers, own) if space is None else space)
+    trading = searching.search == "pareto"
+    given = tidy(_default(kind, layers, own, trading) if space is None else space)
     check_space(kind, given, own)
     plan(given, searching.search, searching.trials)  # refuses what it cannot plan
     check_cost(measured.choosing.max_cost)
@@ -102,6 +109,10 @@ def sweep(
         resumed=searching.resumed,
     )
     texts, gate = contrast_for(task, on.contrast, rows), gate_given(on.gate)
+    neutral = None
+    if trading:
+        others = neutral_texts(texts, searching.neutral)
+        neutral = Neutral(language_model, others, searching.kl_tokens, bench.settings.kept)
     config = {
         "method": kind.name,
         "space": described(given),
@@ -113,6 +124,7 @@ def sweep(
         **gate_said(gate),
         **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
+        **({} if neutral is None else {"neutral": neutral.describe()}),
         **({} if before else DEFAULTS),
     }
     told = {**former(kind.name, {**given, **own}), **own} if before else own
@@ -131,6 +143,7 @@ def sweep(
         run=run,
         storage=storage,
         fresh=keep.overwrite,
+        neutral=neutral,
     )
     if found.trials and all(trial.state == "failed" for trial in found.trials):
         some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
@@ -146,6 +159,16 @@ def sweep(
             found.steering.save(run.path / "best.safetensors", overwrite=True)
         run.finish(found.as_json(), lambda environment: sweep_page(found, run, environment))
     return found
+
+
+def _default(
+    kind: type[Method], layers: int, fixed: Params, trading: bool
+) -> Mapping[str, Sequence[Any] | Range]:
+    """What is searched where nothing is said: of trade-offs the method's ranges, if it has some."""
+    ranges = kind.ranges(layers) if trading else {}
+    if not ranges:
+        return default_space(kind, layers, fixed)
+    return {name: Range(*ends) for name, ends in ranges.items() if name not in fixed}
 
 
 def check_cost(most: float | None) -> None:

@@ -51,6 +51,8 @@ def sweep_pictures(found: Sweep) -> list[Picture]:
     valued, names = _valued(found), list(found.space)
     if not valued:
         return []
+    if found.max_kl is not None:
+        return [_trade_offs(found), _panels(found, valued, names), _history(found)]
     if _is_grid(found):
         pictures = [_heatmap(found, valued, names)]
     elif len(names) == 1:
@@ -64,7 +66,10 @@ def plot_sweep(found: Sweep, ax: Any) -> Any:
     """The first of the pictures that has one pair of axes."""
     valued, names = _valued(found), list(found.space)
     axes = axes_for(ax, _size_of_grid(found) if _is_grid(found) else (6.5, 3.8))
-    if valued and _is_grid(found):
+    if valued and found.max_kl is not None:
+        _draw_trade_offs(axes, found)
+        axes.legend(frameon=False, fontsize=8)
+    elif valued and _is_grid(found):
         _draw_heatmap(axes, found, valued, names)
     elif valued and len(names) == 1:
         _draw_line(axes, found, valued, names[0])
@@ -88,6 +93,46 @@ def _is_grid(found: Sweep) -> bool:
 def _size_of_grid(found: Sweep) -> tuple[float, float]:
     rows, columns = (len({str(_of(t, name)) for t in _valued(found)}) for name in found.space)
     return max(5.0, 1.6 + 0.55 * columns), max(3.0, 1.4 + 0.36 * rows)
+
+
+@styled
+def _trade_offs(found: Sweep) -> Picture:
+    """What each trial does against what it changes, the front joined."""
+    figure, (axes,) = panels((6.5, 4.2))
+    _draw_trade_offs(axes, found)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    alt = (
+        f"{words_for(found.metric)} of each trial over its KL on neutral texts; the Pareto front "
+        "is a line, the chosen trial a diamond"
+    )
+    return Picture(axes.get_title(), "front", figure, alt)
+
+
+def _draw_trade_offs(axes: Any, found: Sweep) -> None:
+    trials = [t for t in _valued(found) if t.kl is not None]
+    axes.plot(*_points_of(trials), "o", color=NEUTRAL, markersize=4, label="trials")
+    line = {"drawstyle": "steps-post", "marker": "o", "markersize": 5, "linewidth": 1.2}
+    axes.plot(*_points_of(found.front), color=UP, label="Pareto front", **line)
+    marked = ((found.best, "D", DOWN, "chosen"), (found.unsearched, "*", "black", "unsearched"))
+    for trial, marker, colour, label in marked:
+        if trial is not None and trial.kl is not None and trial.value is not None:
+            axes.plot(
+                *_points_of([trial]), marker, color=colour, markersize=9, label=label, zorder=3
+            )
+    assert found.max_kl is not None
+    axes.axvline(found.max_kl, color=NEUTRAL, linestyle=":", linewidth=1, label="limit of KL")
+    _unsteered_line(axes, found)
+    axes.set_xscale("symlog", linthresh=max(found.max_kl, 1e-3))
+    axes.set(
+        xlabel="KL(unsteered || steered) on neutral texts, nats per token",
+        ylabel=f"{with_unit(found.metric)}, {_n(found)} validation rows",
+        title=f"{found.method} on {found.task}: trade-offs",
+    )
+    in_percent(axes.yaxis, found.metric)
+
+
+def _points_of(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    return [float(t.kl or 0) for t in trials], [float(t.value or 0) for t in trials]
 
 
 @styled

@@ -18,12 +18,12 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -33,7 +33,7 @@ from trimtab.reports import Finite
 from trimtab.sweeps.space import Params, Range, Space, grid, plain, shown
 from trimtab.sweeps.storage import DAMAGES, import_optuna, one_by_one, open_storage, storage_name
 
-Search = Literal["grid", "tpe", "halving"]
+Search = Literal["grid", "tpe", "halving", "pareto"]
 
 #: Seconds between two signs of life of a worker, and after how many without one it is dead.
 _BEAT, _DEAD = 15, 90
@@ -41,6 +41,8 @@ _BEAT, _DEAD = 15, 90
 REDUCTION = 3
 #: Trials that are drawn where nobody says how many.
 _DRAWN = 50
+#: Which share of the trials of a search for trade-offs is drawn at random, before the others.
+_AT_RANDOM = 0.3
 
 
 _Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
@@ -61,6 +63,7 @@ class _Outcome(BaseModel):
     test_n: _Count = 0
     test_ci95: _Interval | None = None
     cost: Finite | None = None
+    kl: Finite | None = None
     seconds: Annotated[Finite, Field(ge=0)] = 0.0
     why: str = ""
 
@@ -110,7 +113,7 @@ class Trials:
                 self.study = self._optuna.create_study(
                     study_name=name,
                     storage=self._database,
-                    direction="maximize" if maximise else "minimize",
+                    directions=self._directions,
                     load_if_exists=True,
                 )
                 self._check()
@@ -135,7 +138,7 @@ class Trials:
 
     def _check(self) -> None:
         """Refuse a study that cannot have come of this sweep."""
-        if (self.study.direction.name == "MAXIMIZE") != self.maximise:
+        if [each.name.lower() for each in self.study.directions] != self._directions:
             self._refuse("it counts the metric the other way")
         for trial in self.study.get_trials(deepcopy=False):
             number = _number(trial)
@@ -168,13 +171,25 @@ class Trials:
         steps = {str(step): number for step, number in trial.intermediate_values.items()}
         if trial.state.name != self._ended(state).name:
             self._refuse(f"{where} ended in another way than it says")
-        if state == "complete" and value is not None and trial.values != [value]:
+        if state == "complete" and value is not None and trial.values != self._values(kept):
             self._refuse(f"{where} has another value than it says")
         if {name: _choice(plain(value)) for name, value in trial.params.items()} != params:
             self._refuse(f"{where} has other settings than it says")
         if reached is not None and steps != reached:
             self._refuse(f"{where} has reached other values than it says")
         return kept
+
+    @property
+    def _directions(self) -> list[str]:
+        """Which way each of what a trial is judged by counts: the metric, and KL."""
+        metric = "maximize" if self.maximise else "minimize"
+        return [metric, "minimize"] if self.search == "pareto" else [metric]
+
+    def _values(self, outcome: Mapping[str, Any]) -> list[Any]:
+        """What a complete trial is judged by."""
+        if self.search == "pareto":
+            return [outcome["value"], outcome["kl"]]
+        return [outcome["value"]]
 
     def has_checksum(self, trial: Any) -> bool:
         """Whether what came of a trial has one; in studies of before there were any it has not."""
@@ -238,6 +253,13 @@ class Trials:
             warnings.simplefilter("ignore")  # of options that are marked as experimental
             if self.search == "tpe":
                 return self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            if self.search == "pareto":
+                return self._optuna.samplers.TPESampler(
+                    seed=seed,
+                    constant_liar=True,
+                    multivariate=True,
+                    n_startup_trials=max(10, round(_AT_RANDOM * len(self.plan))),
+                )
             return self._optuna.samplers.RandomSampler(seed=seed)
 
     def params(self, claimed: Claimed) -> Params:
@@ -356,7 +378,9 @@ class Trials:
         kept = plain_outcome | {"reached": reached, "checksum": seal}
         claimed.trial.set_user_attr("outcome", kept)
         state = self._ended(outcome["state"])
-        values = value if state == self._states.COMPLETE else None
+        values = (
+            self._values(outcome | {"value": value}) if outcome["state"] == "complete" else None
+        )
         self.study.tell(claimed.trial, values, state, skip_if_finished=True)
 
     def same(self, params: Params) -> Any | None:
@@ -385,12 +409,12 @@ def _number(trial: Any) -> Any:
 
 def plan(space: Space, search: Search, count: int | None) -> list[dict[str, Any]]:
     """What each trial begins with: its place in the grid, or nothing where a sampler draws."""
-    if search not in ("grid", "tpe", "halving"):
-        raise TrimtabError(f"search is {search!r}: known are grid, tpe, halving")
+    if search not in get_args(Search):
+        raise TrimtabError(f"search is {search!r}: known are {', '.join(get_args(Search))}")
     if count is not None and count < 1:
         raise TrimtabError(f"a sweep has 1 trial or more, not {count}")
     ranges = [name for name, values in space.items() if isinstance(values, Range)]
-    if search == "tpe" or (search == "halving" and ranges):
+    if search in ("tpe", "pareto") or (search == "halving" and ranges):
         return [{} for _ in range(count or _DRAWN)]
     rows = [{name: _choice(value) for name, value in row.items()} for row in grid(space)]
     if count is not None and count < len(rows):

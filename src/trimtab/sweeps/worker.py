@@ -16,6 +16,8 @@ from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.reports import Run, line_of, summarise
 from trimtab.steering import Steering
+from trimtab.sweeps.front import front, is_within, picked
+from trimtab.sweeps.neutral import Neutral
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
 from trimtab.sweeps.space import Fitter, Space, label, plain
@@ -40,6 +42,7 @@ def try_settings(
     run: Run,
     storage: Any = None,
     fresh: bool = False,
+    neutral: Neutral | None = None,
 ) -> Sweep:
     """A sweep on rows and with a fitter that may serve others too; arguments as of `sweep`."""
     for part in _PARTS:
@@ -48,7 +51,7 @@ def try_settings(
             rows.recall(part, kept)
     _ = rows.metric  # one that the task does not have is refused before anything is written
     run.begin()
-    worker = _Worker(rows, fitter, run, max_cost, search.oracle)
+    worker = _Worker(rows, fitter, run, max_cost, search, neutral)
     if storage is None and run.path is not None:
         storage = run.path / "study.db"
     name, how = _name(run.config), (search.search, search.trials)
@@ -71,7 +74,9 @@ class _Worker:
     fitter: Fitter
     run: Run
     max_cost: float | None
-    oracle: bool
+    search: Search
+    #: Texts on which a search for trade-offs measures KL.
+    neutral: Neutral | None = None
     #: The best of the trials that were run here, and its records.
     _top: tuple[Trial, ...] = ()
     _top_records: dict[Part, list[Record]] = field(default_factory=dict)
@@ -122,7 +127,7 @@ class _Worker:
             self.run.keep(f"{trial.number:05d}-{part}", some)
         if outcome["state"] == "complete":
             known = _trial(trial.number, outcome)
-            if _best([*self._top, known], "value", self.rows.maximise) is known:
+            if self._better([*self._top, known]) is known:
                 self._top, self._top_records = (known,), records
         queue.finish(trial, outcome, outcome.get("value"))
 
@@ -141,9 +146,13 @@ class _Worker:
             if not math.isfinite(cost):
                 raise TrimtabError("its cost is no finite number: the model's numbers overflow")
             outcome["cost"] = cost
-            if cost > self.max_cost:
+            if cost > self.max_cost and self.neutral is None:
                 outcome["state"] = "dear"
                 return
+        if self.neutral is not None:  # what costs too much is a point of the front all the same
+            outcome["kl"] = self.neutral.kl(steering)
+            if not math.isfinite(outcome["kl"]):
+                raise TrimtabError("its KL on neutral texts is no finite number")
         halving = queue.search == "halving"
         count = rows.rows("validation")
         done: list[Record] = []
@@ -161,7 +170,7 @@ class _Worker:
                 return
         if outcome["value"] is None:
             raise TrimtabError("no answer was clear")
-        if self.oracle:
+        if self.search.oracle:
             records["test"] = rows.records(steering, "test", name=name)
             outcome |= _tested(rows.result(records["test"]))
 
@@ -176,7 +185,9 @@ class _Worker:
             if trial.state == "complete" and not queue.has_checksum(one):
                 self._check_kept(trial)
         complete = [trial for trial in trials if trial.state == "complete"]
-        best = _best(complete, "value", rows.maximise)
+        best = self._better(complete)
+        if self.neutral is not None and self.search.pick is not None:
+            best = picked(complete, self.search.pick)
         unsteered = {
             part: rows.recorded(self.run, f"unsteered-{part}", None, part) for part in _PARTS
         }
@@ -201,8 +212,10 @@ class _Worker:
             steering = fitter.fitted(best.params)
         with_test = [best if best and t.number == best.number else t for t in trials]
         oracle = None
-        if self.oracle:
-            oracle = _best([t for t in with_test if t.state == "complete"], "test", rows.maximise)
+        if self.search.oracle:
+            allowed = [t for t in with_test if t.state == "complete" and self._allows(t)]
+            oracle = _best(allowed, "test", rows.maximise)
+        traded = self._traded(with_test, best)
         figures: dict[str, Result] = {p: rows.result(some) for p, some in unsteered.items()}
         return Sweep(
             method=fitter.method.name,
@@ -220,9 +233,77 @@ class _Worker:
             flips=flips,
             model=dict(vars(rows.language_model.identity)),
             seconds=round(sum(trial.seconds for trial in trials), 2),
-            notes=(*rows.notes(), *_caveats(trials, best, figures, rows.maximise, chosen_p)),
+            notes=(
+                *rows.notes(),
+                *_caveats(trials, best, figures, rows.maximise, chosen_p),
+                *traded.pop("notes"),
+            ),
             tested=tuple(tested or ()),
+            **traded,
         )
+
+    def _better(self, complete: Sequence[Trial]) -> Trial | None:
+        """The best on the validation rows; of trade-offs among those within the limits."""
+        allowed = [trial for trial in complete if self._allows(trial)]
+        return _best(allowed, "value", self.rows.maximise)
+
+    def _allows(self, trial: Trial) -> bool:
+        """Whether a trial is within the limits; of others than trade-offs only such were run."""
+        if self.neutral is None:
+            return True
+        return is_within(trial, self.search.max_kl, self.max_cost)
+
+    def _traded(self, trials: Sequence[Trial], best: Trial | None) -> dict[str, Any]:
+        """Of a search for trade-offs its front, the method beside it as it is unsearched, and what
+        is to be said of them."""
+        if self.neutral is None:
+            return {"notes": []}
+        limit, notes = self.search.max_kl, [f"KL is measured {self.neutral.in_words}"]
+        found, unsearched = front(trials, self.rows.maximise), None
+        if best is None and found:
+            notes.append(
+                f"no trial keeps the limits: the least KL on neutral texts is {found[0].kl:.3g} "
+                f"nats per token, the limit {limit:g}"
+            )
+        elif best is not None and not self._allows(best):
+            notes.append(f"trial {best.number}, which was picked, is beyond the limits")
+        try:
+            unsearched = self._unsearched(self.neutral)
+        except TrimtabError as error:
+            notes.append(f"the method unsearched is not there to compare with: {error}")
+        return {
+            "front": found,
+            "max_kl": limit,
+            "unsearched": unsearched,
+            "notes": notes,
+        }
+
+    def _unsearched(self, neutral: Neutral) -> Trial:
+        """The method with what was fixed, and else its defaults, measured on both parts."""
+        steering, rows = self._as_it_is(), self.rows
+        name = f"{label(self.fitter.method, {})} unsearched"
+        known: dict[str, Any] = {"kl": neutral.kl(steering)}
+        if self.max_cost is not None:
+            known["cost"] = rows.cost(steering)
+        for part in _PARTS:
+            file = f"unsearched-{part}"
+            result = rows.result(rows.recorded(self.run, file, steering, part, name))
+            if part == "test":
+                known |= _tested(result)
+            else:
+                known |= {"value": result.value, "n": result.n, "ci95": result.ci95}
+        return Trial(-1, {}, "complete", **known)
+
+    def _as_it_is(self) -> Steering:
+        """The method's steering without a search; a method that chooses something itself does so
+        once for a run directory."""
+        file = None if self.run.path is None else self.run.path / "unsearched.safetensors"
+        if file is not None and file.exists():
+            return Steering.load(file)
+        steering = self.fitter.steering({})
+        if file is not None and steering.acts:
+            steering.save(file)
+        return steering
 
     def _records(self, trial: Trial, part: Part, steering: Steering) -> list[Record]:
         """The records of a trial on a part; run here where another machine has them, or nobody."""
@@ -287,12 +368,12 @@ def _caveats(
     reasons = dict.fromkeys(trial.why for trial in trials if trial.why)
     said += list(reasons)[:3]
     base = unsteered["validation"].value
-    if best is None:
+    if best is None and "complete" not in states:
         said.append("no trial has a value: there is nothing to choose")
         costs = [trial.cost for trial in trials if trial.cost is not None]
         if costs:
             said.append(f"the cheapest trial costs {min(costs):.3g} nats per token of plain text")
-    elif base is not None and best.value is not None:
+    elif best is not None and base is not None and best.value is not None:
         if (best.value <= base) if maximise else (best.value >= base):
             said.append("no setting beats the unsteered model on the validation rows")
         elif chosen_p is not None and chosen_p > 0.05:
