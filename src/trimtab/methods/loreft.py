@@ -64,7 +64,7 @@ class LoReFT(TrainedMethod):
     )
 
     name = "loreft"
-    unmeasured = None
+    unmeasured = None  # type: ignore[assignment]
     presets = Presets(
         {
             "small": {
