@@ -309,6 +309,33 @@ class Comparing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """The prompts that methods are compared with."""
+
+    heading = "Prompts"
+
+    baselines: bool | None = option(
+        "Compare with asking in the prompt (default: where it is known in words what to ask for).",
+        None,
+        record=False,
+        flag=("--baselines", "--no-baselines"),
+    )
+    behaviour: str = option(
+        "What is steered to, as after 'Please' (default: the contrast's or the task's own words).",
+        "",
+        record=False,
+    )
+    opposite: str = option("What the opposite of it is.", "", record=False)
+    written_prompt: str = option("A prompt of yours to compare with.", "", record=False)
+    writer: Any = option(
+        "Who writes a prompt from train pairs: self, local:MODEL, or chat:NAME at --writer-url.",
+        None,
+        record=False,
+    )
+    shots: int = option("Train pairs that are shown as examples.", 4, record=False, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """Which rows of the tasks are evaluated."""
 

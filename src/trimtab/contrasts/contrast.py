@@ -51,11 +51,15 @@ class Contrast:
     """Contrasting texts, in order, with a name for people and a digest for records.
 
     `drawn` is the split that gave the rows their parts; None where they name them, or have none.
+    `behaviour` says in words what the positive side does, as after "Please" ("write formally"), and
+    `opposite` what the negative side does; nothing where nobody has said.
     """
 
     rows: tuple[Pair | Text, ...]
     name: str = "contrast"
     drawn: Split | None = None
+    behaviour: str = ""
+    opposite: str = ""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -116,8 +120,11 @@ class Contrast:
         """A contrast that comes with trimtab; `builtins()` lists their names."""
         if name not in builtins():
             raise TrimtabError(f"no builtin contrast {name!r}: there are {', '.join(builtins())}")
-        rows = [json.loads(line) for line in _builtin_file(name).open(encoding="utf-8")]
-        return cls._from_rows(rows, f"builtin:{name}")
+        rows = [json.loads(line) for line in _builtin_file(f"{name}.jsonl").open(encoding="utf-8")]
+        said = json.loads(_builtin_file("behaviours.json").read_text(encoding="utf-8"))
+        behaviour, opposite = said[name]
+        found = cls._from_rows(rows, f"builtin:{name}")
+        return replace(found, behaviour=behaviour, opposite=opposite)
 
     @classmethod
     def _from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str) -> Contrast:
@@ -284,8 +291,8 @@ def builtins() -> list[str]:
     return sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if ".jsonl" in f.name)
 
 
-def _builtin_file(name: str) -> Any:
-    return files("trimtab") / "data" / "contrasts" / f"{name}.jsonl"
+def _builtin_file(file: str) -> Any:
+    return files("trimtab") / "data" / "contrasts" / file
 
 
 def _as_json(row: Row, folder: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from .tables import (
     number_text,
     tested_cell,
     value_text,
+    wrong_way_cell,
 )
 
 __all__ = [
@@ -105,4 +106,5 @@ __all__ = [
     "tables_html",
     "tested_cell",
     "value_text",
+    "wrong_way_cell",
 ]

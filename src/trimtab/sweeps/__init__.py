@@ -6,6 +6,7 @@ from trimtab.sweeps.comparison import Comparison
 from trimtab.sweeps.comparison_page import comparison_pictures
 from trimtab.sweeps.effect import Effect, Trial
 from trimtab.sweeps.metering import Used, metered, overhead
+from trimtab.sweeps.prompt_tables import prompt_tables
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import (
     FINE,

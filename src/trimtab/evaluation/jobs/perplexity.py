@@ -10,6 +10,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
+from trimtab.evaluation.prompted import steering_of, with_words
 from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
@@ -71,13 +72,13 @@ class PerplexityJob:
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
         windows = self._windows(language_model)
-        readings = [reading for _, reading in windows]
+        readings = with_words(language_model, steering, [reading for _, reading in windows])
         with progress(self.name, len(windows)) as advance:
             started = time.perf_counter()
             for batch, found in next_tokens(
                 language_model,
                 readings,
-                steering,
+                steering_of(steering),
                 missing=lambda i: ("", i) not in done,
                 force=settings.force,
             ):

@@ -9,12 +9,13 @@ from typing import Any
 
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.answering import Entry, Measure, Settings, answer
+from trimtab.evaluation.answering import Entry, Measure, Settings, answer, for_model
 from trimtab.evaluation.jobs.job import Attached, Done, Judging, Planned, Wanted
 from trimtab.evaluation.metrics.coherence import coherence
 from trimtab.evaluation.metrics.judges import attack_success
 from trimtab.evaluation.metrics.refusal import refuses, validate_phrases
 from trimtab.evaluation.metrics.toxicity import TOXIC, Scorer, find_scorer
+from trimtab.evaluation.prompted import asked_with, steering_of
 from trimtab.evaluation.tasks import Example, Task
 from trimtab.evaluation.tasks.data import source_file
 from trimtab.figures import Record
@@ -83,7 +84,7 @@ class TaskJob:
         """Refuse a steering that could do nothing here."""
         if self.task.generation.new_tokens != 1:
             return
-        for one in together(steering):
+        for one in together(steering_of(steering)):
             if any(scope.only_generated for scope in one.scopes):
                 raise TrimtabError(
                     f"{self.name} reads the first token of the answer, which a steering of "
@@ -170,16 +171,19 @@ class TaskJob:
 
 def _coherence(
     language_model: LanguageModel,
-    steering: Attached,
+    attached: Attached,
     force: bool,
     examples: Sequence[Example],
     completions: Sequence[Completion],
 ) -> list[dict[str, float | None]]:
+    """How odd a text is the unsteered model says, which is asked as the task asks."""
+    prompts = [for_model(language_model, example.prompt) for example in examples]
     return coherence(
         language_model,
-        [completion.prompt for completion in completions],
+        prompts,
         [completion.text for completion in completions],
         [completion.tokens for completion in completions],
-        steering,
+        steering_of(attached),
+        asked=asked_with(language_model, attached, prompts),
         force=force,
     )
