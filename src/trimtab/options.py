@@ -161,6 +161,20 @@ def _split_option() -> Any:
     )
 
 
+def _receipts_option() -> Any:
+    """Whether side effects are measured; the tasks in config.json say so."""
+    return option(
+        "Measure side effects too: slices of mmlu, gsm8k and xstest from --data, repetition and "
+        "language of free answers, plain text.",
+        False,
+        record=False,
+    )
+
+
+def _receipts_limit_option() -> Any:
+    return option("Rows of each of those.", 50, record=False, least=1)
+
+
 def _split_as_text(group: Any) -> None:
     """Python may give a `Split`, or three numbers; refused here is what is no split."""
     split = Split.read(group.split)
@@ -306,6 +320,8 @@ class Comparing:
     capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
     capability_limit: int | None = option("Rows of each of those.", None)
     timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
+    receipts: bool = _receipts_option()
+    receipts_limit: int = _receipts_limit_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,10 +368,14 @@ class Evaluated:
     )
     limit: int | None = option("Only the first examples of a task.", None)
     split: Any = _split_option()
+    receipts: bool = _receipts_option()
+    receipts_limit: int = _receipts_limit_option()
 
     def __post_init__(self) -> None:
         _path_as_text(self)
         _split_as_text(self)
+        if self.receipts_limit < 1:
+            raise TrimtabError(f"a receipt has 1 row or more, not {self.receipts_limit}")
         if isinstance(self.protocol, str):
             object.__setattr__(self, "protocol", (self.protocol,))
 

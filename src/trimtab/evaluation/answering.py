@@ -17,7 +17,7 @@ from trimtab.contrasts import Prompt, images_in, in_words
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.model import Completion, LanguageModel, batches_by_length
+from trimtab.model import Completion, LanguageModel, answer_of, batches_by_length
 from trimtab.reading import StreamCache, next_tokens, prompt_reading
 from trimtab.steering import Steering, Steerings
 from trimtab.terminal import progress
@@ -57,6 +57,7 @@ def answer(
 ) -> Iterator[list[dict[str, Any]]]:
     """Records of a task, a batch at a time; batches whose records are all `done` are left out.
 
+    What is thought between thinking markers is no answer: it is kept, and neither read nor judged.
     A prompt that several protocols share is answered once. What is attached may be a steering, or
     words before each prompt: the records then still say what the task asked.
     """
@@ -78,12 +79,15 @@ def answer(
             language_model, task, asked, steering_of(attached), missing, settings
         ):
             records = []
-            for i, completion in zip(batch, completions, strict=True):
+            answers = [answer_of(language_model, each) for each in completions]
+            for i, completion, said in zip(batch, completions, answers, strict=True):
                 for entry, index in owners[prompts[i]]:
                     example = entry.examples[index]
-                    records.append(_record(task, entry.protocol, index, example, completion))
+                    records.append(_record(task, entry.protocol, index, example, said))
+                    if said is not completion:
+                        records[-1] |= {"output": completion.text, "answer": said.text}
             if measure is not None:
-                _add_measures(records, batch, completions, owners, prompts, measure)
+                _add_measures(records, batch, answers, owners, prompts, measure)
             _add_gates(records, batch, completions, owners, prompts)
             seconds = time.perf_counter() - started
             for record in records:

@@ -30,6 +30,7 @@ from trimtab.evaluation.jobs import (
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
 from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_of
+from trimtab.evaluation.receipts import receipts
 from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, paired
@@ -69,15 +70,16 @@ def evaluate(
     the first examples of each task. `few_shot`, `chat` (through the chat template) and `task_files`
     (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
     or a URL; `judges` say whether a response complies (trimtab.metrics.judges); `preference` is the
-    chat model that compares answers (bpo). `output` names a run directory, in which a run that was
-    interrupted goes on.
+    chat model that compares answers (bpo). `receipts` measures side effects beside the tasks, on
+    `receipts_limit` rows each: mmlu, gsm8k, xstest, free answers, plain text. `output` names a run
+    directory, in which a run that was interrupted goes on.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
     protocols = tuple(dict.fromkeys(rows.protocol))
     for one in protocols:
         check_protocol(one)
-    if not names or not protocols:
+    if not (names or rows.receipts) or not protocols:
         raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
     if rows.limit is not None and rows.limit < 1:
         raise TrimtabError(f"the limit must be 1 or more, not {rows.limit}")
@@ -100,6 +102,10 @@ def evaluate(
         None if keep.output is None else Path(keep.output),
     )
     jobs = [find_job(task, wanted, judging) for task in asked]
+    missing: list[str] = []
+    if rows.receipts:
+        more_jobs, missing = receipts(wanted, judging, rows.receipts_limit, names)
+        jobs += more_jobs
     for job in jobs:
         if isinstance(job, TaskJob):
             for attached in subjects.values():
@@ -115,6 +121,7 @@ def evaluate(
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys([n for job in jobs for n in job.notes()] + _trained(jobs, subjects)))
+    notes += missing
     with Run(keep.output, config, keep.overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
@@ -248,7 +255,10 @@ def _preferences(
         started = time.perf_counter()
         found = verdicts(
             chat,
-            [(last_message(after["prompt"]), after["output"], b["output"]) for b, after in some],
+            [
+                (last_message(after["prompt"]), _said(after), _said(before))
+                for before, after in some
+            ],
         )
         seconds = (time.perf_counter() - started) / len(some)
         yield [
@@ -256,6 +266,11 @@ def _preferences(
             | {"task": task + _COMPARED, "values": values, "seconds": round(seconds, 4)}
             for (_, after), values in zip(some, found, strict=True)
         ]
+
+
+def _said(record: Record) -> str:
+    """What was answered, without what was thought before it."""
+    return str(record.get("answer", record["output"]))
 
 
 def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:

@@ -47,6 +47,7 @@ from trimtab.model.questions import (
 from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
+from trimtab.model.thinking import answer_of, without_thoughts
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wrapping import wrap
 

@@ -83,6 +83,8 @@ class Prompts:
     against_best: Mapping[str, Difference] = field(default_factory=dict)
     at_kl: tuple[Row, ...] = ()
     at_kl_against_best: Mapping[str, Difference] = field(default_factory=dict)
+    #: The best prompt, by its name.
+    best_words: Mapping[str, Prompted] = field(default_factory=dict)
 
     @property
     def kl(self) -> float | None:
@@ -144,9 +146,9 @@ class Baselines:
             else row
             for name, row in found.items()
         )
-        prompts = Prompts(behaviour, rows, None if best is None else best[1])
         if best is None:
-            return prompts
+            return Prompts(behaviour, rows, None)
+        prompts = Prompts(behaviour, rows, best[1], best_words={best[1]: best[2]})
         beside = {name: (records[best[1]], some) for name, some in tested.items() if name in chosen}
         prompts = replace(prompts, against_best=differences(beside, *said))
         return self._at_kl(prompts, chosen, records[best[1]])

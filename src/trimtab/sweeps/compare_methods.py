@@ -100,11 +100,11 @@ def compare(
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
     chosen ones once more at an equal budget of so many nats at the next token. `capability` names
-    tasks on which side effects are measured (see `evaluate`). `oracle` lets `validation_task` be
-    the rows that are reported on, as some papers have it, which a note says. `timed` false leaves
-    out the time of generation. Beside the methods stand prompts that ask for the same (`Prompting`:
-    `baselines`, `behaviour`, `opposite`, `written_prompt`, `writer`, `shots`). The other arguments
-    are those of `sweep`.
+    tasks on which side effects are measured, and `receipts` has some more (see `evaluate`).
+    `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
+    a note says. `timed` false leaves out the time of generation. Beside the methods stand prompts
+    that ask for the same (`Prompting`: `baselines`, `behaviour`, `opposite`, `written_prompt`,
+    `writer`, `shots`). The other arguments are those of `sweep`.
     """
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
@@ -138,7 +138,7 @@ def compare(
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
     own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
-    if keep.overwrite and run.path is not None and comparing.capability:
+    if keep.overwrite and run.path is not None and (comparing.capability or comparing.receipts):
         check_overwritable(run.path / "capability")
     run.begin()
     compared = [
@@ -168,13 +168,18 @@ def compare(
         }
         at_budget, _ = _compared(bench, at_budget, again)
     beside = None
-    if comparing.capability and chosen:
+    if (comparing.capability or comparing.receipts) and chosen:
+        # lm-eval makes its own prompts, before which nothing is put.
+        own = any(task.startswith("lm-eval:") for task in comparing.capability)
+        words = {} if beside_prompts is None or own else beside_prompts.best_words
         beside = evaluate(
             language_model,
             comparing.capability,
-            steering=chosen,
+            steering={**chosen, **words},
             data=rows.data,
             limit=comparing.capability_limit,
+            receipts=comparing.receipts,
+            receipts_limit=comparing.receipts_limit,
             batch_size=measured.answering.batch_size,
             seed=measured.answering.seed,
             output=None if run.path is None else run.path / "capability",

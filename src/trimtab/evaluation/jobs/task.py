@@ -13,6 +13,7 @@ from trimtab.evaluation.answering import Entry, Measure, Settings, answer, for_m
 from trimtab.evaluation.jobs.job import Attached, Done, Judging, Planned, Wanted
 from trimtab.evaluation.metrics.coherence import coherence
 from trimtab.evaluation.metrics.judges import attack_success
+from trimtab.evaluation.metrics.language import language_of, same_language
 from trimtab.evaluation.metrics.refusal import refuses, validate_phrases
 from trimtab.evaluation.metrics.toxicity import TOXIC, Scorer, find_scorer
 from trimtab.evaluation.prompted import asked_with, steering_of
@@ -108,6 +109,7 @@ class TaskJob:
         every: dict[str, Measure] = {
             "coherence": partial(_coherence, language_model, steering, settings.force),
             "refusal": self._refusal,
+            "language": _language,
             "toxicity": self._toxicity,
         }
 
@@ -167,6 +169,20 @@ class TaskJob:
         for i, found in zip(harmful, judged, strict=True):
             values[i] |= found
         return values
+
+
+def _language(
+    examples: Sequence[Example], completions: Sequence[Completion]
+) -> list[dict[str, float | None]]:
+    """Whether each answer is in the language of its prompt."""
+    asked = [
+        example.fields.get("language") or language_of(last_message(example.prompt))
+        for example in examples
+    ]
+    return [
+        {"same_language": same_language(language, completion.text)}
+        for language, completion in zip(asked, completions, strict=True)
+    ]
 
 
 def _coherence(
