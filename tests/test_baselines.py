@@ -151,6 +151,25 @@ def test_by_default_what_can_be_said_is(tmp_path: Path, trimtab: Command, work: 
     assert not [note for note in off["notes"] if "--behaviour" in note]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_a_sweep_has_them_beside_its_best(trimtab: Command, work: Path) -> None:
+    write(Path("pairs.jsonl"))
+    line = "sweep caa --layer 1 --alpha 1,2 --model model --task contrast:pairs.jsonl --limit 4"
+    found = trimtab(f"{line} --behaviour 'be glad' --max-cost inf -o out --json").json
+    rows = {row["name"]: row for row in found["prompts"]["rows"]}
+    assert rows["caa"]["test"] == found["best"]["test"]
+    assert rows["ask"]["said"] == "Please be glad."
+    assert rows[f"{found['prompts']['best']} + caa"]["kl"]["mean"] > 0
+    assert trimtab(f"{line} --no-baselines --json").json["prompts"] is None
+
+
+def test_a_method_is_not_called_as_a_prompt(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "pairs.jsonl")
+    one = Candidate("caa", {"alpha": (2.0,)}, {"layer": 1}, "ask")
+    with pytest.raises(tt.TrimtabError, match="name the method otherwise"):
+        compare(language_model("llama"), [one], f"contrast:{pairs}", **SAID)
+
+
 def test_examples_are_train_rows_alone(tmp_path: Path) -> None:
     contrast = tt.Contrast.from_jsonl(write(tmp_path / "pairs.jsonl"))
     shown = next(one for one in askings(Behaviour(), contrast) if "examples" in one.name)

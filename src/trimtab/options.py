@@ -288,43 +288,6 @@ class FitOn:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """How the settings of a method are searched."""
-
-    heading = "Search"
-
-    search: Literal["grid", "tpe", "halving"] = option(
-        "grid; tpe (draws --trials settings); halving (stops poor ones early).", "grid"
-    )
-    trials: int | None = option("How many, where they are drawn.", None)
-    oracle: bool = option("Run every complete trial on the test rows too.", True)
-    storage: str | None = option(
-        "An Optuna storage that several machines work on, as a URL.", None, record=False
-    )
-    resumed: bool = option(
-        "Run only the blocks that a setting changes, or all.",
-        True,
-        record=False,
-        flag=("--resumed", "--full"),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparing:
-    """What methods are compared by."""
-
-    heading = "Comparing"
-
-    trials: int = option("Trials of each method, at most.", 20)
-    kl: float | None = option("Compare once more at an equal budget of so many nats.", None)
-    capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
-    capability_limit: int | None = option("Rows of each of those.", None)
-    timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
-    receipts: bool = _receipts_option()
-    receipts_limit: int = _receipts_limit_option()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Prompting:
     """The prompts that methods are compared with."""
 
@@ -349,6 +312,44 @@ class Prompting:
         record=False,
     )
     shots: int = option("Train pairs that are shown as examples.", 4, record=False, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How the settings of a method are searched."""
+
+    heading = "Search"
+
+    search: Literal["grid", "tpe", "halving"] = option(
+        "grid; tpe (draws --trials settings); halving (stops poor ones early).", "grid"
+    )
+    trials: int | None = option("How many, where they are drawn.", None)
+    oracle: bool = option("Run every complete trial on the test rows too.", True)
+    storage: str | None = option(
+        "An Optuna storage that several machines work on, as a URL.", None, record=False
+    )
+    resumed: bool = option(
+        "Run only the blocks that a setting changes, or all.",
+        True,
+        record=False,
+        flag=("--resumed", "--full"),
+    )
+    prompting: Prompting = Prompting()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparing:
+    """What methods are compared by."""
+
+    heading = "Comparing"
+
+    trials: int = option("Trials of each method, at most.", 20)
+    kl: float | None = option("Compare once more at an equal budget of so many nats.", None)
+    capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
+    capability_limit: int | None = option("Rows of each of those.", None)
+    timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
+    receipts: bool = _receipts_option()
+    receipts_limit: int = _receipts_limit_option()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ LADDER: Mapping[str, str] = {
     "very": "Please {behaviour}, very much so.",
     "extremely": "Please {behaviour}, extremely so.",
 }
+#: What prompts are called in tables, beside those whose names say how many or who.
+PROMPTS = ("ask", "ladder", "written prompt", "opposite ask")
 #: Examples that are shown, and pairs that a writer of prompts is shown.
 SHOTS, _SHOWN = 4, 8
 #: Tokens that a model here may write of a prompt.

@@ -30,7 +30,7 @@ from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, fla
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Gate, Steering
 from trimtab.strength import budget
-from trimtab.sweeps.asking import asked_beside, askings, writer_of
+from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
 from trimtab.sweeps.asking import described as prompts_described
 from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
@@ -129,6 +129,8 @@ def compare(
         **({} if before else DEFAULTS),
     }
     said, unsaid = asked_beside(prompting, texts, bench.words, keep)
+    if said is not None:
+        _refuse_named_alike(candidates)
     writer = writer_of(prompting.writer, language_model)
     asked = {} if said is None else prompts_described(said, prompting.shots, writer)
     run = Run(keep.output, {**config, **({"prompts": asked} if asked else {})}, keep.overwrite)
@@ -238,6 +240,13 @@ def _check(candidates: Sequence[Candidate], comparing: Comparing) -> None:
         ):
             raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
         check_space(METHODS[one.method], one.space, one.fixed)
+
+
+def _refuse_named_alike(candidates: Sequence[Candidate]) -> None:
+    """Refuse methods that are called as the prompts beside them."""
+    for one in candidates:
+        if one.name in PROMPTS:
+            raise TrimtabError(f"{one.name} is what a prompt is called: name the method otherwise")
 
 
 def _described(one: Candidate) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from trimtab.reports import (
     value_text,
 )
 from trimtab.steering import Steering
+from trimtab.sweeps.baselines import Prompts
+from trimtab.sweeps.prompt_tables import prompt_tables, prompts_as_json
 from trimtab.sweeps.space import Params, setting
 
 #: Trials in the table; the records have all.
@@ -91,12 +93,15 @@ class Sweep(Presented):
     tested: tuple[Record, ...] = ()
     #: What the model writes on some test prompts, unsteered and with the best.
     samples: tuple[Sample, ...] = ()
+    #: What asking in the prompt is worth beside the best, where it was asked.
+    prompts: Prompts | None = None
 
     def tables(self) -> list[Table]:
         """What was chosen, beside the unsteered model and the oracle; what it writes; and all
         trials."""
         written = [samples_table(self.samples)] if self.samples else []
-        return [self._chosen_table(), *written, self._trials_table()]
+        asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
+        return [self._chosen_table(), *asked, *written, self._trials_table()]
 
     @property
     def summary(self) -> str:
@@ -190,6 +195,7 @@ class Sweep(Presented):
                 for part, r in self.unsteered.items()
             },
             "difference": None if self.difference is None else self.difference.as_json(),
+            "prompts": None if self.prompts is None else prompts_as_json(self.prompts),
             "trials": [asdict(trial) for trial in self.trials],
             "model": self.model,
             "seconds": self.seconds,
