@@ -42,6 +42,7 @@ PUBLIC = [
     "Intervention",
     "LanguageModel",
     "Method",
+    "Prompted",
     "Range",
     "Result",
     "Scope",

@@ -3,7 +3,7 @@
 from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
-from .evaluation import evaluate, load_contrast
+from .evaluation import Prompted, evaluate, load_contrast
 from .exchange import (
     Audit,
     Exported,
@@ -56,6 +56,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "Method",
+    "Prompted",
     "Range",
     "Result",
     "Scope",

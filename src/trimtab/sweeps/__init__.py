@@ -1,12 +1,12 @@
 """Settings chosen on validation rows and reported on test rows; methods compared."""
 
+from trimtab.sweeps.asked_tables import prompt_tables
 from trimtab.sweeps.begun import DEFAULTS, begun_before
 from trimtab.sweeps.compare_methods import Candidate, compare, default_candidate
 from trimtab.sweeps.comparison import Comparison
 from trimtab.sweeps.comparison_page import comparison_pictures
 from trimtab.sweeps.effect import Effect, Trial
 from trimtab.sweeps.metering import Used, metered, overhead
-from trimtab.sweeps.prompt_tables import prompt_tables
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.rows import (
     FINE,

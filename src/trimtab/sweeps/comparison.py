@@ -18,9 +18,9 @@ from trimtab.reports import (
     number_cell,
     number_text,
 )
+from trimtab.sweeps.asked_tables import difference_json, prompt_tables, prompts_as_json
 from trimtab.sweeps.baselines import Prompts
 from trimtab.sweeps.metering import Overhead, Used
-from trimtab.sweeps.prompt_tables import difference_json, prompt_tables, prompts_as_json
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting
 

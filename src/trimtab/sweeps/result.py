@@ -18,8 +18,8 @@ from trimtab.reports import (
     value_text,
 )
 from trimtab.steering import Steering
+from trimtab.sweeps.asked_tables import prompt_tables, prompts_as_json
 from trimtab.sweeps.baselines import Prompts
-from trimtab.sweeps.prompt_tables import prompt_tables, prompts_as_json
 from trimtab.sweeps.space import Params, setting
 
 #: Trials in the table; the records have all.
