@@ -223,3 +223,62 @@ def test_the_opposite_ask_does_the_opposite(smollm2: Any) -> None:
     found = tt.evaluate(smollm2, contrast, steering=asks, limit=24)
     gains = {c.steering: c.difference for c in found.comparisons if c.metric == "log_odds"}
     assert gains["ask"] > 0 > gains["opposite"]
+
+
+def test_what_lasts_over_turns_and_a_long_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.sweeps import drifting
+
+    monkeypatch.setattr(drifting, "LONG", 8)
+    monkeypatch.setattr(drifting, "STRETCHES", 2)
+    lm, pairs = language_model("llama"), write(tmp_path / "pairs.jsonl")
+    contrast = tt.Contrast.from_jsonl(pairs)
+    steering = tt.CAA(layer=1).fit(lm, contrast)
+    ask = Prompted("Please be glad.")
+    bench = TaskRows(lm, f"contrast:{pairs}", limit=None)
+    found = drifting.drift(bench, {"caa": steering, "ask": ask}, turns=(0, 1))
+    assert list(found.gains["caa"]) == [0, 1]
+    (_, paragraph), *_ = drifting._exchanges(lm, False, 1)
+    test = contrast.part("test").pairs
+    for name, words, one in (("caa", "", steering), ("ask", "Please be glad.\n\n", None)):
+        before, after = (
+            tt.log_odds(
+                lm,
+                tt.Contrast(
+                    tuple(replace(p, prompt=f"{said}{paragraph}\n\n{p.prompt}") for p in test)
+                ),
+                who,
+            )
+            for said, who in (("", None), (words, one))
+        )
+        gain = float((after - before).mean())
+        assert found.gains[name][1].difference == pytest.approx(gain, abs=1e-4)
+    stretches = found.kl["ask"]
+    assert list(stretches) == [(0, 4), (4, 8)]
+    whole = per_token.Continuations(lm, per_token.neutral(lm, False), 8).kl(ask).mean
+    assert sum(one.value for one in stretches.values()) / 2 == pytest.approx(whole, rel=1e-6)
+    assert found.tables()[0].title.startswith("Gain behind")
+    assert found.as_json()["gains"]["caa"][0]["turns"] == 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_receipts_and_drift_beside_methods(
+    trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.sweeps import drifting
+
+    monkeypatch.setattr(drifting, "LONG", 4)
+    monkeypatch.setattr(drifting, "STRETCHES", 1)
+    monkeypatch.setattr(drifting.drift, "__defaults__", ((0,),))
+    write(Path("pairs.jsonl"))
+    found = trimtab(
+        "compare 'caa layer=1 alpha=2' --model model --task contrast:pairs.jsonl --untimed "
+        "--behaviour 'be glad' --max-cost inf --drift --receipts --receipts-limit 1 --data . "
+        "--json"
+    ).json
+    best = found["prompts"]["best"]
+    assert list(found["drift"]["gains"]) == ["caa", best]
+    receipts = {(one["task"], one["steering"]) for one in found["capability"]["results"]}
+    assert {("writing", "caa"), ("plain text", best), ("plain text", None)} <= receipts
+    assert any("mmlu" in note for note in found["capability"]["notes"])

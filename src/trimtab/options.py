@@ -350,6 +350,11 @@ class Comparing:
     timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
     receipts: bool = _receipts_option()
     receipts_limit: int = _receipts_limit_option()
+    drift: bool = option(
+        "Measure too whether effects last, over turns before the prompt and over a long text.",
+        False,
+        record=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

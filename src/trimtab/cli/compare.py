@@ -158,6 +158,9 @@ def _show(found: Comparison, output: Path | str | None) -> None:
         console.print(equal)
     if found.prompts is not None:
         show(prompt_tables(found.prompts, found.metric, found.task), (), None)
+    beside = () if found.drift is None else found.drift.tables()
+    receipts = () if found.capability is None else found.capability.tables()
+    show([*beside, *receipts], (), None)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:

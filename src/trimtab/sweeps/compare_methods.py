@@ -36,6 +36,7 @@ from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
 from trimtab.sweeps.differences import differences
+from trimtab.sweeps.drifting import drift
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -100,7 +101,8 @@ def compare(
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
     chosen ones once more at an equal budget of so many nats at the next token. `capability` names
-    tasks on which side effects are measured, and `receipts` has some more (see `evaluate`).
+    tasks on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
+    measures whether effects last, over turns before the prompt and over a long text.
     `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
     a note says. `timed` false leaves out the time of generation. Beside the methods stand prompts
     that ask for the same (`Prompting`: `baselines`, `behaviour`, `opposite`, `written_prompt`,
@@ -169,6 +171,10 @@ def compare(
             if row.dial is not None
         }
         at_budget, _ = _compared(bench, at_budget, again)
+    lasting = None
+    if comparing.drift and chosen:
+        words = {} if beside_prompts is None else beside_prompts.best_words
+        lasting = drift(bench, {**chosen, **words})
     beside = None
     if (comparing.capability or comparing.receipts) and chosen:
         # lm-eval makes its own prompts, before which nothing is put.
@@ -204,6 +210,7 @@ def compare(
         (*bench.notes(), *([_ORACLE] if oracle else []), *unsaid, *caveats),
         bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
         beside_prompts,
+        lasting,
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib

@@ -20,6 +20,7 @@ from trimtab.reports import (
 )
 from trimtab.sweeps.asked_tables import difference_json, prompt_tables, prompts_as_json
 from trimtab.sweeps.baselines import Prompts
+from trimtab.sweeps.drifting import Drift
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting
@@ -69,6 +70,8 @@ class Comparison(Presented):
     samples: tuple[Sample, ...] = ()
     #: What asking in the prompt is worth beside the methods, where it was asked.
     prompts: Prompts | None = None
+    #: Whether effects last, where that was measured.
+    drift: Drift | None = None
 
     def tables(self) -> list[Table]:
         """What each method is worth, what it changes and costs, at an equal budget, between which
@@ -76,6 +79,7 @@ class Comparison(Presented):
         at_budget = [] if self.kl is None else [self._budget_table(self.kl)]
         written = [samples_table(self.samples)] if self.samples else []
         asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
+        asked += [] if self.drift is None else self.drift.tables()
         tables = [self._worth(), *asked, self._effects(), *at_budget, self._between_table()]
         return [*tables, *written, self._spent()]
 
@@ -227,6 +231,7 @@ class Comparison(Presented):
                 for (first, second), found in self.between.items()
             ],
             "prompts": None if self.prompts is None else prompts_as_json(self.prompts),
+            "drift": None if self.drift is None else self.drift.as_json(),
             "fit": asdict(self.fit),
             "capability": None if self.capability is None else self.capability.as_json(),
             "model": self.model,
