@@ -114,11 +114,11 @@ def _begun_without(keep: Keep) -> bool:
 
 def writer_of(given: Any, language_model: LanguageModel) -> Chat | None:
     """Who writes a prompt: a chat model, or for `self` the model that is steered."""
-    if given is None or (isinstance(given, str) and given == "self"):
-        return None if given is None else LocalChat(language_model, _WRITTEN)
-    if isinstance(given, str) or not hasattr(given, "ask"):
+    if isinstance(given, str) and given == "self":
+        return LocalChat(language_model, _WRITTEN)
+    if given is not None and not hasattr(given, "ask"):
         raise TrimtabError(f"{given!r:.60} cannot write a prompt: give a chat model, or self")
-    chat: Chat = given
+    chat: Chat | None = given
     return chat
 
 

@@ -113,51 +113,73 @@ class Baselines:
     ) -> Prompts:
         """Prompts beside the steerings that methods have chosen, whose records on the test rows
         are known."""
-        bench, said = self.bench, (self.bench.metric, self.bench.maximise)
-        base = bench.unsteered("test")
+        found, records, best = self._asked(asked)
+        for name, steering in chosen.items():
+            if name in tested:
+                found[name] = self._figures(Row(name, dial=steering.setting), steering)
+                records[name] = tested[name]
+        if best is None:
+            return Prompts(behaviour, self._compared(found, records), None)
+        called, words = best
+        known = {name: tested[name] for name in chosen if name in tested}
+        for name, steering in chosen.items():
+            both = together_with(words, steering)
+            row = Row(f"{called} + {name}", said=both.label, dial=steering.setting)
+            found[row.name] = self._figures(row, both)
+            records[row.name] = self._answers(both, "test")
+        prompts = Prompts(
+            behaviour,
+            self._compared(found, records),
+            called,
+            self._beside(records[called], known),
+            best_words={called: words},
+        )
+        return self._at_kl(prompts, chosen, records[called])
+
+    def _asked(
+        self, asked: Sequence[Asking]
+    ) -> tuple[dict[str, Row], dict[str, Sequence[Record]], tuple[str, Prompted] | None]:
+        """The prompts by their names, their records on the test rows, and the best of them on the
+        validation rows, of those that ask for what is steered to and keep to the limit of cost."""
         found: dict[str, Row] = {}
         records: dict[str, Sequence[Record]] = {}
-        best: tuple[float, str, Prompted] | None = None
+        good: list[tuple[Row, Prompted]] = []
         for asking in asked:
             row, prompted = self._row(asking)
             found[row.name] = row
             if prompted is None:
                 continue
             records[row.name] = self._answers(prompted, "test")
-            value = None if row.validation is None else row.validation.value
-            if asking.toward and value is not None and not row.why:
-                better = best is None or ((value > best[0]) is bench.maximise and value != best[0])
-                best = (value, row.name, prompted) if better else best
-        for name, steering in chosen.items():
-            if name in tested:
-                found[name] = self._figures(Row(name, dial=steering.setting), steering)
-                records[name] = tested[name]
-        if best is not None:
-            for name, steering in chosen.items():
-                both = together_with(best[2], steering)
-                called = f"{best[1]} + {name}"
-                row = Row(called, said=both.label, dial=steering.setting)
-                found[called] = self._figures(row, both)
-                records[called] = self._answers(both, "test")
-        against = differences({name: (base, some) for name, some in records.items()}, *said)
-        rows = tuple(
-            replace(row, test=bench.result(records[name]), against=against.get(name))
+            if asking.toward and not row.why:
+                good.append((row, prompted))
+        best = choose(good, lambda one: _on_validation(one[0]), self.bench.maximise)
+        return found, records, None if best is None else (best[0].name, best[1])
+
+    def _compared(
+        self, rows: Mapping[str, Row], records: Mapping[str, Sequence[Record]]
+    ) -> tuple[Row, ...]:
+        """With their figures on the test rows, and against the unsteered model."""
+        against = self._beside(self.bench.unsteered("test"), records)
+        return tuple(
+            replace(row, test=self.bench.result(records[name]), against=against.get(name))
             if name in records
             else row
-            for name, row in found.items()
+            for name, row in rows.items()
         )
-        if best is None:
-            return Prompts(behaviour, rows, None)
-        prompts = Prompts(behaviour, rows, best[1], best_words={best[1]: best[2]})
-        beside = {name: (records[best[1]], some) for name, some in tested.items() if name in chosen}
-        prompts = replace(prompts, against_best=differences(beside, *said))
-        return self._at_kl(prompts, chosen, records[best[1]])
+
+    def _beside(
+        self, base: Sequence[Record], records: Mapping[str, Sequence[Record]]
+    ) -> dict[str, Difference]:
+        """Each minus the same rows of another, corrected for their number."""
+        pairs = {name: (base, some) for name, some in records.items()}
+        return differences(pairs, self.bench.metric, self.bench.maximise)
 
     def _row(self, asking: Asking) -> tuple[Row, Prompted | None]:
         """A prompt at the rung that does best on the validation rows within the limit of cost;
         where none keeps to it, at the cheapest, which is said."""
-        if not asking.rungs:
-            return Row(asking.name, why=asking.why), None
+        why = asking.why or self._too_long(asking)
+        if why:
+            return Row(asking.name, why=why), None
         rungs = [self._rung(name, one) for name, one in asking.rungs.items()]
         best = choose(
             [rung for rung in rungs if rung.allowed], lambda rung: rung.value, self.bench.maximise
@@ -174,6 +196,17 @@ class Baselines:
             why=why,
         )
         return self._figures(row, prompted), prompted
+
+    def _too_long(self, asking: Asking) -> str:
+        """Why there is no room for a prompt, or nothing."""
+        lm = self.bench.language_model
+        room = lm.max_length - self.bench.new_tokens
+        for prompted in asking.rungs.values():
+            asked = asked_with(lm, prompted, self.bench.every_prompt())
+            longest = max(map(len, lm.encode(asked)))
+            if longest > room:
+                return f"with it a prompt has {longest} tokens, and there is room for {room}"
+        return ""
 
     def _rung(self, name: str, prompted: Prompted) -> Rung:
         cost = self._cost(prompted)
@@ -228,29 +261,28 @@ class Baselines:
         self, prompts: Prompts, chosen: Mapping[str, Steering], best: Sequence[Record]
     ) -> Prompts:
         """With the methods at the dial at which they change what the best prompt changes."""
-        bench, said, nats = self.bench, (self.bench.metric, self.bench.maximise), prompts.kl
+        nats = prompts.kl
         if not nats:
             return prompts
         rows: dict[str, Row] = {}
-        records: dict[str, list[Record]] = {}
+        records: dict[str, Sequence[Record]] = {}
         for name, steering in chosen.items():
             try:
                 turned, kl = self._continuations.at_kl(steering, nats)
             except TrimtabError as error:
                 rows[name] = Row(name, why=str(error))
                 continue
-            rows[name] = Row(name, dial=turned.setting, cost=bench.cost(turned), kl=kl)
-            records[name] = bench.records(turned, "test", name=name)
-        base = bench.unsteered("test")
-        against = differences({name: (base, some) for name, some in records.items()}, *said)
-        beside = differences({name: (best, some) for name, some in records.items()}, *said)
-        found = tuple(
-            replace(row, test=bench.result(records[name]), against=against.get(name))
-            if name in records
-            else row
-            for name, row in rows.items()
+            rows[name] = Row(name, dial=turned.setting, cost=self.bench.cost(turned), kl=kl)
+            records[name] = self.bench.records(turned, "test", name=name)
+        return replace(
+            prompts,
+            at_kl=self._compared(rows, records),
+            at_kl_against_best=self._beside(best, records),
         )
-        return replace(prompts, at_kl=found, at_kl_against_best=beside)
+
+
+def _on_validation(row: Row) -> float | None:
+    return None if row.validation is None else row.validation.value
 
 
 def _more_tokens(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -57,6 +58,8 @@ from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
 from trimtab.reports import Run, object_in
 
+#: Characters of a token, at least: what answers are taken to be long by.
+_CHARACTERS = 2
 #: How far the right answer is ahead of the wrong one, in nats.
 FINE = "log_odds"
 #: Values of each metric, row by row; NaN where an answer was not clear.
@@ -333,6 +336,20 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.prompt for example in job.entries[0].examples][:most]
         return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:most]
+
+    def every_prompt(self) -> list[Prompt]:
+        """The prompts of both parts."""
+        return [*self.prompts(sys.maxsize), *self.prompts(sys.maxsize, "test")]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens are written after a prompt at most."""
+        job = self.jobs["test"]
+        if not isinstance(job, TaskJob):
+            longest = (max(len(pair.positive), len(pair.negative)) for pair in job.pairs)
+            return max(longest) // _CHARACTERS
+        named = self.language_model.anatomy.name
+        return self.settings.max_new_tokens or job.task.generation.tokens_for(named)
 
     def samples(self, steerings: Mapping[str, Any], run: Run) -> tuple[Sample, ...]:
         """What the model writes on some test prompts, unsteered and under each steering; from the
