@@ -86,7 +86,7 @@ def asked_beside(
     a reader should know of that.
 
     By default what can be said in words is: what was given, or else the contrast's own words or the
-    task's. A run that was begun without prompts goes on without.
+    task's. A run that was begun without prompts goes on without, unless words are given.
     """
     known = contrast.behaviour or task.behaviour
     opposite = contrast.opposite if contrast.behaviour else task.opposite
@@ -97,11 +97,10 @@ def asked_beside(
     )
     if prompting.baselines is not None:
         return (said if prompting.baselines else None), []
-    if _begun_without(keep):
-        return None, []
     if not (said.behaviour or said.written or prompting.writer is not None):
         return None, [UNSAID]
-    return said, []
+    asked = prompting.behaviour or prompting.opposite or said.written or prompting.writer
+    return (None if not asked and _begun_without(keep) else said), []
 
 
 def _begun_without(keep: Keep) -> bool:
