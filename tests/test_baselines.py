@@ -220,7 +220,7 @@ def test_the_opposite_ask_does_the_opposite(smollm2: Any) -> None:
         "ask": Prompted("Please write formally."),
         "opposite": Prompted("Please write casually."),
     }
-    found = tt.evaluate(smollm2, contrast, steering=asks, limit=24)
+    found = tt.evaluate(smollm2, contrast, steering=asks, limit=32)
     gains = {c.steering: c.difference for c in found.comparisons if c.metric == "log_odds"}
     assert gains["ask"] > 0 > gains["opposite"]
 
