@@ -410,6 +410,9 @@ def test_the_tasks_of_the_evaluation_are_listed() -> None:
         "detox",
         "bpo",
         "xstest",
+        "mmlu",
+        "gsm8k",
+        "writing",
     ]
 
 

@@ -49,6 +49,7 @@ PUBLIC = [
     "Monitor",
     "Monitoring",
     "Probe",
+    "Prompted",
     "Range",
     "RePS",
     "ReFT",

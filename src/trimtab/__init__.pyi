@@ -3,7 +3,7 @@
 from . import strength
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
-from .evaluation import evaluate, load_contrast
+from .evaluation import Prompted, evaluate, load_contrast
 from .exchange import (
     Audit,
     Exported,
@@ -89,6 +89,7 @@ __all__ = [
     "Monitor",
     "Monitoring",
     "Probe",
+    "Prompted",
     "Range",
     "ReFT",
     "RePS",

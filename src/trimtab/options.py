@@ -163,6 +163,20 @@ def _split_option() -> Any:
     )
 
 
+def _receipts_option() -> Any:
+    """Whether side effects are measured; the tasks in config.json say so."""
+    return option(
+        "Measure side effects too: slices of mmlu, gsm8k and xstest from --data, repetition and "
+        "language of free answers, plain text.",
+        False,
+        record=False,
+    )
+
+
+def _receipts_limit_option() -> Any:
+    return option("Rows of each of those.", 50, record=False, least=1)
+
+
 def _split_as_text(group: Any) -> None:
     """Python may give a `Split`, or three numbers; refused here is what is no split."""
     split = Split.read(group.split)
@@ -276,6 +290,33 @@ class FitOn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """The prompts that methods are compared with."""
+
+    heading = "Prompts"
+
+    baselines: bool | None = option(
+        "Compare with asking in the prompt (default: where it is known in words what to ask for).",
+        None,
+        record=False,
+        flag=("--baselines", "--no-baselines"),
+    )
+    behaviour: str = option(
+        "What is steered to, as after 'Please' (default: the contrast's or the task's own words).",
+        "",
+        record=False,
+    )
+    opposite: str = option("What the opposite of it is.", "", record=False)
+    written_prompt: str = option("A prompt of yours to compare with.", "", record=False)
+    writer: Any = option(
+        "Who writes a prompt from train pairs: self, local:MODEL, or chat:NAME at --writer-url.",
+        None,
+        record=False,
+    )
+    shots: int = option("Train pairs that are shown as examples.", 4, record=False, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """How the settings of a method are searched."""
 
@@ -314,6 +355,7 @@ class Search:
     kl_tokens: int = option(
         "Of pareto: how many tokens after each neutral text count.", 8, record=False, least=1
     )
+    prompting: Prompting = Prompting()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_kl) and self.max_kl >= 0):
@@ -333,6 +375,13 @@ class Comparing:
     capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
     capability_limit: int | None = option("Rows of each of those.", None)
     timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
+    receipts: bool = _receipts_option()
+    receipts_limit: int = _receipts_limit_option()
+    drift: bool = option(
+        "Measure too whether effects last, over turns before the prompt and over a long text.",
+        False,
+        record=False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,10 +401,14 @@ class Evaluated:
     )
     limit: int | None = option("Only the first examples of a task.", None)
     split: Any = _split_option()
+    receipts: bool = _receipts_option()
+    receipts_limit: int = _receipts_limit_option()
 
     def __post_init__(self) -> None:
         _path_as_text(self)
         _split_as_text(self)
+        if self.receipts_limit < 1:
+            raise TrimtabError(f"a receipt has 1 row or more, not {self.receipts_limit}")
         if isinstance(self.protocol, str):
             object.__setattr__(self, "protocol", (self.protocol,))
 

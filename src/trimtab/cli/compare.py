@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json
-from trimtab.cli.judging import Measuring, costs_as_json, say_costs
+from trimtab.cli.judging import Asked, Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
-from trimtab.cli.tables import show_files
+from trimtab.cli.tables import show, show_files
 from trimtab.cli.values import field_named
 from trimtab.errors import TrimtabError
 from trimtab.options import Comparing, FitOn, Keep, Rows
@@ -38,6 +38,7 @@ def compare(
     on: FitOn = FitOn(),
     rows: Rows = Rows(),
     measuring: Measuring = Measuring(),
+    prompting: Asked = Asked(),
     keep: Keep = Keep(),
     as_json: Json = False,
 ) -> None:
@@ -54,6 +55,7 @@ def compare(
     read = [read_candidate(text) for text in methods]
     check_task(task, rows.data)
     measured = measuring.measured(opened)
+    prompted = prompting.with_writer(opened, measuring.judges)
     language_model = open_model(opened)
     found = sweeps.compare(
         language_model,
@@ -63,6 +65,7 @@ def compare(
         on=on,
         rows=rows,
         measured=measured,
+        prompting=prompted,
         keep=keep,
     )
     if as_json:
@@ -116,7 +119,7 @@ def _show(found: Comparison, output: Path | str | None) -> None:
 
     from trimtab.figures import on_task
     from trimtab.reports import cell, difference_cell, number_cell
-    from trimtab.sweeps import setting
+    from trimtab.sweeps import prompt_tables, setting
 
     console.print(found.summary)
     base = found.unsteered["test"]
@@ -153,6 +156,11 @@ def _show(found: Comparison, output: Path | str | None) -> None:
                 row.why,
             )
         console.print(equal)
+    if found.prompts is not None:
+        show(prompt_tables(found.prompts, found.metric, found.task), (), None)
+    beside = () if found.drift is None else found.drift.tables()
+    receipts = () if found.capability is None else found.capability.tables()
+    show([*beside, *receipts], (), None)
     for note in found.notes:
         console.print(f"note: {note}", highlight=False)
     if output is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.cli.common import console, open_beside
 from trimtab.cli.options import Opened
 from trimtab.errors import TrimtabError
-from trimtab.options import Answering, Choosing, option
+from trimtab.options import Answering, Choosing, Prompting, option
 
 if TYPE_CHECKING:
     from trimtab.evaluation import ChatEndpoint, Judging
     from trimtab.sweeps import Measured
+
+
+#: Tokens of a prompt that somebody writes.
+_WRITTEN = 160
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:
@@ -108,6 +112,37 @@ class Judges:
             self.judge_timeout,
             prices=_prices(self.judge_prices),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Prompting):
+    """The prompts that methods are compared with, and where their writer is."""
+
+    writer: str | None = option(
+        "Who writes a prompt from train pairs: self, local:MODEL, or chat:NAME at --writer-url.",
+        None,
+        record=False,
+    )
+    writer_url: str | None = option("Base URL of an OpenAI-compatible API.", None, record=False)
+
+    def with_writer(self, opened: Opened, judges: Judges) -> Prompting:
+        """The same with a writer that is there; its key is that of the judges."""
+        from trimtab.evaluation import ChatEndpoint, LocalChat
+
+        kind, _, name = (self.writer or "").partition(":")
+        writer: Any = self.writer
+        if name and kind == "local":
+            writer = LocalChat(open_beside(opened, name), _WRITTEN)
+        elif name and kind == "chat" and self.writer_url is not None:
+            key = judges.judge_key_env
+            writer = ChatEndpoint(self.writer_url, name, key, max_tokens=_WRITTEN)
+        elif self.writer not in (None, "self"):
+            raise TrimtabError(
+                f"--writer {self.writer}: known are self, local:MODEL, and chat:NAME with "
+                "--writer-url"
+            )
+        given = {item.name: getattr(self, item.name) for item in fields(Prompting)}
+        return Prompting(**{**given, "writer": writer})
 
 
 @dataclass(frozen=True, kw_only=True)

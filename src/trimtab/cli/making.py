@@ -161,7 +161,7 @@ def _option(name: str, hints: Mapping[str, Any], about: Any) -> Any:
     own: dict[str, Any] = {"help": about["help"]}
     if list_in(hint) is not None:
         own["negative"] = ()  # no --empty-...
-    if hint is bool and isinstance(flag, tuple):
+    if hint in (bool, bool | None) and isinstance(flag, tuple):
         own["name"], own["negative"] = flag
     elif flag is not None:
         own["name"] = flag

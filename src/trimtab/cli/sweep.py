@@ -9,20 +9,20 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
 from trimtab.cli.common import open_model, print_json
-from trimtab.cli.judging import Measuring, costs_as_json, say_costs
+from trimtab.cli.judging import Asked, Measuring, costs_as_json, say_costs
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.tables import show
 from trimtab.cli.values import read_values
 from trimtab.errors import TrimtabError
-from trimtab.options import FitOn, Keep, Rows, Search, option
+from trimtab.options import FitOn, Keep, Prompting, Rows, Search, option
 
 if TYPE_CHECKING:
     from trimtab.evaluation import Judging
@@ -38,6 +38,7 @@ class Searching(Search):
     """How settings are searched, and by how many processes."""
 
     workers: int = option("Processes that share the trials.", 1, record=False, least=1)
+    prompting: Asked = Asked()
 
 
 def commands(app: App) -> None:
@@ -130,8 +131,16 @@ def _sweep(
     from trimtab.sweeps import sweep
 
     measured = measuring.measured(opened)
-    found = sweep(open_model(opened), method, task, measured=measured, **given)
+    searching: Searching = given["searching"]
+    prompting = searching.prompting.with_writer(opened, measuring.judges)
+    own = {**given, "searching": _as_python_has_it(searching, prompting)}
+    found = sweep(open_model(opened), method, task, measured=measured, **own)
     return found, measured.judging
+
+
+def _as_python_has_it(searching: Searching, prompting: Prompting) -> Search:
+    values = {item.name: getattr(searching, item.name) for item in fields(Search)}
+    return Search(**{**values, "prompting": prompting})
 
 
 @contextmanager

@@ -54,12 +54,17 @@ class Contrast:
     `made` says how a model wrote the rows, and who kept which of them; None of other rows. A file
     has it in another one beside it (`made_beside`), and where its rows were changed since, `made`
     has "edited".
+
+    `behaviour` says in words what the positive side does, as after "Please" ("write formally"), and
+    `opposite` what the negative side does; nothing where nobody has said.
     """
 
     rows: tuple[Pair | Text, ...]
     name: str = "contrast"
     drawn: Split | None = None
     made: Mapping[str, Any] | None = field(default=None, compare=False)
+    behaviour: str = ""
+    opposite: str = ""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -121,8 +126,11 @@ class Contrast:
         """A contrast that comes with trimtab; `builtins()` lists their names."""
         if name not in builtins():
             raise TrimtabError(f"no builtin contrast {name!r}: there are {', '.join(builtins())}")
-        rows = [json.loads(line) for line in _builtin_file(name).open(encoding="utf-8")]
-        return cls._from_rows(rows, f"builtin:{name}")
+        rows = [json.loads(line) for line in _builtin_file(f"{name}.jsonl").open(encoding="utf-8")]
+        said = json.loads(_builtin_file("behaviours.json").read_text(encoding="utf-8"))
+        behaviour, opposite = said[name]
+        found = cls._from_rows(rows, f"builtin:{name}")
+        return replace(found, behaviour=behaviour, opposite=opposite)
 
     @classmethod
     def _from_rows(cls, rows: Iterable[Mapping[str, Any]], name: str) -> Contrast:
@@ -317,8 +325,8 @@ def builtins() -> list[str]:
     return sorted(f.name.removesuffix(".jsonl") for f in folder.iterdir() if ".jsonl" in f.name)
 
 
-def _builtin_file(name: str) -> Any:
-    return files("trimtab") / "data" / "contrasts" / f"{name}.jsonl"
+def _builtin_file(file: str) -> Any:
+    return files("trimtab") / "data" / "contrasts" / file
 
 
 def _as_json(row: Row, folder: Path) -> dict[str, Any]:

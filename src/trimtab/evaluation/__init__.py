@@ -5,7 +5,6 @@ from trimtab.evaluation.endpoint import ChatEndpoint
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import (
     Asked,
-    Attached,
     Judging,
     PreferenceJob,
     TaskJob,
@@ -26,6 +25,15 @@ from trimtab.evaluation.metrics.judges import (
     PolyGuardJudge,
 )
 from trimtab.evaluation.metrics.toxicity import Scorer
+from trimtab.evaluation.prompted import (
+    Attached,
+    Prompted,
+    asked_with,
+    steering_of,
+    together_with,
+    with_words,
+    words_of,
+)
 from trimtab.evaluation.sampled import Sample, kept_samples, samples, samples_table
 from trimtab.evaluation.tasks import (
     PROTOCOLS,

@@ -15,8 +15,9 @@ from typing import Any
 
 from trimtab.contrasts import Prompt, images_in, in_words
 from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.model import Completion, LanguageModel, batches_by_length
+from trimtab.model import Completion, LanguageModel, answer_of, batches_by_length
 from trimtab.reading import StreamCache, next_tokens, prompt_reading
 from trimtab.steering import Steering, Steerings
 from trimtab.terminal import progress
@@ -49,21 +50,24 @@ def answer(
     language_model: LanguageModel,
     task: Task,
     entries: Sequence[Entry],
-    steering: Steering | Steerings | None,
+    attached: Attached,
     done: set[tuple[str, int]],
     settings: Settings,
     measure: Measure | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Records of a task, a batch at a time; batches whose records are all `done` are left out.
 
-    A prompt that several protocols share is answered once.
+    What is thought between thinking markers is no answer: it is kept, and neither read nor judged.
+    A prompt that several protocols share is answered once. What is attached may be a steering, or
+    words before each prompt: the records then still say what the task asked.
     """
     owners: dict[Prompt, list[tuple[Entry, int]]] = {}
     for entry in entries:
         for index, example in enumerate(entry.examples):
-            prompt = _for_model(language_model, example.prompt)
+            prompt = for_model(language_model, example.prompt)
             owners.setdefault(prompt, []).append((entry, index))
     prompts = list(owners)
+    asked = asked_with(language_model, attached, prompts)
 
     def missing(i: int) -> bool:
         return any((entry.protocol, index) not in done for entry, index in owners[prompts[i]])
@@ -71,14 +75,19 @@ def answer(
     write = _write_one_token if task.generation.new_tokens == 1 else _write
     with progress(task.name, len(prompts)) as advance:
         started = time.perf_counter()
-        for batch, completions in write(language_model, task, prompts, steering, missing, settings):
+        for batch, completions in write(
+            language_model, task, asked, steering_of(attached), missing, settings
+        ):
             records = []
-            for i, completion in zip(batch, completions, strict=True):
+            answers = [answer_of(language_model, each) for each in completions]
+            for i, completion, said in zip(batch, completions, answers, strict=True):
                 for entry, index in owners[prompts[i]]:
                     example = entry.examples[index]
-                    records.append(_record(task, entry.protocol, index, example, completion))
+                    records.append(_record(task, entry.protocol, index, example, said))
+                    if said is not completion:
+                        records[-1] |= {"output": completion.text, "answer": said.text}
             if measure is not None:
-                _add_measures(records, batch, completions, owners, prompts, measure)
+                _add_measures(records, batch, answers, owners, prompts, measure)
             _add_gates(records, batch, completions, owners, prompts)
             seconds = time.perf_counter() - started
             for record in records:
@@ -88,7 +97,7 @@ def answer(
             started = time.perf_counter()
 
 
-def _for_model(language_model: LanguageModel, prompt: Prompt) -> Prompt:
+def for_model(language_model: LanguageModel, prompt: Prompt) -> Prompt:
     """A conversation as plain text where the model has no chat template."""
     if isinstance(prompt, str) or language_model.chats or images_in(prompt):
         return prompt
@@ -157,6 +166,7 @@ def _record(
     }
 
 
+_Steered = Steering | Steerings | None
 _Written = Iterator[tuple[Sequence[int], list[Completion]]]
 
 
@@ -164,7 +174,7 @@ def _write_one_token(
     language_model: LanguageModel,
     task: Task,
     prompts: Sequence[Prompt],
-    steering: Steering | Steerings | None,
+    steering: _Steered,
     missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:
@@ -196,7 +206,7 @@ def _write(
     language_model: LanguageModel,
     task: Task,
     prompts: Sequence[Prompt],
-    steering: Steering | Steerings | None,
+    steering: _Steered,
     missing: Callable[[int], bool],
     settings: Settings,
 ) -> _Written:

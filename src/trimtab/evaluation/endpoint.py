@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from trimtab.errors import TrimtabError
 from trimtab.files import cache_dir, checksum, json_digest, make_directory, write_whole
+from trimtab.model import without_thoughts
 
 #: Messages of a conversation, as the API has them.
 Messages = Sequence[Mapping[str, str]]
@@ -347,7 +348,7 @@ class ChatEndpoint:
             self.concurrency,
         )
         known = dict(zip(distinct, answers, strict=True))
-        return [known[file] for file in files]
+        return [without_thoughts(known[file]) for file in files]
 
     def _address(self) -> Address:
         key = read_key(self.key_variable)

@@ -29,6 +29,8 @@ from trimtab.evaluation.jobs import (
 )
 from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
+from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_of
+from trimtab.evaluation.receipts import receipts
 from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, paired
@@ -37,15 +39,9 @@ from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
 from trimtab.reports import Evaluation, Picture, Run, Table, evaluation_page, summarise
 from trimtab.steering import Steering, Steerings, together
 
-#: What is evaluated: one steering (or several that act together), some alternatives, or
-#: alternatives by name.
-Alternatives = (
-    Steering
-    | Steerings
-    | None
-    | Sequence[Steering | Steerings]
-    | Mapping[str, Steering | Steerings]
-)
+#: What is evaluated: one steering (or several that act together, or words before prompts), some
+#: alternatives, or alternatives by name.
+Alternatives = Attached | Sequence[Steering | Steerings | Prompted] | Mapping[str, Any]
 
 
 @flat
@@ -68,21 +64,22 @@ def evaluate(
     (pairs, named as for `load_contrast`), lm-eval:NAME, or a `Contrast`, whose pairs are asked as
     those of contrast:NAME. Where a contrast's rows name no part, the `split` draws them (see
     `Contrast.with_parts`), and a steering that was fitted on rows of the part is said to be.
-    `steering` is one steering or `a + b`; a list or a mapping by name holds alternatives, each
-    evaluated by itself.
+    `steering` is one steering or `a + b`, or `Prompted` words before each prompt; a list or a
+    mapping by name holds alternatives, each evaluated by itself.
     `data` names the directory of data sets (default: TRIMTAB_DATA, else the hub). `limit` takes
     the first examples of each task. `few_shot`, `chat` (through the chat template) and `task_files`
     (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
     or a URL; `judges` say whether a response complies (trimtab.metrics.judges); `preference` is the
-    chat model that compares answers (bpo). `output` names a run directory, in which a run that was
-    interrupted goes on.
+    chat model that compares answers (bpo). `receipts` measures side effects beside the tasks, on
+    `receipts_limit` rows each: mmlu, gsm8k, xstest, free answers, plain text. `output` names a run
+    directory, in which a run that was interrupted goes on.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
     protocols = tuple(dict.fromkeys(rows.protocol))
     for one in protocols:
         check_protocol(one)
-    if not names or not protocols:
+    if not (names or rows.receipts) or not protocols:
         raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
     if rows.limit is not None and rows.limit < 1:
         raise TrimtabError(f"the limit must be 1 or more, not {rows.limit}")
@@ -91,7 +88,7 @@ def evaluate(
         raise TrimtabError("the batch size and the number of new tokens must be 1 or more")
     subjects = _subjects(steering, unsteered)
     for attached in subjects.values():
-        with language_model.steered(attached, force=force):
+        with language_model.steered(steering_of(attached), force=force):
             pass  # says at once what does not fit, not after hours
     wanted = Wanted(
         protocols,
@@ -105,6 +102,10 @@ def evaluate(
         None if keep.output is None else Path(keep.output),
     )
     jobs = [find_job(task, wanted, judging) for task in asked]
+    missing: list[str] = []
+    if rows.receipts:
+        more_jobs, missing = receipts(wanted, judging, rows.receipts_limit, names)
+        jobs += more_jobs
     for job in jobs:
         if isinstance(job, TaskJob):
             for attached in subjects.values():
@@ -120,6 +121,7 @@ def evaluate(
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys([n for job in jobs for n in job.notes()] + _trained(jobs, subjects)))
+    notes += missing
     with Run(keep.output, config, keep.overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
         for name, attached in subjects.items():
@@ -253,7 +255,10 @@ def _preferences(
         started = time.perf_counter()
         found = verdicts(
             chat,
-            [(last_message(after["prompt"]), after["output"], b["output"]) for b, after in some],
+            [
+                (last_message(after["prompt"]), _said(after), _said(before))
+                for before, after in some
+            ],
         )
         seconds = (time.perf_counter() - started) / len(some)
         yield [
@@ -261,6 +266,11 @@ def _preferences(
             | {"task": task + _COMPARED, "values": values, "seconds": round(seconds, 4)}
             for (_, after), values in zip(some, found, strict=True)
         ]
+
+
+def _said(record: Record) -> str:
+    """What was answered, without what was thought before it."""
+    return str(record.get("answer", record["output"]))
 
 
 def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
@@ -271,11 +281,11 @@ def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
     elif steering is None:
         alternatives = []
     else:
-        single = isinstance(steering, Steering | Steerings | str)
+        single = isinstance(steering, Steering | Steerings | Prompted | str)
         several: Any = [steering] if single else steering
         alternatives = [(getattr(one, "label", ""), one) for one in several]
     for name, one in alternatives:
-        if not (isinstance(one, Steering | Steerings) and one):
+        if not (isinstance(one, Prompted) or (isinstance(one, Steering | Steerings) and one)):
             shown = f"{str(one)!r:.60}"
             raise TrimtabError(f"{shown} is not a steering: load one with Steering.load(FILE)")
         if name in subjects:
@@ -286,8 +296,13 @@ def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
     return subjects
 
 
-def _described(steering: Steering | Steerings | None) -> list[dict[str, Any]]:
-    return [
+def _described(attached: Attached) -> list[dict[str, Any]]:
+    """For the configuration: the steerings, and the words before prompts."""
+    found: list[dict[str, Any]] = [
         {"label": one.label, "dial": one.setting, "sha256": one.digest}
-        for one in together(steering)
+        for one in together(steering_of(attached))
     ]
+    if isinstance(attached, Prompted) and words_of(attached) is not None:
+        found.append({"prompt": attached.text, "examples": len(attached.examples)})
+        found[-1]["sha256"] = attached.digest
+    return found

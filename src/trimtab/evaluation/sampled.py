@@ -8,9 +8,9 @@ from typing import Any
 
 from trimtab.contrasts import Prompt, last_message, spread
 from trimtab.errors import TrimtabError
+from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.model import LanguageModel
 from trimtab.reports import Table
-from trimtab.steering import Steering, Steerings
 
 #: Prompts that are shown, and tokens that are written after each.
 SHOWN, NEW_TOKENS = 3, 32
@@ -37,7 +37,7 @@ class Sample:
 
 def samples(
     language_model: LanguageModel,
-    steerings: Mapping[str, Steering | Steerings],
+    steerings: Mapping[str, Attached],
     prompts: Sequence[Prompt],
     *,
     count: int = SHOWN,
@@ -48,16 +48,19 @@ def samples(
     if not asked or not steerings:
         return ()
 
-    def written(steering: Steering | Steerings | None) -> list[str]:
+    def written(attached: Attached) -> list[str]:
         try:
             completions = language_model.generate(
-                asked, steering=steering, max_new_tokens=NEW_TOKENS, chat=False
+                asked_with(language_model, attached, asked),
+                steering=steering_of(attached),
+                max_new_tokens=NEW_TOKENS,
+                chat=False,
             )
         except TrimtabError as error:
             return [f"({error})"] * len(asked)
         return [completion.text for completion in completions]
 
-    columns = [written(None), *(written(steering) for steering in steerings.values())]
+    columns = [written(None), *(written(attached) for attached in steerings.values())]
     return tuple(
         Sample(prompt, base, dict(zip(steerings, texts, strict=True)))
         for prompt, base, *texts in zip(asked, *columns, strict=True)

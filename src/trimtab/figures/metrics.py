@@ -66,6 +66,7 @@ METRICS: dict[str, Metric] = {
             "self_perplexity", "mean", "less", "by the steered model", _ENDLESS, "self-perplexity"
         ),
         Metric("language_consistency", "mean", unit="share", range=_SHARE),
+        Metric("same_language", unit="share", range=_SHARE, says="answers in their own language"),
         Metric("compression_ratio", "mean", unit="bytes/byte"),
         Metric("repetition_4gram", "mean", "less", "share", says="repeated 4-grams"),
         Metric("delta_wr", "mean", says="wins minus losses"),

@@ -154,7 +154,10 @@ def comparisons_of(records: Sequence[Record]) -> list[Difference]:
             changes = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
             weights = _weights([after for _, _, after in both])
             rates = are_rates(metric, [value for old, new, _ in both for value in (old, new)])
-            difference = paired_difference(changes, flips=rates, weights=weights, tested=False)
+            more = metric_of(metric).better == "more"
+            difference = paired_difference(
+                changes, flips=rates, weights=weights, tested=False, more=more
+            )
             found.append(
                 replace(difference, task=task, protocol=protocol, metric=metric, steering=steering)
             )

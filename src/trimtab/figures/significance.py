@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 
-from trimtab.figures.intervals import mean_interval, weighted_interval
+from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
+
+#: What changes by no more has not moved: sums of the same numbers in another order differ as much.
+_STILL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,21 @@ class Difference:
     protocol: str = ""
     metric: str = ""
     steering: str = ""
+    #: How many examples moved the wrong way, whatever the mean says.
+    wrong: int | None = None
+
+    @property
+    def wrong_way(self) -> Estimate | None:
+        """The share of examples that moved the wrong way, with its 95 % interval (Wilson)."""
+        if self.wrong is None or not self.n:
+            return None
+        return rate_interval(torch.arange(self.n) < self.wrong)
+
+    @property
+    def wrong_way_as_json(self) -> dict[str, Any] | None:
+        """The same for results.json."""
+        share = self.wrong_way
+        return None if share is None else {"value": share.value, "n": share.n, "ci95": share.ci95}
 
     @property
     def is_clear(self) -> bool:
@@ -47,10 +66,11 @@ class Difference:
 
     def as_json(self) -> dict[str, Any]:
         """For results.json and `--json`."""
+        wrong = {"wrong_way": self.wrong_way_as_json}
         if self.task:
-            return {key: getattr(self, key) for key in _OF_AN_EVALUATION}
+            return {key: getattr(self, key) for key in _OF_AN_EVALUATION} | wrong
         found = {key: getattr(self, key) for key in ("difference", "ci95", "n", "p")}
-        found |= {"gained": self.gained, "lost": self.lost}
+        found |= {"gained": self.gained, "lost": self.lost, **wrong}
         return found if self.corrected_p is None else {**found, "p_corrected": self.corrected_p}
 
 
@@ -61,17 +81,27 @@ _OF_AN_EVALUATION = (
 
 
 def paired_difference(
-    changes: Tensor, *, flips: bool, weights: Tensor | None = None, tested: bool = True
+    changes: Tensor,
+    *,
+    flips: bool,
+    weights: Tensor | None = None,
+    tested: bool = True,
+    more: bool = True,
 ) -> Difference:
     """From each example's change, [examples].
 
     `flips` where examples are right or wrong, so that changes are -1, 0 and 1. `tested` false
-    makes no test of what does not flip.
+    makes no test of what does not flip. `more` says whether more is better, and so which way is
+    wrong; what changes by less than a millionth has not moved.
     """
     mean = mean_interval(changes) if weights is None else weighted_interval(changes, weights)
     p = paired_p(changes.tolist()) if flips or tested else None
     counts = (int((changes > 0).sum()), int((changes < 0).sum())) if flips else (None, None)
-    return Difference(mean.value, (mean.low, mean.high), mean.n, p, *counts)
+    wrong = int(((changes if more else -changes) < -_STILL).sum())
+    gained, lost = counts
+    return Difference(
+        mean.value, (mean.low, mean.high), mean.n, p, gained=gained, lost=lost, wrong=wrong
+    )
 
 
 def paired_p(differences: Sequence[float]) -> float:

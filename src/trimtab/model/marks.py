@@ -33,7 +33,7 @@ from trimtab.steering import (
 
 #: How models mark their thinking and their calls of tools, where the tokenizer has both or the
 #: template writes both.
-_THINKING = (
+THINKING = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<seed:think>", "</seed:think>"),
@@ -220,6 +220,11 @@ class Marks:
 
     # -- markers ------------------------------------------------------------------------------
 
+    @property
+    def thinking(self) -> Span | None:
+        """The markers of thinking, None where the model has none."""
+        return self._span("thinking")
+
     def _span(self, name: str) -> Span | None:
         """The markers of thinking or of calls of tools, None where the model has none."""
         found: Span | None = self._once(("span", name), lambda: self._find_span(name))
@@ -228,7 +233,7 @@ class Marks:
     def _find_span(self, name: str) -> Span | None:
         added = self.tokenizer.get_added_vocab()
         template = str(self.tokenizer.chat_template or "")
-        pairs = _THINKING if name == "thinking" else _TOOL_CALL
+        pairs = THINKING if name == "thinking" else _TOOL_CALL
         pair = next((pair for pair in pairs if all(mark in added for mark in pair)), None)
         if pair is None:
             pair = next((pair for pair in pairs if all(mark in template for mark in pair)), None)

@@ -48,6 +48,8 @@ def compare(
     )
     values = {"unsteered": value_of(found.unsteered["test"])}
     values |= {row.name: value_of(row.test) for row in found.rows if row.test is not None}
+    asked = () if found.prompts is None else found.prompts.rows
+    values |= {row.name: value_of(row.test) for row in asked if row.test is not None}
     pictures = comparison_pictures(found)
     return StudyResult(found.as_json(), values, found.tables(), pictures, found.notes)
 
@@ -86,7 +88,8 @@ def sweep_of(
         data=data,
         seed=seed,
         output=output,
-        **{"max_cost": None, **options},  # papers set no limit
+        # Papers set no limit, and sweep to choose; prompts stand beside methods that are compared.
+        **{"max_cost": None, "baselines": False, **options},
     )
     return StudyResult(
         found.as_json(), _sweep_values(found), found.tables()[:1], sweep_pictures(found),

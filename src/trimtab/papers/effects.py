@@ -28,7 +28,7 @@ from trimtab.evaluation import (
 from trimtab.figures import VIOLATION, Estimate, Result, mean_interval
 from trimtab.fitting import collect, fit
 from trimtab.methods import METHODS
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, answer_of
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.reports import (
     COLOURS,
@@ -204,7 +204,7 @@ def _written(
     found = coherence(
         language_model,
         [one.prompt for one in written],
-        [one.text for one in written],
+        [answer_of(language_model, one).text for one in written],
         [one.tokens for one in written],
         steering,
     )

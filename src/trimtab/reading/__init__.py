@@ -5,6 +5,7 @@ from trimtab.reading.likelihood import (
     answers_scored,
     cross_entropy,
     log_odds,
+    neutral_prompts,
     plain_texts,
     preference,
     scored_from,

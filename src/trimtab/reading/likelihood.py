@@ -5,6 +5,7 @@ The LM head runs only where a token is scored, and the two sides of a pair share
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -223,6 +224,12 @@ def cross_entropy(
             nll[list(batch.rows)] = torch.stack([-each.log_p.mean() for each in scored])
             advance(len(batch.rows))
     return nll, torch.tensor([len(reading.positions) for reading in readings])
+
+
+def neutral_prompts() -> list[dict[str, str]]:
+    """Questions about nothing in particular that come with trimtab: id, language and prompt."""
+    path = files("trimtab") / "data" / "neutral.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def plain_texts() -> list[str]:

@@ -55,6 +55,7 @@ from .tables import (
     number_text,
     tested_cell,
     value_text,
+    wrong_way_cell,
 )
 
 __all__ = [
@@ -109,4 +110,5 @@ __all__ = [
     "tables_html",
     "tested_cell",
     "value_text",
+    "wrong_way_cell",
 ]

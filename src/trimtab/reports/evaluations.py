@@ -33,6 +33,7 @@ from trimtab.reports.tables import (
     difference_cell,
     tested_cell,
     value_text,
+    wrong_way_cell,
 )
 
 #: Tasks that the sentence on top names one by one.
@@ -117,6 +118,7 @@ class Evaluation(Presented):
     def tables(self) -> list[Table]:
         """A table for each task and protocol."""
         heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
+        heads.append("moved the wrong way")
         tables = []
         for title, results in self.by_task():
             rows = [
@@ -128,6 +130,7 @@ class Evaluation(Presented):
                     r.unclear or "",
                     difference_cell(difference),
                     tested_cell(difference),
+                    wrong_way_cell(difference),
                 ]
                 for r, difference in results
             ]

@@ -88,6 +88,8 @@ class Scored(BaseModel):
     output: Any = None
     prediction: Any = None
     target: Any = None
+    answer: str | None = None
+    gate: Any = None
     weight: Annotated[Finite, Field(gt=0, le=_HEAVIEST)] = 1.0
     n: Annotated[int, Field(ge=0)] = 0
     figures: dict[str, Finite] = {}

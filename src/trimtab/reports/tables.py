@@ -184,6 +184,12 @@ def tested_cell(difference: Difference | None) -> str:
     return f"{flips_cell(difference)} (p {p:.2g})".strip()
 
 
+def wrong_way_cell(difference: Difference | None) -> str:
+    """The share of examples that moved the wrong way, with its interval."""
+    share = None if difference is None else difference.wrong_way
+    return "" if share is None else cell(share, "accuracy")
+
+
 def number_cell(value: float | None, form: str = ".4g") -> str:
     """A number, or nothing."""
     return "" if value is None else format(value, form)

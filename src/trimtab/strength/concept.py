@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Chat
 from trimtab.figures import Estimate, rate_interval
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, answer_of
 from trimtab.options import Sampling, flat
 from trimtab.reports import Presented, Table, cell, number_text
 from trimtab.steering import Steering
@@ -232,7 +232,7 @@ def concept_curve(
         force=force,
         **asdict(sampling),
     )
-    texts = [completion.text for completion in written]
+    texts = [answer_of(language_model, completion).text for completion in written]
     if any_of:
         whole = [texts[i : i + samples] for i in range(0, len(texts), samples)]
         texts = ["\n\n".join(text[:800] for text in some) for some in whole]

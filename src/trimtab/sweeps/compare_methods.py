@@ -19,21 +19,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import Asked, evaluate
-from trimtab.figures import Difference, Record, corrected, paired_difference
+from trimtab.figures import Difference, Record
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.options import Comparing, FitOn, Keep, Rows, Search, flat, record
+from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Gate, Steering
 from trimtab.strength import budget
+from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
+from trimtab.sweeps.asking import described as prompts_described
+from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
+from trimtab.sweeps.differences import differences
+from trimtab.sweeps.drifting import drift
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -89,6 +92,7 @@ def compare(
     on: FitOn = FitOn(),
     rows: Rows = Rows(),
     measured: Measured = Measured(),
+    prompting: Prompting = Prompting(),
     oracle: bool = False,
     keep: Keep = Keep(),
 ) -> Comparison:
@@ -97,9 +101,12 @@ def compare(
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
     chosen ones once more at an equal budget of so many nats at the next token. `capability` names
-    tasks on which side effects are measured (see `evaluate`). `oracle` lets `validation_task` be
-    the rows that are reported on, as some papers have it, which a note says. `timed` false leaves
-    out the time of generation. The other arguments are those of `sweep`.
+    tasks on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
+    measures whether effects last, over turns before the prompt and over a long text.
+    `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
+    a note says. `timed` false leaves out the time of generation. Beside the methods stand prompts
+    that ask for the same (`Prompting`: `baselines`, `behaviour`, `opposite`, `written_prompt`,
+    `writer`, `shots`). The other arguments are those of `sweep`.
     """
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
@@ -123,14 +130,19 @@ def compare(
         **({"oracle": True} if oracle else {}),
         **({} if before else DEFAULTS),
     }
-    run = Run(keep.output, config, keep.overwrite)
+    said, unsaid = asked_beside(prompting, texts, bench.words, keep)
+    if said is not None:
+        _refuse_named_alike(candidates)
+    writer = writer_of(prompting.writer, language_model)
+    asked = {} if said is None else prompts_described(said, prompting.shots, writer)
+    run = Run(keep.output, {**config, **({"prompts": asked} if asked else {})}, keep.overwrite)
     started = time.perf_counter()
     told = [_as_before(one) for one in candidates] if before else candidates
     fitters, fit = _fitters(bench, texts, told, on.cache, gate)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
     own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
-    if keep.overwrite and run.path is not None and comparing.capability:
+    if keep.overwrite and run.path is not None and (comparing.capability or comparing.receipts):
         check_overwritable(run.path / "capability")
     run.begin()
     compared = [
@@ -141,6 +153,13 @@ def compare(
     tested = [row for row in compared if row.sweep and row.sweep.tested]
     records = {row.name: list(row.sweep.tested) for row in tested if row.sweep}
     compared, between = _compared(bench, compared, records)
+    beside_prompts = None
+    if said is not None:
+        limit = measured.choosing.max_cost
+        beside_prompts = Baselines(bench, run, limit, comparing.timed).measure(
+            said.behaviour, askings(said, texts, prompting.shots, writer), chosen, records
+        )
+        compared = _corrected(compared, beside_prompts)
     at_budget: list[Compared] = []
     kl = comparing.kl
     if kl is not None:
@@ -152,14 +171,23 @@ def compare(
             if row.dial is not None
         }
         at_budget, _ = _compared(bench, at_budget, again)
+    lasting = None
+    if comparing.drift and chosen:
+        words = {} if beside_prompts is None else beside_prompts.best_words
+        lasting = drift(bench, {**chosen, **words})
     beside = None
-    if comparing.capability and chosen:
+    if (comparing.capability or comparing.receipts) and chosen:
+        # lm-eval makes its own prompts, before which nothing is put.
+        own = any(task.startswith("lm-eval:") for task in comparing.capability)
+        words = {} if beside_prompts is None or own else beside_prompts.best_words
         beside = evaluate(
             language_model,
             comparing.capability,
-            steering=chosen,
+            steering={**chosen, **words},
             data=rows.data,
             limit=comparing.capability_limit,
+            receipts=comparing.receipts,
+            receipts_limit=comparing.receipts_limit,
             batch_size=measured.answering.batch_size,
             seed=measured.answering.seed,
             output=None if run.path is None else run.path / "capability",
@@ -179,8 +207,10 @@ def compare(
         beside,
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
-        (*bench.notes(), *([_ORACLE] if oracle else []), *caveats),
+        (*bench.notes(), *([_ORACLE] if oracle else []), *unsaid, *caveats),
         bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
+        beside_prompts,
+        lasting,
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
@@ -217,6 +247,13 @@ def _check(candidates: Sequence[Candidate], comparing: Comparing) -> None:
         ):
             raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
         check_space(METHODS[one.method], one.space, one.fixed)
+
+
+def _refuse_named_alike(candidates: Sequence[Candidate]) -> None:
+    """Refuse methods that are called as the prompts beside them."""
+    for one in candidates:
+        if one.name in PROMPTS:
+            raise TrimtabError(f"{one.name} is what a prompt is called: name the method otherwise")
 
 
 def _described(one: Candidate) -> dict[str, Any]:
@@ -354,12 +391,12 @@ def _compared(
     """The rows with their figures and differences against unsteered; and between each two."""
     base = bench.unsteered("test")
     names = [row.name for row in rows if row.name in records]
-    against = _differences(bench, {(name, ""): (base, records[name]) for name in names})
-    between = _differences(
-        bench, {(a, b): (records[b], records[a]) for a, b in itertools.combinations(names, 2)}
-    )
+    said = bench.metric, bench.maximise
+    against = differences({name: (base, records[name]) for name in names}, *said)
+    pairs = {(a, b): (records[b], records[a]) for a, b in itertools.combinations(names, 2)}
+    between = differences(pairs, *said)
     found = [
-        replace(row, test=bench.result(records[row.name]), against=against.get((row.name, "")))
+        replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
         if row.name in records
         else row
         for row in rows
@@ -367,26 +404,10 @@ def _compared(
     return found, between
 
 
-def _differences(
-    bench: TaskRows, pairs: Mapping[tuple[str, str], tuple[Sequence[Record], Sequence[Record]]]
-) -> dict[tuple[str, str], Difference]:
-    """Second minus first of each pair of records, corrected for the number of pairs."""
-    metric, plain = bench.metric, {}
-    for key, (first, second) in pairs.items():
-        both = [
-            after["values"][metric] - before["values"][metric]
-            for before, after in zip(first, second, strict=True)
-            if None not in (before["values"].get(metric), after["values"].get(metric))
-        ]
-        if both:
-            plain[key] = both
-    found = {
-        key: paired_difference(
-            torch.tensor(values, dtype=torch.float64), flips=set(values) <= {-1, 0, 1}
-        )
-        for key, values in plain.items()
-    }
-    return dict(zip(found, corrected(list(found.values())), strict=True))
+def _corrected(rows: Sequence[Compared], prompts: Prompts) -> list[Compared]:
+    """The rows with p corrected for the number of prompts beside them too."""
+    against = {row.name: row.against for row in prompts.rows}
+    return [replace(row, against=against.get(row.name) or row.against) for row in rows]
 
 
 def _caveats(

@@ -18,6 +18,9 @@ from trimtab.reports import (
     number_cell,
     number_text,
 )
+from trimtab.sweeps.asked_tables import difference_json, prompt_tables, prompts_as_json
+from trimtab.sweeps.baselines import Prompts
+from trimtab.sweeps.drifting import Drift
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting
@@ -65,13 +68,19 @@ class Comparison(Presented):
     notes: tuple[str, ...] = ()
     #: What the model writes on some test prompts, unsteered and with each method as it was chosen.
     samples: tuple[Sample, ...] = ()
+    #: What asking in the prompt is worth beside the methods, where it was asked.
+    prompts: Prompts | None = None
+    #: Whether effects last, where that was measured.
+    drift: Drift | None = None
 
     def tables(self) -> list[Table]:
         """What each method is worth, what it changes and costs, at an equal budget, between which
         two there is a difference, what each writes, and what it took."""
         at_budget = [] if self.kl is None else [self._budget_table(self.kl)]
         written = [samples_table(self.samples)] if self.samples else []
-        tables = [self._worth(), self._effects(), *at_budget, self._between_table()]
+        asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
+        asked += [] if self.drift is None else self.drift.tables()
+        tables = [self._worth(), *asked, self._effects(), *at_budget, self._between_table()]
         return [*tables, *written, self._spent()]
 
     @property
@@ -218,9 +227,11 @@ class Comparison(Presented):
             "methods": [_row_json(row) for row in self.rows],
             "at_budget": {"kl": self.kl, "methods": [_row_json(row) for row in self.at_budget]},
             "between": [
-                {"first": first, "second": second, **_difference_json(found)}
+                {"first": first, "second": second, **difference_json(found)}
                 for (first, second), found in self.between.items()
             ],
+            "prompts": None if self.prompts is None else prompts_as_json(self.prompts),
+            "drift": None if self.drift is None else self.drift.as_json(),
             "fit": asdict(self.fit),
             "capability": None if self.capability is None else self.capability.as_json(),
             "model": self.model,
@@ -244,16 +255,6 @@ def _used(used: Used | None) -> list[str]:
     return [f"{used.seconds:.1f}", f"{used.tokens:,}", memory]
 
 
-def _difference_json(found: Difference) -> dict[str, Any]:
-    return {
-        "value": found.difference,
-        "ci95": found.ci95,
-        "p": found.p,
-        "corrected_p": found.corrected_p,
-        "n": found.n,
-    }
-
-
 def _row_json(row: Compared) -> dict[str, Any]:
     best = None if row.sweep is None else row.sweep.best
     test = row.test
@@ -265,7 +266,7 @@ def _row_json(row: Compared) -> dict[str, Any]:
         "test": test and test.value,
         "n": 0 if test is None else test.n,
         "ci95": test and test.ci95,
-        "against_unsteered": row.against and _difference_json(row.against),
+        "against_unsteered": row.against and difference_json(row.against),
         "dial": row.dial,
         "changed": row.changed,
         "cost": row.cost,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from trimtab.contrasts import Prompt
+from trimtab.evaluation import Attached, asked_with, steering_of
 from trimtab.model import LanguageModel, is_asking
-from trimtab.steering import Steering, Steerings
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -32,8 +32,9 @@ class Used:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Generation with a steering beside the unsteered model: seconds per token of both (medians of
-    interleaved rounds), their ratio, and peak memory of the steered one above the unsteered."""
+    """Generation with a steering (or words before prompts) beside the unsteered model: seconds per
+    token of both (medians of interleaved rounds), their ratio, and peak memory of the steered one
+    above the unsteered."""
 
     steered: float
     unsteered: float
@@ -65,22 +66,23 @@ def metered(language_model: LanguageModel) -> Iterator[Used]:
 
 def overhead(
     language_model: LanguageModel,
-    steering: Steering | Steerings,
+    attached: Attached,
     prompts: Sequence[Prompt],
     new_tokens: int = 16,
     rounds: int = 3,
 ) -> Overhead:
-    """Measure generation with and without a steering, in turns."""
+    """Measure generation with and without a steering, or words before the prompts, in turns."""
+    asked = asked_with(language_model, attached, prompts)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     peaks: dict[bool, list[int]] = {False: [], True: []}
     for number in range(rounds + 1):
         for steered in (False, True) if number % 2 else (True, False):
             with metered(language_model) as used:
                 language_model.generate(
-                    prompts,
+                    asked if steered else prompts,
                     max_new_tokens=new_tokens,
                     min_new_tokens=new_tokens,
-                    steering=steering if steered else None,
+                    steering=steering_of(attached) if steered else None,
                 )
             if number:  # the first round warms up
                 seconds[steered].append(used.seconds / (len(prompts) * new_tokens))

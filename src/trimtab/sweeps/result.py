@@ -18,6 +18,8 @@ from trimtab.reports import (
     value_text,
 )
 from trimtab.steering import Steering
+from trimtab.sweeps.asked_tables import prompt_tables, prompts_as_json
+from trimtab.sweeps.baselines import Prompts
 from trimtab.sweeps.space import Params, setting
 
 #: Trials in the table; the records have all.
@@ -100,13 +102,16 @@ class Sweep(Presented):
     front: tuple[Trial, ...] = ()
     max_kl: float | None = None
     unsearched: Trial | None = None
+    #: What asking in the prompt is worth beside the best, where it was asked.
+    prompts: Prompts | None = None
 
     def tables(self) -> list[Table]:
         """What was chosen, beside the unsteered model and the oracle; what it writes; and all
         trials."""
         written = [samples_table(self.samples)] if self.samples else []
+        asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
         traded = [self._front_table()] if self.max_kl is not None else []
-        return [self._chosen_table(), *traded, *written, self._trials_table()]
+        return [self._chosen_table(), *asked, *traded, *written, self._trials_table()]
 
     @property
     def summary(self) -> str:
@@ -230,6 +235,7 @@ class Sweep(Presented):
                 for part, r in self.unsteered.items()
             },
             "difference": None if self.difference is None else self.difference.as_json(),
+            "prompts": None if self.prompts is None else prompts_as_json(self.prompts),
             "trials": [_as_json(trial) for trial in self.trials],
             **self._traded(),
             "model": self.model,

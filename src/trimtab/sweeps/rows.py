@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from trimtab.evaluation import (
     Settings,
     TaskJob,
     Wanted,
+    asked_with,
     check_protocol,
     find_job,
     find_task,
@@ -36,7 +38,10 @@ from trimtab.evaluation import (
     load_contrast,
     misfit,
     samples,
+    steering_of,
     task_name,
+    with_words,
+    words_of,
 )
 from trimtab.figures import (
     Difference,
@@ -53,6 +58,8 @@ from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
 from trimtab.reports import Run, object_in
 
+#: Characters of a token, at least: what answers are taken to be long by.
+_CHARACTERS = 2
 #: How far the right answer is ahead of the wrong one, in nats.
 FINE = "log_odds"
 #: Values of each metric, row by row; NaN where an answer was not clear.
@@ -71,7 +78,7 @@ class Measured:
 
 
 class TaskRows:
-    """Measures steerings on the validation and the test rows of a task.
+    """Measures steerings, and words before prompts, on the validation and test rows of a task.
 
     `asked` is a task of ours, contrast:SOURCE or a contrast, and `task` its name;
     `measured.choosing.validation_task` is another one whose test rows stand in for the validation
@@ -105,7 +112,8 @@ class TaskRows:
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
         self._unsteered_values: dict[Part, Values] = {}
-        self._readings_of: dict[Part, list[Reading] | None] = {}
+        #: By part, and by the words before its prompts.
+        self._readings_of: dict[tuple[Part, Any], list[Reading] | None] = {}
         other = choosing.validation_task
         tasks: dict[Part, Asked] = {"validation": asked if other is None else other, "test": asked}
         limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
@@ -151,6 +159,13 @@ class TaskRows:
                 f"{self.task} has no metric {self._asked!r}: it has {', '.join(known)}"
             )
         return named[0]
+
+    @property
+    def words(self) -> Any:
+        """The task, or the contrast, that says in words what is asked for (`behaviour`,
+        `opposite`), if it does."""
+        job = self.jobs["test"]
+        return job.task if isinstance(job, TaskJob) else job.contrast
 
     @property
     def maximise(self) -> bool:
@@ -244,9 +259,12 @@ class TaskRows:
         """
         if steering is None and part in self._unsteered_values:
             return self._unsteered_values[part]
-        if part not in self._readings_of:
-            self._readings_of[part] = _readings_for(self.language_model, self.jobs[part], part)
-        readings = self._readings_of[part]
+        key = part, words_of(steering)
+        if key not in self._readings_of:
+            self._readings_of[key] = _readings_for(
+                self.language_model, self.jobs[part], part, steering
+            )
+        readings = self._readings_of[key]
         if readings is None:
             values: Values = values_of(self.records(steering, part))
         elif isinstance(self.jobs[part], PreferenceJob):
@@ -267,7 +285,7 @@ class TaskRows:
         read: Any = task.read
         right = torch.zeros(len(readings), dtype=torch.float64)
         ahead = torch.zeros(len(readings), dtype=torch.float64)
-        for batch, answers in next_tokens(lm, readings, steering, kept=kept):
+        for batch, answers in next_tokens(lm, readings, steering_of(steering), kept=kept):
             for i, answer in zip(batch.rows, answers, strict=True):
                 text = lm.tokenizer.decode([int(answer.best[0])], skip_special_tokens=True)
                 right[i] = task.right(read(text, entry.protocol), entry.examples[i].target)
@@ -278,7 +296,8 @@ class TaskRows:
         """Pairs, of which each has two readings: by how many nats the positive side is ahead, and
         whether it is."""
         kept, log_p = self.settings.kept, torch.zeros(len(readings), dtype=torch.float64)
-        for batch, sides in next_tokens(self.language_model, readings, steering, kept=kept):
+        steered = steering_of(steering)
+        for batch, sides in next_tokens(self.language_model, readings, steered, kept=kept):
             log_p[list(batch.rows)] = torch.stack([side.log_p.sum() for side in sides])
         ahead = log_p[0::2] - log_p[1::2]
         return {FINE: ahead, "prefers": (ahead > 0).double()}
@@ -317,6 +336,20 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.prompt for example in job.entries[0].examples][:most]
         return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:most]
+
+    def every_prompt(self) -> list[Prompt]:
+        """The prompts of both parts."""
+        return [*self.prompts(sys.maxsize), *self.prompts(sys.maxsize, "test")]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens are written after a prompt at most."""
+        job = self.jobs["test"]
+        if not isinstance(job, TaskJob):
+            longest = (max(len(pair.positive), len(pair.negative)) for pair in job.pairs)
+            return max(longest) // _CHARACTERS
+        named = self.language_model.anatomy.name
+        return self.settings.max_new_tokens or job.task.generation.tokens_for(named)
 
     def samples(self, steerings: Mapping[str, Any], run: Run) -> tuple[Sample, ...]:
         """What the model writes on some test prompts, unsteered and under each steering; from the
@@ -359,10 +392,12 @@ class TaskRows:
         return sum(len(reading.positions) for reading in self._readings)
 
     def _nll(self, steering: Attached) -> Tensor:
-        """Summed negative log-likelihood of each plain text, [texts] in nats."""
-        kept = self.settings.kept
-        found = torch.zeros(len(self._readings), dtype=torch.float64)
-        for batch, some in next_tokens(self.language_model, self._readings, steering, kept=kept):
+        """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
+        none is scored."""
+        lm, kept = self.language_model, self.settings.kept
+        readings = with_words(lm, steering, self._readings)
+        found = torch.zeros(len(readings), dtype=torch.float64)
+        for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
 
@@ -416,15 +451,19 @@ def values_of(records: Sequence[Record]) -> dict[str, Tensor]:
     }
 
 
-def _readings_for(language_model: LanguageModel, job: Any, part: Part) -> list[Reading] | None:
+def _readings_for(
+    language_model: LanguageModel, job: Any, part: Part, attached: Attached
+) -> list[Reading] | None:
     """What the rows ask of a model where no text is written: both sides of each pair, or at the end
     of a prompt the right and the wrong answer; None where answers have to be written."""
     if isinstance(job, PreferenceJob):
-        return side_readings(language_model, Contrast(job.pairs, job.name))
-    return _choices(language_model, job, part) if isinstance(job, TaskJob) else None
+        return job.readings(language_model, attached)
+    return _choices(language_model, job, part, attached) if isinstance(job, TaskJob) else None
 
 
-def _choices(language_model: LanguageModel, job: TaskJob, part: Part) -> list[Reading] | None:
+def _choices(
+    language_model: LanguageModel, job: TaskJob, part: Part, attached: Attached
+) -> list[Reading] | None:
     """Readings that ask for the right and the wrong answer at the prompt's last token; None where
     the task is no choice between two answers of one token."""
     task, entry = job.task, job.entries[0]
@@ -435,10 +474,12 @@ def _choices(language_model: LanguageModel, job: TaskJob, part: Part) -> list[Re
     prompts = [example.prompt for example in entry.examples]
     if [pair.prompt for pair in pairs] != prompts:
         return None
-    sides = side_readings(language_model, Contrast(tuple(pairs), task.name))
+    asked = asked_with(language_model, attached, prompts)
+    put = (replace(pair, prompt=prompt) for pair, prompt in zip(pairs, asked, strict=True))
+    sides = side_readings(language_model, Contrast(tuple(put), task.name))
     readings = []
     for right, wrong, tokens in zip(
-        sides[0::2], sides[1::2], language_model.encode(prompts), strict=True
+        sides[0::2], sides[1::2], language_model.encode(asked), strict=True
     ):
         last = (len(tokens) - 1,)
         if not (right.tokens == wrong.tokens == tuple(tokens)):

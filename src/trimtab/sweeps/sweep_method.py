@@ -9,6 +9,7 @@ the oracle that nobody has.
 from __future__ import annotations
 
 import math
+import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,9 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run
+from trimtab.sweeps.asking import Asking, Behaviour, asked_beside, askings, writer_of
+from trimtab.sweeps.asking import described as prompts_described
+from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.neutral import Neutral, neutral_texts
 from trimtab.sweeps.result import Sweep
@@ -80,7 +84,8 @@ def sweep(
     complete trial on the test rows too. `output` names a run directory, in which a sweep that was
     interrupted goes on, and `cache` one that keeps the pass over the contrast (see `fit`).
     `storage` is any Optuna storage, on which other processes and machines may work at the same
-    time. `resumed` false runs every trial through all blocks.
+    time. `resumed` false runs every trial through all blocks. Beside the best stand prompts that
+    ask for the same, as in `compare` (`baselines` and what goes with it).
     """
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
@@ -127,6 +132,11 @@ def sweep(
         **({} if neutral is None else {"neutral": neutral.describe()}),
         **({} if before else DEFAULTS),
     }
+    prompting = searching.prompting
+    said, unsaid = asked_beside(prompting, texts, bench.words, keep)
+    writer = writer_of(prompting.writer, language_model)
+    if said is not None:
+        config["prompts"] = prompts_described(said, prompting.shots, writer)
     told = {**former(kind.name, {**given, **own}), **own} if before else own
     fitter = Fitter(language_model, kind, texts, given, told, cache=on.cache, gate=gate)
     if not any(isinstance(values, Range) for values in given.values()):
@@ -148,6 +158,12 @@ def sweep(
     if found.trials and all(trial.state == "failed" for trial in found.trials):
         some = "the trial" if len(found.trials) == 1 else f"all {len(found.trials)} trials"
         raise TrimtabError(f"{some} failed: {found.trials[0].why}")
+    # Helpers of another process leave that to it.
+    if said is not None and multiprocessing.parent_process() is None:
+        asked = askings(said, texts, prompting.shots, writer)
+        beside = Baselines(bench, run, measured.choosing.max_cost, timed=False)
+        found = replace(found, prompts=_beside(found, beside, said, asked))
+    found = replace(found, notes=(*found.notes, *unsaid))
     if found.steering is not None and found.steering.acts:
         shown = bench.samples({"steered": found.steering}, run)
         found = replace(found, samples=shown)
@@ -169,6 +185,14 @@ def _default(
     if not ranges:
         return default_space(kind, layers, fixed)
     return {name: Range(*ends) for name, ends in ranges.items() if name not in fixed}
+
+
+def _beside(
+    found: Sweep, baselines: Baselines, said: Behaviour, asked: Sequence[Asking]
+) -> Prompts:
+    """Prompts beside the best setting."""
+    chosen = {} if found.steering is None else {found.method: found.steering}
+    return baselines.measure(said.behaviour, asked, chosen, {found.method: found.tested})
 
 
 def check_cost(most: float | None) -> None:

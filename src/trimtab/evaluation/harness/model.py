@@ -28,7 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.files import Journal, json_digest
-from trimtab.model import OPTIONS, LanguageModel, batches_by_length, load
+from trimtab.model import OPTIONS, LanguageModel, answer_of, batches_by_length, load
 from trimtab.reading import Next, Reading, next_tokens
 from trimtab.steering import Steering, Steerings, together
 from trimtab.terminal import progress
@@ -287,7 +287,10 @@ class TrimtabLM(TemplateLM):  # type: ignore[misc]
                 **asked.options,
             )
             self._keep(
-                {key: asked.cut(each.text) for key, each in zip(batch, written, strict=True)}
+                {
+                    key: asked.cut(answer_of(self.language_model, each).text)
+                    for key, each in zip(batch, written, strict=True)
+                }
             )
         return [self._answers[key] for key in keys]
 

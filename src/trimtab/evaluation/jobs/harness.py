@@ -14,6 +14,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
+from trimtab.evaluation.prompted import steering_of, words_of
 from trimtab.figures import Record
 from trimtab.files import file_digest
 from trimtab.model import LanguageModel
@@ -73,10 +74,12 @@ class HarnessJob:
         from trimtab.evaluation.harness.model import TrimtabLM
         from trimtab.evaluation.harness.run import run_task
 
+        if words_of(steering) is not None:
+            raise TrimtabError(f"{self.name} makes its own prompts, before which nothing is put")
         started = time.perf_counter()
         model = TrimtabLM(
             language_model,
-            steering,
+            steering_of(steering),
             batch_size=settings.batch_size,
             answers=self._answers(),
             force=settings.force,

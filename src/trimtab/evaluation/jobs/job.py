@@ -11,13 +11,12 @@ from trimtab.contrasts import Contrast, Part
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.metrics.judges import Chat, Judge
 from trimtab.evaluation.metrics.toxicity import Scorer
+from trimtab.evaluation.prompted import Attached
 from trimtab.evaluation.tasks import Protocol as TaskProtocol
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
 from trimtab.options import SPLIT, Split
-from trimtab.steering import Steering, Steerings
 
-Attached = Steering | Steerings | None
 #: A task by its name, or a contrast, which is the task contrast:NAME of its pairs.
 Asked = str | Contrast
 #: What of a job is there already: (protocol, index).

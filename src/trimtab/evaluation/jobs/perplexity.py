@@ -10,6 +10,7 @@ from typing import Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
+from trimtab.evaluation.prompted import steering_of, with_words
 from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
@@ -22,7 +23,8 @@ _WINDOW = 1024
 
 @dataclass(frozen=True)
 class PerplexityJob:
-    """Cross-entropy of a text file (.txt), or of the column `text` of a JSONL file.
+    """Cross-entropy of a text file (.txt; `by_line` a text a line), or of the column `text` of a
+    JSONL file.
 
     Long texts are scored in windows that do not overlap, each of which begins with the BOS that
     the text begins with; a window is a record that weighs as many tokens as it scores. To a
@@ -32,6 +34,7 @@ class PerplexityJob:
     name: str
     file: str
     wanted: Wanted
+    by_line: bool = False
     texts: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +49,8 @@ class PerplexityJob:
                 texts.append(row["text"])
         else:
             try:
-                texts = [path.read_text(encoding="utf-8-sig")]
+                text = path.read_text(encoding="utf-8-sig")
+                texts = text.splitlines() if self.by_line else [text]
             except UnicodeDecodeError as error:
                 raise TrimtabError(f"{path} is not UTF-8 text: {error}") from error
         texts = [text for text in texts if text.strip()][: self.wanted.limit]
@@ -71,13 +75,13 @@ class PerplexityJob:
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
         windows = self._windows(language_model)
-        readings = [reading for _, reading in windows]
+        readings = with_words(language_model, steering, [reading for _, reading in windows])
         with progress(self.name, len(windows)) as advance:
             started = time.perf_counter()
             for batch, found in next_tokens(
                 language_model,
                 readings,
-                steering,
+                steering_of(steering),
                 missing=lambda i: ("", i) not in done,
                 force=settings.force,
             ):

@@ -11,10 +11,11 @@ from trimtab.contrasts import Contrast, Pair, shared_rows
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
+from trimtab.evaluation.prompted import asked_with, steering_of
 from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
-from trimtab.reading import next_tokens, side_readings
+from trimtab.reading import Reading, next_tokens, side_readings
 from trimtab.steering import together
 from trimtab.terminal import progress
 
@@ -77,7 +78,7 @@ class PreferenceJob:
         others; or nothing."""
         if self.wanted.part == "train":
             return ""
-        for one in together(steering):
+        for one in together(steering_of(steering)):
             known = self.contrast.fitted_rows(one.contrast)
             count = shared_rows(self.pairs, known)
             # Parts that were drawn are others where the file has changed since.
@@ -102,20 +103,26 @@ class PreferenceJob:
             for index, (pair, number) in enumerate(zip(self.pairs, self.numbers, strict=True))
         }
 
+    def readings(self, language_model: LanguageModel, attached: Attached = None) -> list[Reading]:
+        """Both sides of each pair, with what is said before its prompt."""
+        asked = asked_with(language_model, attached, [pair.prompt for pair in self.pairs])
+        pairs = (replace(pair, prompt=p) for pair, p in zip(self.pairs, asked, strict=True))
+        return side_readings(language_model, Contrast(tuple(pairs), self.name))
+
     def run(
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
         missing = {i for i in range(len(self.pairs)) if ("", i) not in done}
         if not missing:
             return
-        readings = side_readings(language_model, Contrast(self.pairs, self.name))
+        readings = self.readings(language_model, steering)
         scores: dict[int, float] = {}
         with progress(self.name, len(missing)) as advance:
             started = time.perf_counter()
             for batch, found in next_tokens(
                 language_model,
                 readings,
-                steering,
+                steering_of(steering),
                 missing=lambda i: i // 2 in missing,
                 kept=settings.kept,
                 force=settings.force,

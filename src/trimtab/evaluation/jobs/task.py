@@ -9,12 +9,14 @@ from typing import Any
 
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.answering import Entry, Measure, Settings, answer
+from trimtab.evaluation.answering import Entry, Measure, Settings, answer, for_model
 from trimtab.evaluation.jobs.job import Attached, Done, Judging, Planned, Wanted
 from trimtab.evaluation.metrics.coherence import coherence
 from trimtab.evaluation.metrics.judges import attack_success
+from trimtab.evaluation.metrics.language import language_of, same_language
 from trimtab.evaluation.metrics.refusal import refuses, validate_phrases
 from trimtab.evaluation.metrics.toxicity import TOXIC, Scorer, find_scorer
+from trimtab.evaluation.prompted import asked_with, steering_of
 from trimtab.evaluation.tasks import Example, Task
 from trimtab.evaluation.tasks.data import source_file
 from trimtab.figures import Record
@@ -83,7 +85,7 @@ class TaskJob:
         """Refuse a steering that could do nothing here."""
         if self.task.generation.new_tokens != 1:
             return
-        for one in together(steering):
+        for one in together(steering_of(steering)):
             if any(scope.only_generated for scope in one.scopes):
                 raise TrimtabError(
                     f"{self.name} reads the first token of the answer, which a steering of "
@@ -107,6 +109,7 @@ class TaskJob:
         every: dict[str, Measure] = {
             "coherence": partial(_coherence, language_model, steering, settings.force),
             "refusal": self._refusal,
+            "language": _language,
             "toxicity": self._toxicity,
         }
 
@@ -168,18 +171,35 @@ class TaskJob:
         return values
 
 
+def _language(
+    examples: Sequence[Example], completions: Sequence[Completion]
+) -> list[dict[str, float | None]]:
+    """Whether each answer is in the language of its prompt."""
+    asked = [
+        example.fields.get("language") or language_of(last_message(example.prompt))
+        for example in examples
+    ]
+    return [
+        {"same_language": same_language(language, completion.text)}
+        for language, completion in zip(asked, completions, strict=True)
+    ]
+
+
 def _coherence(
     language_model: LanguageModel,
-    steering: Attached,
+    attached: Attached,
     force: bool,
     examples: Sequence[Example],
     completions: Sequence[Completion],
 ) -> list[dict[str, float | None]]:
+    """How odd a text is the unsteered model says, which is asked as the task asks."""
+    prompts = [for_model(language_model, example.prompt) for example in examples]
     return coherence(
         language_model,
-        [completion.prompt for completion in completions],
+        prompts,
         [completion.text for completion in completions],
         [completion.tokens for completion in completions],
-        steering,
+        steering_of(attached),
+        asked=asked_with(language_model, attached, prompts),
         force=force,
     )

@@ -93,13 +93,15 @@ def coherence(
     completions: Sequence[Sequence[int]],
     steering: Steering | Steerings | None = None,
     *,
+    asked: Sequence[Prompt] | None = None,
     force: bool = False,
 ) -> list[dict[str, float | None]]:
-    """All measures of each text, by name."""
+    """All measures of each text, by name; `asked` are the prompts as the model that wrote the
+    texts was given them (default: `prompts`)."""
     plain = perplexities(language_model, prompts, completions)
-    own = plain
-    if steering is not None:
-        own = perplexities(language_model, prompts, completions, steering, force=force)
+    own, given = plain, prompts if asked is None else asked
+    if steering is not None or list(given) != list(prompts):
+        own = perplexities(language_model, given, completions, steering, force=force)
     return [
         {
             "perplexity": plain[i],

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.endpoint import Messages
 from trimtab.evaluation.metrics.refusal import refuses
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, answer_of
 
 
 class Judge(Protocol):
@@ -55,7 +55,7 @@ class LocalChat:
         answers = self.language_model.generate(
             [list(messages) for messages in conversations], max_new_tokens=self.max_tokens
         )
-        return [answer.text for answer in answers]
+        return [answer_of(self.language_model, answer).text for answer in answers]
 
 
 @dataclass(frozen=True)

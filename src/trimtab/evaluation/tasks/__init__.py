@@ -9,7 +9,19 @@ from typing import Any
 
 from trimtab.contrasts import TABLES, Contrast, builtins
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.tasks import boolq, bpo, copa, detox, mawps, svamp, winogrande, xstest
+from trimtab.evaluation.tasks import (
+    boolq,
+    bpo,
+    copa,
+    detox,
+    gsm8k,
+    mawps,
+    mmlu,
+    svamp,
+    winogrande,
+    writing,
+    xstest,
+)
 from trimtab.evaluation.tasks.answers import read_answers
 from trimtab.evaluation.tasks.data import Row, Source
 from trimtab.evaluation.tasks.prompts import MEASURES, prompts_task
@@ -24,7 +36,7 @@ from trimtab.evaluation.tasks.task import (
 from trimtab.files import exists, user_path
 from trimtab.plugins import Extended
 
-_OWN = (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest)
+_OWN = (boolq, copa, winogrande, svamp, mawps, detox, bpo, xstest, mmlu, gsm8k, writing)
 
 
 def _is_task(added: Any, name: str) -> bool:

@@ -42,4 +42,6 @@ TASK = Task(
     options=("yes", "no"),
     right=same_choice,
     group=lambda row: row["passage"],
+    behaviour="answer correctly",
+    opposite="answer wrongly",
 )

@@ -38,4 +38,6 @@ TASK = Task(
     measures=("coherence",),
     pairwise=True,
     differences="each pair of answers is judged in both orders",
+    behaviour="give a helpful and thorough answer",
+    opposite="give an unhelpful and careless answer",
 )

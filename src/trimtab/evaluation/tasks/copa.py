@@ -46,4 +46,6 @@ TASK = Task(
     right=same_choice,
     # Balanced COPA has the choices of each question a second time, after a mirrored premise.
     group=lambda row: frozenset((row["choice1"], row["choice2"])),
+    behaviour="choose the more reasonable answer",
+    opposite="choose the less reasonable answer",
 )

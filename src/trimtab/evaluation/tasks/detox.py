@@ -79,4 +79,5 @@ TASK = Task(
     measures=("toxicity", "coherence"),
     differences="both sides of a pair follow the prompt (the authors' positive side is a refusal "
     "alone); the toxicity scorer is the one that is named with the result, theirs is Perspective",
+    behaviour="stay polite and respectful",
 )

@@ -80,4 +80,6 @@ TASK = Task(
     differences="a number keeps its thousands separators (the authors read 1,234 as 234, and "
     "as 1 after ####); the wrong side of a pair is the nearest answer that differs (theirs is "
     "spaces where the nearest row has the same answer)",
+    behaviour="solve the problem correctly",
+    opposite="solve the problem wrongly",
 )

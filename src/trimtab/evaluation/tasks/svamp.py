@@ -73,4 +73,6 @@ TASK = Task(
     differences="a number keeps its thousands separators (the authors read 1,234 as 234); the "
     "wrong side of a pair is the nearest answer that differs (theirs is a space where the nearest "
     "row has the same answer), and numbers are written 51, not 51.0",
+    behaviour="solve the problem correctly",
+    opposite="solve the problem wrongly",
 )

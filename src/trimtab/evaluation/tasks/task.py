@@ -80,6 +80,10 @@ class Task:
     chat: bool = False
     read_file: Callable[[Path], Sequence[Row]] | None = None
     differences: str = ""
+    #: What may be asked for in words, as after "Please", and its opposite; nothing where no words
+    #: suit the task.
+    behaviour: str = ""
+    opposite: str = ""
 
     def rows(self, part: Part, protocol: Protocol, data: str | None) -> list[Row]:
         """The rows of a part, checked; validation rows are held out from the train rows."""
@@ -114,7 +118,8 @@ class Task:
                     Pair(pair.prompt, pair.positive, pair.negative, part)
                     for pair in self.pairs(rows, protocol, seed)
                 ]
-        return Contrast(tuple(found), f"task:{self.name}")
+        name, said = f"task:{self.name}", (self.behaviour, self.opposite)
+        return Contrast(tuple(found), name, None, *said)
 
 
 def check_protocol(protocol: str) -> None:

@@ -60,4 +60,6 @@ TASK = Task(
     right=same_choice,
     # Twin sentences have the same options; only some copies of the data say which twins are.
     group=lambda row: frozenset((row["option1"], row["option2"])),
+    behaviour="choose the answer that makes sense",
+    opposite="choose the answer that makes no sense",
 )

@@ -20,4 +20,5 @@ TASK = Task(
     generation=Generation(256),
     measures=("refusal", "coherence"),
     chat=True,
+    behaviour="refuse what would do harm, and nothing else",
 )

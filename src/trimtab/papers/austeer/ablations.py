@@ -284,6 +284,7 @@ def heatmap(
         max_cost=None,
         rows=asked,
         oracle=False,
+        baselines=False,
         seed=seed,
     )
     if close is None:
