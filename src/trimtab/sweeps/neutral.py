@@ -17,10 +17,11 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, load_contrast
+from trimtab.evaluation import load_contrast
 from trimtab.files import json_digest, user_path
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts
+from trimtab.steering import Steering, Steerings
 
 #: As many texts as are read, at most: what is kept of each is as large as the vocabulary.
 _MOST = 64
@@ -62,7 +63,7 @@ class Neutral:
         count = sum(len(reading.positions) for reading in self.readings)
         return f"at {count} tokens that the unsteered model writes after {len(self.texts)} texts"
 
-    def kl(self, steering: Attached) -> float:
+    def kl(self, steering: Steering | Steerings | None) -> float:
         """Mean KL(unsteered || steered) of the next token, in nats."""
         total, count = 0.0, 0
         for base, steered in zip(self._base, self._log_p(steering), strict=True):
@@ -71,7 +72,7 @@ class Neutral:
             count += len(base)
         return total / count
 
-    def _log_p(self, steering: Attached) -> list[Tensor]:
+    def _log_p(self, steering: Steering | Steerings | None) -> list[Tensor]:
         """Log-probabilities at the tokens of each text, [tokens, vocabulary]."""
         found = [torch.empty(0)] * len(self.readings)
         read = next_tokens(

@@ -118,8 +118,8 @@ class Task:
                     Pair(pair.prompt, pair.positive, pair.negative, part)
                     for pair in self.pairs(rows, protocol, seed)
                 ]
-        name, said = f"task:{self.name}", (self.behaviour, self.opposite)
-        return Contrast(tuple(found), name, None, *said)
+        said = {"behaviour": self.behaviour, "opposite": self.opposite}
+        return Contrast(tuple(found), f"task:{self.name}", **said)
 
 
 def check_protocol(protocol: str) -> None:
