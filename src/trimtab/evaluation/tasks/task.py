@@ -118,8 +118,9 @@ class Task:
                     Pair(pair.prompt, pair.positive, pair.negative, part)
                     for pair in self.pairs(rows, protocol, seed)
                 ]
-        said = {"behaviour": self.behaviour, "opposite": self.opposite}
-        return Contrast(tuple(found), f"task:{self.name}", **said)
+        return Contrast(
+            tuple(found), f"task:{self.name}", behaviour=self.behaviour, opposite=self.opposite
+        )
 
 
 def check_protocol(protocol: str) -> None:
