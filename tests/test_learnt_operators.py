@@ -3,6 +3,7 @@ step, and what the steering does of what was learnt."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import trimtab.training.trainer as trainer
 from effects_by_hand import fresh, in_float64
 from helpers import block, hand_hooked, language_model, refused_in_one_line, token_ids
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.methods.asking import asked
 from trimtab.methods.loreft import Subspaces, orthonormal_rows
 from trimtab.methods.psr import Imitation
 from trimtab.methods.reft import latents_of
 from trimtab.methods.trained import TrainedMethod
+from trimtab.model import asked
 from trimtab.steering import Affine, Respond
 from trimtab.training import Run, Texts
 from trimtab.training.passes import Passes
@@ -401,14 +402,26 @@ def test_an_interrupted_training_ends_in_the_same_bits(
 # -- texts, words, refusals ------------------------------------------------------------------------
 
 
+def test_what_a_contrast_says_of_itself_is_asked_for() -> None:
+    lm = language_model("llama")
+    said = replace(CONTRAST, behaviour="be glad")
+    own, given = (
+        tt.PSR(ask=ask, layer=1, steps=2).fit(lm, said) for ask in (None, "Please be glad.")
+    )
+    for mine, other in zip(own.interventions, given.interventions, strict=True):
+        assert torch.equal(mine.operator.vector, other.operator.vector)
+    silent = replace(CONTRAST, behaviour="")
+    refused_in_one_line(lambda: tt.PSR(layer=1).fit(lm, silent), "does not say what its positive")
+
+
 def test_what_is_asked_for_goes_before_the_prompt() -> None:
     lm = language_model("llama")
     chat = (("user", "How are you?"),)
-    assert asked(lm, "Today", ASK) == "Be glad.\n\nToday"
-    assert asked(lm, "<s>Today", ASK) == "<s>Be glad.\n\nToday"
-    assert asked(lm, chat, ASK) == (("system", ASK), *chat)
+    assert asked(lm, ["Today"], ASK)[0] == "Be glad.\n\nToday"
+    assert asked(lm, ["<s>Today"], ASK)[0] == "<s>Be glad.\n\nToday"
+    assert asked(lm, [chat], ASK)[0] == (("system", ASK), *chat)
     own = (("system", "You are old."), *chat)
-    assert asked(lm, own, ASK) == (("system", "You are old.\n\nBe glad."), *chat)
+    assert asked(lm, [own], ASK)[0] == (("system", "You are old.\n\nBe glad."), *chat)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -416,7 +429,7 @@ def test_what_is_asked_for_goes_before_the_prompt() -> None:
         "{{ message['content'] }}\n{% endfor %}"
     )
     without = tt.wrap(tiny_model("llama"), tokenizer, "none")
-    assert asked(without, chat, ASK) == (("user", "Be glad.\n\nHow are you?"),)
+    assert asked(without, [chat], ASK)[0] == (("user", "Be glad.\n\nHow are you?"),)
 
 
 def test_psr_of_conversations(lm: tt.LanguageModel) -> None:
@@ -442,7 +455,7 @@ def test_settings_that_do_not_fit(lm: tt.LanguageModel) -> None:
         ("the model takes 256: ask in fewer words", tt.PSR(ask=ASK * 200), CONTRAST),
     ):
         refused_in_one_line(lambda m=method, c=contrast: m.fit(lm, c), says)  # type: ignore[misc]
-    refused_in_one_line(lambda: tt.PSR(ask=" "), "psr: say what to ask for")
+    refused_in_one_line(lambda: tt.PSR(ask=" "), "psr: ask is empty: say what to ask for")
     refused_in_one_line(lambda: tt.ReFT(top=0), "top must be 1 or more, not 0")
     refused_in_one_line(lambda: tt.ReFT(penalty=-1.0), "penalty must be 0 or more, not -1")
     trained = tt.LoReFT(positions="all", layer=1, steps=2).fit(lm, TEXTS, measure=False)

@@ -374,7 +374,7 @@ def test_other_settings_and_files_that_exist_are_refused(
             made(lm, judge, output=path)
     refused_in_one_line(
         lambda: made(lm, judge, output=path, wish="formal", seed=3),
-        r"x.jsonl.part holds unfinished work .* differ in and against, asks for, seed, .*wish",
+        r"x.jsonl.part holds unfinished work .* differ in behaviour, opposite, seed, .*wish",
     )
     made(lm, judge, output=path, seed=3, overwrite=True)
     before = path.read_bytes()

@@ -160,7 +160,8 @@ class Contrast:
         except (OSError, UnicodeDecodeError) as error:
             raise TrimtabError(f"{place} cannot be read: mend it, or delete it") from error
         edited = {} if said.get("digest") == self.digest else {"edited": True}
-        return replace(self, made={**said, **edited})
+        words = {name: str(said[name]) for name in ("behaviour", "opposite") if name in said}
+        return replace(self, made={**said, **edited}, **words)
 
     # -- what is in it ------------------------------------------------------------------------
 

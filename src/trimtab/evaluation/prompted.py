@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trimtab.contrasts import Content, Conversation, Prompt, in_words
+from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, shown
 from trimtab.files import json_digest
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, asked
 from trimtab.reading import Reading
 from trimtab.steering import Steering, Steerings
-
-#: What stands between two pieces of a prompt.
-_APART = "\n\n"
-#: A system message that no template writes by itself.
-_MARK = "trimtab asks whether this is read"
 
 
 @dataclass(frozen=True)
@@ -65,40 +60,7 @@ class Prompted:
 
     def put(self, language_model: LanguageModel, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts with the words before them."""
-        if not self.text and not self.examples:
-            return list(prompts)
-        system = any(not isinstance(each, str) for each in prompts) and _reads_system(
-            language_model
-        )
-        return [
-            self._before_text(language_model, prompt)
-            if isinstance(prompt, str)
-            else self._in_chat(language_model, prompt, system)
-            for prompt in prompts
-        ]
-
-    def _before_text(self, language_model: LanguageModel, prompt: str) -> str:
-        bos = language_model.tokenizer.bos_token or ""
-        start = bos if bos and prompt.startswith(bos) else ""
-        examples = [_as_text(asked) + answer for asked, answer in self.examples]
-        return start + _APART.join(filter(None, (self.text, *examples, prompt[len(start) :])))
-
-    def _in_chat(
-        self, language_model: LanguageModel, conversation: Conversation, system: bool
-    ) -> Conversation:
-        own = [content for role, content in conversation if role == "system"]
-        turns = tuple(message for message in conversation if message[0] != "system")
-        examples = tuple(
-            turn for asked, answer in self.examples for turn in (*_turns(asked), _answered(answer))
-        )
-        before: Conversation = tuple(("system", content) for content in own)
-        if self.text and system:
-            form = language_model.chat_form.system
-            known = own or ([form] if form else [])
-            before = (("system", _APART.join([*map(in_words, known), self.text])),)
-        elif self.text:
-            return (*before, *_said_first((*examples, *turns), self.text))
-        return (*before, *examples, *turns)
+        return asked(language_model, prompts, self.text, self.examples)
 
 
 #: Under what a model is evaluated: nothing, steerings, or words with or without some.
@@ -153,39 +115,3 @@ def _behind(before: tuple[int, ...], reading: Reading, bos: int | None) -> Readi
 def together_with(prompted: Prompted, steering: Steering | Steerings) -> Prompted:
     """The same words beside a steering."""
     return replace(prompted, steering=steering)
-
-
-def _reads_system(language_model: LanguageModel) -> bool:
-    """Whether the chat template writes a system message."""
-    try:
-        return _MARK in language_model.render((("system", _MARK), ("user", "?")))
-    except TrimtabError:
-        return False
-
-
-def _said_first(conversation: Conversation, text: str) -> Conversation:
-    """A conversation in which the text stands before what the user says first."""
-    place = next((i for i, (role, _) in enumerate(conversation) if role == "user"), 0)
-    role, content = conversation[place]
-    said: Content = (
-        text + _APART + content if isinstance(content, str) else (text + _APART, *content)
-    )
-    return (*conversation[:place], (role, said), *conversation[place + 1 :])
-
-
-def _turns(asked: Prompt) -> Conversation:
-    """The turns of an example's prompt."""
-    if isinstance(asked, str):
-        return (("user", asked.strip()),)
-    return tuple(message for message in asked if message[0] != "system")
-
-
-def _answered(answer: str) -> tuple[str, str]:
-    return ("assistant", answer.strip())
-
-
-def _as_text(asked: Prompt) -> str:
-    """An example's prompt as text that its answer follows."""
-    if isinstance(asked, str):
-        return asked
-    return _APART.join(in_words(content) for _, content in asked) + "\n"

@@ -15,7 +15,7 @@ cannot come nearer, and are left out of both. The port begins with random v, a a
 torch.nn.Linear does) and divides by the loss there; but a reader that fires at no token learns
 nothing, and that is every other one. Here v and a begin with zeros and b with 1: a vector of no
 length that is added everywhere, and the loss is the share of the distance that is left. What to ask
-for is given (`ask`); the port has another model write it.
+for is given (`ask`), or said by the contrast; the port has another model write it.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from trimtab.anatomy import Anatomy, parse_site
 from trimtab.contrasts import Contrast, spread
 from trimtab.errors import TrimtabError, shown
 from trimtab.fitting import Number
-from trimtab.methods.asking import asked
 from trimtab.methods.tokens import token_activations
 from trimtab.methods.trained import SMALL, Presets, TrainedMethod, training_in_words
-from trimtab.model import LanguageModel, frozen
+from trimtab.model import LanguageModel, asked, frozen
 from trimtab.steering import Intervention, Positions, Respond, Scope, Steering
 from trimtab.training import (
     Objective,
@@ -66,11 +65,12 @@ class PSR(TrainedMethod):
         >>> texts = lm.generate(["Today I feel"], steering=steering.at(1))
     """
 
-    ask: str = field(
+    ask: str | None = field(
+        default=None,
         metadata={
             "help": 'What to ask for, as a system message: "Please answer formally." (before a '
-            "prompt that is plain text)."
-        }
+            "prompt that is plain text; default: what the contrast says of itself)."
+        },
     )
     layer: int | tuple[int, ...] | None = field(
         default=None,
@@ -101,8 +101,8 @@ class PSR(TrainedMethod):
 
     def check(self) -> None:
         super().check()
-        if not self.ask.strip():
-            raise TrimtabError("psr: say what to ask for, as in ask='Please answer formally.'")
+        if self.ask is not None and not self.ask.strip():
+            raise TrimtabError(f"psr: ask is empty: {_SAY}")
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
@@ -125,7 +125,7 @@ class PSR(TrainedMethod):
             )
         plain = positive_texts(language_model, contrast, max_length)
         pairs = contrast.train.pairs
-        prompts = [asked(language_model, pair.prompt, self.ask) for pair in pairs]
+        prompts = asked(language_model, [pair.prompt for pair in pairs], self._words(contrast))
         encoded = language_model.encode(prompts, [pair.positive for pair in pairs])
         rows = []
         for number, ((own,), tokens) in enumerate(zip(plain.rows, encoded, strict=True)):
@@ -134,6 +134,14 @@ class PSR(TrainedMethod):
             rows.append([text, _asked_text(language_model, text, tokens, where)])
         held_out = [[plain.texts[number] for number in row] for row in plain.held_out]
         return numbered(rows, held_out)
+
+    def _words(self, contrast: Contrast) -> str:
+        """What is asked for."""
+        if self.ask is None and not contrast.behaviour:
+            raise TrimtabError(
+                f"psr: {contrast.name} does not say what its positive side does: {_SAY}"
+            )
+        return self.ask or f"Please {contrast.behaviour}."
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
         assert self.positions is not None
@@ -149,11 +157,13 @@ class PSR(TrainedMethod):
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
         left = steering.findings["training"]["loss"]["last"]
-        words = shown(steering.hyperparameters["ask"], 200)
+        own = steering.hyperparameters["ask"]
+        words = f"the words '{shown(own, 200)}'" if own else "asking for the behaviour"
+        takes = "take" if own else "takes"
         return [
             f"PSR adds a vector at {steering.where}, as much of it as a reader finds in each token "
-            f"of '{steering.interventions[0].scope}'. It was learnt to take activations where the "
-            f"words '{words}' take them: in the last step {100 * left:.0f} % of that distance was "
+            f"of '{steering.interventions[0].scope}'. It was learnt to take activations where "
+            f"{words} {takes} them: in the last step {100 * left:.0f} % of that distance was "
             "left.",
             *training_in_words(steering),
         ]

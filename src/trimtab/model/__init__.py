@@ -1,5 +1,6 @@
 """A model in memory: load or wrap it, steer it, bake it."""
 
+from trimtab.model.asking import asked
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout

@@ -148,6 +148,8 @@ def persona_contrast(
         tuple(_row(answers, language_model.chats) for answers in found.kept),
         f"persona:{read.text}" if target is None else str(target),
         made={**settings, **_findings(told, asked, rows, found)},
+        behaviour=read.ask,
+        opposite=read.ask_not,
     )
     if target is None:
         return contrast
@@ -210,7 +212,7 @@ def _settings(
     wish: Wish, amounts: PersonaAmounts, sampling: Sampling, roles: _Roles
 ) -> dict[str, Any]:
     """Everything that decides what the rows are, as it comes back from a file."""
-    about = {"wish": wish.text, "asks for": wish.ask, "and against": wish.ask_not}
+    about = {"wish": wish.text, "behaviour": wish.ask, "opposite": wish.ask_not}
     settings: dict[str, Any] = json.loads(
         json.dumps({**about, **asdict(amounts), **asdict(sampling), **roles.as_json()})
     )
