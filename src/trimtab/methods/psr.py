@@ -53,6 +53,9 @@ _KEPT = 1 << 29
 _MEASURED = 64
 
 
+_SAY = "say what to ask for, as in ask='Please answer formally.'"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PSR(TrainedMethod):
     """PSR: steer to where a prompt that asks for the behaviour takes the model.
