@@ -304,7 +304,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "sta": {"sae": "mine"},
     "sae": {"sae": "mine"},
     "alphasteer": {"protect": "builtin:facts"},
-    "psr": {"ask": "Please."},
 }
 #: What an option needs beside it.
 NEEDED: dict[tuple[str, str], dict[str, Any]] = {

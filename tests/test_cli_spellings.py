@@ -40,7 +40,7 @@ def test_either_word_in_each_command(trimtab: Command, work: Path, name: str) ->
     for word in ("layer", "layers"):
         helped = trimtab(f"fit {name} --help").text + trimtab(f"sweep {name} --help").text
         assert helped.count(f"--{word} ") >= 2
-        needed = {"alphasteer": " protect=builtin:facts", "psr": " ask=Please."}.get(name, "")
+        needed = {"alphasteer": " protect=builtin:facts"}.get(name, "")
         found[word] = read_method(f"{name} {word}=1{needed}")
         candidate = read_candidate(f"{name} {word}=1,2{needed}")
         assert field in {**candidate.space, **candidate.fixed}

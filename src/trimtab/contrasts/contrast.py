@@ -160,8 +160,9 @@ class Contrast:
         except (OSError, UnicodeDecodeError) as error:
             raise TrimtabError(f"{place} cannot be read: mend it, or delete it") from error
         edited = {} if said.get("digest") == self.digest else {"edited": True}
-        words = {name: str(said[name]) for name in ("behaviour", "opposite") if name in said}
-        return replace(self, made={**said, **edited}, **words)
+        behaviour, opposite = (str(said.get(name, "")) for name in ("behaviour", "opposite"))
+        made = {**said, **edited}
+        return replace(self, made=made, behaviour=behaviour, opposite=opposite)
 
     # -- what is in it ------------------------------------------------------------------------
 
