@@ -1,6 +1,5 @@
 """A model in memory: load or wrap it, steer it, bake it."""
 
-from trimtab.model.asking import asked
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
@@ -51,6 +50,7 @@ from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.stepwise import Writing
 from trimtab.model.thinking import answer_of, without_thoughts
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
+from trimtab.model.wording import asked
 from trimtab.model.wrapping import wrap
 
 warn_if_untested()
