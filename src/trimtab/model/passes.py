@@ -251,10 +251,10 @@ class Sequences:
         trail, why_not = None, _NO_IDS
         if self._reads and isinstance(ids, Tensor):
             trail, why_not = self._read(ids, arguments, start, cache, generation), _NOT_SEEN
-        if cache is not None:
-            self._note(cache, prompts, found, trail)
-        whole = self._whole(generation, start + length, rows) if self._looks_ahead else None
         standing = prompts.repeated(rows)
+        if cache is not None:
+            self._note(cache, standing, found, trail)
+        whole = self._whole(generation, start + length, rows) if self._looks_ahead else None
         kept = None if cache is None else weakref.ref(cache)
         self.here.current = Pass(
             start, length, standing, found, trail, why_not, whole, latched, kept
