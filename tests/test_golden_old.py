@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from golden_commands import FITS, PROMPTS, furnish, inside, run
 from golden_form import differences, pretty, settled
+from trimtab.sweeps.asking import UNSAID
 
 OLD = Path(__file__).parent / "golden" / "old"
 _CONTRAST = "--model model --task contrast:parts.jsonl --limit 3 --test-limit 4"
@@ -157,12 +158,20 @@ def _same_as_then(line: str, then: dict[str, Any]) -> None:
     assert not where, "\n".join(where[:20])
 
 
+def _without(found: Any, names: set[str]) -> Any:
+    """The same without what has these names, at any depth."""
+    if isinstance(found, dict):
+        return {name: _without(each, names) for name, each in found.items() if name not in names}
+    return [_without(each, names) for each in found] if isinstance(found, list) else found
+
+
 def _results(found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, without what it took: less, where some was done already; and without the
-    texts that runs show since, scopes, which say what positions did, and gates."""
-    found = {
-        name: value for name, value in found.items() if name not in ("samples", "scope", "gate")
-    }
+    """What was found, without what it took: less, where some was done already; and without what is
+    said since: texts that runs show, scopes, which say what positions did, gates, prompts beside
+    methods, and shares of rows that moved the wrong way."""
+    found = _without(found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift"})
+    if "notes" in found:
+        found["notes"] = [note for note in found["notes"] if note != UNSAID]
     if "interventions" in found:
         acting = [{k: v for k, v in one.items() if k != "scope"} for one in found["interventions"]]
         found["interventions"] = acting

@@ -212,6 +212,7 @@ class Generates:
     """In place of a loaded model: answers with fixed texts and remembers how it was asked."""
 
     name = "a model"
+    marks = SimpleNamespace(thinking=None)
 
     def __init__(self, *answers: str) -> None:
         self.answers = answers
