@@ -244,10 +244,6 @@ def by_hand(op: Operator, dial: float = 1.0) -> Any:
         if isinstance(op, Affine):
             moved = (x @ op.v.to(x.dtype)) @ op.u.to(x.dtype).T
             return x + dial * (moved if op.c is None else moved + op.c.to(x.dtype))
-        if isinstance(op, Clamp):
-            v = op.direction.to(x.dtype)
-            along = x @ v
-            return x + dial * (along.clamp(op.low, op.high) - along)[..., None] * v
         if isinstance(op, Rotate | Turn):
             return _in_plane(op, dial, x)
         if isinstance(op, SetFeatures):

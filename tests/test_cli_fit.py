@@ -27,6 +27,7 @@ from commands import (
     work,
     write_rows,
 )
+from helpers import few_quick
 from method_options import NEEDED, OPTIONS, REQUIRED
 from trimtab.cli.fit import read_method
 from trimtab.methods import METHODS
@@ -114,7 +115,7 @@ def test_every_option_is_listed() -> None:
         assert set(OPTIONS[name]) == {item.name for item in fields(method)}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few_quick(METHODS, "caa", "sae", "reps"))
 def test_every_option_reaches_the_method(
     trimtab: Command, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -63,8 +63,8 @@ class Contrast:
     name: str = "contrast"
     drawn: Split | None = None
     made: Mapping[str, Any] | None = field(default=None, compare=False)
-    behaviour: str = ""
-    opposite: str = ""
+    behaviour: str = field(default="", compare=False)
+    opposite: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.rows:

@@ -29,7 +29,7 @@ _SCRIPTS = {
 _WORDS = {
     "en": "the of and to in is that it for was with as are this be on by from you they which have",
     "de": "der die das und ist nicht ein eine zu den mit von sich auf für im dem auch es wird sie",
-    "fr": "le la les et est des un une du que qui dans pour sur pas avec au ce il sont par plus",
+    "fr": "le la les et est des un une de du que qui dans pour sur pas avec au ce il sont par plus",
     "es": "el la los las y es de que en un una por con para no se del lo como su más pero son",
     "it": "il la di che e è un una per non con del della sono si le dei gli nel più anche come",
     "pt": "o a os as e é de que em um uma por com para não se do da mais como são ao dos na",
