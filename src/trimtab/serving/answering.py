@@ -342,7 +342,6 @@ def _said(desk: Desk, request: Request, tokens: Sequence[Chosen]) -> dict[str, A
         "tokens": [decode([one.token]) for one in tokens],
         "token_logprobs": [one.logprob for one in tokens],
         "top_logprobs": [{decode([token]): value for token, value in one.top} for one in tokens],
-        "text_offset": [],
     }
 
 
