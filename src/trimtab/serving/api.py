@@ -11,8 +11,8 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +176,7 @@ async def _timed(metrics: Metrics, begun: Request) -> AsyncIterator[tuple[int, P
 
 async def _streamed(
     desk: Desk, metrics: Metrics, begun: Request, with_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """An answer in pieces, as server-sent events. Where the client goes, so does the answer."""
     greeted: set[int] = set()
     try:
@@ -195,14 +195,16 @@ async def _streamed(
         begun.leave()
 
 
-async def _after(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]:
-    """A stream whose first piece was taken out of it; an error on the way ends it."""
-    yield first
-    try:
-        async for event in others:
-            yield event
-    except TrimtabError as error:
-        yield _event(_error(str(error), _status(error)))
+async def _after(first: str, others: AsyncGenerator[str]) -> AsyncIterator[str]:
+    """A stream whose first piece was taken out of it; an error on the way ends it, and so does a
+    client that goes."""
+    async with aclosing(others):
+        yield first
+        try:
+            async for event in others:
+                yield event
+        except TrimtabError as error:
+            yield _event(_error(str(error), _status(error)))
 
 
 def _event(content: dict[str, Any]) -> str:
