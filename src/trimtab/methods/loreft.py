@@ -30,7 +30,14 @@ from trimtab.anatomy import Anatomy
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import Number
-from trimtab.methods.trained import SMALL, OneOrMore, Presets, TrainedMethod, training_in_words
+from trimtab.methods.trained import (
+    SMALL,
+    OneOrMore,
+    Presets,
+    TrainedMethod,
+    at_sites,
+    training_in_words,
+)
 from trimtab.model import LanguageModel
 from trimtab.steering import Affine, Intervention, Positions, Scope, Situation, Steering
 from trimtab.training import Objective, Outcome, Run, Steered, Texts, positive_texts
@@ -116,10 +123,7 @@ class LoReFT(TrainedMethod):
         return Subspaces(self.rank, self.bias, **where)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
-        assert self.positions is not None
-        scope = Scope.of(self.positions)
-        sites = dict.fromkeys(name.rpartition("/")[0] for name in parameters)
-        return [Intervention(site, _map(parameters, site), scope) for site in sites]
+        return at_sites(parameters, _map, self.positions)
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:

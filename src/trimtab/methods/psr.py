@@ -32,9 +32,9 @@ from trimtab.contrasts import Contrast, spread
 from trimtab.errors import TrimtabError, shown
 from trimtab.fitting import Number
 from trimtab.methods.tokens import token_activations
-from trimtab.methods.trained import SMALL, Presets, TrainedMethod, training_in_words
+from trimtab.methods.trained import SMALL, Presets, TrainedMethod, at_sites, training_in_words
 from trimtab.model import LanguageModel, asked, frozen
-from trimtab.steering import Intervention, Positions, Respond, Scope, Steering
+from trimtab.steering import Intervention, Positions, Respond, Steering
 from trimtab.training import (
     Objective,
     Outcome,
@@ -152,10 +152,7 @@ class PSR(TrainedMethod):
         return Imitation(language_model, texts, sites, self.positions)
 
     def interventions(self, parameters: Mapping[str, Tensor]) -> list[Intervention]:
-        assert self.positions is not None
-        scope = Scope.of(self.positions)
-        sites = dict.fromkeys(name.rpartition("/")[0] for name in parameters)
-        return [Intervention(site, _operator(parameters, site), scope) for site in sites]
+        return at_sites(parameters, _operator, self.positions)
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:

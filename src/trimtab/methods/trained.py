@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -32,7 +32,7 @@ from trimtab.fitting import (
 )
 from trimtab.methods.caa import residual_sites
 from trimtab.model import LanguageModel
-from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering
+from trimtab.steering import Add, Dial, Intervention, Operator, Positions, Scope, Steering
 from trimtab.training import (
     Objective,
     Steered,
@@ -50,6 +50,18 @@ AboveZero = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
 Presets = MappingProxyType[str, Mapping[str, Any]]
 #: What the small presets share.
 SMALL = {"depth": 0.4, "positions": "all", "patience": 3}
+
+
+def at_sites(
+    parameters: Mapping[str, Tensor],
+    operator: Callable[[Mapping[str, Tensor], str], Operator],
+    positions: Positions | None,
+) -> list[Intervention]:
+    """An operator at each site that parameters are of, whose names are SITE/NAME."""
+    assert positions is not None  # a method that is fitted has all its settings
+    scope = Scope.of(positions)
+    sites = dict.fromkeys(name.rpartition("/")[0] for name in parameters)
+    return [Intervention(site, operator(parameters, site), scope) for site in sites]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Answer:
     text: str = ""
     tokens: list[Chosen] = field(default_factory=list)
     reason: str = ""
+    #: What acted, once it is whole and somebody has asked.
+    acted: list[dict[str, Any]] | None = None
 
 
 @dataclass(eq=False)
@@ -209,7 +211,13 @@ class Desk:
     def acted(self, request: Request, index: int) -> list[dict[str, Any]]:
         """Of one answer which steerings acted, at which dial, on how many tokens of the prompt and
         of the answer, and what their gates decided."""
-        job, found = request.answers[index].job, []
+        answer = request.answers[index]
+        if answer.acted is None:
+            answer.acted = self._acted(request, answer.job)
+        return answer.acted
+
+    def _acted(self, request: Request, job: Job) -> list[dict[str, Any]]:
+        found = []
         gates = list(job.gates)
         for name, steering in zip(request.names, job.acting, strict=False):
             told: dict[str, Any] = {"name": name, "dial": steering.setting}
