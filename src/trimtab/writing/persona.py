@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -228,6 +228,16 @@ def _special_tokens(language_model: LanguageModel) -> list[str]:
 # -- instructions and questions -------------------------------------------------------------------
 
 
+def _missing(
+    writer: Writer | None, written: Sequence[Any], count: int
+) -> Iterator[tuple[Writer, int, int]]:
+    """Whom to ask, for how many more, and how often it was asked before, as long as some are
+    missing; nothing where nobody writes."""
+    for attempt in range(_TRIES):
+        if writer is not None and len(written) < count:
+            yield writer, count - len(written), attempt
+
+
 def _instructions(
     writer: Writer | None,
     wish: Wish,
@@ -238,14 +248,11 @@ def _instructions(
 ) -> list[Instructions]:
     """`count` pairs: a writer's, where there is one, and templates for what it leaves out."""
     written: list[Instructions] = []
-    for attempt in range(_TRIES if writer else 0):
-        missing = count - len(written)
-        if writer is None or not missing:
-            break
+    for asked, missing, attempt in _missing(writer, written, count):
         request = INSTRUCTIONS_REQUEST.format(
             wish=_quoted(wish.text), opposite=_quoted(wish.ask_not), count=missing
         )
-        reply = _reply(writer, "instructions", request, missing, attempt, seed, work)
+        reply = _reply(asked, "instructions", request, missing, attempt, seed, work)
         new = new_pairs(listed(reply, "instructions"), written)
         written += [
             pair for pair in new if _harmless(pair.positive + " " + pair.negative, special)
@@ -263,12 +270,9 @@ def _questions(
 ) -> list[Question]:
     """`count` questions: a writer's, where there is one, and built-in ones for what is missing."""
     written: list[str] = []
-    for attempt in range(_TRIES if writer else 0):
-        missing = count - len(written)
-        if writer is None or not missing:
-            break
+    for asked, missing, attempt in _missing(writer, written, count):
         request = QUESTIONS_REQUEST.format(wish=_quoted(wish.text), count=missing)
-        reply = _reply(writer, "questions", request, missing, attempt, seed, work)
+        reply = _reply(asked, "questions", request, missing, attempt, seed, work)
         found = [text for text in listed_questions(reply) if _harmless(text, special)]
         written += new_questions(found, written)[:missing]
     return dealt(written, count)
