@@ -4,7 +4,14 @@ from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
 from trimtab.model.chats import ChatForm, put_as
-from trimtab.model.decoding import OPTIONS, SAMPLING, are_sound, left_aside, unsound
+from trimtab.model.decoding import (
+    OPTIONS,
+    SAMPLING,
+    are_sound,
+    end_tokens,
+    left_aside,
+    unsound,
+)
 from trimtab.model.explaining import Firing, scope_weights
 from trimtab.model.folding import Fold, record_of, unlike
 from trimtab.model.gate_reports import (

@@ -137,6 +137,11 @@ def configuration(model: Any, asked: Mapping[str, Any], **lengths: int) -> Gener
     return _AsAsked(**tokens, **asked, **lengths)  # type: ignore[no-untyped-call]
 
 
+def end_tokens(eos: Any) -> set[int]:
+    """The tokens that end a text, as a generation configuration names them: one, several, none."""
+    return set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+
+
 def left_aside(model: Any, used: Mapping[str, Any]) -> dict[str, Any]:
     """What the checkpoint asks for in choosing tokens and the call, which uses `used`, does not."""
     neutral = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, **OPTIONS}
@@ -347,7 +352,7 @@ def written(
     try:
         settings = configuration(model, asked, min_length=fewest, max_length=most)
         eos, pad = settings.eos_token_id, tokenizer.pad_token_id
-        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+        stops = end_tokens(eos)
         settings.pad_token_id = pad if pad is not None else next(iter(stops), 0)
         if pieces is not None:
             pieces.begin(stops, lambda row: watch is not None and watch.ended[row] is not None)

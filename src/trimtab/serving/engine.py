@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.model import Fired, LanguageModel, Writing, are_sound, unsound
+from trimtab.model import Fired, LanguageModel, Writing, are_sound, end_tokens, unsound
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.steering import Steering
 
@@ -115,8 +115,7 @@ class Engine:
         self._batches: list[_Batch] = []
         self._changed = Condition()
         self._closed = False
-        own = language_model.model.generation_config.eos_token_id
-        self._ends = set(own if isinstance(own, list) else [] if own is None else [own])
+        self._ends = end_tokens(language_model.model.generation_config.eos_token_id)
         self._thread = Thread(target=self._run, name="trimtab engine", daemon=True)
         self._thread.start()
 
