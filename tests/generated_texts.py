@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def roomy(name: str, seed: int = 0) -> tt.LanguageModel:
     """A tiny model that takes the whole request, and that would end its texts often."""
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 2048
     model = tiny_model(name, seed, max_position_embeddings=2048)
     return tt.wrap(model, tokenizer, f"{name}-{seed}")

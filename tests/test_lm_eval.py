@@ -159,7 +159,7 @@ def test_texts_are_256_tokens_unless_said_otherwise(lm: tt.LanguageModel) -> Non
 
 
 def test_a_context_that_is_too_long_keeps_its_end(lm: tt.LanguageModel) -> None:
-    bare = copy.deepcopy(tiny_tokenizer())
+    bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     lm = tt.wrap(lm.model, bare, "without BOS")
     contexts = [LONG + "Today I feel", "The king said:"]

@@ -64,9 +64,8 @@ def _lm(name: str = "llama") -> tt.LanguageModel:
 
 def _normalising() -> tt.LanguageModel:
     """A model whose tokenizer puts texts into NFC before it cuts them into tokens."""
-    import copy
 
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tt.wrap(tiny_model("llama"), tokenizer, "normalising")
 
@@ -99,9 +98,8 @@ def test_figures_of_equal_sides_are_refused_too() -> None:
 
 def _dropping_system() -> tt.LanguageModel:
     """A model whose chat template leaves out what the system says."""
-    import copy
 
-    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message['role'] != 'system' %}"
         "<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}{% endfor %}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -322,7 +321,7 @@ def test_preference_knows_whose_steering_it_is() -> None:
 
 def bare_tokenizer() -> Any:
     """The tiny tokenizer without BOS, so that an empty prompt has no token at all."""
-    bare = copy.deepcopy(tiny_tokenizer())
+    bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return bare
 

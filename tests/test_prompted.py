@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ ASK = Prompted("Please be kind.")
 
 
 def chatting(template: str | None, **options: Any) -> tt.LanguageModel:
-    tokenizer = copy.deepcopy(tiny_tokenizer())  # which other tests read
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     lm = tt.wrap(tiny_model("llama"), tokenizer, "llama", **options)
     lm.model.generation_config.eos_token_id = None

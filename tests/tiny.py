@@ -12,6 +12,7 @@ Imports only torch, tokenizers and transformers.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from functools import cache
 from typing import Any
@@ -186,14 +187,19 @@ is wrong. There was nothing more to say, and so nothing more was said.
 """
 
 
-@cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens with BOS, EOS, padding and a chat template.
 
-    Any text survives encoding and decoding. BOS is added unless `add_special_tokens=False`. There
-    is one instance for the whole run; its padding side stays at the default, right, because code
-    that needs left padding must see to it itself.
+    Any text survives encoding and decoding. BOS is added unless `add_special_tokens=False`. Each
+    call gives an instance of its own, which a test may change. Its padding side stays at the
+    default, right, because code that needs left padding must see to it itself.
     """
+    return copy.deepcopy(_trained_tokenizer())
+
+
+@cache
+def _trained_tokenizer() -> PreTrainedTokenizerFast:
+    """Trained once: every test reads it through `tiny_tokenizer`, which copies it."""
     specials = ["<pad>", "<s>", "</s>", *_ROLES]
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
