@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 
 import trimtab as tt
 from commands import Command, home, trimtab, work
-from helpers import language_model
+from helpers import language_model, plain_logits
 from test_compare import rows
 from trimtab.evaluation import Prompted
 from trimtab.strength import per_token
@@ -25,6 +26,7 @@ from trimtab.sweeps.comparison import Comparison
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
 SAID = {"behaviour": "be glad", "opposite": "be sad."}
+BUDGET = 0.01
 ONE = (Candidate("caa", {"alpha": (2.0,)}, {"layer": 1}),)
 
 
@@ -62,7 +64,7 @@ def compared(
 ) -> tuple[Comparison, Counted, str, Path]:
     pairs, counted = write(tmp_path / "pairs.jsonl"), Counted(monkeypatch)
     found = compare(
-        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False,
+        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False, kl=BUDGET,
         output=tmp_path / "run", written_prompt="Say it gladly.", **SAID,
     )  # fmt: skip
     return found, counted, pairs, tmp_path / "run"
@@ -118,13 +120,57 @@ def test_the_table(compared: tuple[Comparison, Counted, str, Path]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_prompts_stand_at_the_budget_as_they_are(
+    compared: tuple[Comparison, Counted, str, Path],
+) -> None:
+    """A prompt's place is the KL that it has at the next token, by plain passes over the prompts
+    with and without it; p is corrected for methods and prompts together."""
+    found, _, pairs, run = compared
+    lm = language_model("llama")
+    prompts = [str(pair.prompt) for pair in tt.Contrast.from_jsonl(pairs).part("validation").pairs]
+
+    def expected(text: str) -> Any:
+        return plain_logits(lm.model, lm.encode([text])[0])[-1].double().log_softmax(-1)
+
+    moved = []
+    for prompt in prompts:
+        before, after = expected(prompt), expected(f"Please be glad.\n\n{prompt}")
+        moved.append(float((before.exp() * (before - after)).sum()))
+    kept = json.loads((run / "results.json").read_text())
+    (method,), asked = kept["at_budget"]["methods"], kept["at_budget"]["prompts"]
+    rows = {row["name"]: row for row in asked}
+    best = kept["prompts"]["best"]
+    assert set(rows) == {
+        "ask", "ladder", "4 examples", "written prompt", "opposite ask", f"{best} + caa",
+    }  # fmt: skip
+    assert rows["ask"]["axis_kl"] == pytest.approx(statistics.median(moved), rel=1e-3)
+    assert method["axis_kl"] == pytest.approx(BUDGET, rel=0.05)
+    for row in asked:
+        assert row["within"] is (row["axis_kl"] <= BUDGET)
+    against = [one["against_unsteered"] for one in (method, *asked)]
+    by_holm = multipletests([one["p"] for one in against], method="holm")[1]
+    assert [one["corrected_p"] for one in against] == pytest.approx(by_holm)
+    # Which methods beat the best prompt where they change as much is said beside it.
+    beside = kept["prompts"]["at_kl"]
+    clear = {
+        name
+        for name, one in beside["against_best"].items()
+        if one["corrected_p"] < 0.05 and one["value"] > 0
+    }
+    assert set(beside["beat_best"]) == clear
+    (table,) = [one for one in found.tables() if one.title.startswith("At an equal budget")]
+    said = {row[0]: row[-1] for row in table.rows}
+    assert "at its own" in said[best]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_kept_is_not_asked_again(
     compared: tuple[Comparison, Counted, str, Path],
 ) -> None:
     found, counted, pairs, run = compared
     counted.asked.clear()
     again = compare(
-        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False,
+        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False, kl=BUDGET,
         output=run, written_prompt="Say it gladly.", **SAID,
     )  # fmt: skip
     assert counted.asked == []

@@ -54,6 +54,10 @@ HEADINGS = (
 )
 
 
+#: What stands for the values of an option that takes several, with commas between them.
+LISTS = ("NUMBERS", "WORDS", "VALUES")
+
+
 def strict(kind: Any, tokens: Any) -> Any:
     """As cyclopts reads values, but 1.5 is no whole number: it would make 2 of it."""
     kinds = kinds_of(kind)
@@ -123,12 +127,21 @@ def _as_declared(value: Any) -> Any:
 
 def _prepared(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
     if not dataclasses.is_dataclass(hint):
-        return parameter.replace(annotation=hint)
+        return parameter.replace(annotation=_repeatable(hint))
     default = None if parameter.default is parameter.empty else parameter.default
     kind = _group(hint, default)
     group = typing.get_args(kind)[0]
     needed = any(item.default is dataclasses.MISSING for item in dataclasses.fields(group))
     return parameter.replace(annotation=kind, default=parameter.empty if needed else group())
+
+
+def _repeatable(hint: Any) -> Any:
+    """The hint, of which a switch may be there twice: it says the same. Other options may not,
+    unless they take several values one at a time."""
+    kind = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    if kind in (bool, bool | None):
+        return Annotated[hint, Parameter(allow_repeating=True)]
+    return hint
 
 
 def _group(kind: Any, default: Any) -> Any:
@@ -144,6 +157,7 @@ def _group(kind: Any, default: Any) -> Any:
             hint = _option(item.name, hints, item.metadata)
         else:  # a method's, which is an option already
             hint = hints[item.name]
+        hint = _repeatable(hint)
         about = {} if value is dataclasses.MISSING else {"default": value}
         made.append((item.name, hint, dataclasses.field(**about, metadata=item.metadata)))
     new = dataclasses.make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
@@ -188,7 +202,12 @@ def _one_text(read: Callable[[str, str], Any], repeats: bool = False) -> dict[st
 
     def converter(kind: Any, tokens: Sequence[Any]) -> Any:
         texts = [token.value for token in tokens]
-        return read(tokens[-1].keyword, ",".join(texts) if repeats else texts[-1])
+        if len(texts) > 1 and not repeats:
+            raise TrimtabError(
+                f"{tokens[-1].keyword} is given twice: give its values once, with commas between "
+                "them"
+            )
+        return read(tokens[-1].keyword, ",".join(texts))
 
     return {"converter": converter, "n_tokens": 1}
 

@@ -44,7 +44,7 @@ from trimtab.strength.curves import (
 )
 from trimtab.strength.limits import limit
 from trimtab.strength.page import write_curves
-from trimtab.strength.per_token import Continuations, TokenKL, neutral
+from trimtab.strength.per_token import Continuations, NextTokens, TokenKL, neutral
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within
