@@ -16,8 +16,7 @@ import trimtab as tt
 from commands import Command, home, trimtab, work
 from helpers import language_model, plain_logits
 from test_compare import rows
-from trimtab.evaluation import Prompted
-from trimtab.strength import per_token
+from trimtab.evaluation import Prompted, Repeated, drifting, per_token
 from trimtab.sweeps import TaskRows
 from trimtab.sweeps.asking import LADDER, Behaviour, askings, write_prompt
 from trimtab.sweeps.compare_methods import Candidate, compare
@@ -274,8 +273,6 @@ def test_the_opposite_ask_does_the_opposite(smollm2: Any) -> None:
 def test_what_lasts_over_turns_and_a_long_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.sweeps import drifting
-
     monkeypatch.setattr(drifting, "LONG", 8)
     monkeypatch.setattr(drifting, "STRETCHES", 2)
     lm, pairs = language_model("llama"), write(tmp_path / "pairs.jsonl")
@@ -283,8 +280,10 @@ def test_what_lasts_over_turns_and_a_long_text(
     steering = tt.CAA(layer=1).fit(lm, contrast)
     ask = Prompted("Please be glad.")
     bench = TaskRows(lm, f"contrast:{pairs}", limit=None)
-    found = drifting.drift(bench, {"caa": steering, "ask": ask}, turns=(0, 1))
-    assert list(found.gains["caa"]) == [0, 1]
+    rows = Repeated(bench.task, bench.metric, True, lambda a, n: bench.records(a, "test", name=n))
+    found = drifting.drift(lm, [rows], {"caa": steering, "ask": ask}, False, turns=(0, 1))
+    (over,) = found.tasks
+    assert list(over.gains["caa"]) == [0, 1]
     (_, paragraph), *_ = drifting._exchanges(lm, False, 1)
     test = contrast.part("test").pairs
     for name, words, one in (("caa", "", steering), ("ask", "Please be glad.\n\n", None)):
@@ -299,7 +298,9 @@ def test_what_lasts_over_turns_and_a_long_text(
             for said, who in (("", None), (words, one))
         )
         gain = float((after - before).mean())
-        assert found.gains[name][1].difference == pytest.approx(gain, abs=1e-4)
+        assert over.gains[name][1].difference == pytest.approx(gain, abs=1e-4)
+        moved = over.gains[name][1].difference - over.gains[name][0].difference
+        assert over.changes[name].difference == pytest.approx(moved, abs=1e-6)
     stretches = found.kl["ask"]
     assert list(stretches) == [(0, 4), (4, 8)]
     whole = per_token.Continuations(lm, per_token.neutral(lm, False), 8).kl(ask).mean
@@ -312,8 +313,6 @@ def test_what_lasts_over_turns_and_a_long_text(
 def test_receipts_and_drift_beside_methods(
     trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.sweeps import drifting
-
     monkeypatch.setattr(drifting, "LONG", 4)
     monkeypatch.setattr(drifting, "STRETCHES", 1)
     monkeypatch.setattr(drifting.drift, "__defaults__", ((0,),))

@@ -29,7 +29,7 @@ from cyclopts import (
 
 from trimtab import __version__
 from trimtab.cli.common import trusting
-from trimtab.cli.making import LISTS, as_typed, prepared, strict, summary
+from trimtab.cli.making import as_typed, given_twice, prepared, strict, summary
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.terminal import CleanConsole, printable
 
@@ -199,9 +199,7 @@ def _mistake(error: CycloptsError) -> str:
             return f"missing argument {argument.name}"
         return f"missing option {argument.name}"
     if isinstance(error, RepeatArgumentError):
-        several = error.argument is not None and error.argument.parameter.metavar in LISTS
-        what = "its values once, with commas between them" if several else "it once"
-        return f"{error.token.keyword} is given twice: give {what}"
+        return given_twice(error.token.keyword or "an option")
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]!r}"
     if isinstance(error, UnknownOptionError) and _is_a_dial(error):

@@ -70,14 +70,7 @@ class Gated:
 def fit(
     *,
     opened: Opened,
-    contrast: Annotated[
-        str,
-        Parameter(
-            name=("--contrast", "-c"),
-            help="Texts at which it is to fire (positive) and not (negative): a file, builtin:NAME "
-            "or task:NAME.",
-        ),
-    ],
+    contrast: Told,
     gated: Gated = Gated(),
     unrelated: Annotated[
         Sequence[str],

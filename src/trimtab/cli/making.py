@@ -54,10 +54,6 @@ HEADINGS = (
 )
 
 
-#: What stands for the values of an option that takes several, with commas between them.
-LISTS = ("NUMBERS", "WORDS", "VALUES")
-
-
 def strict(kind: Any, tokens: Any) -> Any:
     """As cyclopts reads values, but 1.5 is no whole number: it would make 2 of it."""
     kinds = kinds_of(kind)
@@ -196,6 +192,11 @@ def _option(name: str, hints: Mapping[str, Any], about: Any) -> Any:
     return Annotated[hint, Parameter(**own)]
 
 
+def given_twice(option: str) -> str:
+    """Why an option that says two things is refused: one of them would be lost."""
+    return f"{option} is given twice: give it once (where it takes several values, with commas)"
+
+
 def _one_text(read: Callable[[str, str], Any], repeats: bool = False) -> dict[str, Any]:
     """For an option whose text, one word, is read by our own function of name and text. One that
     `repeats` is read as if it were there once, with commas between its texts."""
@@ -203,13 +204,11 @@ def _one_text(read: Callable[[str, str], Any], repeats: bool = False) -> dict[st
     def converter(kind: Any, tokens: Sequence[Any]) -> Any:
         texts = [token.value for token in tokens]
         if len(texts) > 1 and not repeats:
-            raise TrimtabError(
-                f"{tokens[-1].keyword} is given twice: give its values once, with commas between "
-                "them"
-            )
+            raise TrimtabError(given_twice(tokens[-1].keyword))
         return read(tokens[-1].keyword, ",".join(texts))
 
-    return {"converter": converter, "n_tokens": 1}
+    # -1 is one token each time, as often as it is there.
+    return {"converter": converter, "n_tokens": -1 if repeats else 1}
 
 
 def rows_or_all(kind: Any, tokens: Sequence[Any]) -> int | None:

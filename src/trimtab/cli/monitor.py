@@ -64,14 +64,7 @@ def fit(
             "adds, takes out or bounds.",
         ),
     ],
-    contrast: Annotated[
-        str,
-        Parameter(
-            name=("--contrast", "-c"),
-            help="Turns that are to alarm (positive) and not (negative): a file, builtin:NAME or "
-            "task:NAME.",
-        ),
-    ],
+    contrast: Told,
     alarmed: Alarmed = Alarmed(),
     baseline: Annotated[
         str | None,

@@ -1,5 +1,6 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
+from trimtab.figures.several import changes_of, differences
 from trimtab.figures.intervals import (
     Estimate,
     auroc_interval,

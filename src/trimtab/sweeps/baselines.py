@@ -15,14 +15,20 @@ from functools import cached_property
 
 from trimtab.contrasts import Part, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, Prompted, asked_with, together_with
-from trimtab.figures import Difference, Record, Result
+from trimtab.evaluation import (
+    Attached,
+    Continuations,
+    Prompted,
+    TokenKL,
+    asked_with,
+    neutral,
+    together_with,
+)
+from trimtab.figures import Difference, Record, Result, differences
 from trimtab.model import LanguageModel
 from trimtab.reports import Run
 from trimtab.steering import Steering, together
-from trimtab.strength import Continuations, TokenKL, neutral
 from trimtab.sweeps.asking import Asking
-from trimtab.sweeps.differences import differences
 from trimtab.sweeps.metering import Overhead, overhead
 from trimtab.sweeps.rows import TaskRows, choose
 

@@ -21,22 +21,20 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Asked, evaluate
-from trimtab.figures import Difference, Record
+from trimtab.evaluation import Asked, NextTokens, Repeated, drift, evaluate
+from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
 from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Gate, Steering
-from trimtab.strength import NextTokens, budget
+from trimtab.strength import budget
 from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
 from trimtab.sweeps.asking import described as prompts_described
 from trimtab.sweeps.baselines import Baselines, Prompts, Row
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
-from trimtab.sweeps.differences import differences
-from trimtab.sweeps.drifting import drift
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -175,7 +173,7 @@ def compare(
     lasting = None
     if comparing.drift and chosen:
         words = {} if beside_prompts is None else beside_prompts.best_words
-        lasting = drift(bench, {**chosen, **words})
+        lasting = drift(language_model, [_repeated(bench)], {**chosen, **words}, bench.asks_chats)
     beside = None
     if (comparing.capability or comparing.receipts) and chosen:
         # lm-eval makes its own prompts, before which nothing is put.
@@ -406,6 +404,16 @@ def _all_at_budget(
 
 def _turned(steering: Steering, row: Compared) -> Steering:
     return replace(steering, value=row.dial)
+
+
+def _repeated(bench: TaskRows) -> Repeated:
+    """The test rows, to be asked again behind turns."""
+    return Repeated(
+        bench.task,
+        bench.metric,
+        bench.maximise,
+        lambda attached, name: bench.records(attached, "test", name=name),
+    )
 
 
 # -- differences ----------------------------------------------------------------------------------

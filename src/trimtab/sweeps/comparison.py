@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.evaluation import Sample, samples_table
+from trimtab.evaluation import Drift, Sample, samples_table
 from trimtab.figures import Difference, Result, metric_of, on_task, words_for
 from trimtab.reports import (
     Evaluation,
@@ -26,7 +26,6 @@ from trimtab.sweeps.asked_tables import (
     prompts_as_json,
 )
 from trimtab.sweeps.baselines import Prompts, Row
-from trimtab.sweeps.drifting import Drift
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting

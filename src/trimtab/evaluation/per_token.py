@@ -24,7 +24,7 @@ from torch import Tensor
 from trimtab.contrasts import Prompt
 from trimtab.dials import dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, asked_with, steering_of
+from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.figures import weighted_interval
 from trimtab.model import (
     LanguageModel,
