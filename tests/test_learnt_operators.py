@@ -16,8 +16,8 @@ import trimtab.training.trainer as trainer
 from effects_by_hand import fresh, in_float64
 from helpers import block, hand_hooked, language_model, refused_in_one_line, token_ids
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.methods.loreft import Subspaces, orthonormal_rows
 from training_by_hand import minimum
+from trimtab.methods.loreft import Subspaces, orthonormal_rows
 from trimtab.methods.psr import Imitation
 from trimtab.methods.reft import Detecting, latents_of
 from trimtab.methods.trained import TrainedMethod

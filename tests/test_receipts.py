@@ -236,7 +236,7 @@ def test_what_fades_drifts_and_what_does_not_stays(
     monkeypatch.setattr(drifting, "STRETCHES", 3)
     lm = language_model("llama")
     contrast = tt.Contrast.from_jsonl(write_pairs(tmp_path / "pairs.jsonl").partition(":")[2])
-    stays = tt.CAA(layer=2, alpha=4).fit(lm, contrast).scoped("generated")
+    stays = tt.CAA(layer=2, alpha=4).fit(lm, contrast)
     fades = stays.scoped("generated ~ 0.8")
     found = tt.evaluate(
         lm, contrast, steering={"stays": stays, "fades": fades}, limit=3, drift=True,

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from trimtab.cli.common import as_chats, console, open_model, print_json, read_prompts
 from trimtab.cli.generate import Decoding, read_options
 from trimtab.cli.making import prepared
-from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Steered
+from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Steered, Told
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError, one_line
 from trimtab.files import check_output, json_digest

@@ -1,6 +1,5 @@
 """Numbers only: intervals, paired tests, records and what is computed from them."""
 
-from trimtab.figures.several import changes_of, differences
 from trimtab.figures.intervals import (
     Estimate,
     auroc_interval,
@@ -29,6 +28,7 @@ from trimtab.figures.records import (
     paired,
     results_of,
 )
+from trimtab.figures.several import changes_of, differences
 from trimtab.figures.significance import (
     Difference,
     corrected,

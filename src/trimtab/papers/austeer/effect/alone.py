@@ -18,7 +18,6 @@ from trimtab.reports import Run
 from trimtab.sweeps import FINE, TaskRows
 from trimtab.terminal import progress
 
-
 #: A unit: its layer and its number.
 Place = tuple[int, int]
 
@@ -55,9 +54,7 @@ class Alone:
         }
 
 
-def steered_alone(
-    rows: TaskRows, found: Fitted, count: int, gamma: float, run: Run
-) -> list[Alone]:
+def steered_alone(rows: TaskRows, found: Fitted, count: int, gamma: float, run: Run) -> list[Alone]:
     """The first units of each ranking (of random ones those of the first draw), each by itself; a
     layer's units are rows of a batch."""
     among: dict[Place, dict[str, float]] = {}
