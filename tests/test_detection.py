@@ -68,7 +68,9 @@ def test_auroc_of_each_concept_by_a_loop(tmp_path: Path) -> None:
     none = torch.stack([x.mean(0) for x in of([r for r in train if r["concept_id"] == "-1"])])
     assert [one["id"] for one in found.data["concepts"]] == ["0", "1"]
     for one in found.data["concepts"]:
-        own = torch.stack([x.mean(0) for x in of([r for r in train if r["concept_id"] == one["id"]])])
+        own = torch.stack(
+            [x.mean(0) for x in of([r for r in train if r["concept_id"] == one["id"]])]
+        )
         direction = own.mean(0) - none.mean(0)
         rows = [row for row in test if row["concept_id"] == one["id"]]
         scores = [float((x @ direction)[1:].max()) for x in of(rows)]
