@@ -98,7 +98,8 @@ def compare(
 
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
-    chosen ones once more at an equal budget of so many nats at the next token. `capability` names
+    chosen ones once more at an equal budget of so many nats at the next token, beside which prompts
+    stand with what they change there by themselves. `capability` names
     tasks on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
     measures whether effects last, over turns before the prompt and over a long text.
     `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
