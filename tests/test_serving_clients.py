@@ -93,6 +93,49 @@ def test_logprobs_and_models_are_read_by_the_client(client: openai.OpenAI) -> No
         assert len(one.top_logprobs) == 3
 
 
+def test_responses_are_those_of_the_attached_steering(
+    client: openai.OpenAI, lm: tt.LanguageModel, joy: tt.Steering
+) -> None:
+    asked: Any = {"temperature": 0, "max_output_tokens": 12}
+    told = [{"role": "system", "content": "Be brief."}, *CHAT]
+    for model, steering in (("base", None), ("base+joy@4", joy.at(4))):
+        (expected,) = lm.generate([told], steering=steering, max_new_tokens=12)
+        for given in (CHAT[0]["content"], CHAT, [{**CHAT[0], "type": "message"}]):
+            answer = client.responses.create(
+                model=model, input=given, instructions="Be brief.", **asked
+            )
+            assert answer.output_text == expected.text
+        assert answer.status == ("completed" if len(expected.tokens) < 12 else "incomplete")
+        assert answer.usage is not None
+        assert answer.usage.output_tokens == len(expected.tokens)
+    body = {"steering": [{"name": "joy", "dial": 4}]}
+    events = list(client.responses.create(
+        model="base", input=told, stream=True, extra_body=body,
+        include=["message.output_text.logprobs"], top_logprobs=2, **asked,
+    ))  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(one.delta for one in events if one.type.endswith(".delta")) == expected.text
+    assert events[-1].response.output_text == expected.text
+    (acted,) = events[-1].response.model_extra["steering"]
+    assert acted["name"] == "joy"
+    assert acted["dial"] == 4
+    (part,) = events[-1].response.output[0].content
+    assert len(part.logprobs) == len(expected.tokens)
+    assert len(part.logprobs[0].top_logprobs) == 2
+
+
+def test_a_response_that_needs_more_than_the_model_is_refused(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "web_search"}
+    for more in ({"previous_response_id": "resp_1"}, {"tools": [tool]}, {"background": True}):
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(model="base", input="Hello", **more)
+    # What an answer was is sent back as it came.
+    first = client.responses.create(model="base", input="Hello", max_output_tokens=3)
+    said: Any = [one.model_dump() for one in first.output]
+    turns = [{"role": "user", "content": "Hello"}, *said, {"role": "user", "content": "And?"}]
+    assert client.responses.create(model="base", input=turns, max_output_tokens=3).output_text
+
+
 def test_mistakes_are_the_client_s_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.chat.completions.create(model="other", messages=CHAT)

@@ -270,7 +270,7 @@ def whole(desk: Desk, request: Request) -> dict[str, Any]:
         choices.append({
             "index": i,
             **content,
-            "logprobs": _said(desk, request, answer.tokens),
+            "logprobs": said(desk, request.kind, answer.tokens),
             "finish_reason": _finish(answer.reason),
             "steering": desk.acted(request, i),
         })  # fmt: skip
@@ -282,10 +282,10 @@ def chunk(desk: Desk, request: Request, index: int, told: Piece | Ended) -> dict
     """A piece of a streamed answer; None where there is nothing to say of it."""
     finish = _finish(told.reason) if isinstance(told, Ended) else None
     text = told.text if isinstance(told, Piece) else ""
-    said = _said(desk, request, told.tokens) if isinstance(told, Piece) else None
-    if not (text or finish or said):
+    logprobs = said(desk, request.kind, told.tokens) if isinstance(told, Piece) else None
+    if not (text or finish or logprobs):
         return None
-    choice: dict[str, Any] = {"index": index, "logprobs": said, "finish_reason": finish}
+    choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish}
     if finish:
         choice["steering"] = desk.acted(request, index)
     if request.kind == "chat":
@@ -332,12 +332,12 @@ def _finish(reason: str) -> str:
     return reason if reason == "stop" else "length"
 
 
-def _said(desk: Desk, request: Request, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
-    """Log-probabilities of some tokens."""
+def said(desk: Desk, kind: str, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+    """Log-probabilities of some tokens, in the form of an answer of that kind."""
     if not tokens or tokens[0].logprob is None:
         return None
     decode = desk.language_model.tokenizer.decode
-    if request.kind == "chat":
+    if kind == "chat":
         content = [
             {
                 **_word(decode([one.token]), one.logprob or 0.0),
