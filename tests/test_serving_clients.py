@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import uvicorn
 
@@ -203,3 +205,22 @@ def test_nothing_is_lost_and_nothing_is_wrong(
     while engine.running or engine.waiting:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_under_load(address: str, engine: Engine) -> None:
+    """After a thousand requests the process holds no more than after the first hundreds."""
+    process, held = psutil.Process(), []
+    with httpx.Client(base_url=address, timeout=120) as http, ThreadPoolExecutor(16) as pool:
+
+        def ask(i: int) -> int:
+            model = ("base", "base+joy@2", f"base+joy@{i % 7 + 0.5:g}")[i % 3]
+            body = {"model": model, "prompt": PROMPTS[i % 3], "max_tokens": 4 + i % 9}
+            return http.post("/v1/completions", json=body).status_code
+
+        for _ in range(4):
+            assert set(pool.map(ask, range(300))) == {200}
+            gc.collect()
+            held.append(process.memory_info().rss / 2**20)
+    assert not engine.running
+    assert held[-1] - held[0] < 16, held
