@@ -33,6 +33,7 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
+from trimtab.model.kept import Kept
 from trimtab.model.language_model import (
     Completion,
     LanguageModel,
