@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from trimtab.errors import TrimtabError, shown
 from trimtab.model.attach import RowSteerings
 from trimtab.model.explaining import scope_weights
 from trimtab.model.images import ImageText
@@ -78,6 +79,14 @@ class Kept:
             self._cache = None
 
 
+def check_kept(kept: Any, prompts: int, beams: int) -> None:
+    """Refuse what is none, several prompts, and beams."""
+    if not isinstance(kept, Kept):
+        raise TrimtabError(f"kept must be a Kept, not {shown(repr(kept), 60)}")
+    if prompts != 1 or beams > 1:
+        raise TrimtabError("what was read is kept of one prompt, which is written without beams")
+
+
 def _takes_cache(model: Any) -> bool:
     """Whether a model takes keys and values, and keeps no other state."""
     taken = cache_argument(model) in inspect.signature(model.forward).parameters
@@ -114,10 +123,9 @@ def _common(one: Sequence[_Read], other: Sequence[_Read]) -> int:
 def _cut(cache: Any, tokens: int) -> bool:
     """Cut a cache back to its first tokens; False where it cannot be."""
     surplus = cache.get_seq_length() - tokens
-    for layer in cache.layers if surplus else ():
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            if layer.get_seq_length() >= layer.sliding_window:
-                return False
+    windows = [one for one in cache.layers if isinstance(one, DynamicSlidingWindowLayer)]
+    if surplus and any(one.get_seq_length() >= one.sliding_window for one in windows):
+        return False  # what has left a window does not come back
     if surplus:
         cache.crop(-surplus)
     return True

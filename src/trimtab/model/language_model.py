@@ -49,7 +49,7 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
-from trimtab.model.kept import Kept
+from trimtab.model.kept import Kept, check_kept
 from trimtab.model.marks import Marks
 from trimtab.model.padding import (
     input_device,
@@ -555,8 +555,8 @@ class LanguageModel:
             )
         lengths = (min_new_tokens, max_new_tokens)
         wanted = self.prompts(prompts, chat)
-        if kept is not None and (len(wanted) != 1 or asked.get("num_beams", 1) > 1):
-            raise TrimtabError("what was read is kept of one prompt, which is written without beams")
+        if kept is not None:
+            check_kept(kept, len(wanted), asked.get("num_beams", 1))
         tokens = self.fitting(wanted, max_new_tokens)
         asked_rows = self._rows_for(tokens, steering, force)
         rows, decided = self.settled(asked_rows, tokens, force)
