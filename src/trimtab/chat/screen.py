@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.chat.answers import Answer, OnBoth, OnText
-from trimtab.terminal import CleanConsole, printable
+from trimtab.terminal import CleanConsole, is_terminal, printable
+
+termios: Any
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None
 
 #: Lines of the screen that an answer leaves free while it is written.
 _FREE = 3
@@ -36,7 +43,7 @@ class Screen:
         self.console.print(text, style="dim")
 
     def answer(self, write: Callable[[OnText], Answer]) -> Answer:
-        with _interrupted_once(), _Written(self.console) as written:
+        with _answering(), _Written(self.console) as written:
             answer = write(written.add)
         return answer
 
@@ -44,7 +51,7 @@ class Screen:
         self, write: Callable[[OnBoth], tuple[Answer, Answer]], heads: tuple[str, str]
     ) -> tuple[Answer, Answer]:
         texts = ["", ""]
-        with _interrupted_once(), self._live() as live:
+        with _answering(), self._live() as live:
 
             def add(place: int, piece: str) -> None:
                 texts[place] += piece
@@ -141,14 +148,16 @@ class _Tail:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = max(1, console.height - _FREE)
         lines = console.render_lines(self._content, options, pad=False)[-room:]
-        for line in lines:
+        for number, line in enumerate(lines):
+            if number:  # a line end behind the last one would be a line more than is cleared
+                yield Segment.line()
             yield from line
-            yield Segment.line()
 
 
 @contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """Ctrl-C ends an answer; more of them, while it ends, are one."""
+def _answering() -> Iterator[None]:
+    """While an answer is written Ctrl-C ends it, and more of them are one; what is typed does not
+    show in the middle of it, and is there for the next line."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -159,6 +168,24 @@ def _interrupted_once() -> Iterator[None]:
 
     before = signal.signal(signal.SIGINT, once)
     try:
-        yield
+        with _silent_keys():
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    """A terminal that does not show what is typed."""
+    if termios is None or not is_terminal(sys.stdin):
+        yield
+        return
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(keys, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keys, termios.TCSANOW, before)
