@@ -13,11 +13,15 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-import httpx
-
 from trimtab.chat.answers import Answer, Asked, Cost, OnBoth, OnText, Put, Receipt
 from trimtab.errors import TrimtabError, shown
 from trimtab.evaluation import Address, read_key
+
+httpx: Any
+try:
+    import httpx
+except ImportError:  # it comes with an extra
+    httpx = None
 
 #: Seconds to wait for a connection, and for the next piece of an answer.
 _CONNECT, _PIECE = 10.0, 600.0
@@ -43,6 +47,8 @@ class Remote:
         key_variable: str = "OPENAI_API_KEY",
         seed: int | None = None,
     ) -> None:
+        if httpx is None:
+            raise TrimtabError("asking a server needs the extra chat: pip install 'trimtab[chat]'")
         key = read_key(key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._url = Address(url.rstrip("/"), headers).url  # says what is wrong with it

@@ -528,7 +528,7 @@ class LanguageModel:
         `on_text` is called with a prompt's place and the next piece of its text while that is
         written (`stream` iterates over the pieces of one prompt); there is no progress bar then.
         `kept` is what was read of one prompt, such as a conversation, that goes on with the next
-        call: `kept = Kept()`, and then in each.
+        call: `kept = tt.Kept()`, and then the same in each call.
 
         `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
         all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
