@@ -16,7 +16,7 @@ from prompt_toolkit.output import DummyOutput
 
 import trimtab as tt
 from helpers import language_model, steer_at
-from trimtab.chat import Answer, Local, Receipt, Screen, Session, joined, typed_lines
+from trimtab.chat import Answer, Local, Plain, Receipt, Screen, Session, joined, typed_lines
 from trimtab.chat.editor import completions
 from trimtab.chat.screen import whole_blocks
 from trimtab.terminal import CleanConsole
@@ -202,3 +202,9 @@ def test_piped_lines_go_on_after_a_backslash() -> None:
     broken = io.TextIOWrapper(io.BytesIO(b"a\n\xff\xfe\n"), encoding="utf-8")
     with pytest.raises(tt.TrimtabError, match="not UTF-8"):
         list(joined(broken))
+
+
+def test_in_a_pipe_a_stopped_answer_ends_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Plain().answer(lambda on_text: Answer("so far", Receipt(stopped=True)))
+    assert capsys.readouterr().out == "so far\n"

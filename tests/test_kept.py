@@ -57,7 +57,7 @@ def test_windows_of_scopes_and_budgets() -> None:
     user = steer_at(lm, "resid", seed=2).at(4).scoped("user | last")
     talk(lm, [user] * 4)
     rule = tt.within(steer_at(lm, "resid", seed=2), kl=0.3)
-    assert talk(lm, [rule] * 3) == [0, 0, 0]  # another dial each time
+    assert talk(lm, [rule] * 2) == [0, 0]  # another dial each time
 
 
 def test_sampling_and_stops() -> None:
@@ -91,6 +91,15 @@ def test_another_model_reads_anew() -> None:
         (done,) = lm.generate(QUESTIONS[:1], kept=kept, max_new_tokens=8)
         assert kept.reused == 0
         assert done.tokens == lm.generate(QUESTIONS[:1], max_new_tokens=8)[0].tokens
+
+
+def test_what_a_block_steers_is_not_kept() -> None:
+    lm, kept = language_model("llama"), Kept()
+    with lm.steered(steer_at(lm, "resid", seed=2).at(6)):
+        (steered,) = lm.generate(QUESTIONS[:1], kept=kept, max_new_tokens=8)
+    (plain,) = lm.generate(QUESTIONS[:1], kept=kept, max_new_tokens=8)
+    assert kept.reused == 0
+    assert plain.tokens == lm.generate(QUESTIONS[:1], max_new_tokens=8)[0].tokens != steered.tokens
 
 
 def test_it_is_for_one_prompt() -> None:

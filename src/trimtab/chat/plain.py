@@ -24,6 +24,7 @@ class Plain:
     def answer(self, write: Callable[[OnText], Answer]) -> Answer:
         answer = write(lambda piece: None)
         self._print(answer.text)
+        _end_where_stopped(answer)
         return answer
 
     def both(
@@ -32,12 +33,19 @@ class Plain:
         answers = write(lambda place, piece: None)
         for head, answer in zip(heads, answers, strict=True):
             self._print(f"{head}: {answer.text}")
+            _end_where_stopped(answer)
         return answers
 
     def _print(self, text: str) -> None:
         if not self._quiet:
             write_text(text)
             sys.stdout.flush()
+
+
+def _end_where_stopped(answer: Answer) -> None:
+    """Ctrl-C ends a program that nobody types to."""
+    if answer.receipt.stopped:
+        raise KeyboardInterrupt
 
 
 def joined(lines: Iterable[str]) -> Iterator[str]:

@@ -176,3 +176,7 @@ def _obey_typed(session: Session, face: Face, lines: Iterable[str]) -> None:
             face.say("stopped")
         except TrimtabError as error:
             note(" ".join(str(error).split()))
+        except RuntimeError as error:  # the conversation is still there
+            if "out of memory" not in str(error):
+                raise
+            note("out of memory: /undo takes the last turn back, /new begins again")

@@ -56,6 +56,7 @@ from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.stepwise import Writing
+from trimtab.model.streaming import Growing
 from trimtab.model.thinking import answer_of, without_thoughts
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wording import asked

@@ -18,6 +18,7 @@ from trimtab.errors import TrimtabError, shown
 from trimtab.model.attach import RowSteerings
 from trimtab.model.explaining import scope_weights
 from trimtab.model.images import ImageText
+from trimtab.model.running import ATTACHED
 from trimtab.model.versions import cache_argument
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class Kept:
     """What a model has read, for `generate([prompt], kept=...)`: one for each conversation.
 
     Nothing is kept where a state cannot be cut back (Mamba's, a sliding window that has moved on),
-    of texts with images, of beams, and under gates that decide while the model runs; a text is then
-    read anew. `reused` says of how many tokens of the last prompt the reading was there already.
+    of texts with images, of beams, under gates that decide while the model runs, and inside of
+    blocks (`lm.steered`); a text is then read anew. `reused` says of how many tokens of the last prompt the reading was there already.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,11 @@ class Kept:
         cache, read, before = self._cache, self._read, self._model
         self._cache, self._read, self.reused = None, [], 0
         gated = any(steering.gate is not None for steering in steerings)
-        if gated or isinstance(prompt, ImageText) or not _takes_cache(model):
+        # What blocks of the caller's steer nobody knows afterwards.
+        on = ATTACHED.get(language_model.anatomy.body)
+        if gated or (on is not None and on.blocks):
+            return {}
+        if isinstance(prompt, ImageText) or not _takes_cache(model):
             return {}
         same = 0
         if cache is not None and before is model:

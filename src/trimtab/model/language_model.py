@@ -568,12 +568,11 @@ class LanguageModel:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in self._batches(tokens, batch_size, "generate"):
+                before = {} if kept is None else kept.begin(self, tokens[0], rows[0])
                 with self.held([rows[i] for i in chosen], force) as sequences:
-                    inputs = self._left_padded([tokens[i] for i in chosen])
+                    inputs = self._left_padded([tokens[i] for i in chosen]) | before
+                    sequences.in_part = kept is not None and kept.reused > 0
                     watch(sequences.gates)
-                    if kept is not None:
-                        inputs |= kept.begin(self, tokens[0], rows[0])
-                        sequences.in_part = kept.reused > 0
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
                     texts, sound = written(
                         self.model, self.tokenizer, inputs, asked, pattern, lengths, pieces
