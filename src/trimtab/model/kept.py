@@ -33,7 +33,8 @@ class Kept:
 
     Nothing is kept where a state cannot be cut back (Mamba's, a sliding window that has moved on),
     of texts with images, of beams, under gates that decide while the model runs, and inside of
-    blocks (`lm.steered`); a text is then read anew. `reused` says of how many tokens of the last prompt the reading was there already.
+    blocks (`lm.steered`); a text is then read anew. `reused` says of how many tokens of the last
+    prompt the reading was there already.
     """
 
     def __init__(self) -> None:
