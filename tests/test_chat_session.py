@@ -270,6 +270,8 @@ def test_seeds_draw_another_answer_each_time(lm: tt.LanguageModel) -> None:
         ("/steer nowhere.safetensors", "nowhere.safetensors"),
         ("/steer joy.safetensors@x", "no number"),
         ("/steer 'joy", "quotation mark"),
+        ("/steer calm.safetensors nowhere.safetensors", "nowhere.safetensors"),
+        ("/undo twice", "takes nothing"),
         ("/dial", "/dial 0.5"),
         ("/dial nan", "a number"),
         ("/dial anger 2", "no steering here is called anger"),

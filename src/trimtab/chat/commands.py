@@ -63,6 +63,8 @@ def obey(session: Session, face: Face, line: str) -> None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
         raise TrimtabError(f"there is no command /{shown(name, 40)}: {hint} (// sends a /)")
+    if rest.strip() and not command.takes:
+        raise TrimtabError(f"/{name} takes nothing behind it, and there is {shown(rest, 40)}")
     command.act(session, face, rest.strip())
 
 
@@ -70,7 +72,7 @@ def _show(face: Face, write: Callable[[OnText], Answer]) -> None:
     """Show an answer and its receipt."""
     answer = face.answer(write)
     if answer.receipt.stopped and not answer.text:
-        face.say("stopped before a word: the question is not kept")
+        face.say("stopped before a word: nothing is kept of it")
     elif face.receipts or answer.receipt.stopped:
         face.say(answer.receipt.line)
 
@@ -93,15 +95,22 @@ def _described(steering: Steering) -> str:
 
 
 def _steer(session: Session, face: Face, rest: str) -> None:
-    for argument in _words(rest):
-        face.say(f"put on {session.steer(argument)}")
     if not rest:
         _list(session, face)
+        return
+    before = session.stack
+    try:
+        puts = [session.steer(argument) for argument in _words(rest)]
+    except TrimtabError:
+        session.stack = before  # all of them, or none
+        raise
+    for put in puts:
+        face.say(f"put on {put}")
 
 
 def _dial(session: Session, face: Face, rest: str) -> None:
     name, value = _named(session, rest, "/dial 0.5, or /dial NAME 0.5")
-    dial = value if value.lstrip("-").isalpha() and value != "nan" else _number(value, "a dial")
+    dial = value if value.lstrip("-").isalpha() else _number(value, "a dial")
     face.say(str(session.change(name, lambda put: put.turned(dial=dial, kl=None))))
 
 

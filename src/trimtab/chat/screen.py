@@ -51,7 +51,7 @@ class Screen:
         self, write: Callable[[OnBoth], tuple[Answer, Answer]], heads: tuple[str, str]
     ) -> tuple[Answer, Answer]:
         texts = ["", ""]
-        with _answering(), self._live() as live:
+        with _answering(), _live(self.console) as live:
 
             def add(place: int, piece: str) -> None:
                 texts[place] += piece
@@ -61,9 +61,6 @@ class Screen:
         self.console.print(_columns(heads, [answer.text for answer in answers]))
         return answers
 
-    def _live(self) -> Live:
-        return Live(console=self.console, transient=True, vertical_overflow="crop")
-
 
 class _Written:
     """An answer that is being written: paragraphs that are whole stand on the screen for good, the
@@ -71,7 +68,7 @@ class _Written:
 
     def __init__(self, console: Console) -> None:
         self._console, self._text = console, ""
-        self._live = Live(console=console, transient=True, vertical_overflow="crop")
+        self._live = _live(console)
 
     def __enter__(self) -> _Written:
         self._live.__enter__()
@@ -92,6 +89,11 @@ class _Written:
             self._console.print(markdown(done))
             self._console.print()
         self._live.update(_Tail(markdown(self._text)))
+
+
+def _live(console: Console) -> Live:
+    """What changes on the screen, and is gone when it ends."""
+    return Live(console=console, transient=True, vertical_overflow="crop")
 
 
 def whole_blocks(text: str) -> int:
