@@ -89,6 +89,7 @@ def test_a_budget_and_a_system_message(piped: Callable[..., Ran]) -> None:
         (f"{CHAT} --kl 0.1", "--kl turns one dial"),
         (f"{CHAT} --scope all", "--scope says how a steering acts"),
         ("chat --model m --endpoint ftp://x", "is not the URL of a service"),
+        ("chat --model m --endpoint http://127.0.0.1:9/v1 --force", "--force is for"),
         ("chat --model m --endpoint http://127.0.0.1:9/v1 --dtype bfloat16", "--dtype is for"),
         ("chat --model m --endpoint http://127.0.0.1:9/v1 --steer a --gate g", "--gate is for"),
         ("chat --model m --endpoint http://127.0.0.1:9/v1 --steer a", "is the server running"),

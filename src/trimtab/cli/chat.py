@@ -75,6 +75,8 @@ def chat(
     """
     if asked.endpoint is None:
         session = _of_model(opened, steered, decoding, force)
+    elif force:
+        raise TrimtabError("--force is for a model of this machine: a server checks its own")
     else:
         session = _of_server(opened, steered, decoding, asked)
     if kl is not None:
