@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, scope_weights
+from trimtab.model import LanguageModel, acted
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
 from trimtab.serving.engine import Ended, Engine, Job, Piece, Told
@@ -213,30 +213,13 @@ class Desk:
         of the answer, and what their gates decided."""
         answer = request.answers[index]
         if answer.acted is None:
-            answer.acted = self._acted(request, answer.job)
+            job = answer.job
+            marks = self.language_model.marks
+            each = acted(marks, job.acting, job.gates, job.tokens, job.new)
+            answer.acted = [
+                {"name": name, **told} for name, told in zip(request.names, each, strict=False)
+            ]
         return answer.acted
-
-    def _acted(self, request: Request, job: Job) -> list[dict[str, Any]]:
-        found = []
-        gates = list(job.gates)
-        for name, steering in zip(request.names, job.acting, strict=False):
-            told: dict[str, Any] = {"name": name, "dial": steering.setting}
-            gate = gates.pop(0) if steering.gate is not None and gates else None
-            if gate is None or gate.fired or gate.kind == "token":
-                told["tokens"] = self._tokens(steering, job)
-            if gate is not None:
-                told["gate"] = {"kind": gate.kind, "fired": gate.fired, "scores": gate.scores}
-            found.append(told)
-        return found
-
-    def _tokens(self, steering: Any, job: Job) -> dict[str, int]:
-        """On how many tokens the scopes of a steering are true; the last that is written is not
-        read."""
-        ids, end = [*job.tokens, *job.new[:-1]], len(job.tokens)
-        marks = self.language_model.marks
-        each = [scope_weights(marks, scope, ids, end) for scope in steering.scopes]
-        acts = [any(weights) for weights in zip(*each, strict=True)]
-        return {"prompt": sum(acts[:end]), "answer": sum(acts[end:])}
 
 
 def _teller(
