@@ -2,7 +2,7 @@
 
 from trimtab.evaluation.answering import Settings
 from trimtab.evaluation.drifting import Drift, Repeated, drift
-from trimtab.evaluation.endpoint import ChatEndpoint
+from trimtab.evaluation.endpoint import Address, ChatEndpoint, read_key
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import (
     Asked,
