@@ -216,19 +216,18 @@ class LanguageModel:
         """For notebooks: what it is, in a small table."""
         from trimtab.reports import Table, tables_html
 
-        anatomy, identity = self.anatomy, self.identity
+        anatomy = self.anatomy
         longest = "no limit" if self.max_length == _UNLIMITED else f"{self.max_length:,} tokens"
         template = getattr(self.tokenizer, "chat_template", None)
         rows = [
             ["name", shown(self.name)],
             ["architecture", f"{anatomy.name}, {anatomy.layers} layers of {anatomy.hidden_size}"],
             ["weights", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"],
-            ["digest", identity.digest[:16]],
             ["chat template", "yes" if template else "no: prompts are taken raw"],
             ["longest text", longest],
         ]
         if self.baked:
-            rows.append(["baked into it", ", ".join(shown(one.get("label", "")) for one in self.baked)])
+            rows.append(["baked into it", ", ".join(shown(one["label"]) for one in self.baked)])
         return tables_html([Table("Language model", ["", ""], rows)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
