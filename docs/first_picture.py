@@ -50,7 +50,9 @@ def measured() -> dict[str, Any]:
             "cost": [spread.value, *(spread.ci95 or (spread.value,) * 2)],
         })  # fmt: skip
     texts = {
-        f"{dial:g}": lm.generate([PROMPT], steering=steering.at(dial), max_new_tokens=TOKENS)[0].text
+        f"{dial:g}": lm.generate([PROMPT], steering=steering.at(dial), max_new_tokens=TOKENS)[
+            0
+        ].text
         for dial in SHOWN
     }
     return {"prompt": PROMPT, "pairs": PAIRS, "rows": rows, "texts": texts}

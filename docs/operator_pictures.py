@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from trimtab.steering import (
@@ -27,10 +28,6 @@ from trimtab.steering import (
     Shift,
     Turn,
 )
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "operators"  # the same picture is the same file
-from matplotlib.figure import Figure  # noqa: E402
 
 #: Readable on white and on black.
 INK, BEFORE, AFTER, MARK = "#7d8894", "#a9b2bc", "#2f81d6", "#d9822b"
@@ -130,7 +127,8 @@ def svg(name: str) -> bytes:
     """The picture of an operator."""
     figure = _forced() if name == "Force" else _moved(OPERATORS[name])
     written = io.BytesIO()
-    figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # the same picture is the same file
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     return written.getvalue()
 
 

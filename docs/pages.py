@@ -132,6 +132,7 @@ def relinked(text: str, page: str, source: str, moved: dict[str, str]) -> str:
         there = posixpath.normpath(posixpath.join(posixpath.dirname(source), path or source))
         there = source if not path else there
         uri = OUTSIDE.get(there, there.removeprefix("docs/"))
+        uri = re.sub(r"\.ipynb$", ".md", uri)
         if there == "docs/methods.md" and anchor[1:] in moved:
             uri = moved[anchor[1:]]
             anchor = "" if PurePosixPath(uri).stem == anchor[1:] else anchor
@@ -187,9 +188,7 @@ def families() -> list[Family]:
 
 def moved_anchors(known: Sequence[Family]) -> dict[str, str]:
     """The anchors of methods.md that lie on pages of methods, and these pages."""
-    return {
-        slug(words): family.uri for family in known for _, _, words in headings(family.section)
-    }
+    return {slug(words): family.uri for family in known for _, _, words in headings(family.section)}
 
 
 def method_page(family: Family, page: str) -> str:
@@ -222,7 +221,9 @@ def _pictures(family: Family) -> str:
         formula = (getattr(steering, name).__doc__ or "").split("\n\n")[0].strip()
         formula = " ".join(formula.split()).replace("|", "\\|")
         words = operator_pictures.says(name)
-        shown.append(f"**{name}**: {formula}\n\n![{name}: {words}](../operators/{name}.svg)\n\n{words}")
+        shown.append(
+            f"**{name}**: {formula}\n\n![{name}: {words}](../operators/{name}.svg)\n\n{words}"
+        )
     if not shown:
         return ""
     about = "Activations of two units, before (dots) and after (heads of arrows), at two dials."
@@ -321,9 +322,7 @@ def _said_once(text: str) -> str:
     lines = text.split("\n")
     if len(begin) < 3:
         return text
-    bodies = [
-        "\n".join(lines[a:b]) for a, b in zip(begin, [*begin[1:], len(lines)], strict=True)
-    ]
+    bodies = ["\n".join(lines[a:b]) for a, b in zip(begin, [*begin[1:], len(lines)], strict=True)]
     group = re.compile(r"\*\*([^*\n]+)\*\*:\n\n(?:\* .*\n?)+")
     shared: list[str] = []
     for found in group.finditer(bodies[-1]):
