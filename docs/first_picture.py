@@ -18,7 +18,7 @@ import trimtab as tt
 from trimtab.reading import plain_texts
 
 matplotlib.use("agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parent
 PROMPT = "Write a text message to my sister."
@@ -37,13 +37,12 @@ def measured() -> dict[str, Any]:
     held_out = contrast.part("test").take(PAIRS)
     plain = plain_texts()[-TEXTS:]
     before = tt.log_odds(lm, held_out)
-    nll, tokens = tt.cross_entropy(lm, plain)
+    nll, _ = tt.cross_entropy(lm, plain)
     rows = []
     for dial in DIALS:
         now = steering.at(dial)
         gain = tt.mean_interval(tt.log_odds(lm, held_out, now) - before)
-        cost = (tt.cross_entropy(lm, plain, now)[0] - nll) / tokens
-        spread = tt.mean_interval(cost)
+        spread = tt.mean_interval(tt.cross_entropy(lm, plain, now)[0] - nll)
         rows.append({
             "dial": dial,
             "gain": [gain.value, *(gain.ci95 or (gain.value,) * 2)],
@@ -61,8 +60,8 @@ def measured() -> dict[str, Any]:
 def draw(found: dict[str, Any]) -> None:
     """The texts above, gain and cost below."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(9.6, 5.2), facecolor="white", layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    figure = plt.figure(figsize=(9.6, 4.3), facecolor="white", layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.7))
     above.suptitle(f"“{found['prompt']}”", fontsize=11)
     for axes, (dial, text) in zip(
         above.subplots(1, len(found["texts"])), found["texts"].items(), strict=True
@@ -70,18 +69,19 @@ def draw(found: dict[str, Any]) -> None:
         axes.axis("off")
         value = float(dial)
         colour = GREY if value == 0 else BLUE if value > 0 else ORANGE
-        said = "unsteered" if value == 0 else f"dial {value:+g}"
+        said = "unsteered" if value == 0 else f"dial {value:+g}".replace("-", "−")
         axes.set_title(said, fontsize=10, color=colour, fontweight="bold", loc="left")
-        short = textwrap.shorten(" ".join(text.split()), 150, placeholder=" ...")
+        short = textwrap.shorten(" ".join(text.split()), 150, placeholder="")
+        short += " ..." if len(short) < len(" ".join(text.split())) else ""
         axes.text(0, 1, textwrap.fill(short, 30), va="top", fontsize=9, transform=axes.transAxes)
     gain, cost = below.subplots(1, 2)
     _curve(gain, found["rows"], "gain", BLUE)
-    gain.set_ylabel("more probable formal side, nats per pair")
+    gain.set_ylabel("log-odds of the formal side,\nnats more than unsteered")
     gain.set_title(f"what it does: {found['pairs']} held-out pairs", fontsize=10)
     _curve(cost, found["rows"], "cost", ORANGE)
     cost.axhline(0.1, color=GREY, linewidth=0.8, linestyle=":")
-    cost.text(0, 0.11, "rarely seen below", ha="center", va="bottom", fontsize=8, color=GREY)
-    cost.set_ylabel("plain text harder to predict, nats per token")
+    cost.text(0, 0.12, "rarely seen below this", ha="center", va="bottom", fontsize=8, color=GREY)
+    cost.set_ylabel("cost on plain text,\nnats per token")
     cost.set_title("what it costs", fontsize=10)
     figure.savefig(DOCS / "dial.png", dpi=150)
 

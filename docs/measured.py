@@ -38,13 +38,16 @@ def command(method: str) -> str:
 def output(line: str) -> str:
     """What a command prints."""
     printed = io.StringIO()
-    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
-        with contextlib.redirect_stdout(printed):
-            try:
-                trimtab(shlex.split(line)[1:])
-            except SystemExit as ended:
-                if ended.code:
-                    raise
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        contextlib.chdir(directory),
+        contextlib.redirect_stdout(printed),
+    ):
+        try:
+            trimtab(shlex.split(line)[1:])
+        except SystemExit as ended:
+            if ended.code:
+                raise
     return printed.getvalue()
 
 

@@ -92,7 +92,7 @@ OPERATORS: dict[str, Shown] = {
     "Clamp": Shown(
         Clamp(SLANTED, low=0.3),
         (0.5, 1.0),
-        "What lies below the bound along the direction is brought up to it; the rest is left alone.",
+        "What lies below the bound along the direction is brought up to it; the rest stays.",
         (SLANTED,),
     ),
     "Respond": Shown(
@@ -113,8 +113,8 @@ OPERATORS: dict[str, Shown] = {
     "SetFeatures": Shown(
         SetFeatures(**_feature(-0.2), mode="clamp", level=torch.tensor([1.0])),
         (0.0, 1.0),
-        "What the encoder reads is put to one value, 0 or the level; what it does not see, and what "
-        "is across, stays.",
+        "What the encoder reads is put to one value, 0 or the level; what it does not see stays, "
+        "and so does what is across.",
         (SLANTED,),
     ),
 }  # fmt: skip
