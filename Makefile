@@ -103,7 +103,7 @@ $(SITE): $(CORE)
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(SITE)
-	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
 
 lint: $(INSTALLED)

@@ -71,7 +71,7 @@ def draw(found: dict[str, Any]) -> None:
         colour = GREY if value == 0 else BLUE if value > 0 else ORANGE
         said = "unsteered" if value == 0 else f"dial {value:+g}".replace("-", "−")
         axes.set_title(said, fontsize=10, color=colour, fontweight="bold", loc="left")
-        short = textwrap.shorten(" ".join(text.split()), 150, placeholder="")
+        short = textwrap.shorten(" ".join(text.split()), 130, placeholder="")
         short += " ..." if len(short) < len(" ".join(text.split())) else ""
         axes.text(0, 1, textwrap.fill(short, 30), va="top", fontsize=9, transform=axes.transAxes)
     gain, cost = below.subplots(1, 2)
@@ -80,7 +80,7 @@ def draw(found: dict[str, Any]) -> None:
     gain.set_title(f"what it does: {found['pairs']} held-out pairs", fontsize=10)
     _curve(cost, found["rows"], "cost", ORANGE)
     cost.axhline(0.1, color=GREY, linewidth=0.8, linestyle=":")
-    cost.text(0, 0.12, "rarely seen below this", ha="center", va="bottom", fontsize=8, color=GREY)
+    cost.text(-2.5, 0.11, "rarely seen", ha="left", va="bottom", fontsize=8, color=GREY)
     cost.set_ylabel("cost on plain text,\nnats per token")
     cost.set_title("what it costs", fontsize=10)
     figure.savefig(DOCS / "dial.png", dpi=150)

@@ -304,6 +304,7 @@ def command_page(name: str) -> str:
     from trimtab.cli.app import build
 
     text: str = build([name])[name].generate_docs(usage_name=f"trimtab {name}")
+    text = re.sub(r"^(trimtab .*) -m mkdocs", r"\1", text, flags=re.M)  # what runs us, not them
     text = re.sub(r"^## Table of Contents\n\n(?:[ ]*- .*\n)+\n", "", text, flags=re.M)
     text = re.sub(r" \*\[default: (False|\(\)|None)\]\*", "", text)
     text = re.sub(r", --empty-[\w-]+", "", text)
