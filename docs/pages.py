@@ -13,7 +13,6 @@ import importlib
 import inspect
 import json
 import logging
-import os
 import posixpath
 import re
 import sys
@@ -30,7 +29,6 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 import operator_pictures  # noqa: E402
 
-os.environ.setdefault("COLUMNS", "100")
 log = logging.getLogger("mkdocs.hooks.pages")
 
 #: Files of the repository outside docs/ that are pages, by their path.
@@ -39,7 +37,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-#: What each method does to activations; a test holds it to what they fit.
+#: What each method does to activations; tests compare it with what methods fit.
 OPERATORS_OF: dict[str, tuple[str, ...]] = {
     "actadd": ("Add",),
     "caa": ("Add",),
@@ -219,7 +217,7 @@ def _pictures(family: Family) -> str:
     shown = []
     for name in names:
         formula = (getattr(steering, name).__doc__ or "").split("\n\n")[0].strip()
-        formula = " ".join(formula.split()).replace("|", "\\|")
+        formula = " ".join(formula.split())
         words = operator_pictures.says(name)
         shown.append(
             f"**{name}**: {formula}\n\n![{name}: {words}](../operators/{name}.svg)\n\n{words}"
@@ -265,7 +263,7 @@ def _is_about(label: str, family: Family) -> bool:
 
 
 def _options(name: str) -> str:
-    """The fields of a method's class, with its docstring."""
+    """The fields of a method's class."""
     from trimtab.methods import METHODS
 
     if name not in METHODS:
