@@ -483,7 +483,7 @@ def on_files(files: Files, config: Any) -> Files:
     for name in [*operator_pictures.OPERATORS, "Force"]:
         content_of = operator_pictures.svg(name)
         files.append(File.generated(config, f"operators/{name}.svg", content=content_of))
-    for folder in ("examples", "src", "benchmarks", "tests"):
+    for folder in ("examples", "src", "benchmarks", "tests", "deploy"):
         for file in linked_files(folder):
             path = str(ROOT / file)
             files.append(File.generated(config, file, abs_src_path=path))
