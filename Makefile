@@ -4,16 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # Made after a complete installation, and older than these two files when it must be repeated: of
-# what running needs, and of what tests need beside it.
+# what running needs, of what tests need beside it, and of what the site needs.
 CORE := .venv/.core
 INSTALLED := .venv/.installed
+SITE := .venv/.docs
 
 # vLLM needs other versions of the same packages: an environment of its own, with nothing of ours.
 VLLM := .venv-vllm
 LLAMACPP := .llamacpp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-versions test-vllm test-llamacpp lint docs-house bench clean
+.PHONY: help demo test test-all test-versions test-vllm test-llamacpp lint docs docs-house bench clean
 
 help:
 	@echo "make demo      set up, then steer a real model"
@@ -23,6 +24,7 @@ help:
 	@echo "make test-vllm  set up vLLM beside it, and compare what it writes with adapters"
 	@echo "make test-llamacpp  the same with llama.cpp (needs node and npm), and with GGUF files"
 	@echo "make lint      lint and type check only"
+	@echo "make docs      build the site of the documentation into site/, to be read from there"
 	@echo "make docs-house  draw docs/house.svg and the table of docs/architecture.md from the code"
 	@echo "make bench     run the benchmarks"
 	@echo "make clean     remove what these commands made, .venv included"
@@ -94,6 +96,16 @@ test-llamacpp: export OMP_NUM_THREADS = 1
 test-llamacpp: $(INSTALLED) $(LLAMACPP)/.installed
 	TRIMTAB_LLAMACPP=$(CURDIR)/$(LLAMACPP) $(BIN)/python -m pytest tests/engines/test_llamacpp.py
 
+# The site needs neither a server nor a network: open site/index.html.
+$(SITE): $(CORE)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(SITE)
+	$(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -108,5 +120,5 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv .venv-vllm .llamacpp build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm .llamacpp site build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

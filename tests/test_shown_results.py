@@ -256,6 +256,19 @@ def test_a_notebook_shows_a_steering_as_text(steering: tt.Steering) -> None:
     assert "layers.1.resid" in _Cells(shown).cells
 
 
+def test_a_notebook_shows_a_model_as_text() -> None:
+    lm = language_model("llama")
+    lm.name = "<script>alert(1)</script>"
+    lm.baked = ({"label": "<b>caa</b> alpha=2", "digest": "0"},)
+    shown = lm._repr_html_()
+    assert "<script" not in shown
+    assert "<b>" not in shown
+    said = _Cells(shown).cells
+    assert {"<script>alert(1)</script>", "<b>caa</b> alpha=2"} <= set(said)
+    assert "float32 on cpu" in said
+    assert f"{lm.anatomy.name}, {lm.anatomy.layers} layers of {lm.anatomy.hidden_size}" in said
+
+
 # -- drawn ----------------------------------------------------------------------------------------
 
 

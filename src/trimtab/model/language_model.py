@@ -213,6 +213,24 @@ class LanguageModel:
             f"{anatomy.hidden_size}, {dtype} on {self.device}>"
         )
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, in a small table."""
+        from trimtab.reports import Table, tables_html
+
+        anatomy = self.anatomy
+        longest = "no limit" if self.max_length == _UNLIMITED else f"{self.max_length:,} tokens"
+        template = getattr(self.tokenizer, "chat_template", None)
+        rows = [
+            ["name", shown(self.name)],
+            ["architecture", f"{anatomy.name}, {anatomy.layers} layers of {anatomy.hidden_size}"],
+            ["weights", f"{str(self.dtype).removeprefix('torch.')} on {self.device}"],
+            ["chat template", "yes" if template else "no: prompts are taken raw"],
+            ["longest text", longest],
+        ]
+        if self.baked:
+            rows.append(["baked into it", ", ".join(shown(one["label"]) for one in self.baked)])
+        return tables_html([Table("Language model", ["", ""], rows)])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
         model, tokenizer = copy.deepcopy(self.model, memo), copy.deepcopy(self.tokenizer, memo)
         copied = LanguageModel(model, tokenizer, self.name, self.chat_form, self.anatomy)
