@@ -464,15 +464,14 @@ def test_no_data_directory(trimtab: Command, work: Path, monkeypatch: Any) -> No
 
 def test_an_output_that_exists_with_another_configuration(trimtab: Command, work: Path) -> None:
     command = f"{RUN} --task copa --limit 2 -o run"
+    more = command.replace("--limit 2", "--limit 3")
     trimtab(command)
     before = listing(work)
-    refused(
-        trimtab(f"{command} --seed 3 --limit 3"), "differs in limit, seed, tasks", "--overwrite"
-    )
+    refused(trimtab(f"{more} --seed 3"), "differs in limit, seed, tasks", "--overwrite")
     refused(trimtab(f"{command} --dtype bfloat16"), "differs in model")
     assert listing(work) == before
     (work / "run" / "notes.txt").write_text("mine")
-    found = trimtab(f"{command} --limit 3 --overwrite --json").json
+    found = trimtab(f"{more} --overwrite --json").json
     assert found["results"][0]["n"] == 3
     assert len((work / "run" / "records.jsonl").read_text().splitlines()) == 3
     assert (work / "run" / "notes.txt").read_text() == "mine"
