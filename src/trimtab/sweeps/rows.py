@@ -52,6 +52,7 @@ from trimtab.figures import (
     estimate_of,
     metric_of,
     paired_difference,
+    weighted_interval,
 )
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
@@ -366,6 +367,11 @@ class TaskRows:
     def cost(self, steering: Attached) -> float:
         """How much harder plain text is to predict, in nats per token."""
         return float((self._nll(steering) - self._base_nll).sum() / self._plain_tokens)
+
+    def cost_interval(self, steering: Attached) -> Estimate:
+        """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
+        tokens = torch.tensor([len(each.positions) for each in self._readings], dtype=torch.float64)
+        return weighted_interval((self._nll(steering) - self._base_nll) / tokens, tokens)
 
     def perplexity(self, cost: float) -> float:
         """Perplexity of the plain text at so many nats more per token."""
