@@ -364,9 +364,11 @@ class TaskRows:
 
     # -- what a steering costs on plain text ------------------------------------------------------
 
-    def cost(self, steering: Attached) -> float:
-        """How much harder plain text is to predict, in nats per token."""
-        return float((self._nll(steering) - self._base_nll).sum() / self._plain_tokens)
+    def cost(self, steering: Attached, texts: int | None = None) -> float:
+        """How much harder plain text is to predict, in nats per token: all of it, or the first
+        `texts`, for who looks for a dial."""
+        tokens = sum(len(reading.positions) for reading in self._readings[:texts])
+        return float((self._nll(steering, texts) - self._base_nll[:texts]).sum() / tokens)
 
     def cost_interval(self, steering: Attached) -> Estimate:
         """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
@@ -397,11 +399,11 @@ class TaskRows:
     def _plain_tokens(self) -> int:
         return sum(len(reading.positions) for reading in self._readings)
 
-    def _nll(self, steering: Attached) -> Tensor:
+    def _nll(self, steering: Attached, count: int | None = None) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
         none is scored."""
         lm, kept = self.language_model, self.settings.kept
-        readings = with_words(lm, steering, self._readings)
+        readings = with_words(lm, steering, self._readings[:count])
         found = torch.zeros(len(readings), dtype=torch.float64)
         for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])

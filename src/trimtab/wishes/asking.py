@@ -1,5 +1,5 @@
-"""Just asking, beside steering: the prompts that a steering must beat, on the same rows and axes, and
-what the model writes when it is steered, asked, or left as it is."""
+"""Just asking, beside steering: the prompts that a steering must beat, on the same rows and axes,
+and what the model writes when it is steered, asked, or left as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from trimtab.contrasts import Contrast, Prompt, last_message, spread
+from trimtab.contrasts import Contrast, Prompt, spread
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Prompted, Sample, asked_with, steering_of
 from trimtab.figures import Estimate, mean_interval
@@ -202,9 +202,7 @@ def _ask(behaviour: str) -> Prompted:
     return ladder(behaviour)["as it is"] if behaviour else Prompted("")
 
 
-def _odds(
-    language_model: LanguageModel, triples: Sequence[tuple[Prompt, str, str]]
-) -> list[float]:
+def _odds(language_model: LanguageModel, triples: Sequence[tuple[Prompt, str, str]]) -> list[float]:
     found: list[float] = []
     for triple in triples:
         try:

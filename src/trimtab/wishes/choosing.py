@@ -1,5 +1,5 @@
-"""Which method, place and dial: successive halving on validation rows, and the trade-offs of what is
-left.
+"""Which method, place and dial: successive halving on validation rows, and the trade-offs of what
+is left.
 
 Each arm is first turned as far as the limit of cost allows, so that all are compared at one cost.
 The best by some validation rows go on to more of them. Those that are left are tried at smaller
@@ -28,8 +28,10 @@ from trimtab.wishes.work import Clock, Work
 RUNGS = (8, 16)
 #: Arms that go on after each rung: a share of them, but no fewer than are tried at many dials.
 SHARE, FINALISTS = 3, 3
+#: Plain texts that are read while dials are looked for; what is left is held to all of them.
+TEXTS = 5
 #: What the finalists are tried at, as shares of the dial that the limit of cost allows.
-SHARES = (1.0, 0.75, 0.5, 0.3, 0.15)
+SHARES = (1.0, 0.7, 0.4, 0.2)
 #: A dial is as far as a limit allows when its cost is this share of it or more; what is aimed at;
 #: how often it is tried; how much further a try may go, and how far beyond a method's own range.
 _NEAR, _AIM, _TRIES, _GROWTH, _BEYOND = 0.85, 0.93, 8, 6.0, 100.0
@@ -121,7 +123,8 @@ class Chooser:
             left = self._rung(far, left, rows)
         self.say(f"{len(left)} settings at {len(SHARES)} dials on all {count} validation rows")
         tried = self._finals(far, left, reserve)
-        best = max(tried, key=lambda one: one.gain.value, default=None)
+        allowed = [one for one in tried if one.cost <= self.max_cost]
+        best = max(allowed, key=lambda one: one.gain.value, default=None)
         if best is not None:
             self._rows[best.arm] = replace(self._rows[best.arm], state="chosen")
         rows = tuple(self._rows[arm.name] for arm in self.arms)
@@ -165,22 +168,26 @@ class Chooser:
         if why:
             self._mark(arm, "refused", why=why)
             return None
-
-        def search() -> float | None:
-            steering = self.fits.steering(arm.name)
-            high = dial_limits(steering, _BEYOND if arm.method.looks_beyond else 1.0)[1]
-            start = min(high, _START[steering.dial.unit != ""])
-            return dial_at(lambda dial: self._cost(arm.name, dial), self.max_cost, start, high)
-
-        dial = self.work.recall(f"dial of {arm.name}", search)
+        dial = self._searched(arm.name, None, TEXTS)
         if dial is None:
             self._mark(arm, "dear", why="every dial that was tried costs more than the limit")
         else:
             self._mark(arm, "stopped")
         return dial
 
-    def _cost(self, name: str, dial: float) -> float:
-        return self.measures.cost(lambda: self._steering(name, dial), _key(name, dial))
+    def _searched(self, name: str, start: float | None, texts: int | None) -> float | None:
+        """The dial at the limit of cost on some plain texts, or on all (None)."""
+
+        def search() -> float | None:
+            steering, method = self.fits.steering(name), self.fits.arms[name].method
+            high = dial_limits(steering, _BEYOND if method.looks_beyond else 1.0)[1]
+            first = min(high, start or _START[steering.dial.unit != ""])
+            return dial_at(lambda dial: self._cost(name, dial, texts), self.max_cost, first, high)
+
+        return self.work.recall(f"dial of {name} on {texts or 'all'} texts", search)
+
+    def _cost(self, name: str, dial: float, texts: int | None) -> float:
+        return self.measures.cost(lambda: self._steering(name, dial), _key(name, dial), texts)
 
     def _steering(self, name: str, dial: float) -> Steering:
         return replace(self.fits.steering(name), value=dial)
@@ -192,29 +199,28 @@ class Chooser:
         tried = []
         with progress(f"{rows} validation rows", len(left)) as advance:
             for name in left:
-                tried.append(self._tried(name, far[name], rows))
+                tried.append(self._tried(name, far[name], rows, TEXTS))
                 self._rows[name] = replace(self._rows[name], best=tried[-1])
                 advance(1)
         ranked = sorted(tried, key=lambda one: -one.gain.value)
         return [one.arm for one in ranked[: max(FINALISTS, math.ceil(len(left) / SHARE))]]
 
-    def _finals(
-        self, far: Mapping[str, float], left: Sequence[str], reserve: float
-    ) -> list[Tried]:
+    def _finals(self, far: Mapping[str, float], left: Sequence[str], reserve: float) -> list[Tried]:
         """What is left, at every share of its dial, on all validation rows."""
         tried: list[Tried] = []
         rows = self.measures.bench.rows("validation")
+        ends = {name: self._searched(name, far[name], None) or far[name] for name in left}
         skipped = 0
         longest = 0.0
         with progress("all validation rows", len(left) * len(SHARES)) as advance:
             for share in SHARES:
                 for name in left:
                     began = self.clock.seconds
-                    dial = far[name] * share
+                    dial = ends[name] * share
                     if tried and not self._has_time(_key(name, dial), longest + reserve):
                         skipped += 1
                         continue
-                    tried.append(self._tried(name, dial, rows))
+                    tried.append(self._tried(name, dial, rows, None))
                     longest = max(longest, self.clock.seconds - began)
                     advance(1)
         if skipped:
@@ -226,8 +232,9 @@ class Chooser:
                 self._rows[name] = replace(self._rows[name], state="tried", best=best)
         return tried
 
-    def _tried(self, name: str, dial: float, rows: int) -> Tried:
-        """On so many of the validation rows; those of the rungs below are known."""
+    def _tried(self, name: str, dial: float, rows: int, texts: int | None) -> Tried:
+        """On so many of the validation rows, of which those of the rungs below are known; with its
+        cost on so many plain texts."""
         key, pieces, start = _key(name, dial), [], 0
         for stop in sorted({min(stop, rows) for stop in (*RUNGS, rows)}):
             some = self.measures.gains(
@@ -235,16 +242,15 @@ class Chooser:
             )
             pieces.append(some)
             start = stop
-        return Tried(name, dial, self._cost(name, dial), mean_interval(torch.cat(pieces)))
+        cost = self._cost(name, dial, texts)
+        return Tried(name, dial, cost, mean_interval(torch.cat(pieces)))
 
 
 def _key(name: str, dial: float) -> str:
     return f"{name} at {dial!r}"
 
 
-def dial_at(
-    cost: Callable[[float], float], limit: float, start: float, end: float
-) -> float | None:
+def dial_at(cost: Callable[[float], float], limit: float, start: float, end: float) -> float | None:
     """The largest dial up to an end whose cost is within a limit and near it; None where each that
     is tried costs more. The cost goes about with the square of the dial."""
     within: tuple[float, float] | None = None  # a dial and its cost

@@ -1,5 +1,5 @@
-"""What came of a wish: the steering that was chosen, what it gains and costs beside just asking, and
-why there is none where nothing works."""
+"""What came of a wish: the steering that was chosen, what it gains and costs beside just asking,
+and why there is none where nothing works."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ class Baseline:
 class Made(Presented):
     """What came of a wish.
 
-    `chosen` is None where nothing works: `why` says why, `advice` what to try. `unsteered` is by how
-    many nats the positive side is ahead in the model as it is, on the validation rows, and how often
-    it is the more probable one. `reviewed` is false where only the contrast was made, for somebody
-    to look at it. `plan` is what was planned, `left_out` what there was no time for; `files` are in
-    the directory, if there is one.
+    `chosen` is None where nothing works: `why` says why, `advice` what to try. `unsteered` is by
+    how many nats the positive side is ahead in the model as it is, on the validation rows, and how
+    often it is the more probable one. `reviewed` is false where only the contrast was made, for
+    somebody to look at it. `plan` is what was planned, `left_out` what there was no time for;
+    `files` are in the directory, if there is one.
     """
 
     wish: str
@@ -143,15 +143,15 @@ class Made(Presented):
     def summary(self) -> str:
         """One sentence: what was chosen, what it gains and costs; or that nothing works."""
         if not self.reviewed:
-            return f"The contrast for {self.called!r} is there to be looked at; nothing is fitted yet."
+            return f"The contrast for {self.called!r} is there to be looked at; nothing is fitted."
         if self.chosen is None:
             return f"Nothing works for {self.called!r}: {self.why[0]}."
         tested = self.chosen.tested
         gain, cost = tested.gain, tested.cost
         name = self.chosen.row.name
         return (
-            f"{name} at {self.chosen.steering.dial.name} {number_text(self.chosen.dial)} brings the "
-            f"wished-for answer {number_text(gain.difference)} nats further ahead "
+            f"{name} at {self.chosen.steering.dial.name} {number_text(self.chosen.dial)} brings "
+            f"the wished-for answer {number_text(gain.difference)} nats further ahead "
             f"[{number_text(gain.ci95[0])}, {number_text(gain.ci95[1])}], n = {gain.n} test pairs, "
             f"for {number_text(cost.value, '+')} nats per token of plain text (limit "
             f"{self.max_cost:g})."
@@ -190,15 +190,14 @@ class Made(Presented):
                 name, what, difference_cell(tested.gain), cell(tested.cost),
                 kl, cell(tested.prefers, "accuracy"), cell(fits),
             ])  # fmt: skip
-        n = chosen.tested.gain.n
+        n, often = chosen.tested.gain.n, 100 * self.unsteered.get("prefers", 0.0)
         heads = [
             "", "what", "gain, nats per pair", "cost, nats/token", "KL per generated token",
             "wished-for side more probable", "what it writes fits better, nats",
         ]  # fmt: skip
         note = (
-            f"On {n} test pairs that nothing was chosen on. Unsteered, the wished-for side is the "
-            f"more probable one of {100 * self.unsteered.get('prefers', 0):.0f} % of the validation "
-            "pairs. The last column is the model's own word on its texts."
+            f"On {n} test pairs that nothing was chosen on. Unsteered, the wished-for side is "
+            f"the more probable one of {often:.0f} % of the validation pairs. The last column is the model's own word on its texts."
         )
         return Table("Steered, asked, both", heads, rows, note).without_empty_columns(first=4)
 

@@ -1,5 +1,5 @@
-"""From a wish to a steering: contrast, many methods, the best setting within a limit of cost, beside
-just asking; measured at the end on pairs that nothing was chosen on."""
+"""From a wish to a steering: contrast, many methods, the best setting within a limit of cost,
+beside just asking; measured at the end on pairs that nothing was chosen on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trimtab.contrasts import Contrast
 from trimtab.dials import measured
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Prompted, together_with
-from trimtab.figures import Difference, mean_interval, paired_difference, rate_interval
+from trimtab.figures import Difference, paired_difference, rate_interval
 from trimtab.files import json_digest
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Keep, Making, Rows, WishTexts, flat, record
@@ -33,7 +33,7 @@ from trimtab.wishes.left import STEERING, TRAINED, check_free, clear, leave
 from trimtab.wishes.made import Baseline, Chosen, Made, Tested
 from trimtab.wishes.measuring import Measures
 from trimtab.wishes.plan import Plan, Speed, plan_for, speed_of
-from trimtab.wishes.portfolio import Arm, Fits, portfolio
+from trimtab.wishes.portfolio import Fits, portfolio
 from trimtab.wishes.texts import (
     FEWEST_QUESTIONS,
     contrast_of,
@@ -41,7 +41,7 @@ from trimtab.wishes.texts import (
     say_contrast,
 )
 from trimtab.wishes.work import Clock, Work
-from trimtab.writing import TooFewKept, read_wish
+from trimtab.writing import TooFewKeptError, read_wish
 
 #: The share of the minutes that writing a contrast may take.
 _WRITING = 0.5
@@ -71,13 +71,14 @@ def make(
         >>> made = tt.make(lm, contrast="builtin:formality", output="formal/")  # doctest: +SKIP
         >>> lm.generate(["Today I feel"], steering=made.steering)  # doctest: +SKIP
 
-    `contrast` is a file, `builtin:NAME`, `task:NAME` or a `Contrast` of pairs; without one the model
-    writes one for the `wish` (see `persona_contrast`, whose arguments `texts` has). One pass fits
-    many methods at many places; each is turned as far as `max_cost` allows (nats per token of plain
-    text); successive halving on the validation pairs leaves a few, whose dials are then tried; what
-    gains most within the limit is chosen. The gain is by how many nats the positive side of a pair
-    gets further ahead of the negative one. Prompts that ask for the same are measured on the same
-    axes. Only what is chosen is measured on the test pairs. `train` tries trained methods too.
+    `contrast` is a file, `builtin:NAME`, `task:NAME` or a `Contrast` of pairs; without one the
+    model writes one for the `wish` (see `persona_contrast`, whose arguments `texts` has). One pass
+    fits many methods at many places; each is turned as far as `max_cost` allows (nats per token of
+    plain text); successive halving on the validation pairs leaves a few, whose dials are then
+    tried; what gains most within the limit is chosen. The gain is by how many nats the positive
+    side of a pair gets further ahead of the negative one. Prompts that ask for the same are
+    measured on the same axes. Only what is chosen is measured on the test pairs. `train` tries
+    trained methods too.
 
     With `output` everything is in a directory, which has the steering, a card, the contrast, a
     report, samples and what to do next; what was interrupted goes on there and ends as it would
@@ -87,8 +88,8 @@ def make(
 
     Where nothing works `chosen` and `steering` of the result are None, and `why` and `advice` say
     more: that is a result and no error. Errors (TrimtabError): neither a wish nor a contrast, or
-    both; a contrast that is unpaired or too small to hold pairs out; a model without a chat template
-    and no writer; a directory that holds something else.
+    both; a contrast that is unpaired or too small to hold pairs out; a model without a chat
+    template and no writer; a directory that holds something else.
     """
     if (wish is None) is (contrast is None):
         raise TrimtabError(
@@ -151,7 +152,7 @@ class _Maker:
         self._fit_in(plan)
         try:
             contrast = self._contrast()
-        except TooFewKept as error:
+        except TooFewKeptError as error:
             return self._finish(self._blank(None, plan), [str(error)])
         say_contrast(contrast, self.say)
         blank = self._blank(contrast, plan)
@@ -175,7 +176,9 @@ class _Maker:
         if minutes is None:
             return
         if plan.seconds > 60 * minutes:
-            self.say(f"{minutes:g} minutes are less than that: what there is no time for is left out")
+            self.say(
+                f"{minutes:g} minutes are less than that: what there is no time for is left out"
+            )
         if self.given is not None:
             return
         step, asked = plan.steps[0], self.texts.questions
@@ -248,9 +251,7 @@ class _Maker:
 
     # -- the test part ----------------------------------------------------------------------------
 
-    def _tested(
-        self, found: Made, choice: Choice, contrast: Contrast, measures: Measures
-    ) -> Made:
+    def _tested(self, found: Made, choice: Choice, contrast: Contrast, measures: Measures) -> Made:
         """The choice on the pairs that nothing was chosen on, beside the prompt and both."""
         assert choice.best is not None
         best, row = choice.best, next(row for row in choice.rows if row.state == "chosen")
@@ -353,7 +354,9 @@ class _Maker:
 
         leave(found, self.run.path, self.language_model.name)
         found = replace(found, files=self._files("results.json", "report.html"))
-        self.run.finish(found.as_json(), lambda environment: made_page(found, self.run, environment))
+        self.run.finish(
+            found.as_json(), lambda environment: made_page(found, self.run, environment)
+        )
         return found
 
     def _files(self, *coming: str) -> tuple[str, ...]:
@@ -371,9 +374,7 @@ def _findings(own: Tested, wish: str, making: Making) -> dict[str, Any]:
     return {**figures, "wish": wish, "max_cost": making.max_cost}
 
 
-def _tested(
-    measures: Measures, attached: Callable[[], Attached], name: str, kl: Any
-) -> Tested:
+def _tested(measures: Measures, attached: Callable[[], Attached], name: str, kl: Any) -> Tested:
     gains = measures.gains(attached, name, "test")
     odds = gains + measures.unsteered("test")
     return Tested(
@@ -411,7 +412,9 @@ def _nothing_gains(choice: Choice, contrast: Contrast, prompt: Asked | None) -> 
         f"(gain in nats with its 95 % interval: {said})"
     ]
     if contrast.sizes["validation"] < _FEW:
-        why.append(f"{contrast.sizes['validation']} validation pairs are few: only large gains show")
+        why.append(
+            f"{contrast.sizes['validation']} validation pairs are few: only large gains show"
+        )
     if prompt is not None and prompt.gain.low <= 0:
         why.append(
             f"the model does not do it even when it is asked ({prompt.said}): {prompt.gain} nats"

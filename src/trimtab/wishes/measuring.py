@@ -50,14 +50,15 @@ class Measures:
         found = self._work.recall(f"log-odds of {name}, {part} {start}-{stop}", measure)
         return torch.tensor(found, dtype=torch.float64)
 
-    def cost(self, attached: Made, name: str) -> float:
-        """What plain text costs, in nats per token; infinite where numbers overflow."""
+    def cost(self, attached: Made, name: str, texts: int | None = None) -> float:
+        """What plain text costs, in nats per token, on all of it or the first `texts`; infinite
+        where numbers overflow."""
 
         def measure() -> float | None:
-            found = self.bench.cost(attached())
+            found = self.bench.cost(attached(), texts)
             return found if math.isfinite(found) else None
 
-        found = self._work.recall(f"cost of {name}", measure)
+        found = self._work.recall(f"cost of {name} on {texts or 'all'} texts", measure)
         return math.inf if found is None else found
 
     def cost_interval(self, attached: Made, name: str) -> Estimate:

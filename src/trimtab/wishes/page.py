@@ -5,8 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.figures import Estimate
-from trimtab.reports import DOWN, GREEN, NEUTRAL, UP, Line, Picture, Run, curve, model_line, panels
-from trimtab.reports import run_page, styled
+from trimtab.reports import (
+    DOWN,
+    GREEN,
+    NEUTRAL,
+    UP,
+    Line,
+    Picture,
+    Run,
+    curve,
+    model_line,
+    panels,
+    run_page,
+    styled,
+)
 from trimtab.reports import bars as draw_bars
 from trimtab.wishes.made import Made, Tested
 

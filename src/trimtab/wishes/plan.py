@@ -13,18 +13,18 @@ from trimtab.model import LanguageModel
 from trimtab.options import Making, WishTexts
 from trimtab.reading import cross_entropy, plain_texts
 from trimtab.wishes.asking import NEW_TOKENS, PROMPTS
-from trimtab.wishes.choosing import FINALISTS, RUNGS, SHARE, SHARES
+from trimtab.wishes.choosing import FINALISTS, RUNGS, SHARE, SHARES, TEXTS
 from trimtab.wishes.portfolio import Arm
 
-#: Tokens around what is judged, of a prompt, and of the plain texts together.
-_AROUND, _PROMPT, _PLAIN = 80, 25, 1500
+#: Tokens around what is judged, of a prompt, of the plain texts together, and of one of them.
+_AROUND, _PROMPT, _PLAIN, _TEXT = 80, 25, 1000, 55
 #: How often an answer is read while it is judged, and how often a dial is tried.
 _JUDGED, _DIALS = 5, 4
 #: What a pass with gradients takes, and one step of a training, in passes over the same tokens; a
 #: steering runs about half of the blocks.
 _GRADIENTS, _STEP, _UPPER = 4.0, 3.0, 0.6
 #: Of the words before prompts: how many there are.
-_PROMPTED = 4
+_PROMPTED = 3
 #: Answers that are written at once.
 _BATCH = 16
 
@@ -117,11 +117,11 @@ def plan_for(
     if trained:
         taken = trained * 60 * 3 * pair * _STEP / speed.reads
         steps.append(Step("train", f"train {trained} more", taken))
-    dials = len(arms) * _DIALS * _PLAIN * _UPPER / speed.reads
+    dials = len(arms) * _DIALS * TEXTS * _TEXT * _UPPER / speed.reads
     steps.append(Step("dials", f"turn each to {making.max_cost:g} nats per token", dials))
     read = len(arms) * RUNGS[0] + len(arms) / SHARE * (RUNGS[1] - RUNGS[0])
     read += FINALISTS * len(SHARES) * validation
-    choosing = read * pair * _UPPER + FINALISTS * len(SHARES) * _PLAIN * _UPPER
+    choosing = read * pair * _UPPER + FINALISTS * (len(SHARES) + 2) * _PLAIN * _UPPER
     says = f"halve them on {validation} validation pairs; trade-offs of what is left"
     steps.append(Step("choose", says, choosing / speed.reads))
     asking = _PROMPTED * (validation * pair * 1.5 + _PLAIN)

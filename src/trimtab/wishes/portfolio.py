@@ -144,7 +144,9 @@ class Fits:
         return found
 
     def _train(self, arm: Arm) -> Steering | str:
-        file = None if self._directory is None else self._directory / f"{arm.method.name}.safetensors"
+        file = (
+            None if self._directory is None else self._directory / f"{arm.method.name}.safetensors"
+        )
         if file is not None and file.exists():
             return Steering.load(file)
         try:

@@ -1,5 +1,5 @@
-"""The contrast of a wish, which a model writes, or one that is there already; in the directory it is
-a file that anybody may edit before anything is fitted on it."""
+"""The contrast of a wish, which a model writes, or one that is there already; in the directory it
+is a file that anybody may edit before anything is fitted on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trimtab.writing import persona_contrast
 
 FILE = "contrast.jsonl"
 #: Rows of each part of a contrast that was given, at most: two cores are to be done in minutes.
-MOST: dict[Part, int] = {"train": 160, "validation": 48, "test": 120}
+MOST: dict[Part, int] = {"train": 120, "validation": 40, "test": 100}
 #: Pairs that are shown, and characters of each text.
 _SHOWN, _WIDTH = 2, 160
 #: Questions below which too few pairs would be left to fit on.
@@ -89,9 +89,7 @@ def _written(
         opposite=texts.opposite,
         writer=texts.writer,
         judge=texts.judge,
-        amounts=PersonaAmounts(
-            pairs=texts.pairs, questions=texts.questions, answers=texts.answers
-        ),
+        amounts=PersonaAmounts(pairs=texts.pairs, questions=texts.questions, answers=texts.answers),
         sampling=Sampling(
             max_new_tokens=texts.max_new_tokens, temperature=1.0, top_k=0, top_p=0.9, seed=seed
         ),

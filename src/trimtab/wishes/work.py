@@ -1,5 +1,5 @@
-"""What is finished of the work, which is kept so that one that was interrupted goes on with the very
-same numbers; and the clock, by which some of it may be left out."""
+"""What is finished of the work, which is kept so that one that was interrupted goes on with the
+very same numbers; and the clock, by which some of it may be left out."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _TRIES = 3
 _TOKENS_EACH, _TOKENS_AROUND, _MOST_TOKENS = 80, 200, 4000
 
 
-class TooFewKept(TrimtabError):
+class TooFewKeptError(TrimtabError):
     """A model's answers to a wish that leave too few rows to fit on."""
 
 
@@ -116,7 +116,8 @@ def persona_contrast(
     had.
 
     Errors: an empty wish; a model without a chat template and no writer that has one; fewer than
-    10 rows to fit on are kept (TooFewKept); OUTPUT exists; OUTPUT.part is damaged, or of other settings.
+    10 rows to fit on are kept (TooFewKeptError); OUTPUT exists; OUTPUT.part is damaged, or of other
+    settings.
 
     "Persona Vectors" (Chen et al. 2025, arXiv:2507.21509).
     """
@@ -392,7 +393,7 @@ def _check_kept(found: Filtered, wish: Wish, written: int) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items())
     if train < FEWEST:
         less_guessing = " and an opposite of your own words (--opposite)" if wish.guessed else ""
-        raise TooFewKept(
+        raise TooFewKeptError(
             f"of {written} pairs of answers for {wish.text!r} only {len(found.kept)} are kept, "
             f"{train} of them to fit on, and {FEWEST} are needed (dropped: {dropped}): try a "
             f"larger model, longer answers (--max-new-tokens), more of them (--questions), a "
