@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -114,7 +113,7 @@ def make(
     if as_json:
         print_json(found.as_json())
     else:
-        _say(found, keep.output, _again(sys.argv[1:]))
+        _say(found, keep.output)
     if found.reviewed and found.chosen is None:
         sys.exit(_NOTHING)
 
@@ -123,10 +122,13 @@ def _silent(text: str) -> None:
     """Says nothing."""
 
 
-def _say(found: Made, output: Path | str | None, again: str) -> None:
+def _say(found: Made, output: Path | str | None) -> None:
     """What was chosen beside asking, what it writes, and where everything is; or why nothing."""
     if not found.reviewed:
-        console.print(f"Look at {output}/contrast.jsonl, edit it, and go on: {again}")
+        console.print(
+            f"Look at {output}/contrast.jsonl, edit it as you like, and go on with the same line "
+            "without --review."
+        )
         return
     tables = found.tables()
     shown = tables if found.chosen is None else [tables[0], tables[-1]]
@@ -134,8 +136,3 @@ def _say(found: Made, output: Path | str | None, again: str) -> None:
     if found.baseline is not None and found.baseline.verdict:
         notes = [found.baseline.verdict, *notes]
     show(shown, notes, output, _LEFT, summary=found.summary)
-
-
-def _again(words: list[str]) -> str:
-    """The command line as it is typed once more, without --review."""
-    return shlex.join(["trimtab", *(word for word in words if word != "--review")])

@@ -367,13 +367,15 @@ class TaskRows:
     def cost(self, steering: Attached, texts: int | None = None) -> float:
         """How much harder plain text is to predict, in nats per token: all of it, or the first
         `texts`, for who looks for a dial."""
+        base = self._base_nll[:texts]  # first, so that it is the same whatever is steered
         tokens = sum(len(reading.positions) for reading in self._readings[:texts])
-        return float((self._nll(steering, texts) - self._base_nll[:texts]).sum() / tokens)
+        return float((self._nll(steering, texts) - base).sum() / tokens)
 
     def cost_interval(self, steering: Attached) -> Estimate:
         """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
+        base = self._base_nll
         tokens = torch.tensor([len(each.positions) for each in self._readings], dtype=torch.float64)
-        return weighted_interval((self._nll(steering) - self._base_nll) / tokens, tokens)
+        return weighted_interval((self._nll(steering) - base) / tokens, tokens)
 
     def perplexity(self, cost: float) -> float:
         """Perplexity of the plain text at so many nats more per token."""

@@ -2,4 +2,4 @@
 
 from trimtab.wishes.left import slug
 from trimtab.wishes.made import Made
-from trimtab.wishes.make import make
+from trimtab.wishes.making import make

@@ -196,8 +196,9 @@ class Made(Presented):
             "wished-for side more probable", "what it writes fits better, nats",
         ]  # fmt: skip
         note = (
-            f"On {n} test pairs that nothing was chosen on. Unsteered, the wished-for side is "
-            f"the more probable one of {often:.0f} % of the validation pairs. The last column is the model's own word on its texts."
+            f"On {n} test pairs that nothing was chosen on. Unsteered, the wished-for side is the "
+            f"more probable one of {often:.0f} % of the validation pairs. The last column is what "
+            "the model itself says of its texts."
         )
         return Table("Steered, asked, both", heads, rows, note).without_empty_columns(first=4)
 

@@ -36,7 +36,8 @@ class Measures:
     ) -> Tensor:
         """Of the rows of a part from one to another (0: the last), [rows] in nats."""
         stop = stop or self.bench.rows(part)
-        return self._odds(attached, name, part, start, stop) - self.unsteered(part)[start:stop]
+        base = self.unsteered(part)  # first, so that it is the same whatever is steered
+        return self._odds(attached, name, part, start, stop) - base[start:stop]
 
     def unsteered(self, part: Part) -> Tensor:
         """By how many nats the positive side is ahead in the model as it is, [rows]."""

@@ -28,7 +28,7 @@ FEWEST_QUESTIONS = 20
 
 def given_contrast(source: Any, data: str | None) -> Contrast:
     """A contrast that somebody names, with its parts; refused where nothing can be held out."""
-    found = load_contrast(source, data=data)
+    found = load_contrast(str(source) if isinstance(source, Path) else source, data=data)
     if not found.paired:
         raise TrimtabError(
             f"{found.name} is unpaired: what a steering gains is measured on pairs (prompt, "

@@ -123,7 +123,7 @@ def persona_contrast(
     """
     check_sampling(sampling)
     read = read_wish(wish, opposite)
-    roles = _roles(language_model, writer, judge)
+    roles = roles_for(language_model, writer, judge)
     _check_amounts(amounts)
     settings = _settings(read, amounts, sampling, roles)
     special = _special_tokens(language_model)
@@ -166,8 +166,8 @@ def persona_contrast(
 # -- who does what --------------------------------------------------------------------------------
 
 
-def _roles(language_model: LanguageModel, writer: Any, judge: Writer | None) -> _Roles:
-    """Each role's model, checked before anything is written."""
+def roles_for(language_model: LanguageModel, writer: Any, judge: Writer | None) -> _Roles:
+    """Each role's model, checked before anything is written; also for who asks beforehand."""
     if judge is not None and not isinstance(judge, LanguageModel | ChatEndpoint):
         raise TrimtabError(f"a judge is a LanguageModel or a ChatEndpoint, not {judge!r}")
     if isinstance(writer, LanguageModel | ChatEndpoint):

@@ -41,7 +41,7 @@ from trimtab.wishes.texts import (
     say_contrast,
 )
 from trimtab.wishes.work import Clock, Work
-from trimtab.writing import TooFewKeptError, read_wish
+from trimtab.writing import TooFewKeptError, read_wish, roles_for
 
 #: The share of the minutes that writing a contrast may take.
 _WRITING = 0.5
@@ -96,9 +96,11 @@ def make(
             'say what is wished for, as in "answers in one short sentence", or give a contrast'
         )
     given = None if contrast is None else given_contrast(contrast, data)
-    wish = "" if wish is None else read_wish(wish, texts.opposite).text
+    if wish is not None:
+        wish = read_wish(wish, texts.opposite).text
+        roles_for(language_model, texts.writer, texts.judge)  # refuses who cannot write or judge
     directory = None if keep.output is None else Path(keep.output)
-    config = _config(language_model, wish, given, making, texts)
+    config = _config(language_model, wish or "", given, making, texts)
     if directory is not None and not keep.overwrite:
         check_free(directory)
     with Run(directory, config, keep.overwrite, alone=True) as run:
@@ -106,7 +108,7 @@ def make(
         if directory is not None and keep.overwrite:
             clear(directory)
         work = Work(directory, json_digest(run.config, sort_keys=True)[:16])
-        return _Maker(language_model, wish, given, making, texts, run, work, say).make(review)
+        return _Maker(language_model, wish or "", given, making, texts, run, work, say).make(review)
 
 
 def _config(
