@@ -252,27 +252,33 @@ def _key(name: str, dial: float) -> str:
 
 def dial_at(cost: Callable[[float], float], limit: float, start: float, end: float) -> float | None:
     """The largest dial up to an end whose cost is within a limit and near it; None where each that
-    is tried costs more. The cost goes about with the square of the dial."""
-    within: tuple[float, float] | None = None  # a dial and its cost
-    beyond: tuple[float, float] | None = None
+    is tried costs more. From one dial to the next the cost is taken for a power law."""
+    known: dict[float, float] = {}
     dial = start
     for _ in range(_TRIES):
-        found = cost(dial)
-        if found > limit:
-            beyond = (dial, found)
-        else:
-            within = (dial, found)
-            if found >= _NEAR * limit or dial >= end:
-                break
-        guess = dial * _further(found, limit)
-        if within and beyond and not within[0] < guess < beyond[0]:
-            guess = math.sqrt(within[0] * beyond[0])
-        dial = min(guess, end)
-    return None if within is None else within[0]
+        known[dial] = found = cost(dial)
+        if _NEAR * limit <= found <= limit or (found <= limit and dial >= end):
+            break
+        low = max((one for one, paid in known.items() if paid <= limit), default=0.0)
+        high = min((one for one, paid in known.items() if paid > limit and one > low), default=end)
+        guess = dial * _further(known, dial, limit)
+        if not low < guess < high:
+            guess = (
+                high if high == end and end not in known else math.sqrt(max(low, high / 100) * high)
+            )
+        dial = guess
+    return max((one for one, paid in known.items() if paid <= limit), default=None)
 
 
-def _further(cost: float, limit: float) -> float:
-    """How many times further the dial may be, by what it costs now."""
-    if cost <= 0:
+def _further(known: Mapping[float, float], dial: float, limit: float) -> float:
+    """How many times further the dial may be, by what it costs there and cost before."""
+    paid = known[dial]
+    if paid <= 0:
         return _GROWTH
-    return min(_GROWTH, max(1 / _GROWTH, math.sqrt(_AIM * limit / cost)))
+    power, others = 2.0, [one for one, other in known.items() if one != dial and other > 0]
+    if others and math.isfinite(paid):
+        nearest = min(others, key=lambda one: abs(math.log(one / dial)))
+        if math.isfinite(known[nearest]) and known[nearest] != paid:
+            power = math.log(known[nearest] / paid) / math.log(nearest / dial)
+    further = (_AIM * limit / paid) ** (1 / min(4.0, max(0.5, power)))
+    return min(_GROWTH, max(1 / _GROWTH, further))

@@ -24,7 +24,7 @@ from trimtab.steering import Steering
 from trimtab.wishes.work import Work
 
 #: Where vectors are added, as shares of the depth; a shorter list for what seldom does more.
-_DEPTHS, _FEW_DEPTHS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (0.3, 0.5, 0.7)
+_DEPTHS, _FEW_DEPTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8), (0.2, 0.35, 0.5)
 #: Where trained methods act: what they cost does not allow more.
 _TRAINED_DEPTH = 0.4
 #: Steps of a training.
