@@ -286,7 +286,17 @@ _ANALYSES = (
 )
 #: The commands that have help of their own.
 HELP = (
-    *("", "demo", "models", "models list", "models pull", "models remove", "generate", "inspect"),
+    *(
+        "",
+        "demo",
+        "make",
+        "models",
+        "models list",
+        "models pull",
+        "models remove",
+        "generate",
+        "inspect",
+    ),
     *("contrast", "contrast check", "contrast show", "contrast split", "contrast persona"),
     *(
         "bake",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import trimtab as tt
 from helpers import refused_in_one_line
@@ -43,6 +44,8 @@ def small() -> Iterator[None]:
         patch.setattr(asking, "NEW_TOKENS", 4)
         patch.setattr("trimtab.strength.per_token.PROMPTS", 2)
         patch.setattr(choosing, "RUNGS", (3, 6))
+        # Drawing takes longer than the rest.
+        patch.setattr(Figure, "savefig", lambda self, target, **options: target.write(b""))
         yield
 
 

@@ -263,9 +263,8 @@ def dial_at(cost: Callable[[float], float], limit: float, start: float, end: flo
         high = min((one for one, paid in known.items() if paid > limit and one > low), default=end)
         guess = dial * _further(known, dial, limit)
         if not low < guess < high:
-            guess = (
-                high if high == end and end not in known else math.sqrt(max(low, high / 100) * high)
-            )
+            untried = high == end and end not in known
+            guess = end if untried else math.sqrt(max(low, high / 100) * high)
         dial = guess
     return max((one for one, paid in known.items() if paid <= limit), default=None)
 
