@@ -179,7 +179,7 @@ def test_the_directory_is_ready_to_use(done: tuple[tt.Made, Path]) -> None:
     assert [samples.count(f"**{name}**") for name in ("unsteered", "steered", "asked")] == [2] * 3
     lines = re.findall(r"```sh\n(.*)\n```", (room / "next.md").read_text())
     said = [line.split()[1] for line in lines]
-    assert said == ["generate", "chat", "playground", "serve", "bake", "export", "push", "evaluate"]
+    assert said == ["generate", "chat", "playground", "serve", "bake", "push", "evaluate"]
     assert all(str(room / "steering.safetensors") in line for line in lines)
 
 
@@ -260,7 +260,7 @@ def test_a_review_stops_before_anything_is_fitted(lm: tt.LanguageModel, tmp_path
         lambda: tt.make(lm, contrast=parts(), output=tmp_path / "r"), "was edited.*--overwrite"
     )
     # Overwritten it is made of what is given, the edited file itself too.
-    made = tt.make(lm, contrast=file, output=tmp_path / "r", overwrite=True)
+    made = tt.make(lm, contrast=file, output=tmp_path / "r", overwrite=True, review=True)
     assert sum(made.as_json()["contrast"]["parts"].values()) == len(lines) - 2
 
 

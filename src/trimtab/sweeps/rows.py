@@ -113,6 +113,7 @@ class TaskRows:
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
         self._unsteered_values: dict[Part, Values] = {}
+        self._kept_of_some: dict[int, StreamCache] = {}
         #: By part, and by the words before its prompts.
         self._readings_of: dict[tuple[Part, Any], list[Reading] | None] = {}
         other = choosing.validation_task
@@ -401,11 +402,21 @@ class TaskRows:
     def _plain_tokens(self) -> int:
         return sum(len(reading.positions) for reading in self._readings)
 
+    def _kept_of(self, count: int | None) -> StreamCache | None:
+        """What is kept of the first `count` plain texts: of so many by themselves, since what runs
+        together is rounded together, and is to be the same whatever was asked before."""
+        if count is None or self.settings.kept is None:
+            return self.settings.kept
+        if count not in self._kept_of_some:
+            self._kept_of_some[count] = StreamCache(self.language_model)
+        return self._kept_of_some[count]
+
     def _nll(self, steering: Attached, count: int | None = None) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
         none is scored."""
-        lm, kept = self.language_model, self.settings.kept
+        lm = self.language_model
         readings = with_words(lm, steering, self._readings[:count])
+        kept = self._kept_of(count)
         found = torch.zeros(len(readings), dtype=torch.float64)
         for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])

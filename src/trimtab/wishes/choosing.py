@@ -127,8 +127,8 @@ class Chooser:
         best = max(allowed, key=lambda one: one.gain.value, default=None)
         if best is not None:
             self._rows[best.arm] = replace(self._rows[best.arm], state="chosen")
-        rows = tuple(self._rows[arm.name] for arm in self.arms)
-        return Choice(rows, tuple(tried), best)
+        every = tuple(self._rows[arm.name] for arm in self.arms)
+        return Choice(every, tuple(tried), best)
 
     def _mark(self, arm: Arm, state: State, best: Tried | None = None, why: str = "") -> None:
         self._rows[arm.name] = Row(arm.name, arm.method.name, arm.params, state, best, why)
@@ -279,5 +279,5 @@ def _further(known: Mapping[float, float], dial: float, limit: float) -> float:
         nearest = min(others, key=lambda one: abs(math.log(one / dial)))
         if math.isfinite(known[nearest]) and known[nearest] != paid:
             power = math.log(known[nearest] / paid) / math.log(nearest / dial)
-    further = (_AIM * limit / paid) ** (1 / min(4.0, max(0.5, power)))
+    further: float = (_AIM * limit / paid) ** (1 / min(4.0, max(0.5, power)))
     return min(_GROWTH, max(1 / _GROWTH, further))

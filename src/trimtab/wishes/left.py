@@ -9,8 +9,9 @@ from pathlib import Path
 
 from trimtab.contrasts import last_message
 from trimtab.errors import TrimtabError, shown
-from trimtab.exchange import card_of
+from trimtab.exchange import card_of, is_control_vector, lora_rank
 from trimtab.files import write_whole
+from trimtab.steering import Steering
 from trimtab.wishes.made import Made
 from trimtab.wishes.texts import FILE
 
@@ -41,9 +42,9 @@ def check_free(directory: Path) -> None:
 
 
 def clear(directory: Path) -> None:
-    """Take away what an earlier run of this kind left."""
-    files = [directory / name for name in MADE]
-    files += [directory / f"{FILE}.part", (directory / FILE).with_suffix(".made.json")]
+    """Take away what an earlier run of this kind left, but for the contrast."""
+    files = [directory / name for name in MADE if name != FILE]
+    files.append(directory / f"{FILE}.part")
     files += (directory / TRAINED).glob("*.safetensors")
     for file in files:
         file.unlink(missing_ok=True)
@@ -83,11 +84,22 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def _exported(steering: Steering, line: str, directory: Path) -> dict[str, str]:
+    """The line for a format that carries the steering exactly, where there is one."""
+    if is_control_vector(steering):
+        file = shlex.quote(str(directory / "vector.gguf"))
+        return {"Export it as a control vector for llama.cpp": f"{line} --to gguf -o {file}"}
+    if lora_rank(steering) is not None:
+        room = shlex.quote(str(directory / "lora"))
+        return {"Export it as a LoRA adapter": f"{line} --to lora -o {room}"}
+    return {}
+
+
 def next_text(found: Made, directory: Path, model: str, repo: str) -> str:
     """One line for each thing to do next, as it is typed in the directory where this was made."""
     if found.chosen is None:
-        lines = [f"# {shown(found.called, 200)}", found.summary]
-        return "\n\n".join([*lines, *(f"- {one}" for one in found.advice)]) + "\n"
+        head = [f"# {shown(found.called, 200)}", found.summary]
+        return "\n\n".join([*head, *(f"- {one}" for one in found.advice)]) + "\n"
     steering, contrast = (shlex.quote(str(directory / name)) for name in (STEERING, FILE))
     room, named = shlex.quote(str(directory)), f"--model {shlex.quote(model)}"
     steered = f"{named} --steer {steering}"
@@ -99,9 +111,7 @@ def next_text(found: Made, directory: Path, model: str, repo: str) -> str:
         "Bake it into a plain checkpoint": (
             f"trimtab bake {steered} -o {shlex.quote(str(directory / 'baked'))}"
         ),
-        "Export it for other engines": (
-            f"trimtab export {steering} {named} --to lora -o {shlex.quote(str(directory / 'lora'))}"
-        ),
+        **_exported(found.chosen.steering, f"trimtab export {steering} {named}", directory),
         "Push it to the hub, under a name of yours": f"trimtab push {steering} {repo}",
         "Measure it again": (
             f"trimtab evaluate {steered} --task contrast:{contrast} -o {room}-evaluated"

@@ -36,6 +36,8 @@ from trimtab.wishes.plan import Plan, Speed, plan_for, speed_of
 from trimtab.wishes.portfolio import Fits, portfolio
 from trimtab.wishes.texts import (
     FEWEST_QUESTIONS,
+    MOST,
+    begin_anew,
     contrast_of,
     given_contrast,
     say_contrast,
@@ -107,6 +109,7 @@ def make(
         run.begin()
         if directory is not None and keep.overwrite:
             clear(directory)
+            begin_anew(directory, given)
         work = Work(directory, json_digest(run.config, sort_keys=True)[:16])
         return _Maker(language_model, wish or "", given, making, texts, run, work, say).make(review)
 
@@ -160,6 +163,10 @@ class _Maker:
         blank = self._blank(contrast, plan)
         if review:
             return replace(blank, reviewed=False, files=self._files())
+        missing = [part for part in MOST if part not in contrast.sizes]
+        if missing:
+            none = " and no ".join(missing)
+            return self._finish(blank, [f"{contrast.name} has no {none} pairs: it is too small"])
         self.work.recall("contrast", lambda: contrast.digest)
         return self._chosen(blank, contrast, self._planned(contrast))
 

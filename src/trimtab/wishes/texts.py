@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast, Pair, Part, last_message, spread
+from trimtab.contrasts import Contrast, Pair, Part, last_message, made_beside, spread
 from trimtab.errors import TrimtabError, shown
 from trimtab.evaluation import load_contrast
 from trimtab.files import exists
@@ -44,6 +44,17 @@ def given_contrast(source: Any, data: str | None) -> Contrast:
         )
     rows = tuple(row for part, most in MOST.items() for row in spread(found.part(part).rows, most))
     return replace(found, rows=rows) if len(rows) < len(found.rows) else found
+
+
+def begin_anew(directory: Path, given: Contrast | None) -> None:
+    """Take the contrast of an earlier run away, or put one that was given in its place: it may have
+    been that very file, with what somebody edited in it."""
+    file = directory / FILE
+    if given is not None:
+        given.to_jsonl(file, overwrite=True)
+        return
+    for each in (file, made_beside(file)):
+        each.unlink(missing_ok=True)
 
 
 def contrast_of(
