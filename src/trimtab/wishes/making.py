@@ -359,7 +359,7 @@ class _Maker:
         )
         if self.run.path is None:
             return found
-        from trimtab.wishes.page import made_page  # loads matplotlib
+        from trimtab.wishes.making_page import made_page  # loads matplotlib
 
         leave(found, self.run.path, self.language_model.name)
         found = replace(found, files=self._files("results.json", "report.html"))
