@@ -286,17 +286,9 @@ _ANALYSES = (
 )
 #: The commands that have help of their own.
 HELP = (
-    *(
-        "",
-        "demo",
-        "make",
-        "models",
-        "models list",
-        "models pull",
-        "models remove",
-        "generate",
-        "inspect",
-    ),
+    "make",
+    *("", "demo", "models", "models list", "models pull", "models remove", "generate", "inspect"),
+    "chat",
     *("contrast", "contrast check", "contrast show", "contrast split", "contrast persona"),
     *(
         "bake",
