@@ -136,8 +136,9 @@ class Made(Presented):
 
     @property
     def called(self) -> str:
-        """The wish, or the contrast."""
-        return self.wish or ("" if self.contrast is None else self.contrast.name)
+        """The wish, or what the contrast is about."""
+        named = "" if self.contrast is None else self.contrast.behaviour or self.contrast.name
+        return self.wish or named
 
     @property
     def summary(self) -> str:
