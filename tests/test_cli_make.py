@@ -37,7 +37,7 @@ def model(work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(persona, "SEES", 0.0)
     monkeypatch.setattr(asking, "PROMPTS", 2)
     monkeypatch.setattr(asking, "NEW_TOKENS", 4)
-    monkeypatch.setattr("trimtab.strength.per_token.PROMPTS", 2)
+    monkeypatch.setattr("trimtab.evaluation.per_token.PROMPTS", 2)
     monkeypatch.setattr(choosing, "RUNGS", (2, 4))
     arms = [Arm(tt.CAA(layer=1)), Arm(tt.CAA(layer=2)), Arm(tt.ITI(k=2))]
     monkeypatch.setattr("trimtab.wishes.making.portfolio", lambda *_: arms)

@@ -42,7 +42,7 @@ def small() -> Iterator[None]:
         patch.setattr("trimtab.wishes.making.portfolio", arms)
         patch.setattr(asking, "PROMPTS", 2)
         patch.setattr(asking, "NEW_TOKENS", 4)
-        patch.setattr("trimtab.strength.per_token.PROMPTS", 2)
+        patch.setattr("trimtab.evaluation.per_token.PROMPTS", 2)
         patch.setattr(choosing, "RUNGS", (3, 6))
         # Drawing takes longer than the rest.
         patch.setattr(Figure, "savefig", lambda self, target, **options: target.write(b""))
