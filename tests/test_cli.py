@@ -40,7 +40,7 @@ __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their n
 
 @pytest.mark.parametrize(
     "words",
-    ["", "demo", "models", "models list", "models pull", "models remove", "fit", "fit many",
+    ["", "demo", "make", "models", "models list", "models pull", "models remove", "fit", "fit many",
      "contrast", "contrast check", "contrast show", "contrast split",
      *(f"fit {method}" for method in METHODS), "generate", "inspect", "bake", "export", "push",
      "pull", "search", "audit"],

@@ -49,6 +49,7 @@ from .reports import Evaluation
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
 from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
+from .wishes import Made, make
 from .writing import generate_contrast, persona_contrast
 
 __version__: str
@@ -86,6 +87,7 @@ __all__ = [
     "Kept",
     "LanguageModel",
     "LoReFT",
+    "Made",
     "Method",
     "Monitor",
     "Monitoring",
@@ -116,6 +118,7 @@ __all__ = [
     "load",
     "load_contrast",
     "log_odds",
+    "make",
     "mean_interval",
     "monitor",
     "persona_contrast",

@@ -495,6 +495,57 @@ class PersonaAmounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WishTexts(PersonaAmounts):
+    """How the contrast of a wish is written: as many texts as two cores write of a small model in
+    some minutes."""
+
+    pairs: int = option("Pairs of instructions, one for the wish and one against it.", 3, least=1)
+    questions: int = option("Questions, half of them for fitting.", 32, least=1)
+    max_new_tokens: int = option("Tokens of an answer.", 60, least=1)
+    opposite: str | None = option(
+        "What the other side is, in a few words (default: what is known of the wish's words).", None
+    )
+    writer: Any = option(
+        "Who writes instructions and questions: templates, local:MODEL, or chat:NAME at "
+        "--writer-url (default: the model itself from 1e9 parameters on, else templates).",
+        None,
+        record=False,
+    )
+    judge: Any = option(
+        "Who says which answers are kept: local:MODEL, asked for yes or no, or chat:NAME at "
+        "--judge-url, which scores from 0 to 100 (default: the model itself).",
+        None,
+        record=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What a steering that is made of a wish may cost, and how long making it may take."""
+
+    heading = "Making"
+
+    max_cost: float = option(
+        "What the steering may cost at most, in nats per token of plain text.", MAX_KL
+    )
+    minutes: float | None = option(
+        "Minutes that it may take; what is left out for that is said.", None
+    )
+    train: bool = option(
+        "Try methods that are trained too (RePS, ReFT, BiPO), which takes longer.", False
+    )
+    seed: int = option("For whatever is drawn.", 0, least=0)
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_cost) and self.max_cost > 0):
+            raise TrimtabError(
+                f"max_cost must be above 0 nats per token of plain text, not {self.max_cost}"
+            )
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise TrimtabError(f"minutes must be above 0, not {self.minutes}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How texts are sampled; the defaults are those of "Towards Understanding Steering
     Strength"."""

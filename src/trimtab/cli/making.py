@@ -26,6 +26,7 @@ from trimtab.terminal import is_terminal, status
 
 #: The headings of groups of options, in the order of a page of help; each group names its own.
 HEADINGS = (
+    "Making",
     "Method",
     "Fitting",
     "Rows",

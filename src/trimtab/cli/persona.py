@@ -46,7 +46,7 @@ class Amounts(PersonaAmounts):
         """Who writes, as `persona_contrast` takes it."""
         if self.writer in (None, "templates"):
             return self.writer
-        return _chat("--writer", self.writer, (self.writer_url, self.writer_key_env), opened)
+        return chat_named("--writer", self.writer, (self.writer_url, self.writer_key_env), opened)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ class Judge:
         """The judge, as `persona_contrast` takes it."""
         if self.judge is None:
             return None
-        return _chat("--judge", self.judge, (self.judge_url, self.judge_key_env), opened)
+        return chat_named("--judge", self.judge, (self.judge_url, self.judge_key_env), opened)
 
 
-def _chat(
+def chat_named(
     flag: str, named: str | None, at: tuple[str | None, str], opened: Opened
 ) -> Any | ChatEndpoint:
     """local:MODEL as a model, chat:NAME as an endpoint."""

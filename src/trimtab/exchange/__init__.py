@@ -2,9 +2,10 @@
 
 from trimtab.exchange.audited import Audit
 from trimtab.exchange.auditing import audit
+from trimtab.exchange.card import is_control_vector, lora_rank
 from trimtab.exchange.exporting import FORMATS, export, writer_of
 from trimtab.exchange.gguf_model import TYPES, save_gguf
-from trimtab.exchange.hub import Pulled, Pushed, fetched, pull, push
+from trimtab.exchange.hub import Pulled, Pushed, card_of, fetched, pull, push
 from trimtab.exchange.hub_search import Listing, search
 from trimtab.exchange.importing import READERS, import_steering
 from trimtab.exchange.request import Exported, Request

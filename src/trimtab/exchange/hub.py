@@ -109,6 +109,14 @@ def push(
     return Pushed(repo, f"{api.endpoint}/{repo}", commit, tuple(files), digest)
 
 
+def card_of(file: str | Path, repo: str) -> str:
+    """The card that `push` would write beside a steering's file in a repository OWNER/NAME."""
+    check_repo(repo)
+    content, loaded = _file_of(file)
+    digest = hashlib.sha256(content).hexdigest()
+    return write_card(loaded, About(repo, base_model_of(loaded, None), None, digest, len(content)))
+
+
 def _file_of(steering: Steering | str | Path) -> tuple[bytes, Steering]:
     """The bytes of a steering's file, and the steering that they are."""
     with tempfile.TemporaryDirectory() as room:

@@ -1,6 +1,7 @@
 """Settings chosen on validation rows and reported on test rows; methods compared."""
 
 from trimtab.sweeps.asked_tables import prompt_tables
+from trimtab.sweeps.asking import Asking, Behaviour, askings, ladder
 from trimtab.sweeps.begun import DEFAULTS, begun_before
 from trimtab.sweeps.compare_methods import Candidate, compare, default_candidate
 from trimtab.sweeps.comparison import Comparison

@@ -52,6 +52,7 @@ from trimtab.figures import (
     estimate_of,
     metric_of,
     paired_difference,
+    weighted_interval,
 )
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
@@ -120,6 +121,7 @@ class TaskRows:
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
         self._unsteered_values: dict[Part, Values] = {}
+        self._kept_of_some: dict[int, StreamCache] = {}
         #: By part, and by the words before its prompts.
         self._readings_of: dict[tuple[Part, Any], list[Reading] | None] = {}
         other = choosing.validation_task
@@ -396,9 +398,18 @@ class TaskRows:
 
     # -- what a steering costs on plain text ------------------------------------------------------
 
-    def cost(self, steering: Attached) -> float:
-        """How much harder plain text is to predict, in nats per token."""
-        return float((self._nll(steering) - self._base_nll).sum() / self._plain_tokens)
+    def cost(self, steering: Attached, texts: int | None = None) -> float:
+        """How much harder plain text is to predict, in nats per token: all of it, or the first
+        `texts`, for who looks for a dial."""
+        base = self._base_nll[:texts]  # first, so that it is the same whatever is steered
+        tokens = sum(len(reading.positions) for reading in self._readings[:texts])
+        return float((self._nll(steering, texts) - base).sum() / tokens)
+
+    def cost_interval(self, steering: Attached) -> Estimate:
+        """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
+        base = self._base_nll
+        tokens = torch.tensor([len(each.positions) for each in self._readings], dtype=torch.float64)
+        return weighted_interval((self._nll(steering) - base) / tokens, tokens)
 
     def perplexity(self, cost: float) -> float:
         """Perplexity of the plain text at so many nats more per token."""
@@ -424,11 +435,21 @@ class TaskRows:
     def _plain_tokens(self) -> int:
         return sum(len(reading.positions) for reading in self._readings)
 
-    def _nll(self, steering: Attached) -> Tensor:
+    def _kept_of(self, count: int | None) -> StreamCache | None:
+        """What is kept of the first `count` plain texts: of so many by themselves, since what runs
+        together is rounded together, and is to be the same whatever was asked before."""
+        if count is None or self.settings.kept is None:
+            return self.settings.kept
+        if count not in self._kept_of_some:
+            self._kept_of_some[count] = StreamCache(self.language_model)
+        return self._kept_of_some[count]
+
+    def _nll(self, steering: Attached, count: int | None = None) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
         none is scored."""
-        lm, kept = self.language_model, self.settings.kept
-        readings = with_words(lm, steering, self._readings)
+        lm = self.language_model
+        readings = with_words(lm, steering, self._readings[:count])
+        kept = self._kept_of(count)
         found = torch.zeros(len(readings), dtype=torch.float64)
         for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])

@@ -1,5 +1,6 @@
 """Contrasts that a model writes: texts about a concept, answers that show a trait."""
 
 from trimtab.writing.concepts import Negatives, generate_contrast
-from trimtab.writing.persona import persona_contrast
+from trimtab.writing.persona import TooFewKeptError, persona_contrast, roles_for
+from trimtab.writing.wishes import read_wish
 from trimtab.writing.writers import Writer

@@ -55,6 +55,10 @@ _TRIES = 3
 _TOKENS_EACH, _TOKENS_AROUND, _MOST_TOKENS = 80, 200, 4000
 
 
+class TooFewKeptError(TrimtabError):
+    """A model's answers to a wish that leave too few rows to fit on."""
+
+
 @dataclass(frozen=True)
 class _Roles:
     """Who does what: writes instructions and questions (None: templates do), answers, judges."""
@@ -112,13 +116,14 @@ def persona_contrast(
     had.
 
     Errors: an empty wish; a model without a chat template and no writer that has one; fewer than
-    10 rows to fit on are kept; OUTPUT exists; OUTPUT.part is damaged, or of other settings.
+    10 rows to fit on are kept (TooFewKeptError); OUTPUT exists; OUTPUT.part is damaged, or of other
+    settings.
 
     "Persona Vectors" (Chen et al. 2025, arXiv:2507.21509).
     """
     check_sampling(sampling)
     read = read_wish(wish, opposite)
-    roles = _roles(language_model, writer, judge)
+    roles = roles_for(language_model, writer, judge)
     _check_amounts(amounts)
     settings = _settings(read, amounts, sampling, roles)
     special = _special_tokens(language_model)
@@ -161,8 +166,8 @@ def persona_contrast(
 # -- who does what --------------------------------------------------------------------------------
 
 
-def _roles(language_model: LanguageModel, writer: Any, judge: Writer | None) -> _Roles:
-    """Each role's model, checked before anything is written."""
+def roles_for(language_model: LanguageModel, writer: Any, judge: Writer | None) -> _Roles:
+    """Each role's model, checked before anything is written; also for who asks beforehand."""
     if judge is not None and not isinstance(judge, LanguageModel | ChatEndpoint):
         raise TrimtabError(f"a judge is a LanguageModel or a ChatEndpoint, not {judge!r}")
     if isinstance(writer, LanguageModel | ChatEndpoint):
@@ -388,7 +393,7 @@ def _check_kept(found: Filtered, wish: Wish, written: int) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in found.dropped.items())
     if train < FEWEST:
         less_guessing = " and an opposite of your own words (--opposite)" if wish.guessed else ""
-        raise TrimtabError(
+        raise TooFewKeptError(
             f"of {written} pairs of answers for {wish.text!r} only {len(found.kept)} are kept, "
             f"{train} of them to fit on, and {FEWEST} are needed (dropped: {dropped}): try a "
             f"larger model, longer answers (--max-new-tokens), more of them (--questions), a "

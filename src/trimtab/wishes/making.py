@@ -1,0 +1,450 @@
+"""From a wish to a steering: contrast, many methods, the best setting within a limit of cost,
+beside just asking; measured at the end on pairs that nothing was chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.contrasts import Contrast
+from trimtab.dials import measured
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import Attached, Prompted, together_with
+from trimtab.figures import Difference, paired_difference, rate_interval
+from trimtab.files import json_digest
+from trimtab.model import LanguageModel
+from trimtab.options import Answering, Choosing, Keep, Making, Rows, WishTexts, flat, record
+from trimtab.reports import Run
+from trimtab.steering import Steering
+from trimtab.sweeps import Measured, TaskRows
+from trimtab.wishes.asking import (
+    UNSAID,
+    Asked,
+    asked_on_validation,
+    best_asked,
+    kl_per_token,
+    prompts_for,
+    written,
+)
+from trimtab.wishes.choosing import Choice, Chooser, Tried
+from trimtab.wishes.left import STEERING, TRAINED, check_free, clear, leave
+from trimtab.wishes.made import Baseline, Chosen, Made, Tested
+from trimtab.wishes.measuring import Measures
+from trimtab.wishes.plan import Plan, Speed, plan_for, speed_of
+from trimtab.wishes.portfolio import Fits, portfolio
+from trimtab.wishes.texts import (
+    FEWEST_QUESTIONS,
+    MOST,
+    begin_anew,
+    contrast_of,
+    given_contrast,
+    say_contrast,
+)
+from trimtab.wishes.work import Clock, Work
+from trimtab.writing import TooFewKeptError, read_wish, roles_for
+
+#: The share of the minutes that writing a contrast may take.
+_WRITING = 0.5
+#: Fewer validation pairs show only what is large.
+_FEW = 10
+
+
+def _silent(text: str) -> None:
+    """Says nothing."""
+
+
+@flat
+def make(
+    language_model: LanguageModel,
+    wish: str | None = None,
+    *,
+    contrast: Any = None,
+    data: str | None = None,
+    making: Making = Making(),
+    texts: WishTexts = WishTexts(),
+    keep: Keep = Keep(),
+    review: bool = False,
+    say: Callable[[str], object] = _silent,
+) -> Made:
+    """A steering for a wish in a few words, or for a contrast that is there already.
+
+        >>> made = tt.make(lm, contrast="builtin:formality", output="formal/")  # doctest: +SKIP
+        >>> lm.generate(["Today I feel"], steering=made.steering)  # doctest: +SKIP
+
+    `contrast` is a file, `builtin:NAME`, `task:NAME` or a `Contrast` of pairs; without one the
+    model writes one for the `wish` (see `persona_contrast`, whose arguments `texts` has). One pass
+    fits many methods at many places; each is turned as far as `max_cost` allows (nats per token of
+    plain text); successive halving on the validation pairs leaves a few, whose dials are then
+    tried; what gains most within the limit is chosen. The gain is by how many nats the positive
+    side of a pair gets further ahead of the negative one. Prompts that ask for the same are
+    measured on the same axes. Only what is chosen is measured on the test pairs. `train` tries
+    trained methods too.
+
+    With `output` everything is in a directory, which has the steering, a card, the contrast, a
+    report, samples and what to do next; what was interrupted goes on there and ends as it would
+    have. `review` stops when the contrast is there, for you to edit contrast.jsonl; the next call
+    without it goes on from the edited file. `minutes` bounds the time, and the result says what was
+    left out. `say` is told what goes on, line by line.
+
+    Where nothing works `chosen` and `steering` of the result are None, and `why` and `advice` say
+    more: that is a result and no error. Errors (TrimtabError): neither a wish nor a contrast, or
+    both; a contrast that is unpaired or too small to hold pairs out; a model without a chat
+    template and no writer; a directory that holds something else.
+    """
+    if (wish is None) is (contrast is None):
+        raise TrimtabError(
+            'say what is wished for, as in "answers in one short sentence", or give a contrast'
+        )
+    given = None if contrast is None else given_contrast(contrast, data)
+    if wish is not None:
+        wish = read_wish(wish, texts.opposite).text
+        roles_for(language_model, texts.writer, texts.judge)  # refuses who cannot write or judge
+    directory = None if keep.output is None else Path(keep.output)
+    config = _config(language_model, wish or "", given, making, texts)
+    if directory is not None and not keep.overwrite:
+        check_free(directory)
+    with Run(directory, config, keep.overwrite, alone=True) as run:
+        run.begin()
+        if directory is not None and keep.overwrite:
+            clear(directory)
+            begin_anew(directory, given)
+        work = Work(directory, json_digest(run.config, sort_keys=True)[:16])
+        return _Maker(language_model, wish or "", given, making, texts, run, work, say).make(review)
+
+
+def _config(
+    language_model: LanguageModel,
+    wish: str,
+    given: Contrast | None,
+    making: Making,
+    texts: WishTexts,
+) -> dict[str, Any]:
+    """What decides what comes of it."""
+    source = None if given is None else {"name": given.name, "digest": given.digest}
+    return {
+        "wish": wish,
+        "contrast": source,
+        **record(making),
+        **(record(texts) if given is None else {}),
+        "model": language_model.described,
+    }
+
+
+@dataclass
+class _Maker:
+    """The work on one wish in one directory."""
+
+    language_model: LanguageModel
+    wish: str
+    given: Contrast | None
+    making: Making
+    texts: WishTexts
+    run: Run
+    work: Work
+    say: Callable[[str], object]
+    left_out: list[str] = field(default_factory=list)
+
+    def make(self, review: bool) -> Made:
+        """All of it, or with `review` the contrast only."""
+        self.clock = Clock(self.making.minutes)
+        self.arms = portfolio(self.language_model, self.making.seed, self.making.train)
+        self.speed = Speed(*self.work.recall("speed", self._speed))
+        plan = self._planned(self.given)
+        for line in plan.lines():
+            self.say(line)
+        self._fit_in(plan)
+        try:
+            contrast = self._contrast()
+        except TooFewKeptError as error:
+            return self._finish(self._blank(None, plan), [str(error)])
+        say_contrast(contrast, self.say)
+        blank = self._blank(contrast, plan)
+        if review:
+            return replace(blank, reviewed=False, files=self._files())
+        missing = [part for part in MOST if part not in contrast.sizes]
+        if missing:
+            none = " and no ".join(missing)
+            return self._finish(blank, [f"{contrast.name} has no {none} pairs: it is too small"])
+        self.work.recall("contrast", lambda: contrast.digest)
+        return self._chosen(blank, contrast, self._planned(contrast))
+
+    # -- plan and contrast ------------------------------------------------------------------------
+
+    def _speed(self) -> list[float]:
+        found = speed_of(self.language_model)
+        return [found.reads, found.writes]
+
+    def _planned(self, contrast: Contrast | None) -> Plan:
+        return plan_for(self.speed, self.arms, self.making, self.texts, contrast)
+
+    def _fit_in(self, plan: Plan) -> None:
+        """Write fewer texts where the minutes allow no more."""
+        minutes = self.making.minutes
+        if minutes is None:
+            return
+        if plan.seconds > 60 * minutes:
+            self.say(
+                f"{minutes:g} minutes are less than that: what there is no time for is left out"
+            )
+        if self.given is not None:
+            return
+        step, asked = plan.steps[0], self.texts.questions
+        allowed = int(asked * _WRITING * 60 * minutes / max(step.seconds, 1e-9))
+        count = self.work.recall(
+            "questions", lambda: min(asked, max(min(asked, FEWEST_QUESTIONS), allowed))
+        )
+        if count < asked:
+            self.left_out.append(f"{asked - count} of {asked} questions of the contrast")
+            self.texts = replace(self.texts, questions=count)
+
+    def _contrast(self) -> Contrast:
+        return contrast_of(
+            self.language_model, self.wish, self.given, self.texts, self.making.seed,
+            self.run.path, self.work,
+        )  # fmt: skip
+
+    def _blank(self, contrast: Contrast | None, plan: Plan) -> Made:
+        """The result before anything is known."""
+        return Made(
+            self.wish,
+            contrast,
+            dict(vars(self.language_model.identity)),
+            self.making.max_cost,
+            round(self.clock.seconds, 2),
+            plan=tuple(plan.as_json()),
+        )
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def _chosen(self, blank: Made, contrast: Contrast, plan: Plan) -> Made:
+        bench = TaskRows(
+            self.language_model,
+            contrast,
+            Rows(limit=None, test_limit=None),
+            Measured(choosing=Choosing(), answering=Answering(seed=self.making.seed)),
+            shuffle=self.making.seed,
+        )
+        measures = Measures(bench, self.work)
+        directory = None if self.run.path is None else self.run.path / TRAINED
+        self.fits = Fits(self.language_model, contrast, self.arms, self.work, directory)
+        self.say(f"fitting {len(self.arms)} settings of methods, each turned to the limit of cost")
+        chooser = Chooser(
+            self.arms, self.fits, measures, self.work, self.clock, self.making.max_cost, self.say
+        )
+        choice = chooser.choose(plan.after("choose"))
+        self.left_out += chooser.left_out
+        self.say("asking for the same in prompts")
+        asked = asked_on_validation(measures, prompts_for(contrast), self.say)
+        unsteered = measures.unsteered("validation")
+        found = replace(
+            blank,
+            rows=choice.rows,
+            tried=choice.tried,
+            front=choice.front,
+            asked=tuple(asked),
+            unsteered={
+                "log_odds": float(unsteered.mean()),
+                "prefers": float((unsteered > 0).double().mean()),
+                "n": float(len(unsteered)),
+            },
+        )
+        prompt = best_asked(asked, self.making.max_cost)
+        if prompt is not None:
+            found = replace(found, baseline=Baseline(prompt))
+        why = _nothing_gains(choice, contrast, prompt)
+        if why:
+            return self._finish(found, why)
+        return self._tested(found, choice, contrast, measures)
+
+    # -- the test part ----------------------------------------------------------------------------
+
+    def _tested(self, found: Made, choice: Choice, contrast: Contrast, measures: Measures) -> Made:
+        """The choice on the pairs that nothing was chosen on, beside the prompt and both."""
+        assert choice.best is not None
+        best, row = choice.best, next(row for row in choice.rows if row.state == "chosen")
+        self.say(f"the chosen one on {measures.bench.rows('test')} test pairs: {best.arm}")
+        attached = self._attached(best, found.baseline)
+        kl = kl_per_token(self.language_model, contrast, attached, self.work)
+        tested = {name: _tested(measures, attached[name], name, kl[name]) for name in attached}
+        own = tested["steered"]
+        if own.gain.ci95[0] <= 0 or own.cost.value > self.making.max_cost:
+            name, (low, high) = best.arm, own.gain.ci95
+            why = (
+                f"what {name} gains on the validation pairs does not hold on the {own.gain.n} test "
+                f"pairs: {own.gain.difference:+.3g} nats [{low:.3g}, {high:.3g}]"
+            )
+            return self._finish(found, [why])
+        self.say("writing samples")
+        shown = written(self.language_model, contrast, attached, self.work)
+        steering = self._final(best, row.method, own, contrast)
+        baseline = found.baseline
+        if baseline is not None:
+            against = _more(measures, attached)
+            baseline = replace(baseline, tested=tested["asked"], against=against)
+        return self._finish(
+            replace(
+                found,
+                chosen=Chosen(row, best.dial, steering, own, best.gain),
+                baseline=baseline,
+                together=tested.get("both"),
+                written=shown,
+            ),
+            [],
+        )
+
+    def _attached(
+        self, best: Tried, baseline: Baseline | None
+    ) -> dict[str, Callable[[], Attached]]:
+        """What is measured on the test pairs, by name."""
+
+        def steered() -> Steering:
+            return replace(self.fits.steering(best.arm), value=best.dial)
+
+        if baseline is None:
+            return {"steered": steered}
+        words: Prompted = baseline.asked.words
+        return {
+            "steered": steered,
+            "asked": lambda: words,
+            "both": lambda: together_with(words, steered()),
+        }
+
+    def _final(self, best: Tried, method: str, own: Tested, contrast: Contrast) -> Steering:
+        """The steering as an artifact of its own: its dial's default is what was chosen, its range
+        and its strengths by name are measured, and it says what it gains and costs."""
+        file = None if self.run.path is None else self.run.path / STEERING
+        if file is not None and file.exists():
+            return Steering.load(file)
+        self.say("measuring the range of its dial")
+        arm = self.fits.arms[best.arm]
+        fitted = self.fits.steering(best.arm)
+        fitted = replace(
+            fitted,
+            dial=replace(fitted.dial, default=best.dial),
+            hyperparameters={**fitted.hyperparameters, arm.method.dial: best.dial},
+            value=None,
+            findings={**fitted.findings, "made": _findings(own, self.wish, self.making)},
+        )
+        made = measured(
+            self.language_model,
+            fitted,
+            contrast.train,
+            default=False,
+            beyond=arm.method.looks_beyond,
+        )
+        low, high = made.dial.range
+        if not low <= best.dial <= high:  # what was chosen is sensible by what it was chosen by
+            ends = (min(low, best.dial), max(high, best.dial))
+            made = replace(made, dial=replace(made.dial, range=ends))
+        if file is None:
+            return made
+        made.save(file)
+        return Steering.load(file)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def _finish(self, found: Made, why: Sequence[str]) -> Made:
+        """The result, with its files."""
+        advice = _advice(found, self.making) if why else []
+        if found.contrast is not None and not found.contrast.behaviour:
+            advice = [*advice, UNSAID]
+        found = replace(
+            found,
+            why=tuple(why),
+            advice=tuple(advice),
+            left_out=tuple(self.left_out),
+            seconds=round(self.clock.seconds, 2),
+        )
+        if self.run.path is None:
+            return found
+        from trimtab.wishes.making_page import made_page  # loads matplotlib
+
+        leave(found, self.run.path, self.language_model.name)
+        found = replace(found, files=self._files("results.json", "report.html"))
+        self.run.finish(
+            found.as_json(), lambda environment: made_page(found, self.run, environment)
+        )
+        return found
+
+    def _files(self, *coming: str) -> tuple[str, ...]:
+        """What is in the directory for people, and what is still to come there."""
+        if self.run.path is None:
+            return ()
+        shown = ("steering.safetensors", "README.md", "contrast.jsonl", "samples.md", "next.md")
+        there = [name for name in shown if (self.run.path / name).exists()]
+        return tuple(str(self.run.path / name) for name in (*there, *coming))
+
+
+def _findings(own: Tested, wish: str, making: Making) -> dict[str, Any]:
+    """What the steering's file says of how it was chosen; its card shows it."""
+    figures = {key: value for key, value in own.as_json().items() if key != "kl"}
+    return {**figures, "wish": wish, "max_cost": making.max_cost}
+
+
+def _tested(measures: Measures, attached: Callable[[], Attached], name: str, kl: Any) -> Tested:
+    gains = measures.gains(attached, name, "test")
+    odds = gains + measures.unsteered("test")
+    return Tested(
+        paired_difference(gains, flips=False),
+        measures.cost_interval(attached, name),
+        rate_interval(odds > 0),
+        kl,
+    )
+
+
+def _more(measures: Measures, attached: dict[str, Callable[[], Attached]]) -> Difference:
+    """What asking gains more than steering, pair by pair."""
+    asked, steered = (measures.gains(attached[name], name, "test") for name in ("asked", "steered"))
+    return paired_difference(asked - steered, flips=False)
+
+
+# -- where nothing works --------------------------------------------------------------------------
+
+
+def _nothing_gains(choice: Choice, contrast: Contrast, prompt: Asked | None) -> list[str]:
+    """Why nothing is chosen, or nothing."""
+    best = choice.best
+    if best is not None and best.gain.low > 0:
+        return []
+    if best is None:
+        reasons = "; ".join(f"{row.name}: {row.why}" for row in choice.rows if row.why)
+        return [f"no method could be fitted and turned within the limit of cost ({reasons})"]
+    tried = sorted((row.best for row in choice.rows if row.best), key=lambda one: -one.gain.value)
+    by_method: dict[str, Tried] = {}
+    for one in tried:
+        by_method.setdefault(one.arm.partition(" ")[0], one)
+    said = "; ".join(f"{name} {one.gain}" for name, one in by_method.items())
+    why = [
+        f"no method gains clearly on the {best.gain.n} validation pairs within the limit of cost "
+        f"(gain in nats with its 95 % interval: {said})"
+    ]
+    if contrast.sizes["validation"] < _FEW:
+        why.append(
+            f"{contrast.sizes['validation']} validation pairs are few: only large gains show"
+        )
+    if prompt is not None and prompt.gain.low <= 0:
+        why.append(
+            f"the model does not do it even when it is asked ({prompt.said}): {prompt.gain} nats"
+        )
+    return why
+
+
+def _advice(found: Made, making: Making) -> list[str]:
+    """What to try where nothing works."""
+    said = []
+    if found.contrast is None:
+        said.append("say the opposite in words of your own (--opposite)")
+        said.append("write more or longer texts (--questions, --max-new-tokens)")
+        return [*said, "take a larger model, or a stronger writer and judge (--writer, --judge)"]
+    asked = found.baseline
+    if asked is not None and asked.asked.gain.low <= 0:
+        said.append("take a model that does it when it is asked")
+    elif asked is not None:
+        said.append(f"ask for it: {asked.asked.said}")
+    said.append(f"allow more cost than {making.max_cost:g} nats per token (--max-cost)")
+    if not making.train:
+        said.append("try trained methods too (--train)")
+    said.append("look at the pairs, mend or add some, and make it of them (--contrast)")
+    return said

@@ -1,0 +1,78 @@
+"""What steerings, and words before prompts, gain and cost: each is measured once for a directory.
+
+The gain is by how many nats the positive side of a pair gets ahead of the negative one, against the
+unsteered model on the same pair. The cost is how much harder plain text is to predict, in nats per
+token: the same as in `compare` and for budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.contrasts import Part
+from trimtab.errors import TrimtabError
+from trimtab.evaluation import Attached
+from trimtab.figures import Estimate
+from trimtab.sweeps import FINE, TaskRows
+from trimtab.wishes.work import Work
+
+#: What is measured, made where its figure is not known yet.
+Made = Callable[[], Attached]
+
+
+class Measures:
+    """Measures on the rows of a bench; what is asked for by a `name` is known by it afterwards."""
+
+    def __init__(self, bench: TaskRows, work: Work) -> None:
+        self.bench, self._work = bench, work
+
+    def gains(
+        self, attached: Made, name: str, part: Part = "validation", start: int = 0, stop: int = 0
+    ) -> Tensor:
+        """Of the rows of a part from one to another (0: the last), [rows] in nats."""
+        stop = stop or self.bench.rows(part)
+        base = self.unsteered(part)  # first, so that it is the same whatever is steered
+        return self._odds(attached, name, part, start, stop) - base[start:stop]
+
+    def unsteered(self, part: Part) -> Tensor:
+        """By how many nats the positive side is ahead in the model as it is, [rows]."""
+        return self._odds(lambda: None, "unsteered", part, 0, self.bench.rows(part))
+
+    def _odds(self, attached: Made, name: str, part: Part, start: int, stop: int) -> Tensor:
+        def measure() -> list[float]:
+            records = self.bench.records(attached(), part, start, stop)
+            return [_finite(record["values"][FINE]) for record in records]
+
+        found = self._work.recall(f"log-odds of {name}, {part} {start}-{stop}", measure)
+        return torch.tensor(found, dtype=torch.float64)
+
+    def cost(self, attached: Made, name: str, texts: int | None = None) -> float:
+        """What plain text costs, in nats per token, on all of it or the first `texts`; infinite
+        where numbers overflow."""
+
+        def measure() -> float | None:
+            found = self.bench.cost(attached(), texts)
+            return found if math.isfinite(found) else None
+
+        found = self._work.recall(f"cost of {name} on {texts or 'all'} texts", measure)
+        return math.inf if found is None else found
+
+    def cost_interval(self, attached: Made, name: str) -> Estimate:
+        """With its 95 % interval."""
+
+        def measure() -> list[Any]:
+            found = self.bench.cost_interval(attached())
+            return [_finite(found.value), found.low, found.high, found.n]
+
+        return Estimate(*self._work.recall(f"interval of the cost of {name}", measure))
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise TrimtabError("the model's numbers overflow: try --dtype float32")
+    return value
