@@ -53,6 +53,7 @@ from trimtab.model.questions import (
 )
 from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
+from trimtab.model.spans import Images, Span, Turn
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.stepwise import Writing
 from trimtab.model.thinking import answer_of, without_thoughts
