@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_scopes_take_the_tokens_that_hooks_take(lm: tt.LanguageModel) -> None:
             # In pieces, of which each knows no token that comes after it, but for the prompt.
             cuts = [0, 3, 4, prompt - 1, prompt, prompt + 2, len(ids)]
             found: list[float] = []
-            for first, stop in zip(cuts, cuts[1:], strict=False):
+            for first, stop in pairwise(cuts):
                 known = ids[: max(stop, prompt)]
                 found += weights(acts, known, prompt, first, stop).tolist()
             assert found == list(wanted), (text, seed)
@@ -70,14 +71,20 @@ def test_scopes_take_the_tokens_that_hooks_take(lm: tt.LanguageModel) -> None:
 
 def test_a_request_comes_as_it_was_sent(lm: tt.LanguageModel) -> None:
     scopes = tuple(acts_of(lm, Scope.parse(text)) for text in ("user & prompt", "generated ~ 0.9"))
-    sent = (Wanted("ab" * 32, -3.0, scopes), Wanted("cd" * 32, 2.5, scopes[:1]))
+    sent = (Wanted("ab" * 32, -3.0, scopes, (1, 0, 1)), Wanted("cd" * 32, 2.5, scopes[:1]))
     assert wanted_by(SimpleNamespace(extra_args=extra_args(sent))) == sent
     assert wanted_by(SimpleNamespace(extra_args=None)) == ()
     assert wanted_by(SimpleNamespace()) == ()
     assert extra_args(()) is None
 
 
-GOOD = {"steering": "ab" * 32, "dial": 1.0, "scopes": [{"tree": ["all"], "decay": None}]}
+GOOD = {
+    "steering": "ab" * 32,
+    "dial": 1.0,
+    "scopes": [{"tree": ["all"], "decay": None}],
+    "of": [],
+}
+WRITTEN = json.dumps([GOOD])
 
 
 def tree(*parts: Any) -> dict[str, Any]:
@@ -88,8 +95,8 @@ def tree(*parts: Any) -> dict[str, Any]:
     "bad",
     [
         "[", "7", [GOOD] * 9, [7], [{**GOOD, "more": 1}], [{**GOOD, "dial": "1"}],
-        '[{"steering": "%s", "dial": NaN, "scopes": [{"tree": ["all"], "decay": null}]}]' % ("ab" * 32),
-        '[{"steering": "%s", "dial": 1e999, "scopes": [{"tree": ["all"], "decay": null}]}]' % ("ab" * 32),
+        WRITTEN.replace("1.0", "NaN"), WRITTEN.replace("1.0", "1e999"), [{**GOOD, "of": [1]}],
+        [{**GOOD, "of": [True]}], [{**GOOD, "scopes": GOOD["scopes"] * 2}],
         [{**GOOD, "steering": "../x"}], [{**GOOD, "scopes": []}], [{**GOOD, "scopes": ["all"]}],
         [tree()], [tree("nowhere")], [tree("all", 1)], [tree("not")], [tree("and")],
         [tree("window", ["all"], 0.5, None)], [tree("token", [])], [tree("token", [True])],
@@ -128,8 +135,13 @@ def test_a_block_is_known_by_what_its_tokens_saw() -> None:
 def test_which_of_several_scopes_acts_is_in_the_key() -> None:
     here, nowhere = Acts(["all"]), Acts(["generated"])
     keys = [
-        block_key((Wanted("ab" * 32, 1.0, scopes),), [1] * 4, 4, 0, 4)
-        for scopes in ((here,), (here, nowhere), (nowhere, here), (here, here))
+        block_key((Wanted("ab" * 32, 1.0, scopes, of),), [1] * 4, 4, 0, 4)
+        for scopes, of in (
+            ((here,), ()),
+            ((here, nowhere), (0, 1)),
+            ((here, nowhere), (1, 0)),
+            ((here, Acts(["prompt"])), (0, 1)),
+        )
     ]
     assert len({str(one) for one in keys}) == 4
     both = [Wanted("ab" * 32, 1.0, (here,)), Wanted("cd" * 32, 1.0, (here,))]

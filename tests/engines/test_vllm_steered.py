@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import trimtab as tt
 from helpers import steer
 from operator_formulas import ALL, random_operator
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.engines import Wanted, extra_args, places_of, sites_of, steps_of
+from trimtab.engines import content_of, extra_args, places_of, sites_of, steps_of, wanted_of
 from trimtab.model import Writing
 from trimtab.serving.placing import acts_of
 
@@ -59,14 +60,7 @@ class Spec:
         return [s if self.scope is None else s.scoped(self.scope) for s in self.steerings]
 
     def extra(self, lm: tt.LanguageModel) -> dict[str, str] | None:
-        return extra_args([
-            Wanted(
-                own.digest,
-                acting.setting,
-                tuple(acts_of(lm, scope) for scope in acting.scopes),
-            )
-            for own, acting in zip(self.steerings, self.acting, strict=True)
-        ])  # fmt: skip
+        return extra_args([wanted_of(one, partial(acts_of, lm)) for one in self.acting])
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +93,17 @@ def specs(lm: tt.LanguageModel) -> list[Spec]:
         steer(lm, *((f"layers.{i}.ffn_norm", random_operator("Turn", 6, 64)) for i in range(4)),
               alpha=140.0),
     )  # fmt: skip
+    two = replace(push, interventions=(
+        replace(push.interventions[0], scope="prompt"),
+        tt.Intervention("layers.2.resid", random_operator("Add", 9, 64), "generated", 0.5),
+        tt.Intervention("layers.2.ffn_out", random_operator("Scale", 40, 64), "prompt", -1.0),
+    ))  # fmt: skip
     faded = push.at(9.0).scoped("generated ~ 0.8")
     words = [Spec((push,), scope) for scope in ("user", "last_user", "token(260, 265, 270)")]
     return [
         *made, *words, Spec((push,)), Spec((push.at(-6.0),)), Spec((turn, push)),
-        Spec((push, turn)), Spec((faded,)), Spec((turn.at(100.0), push.at(7.0)), "generated"),
+        Spec((push, turn)), Spec((faded,)), Spec((two,)),
+        Spec((turn.at(100.0), push.at(7.0)), "generated"),
         Spec(), *(Spec((push.at(float(dial)),), "last") for dial in range(2, 8)),
         Spec((steer(lm, ("embed", random_operator("Add", 7, 64)), alpha=0.3),)),
         Spec((steer(lm, ("final_norm", random_operator("Add", 8, 64)), alpha=2.0),)),
@@ -157,7 +157,7 @@ ENGINES = (
 BAD = [
     {"trimtab": "["},
     {"trimtab": json.dumps([{"steering": "0" * 64, "dial": 1.0,
-                             "scopes": [{"tree": ["all"], "decay": None}]}])},
+                             "scopes": [{"tree": ["all"], "decay": None}], "of": []}])},
     {"trimtab": 7},
 ]  # fmt: skip
 
@@ -167,10 +167,11 @@ def run(
     specs: Sequence[Spec], folder: Path, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What vLLM answers, in a process of its own."""
-    steerings = {one.digest: one for spec in specs for one in spec.steerings}
+    steerings = {one.scoped("all").digest: one for spec in specs for one in spec.steerings}
     files = {}
     for digest, steering in steerings.items():
-        files[digest] = str(steering.save(folder / f"{digest}.safetensors"))
+        files[digest] = str(folder / f"{digest}.safetensors")
+        Path(files[digest]).write_bytes(content_of(steering))
     job = {
         "base": str(base), "engine": engine.engine, "steerings": files, "batches": batches,
         "places": places_of(lm.anatomy, sites_of(list(steerings.values()))), "bad": BAD,

@@ -29,12 +29,14 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A steering of a request: which one, where its dial stands, and on which tokens it acts:
-    either one scope for all of its interventions, or one for each that they have."""
+    """A steering of a request: what it does, by its digest, where its dial stands, and on which
+    tokens it acts: the scopes that there are, and where they are several, which of them each
+    intervention has, by number."""
 
     digest: str
     dial: float
     scopes: tuple[Acts, ...]
+    of: tuple[int, ...] = ()
 
     @property
     def reads(self) -> bool:
@@ -51,6 +53,7 @@ def extra_args(wanted: Sequence[Wanted]) -> dict[str, str] | None:
             "steering": one.digest,
             "dial": float(one.dial),
             "scopes": [acts.as_json() for acts in one.scopes],
+            "of": list(one.of),
         }
         for one in wanted
     ]
@@ -81,17 +84,21 @@ def _read(text: str) -> tuple[Wanted, ...]:
 
 
 def _one(given: Any) -> Wanted:
-    if not (isinstance(given, dict) and set(given) == {"steering", "dial", "scopes"}):
-        _refuse("it has steerings of steering, dial and scopes")
-    digest, dial, scopes = given["steering"], given["dial"], given["scopes"]
+    if not (isinstance(given, dict) and set(given) == {"steering", "dial", "scopes", "of"}):
+        _refuse("it has steerings of steering, dial, scopes and of")
+    digest, dial, scopes, of = (given[name] for name in ("steering", "dial", "scopes", "of"))
     if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
         _refuse("a steering is named by its digest, 64 hexadecimal digits")
     if not isinstance(dial, float) or not math.isfinite(dial):
         _refuse("a dial is a number with a point in it")
     if not (isinstance(scopes, list) and scopes):
         _refuse("a steering has scopes")
+    if not (isinstance(of, list) and all(type(n) is int and 0 <= n < len(scopes) for n in of)):
+        _refuse("interventions have scopes by number")
+    if len(scopes) > 1 and not of:
+        _refuse("it does not say which intervention has which scope")
     try:
-        return Wanted(digest, dial, tuple(map(read_acts, scopes)))
+        return Wanted(digest, dial, tuple(map(read_acts, scopes)), tuple(of))
     except (ValueError, RecursionError) as error:
         _refuse(str(error))
 
@@ -114,6 +121,6 @@ def block_key(
             got = weights(acts, ids, prompt, first, stop)
             if np.any(got):
                 shares = hashlib.sha256(got.tobytes()).hexdigest()
-                of = f"{number} of {len(one.scopes)}"
-                found.append((FIELD, f"{one.digest} {one.dial!r} {of} {shares}"))
+                whose = ",".join(str(i) for i, of in enumerate(one.of) if of == number)
+                found.append((FIELD, f"{one.digest} {one.dial!r} {whose} {shares}"))
     return found

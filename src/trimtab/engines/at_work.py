@@ -1,5 +1,5 @@
-"""What one worker of an engine knows: which steerings are loaded, and which rows of the pass at hand
-are steered how. One torch operation for all sites changes activations in place by it.
+"""What one worker of an engine knows: which steerings are loaded, and which rows of the pass at
+hand are steered how. One torch operation for all sites changes activations in place by it.
 
 The operation never fails and never waits: what it cannot do was refused before. It is opaque to
 compilers, so that it runs the same whether the engine is compiled or not. Operators are those of
@@ -90,9 +90,9 @@ class AtWork:
             weights(acts, request.ids, request.prompt, request.position, request.position + count)
             for acts in one.scopes
         ]
-        found = {}
+        found: dict[int, tuple[Any, Any]] = {}
         for number, step in enumerate(self.loaded[one.digest]):
-            share = by_scope[step.scope if len(by_scope) > 1 else 0]
+            share = by_scope[one.of[step.number] if step.number < len(one.of) else 0]
             dial = one.dial * step.weight
             rows = np.flatnonzero(share)
             if len(rows) and dial != step.operator.identity:

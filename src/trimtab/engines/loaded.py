@@ -6,13 +6,17 @@ output of its own. What it does not carry is refused when it is loaded, with the
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import tempfile
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trimtab.anatomy import parse_site
+from trimtab.engines.asking import Wanted
+from trimtab.engines.tokens import Acts
 from trimtab.errors import TrimtabError
-from trimtab.steering import Add, Intervention, Operator, Scale, Shift, Steering
+from trimtab.steering import Add, Intervention, Operator, Scale, Scope, Shift, Steering
 
 #: Kinds of sites that an engine has no place of its own for, and why.
 _NOWHERE = {
@@ -26,12 +30,11 @@ SPLIT = ("heads", "ffn_in")
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """An operator at a site: on the tokens of which of the steering's scopes, and at how many times
-    its dial."""
+    """An intervention: which of the steering's it is, and at how many times its dial."""
 
+    number: int
     site: str
     operator: Operator
-    scope: int
     weight: float
 
 
@@ -50,17 +53,31 @@ def steps_of(steering: Steering, rank: int = 0, ranks: int = 1) -> tuple[Step, .
     """What a steering does, in order, on one of the ranks that split the model's units."""
     if reason := why_not(steering):
         raise TrimtabError(f"this {steering.method} steering cannot be carried: {reason}")
-    scopes = list(steering.scopes)
     return tuple(
-        Step(
-            each.site,
-            _on_rank(each, rank, ranks),
-            scopes.index(each.scope),
-            each.weight,
-        )
-        for each in steering.interventions
+        Step(number, each.site, _on_rank(each, rank, ranks), each.weight)
+        for number, each in enumerate(steering.interventions)
         if each.acts
     )
+
+
+def wanted_of(steering: Steering, acts_of: Callable[[Scope], Acts]) -> Wanted:
+    """How a request asks for a steering at its dial, on the tokens of its scopes, which `acts_of`
+    puts into the model's tokens."""
+    scopes = list(steering.scopes)
+    of = [scopes.index(each.scope) for each in steering.interventions]
+    several = tuple(of) if len(scopes) > 1 else ()
+    return Wanted(bare(steering).digest, steering.setting, tuple(map(acts_of, scopes)), several)
+
+
+def bare(steering: Steering) -> Steering:
+    """What an engine holds of a steering: what it does, whatever its tokens, which requests say."""
+    return steering.scoped("all")
+
+
+def content_of(steering: Steering) -> bytes:
+    """The file of what an engine holds of a steering."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bare(steering).save(Path(folder) / "steering.safetensors").read_bytes()
 
 
 def sites_of(steerings: Collection[Steering]) -> list[str]:

@@ -97,9 +97,7 @@ def _checked(original: Any) -> Any:
     from vllm.exceptions import VLLMValidationError
 
     @wraps(original)
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *a: Any, **k: Any
-    ) -> Any:
+    def process_inputs(self: Any, name: str, prompt: Any, params: Any, *a: Any, **k: Any) -> Any:
         try:
             wanted = wanted_by(params)
         except ValueError as error:
@@ -111,7 +109,7 @@ def _checked(original: Any) -> Any:
             raise VLLMValidationError(f"steering {unknown[0]} is not loaded", parameter=FIELD)
         if wanted and k.get("resumable"):
             raise VLLMValidationError("a prompt that grows cannot be steered", parameter=FIELD)
-        return original(self, request_id, prompt, params, *a, **k)
+        return original(self, name, prompt, params, *a, **k)
 
     return process_inputs
 
