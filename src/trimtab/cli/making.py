@@ -48,6 +48,7 @@ HEADINGS = (
     "Texts",
     "Budget",
     "Server",
+    "Engine",
     "Model",
     "Run",
     "Output",
