@@ -153,6 +153,10 @@ def _require_extra() -> None:
 _GIVEN = ("model", "dtype", "additional_config", "max_num_seqs", "trust_remote_code", "tokenizer")
 
 
+#: What vLLM writes goes where other logs go, and is said of what matters.
+_VLLM = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+
+
 def _arguments(
     running: Running, opened: Opened, serving: Serving, check: bool
 ) -> dict[str, Any] | None:
@@ -221,8 +225,8 @@ def _vllm(
     """vLLM on the same weights, in a process of its own."""
     from trimtab.serving import Elsewhere, Limits
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    for name, value in _VLLM.items():
+        os.environ.setdefault(name, value)
     with _checkpoint(language_model, opened) as directory:
         limits = Limits(serving.rows, waiting=serving.waiting)
         more = {"trust_remote_code": trusting.get(), "revision": opened.revision}

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trimtab.anatomy import Anatomy, parse_site
+from trimtab.anatomy import Anatomy, find_input, parse_site
 from trimtab.errors import TrimtabError
 
 #: What stands for a block that another rank has.
@@ -103,13 +103,7 @@ def _on_output(site: int, stream: bool, module: nn.Module, args: Any, output: An
 
 
 def _on_input(site: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    torch.ops.trimtab.steer(_activation(args, kwargs), None, site)
-
-
-def _activation(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The activation that a module is given: the one named so, or the first tensor of numbers."""
-    named = kwargs.get("hidden_states")
-    if isinstance(named, Tensor):
-        return named
-    given = (*args, *kwargs.values())
-    return next(x for x in given if isinstance(x, Tensor) and x.is_floating_point())
+    place = find_input(args, kwargs)
+    assert place is not None  # what takes no activations is no site
+    x = args[place] if isinstance(place, int) else kwargs[place]
+    torch.ops.trimtab.steer(x, None, site)

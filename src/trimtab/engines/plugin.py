@@ -140,7 +140,7 @@ def _hooked(original: Any) -> Any:
         places = _configured(self.vllm_config)
         if places is None:
             return
-        _refuse_unknown(self.vllm_config)
+        refuse_ways(self.vllm_config)
         AT_WORK.at(sorted(places))
         self.trimtab_sites = install(self.model_runner.get_model(), places, AT_WORK.sites)
         watch(self.model_runner, AT_WORK)
@@ -148,15 +148,18 @@ def _hooked(original: Any) -> Any:
     return load_model
 
 
-def _refuse_unknown(config: Any) -> None:
+def refuse_ways(config: Any) -> None:
     """Refuse ways of running in which rows could be steered wrongly, or not at all."""
     parallel = config.parallel_config
-    if config.speculative_config is not None:
-        raise TrimtabError("speculative decoding is not carried with steerings: leave it out")
-    if getattr(parallel, "enable_dbo", False):
-        raise TrimtabError("dual batch overlap is not carried with steerings: leave it out")
-    on_cpu = config.device_config.device_type == "cpu"
-    if not (on_cpu or config.model_config.enforce_eager):
+    ways = {
+        "speculative decoding": config.speculative_config is not None,
+        "dual batch overlap": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+    }
+    for way, asked in ways.items():
+        if asked:
+            raise TrimtabError(f"{way} is not carried with steerings: leave it out")
+    if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
         raise TrimtabError(
             "a captured graph would leave steerings out: give the engine enforce_eager=true"
         )

@@ -27,6 +27,7 @@ from trimtab.engines import (
     content_of,
     extra_args,
     places_of,
+    refuse_ways,
     sites_of,
     steps_of,
     wanted_of,
@@ -111,7 +112,9 @@ class Elsewhere:
             self.close()
             if isinstance(error, TrimtabError):
                 raise
-            raise TrimtabError(f"vLLM does not start: {first_line(error)}") from error
+            raise TrimtabError(
+                f"vLLM does not start: {first_line(error)} (its log above says more)"
+            ) from error
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -134,8 +137,11 @@ class Elsewhere:
         except TypeError as error:
             raise TrimtabError(f"vLLM takes no such argument: {first_line(error)}") from error
         self._lm.model.to("meta")  # its weights have said what they had to say
+        config = parsed.create_engine_config()
+        refuse_ways(config)
         # A thread of its own, because starting takes long and blocks.
-        self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, parsed)
+        start = partial(AsyncLLM.from_vllm_config, config, disable_log_stats=True)
+        self._llm = await asyncio.to_thread(start)
         self._loading = asyncio.Lock()
         await self._prove(expected)
         self._lm.tokenizer.model_max_length = self._llm.model_config.max_model_len
