@@ -123,7 +123,7 @@ class Elsewhere:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        expected = last_activations(self._lm, sites)
+        text, expected = probe(self._lm), last_activations(self._lm, sites)
         places = places_of(self._lm.anatomy, sites)
         given = {
             "model": model,
@@ -143,16 +143,16 @@ class Elsewhere:
         start = partial(AsyncLLM.from_vllm_config, config, disable_log_stats=True)
         self._llm = await asyncio.to_thread(start)
         self._loading = asyncio.Lock()
-        await self._prove(expected)
+        await self._prove(text, expected)
         self._lm.tokenizer.model_max_length = self._llm.model_config.max_model_len
         self._watcher = asyncio.create_task(self._watch())
 
-    async def _prove(self, expected: Mapping[str, torch.Tensor]) -> None:
+    async def _prove(self, text: list[int], expected: Mapping[str, torch.Tensor]) -> None:
         """See that each site is what it is in transformers."""
         from vllm import SamplingParams
 
         await self._llm.collective_rpc("trimtab_watch")
-        prompt = {"prompt_token_ids": probe(self._lm), "cache_salt": uuid.uuid4().hex}
+        prompt = {"prompt_token_ids": text, "cache_salt": uuid.uuid4().hex}
         async for _ in self._llm.generate(prompt, SamplingParams(max_tokens=1), uuid.uuid4().hex):
             pass
         seen = await self._llm.collective_rpc("trimtab_seen")
