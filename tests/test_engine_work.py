@@ -228,8 +228,6 @@ def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> N
     with pytest.raises(tt.TrimtabError, match="never passed final_norm"):
         refuse_others(seen, joined(ranks[:1]) | {"layers.0.heads": seen["layers.0.heads"]},
                       torch.float32)  # fmt: skip
-    with pytest.raises(
-        tt.TrimtabError, match="layers.1.resid is something else"
-    ):
+    with pytest.raises(tt.TrimtabError, match="layers.1.resid is something else"):
         refuse_others(seen, joined(ranks) | {"layers.1.resid": -9 * seen["layers.1.resid"]},
                       torch.float32)  # fmt: skip
