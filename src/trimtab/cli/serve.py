@@ -313,6 +313,7 @@ def _run(
         desk = Desk(language_model, name, library, opened, serving.timeout)
         app = application(desk, Access(*keys, hosts))
         address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
+        bound.listen()  # whoever reads the address may ask at once
         console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
         sys.stdout.flush()
         config = uvicorn.Config(
