@@ -1,7 +1,7 @@
 """A steering as a worker of an engine holds it: operators by site, of one rank of several.
 
-What an engine carries is decided here: every operator at every site that is a module's input or
-output of its own. What it does not carry is refused when it is loaded, with the reason.
+An engine carries every operator. What it does not carry, a gate, and operators that need all units
+of a site that ranks share, is refused before it is loaded, with the reason.
 """
 
 from __future__ import annotations
@@ -18,12 +18,6 @@ from trimtab.engines.tokens import Acts
 from trimtab.errors import TrimtabError
 from trimtab.steering import Add, Intervention, Operator, Scale, Scope, Shift, Steering
 
-#: Kinds of sites that an engine has no place of its own for, and why.
-_NOWHERE = {
-    "attn_norm_in": "an engine adds the stream and norms it in one step",
-    "ffn_norm_in": "an engine adds the stream and norms it in one step",
-    "router": "an engine chooses experts in a kernel of its own",
-}
 #: Sites that tensor parallelism splits: each rank has some of the units.
 SPLIT = ("heads", "ffn_in")
 
@@ -39,13 +33,9 @@ class Step:
 
 
 def why_not(steering: Steering) -> str:
-    """Why an engine cannot carry a steering; "" where it can."""
+    """Why no engine carries a steering, at whatever sites; "" where there is no reason."""
     if steering.gate is not None:
         return f"it has a gate ({steering.gate.kind}), which no engine but transformers decides"
-    for intervention in steering.interventions:
-        kind = parse_site(intervention.site)[1]
-        if kind in _NOWHERE:
-            return f"it acts at {intervention.site}, and {_NOWHERE[kind]}"
     return ""
 
 

@@ -23,6 +23,14 @@ from trimtab.errors import TrimtabError
 _ELSEWHERE = "PPMissingLayer"
 
 
+#: Kinds of sites that an engine has no place of its own for, and why.
+_NOWHERE = {
+    "attn_norm_in": "an engine adds to the stream and norms it in one step",
+    "ffn_norm_in": "an engine adds to the stream and norms it in one step",
+    "router": "an engine chooses experts in a kernel of its own",
+}
+
+
 class Place(NamedTuple):
     """Where a site is: a module of transformers by its path, and which side of it."""
 
@@ -31,10 +39,12 @@ class Place(NamedTuple):
 
 
 def places_of(anatomy: Anatomy, sites: Sequence[str]) -> dict[str, Place]:
-    """Where sites are in a model of transformers. Refuses one that is inside of a module."""
+    """Where sites are in a model of transformers. Refuses those that engines have no place for."""
     paths = {module: path for path, module in anatomy.model.named_modules()}
     places = {}
     for site in sites:
+        if reason := _NOWHERE.get(parse_site(site)[1]):
+            raise TrimtabError(f"{site} has no place of its own there: {reason}")
         point = anatomy.point(site)
         if point.side not in ("input", "output"):
             raise TrimtabError(

@@ -97,6 +97,8 @@ class Elsewhere:
         self._lm, self._limits = language_model, limits
         self._ends = end_tokens(language_model.model.generation_config.eos_token_id)
         self._jobs: dict[asyncio.Task[None], Job] = {}
+        #: All that are not over, and of these the ones that have begun.
+        self._taken: set[Job] = set()
         self._begun: set[Job] = set()
         self._closed = False
         #: Steerings that the workers hold, by digest, and how many jobs run with each.
@@ -164,8 +166,9 @@ class Elsewhere:
         """Have a job answered; refuses it where as many wait as may."""
         if self._closed:
             raise FullError("the server ends")
-        if len(self._jobs) >= self._limits.rows + self._limits.waiting:
+        if len(self._taken) >= self._limits.rows + self._limits.waiting:
             raise FullError(f"{self.waiting} requests wait already: try again later")
+        self._taken.add(job)
         self._loop.call_soon_threadsafe(self._begin, job)
 
     @property
@@ -176,7 +179,7 @@ class Elsewhere:
     @property
     def waiting(self) -> int:
         """Texts that wait for a place."""
-        return max(0, len(self._jobs) - len(self._begun))
+        return max(0, len(self._taken) - len(self._begun))
 
     @property
     def alive(self) -> bool:
@@ -209,6 +212,7 @@ class Elsewhere:
 
     def _over(self, job: Job, task: asyncio.Task[None]) -> None:
         self._jobs.pop(task, None)
+        self._taken.discard(job)
         self._begun.discard(job)
 
     async def _watch(self) -> None:
