@@ -51,7 +51,7 @@ def steerings(lm: tt.LanguageModel) -> dict[str, tt.Steering]:
         "joy": steer_at(lm, "resid", seed=2).at(6),
         "calm": steer_at(lm, "heads", "Scale", seed=3).at(2),
         "late": steer_at(lm, "resid", layer=2, seed=5).scoped("generated[1:4]").at(9),
-        "asked": steer_at(lm, "resid", layer=3, seed=6).scoped("user").at(8),
+        "asked": steer_at(lm, "resid", seed=6).scoped("user").at(40),
         "turn": steer(lm, *((f"layers.{i}.ffn_norm", turn) for i in range(4)), alpha=80.0),
     }
 
