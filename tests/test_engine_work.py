@@ -16,7 +16,15 @@ from torch import Tensor, nn
 import trimtab as tt
 from helpers import IDS, language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
-from trimtab.engines import Place, extra_args, places_of, sites_of, steps_of, wanted_of
+from trimtab.engines import (
+    Place,
+    extra_args,
+    places_of,
+    refuse_ways,
+    sites_of,
+    steps_of,
+    wanted_of,
+)
 from trimtab.engines.at_work import AT_WORK, AtWork, Rows
 from trimtab.engines.modules import install
 from trimtab.engines.runners import watch
@@ -231,3 +239,28 @@ def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> N
     with pytest.raises(tt.TrimtabError, match="layers.1.resid is something else"):
         refuse_others(seen, joined(ranks) | {"layers.1.resid": -9 * seen["layers.1.resid"]},
                       torch.float32)  # fmt: skip
+
+
+def test_ways_of_running_that_leave_rows_out_are_refused() -> None:
+    def config(device: str = "cpu", **changes: Any) -> Any:
+        parallel = {"use_ubatching": False, "prefill_context_parallel_size": 1,
+                    "data_parallel_size": 1}  # fmt: skip
+        own = {name: changes.pop(name) for name in list(changes) if name in parallel}
+        return SimpleNamespace(
+            parallel_config=SimpleNamespace(**{**parallel, **own}),
+            cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+            device_config=SimpleNamespace(device_type=device),
+            model_config=SimpleNamespace(enforce_eager=changes.pop("eager", False)),
+            **{"speculative_config": None, **changes},
+        )
+
+    refuse_ways(config())
+    refuse_ways(config("cuda", eager=True))
+    for said, bad in (
+        ("captured graph", config("cuda")),
+        ("speculative", config(speculative_config=object())),
+        ("data parallelism", config(data_parallel_size=2)),
+        ("dual batch", config(use_ubatching=True)),
+    ):
+        with pytest.raises(tt.TrimtabError, match=said):
+            refuse_ways(bad)

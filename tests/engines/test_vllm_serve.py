@@ -176,6 +176,19 @@ def test_adding_replacing_and_removing(
     assert client.post("completions", json=asked("a", model="base+new")).status_code == 404
 
 
+def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
+    body = asked(PROMPTS[0], model="base+turn", max_tokens=200, stream=True)
+    for _ in range(5):
+        with client.stream("POST", "completions", json=body) as stream:
+            next(stream.iter_lines())
+    for _ in range(100):
+        counted = client.get(str(client.base_url.join("/metrics"))).text
+        if "trimtab_running 0.0" in counted and "trimtab_waiting 0.0" in counted:
+            return
+        time.sleep(0.2)
+    raise AssertionError(counted)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [

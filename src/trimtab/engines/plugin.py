@@ -15,6 +15,7 @@ around its hooks; they stand in the engine's configuration, of which the compile
 from __future__ import annotations
 
 import importlib
+import logging
 import tempfile
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,7 @@ TESTED = ">=0.32,<0.33"
 #: Where vLLM keeps the key of a block, and who has taken that function from there by name.
 _KEYS = "vllm.v1.core.kv_cache_utils"
 _USERS = ("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
+_LOG = logging.getLogger("trimtab.engines")
 #: Digests of the steerings that this front end has loaded.
 LOADED: set[str] = set()
 
@@ -67,7 +69,11 @@ def configuration(places: dict[str, Place]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Stand around vLLM's methods; what vLLM calls, in each process, as often as it likes."""
+    """Stand around vLLM's methods; what vLLM calls, in each process, as often as it likes. A vLLM
+    that the tests did not run with stays as it is."""
+    if reason := untested():
+        _LOG.warning("%s: it is left as it is, and steers nothing", reason)
+        return
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -155,6 +161,8 @@ def refuse_ways(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "dual batch overlap": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "fast prefill of shared keys": config.cache_config.kv_sharing_fast_prefill,
     }
     for way, asked in ways.items():
         if asked:
