@@ -8,7 +8,7 @@ compilers, so that it runs the same whether the engine is compiled or not. Opera
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -63,41 +63,32 @@ class AtWork:
 
     def begin(self, requests: Sequence[Rows], device: torch.device | str = "cpu") -> None:
         """Make the plan of a pass."""
-        together: dict[tuple[int, str, int], tuple[list[Any], list[Any]]] = {}
+        # Rows that are steered alike but for their dials go together: by the place in their stack,
+        # the steering, which of its interventions have which scope, and the scope.
+        together: dict[tuple[int, str, tuple[int, ...], int], tuple[list[Any], list[Any]]] = {}
         for request in requests:
             for rank, one in enumerate(request.wanted):
-                for number, (rows, dials) in self._shares(request, one).items():
-                    of = together.setdefault((rank, one.digest, number), ([], []))
+                if one.digest not in self.loaded:
+                    self.missed += request.stop - request.first
+                    continue
+                for number, (rows, dials) in _shares(request, one):
+                    of = together.setdefault((rank, one.digest, one.of, number), ([], []))
                     of[0].append(rows)
                     of[1].append(dials)
-        self.plan = {}
-        for (_, digest, number), (rows, dials) in sorted(together.items(), key=lambda i: i[0][0]):
-            step = self.loaded[digest][number]
-            change = _Change(
-                step,
-                torch.from_numpy(np.concatenate(rows)).to(device),
-                torch.from_numpy(np.concatenate(dials)).float().to(device),
-            )
-            self.plan.setdefault(self.sites.index(step.site), []).append(change)
-
-    def _shares(self, request: Rows, one: Wanted) -> Mapping[int, tuple[Any, Any]]:
-        """By the number of a step of a steering the rows that it changes, and their dials."""
-        if one.digest not in self.loaded:
-            self.missed += request.stop - request.first
-            return {}
-        count = request.stop - request.first
-        by_scope = [
-            weights(acts, request.ids, request.prompt, request.position, request.position + count)
-            for acts in one.scopes
-        ]
-        found: dict[int, tuple[Any, Any]] = {}
-        for number, step in enumerate(self.loaded[one.digest]):
-            share = by_scope[one.of[step.number] if step.number < len(one.of) else 0]
-            dial = one.dial * step.weight
-            rows = np.flatnonzero(share)
-            if len(rows) and dial != step.operator.identity:
-                found[number] = (rows + request.first, dial * share[rows])
-        return found
+        ordered: dict[int, list[tuple[int, int, _Change]]] = {}
+        for (rank, digest, scopes, number), (rows, dials) in together.items():
+            where = torch.from_numpy(np.concatenate(rows)).to(device)
+            dial = torch.from_numpy(np.concatenate(dials))
+            for step in self.loaded[digest]:
+                own = scopes[step.number] if step.number < len(scopes) else 0
+                if own == number:
+                    change = _Change(step, where, (dial * step.weight).float().to(device))
+                    site = self.sites.index(step.site)
+                    ordered.setdefault(site, []).append((rank, step.number, change))
+        self.plan = {
+            site: [change for _, _, change in sorted(changes, key=lambda each: each[:2])]
+            for site, changes in ordered.items()
+        }
 
     def change(self, x: Tensor, residual: Tensor | None, site: int) -> None:
         """Do what the plan says at a site to activations x [rows, units], in place. With a residual
@@ -116,6 +107,16 @@ class AtWork:
             whole = old + residual[rows]
             change = step.operator.bind(dials, x.device)(whole).float() - whole.float()
             x[rows] = (old.float() + change).to(x.dtype)
+
+
+def _shares(request: Rows, one: Wanted) -> Iterator[tuple[int, tuple[Any, Any]]]:
+    """By the number of a scope the rows that it takes, and their dials, where it takes any."""
+    for number, acts in enumerate(one.scopes):
+        stop = request.position + request.stop - request.first
+        share = weights(acts, request.ids, request.prompt, request.position, stop)
+        rows = np.flatnonzero(share)
+        if len(rows):
+            yield number, (rows + request.first, one.dial * share[rows])
 
 
 AT_WORK = AtWork()
