@@ -36,8 +36,8 @@ from trimtab.terminal import CleanConsole, printable
 #: same name has each (of a Python keyword with _ behind it): the function that is the command, or
 #: `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "inspect", "bake", "serve",
-    "export", "import", "push", "pull", "search", "audit", "evaluate", "strength", "sweep",
+    "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "chat", "inspect", "bake",
+    "serve", "export", "import", "push", "pull", "search", "audit", "evaluate", "strength", "sweep",
     "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "monitor", "strength", "sweep", "analyse")

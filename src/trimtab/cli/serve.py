@@ -313,7 +313,6 @@ def _run(
         desk = Desk(language_model, name, library, opened, serving.timeout)
         app = application(desk, Access(*keys, hosts))
         address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
-        bound.listen()  # whoever reads the address may ask at once
         console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
         sys.stdout.flush()
         config = uvicorn.Config(
@@ -333,6 +332,7 @@ def _bound(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()  # who comes before the server runs waits, and is not turned away
     except OSError as error:
         bound.close()
         raise TrimtabError(

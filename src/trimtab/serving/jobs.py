@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Literal, NamedTuple, Protocol
 
 from trimtab.errors import TrimtabError
-from trimtab.model import Fired
+from trimtab.model import Fired, Growing
 from trimtab.serving.choosing import Chosen, Settings
 from trimtab.steering import Steering
 
 _LOG = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length", "timeout", "closed"]
-#: Stands for the bytes of a character that has not come whole.
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class FullError(TrimtabError):
@@ -68,8 +66,11 @@ class Job:
     began: float | None = None
     #: The text of them; what of it was told; and the tokens that were not.
     text: str = ""
-    said: str = ""
+    growing: Growing = field(init=False)
     untold: list[Chosen] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.growing = Growing(self.settings.stop)
 
     @property
     def most(self) -> int:
@@ -137,29 +138,10 @@ def goes_on(job: Job, chosen: Chosen, tokenizer: Any, ends: Collection[int]) -> 
 
 def _tell(job: Job, text: str, final: bool = False) -> None:
     """Hand on what is new of a text, but for what may still change or be cut off."""
-    if not final:
-        text = text.rstrip(_BROKEN)
-        text = text[: len(text) - _held_back(text, job.settings.stop)]
-    more = ""
-    # Shorter for a moment where a tokenizer takes back a space before a comma.
-    if len(text) > len(job.said) and text.startswith(job.said):
-        more, job.said = text[len(job.said) :], text
+    more = job.growing.rest(text) if final else job.growing.more(text)
     if more or job.untold:
         job.tell(Piece(more, tuple(job.untold)))
         job.untold.clear()
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a stop text."""
-    return max(
-        (
-            length
-            for stop in stops
-            for length in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:length])
-        ),
-        default=0,
-    )
 
 
 def in_words(error: Exception) -> TrimtabError:
