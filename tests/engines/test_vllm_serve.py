@@ -198,6 +198,7 @@ def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
         (asked("a", steering=[{"name": "joy", "scope": "nowhere"}]), 400, "nowhere"),
         (asked([7] * 300), 400, "tokens"),
         (asked("a", more=1), 400, "more"),
+        (asked("a", model="base+joy@3e38"), 400, "not finite"),
         (asked("a", model="base+joy@1e400"), 400, "number"),
     ],
 )

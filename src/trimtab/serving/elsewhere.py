@@ -8,6 +8,7 @@ that the engine has the same activations there; then its weights are let go.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -34,7 +35,7 @@ from trimtab.engines import (
     why_not,
 )
 from trimtab.errors import TrimtabError, first_line
-from trimtab.model import LanguageModel, end_tokens, scope_weights
+from trimtab.model import LanguageModel, end_tokens, scope_weights, unsound
 from trimtab.serving.choosing import Chosen, Settings
 from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
 from trimtab.serving.placing import acts_of
@@ -278,6 +279,7 @@ class Elsewhere:
                 if job.began is None:
                     job.began = time.monotonic()
                     self._begun.add(job)
+                _check_sound(output.outputs[0], job, self._lm)
                 for chosen in _chosen(output.outputs[0], job.settings.logprobs):
                     if not goes_on(job, chosen, self._lm.tokenizer, self._ends):
                         return
@@ -300,13 +302,25 @@ def _sampling(settings: Settings, ends: Collection[int], extra: dict[str, str] |
         repetition_penalty=settings.repetition_penalty,
         logit_bias=settings.bias or None,
         seed=settings.seed,
-        logprobs=settings.logprobs,
+        # Of what is steered always, because a dial too large shows in them.
+        logprobs=settings.logprobs if extra is None else max(settings.logprobs or 0, 1),
         stop_token_ids=list(ends),
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args=extra,
     )
+
+
+def _check_sound(output: Any, job: Job, language_model: LanguageModel) -> None:
+    """Refuse to go on where logits are no numbers, or all equal, because a dial is too large: the
+    likeliest of so many tokens is then as likely as any."""
+    least = -math.log(language_model.anatomy.config.vocab_size) + 1e-5
+    for about in output.logprobs or ():
+        best = max(one.logprob for one in about.values())
+        if not best > least:
+            labels = tuple(one.label for one in job.acting)
+            raise unsound("this request", labels, language_model.dtype)
 
 
 def _chosen(output: Any, top: int | None) -> list[Chosen]:
