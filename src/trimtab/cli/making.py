@@ -50,6 +50,7 @@ HEADINGS = (
     "Texts",
     "Budget",
     "Server",
+    "Engine",
     "Model",
     "Run",
     "Output",

@@ -6,22 +6,28 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.common import console, open_model, print_json, trusting
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
+from trimtab.cli.values import read_named
 from trimtab.errors import TrimtabError
 from trimtab.options import option
 from trimtab.reports import Table
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
-    from trimtab.serving import Library
+    from trimtab.serving import Carried, Library
+    from trimtab.steering import Steering
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -42,8 +48,31 @@ class Serving:
     )
     timeout: float = option("Seconds that an answer may take.", 600.0)
     rows: int = option("Texts that are written at once.", 32, least=1)
-    tokens: int = option("Tokens that these may come to, all together.", 65_536, least=1)
+    tokens: int | None = option(
+        "Tokens that these may come to, all together (default: 65,536; vLLM goes by its memory).",
+        None,
+        least=1,
+    )
     waiting: int = option("Requests that may wait; the next is told to try again.", 256, least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What runs the model."""
+
+    heading = "Engine"
+
+    engine: Literal["transformers", "vllm"] = option(
+        "transformers, or vllm (the extra vllm), which serves many at once.", "transformers"
+    )
+    vllm: Sequence[str] = option(
+        "NAME=VALUE: an argument of vLLM's engine, as in tensor_parallel_size=2; repeat.", ()
+    )
+    hook: Sequence[str] = option(
+        "With vllm, a kind of sites (resid, attn_norm ...) for steerings that are added later; "
+        "repeat.",
+        (),
+    )
 
 
 def serve(
@@ -61,6 +90,7 @@ def serve(
         Parameter(name="--bake", help="FILE@DIAL: fold it into the weights first; repeat."),
     ] = (),
     serving: Serving = Serving(),
+    running: Running = Running(),
     check: Annotated[
         bool,
         Parameter(name="--check", help="Say what would be served, and end.", negative=()),
@@ -86,17 +116,26 @@ def serve(
             f"{serving.host} can be reached by others: set TRIMTAB_API_KEY, or listen on 127.0.0.1"
         )
     _require_extra()
-    language_model = open_model(opened)
+    arguments = _arguments(running, opened, serving, check)
+    language_model = open_model(opened if arguments is None else _read_once(opened))
     for argument in bake:
         language_model = _baked(language_model, argument, force)
     name = serving.name or language_model.name
-    library = Library(language_model, force=force)
+    carried = None if arguments is None else _carried(language_model, arguments)
+    library = Library(language_model, force=force, refusal=None if check else carried)
     for source in steer:
         library.read(source)
     if check or as_json:
-        _say_what_is_served(name, library, list(bake), as_json)
-    if not check:
-        _run(language_model, name, library, serving, (key, admin_key))
+        _say_what_is_served(name, library, list(bake), carried, as_json)
+    if check:
+        return
+    if carried is None:
+        engine = partial(_transformers, language_model, serving)
+    else:
+        assert arguments is not None
+        carried.sites = _sites(library, running, language_model)
+        engine = partial(_vllm, language_model, opened, carried.sites, arguments, serving)
+    _run(language_model, name, library, serving, (key, admin_key), engine)
 
 
 def _require_extra() -> None:
@@ -108,6 +147,106 @@ def _require_extra() -> None:
         raise TrimtabError("serving needs the extra serve: pip install 'trimtab[serve]'") from error
 
 
+# -- what runs the model --------------------------------------------------------------------------
+
+#: Arguments of vLLM's engine that are given by other options, or are trimtab's own.
+_GIVEN = ("model", "dtype", "additional_config", "max_num_seqs", "trust_remote_code", "tokenizer")
+
+
+#: What vLLM writes goes where other logs go, and is said of what matters.
+_VLLM = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+
+
+def _arguments(
+    running: Running, opened: Opened, serving: Serving, check: bool
+) -> dict[str, Any] | None:
+    """Arguments of vLLM's engine; None where transformers runs the model."""
+    if running.engine == "transformers":
+        if running.vllm or running.hook:
+            raise TrimtabError("--vllm and --hook are for --engine vllm")
+        return None
+    from trimtab.engines import untested
+
+    if (reason := untested()) and not check:
+        raise TrimtabError(
+            f"{reason}: serve with --engine transformers, or give a stock engine adapters "
+            "(trimtab export --to lora)"
+        )
+    if serving.tokens is not None:
+        raise TrimtabError("vLLM divides its own memory: leave --tokens out")
+    if opened.quantise or opened.device_map or opened.device != "auto":
+        raise TrimtabError("vLLM places the model itself: leave --device and --quantise out")
+    arguments = read_named("--vllm", running.vllm)
+    given = [name for name in _GIVEN if name in arguments]
+    if given:
+        raise TrimtabError(f"--vllm {given[0]}: that is for trimtab's own options to say")
+    return arguments
+
+
+def _read_once(opened: Opened) -> Opened:
+    """How the model is read before vLLM reads it: beside it, not where it will be."""
+    import torch
+
+    dtype = opened.dtype
+    if dtype == "auto" and torch.cuda.is_available():
+        dtype = "checkpoint"
+    return replace(opened, device="cpu", dtype=dtype)
+
+
+def _carried(language_model: LanguageModel, arguments: dict[str, Any]) -> Carried:
+    from trimtab.serving import Carried
+
+    return Carried(language_model.anatomy, int(arguments.get("tensor_parallel_size", 1)))
+
+
+def _sites(library: Library, running: Running, language_model: LanguageModel) -> list[str]:
+    from trimtab.serving import sites_wanted
+
+    steerings = [held.steering for held in library.held.values()]
+    return sites_wanted(steerings, running.hook, language_model.anatomy)
+
+
+@contextmanager
+def _transformers(language_model: LanguageModel, serving: Serving) -> Iterator[Any]:
+    from trimtab.serving import Engine, Limits
+
+    tokens = 65_536 if serving.tokens is None else serving.tokens
+    yield Engine(language_model, Limits(serving.rows, tokens, waiting=serving.waiting))
+
+
+@contextmanager
+def _vllm(
+    language_model: LanguageModel,
+    opened: Opened,
+    sites: list[str],
+    arguments: dict[str, Any],
+    serving: Serving,
+) -> Iterator[Any]:
+    """vLLM on the same weights, in a process of its own."""
+    from trimtab.serving import Elsewhere, Limits
+
+    for name, value in _VLLM.items():
+        os.environ.setdefault(name, value)
+    with _checkpoint(language_model, opened) as directory:
+        limits = Limits(serving.rows, waiting=serving.waiting)
+        more = {"trust_remote_code": trusting.get(), "revision": opened.revision}
+        yield Elsewhere(language_model, directory, sites, {**more, **arguments}, limits)
+
+
+@contextmanager
+def _checkpoint(language_model: LanguageModel, opened: Opened) -> Iterator[str]:
+    """Where vLLM reads the weights: where they came from, or, where they are other ones now, a
+    directory that lasts as long as the server."""
+    from trimtab.model import directory_of, has_adapters
+
+    source = directory_of(opened.model)
+    if not (language_model.baked or has_adapters(language_model.model)):
+        yield opened.model if source is None else str(source)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(language_model.save_pretrained(Path(folder) / "model"))
+
+
 def _baked(language_model: LanguageModel, argument: str, force: bool) -> LanguageModel:
     from trimtab.model import bake
     from trimtab.steering import Steering
@@ -115,10 +254,15 @@ def _baked(language_model: LanguageModel, argument: str, force: bool) -> Languag
     return bake(language_model, Steering.read(argument), force=force)
 
 
-def _say_what_is_served(name: str, library: Library, baked: list[str], as_json: bool) -> None:
+def _say_what_is_served(
+    name: str, library: Library, baked: list[str], carried: Carried | None, as_json: bool
+) -> None:
     from trimtab.serving import described
 
-    every = [described(one, held) for one, held in library.held.items()]
+    every = [
+        described(one, held) | ({} if carried is None else _in_vllm(held.steering, carried))
+        for one, held in library.held.items()
+    ]
     if as_json:
         print_json({"model": name, "baked": baked, "steerings": every})
         return
@@ -130,11 +274,21 @@ def _say_what_is_served(name: str, library: Library, baked: list[str], as_json: 
             " to ".join(f"{end:.4g}" for end in one["dial"]["range"]),
             ", ".join(f"{word} {dial:.3g}" for word, dial in one["strengths"].items()),
             ", ".join(one["scopes"]) + (f", {one['gate']} gate" if one["gate"] else ""),
+            *([] if carried is None else [one["runs"]]),
         ]
         for one in every
     ]
     heads = ["model", "method", "dial", "range", "strengths", "acts on"]
+    heads += [] if carried is None else ["with vLLM"]
     show([Table(f"Served beside {name}", heads, rows)], [f"baked in: {one}" for one in baked], None)
+
+
+def _in_vllm(steering: Steering, carried: Carried) -> dict[str, Any]:
+    """Whether vLLM carries a steering here, and why not."""
+    from trimtab.engines import untested
+
+    reason = untested() or carried(steering)
+    return {"runs": f"refused: {reason}" if reason else "steered in the engine"}
 
 
 def _run(
@@ -143,27 +297,32 @@ def _run(
     library: Library,
     serving: Serving,
     keys: tuple[str | None, str | None],
+    engine: Callable[[], AbstractContextManager[Any]],
 ) -> None:
     """Serve until Ctrl-C."""
     import uvicorn
 
-    from trimtab.serving import Access, Desk, Engine, Limits, application
+    from trimtab.serving import Access, Desk, application
 
     hosts: tuple[str, ...] | None = (*_LOOPBACK, *serving.allow_host)
     if serving.host not in _LOOPBACK and not serving.allow_host:
         hosts = None  # whoever has the key may use any name
-    limits = Limits(serving.rows, serving.tokens, waiting=serving.waiting)
     bound = _bound(serving.host, serving.port)
-    desk = Desk(language_model, name, library, Engine(language_model, limits), serving.timeout)
-    app = application(desk, Access(*keys, hosts))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
-    console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
-    sys.stdout.flush()
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
-    )
-    uvicorn.Server(config).run(sockets=[bound])
+    with engine() as opened:
+        desk = Desk(language_model, name, library, opened, serving.timeout)
+        app = application(desk, Access(*keys, hosts))
+        address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
+        console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
+        sys.stdout.flush()
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+        uvicorn.Server(config).run(sockets=[bound])
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -54,6 +54,7 @@ from trimtab.model.questions import (
 )
 from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
+from trimtab.model.spans import Images, Span, Turn
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.stepwise import Writing
 from trimtab.model.streaming import Growing

@@ -2,5 +2,7 @@
 
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
-from trimtab.serving.engine import Engine, Limits
+from trimtab.serving.elsewhere import Carried, Elsewhere, sites_wanted
+from trimtab.serving.engine import Engine
+from trimtab.serving.jobs import Limits
 from trimtab.serving.library import Library, described

@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, acted
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
-from trimtab.serving.engine import Ended, Engine, Job, Piece, Told
+from trimtab.serving.jobs import Answers, Ended, Job, Piece, Told
 from trimtab.serving.library import Library
 from trimtab.serving.names import Asked, asked_by
 
@@ -83,7 +83,7 @@ class Desk:
     language_model: LanguageModel
     name: str
     library: Library
-    engine: Engine
+    engine: Answers
     timeout: float
     #: Tokenizers change while they read.
     tokenizing: Lock = field(default_factory=Lock)

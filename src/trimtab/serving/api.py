@@ -37,7 +37,7 @@ from trimtab.serving.answering import (
     whole,
 )
 from trimtab.serving.bodies import ChatBody, CompletionBody
-from trimtab.serving.engine import BrokenError, Ended, FullError, Piece
+from trimtab.serving.jobs import BrokenError, Ended, FullError, Piece
 from trimtab.serving.library import LARGEST, UnknownSteeringError, described
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.responses import Form, ResponseBody

@@ -8,104 +8,19 @@ shared between rows but the pass.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Event, Thread
-from typing import Literal, NamedTuple
+from threading import Condition, Thread
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
-from trimtab.model import (
-    Fired,
-    Growing,
-    LanguageModel,
-    Writing,
-    are_sound,
-    end_tokens,
-    unsound,
-)
-from trimtab.serving.choosing import Chooser, Chosen, Settings
-from trimtab.steering import Steering
-
-_LOG = logging.getLogger(__name__)
-
-Reason = Literal["stop", "length", "timeout", "closed"]
-
-
-class FullError(TrimtabError):
-    """As many requests wait as may wait."""
-
-
-class Piece(NamedTuple):
-    """What an answer goes on with: text (which may be empty, where a character is not whole or a
-    stop text may have begun), and the tokens that came."""
-
-    text: str
-    tokens: tuple[Chosen, ...]
-
-
-class Ended(NamedTuple):
-    """An answer is whole."""
-
-    reason: Reason
-
-
-#: What a request is told, in its order: pieces, and then an end or an error.
-Told = Piece | Ended | TrimtabError
-
-
-@dataclass(eq=False)
-class Job:
-    """One text to go on with. `steerings` makes its steerings when its turn comes, because a budget
-    takes passes of the model; `tell` hears of everything that comes of it, in the engine's thread.
-    """
-
-    tokens: list[int]
-    steerings: Callable[[], tuple[Steering, ...]]
-    settings: Settings
-    tell: Callable[[Told], None]
-    deadline: float | None = None
-    #: Set by whoever no longer waits for it.
-    left: Event = field(default_factory=Event)
-    #: With what it is steered, known once it has begun, and what gates decided of its prompt.
-    acting: tuple[Steering, ...] = ()
-    gates: tuple[Fired, ...] = ()
-    #: The tokens that were written.
-    new: list[int] = field(default_factory=list)
-    began: float | None = None
-    #: The text of them; what of it was told; and the tokens that were not.
-    text: str = ""
-    growing: Growing = field(init=False)
-    untold: list[Chosen] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.growing = Growing(self.settings.stop)
-
-    @property
-    def most(self) -> int:
-        """How many tokens it may come to."""
-        return len(self.tokens) + self.settings.max_tokens
-
-    @property
-    def late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many texts are written at once, of how many tokens in all (with those that may still
-    come), in how many batches, and how many texts may wait."""
-
-    rows: int = 32
-    tokens: int = 65_536
-    batches: int = 4
-    waiting: int = 256
+from trimtab.model import LanguageModel, Writing, are_sound, end_tokens, unsound
+from trimtab.serving.choosing import Chooser, Chosen
+from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
 
 
 @dataclass(eq=False)
@@ -214,7 +129,7 @@ class Engine:
             try:
                 job.acting = job.steerings()
             except Exception as error:
-                job.tell(_in_words(error))
+                job.tell(in_words(error))
                 continue
             found.append(job)
         return found
@@ -235,7 +150,7 @@ class Engine:
             logits = writing.logits()
         except Exception as error:
             if len(jobs) == 1:
-                jobs[0].tell(_in_words(error))
+                jobs[0].tell(in_words(error))
                 return
             for job in jobs:
                 self._open([job])
@@ -253,7 +168,7 @@ class Engine:
             if batch in self._batches:
                 self._batches.remove(batch)
             for job in batch.jobs:
-                job.tell(_in_words(error))
+                job.tell(in_words(error))
 
     def _go_on(self, batch: _Batch) -> None:
         keep = [i for i, job in enumerate(batch.jobs) if not self._is_over(job)]
@@ -284,7 +199,7 @@ class Engine:
             chosen = Chosen(likeliest[i]) if chooser.plain else chooser.choose(logits[i])
             chooser.note(chosen.token)
             tokens.append(chosen.token)
-            if self._goes_on(job, chosen):
+            if goes_on(job, chosen, self._lm.tokenizer, self._ends):
                 keep.append(i)
         batch.writing.put(torch.tensor(tokens))
         self._keep(batch, keep)
@@ -298,43 +213,3 @@ class Engine:
             batch.writing.keep(rows)
         elif batch in self._batches:
             self._batches.remove(batch)
-
-    def _goes_on(self, job: Job, chosen: Chosen) -> bool:
-        """Tell of a token; whether the text goes on after it."""
-        if chosen.token in self._ends:
-            self._tell(job, job.text, final=True)
-            job.tell(Ended("stop"))
-            return False
-        job.new.append(chosen.token)
-        job.untold.append(chosen)
-        job.text = self._lm.tokenizer.decode(job.new, skip_special_tokens=True)
-        places = [job.text.find(stop) for stop in job.settings.stop if stop in job.text]
-        if places:
-            self._tell(job, job.text[: min(places)], final=True)
-            job.tell(Ended("stop"))
-            return False
-        if len(job.new) >= job.settings.max_tokens:
-            self._tell(job, job.text, final=True)
-            job.tell(Ended("length"))
-            return False
-        self._tell(job, job.text)
-        return True
-
-    def _tell(self, job: Job, text: str, final: bool = False) -> None:
-        """Hand on what is new of a text, but for what may still change or be cut off."""
-        more = job.growing.rest(text) if final else job.growing.more(text)
-        if more or job.untold:
-            job.tell(Piece(more, tuple(job.untold)))
-            job.untold.clear()
-
-
-def _in_words(error: Exception) -> TrimtabError:
-    """An error as a client may hear of it."""
-    if isinstance(error, TrimtabError):
-        return error
-    _LOG.error("the engine failed", exc_info=error)
-    return BrokenError(f"the engine failed ({type(error).__name__})")
-
-
-class BrokenError(TrimtabError):
-    """The engine failed at something that is not the request's fault; the log has it."""

@@ -7,7 +7,7 @@ the same name, or none, does not reach it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -36,10 +36,21 @@ class Held:
 
 
 class Library:
-    """Steerings by name, for one model, which each of them is checked against."""
+    """Steerings by name, for one model, which each of them is checked against.
 
-    def __init__(self, language_model: LanguageModel, *, force: bool = False) -> None:
-        self._lm, self._force = language_model, force
+    `refusal` says of a steering why what runs the model cannot carry it, "" where it can; it is
+    None where the model of transformers runs, which carries all, and has passes for budgets.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        force: bool = False,
+        refusal: Callable[[Steering], str] | None = None,
+    ) -> None:
+        self._lm, self._force, self._refusal = language_model, force, refusal
+        self._identity = language_model.identity  # its weights may be let go
         self._held: dict[str, Held] = {}
         self._changing = Lock()
 
@@ -75,7 +86,9 @@ class Library:
 
     def _put(self, name: str, steering: Steering, size: int, replace: bool) -> Held:
         check_name(name)
-        steering.check_fits(self._lm.anatomy, self._lm.identity, self._force, self._lm.quantised)
+        steering.check_fits(self._lm.anatomy, self._identity, self._force, self._lm.quantised)
+        if self._refusal is not None and (reason := self._refusal(steering)):
+            raise TrimtabError(f"{name} cannot be served by this engine: {reason}")
         with self._changing:
             if name in self._held and not replace:
                 raise TrimtabError(f"two steerings are called {name}: rename a file")
@@ -112,6 +125,11 @@ class Library:
                 steering = steering.at(one.dial)
             found.append((one, steering))
         budgets = [one.name for one, _ in found if one.kl is not None]
+        if budgets and self._refusal is not None:
+            raise TrimtabError(
+                "a budget for each prompt (kl) takes passes of the model that this engine does not "
+                f"have: give {budgets[0]} a dial or a strength, or serve with --engine transformers"
+            )
         if budgets and len(found) > 1:
             raise TrimtabError(
                 f"a budget (kl) turns the dial of one steering: {budgets[0]} cannot be stacked"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from trimtab.serving.engine import Engine
+from trimtab.serving.jobs import Answers
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -13,7 +13,7 @@ class Metrics:
     """Counters of one server. Names of steerings are labels only as far as they are served, so
     that no client can make new ones."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Answers) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "trimtab_requests", "Requests by route and status.", ("route", "status"),

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from trimtab.serving.answering import Answer, Desk, Request, said
 from trimtab.serving.bodies import ChatBody, Message, Number, SteeringBody, Strict, Text
-from trimtab.serving.engine import Ended, Piece
+from trimtab.serving.jobs import Ended, Piece
 from trimtab.serving.names import MOST_STACKED
 
 

@@ -1,0 +1,126 @@
+"""What a request says of its steerings on its way through an engine, and what a cached block's key
+says of them.
+
+A request carries one JSON text in its sampling parameters. It names steerings by the digest of what
+they do, never by a name that may come to mean something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import numpy as np
+
+from trimtab.engines.tokens import Acts, read_acts, weights
+
+#: Under which name a request's `extra_args` have it.
+FIELD = "trimtab"
+#: Steerings that one request may stack, and characters that it may say of them.
+MOST_STACKED, LONGEST = 8, 1 << 20
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A steering of a request: what it does, by its digest, where its dial stands, and on which
+    tokens it acts: the scopes that there are, and where they are several, which of them each
+    intervention has, by number."""
+
+    digest: str
+    dial: float
+    scopes: tuple[Acts, ...]
+    of: tuple[int, ...] = ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether it asks which tokens a text has."""
+        return any(acts.reads for acts in self.scopes)
+
+
+def extra_args(wanted: Sequence[Wanted]) -> dict[str, str] | None:
+    """What the sampling parameters of a request carry; None of one that is not steered."""
+    if not wanted:
+        return None
+    said = [
+        {
+            "steering": one.digest,
+            "dial": float(one.dial),
+            "scopes": [acts.as_json() for acts in one.scopes],
+            "of": list(one.of),
+        }
+        for one in wanted
+    ]
+    return {FIELD: json.dumps(said, allow_nan=False)}
+
+
+def wanted_by(params: Any) -> tuple[Wanted, ...]:
+    """What sampling parameters carry, after every check; a ValueError says what is wrong."""
+    extra = getattr(params, "extra_args", None)
+    if not extra or FIELD not in extra:
+        return ()
+    if not isinstance(extra[FIELD], str):
+        _refuse("it is no text")
+    return _read(extra[FIELD])
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> tuple[Wanted, ...]:
+    if len(text) > LONGEST:
+        _refuse(f"it has more than {LONGEST} characters")
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        _refuse("it is no JSON")
+    if not isinstance(given, list) or len(given) > MOST_STACKED:
+        _refuse(f"it is no list of {MOST_STACKED} steerings at most")
+    return tuple(map(_one, given))
+
+
+def _one(given: Any) -> Wanted:
+    if not (isinstance(given, dict) and set(given) == {"steering", "dial", "scopes", "of"}):
+        _refuse("it has steerings of steering, dial, scopes and of")
+    digest, dial, scopes, of = (given[name] for name in ("steering", "dial", "scopes", "of"))
+    if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+        _refuse("a steering is named by its digest, 64 hexadecimal digits")
+    if not isinstance(dial, float) or not math.isfinite(dial):
+        _refuse("a dial is a number with a point in it")
+    if not (isinstance(scopes, list) and scopes):
+        _refuse("a steering has scopes")
+    if not (isinstance(of, list) and all(type(n) is int and 0 <= n < len(scopes) for n in of)):
+        _refuse("interventions have scopes by number")
+    if len(scopes) > 1 and not of:
+        _refuse("it does not say which intervention has which scope")
+    try:
+        return Wanted(digest, dial, tuple(map(read_acts, scopes)), tuple(of))
+    except (ValueError, RecursionError) as error:
+        _refuse(str(error))
+
+
+def _refuse(why: str) -> NoReturn:
+    raise ValueError(f"what this request says of steerings cannot be read: {why}")
+
+
+def block_key(
+    wanted: Sequence[Wanted], ids: Sequence[int], prompt: int, first: int, stop: int
+) -> list[tuple[str, str]]:
+    """What the tokens `first` to `stop` of a text saw of its steerings: nothing where none acted.
+
+    Two texts may share a block only where all tokens up to its end were steered alike. A block's
+    hash holds those of the blocks before it, so that its own tokens are all that is to be said.
+    """
+    found: list[tuple[str, str]] = []
+    for one in wanted:
+        for number, acts in enumerate(one.scopes):
+            got = weights(acts, ids, prompt, first, stop)
+            if np.any(got):
+                shares = hashlib.sha256(got.tobytes()).hexdigest()
+                whose = ",".join(str(i) for i, of in enumerate(one.of) if of == number)
+                found.append((FIELD, f"{one.digest} {one.dial!r} {whose} {shares}"))
+    return found

