@@ -17,7 +17,7 @@ from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 _KEYS = {"Authorization": "Bearer changes"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture  # its client ends the server with the test
 def schema() -> Any:
     lm = language_model("llama")
     library = Library(lm)

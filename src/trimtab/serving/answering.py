@@ -11,7 +11,7 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, shown
 from trimtab.model import LanguageModel, acted
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
@@ -128,7 +128,7 @@ class Desk:
         by_name = asked_by(body.model, self.name)
         if by_name is None:
             raise UnknownModelError(
-                f"there is no model '{body.model[:100]}': this server has {self.name}, and "
+                f"there is no model '{shown(body.model)}': this server has {self.name}, and "
                 f"{self.name}+STEERING@DIAL"
             )
         by_field = [one.asked for one in body.steering or []]
