@@ -37,8 +37,8 @@ from trimtab.terminal import CleanConsole, printable
 #: `commands`, which makes the group.
 COMMANDS = (
     "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "inspect", "bake", "serve",
-    "export", "import", "push", "pull", "search", "audit", "evaluate", "strength", "sweep",
-    "reproduce", "compare", "analyse",
+    "playground", "export", "import", "push", "pull", "search", "audit", "evaluate", "strength",
+    "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "monitor", "strength", "sweep", "analyse")
 _ABOUT = (

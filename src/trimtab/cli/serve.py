@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
@@ -22,8 +22,6 @@ from trimtab.reports import Table
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
     from trimtab.serving import Library
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +79,7 @@ def serve(
     key, admin_key = (
         os.environ.get(name) or None for name in ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")
     )
-    if serving.host not in _LOOPBACK and key is None:
+    if serving.host not in LOOPBACK and key is None:
         raise TrimtabError(
             f"{serving.host} can be reached by others: set TRIMTAB_API_KEY, or listen on 127.0.0.1"
         )
@@ -149,37 +147,18 @@ def _run(
 
     from trimtab.serving import Access, Desk, Engine, Limits, application
 
-    hosts: tuple[str, ...] | None = (*_LOOPBACK, *serving.allow_host)
-    if serving.host not in _LOOPBACK and not serving.allow_host:
+    hosts: tuple[str, ...] | None = (*LOOPBACK, *serving.allow_host)
+    if serving.host not in LOOPBACK and not serving.allow_host:
         hosts = None  # whoever has the key may use any name
     limits = Limits(serving.rows, serving.tokens, waiting=serving.waiting)
-    bound = _bound(serving.host, serving.port)
+    bound = bound_to(serving.host, serving.port)
     desk = Desk(language_model, name, library, Engine(language_model, limits), serving.timeout)
     app = application(desk, Access(*keys, hosts))
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
+    address = f"http://{as_address(serving.host)}:{bound.getsockname()[1]}/v1"
     console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
     sys.stdout.flush()
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
     )
     uvicorn.Server(config).run(sockets=[bound])
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens, or one line that says why not."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise TrimtabError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; name another --port"
-        ) from error
-    return bound
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
