@@ -109,7 +109,7 @@ def answers(
         side: _Text(side, Chooser(settings, list(text)), began) for side, text in texts.items()
     }
     while True:
-        chosen, over = [], set[str]()
+        chosen, over = list[int](), set[str]()
         sound = are_sound(logits).tolist()
         for place, role in enumerate(roles):
             if role == _SHADOW:

@@ -143,8 +143,11 @@ def _llama(model: str, shelf: Shelf, body: LinesBody, steerings: Sequence[Steeri
             )
             vectors.append(f"--control-vector {one.name}.gguf ")
         return "\n".join([*exported, ask.format(model="model.gguf", more="".join(vectors))])
-    scoped = [one.name for one, of in zip(body.steerings, steerings, strict=True)
-              if one.scope or of.gate or not all(scope.everywhere for scope in of.scopes)]  # fmt: skip
+    scoped = [
+        one.name
+        for one, of in zip(body.steerings, steerings, strict=True)
+        if one.scope or of.gate or not all(scope.everywhere for scope in of.scopes)
+    ]
     if scoped:
         return f"# {scoped[0]} acts on some tokens only, which weights cannot: serve it instead"
     files = " ".join(f"--steer {shlex.quote(_at(shelf, one))}" for one in body.steerings)

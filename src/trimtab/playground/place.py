@@ -48,7 +48,7 @@ class Playground:
             item = await self.run(next, items, _END)
             if item is _END:
                 return
-            yield item  # type: ignore[misc]
+            yield item
 
     async def told(
         self, act: Callable[..., dict[str, Any]], *given: Any

@@ -1,0 +1,2 @@
+import { h, put } from "./dom.js";
+export function show(main) { put(main, h("p", {}, "soon")); }
