@@ -126,9 +126,10 @@ class LinesBody(_Strict):
 
 
 class Row(_Strict):
-    """A row of a contrast."""
+    """A pair of a contrast; `chat` says that its prompt is a user's message, not plain text."""
 
     prompt: _Text = ""
+    chat: bool = False
     positive: Annotated[str, Field(min_length=1, max_length=100_000)]
     negative: Annotated[str, Field(min_length=1, max_length=100_000)]
     part: Literal["train", "validation", "test"] | None = None

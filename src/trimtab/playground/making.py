@@ -47,6 +47,7 @@ def contrast_rows(language_model: LanguageModel, body: ContrastBody) -> dict[str
         "rows": [
             {
                 "prompt": last_message(pair.prompt),
+                "chat": _is_message(pair.prompt),
                 "positive": pair.positive,
                 "negative": pair.negative,
                 "part": pair.part,
@@ -54,6 +55,16 @@ def contrast_rows(language_model: LanguageModel, body: ContrastBody) -> dict[str
             for pair in found.pairs
         ],
     }
+
+
+def _is_message(prompt: Any) -> bool:
+    """Whether a prompt is one message of a user; plain text is none, and no cell of the table has
+    room for more."""
+    if isinstance(prompt, str):
+        return False
+    if len(prompt) != 1 or prompt[0][0] != "user":
+        raise TrimtabError("the table takes prompts of one message: fit this contrast with Python")
+    return True
 
 
 def _pasted(text: str) -> Contrast:
@@ -88,7 +99,7 @@ def fitted(language_model: LanguageModel, shelf: Shelf, body: FitBody) -> dict[s
     and its cost on plain text, with 95 % intervals, at its default dial."""
     if body.method not in OFFERED:
         raise TrimtabError(f"choose a method among {', '.join(OFFERED)}")
-    contrast = as_contrast(language_model, body.rows, body.source).with_parts()
+    contrast = as_contrast(body.rows, body.source).with_parts()
     steering = METHODS[body.method]().fit(language_model, contrast)
     file = shelf.keep(body.name, steering)
     return {
@@ -102,13 +113,12 @@ def fitted(language_model: LanguageModel, shelf: Shelf, body: FitBody) -> dict[s
     }
 
 
-def as_contrast(language_model: LanguageModel, rows: Sequence[Row], name: str) -> Contrast:
-    """Rows of the table as a contrast; prompts are a user's message where the model chats, and what
-    is left without a prompt stays plain text."""
+def as_contrast(rows: Sequence[Row], name: str) -> Contrast:
+    """Rows of the table as a contrast; plain prompts are taken as they are."""
     asked: list[tuple[Any, str, str]] = []
     for row in rows:
         prompt: Any = row.prompt
-        if language_model.chats and prompt.strip():
+        if row.chat:
             prompt = [{"role": "user", "content": prompt}]
         asked.append((prompt, row.positive, row.negative))
     found = Contrast.from_pairs(asked, name)

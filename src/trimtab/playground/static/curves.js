@@ -48,11 +48,12 @@ function draw(found, said, steering) {
   const spot = said.sweet_spot && [said.sweet_spot.start, said.sweet_spot.end];
   const label = curve.dial.name + curve.dial.unit;
   const values = h("ul", { class: "key" });
+  const half = matchMedia("(max-width: 60rem)").matches ? found.clientWidth - 38 : (found.clientWidth - 24) / 2 - 38;
   const general = { xs: curve.dials, label, here: at, spot, onpick: (dial) => move(dial) };
   const charts = [
-    chart({ ...general, title: "Tokens", unit: "change of probability", lines: curve.tokens.map((token) => ({ name: token.token, values: token.delta_p })), high: 240 }),
-    chart({ ...general, title: "KL", unit: "nats, unsteered ‖ steered", lines: [{ name: "KL", values: curve.kl }] }),
-    chart({ ...general, title: "Entropy", unit: `nats; ${number(curve.base_entropy)} unsteered`, lines: [{ name: "entropy", values: curve.entropy }] }),
+    chart({ ...general, title: "Tokens", unit: "change of probability", lines: curve.tokens.map((token) => ({ name: token.token, values: token.delta_p })), wide: found.clientWidth - 38, high: 260 }),
+    chart({ ...general, title: "KL", wide: half, unit: "nats, unsteered ‖ steered", lines: [{ name: "KL", values: curve.kl }] }),
+    chart({ ...general, title: "Entropy", wide: half, unit: `nats; ${number(curve.base_entropy)} unsteered`, lines: [{ name: "entropy", values: curve.entropy }] }),
   ];
   charts[0].box.append(values);
   const [low, high] = [curve.dials[0], curve.dials.at(-1)];

@@ -68,7 +68,12 @@ function slider(one, turned, settle, turning) {
     },
   }, h("option", { value: "dial" }, one.dial.name), h("option", { value: "nats", disabled: !alone }, "nats"));
   mode.value = nats ? "nats" : "dial";
-  return h("div", { class: "turn" }, range, h("div", { class: "exact" }, field, mode));
+  const beyond = h("small", { class: "beyond" });
+  const warn = () => { const at = Number(field.value); beyond.textContent = !nats && (at < low || at > high) ? `beyond its sensible range, ${number(low)} to ${number(high)}` : ""; };
+  warn();
+  field.addEventListener("change", warn);
+  range.addEventListener("input", warn);
+  return h("div", { class: "turn" }, range, h("div", { class: "exact" }, field, mode), beyond);
 }
 
 function strengths(one, turned, settle) {

@@ -85,7 +85,7 @@ function projections(name, said) {
   async function read() {
     try {
       const told = await post("projections", { name, text: text.value, site: places.value });
-      const values = told.tokens.slice(1).map(([, value]) => value); // the first token is like no other
+      const values = told.tokens.map(([, value]) => value);
       const middle = values.reduce((sum, value) => sum + value, 0) / Math.max(values.length, 1);
       const most = Math.max(...values.map((value) => Math.abs(value - middle)), 1e-9);
       put(found, h("p", { class: "coloured" }, told.tokens.map(([piece, value]) => {
@@ -94,7 +94,7 @@ function projections(name, said) {
         span.style.setProperty("--share", Math.abs(share).toFixed(3));
         span.dataset.value = value;
         return span;
-      })), h("p", { class: "quiet-line" }, `the ${told.what} at ${told.site}, at unit length; mean ${number(middle)}, orange ${signed(most)} above, purple below (without the first token)`));
+      })), h("p", { class: "quiet-line" }, `the ${told.what} at ${told.site}, at unit length; mean ${number(middle)}, orange ${signed(most)} above, purple below; the text's first token, which is like no other, is not shown`));
     } catch (error) {
       put(found, oops(error));
     }
