@@ -369,8 +369,10 @@ def test_reports_are_read_and_nothing_else(client: TestClient) -> None:
     page = client.get("/reports/one/report.html")
     assert page.text == "<p>a report</p>"
     assert "sandbox" in page.headers["content-security-policy"]
-    for path in ("../secret.html", "%2e%2e/secret.html", "one/%2e%2e/%2e%2e/secret.html",
-                 "one/out.html", "one/config.json", "/etc/passwd", "one/report.html%00"):  # fmt: skip
+    for path in (
+        "../secret.html", "%2e%2e/secret.html", "one/%2e%2e/%2e%2e/secret.html", "one/out.html",
+        "one/config.json", "/etc/passwd", "one/report.html%00",
+    ):  # fmt: skip
         assert client.get(f"/reports/{path}").status_code == 404, path
 
 
