@@ -291,6 +291,11 @@ def test_pairs_become_a_steering(opened: Open) -> None:
     page.wait_for_selector(f"input[id='on-{name}']:checked")
 
 
+#: What reaches beyond the window, innermost last.
+TOO_WIDE = """[...document.querySelectorAll('main *')].filter((one) =>
+  one.getBoundingClientRect().right > innerWidth).map((one) => one.outerHTML.slice(0, 90))"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_every_page_in_both_themes_and_widths(
@@ -305,7 +310,7 @@ def test_every_page_in_both_themes_and_widths(
             page = opened(f"{name}?s=joy@4&n={NEW}&look=joy", theme, width)
             FILLED[name](page)
             wide = page.evaluate("document.documentElement.scrollWidth")
-            assert wide <= width, (theme, width)
+            assert wide <= width, (theme, width, page.evaluate(TOO_WIDE))
             page.screenshot(path=folder / f"{name}-{theme}-{width}.png", full_page=True)
             grounds.add(page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
     assert len(grounds) == 2

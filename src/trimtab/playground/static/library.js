@@ -81,7 +81,7 @@ function builtin(contrasts) {
     h("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Contrasts" }, h("table", {},
       h("thead", {}, h("tr", {}, ["name", "positive side", "negative side", "pairs", ""].map((head) => h("th", { scope: "col" }, head || h("span", { class: "unseen" }, "what to do"))))),
       h("tbody", {}, contrasts.map((each) => {
-        const button = h("button", { type: "button", class: "quiet", "aria-label": `Copy the line that fits ${each.name}`, onclick: () => copy(each.line, button) }, "Copy line");
+        const button = h("button", { type: "button", class: "quiet", "aria-label": `Copy line that fits ${each.name}`, onclick: () => copy(each.line, button) }, "Copy line");
         return h("tr", {}, h("td", {}, each.name), h("td", {}, each.positive), h("td", {}, each.negative), h("td", {}, String(each.rows)),
           h("td", {}, h("div", { class: "row" }, h("a", { href: `#/make?builtin=${each.name}`, "aria-label": `Make a steering of ${each.name}` }, "Make"), button)));
       })))));
