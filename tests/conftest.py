@@ -23,12 +23,12 @@ _MANY = 8
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test over many architectures every third case, by its name, is a quick one."""
+    """Of a test over many architectures every sixth case, by its name, is a quick one."""
     crossed = [item for item in items if _over_architectures(item)]
     cases = Counter(item.nodeid.partition("[")[0] for item in crossed)
     for item in crossed:
         many = cases[item.nodeid.partition("[")[0]] > _MANY
-        if many and zlib.crc32(item.nodeid.encode()) % 3:
+        if many and zlib.crc32(item.nodeid.encode()) % 6:
             item.add_marker(pytest.mark.slow)
 
 

@@ -49,7 +49,7 @@ def figures(found: Any) -> Any:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("dial", "compare") else name
+        name if name == "evaluate" else pytest.param(name, marks=pytest.mark.slow)
         for name in COMMANDS
     ],
 )

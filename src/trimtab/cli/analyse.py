@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,6 +122,7 @@ _SPECIAL: dict[str, Any] = {
 }
 
 
+@cache
 def _command(name: str, function: Callable[..., Any]) -> Callable[..., None]:
     """A function whose arguments are those of the analysis and what every analysis takes."""
     grouped = inspect.unwrap(function)

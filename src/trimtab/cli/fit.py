@@ -9,6 +9,7 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -80,6 +81,7 @@ def commands(app: App) -> None:
         app.command(prepared(_command(method)), name=name)
 
 
+@cache
 def _command(method: type[Method]) -> Callable[..., None]:
     """`trimtab fit METHOD`."""
 

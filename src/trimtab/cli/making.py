@@ -12,6 +12,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,8 +77,10 @@ def as_typed(value: Any) -> str | None:
 # -- groups of options ----------------------------------------------------------------------------
 
 
+@cache
 def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its groups of options flat, each under its heading.
+    """The function with its groups of options flat, each under its heading; made once in a process,
+    which may run many commands.
 
     cyclopts gives a field that is not on the command line its class's default, whatever object is
     the default of the argument. So each group gets a class whose defaults are that object's.
@@ -125,14 +128,16 @@ def _prepared(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
     if not dataclasses.is_dataclass(hint):
         return parameter.replace(annotation=hint)
     default = None if parameter.default is parameter.empty else parameter.default
-    kind = _group(hint, default)
+    kind = _group(typing.cast(Any, hint), default)
     group = typing.get_args(kind)[0]
     needed = any(item.default is dataclasses.MISSING for item in dataclasses.fields(group))
     return parameter.replace(annotation=kind, default=parameter.empty if needed else group())
 
 
+@cache
 def _group(kind: Any, default: Any) -> Any:
-    """A class for cyclopts, with the values of the object `default` as its defaults."""
+    """A class for cyclopts, with the values of the object `default` as its defaults. Many commands
+    have the same group."""
     hints = typing.get_type_hints(kind, include_extras=True)
     made = []
     for item in dataclasses.fields(kind):
@@ -266,6 +271,7 @@ def argument_option(hint: Any, words: str | None, names: tuple[str, ...]) -> Any
 # -- pages that are not asked for -----------------------------------------------------------------
 
 
+@cache
 def summary(module: str, name: str | None = None) -> str:
     """The first paragraph of a docstring, read without importing anything: that of a function or a
     class of a module, or the module's own."""

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
@@ -49,6 +49,7 @@ def commands(app: App) -> None:
         app.command(prepared(_command(method)), name=name)
 
 
+@cache
 def _command(method: type[Method]) -> Callable[..., None]:
     """`trimtab sweep METHOD`: each field of the method takes several values, or a range."""
     hints = typing.get_type_hints(method)
