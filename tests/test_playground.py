@@ -17,6 +17,8 @@ from fastapi.testclient import TestClient
 import trimtab as tt
 from helpers import language_model, steer_at
 from trimtab.playground import Access, Playground, Shelf, application
+from trimtab.playground.bodies import Row
+from trimtab.playground.making import as_contrast
 from trimtab.reading import plain_texts
 
 ASK = [{"role": "user", "content": "Today I feel"}]
@@ -327,6 +329,26 @@ def test_what_is_no_contrast_is_refused(
 ) -> None:
     *_, last = events(client, "contrast", body)
     assert said in last["message"]
+
+
+def test_what_a_model_writes_for_a_wish_stays_a_conversation(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = [{"role": "user", "content": "Why?"}]
+    wishes = []
+
+    def written(lm: tt.LanguageModel, wish: str, **more: Any) -> tt.Contrast:
+        wishes.append(wish)
+        return tt.Contrast.from_pairs([(chat, "Yes.", "No.")] * 2, f"persona:{wish}")
+
+    monkeypatch.setattr("trimtab.playground.making.persona_contrast", written)
+    *_, done = events(client, "contrast", {"wish": "says yes"})
+    assert (wishes, done["name"]) == (["says yes"], "persona:says yes")
+    assert done["rows"][0] == {
+        "prompt": "Why?", "chat": True, "positive": "Yes.", "negative": "No.", "part": None,
+    }  # fmt: skip
+    contrast = as_contrast([Row(**row) for row in done["rows"]], "again")
+    assert contrast.pairs[0].prompt == (("user", "Why?"),)
 
 
 def test_every_builtin_contrast_fills_the_table(client: TestClient) -> None:

@@ -153,7 +153,7 @@ function busy(is) {
 function hear(turn, told) {
   const side = turn[told.side];
   if (told.kind === "dials") turn.steered && (turn.steered.dials = told.dials);
-  if (told.kind === "begun") side.gates = told.gates;
+  if (told.kind === "begun") { side.gates = told.gates; foot(side); }
   if (told.kind === "failed") { side.ended = { reason: "failed", message: told.message }; foot(side); }
   if (told.kind === "token") {
     side.text += told.text;
