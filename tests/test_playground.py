@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from trimtab.playground import Access, Playground, Shelf, application
 from trimtab.playground.bodies import Row
 from trimtab.playground.making import as_contrast
 from trimtab.reading import plain_texts
+from trimtab.terminal import progress
 
 ASK = [{"role": "user", "content": "Today I feel"}]
 NEW = 10
@@ -132,6 +135,42 @@ def test_one_side_alone_and_other_conversations(
     drawn = chat(client, {"name": "joy", "dial": 0},
                  sampling={"max_tokens": NEW, "temperature": 1.5, "seed": 3})  # fmt: skip
     assert side(drawn, "plain") == side(drawn, "steered")
+
+
+def test_models_that_do_not_pad_and_such_without_chats(
+    client: TestClient, lm: tt.LanguageModel, steerings: dict[str, tt.Steering],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tt.LanguageModel, "pads", lambda self, what: False)
+    monkeypatch.setattr(tt.LanguageModel, "chats", False)
+    other = [{"role": "user", "content": "She looked at the map and"}]
+    told = chat(client, {"name": "joy", "dial": 4}, plain=other)
+    for name, asked, own in (("plain", other, []), ("steered", ASK, [steerings["joy"].at(4)])):
+        (done,) = lm.generate([asked[0]["content"]], steering=[own], max_new_tokens=NEW)
+        assert side(told, name)[0] == done.text
+    assert sum("evidence" in one for one in told) == NEW
+
+
+def test_work_that_nobody_waits_for_ends(place: Playground) -> None:
+    steps: list[int] = []
+
+    def work() -> dict[str, Any]:
+        with progress("working", 1000) as advance:
+            for step in range(1000):
+                steps.append(step)
+                time.sleep(0.001)
+                advance(1)
+        return {}
+
+    async def leave() -> None:
+        said = place.told(work)
+        first = await anext(said)
+        assert (first["what"], first["total"]) == ("working", 1000)
+        await said.aclose()
+        await place.run(int)  # whose turn comes when the work has ended
+
+    asyncio.run(leave())
+    assert len(steps) < 1000
 
 
 def test_evidence_is_that_of_two_passes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import sys
+import warnings
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from cyclopts import Parameter
 from trimtab.cli.common import console, open_model, print_json
 from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.files import user_path
 from trimtab.options import option
 
@@ -119,6 +120,9 @@ def _run(place: Playground, paged: Paged) -> None:
     import uvicorn
 
     from trimtab.playground import Access, application
+
+    # The page says it, at every turn of the dial.
+    warnings.filterwarnings("ignore", ".*outside the sensible range", TrimtabWarning)
 
     others = paged.host not in LOOPBACK
     hosts: tuple[str, ...] | None = (*LOOPBACK, *paged.allow_host)

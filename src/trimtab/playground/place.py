@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
 from trimtab.errors import TrimtabError
@@ -53,11 +54,14 @@ class Playground:
     async def told(
         self, act: Callable[..., dict[str, Any]], *given: Any
     ) -> AsyncIterator[dict[str, Any]]:
-        """Long work: how far it is, and in the end what it returns, as `done`."""
-        loop = asyncio.get_running_loop()
+        """Long work: how far it is, and in the end what it returns, as `done`. Where nobody waits
+        for it any more it ends at its next step."""
+        loop, left = asyncio.get_running_loop(), Event()
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         def hear(what: str, done: int, total: int) -> None:
+            if left.is_set():
+                raise TrimtabError("nobody waits for this any more")
             said = {"kind": "progress", "what": what, "done": done, "total": total}
             loop.call_soon_threadsafe(queue.put_nowait, said)
 
@@ -69,9 +73,13 @@ class Playground:
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
         running = asyncio.ensure_future(self.run(work))
-        while (said := await queue.get()) is not None:
-            yield said
-        yield {"kind": "done", **await running}
+        try:
+            while (said := await queue.get()) is not None:
+                yield said
+            yield {"kind": "done", **await running}
+        finally:
+            left.set()
+            running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     def close(self) -> None:
         """Run nothing more."""

@@ -3,6 +3,7 @@
 import { get, post } from "./api.js";
 import { h, labelled, number, oops, percent, put, say, signed, visible } from "./dom.js";
 import { state, writeAddress } from "./state.js";
+import { bar } from "./tokens.js";
 
 export async function show(main) {
   const { steerings } = await get("library");
@@ -34,7 +35,7 @@ function draw(found, name, said) {
       const told = await post("unit", { name, site, unit });
       const title = unit === null ? `What is added at ${site}` : `Unit ${unit} of ${site}`;
       put(tokens, h("h2", {}, title), h("p", { class: "quiet-line" }, "the likeliest tokens where the residual stream is this direction alone, as the final norm reads it"),
-        h("div", { class: "two" }, list("Toward", told.toward), list("Away from", told.away)));
+        h("div", { class: "pair" }, list("Toward", told.toward, "up"), list("Away from", told.away, "down")));
       say(`${title}: ${told.toward.slice(0, 5).map(([text]) => text).join(", ")}`);
     } catch (error) {
       put(tokens, h("h2", {}, "Tokens"), oops(error));
@@ -45,8 +46,8 @@ function draw(found, name, said) {
   if (adds) decode(adds.site, null)(null);
 }
 
-function list(title, tokens) {
-  return h("div", {}, h("h3", {}, title), h("ul", {}, tokens.map(([text, logp]) => h("li", {}, h("code", {}, visible(text)), ` ${percent(Math.exp(logp))}`))));
+function list(title, tokens, kind) {
+  return h("div", {}, h("h3", {}, title), h("ul", {}, tokens.map(([text, logp]) => h("li", {}, h("code", {}, visible(text)), bar(Math.exp(logp), kind), h("span", {}, percent(Math.exp(logp)))))));
 }
 
 // A row for each kind of site, a cell for each block.

@@ -136,7 +136,7 @@ function top(title, tokens) {
     h("code", {}, visible(text)), bar(Math.exp(logp), logp >= other ? (title === "After" ? "up" : "down") : "even"), h("span", {}, percent(Math.exp(logp)))))));
 }
 
-function bar(share, kind) {
+export function bar(share, kind) {
   const inner = h("i", { class: kind });
   inner.style.width = `${Math.max(1, 100 * share)}%`;
   return h("span", { class: "bar", "aria-hidden": "true" }, inner);
