@@ -287,6 +287,7 @@ _ANALYSES = (
 #: The commands that have help of their own.
 HELP = (
     *("", "demo", "models", "models list", "models pull", "models remove", "generate", "inspect"),
+    "chat",
     *("contrast", "contrast check", "contrast show", "contrast split", "contrast persona"),
     *(
         "bake",

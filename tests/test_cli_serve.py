@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +48,48 @@ def test_links_out_of_a_directory_are_refused(trimtab: Command, tmp_path: Path) 
     refused(trimtab("serve", "--model", "model", "--steer", folder, "--check"), "leads out of")
 
 
-@pytest.mark.slow
-def test_it_serves_and_ends_with_ctrl_c(work: Path) -> None:  # noqa: F811
-    command = [sys.executable, "-m", "trimtab", *SERVE.split(), "--port", "0", "--name", "base"]
+@contextmanager
+def serving(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server's process, and its address; it is ended after the block."""
+    command = [sys.executable, "-m", "trimtab", *SERVE.split(), "--port", str(port)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        [*command, "--name", "base"], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as server:
-        assert server.stdout is not None
-        said = server.stdout.readline()
-        address = next(word for word in said.split() if word.startswith("http"))
-        body: dict[str, Any] = {"model": "base+caa@2", "prompt": "Today", "max_tokens": 3}
-        assert httpx.post(f"{address}/completions", json=body).status_code == 200
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            yield server, next(word for word in said.split() if word.startswith("http"))
+        finally:
+            server.kill()
+
+
+BODY: dict[str, Any] = {"model": "base+caa@2", "prompt": "Today", "max_tokens": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("work")
+def test_it_serves_and_ends_with_ctrl_c() -> None:
+    with serving() as (server, address):
+        assert httpx.post(f"{address}/completions", json=BODY).status_code == 200
         server.send_signal(signal.SIGINT)
         assert server.wait(30) in (0, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("work")
+def test_killed_it_ends_each_answer_with_an_error_and_begins_anew() -> None:
+    """A client sees a connection that breaks, and no answer that looks whole; the port is free."""
+    with serving() as (server, address):
+        asked = {**BODY, "max_tokens": 60, "stream": True}
+        with httpx.stream("POST", f"{address}/completions", json=asked, timeout=30) as answer:
+            lines = answer.iter_lines()
+            read = [next(lines)]
+            server.kill()
+            with pytest.raises(httpx.RemoteProtocolError):
+                read += lines
+        assert "data: [DONE]" not in read
+        with pytest.raises(httpx.ConnectError):
+            httpx.post(f"{address}/completions", json=BODY)
+    with serving(int(address.split(":")[-1].split("/")[0])) as (_, again):
+        assert again == address
+        assert httpx.post(f"{again}/completions", json=BODY).status_code == 200

@@ -43,6 +43,7 @@ PUBLIC = [
     "PSR",
     "Gate",
     "Intervention",
+    "Kept",
     "LanguageModel",
     "LoReFT",
     "Method",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import uvicorn
 
@@ -93,6 +95,49 @@ def test_logprobs_and_models_are_read_by_the_client(client: openai.OpenAI) -> No
         assert len(one.top_logprobs) == 3
 
 
+def test_responses_are_those_of_the_attached_steering(
+    client: openai.OpenAI, lm: tt.LanguageModel, joy: tt.Steering
+) -> None:
+    asked: Any = {"temperature": 0, "max_output_tokens": 12}
+    told = [{"role": "system", "content": "Be brief."}, *CHAT]
+    for model, steering in (("base", None), ("base+joy@4", joy.at(4))):
+        (expected,) = lm.generate([told], steering=steering, max_new_tokens=12)
+        for given in (CHAT[0]["content"], CHAT, [{**CHAT[0], "type": "message"}]):
+            answer = client.responses.create(
+                model=model, input=given, instructions="Be brief.", **asked
+            )
+            assert answer.output_text == expected.text
+        assert answer.status == ("completed" if len(expected.tokens) < 12 else "incomplete")
+        assert answer.usage is not None
+        assert answer.usage.output_tokens == len(expected.tokens)
+    body = {"steering": [{"name": "joy", "dial": 4}]}
+    events = list(client.responses.create(
+        model="base", input=told, stream=True, extra_body=body,
+        include=["message.output_text.logprobs"], top_logprobs=2, **asked,
+    ))  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(one.delta for one in events if one.type.endswith(".delta")) == expected.text
+    assert events[-1].response.output_text == expected.text
+    (acted,) = events[-1].response.model_extra["steering"]
+    assert acted["name"] == "joy"
+    assert acted["dial"] == 4
+    (part,) = events[-1].response.output[0].content
+    assert len(part.logprobs) == len(expected.tokens)
+    assert len(part.logprobs[0].top_logprobs) == 2
+
+
+def test_a_response_that_needs_more_than_the_model_is_refused(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "web_search"}
+    for more in ({"previous_response_id": "resp_1"}, {"tools": [tool]}, {"background": True}):
+        with pytest.raises(openai.BadRequestError):
+            client.responses.create(model="base", input="Hello", **more)
+    # What an answer was is sent back as it came.
+    first = client.responses.create(model="base", input="Hello", max_output_tokens=3)
+    said: Any = [one.model_dump() for one in first.output]
+    turns = [{"role": "user", "content": "Hello"}, *said, {"role": "user", "content": "And?"}]
+    assert client.responses.create(model="base", input=turns, max_output_tokens=3).output_text
+
+
 def test_mistakes_are_the_client_s_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no model"):
         client.chat.completions.create(model="other", messages=CHAT)
@@ -160,3 +205,22 @@ def test_nothing_is_lost_and_nothing_is_wrong(
     while engine.running or engine.waiting:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_under_load(address: str, engine: Engine) -> None:
+    """After a thousand requests the process holds no more than after the first hundreds."""
+    process, held = psutil.Process(), []
+    with httpx.Client(base_url=address, timeout=120) as http, ThreadPoolExecutor(16) as pool:
+
+        def ask(i: int) -> int:
+            model = ("base", "base+joy@2", f"base+joy@{i % 7 + 0.5:g}")[i % 3]
+            body = {"model": model, "prompt": PROMPTS[i % 3], "max_tokens": 4 + i % 9}
+            return http.post("/v1/completions", json=body).status_code
+
+        for _ in range(4):
+            assert set(pool.map(ask, range(300))) == {200}
+            gc.collect()
+            held.append(process.memory_info().rss / 2**20)
+    assert not engine.running
+    assert held[-1] - held[0] < 16, held

@@ -15,7 +15,7 @@ from commands import GENERATE, Command, home, trimtab, work
 from helpers import PROMPTS, language_model, refused_in_one_line, steer_at
 from tiny import tiny_tokenizer
 from trimtab.cli import generate as cli_generate
-from trimtab.model.streaming import Pieces, iterated
+from trimtab.model.streaming import Growing, Pieces, iterated
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
@@ -197,3 +197,11 @@ def test_a_terminal_shows_the_text_as_it_comes(
     monkeypatch.setattr(cli_generate, "is_terminal", lambda _: False)
     assert trimtab(line).text == at_once
     assert len(looked_at) == 2
+
+
+def test_what_may_still_change_is_kept_back() -> None:
+    growing = Growing(stops=["END", "\n\n"])
+    texts = ["a", "a\ufffd", "aé E", "aé EN", "aé ENT", "aé ENT\n", "aé ENT\n!"]
+    pieces = [growing.more(text) for text in texts]
+    assert pieces == ["a", "", "é ", "", "ENT", "", "\n!"]
+    assert growing.rest("aé ENT\n! E") == " E"

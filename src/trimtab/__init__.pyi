@@ -41,7 +41,7 @@ from .methods import (
     RePS,
     SteerMoE,
 )
-from .model import Completion, LanguageModel, bake, load, wrap
+from .model import Completion, Kept, LanguageModel, bake, load, wrap
 from .monitoring import Answered, Monitor, Monitoring, fit_monitor, monitor
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
@@ -83,6 +83,7 @@ __all__ = [
     "Exported",
     "Gate",
     "Intervention",
+    "Kept",
     "LanguageModel",
     "LoReFT",
     "Method",

@@ -50,6 +50,13 @@ def _no_cache(where: str, why: str) -> TrimtabError:
     )
 
 
+def state_dir() -> Path:
+    """$XDG_STATE_HOME/trimtab, else ~/.local/state/trimtab: what a user did, and may look up."""
+    shared = Path(os.environ.get("XDG_STATE_HOME", ""))
+    # The XDG rule: a relative path counts as not set.
+    return (shared if shared.is_absolute() else user_path("~/.local/state")) / "trimtab"
+
+
 def exists(path: Path) -> bool:
     """Whether there is something of that name, as far as one may look."""
     try:

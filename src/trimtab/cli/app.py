@@ -36,9 +36,9 @@ from trimtab.terminal import CleanConsole, printable
 #: same name has each (of a Python keyword with _ behind it): the function that is the command, or
 #: `commands`, which makes the group.
 COMMANDS = (
-    "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "inspect", "bake", "serve",
-    "playground", "export", "import", "push", "pull", "search", "audit", "evaluate", "strength",
-    "sweep", "reproduce", "compare", "analyse",
+    "demo", "models", "contrast", "fit", "gate", "monitor", "generate", "chat", "inspect", "bake",
+    "serve", "playground", "export", "import", "push", "pull", "search", "audit", "evaluate",
+    "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "monitor", "strength", "sweep", "analyse")
 _ABOUT = (

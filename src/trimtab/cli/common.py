@@ -5,16 +5,18 @@ Commands import the package's doors where they run, so that `--help` and mistake
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trimtab.cli.options import Opened, Prompting, Read, Steered
-from trimtab.cli.values import read_named
-from trimtab.errors import TrimtabError
+from trimtab.cli.values import flag_of, read_named
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.files import check_directory, check_output, parse_json
 from trimtab.terminal import CleanConsole, is_terminal
 
@@ -53,8 +55,8 @@ def read_steerings(steered: Steered) -> list[Steering]:
     from trimtab.steering import Scope, Steering, read_gate
 
     files = steered.steer
-    scopes = _one_for_each("--scope", [Scope.parse(text) for text in steered.scope], len(files))
-    gates = _one_for_each(
+    scopes = one_for_each("--scope", [Scope.parse(text) for text in steered.scope], len(files))
+    gates = one_for_each(
         "--gate", [None if text == "none" else read_gate(text) for text in steered.gate], len(files)
     )
     steerings = [Steering.read(argument) for argument in files]
@@ -67,7 +69,41 @@ def read_steerings(steered: Steered) -> list[Steering]:
     return steerings
 
 
-def _one_for_each(option: str, given: list[T], files: int) -> list[T]:
+def read_options(given: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE ...` of --option as a dictionary; a value that is no JSON is text."""
+    options = read_named("--option", given)
+    own = next((name for name in options if name in _own_options()), None)
+    if own:
+        raise TrimtabError(f"--option {own}: it is an option by itself, {flag_of(own)}")
+    return options
+
+
+def _own_options() -> set[str]:
+    """What has an option of its own on the command line."""
+    from trimtab.model import SAMPLING, LanguageModel
+
+    named = inspect.signature(LanguageModel.generate).parameters
+    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options", "on_text", "kept"}
+
+
+def say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:
+    """One line where the checkpoint comes with settings that are not used."""
+    from trimtab.model import left_aside
+
+    found = left_aside(language_model.model, chosen)
+    if not found:
+        return
+    shown = [f"{name}={json.dumps(value, default=str)}" for name, value in found.items()]
+    shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
+    warnings.warn(
+        f"the checkpoint asks for {', '.join(shown)}: not used; --option NAME=VALUE, "
+        "--temperature, --top-k and --top-p say how tokens are chosen",
+        TrimtabWarning,
+        stacklevel=2,
+    )
+
+
+def one_for_each(option: str, given: list[T], files: int) -> list[T]:
     """What an option says of each steering, given once for all of them or as often as they are."""
     if given and not files:
         raise TrimtabError(f"{option} says how a steering acts: name one with --steer")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,13 +14,14 @@ from trimtab.cli.common import (
     console,
     open_model,
     print_json,
+    read_options,
     read_prompts,
     read_steerings,
+    say_what_is_left_aside,
 )
-from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Steered
-from trimtab.cli.values import flag_of, read_named
+from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Sampled, Steered
 from trimtab.contrasts import last_message, read_image
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError
 from trimtab.options import option
 from trimtab.terminal import is_terminal, printable, write_text
 
@@ -41,23 +39,10 @@ class Asking(Prompting):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How tokens are chosen."""
+class Decoding(Sampled):
+    """The same, and how many prompts are answered at once."""
 
-    heading = "Decoding"
-
-    max_new_tokens: int = option("Longest continuation.", 64)
-    temperature: float = option("0 is greedy.", 0.0)
-    top_k: int = option("Sample among the k most likely (0: all).", 0)
-    top_p: float = option("Sample within this probability mass.", 1.0)
-    seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
     batch_size: int = option("Prompts per batch.", 16)
-    more: Sequence[str] = option(
-        "NAME=VALUE: what else says how tokens are chosen, as transformers names it "
-        "(repetition_penalty=1.2, min_p=0.1); repeat.",
-        (),
-        flag="--option",
-    )
 
 
 def generate(
@@ -102,7 +87,7 @@ def generate(
     language_model = open_model(opened)
     options = asdict(decoding)
     options |= read_options(options.pop("more"))
-    _say_what_is_left_aside(language_model, options)
+    say_what_is_left_aside(language_model, options)
     options |= {"chat": chats, "force": force}
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
@@ -183,37 +168,3 @@ def _stream(language_model: LanguageModel, prompt: Any, steering: Any, options: 
     for decided in done.gates:
         console.print(decided.summary, style="dim")
     console.print()
-
-
-def read_options(given: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE ...` as a dictionary; a value that is no JSON is text."""
-    options = read_named("--option", given)
-    own = next((name for name in options if name in _own_options()), None)
-    if own:
-        raise TrimtabError(f"--option {own}: it is an option by itself, {flag_of(own)}")
-    return options
-
-
-def _own_options() -> set[str]:
-    """What has an option of its own on the command line."""
-    from trimtab.model import SAMPLING, LanguageModel
-
-    named = inspect.signature(LanguageModel.generate).parameters
-    return {*named, *SAMPLING, "min_new_tokens", "kl"} - {"options", "on_text"}
-
-
-def _say_what_is_left_aside(language_model: LanguageModel, chosen: dict[str, Any]) -> None:
-    """One line where the checkpoint comes with settings that are not used."""
-    from trimtab.model import left_aside
-
-    found = left_aside(language_model.model, chosen)
-    if not found:
-        return
-    shown = [f"{name}={json.dumps(value, default=str)}" for name, value in found.items()]
-    shown = [text if len(text) <= 60 else text[:57] + "..." for text in shown]
-    warnings.warn(
-        f"the checkpoint asks for {', '.join(shown)}: not used; --option NAME=VALUE, "
-        "--temperature, --top-k and --top-p say how tokens are chosen",
-        TrimtabWarning,
-        stacklevel=2,
-    )

@@ -17,6 +17,7 @@ def bound_to(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()  # who comes before the server runs waits, and is not turned away
     except OSError as error:
         bound.close()
         raise TrimtabError(

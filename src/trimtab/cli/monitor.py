@@ -10,8 +10,15 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from trimtab.cli.common import as_chats, console, open_model, print_json, read_prompts
-from trimtab.cli.generate import Decoding, read_options
+from trimtab.cli.common import (
+    as_chats,
+    console,
+    open_model,
+    print_json,
+    read_options,
+    read_prompts,
+)
+from trimtab.cli.generate import Decoding
 from trimtab.cli.making import prepared
 from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Steered
 from trimtab.cli.tables import show

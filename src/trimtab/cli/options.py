@@ -141,3 +141,22 @@ class Prompting:
     chat: bool = option(
         "Use the chat template (the default where there is one).", False, flag="--chat"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """How tokens are chosen."""
+
+    heading = "Decoding"
+
+    max_new_tokens: int = option("Longest continuation.", 64)
+    temperature: float = option("0 is greedy.", 0.0)
+    top_k: int = option("Sample among the k most likely (0: all).", 0)
+    top_p: float = option("Sample within this probability mass.", 1.0)
+    seed: int | None = option("Makes sampling repeatable.", None, least=0, most=2**63 - 1)
+    more: Sequence[str] = option(
+        "NAME=VALUE: what else says how tokens are chosen, as transformers names it "
+        "(repetition_penalty=1.2, min_p=0.1); repeat.",
+        (),
+        flag="--option",
+    )

@@ -1,7 +1,7 @@
 """Tasks under steerings: their rows, how a model answers them, how answers are judged."""
 
 from trimtab.evaluation.answering import Settings
-from trimtab.evaluation.endpoint import ChatEndpoint
+from trimtab.evaluation.endpoint import Address, ChatEndpoint, read_key
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import (
     Asked,

@@ -12,7 +12,7 @@ from trimtab.model.decoding import (
     left_aside,
     unsound,
 )
-from trimtab.model.explaining import Firing, firing, scope_weights
+from trimtab.model.explaining import Firing, acted, firing, scope_weights
 from trimtab.model.folding import Fold, record_of, unlike
 from trimtab.model.gate_reports import (
     Columns,
@@ -33,6 +33,7 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
+from trimtab.model.kept import Kept
 from trimtab.model.language_model import (
     Completion,
     LanguageModel,
@@ -55,6 +56,7 @@ from trimtab.model.running import unsteered
 from trimtab.model.saving import check_target
 from trimtab.model.standing import UNKNOWN_END
 from trimtab.model.stepwise import Writing
+from trimtab.model.streaming import Growing
 from trimtab.model.thinking import answer_of, without_thoughts
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wording import asked

@@ -169,6 +169,38 @@ def scope_weights(marks: Marks, scope: Scope, ids: Sequence[int], prompt: int) -
     return tuple(found)
 
 
+def acted(
+    marks: Marks,
+    steerings: Sequence[Steering],
+    gates: Sequence[Fired],
+    prompt: Sequence[int],
+    new: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Of each steering of a text that was written: where its dial stood, on how many tokens of the
+    prompt and of the answer it acted (the last one that was written is not read), and what its gate
+    decided; `gates` are those that have one, in order."""
+    found, decided = [], list(gates)
+    for steering in steerings:
+        told: dict[str, Any] = {"dial": steering.setting}
+        gate = decided.pop(0) if steering.gate is not None and decided else None
+        if gate is None or gate.fired or gate.kind == "token":
+            told["tokens"] = _counted(marks, steering, prompt, new[:-1])
+        if gate is not None:
+            told["gate"] = {"kind": gate.kind, "fired": gate.fired, "scores": gate.scores}
+        found.append(told)
+    return found
+
+
+def _counted(
+    marks: Marks, steering: Steering, prompt: Sequence[int], read: Sequence[int]
+) -> dict[str, int]:
+    """On how many tokens of a prompt, and read after it, the scopes of a steering are true."""
+    ids, end = [*prompt, *read], len(prompt)
+    each = [scope_weights(marks, scope, ids, end) for scope in steering.scopes]
+    acts = [any(weights) for weights in zip(*each, strict=True)]
+    return {"prompt": sum(acts[:end]), "answer": sum(acts[end:])}
+
+
 def _mark(weight: float) -> str:
     return "" if weight == 0 else "x" if weight == 1 else f"{weight:.3g}"
 

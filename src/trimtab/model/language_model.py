@@ -49,6 +49,7 @@ from trimtab.model.images import (
     refuse_unseen,
     with_images,
 )
+from trimtab.model.kept import Kept, check_kept
 from trimtab.model.marks import Marks
 from trimtab.model.padding import (
     input_device,
@@ -514,6 +515,7 @@ class LanguageModel:
         stop: str | None = None,
         batch_size: int = 16,
         on_text: OnText | None = None,
+        kept: Kept | None = None,
         force: bool = False,
         **options: Any,
     ) -> list[Completion]:
@@ -525,6 +527,8 @@ class LanguageModel:
         per prompt, or a rule that finds each prompt's dial (`tt.within(steering, kl=0.1)`).
         `on_text` is called with a prompt's place and the next piece of its text while that is
         written (`stream` iterates over the pieces of one prompt); there is no progress bar then.
+        `kept` is what was read of one prompt, such as a conversation, that goes on with the next
+        call: `kept = tt.Kept()`, and then the same in each call.
 
         `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
         all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
@@ -551,6 +555,8 @@ class LanguageModel:
             )
         lengths = (min_new_tokens, max_new_tokens)
         wanted = self.prompts(prompts, chat)
+        if kept is not None:
+            check_kept(kept, len(wanted), asked.get("num_beams", 1))
         tokens = self.fitting(wanted, max_new_tokens)
         asked_rows = self._rows_for(tokens, steering, force)
         rows, decided = self.settled(asked_rows, tokens, force)
@@ -562,14 +568,18 @@ class LanguageModel:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in self._batches(tokens, batch_size, "generate"):
+                before = {} if kept is None else kept.begin(self, tokens[0], rows[0])
                 with self.held([rows[i] for i in chosen], force) as sequences:
-                    inputs = self._left_padded([tokens[i] for i in chosen])
+                    inputs = self._left_padded([tokens[i] for i in chosen]) | before
+                    sequences.in_part = kept is not None and kept.reused > 0
                     watch(sequences.gates)
                     pieces = None if on_text is None else Pieces(self.tokenizer, chosen, on_text)
                     texts, sound = written(
                         self.model, self.tokenizer, inputs, asked, pattern, lengths, pieces
                     )
                     sequences.ended_at_once = max_new_tokens > 1 and not any(texts)
+                if kept is not None:
+                    kept.end(self, len(tokens[0]), [*tokens[0], *texts[0]])
                 beams, width = asked.get("num_beams", 1), inputs["input_ids"].shape[1]
                 for row, (i, new, is_sound) in enumerate(zip(chosen, texts, sound, strict=True)):
                     labels = tuple(steering.label for steering in asked_rows[i])

@@ -21,6 +21,40 @@ OnText = Callable[[int, str], object]
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
+class Growing:
+    """A text that is being written, and what of it was handed on. Kept back is what may still
+    change: the bytes of a character that is not whole, and what may be the beginning of one of the
+    `stops`, before which the text would end."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops, self._said = stops, ""
+
+    def more(self, text: str) -> str:
+        """What is handed on of the text as it stands now."""
+        sure = text.rstrip(_BROKEN)
+        return self.rest(sure[: len(sure) - _begun(sure, self._stops)])
+
+    def rest(self, text: str) -> str:
+        """What is handed on of the whole text."""
+        said = self._said
+        # Shorter for a moment where a tokenizer takes back a space before a comma.
+        if len(text) <= len(said) or not text.startswith(said):
+            return ""
+        self._said = text
+        return text[len(said) :]
+
+
+def _begun(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of a stop text."""
+    lengths = (
+        length
+        for stop in stops
+        for length in range(1, min(len(stop), len(text) + 1))
+        if text.endswith(stop[:length])
+    )
+    return max(lengths, default=0)
+
+
 def check_on_text(on_text: Any, beams: int) -> None:
     """Refuse what cannot be called, and beams, whose text is known at the end only."""
     if not callable(on_text):
@@ -34,8 +68,8 @@ def check_on_text(on_text: Any, beams: int) -> None:
 class Pieces(BaseStreamer):
     """Hands on the text of the rows of one batch while `model.generate` chooses their tokens.
 
-    `places` are the prompts' among all of them. Text that may still change is kept back: the bytes
-    of a character that is not whole. What was handed on and `finish` together are the row's text.
+    `places` are the prompts' among all of them. What was handed on and `finish` together are the
+    row's text.
     """
 
     def __init__(self, tokenizer: Any, places: Sequence[int], on_text: OnText) -> None:
@@ -45,7 +79,7 @@ class Pieces(BaseStreamer):
         #: What the caller's function raised.
         self.raised: Exception | None = None
         self._tokens: list[list[int]] | None = None
-        self._said = [""] * len(places)
+        self._growing = [Growing() for _ in places]
         self._closed: set[int] = set()
 
     def begin(self, stops: set[int], ended: Callable[[int], bool]) -> None:
@@ -63,22 +97,19 @@ class Pieces(BaseStreamer):
             if row not in self._closed:
                 self._tokens[row].append(token)
                 text = self.tokenizer.decode(self._tokens[row], skip_special_tokens=True)
-                self._say(row, text.rstrip(_BROKEN))
+                self._say(row, self._growing[row].more(text))
 
     def end(self) -> None:
         """All rows have ended; `finish` says the rest of each."""
 
     def finish(self, row: int, text: str) -> None:
         """The whole text of a row, of which the rest is handed on."""
-        self._say(row, text)
+        self._say(row, self._growing[row].rest(text))
 
-    def _say(self, row: int, text: str) -> None:
-        said = self._said[row]
-        # Shorter for a moment where a tokenizer takes back a space before a comma.
-        if len(text) > len(said) and text.startswith(said):
-            self._said[row] = text
+    def _say(self, row: int, piece: str) -> None:
+        if piece:
             try:
-                self.on_text(self.places[row], text[len(said) :])
+                self.on_text(self.places[row], piece)
             except Exception as error:
                 self.raised = error
                 raise

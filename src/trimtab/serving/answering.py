@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, scope_weights
+from trimtab.model import LanguageModel, acted
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
 from trimtab.serving.engine import Ended, Engine, Job, Piece, Told
@@ -213,30 +213,13 @@ class Desk:
         of the answer, and what their gates decided."""
         answer = request.answers[index]
         if answer.acted is None:
-            answer.acted = self._acted(request, answer.job)
+            job = answer.job
+            marks = self.language_model.marks
+            each = acted(marks, job.acting, job.gates, job.tokens, job.new)
+            answer.acted = [
+                {"name": name, **told} for name, told in zip(request.names, each, strict=False)
+            ]
         return answer.acted
-
-    def _acted(self, request: Request, job: Job) -> list[dict[str, Any]]:
-        found = []
-        gates = list(job.gates)
-        for name, steering in zip(request.names, job.acting, strict=False):
-            told: dict[str, Any] = {"name": name, "dial": steering.setting}
-            gate = gates.pop(0) if steering.gate is not None and gates else None
-            if gate is None or gate.fired or gate.kind == "token":
-                told["tokens"] = self._tokens(steering, job)
-            if gate is not None:
-                told["gate"] = {"kind": gate.kind, "fired": gate.fired, "scores": gate.scores}
-            found.append(told)
-        return found
-
-    def _tokens(self, steering: Any, job: Job) -> dict[str, int]:
-        """On how many tokens the scopes of a steering are true; the last that is written is not
-        read."""
-        ids, end = [*job.tokens, *job.new[:-1]], len(job.tokens)
-        marks = self.language_model.marks
-        each = [scope_weights(marks, scope, ids, end) for scope in steering.scopes]
-        acts = [any(weights) for weights in zip(*each, strict=True)]
-        return {"prompt": sum(acts[:end]), "answer": sum(acts[end:])}
 
 
 def _teller(
@@ -270,7 +253,7 @@ def whole(desk: Desk, request: Request) -> dict[str, Any]:
         choices.append({
             "index": i,
             **content,
-            "logprobs": _said(desk, request, answer.tokens),
+            "logprobs": said(desk, request.kind, answer.tokens),
             "finish_reason": _finish(answer.reason),
             "steering": desk.acted(request, i),
         })  # fmt: skip
@@ -282,10 +265,10 @@ def chunk(desk: Desk, request: Request, index: int, told: Piece | Ended) -> dict
     """A piece of a streamed answer; None where there is nothing to say of it."""
     finish = _finish(told.reason) if isinstance(told, Ended) else None
     text = told.text if isinstance(told, Piece) else ""
-    said = _said(desk, request, told.tokens) if isinstance(told, Piece) else None
-    if not (text or finish or said):
+    logprobs = said(desk, request.kind, told.tokens) if isinstance(told, Piece) else None
+    if not (text or finish or logprobs):
         return None
-    choice: dict[str, Any] = {"index": index, "logprobs": said, "finish_reason": finish}
+    choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish}
     if finish:
         choice["steering"] = desk.acted(request, index)
     if request.kind == "chat":
@@ -332,12 +315,12 @@ def _finish(reason: str) -> str:
     return reason if reason == "stop" else "length"
 
 
-def _said(desk: Desk, request: Request, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
-    """Log-probabilities of some tokens."""
+def said(desk: Desk, kind: str, tokens: Sequence[Chosen]) -> dict[str, Any] | None:
+    """Log-probabilities of some tokens, in the form of an answer of that kind."""
     if not tokens or tokens[0].logprob is None:
         return None
     decode = desk.language_model.tokenizer.decode
-    if request.kind == "chat":
+    if kind == "chat":
         content = [
             {
                 **_word(decode([one.token]), one.logprob or 0.0),

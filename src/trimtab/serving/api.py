@@ -1,4 +1,5 @@
-"""The HTTP API: OpenAI's chat completions, completions and models, with steerings by name.
+"""The HTTP API: OpenAI's chat completions, completions, responses and models, with steerings by
+name.
 
 Whoever may reach the server is decided here: hosts that it answers to, keys, how large a body may
 be. Logs say who was answered, when and how, and never what was said.
@@ -11,9 +12,10 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -38,6 +40,7 @@ from trimtab.serving.bodies import ChatBody, CompletionBody
 from trimtab.serving.engine import BrokenError, Ended, FullError, Piece
 from trimtab.serving.library import LARGEST, UnknownSteeringError, described
 from trimtab.serving.metrics import Metrics
+from trimtab.serving.responses import Form, ResponseBody
 
 _LOG = logging.getLogger("trimtab.serving")
 #: Bytes that a request may have, and one that brings a steering.
@@ -128,18 +131,38 @@ def _add_routes(app: FastAPI, desk: Desk, metrics: Metrics) -> None:
         """Go on with text."""
         return await _answer(desk, metrics, body, request)
 
+    @app.post("/v1/responses", response_model=None)
+    async def responses(body: ResponseBody, request: HTTPRequest) -> Response:
+        """Answer a conversation, in the form of OpenAI's responses."""
+        form = Form(body)
+        return await _answer(desk, metrics, body.chat(), request, form.whole, form.events)
+
+
+#: How an answer is told whole, and how in pieces.
+_Whole = Callable[[Desk, Request], dict[str, Any]]
+_Events = Callable[[Desk, Request, AsyncIterator[tuple[int, Piece | Ended]]], AsyncIterator[str]]
+
 
 async def _answer(
-    desk: Desk, metrics: Metrics, body: ChatBody | CompletionBody, http: HTTPRequest
+    desk: Desk,
+    metrics: Metrics,
+    body: ChatBody | CompletionBody,
+    http: HTTPRequest,
+    told_whole: _Whole = whole,
+    told_in_pieces: _Events | None = None,
 ) -> Response:
+    """Answer one request; what is told is in the form of completions unless another is given."""
     begun = await asyncio.to_thread(desk.begin, body, asyncio.get_running_loop())
     if body.stream:
         options = body.stream_options
-        content = _streamed(desk, metrics, begun, bool(options and options.include_usage))
+        events = told_in_pieces or partial(
+            _chunks, with_usage=bool(options and options.include_usage)
+        )
+        content = _streamed(desk, metrics, begun, events)
         # The first piece is waited for, so that what is refused only now is no stream.
         first = await anext(content)
         return StreamingResponse(_after(first, content), media_type="text/event-stream")
-    collecting = asyncio.create_task(_collected(metrics, begun))
+    collecting = asyncio.create_task(_collected(metrics, desk, begun))
     try:
         while not (await asyncio.wait((collecting,), timeout=_LOOK))[0]:
             if await http.is_disconnected():
@@ -148,23 +171,24 @@ async def _answer(
     finally:
         collecting.cancel()
         begun.leave()
-    _count(metrics, desk, begun)
     reasons = {answer.reason for answer in begun.answers}
     if "timeout" in reasons:
         raise HTTPException(504, "the answer took longer than this server allows")
     if "closed" in reasons:
         raise HTTPException(503, "the server ends")
-    return JSONResponse(whole(desk, begun))
+    return JSONResponse(told_whole(desk, begun))
 
 
-async def _collected(metrics: Metrics, begun: Request) -> None:
+async def _collected(metrics: Metrics, desk: Desk, begun: Request) -> None:
     """Wait until all of a request is answered."""
-    async for _ in _timed(metrics, begun):
+    async for _ in _counted(metrics, desk, begun):
         pass
 
 
-async def _timed(metrics: Metrics, begun: Request) -> AsyncIterator[tuple[int, Piece | Ended]]:
-    """What answers go on with; the first token is noted."""
+async def _counted(
+    metrics: Metrics, desk: Desk, begun: Request
+) -> AsyncIterator[tuple[int, Piece | Ended]]:
+    """What answers go on with; the first token and the end are noted."""
     heard = False
     async for index, told in begun.pieces():
         if not heard:
@@ -172,27 +196,44 @@ async def _timed(metrics: Metrics, begun: Request) -> AsyncIterator[tuple[int, P
             heard = True
         yield index, told
     metrics.whole.observe(time.monotonic() - begun.began)
+    metrics.tokens.labels("prompt").inc(begun.prompt_tokens)
+    metrics.tokens.labels("answer").inc(sum(len(one.job.new) for one in begun.answers))
+    for index in range(len(begun.answers)):
+        for one in desk.acted(begun, index):
+            metrics.steered.labels(one["name"]).inc()
+            if "gate" in one:
+                metrics.gates.labels(one["name"], str(one["gate"]["fired"]).lower()).inc()
 
 
 async def _streamed(
-    desk: Desk, metrics: Metrics, begun: Request, with_usage: bool
+    desk: Desk, metrics: Metrics, begun: Request, events: _Events
 ) -> AsyncGenerator[str]:
     """An answer in pieces, as server-sent events. Where the client goes, so does the answer."""
-    greeted: set[int] = set()
     try:
-        async for index, told in _timed(metrics, begun):
-            if begun.kind == "chat" and index not in greeted:
-                greeted.add(index)
-                yield _event(opening(begun, index))
-            said = chunk(desk, begun, index, told)
-            if said is not None:
-                yield _event(said)
-        _count(metrics, desk, begun)
-        if with_usage:
-            yield _event(closing(begun))
-        yield "data: [DONE]\n\n"
+        async for event in events(desk, begun, _counted(metrics, desk, begun)):
+            yield event
     finally:
         begun.leave()
+
+
+async def _chunks(
+    desk: Desk,
+    begun: Request,
+    pieces: AsyncIterator[tuple[int, Piece | Ended]],
+    with_usage: bool,
+) -> AsyncIterator[str]:
+    """The events of a completion."""
+    greeted: set[int] = set()
+    async for index, told in pieces:
+        if begun.kind == "chat" and index not in greeted:
+            greeted.add(index)
+            yield _event(opening(begun, index))
+        said = chunk(desk, begun, index, told)
+        if said is not None:
+            yield _event(said)
+    if with_usage:
+        yield _event(closing(begun))
+    yield "data: [DONE]\n\n"
 
 
 async def _after(first: str, others: AsyncGenerator[str]) -> AsyncIterator[str]:
@@ -209,17 +250,6 @@ async def _after(first: str, others: AsyncGenerator[str]) -> AsyncIterator[str]:
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False, allow_nan=False)}\n\n"
-
-
-def _count(metrics: Metrics, desk: Desk, begun: Request) -> None:
-    """Count an answer that is whole."""
-    metrics.tokens.labels("prompt").inc(begun.prompt_tokens)
-    metrics.tokens.labels("answer").inc(sum(len(one.job.new) for one in begun.answers))
-    for index in range(len(begun.answers)):
-        for one in desk.acted(begun, index):
-            metrics.steered.labels(one["name"]).inc()
-            if "gate" in one:
-                metrics.gates.labels(one["name"], str(one["gate"]["fired"]).lower()).inc()
 
 
 # -- mistakes -------------------------------------------------------------------------------------

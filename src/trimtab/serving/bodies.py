@@ -20,11 +20,13 @@ Token = Annotated[int, Field(ge=0, le=2**31)]
 MOST_ANSWERS = 64
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body, or a part of one, that has no other fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class SteeringBody(_Strict):
+class SteeringBody(Strict):
     """A steering by its name, turned by one of dial (a number, or a strength's name) and kl."""
 
     name: Annotated[str, Field(max_length=64)]
@@ -43,12 +45,12 @@ class SteeringBody(_Strict):
         return Asked(self.name, self.dial, self.kl, self.scope)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class _Sampled(_Strict):
+class _Sampled(Strict):
     """What chat completions and completions share."""
 
     model: Annotated[str, Field(min_length=1, max_length=1000)]
@@ -108,7 +110,7 @@ class _Sampled(_Strict):
         )
 
 
-class Part(_Strict):
+class Part(Strict):
     """A part of a message."""
 
     type: Literal["text"]

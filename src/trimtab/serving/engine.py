@@ -21,15 +21,21 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.model import Fired, LanguageModel, Writing, are_sound, end_tokens, unsound
+from trimtab.model import (
+    Fired,
+    Growing,
+    LanguageModel,
+    Writing,
+    are_sound,
+    end_tokens,
+    unsound,
+)
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.steering import Steering
 
 _LOG = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length", "timeout", "closed"]
-#: Stands for the bytes of a character that has not come whole.
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class FullError(TrimtabError):
@@ -75,8 +81,11 @@ class Job:
     began: float | None = None
     #: The text of them; what of it was told; and the tokens that were not.
     text: str = ""
-    said: str = ""
+    growing: Growing = field(init=False)
     untold: list[Chosen] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.growing = Growing(self.settings.stop)
 
     @property
     def most(self) -> int:
@@ -313,29 +322,10 @@ class Engine:
 
     def _tell(self, job: Job, text: str, final: bool = False) -> None:
         """Hand on what is new of a text, but for what may still change or be cut off."""
-        if not final:
-            text = text.rstrip(_BROKEN)
-            text = text[: len(text) - _held_back(text, job.settings.stop)]
-        more = ""
-        # Shorter for a moment where a tokenizer takes back a space before a comma.
-        if len(text) > len(job.said) and text.startswith(job.said):
-            more, job.said = text[len(job.said) :], text
+        more = job.growing.rest(text) if final else job.growing.more(text)
         if more or job.untold:
             job.tell(Piece(more, tuple(job.untold)))
             job.untold.clear()
-
-
-def _held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a stop text."""
-    return max(
-        (
-            length
-            for stop in stops
-            for length in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:length])
-        ),
-        default=0,
-    )
 
 
 def _in_words(error: Exception) -> TrimtabError:
