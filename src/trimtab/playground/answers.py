@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.dials import divergence, entropy
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, Writing, are_sound, end_tokens, unsound
+from trimtab.model import Growing, LanguageModel, Writing, are_sound, end_tokens, unsound
 from trimtab.serving import Chooser, Settings
 from trimtab.steering import Steering
 
@@ -26,7 +26,6 @@ Side = Literal["plain", "steered"]
 _SHADOW = "shadow"
 #: How many of the likeliest tokens are told of.
 TOP = 5
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(eq=False)
@@ -37,7 +36,7 @@ class _Text:
     chooser: Chooser
     began: float
     new: list[int] = field(default_factory=list)
-    said: str = ""
+    growing: Growing = field(default_factory=Growing)
 
 
 class _Rows:
@@ -163,11 +162,7 @@ def _said(
     if token in end_tokens(lm.model.generation_config.eos_token_id):
         return _ended(lm, text, "stop")
     text.new.append(token)
-    whole = lm.tokenizer.decode(text.new, skip_special_tokens=True).rstrip(_BROKEN)
-    more = ""
-    # Shorter for a moment where a tokenizer takes back a space before a comma.
-    if len(whole) > len(text.said) and whole.startswith(text.said):
-        more, text.said = whole[len(text.said) :], whole
+    more = text.growing.more(lm.tokenizer.decode(text.new, skip_special_tokens=True))
     told = {"kind": "token", "side": text.side, "id": token, "text": more}
     return told if evidence is None else {**told, "evidence": evidence}
 
