@@ -125,9 +125,11 @@ def _generate() -> dict[str, str]:
         "compare": "--steer ss.safetensors@180 --raw --compare",
         "sampled": "--raw --temperature 0.8 --top-k 20 --top-p 0.9 --seed 5",
         "option": "--raw --option repetition_penalty=1.3 --batch-size 1",
-        "bfloat16": "--raw --dtype bfloat16 --max-new-tokens 1",
+        "bfloat16": "--raw --dtype bfloat16",
     }.items():
         found[f"generate/{name}"] = f"{line} {more}"
+    # What bfloat16 rounds may turn later tokens.
+    found["generate/bfloat16"] = found["generate/bfloat16"].replace("tokens 8", "tokens 1")
     for name in FITS:
         found[f"generate/{name}"] = f"{line} --raw --steer {name}.safetensors"
     for other, names in ELSEWHERE.items():

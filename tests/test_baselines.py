@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,9 @@ from statsmodels.stats.multitest import multipletests
 
 import trimtab as tt
 from commands import Command, home, trimtab, work
-from helpers import language_model
+from helpers import language_model, plain_logits
 from test_compare import rows
-from trimtab.evaluation import Prompted
-from trimtab.strength import per_token
+from trimtab.evaluation import Prompted, Repeated, drifting, per_token
 from trimtab.sweeps import TaskRows
 from trimtab.sweeps.asking import LADDER, Behaviour, askings, write_prompt
 from trimtab.sweeps.compare_methods import Candidate, compare
@@ -25,6 +25,7 @@ from trimtab.sweeps.comparison import Comparison
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
 SAID = {"behaviour": "be glad", "opposite": "be sad."}
+BUDGET = 0.01
 ONE = (Candidate("caa", {"alpha": (2.0,)}, {"layer": 1}),)
 
 
@@ -62,7 +63,7 @@ def compared(
 ) -> tuple[Comparison, Counted, str, Path]:
     pairs, counted = write(tmp_path / "pairs.jsonl"), Counted(monkeypatch)
     found = compare(
-        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False,
+        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False, kl=BUDGET,
         output=tmp_path / "run", written_prompt="Say it gladly.", **SAID,
     )  # fmt: skip
     return found, counted, pairs, tmp_path / "run"
@@ -118,13 +119,57 @@ def test_the_table(compared: tuple[Comparison, Counted, str, Path]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_prompts_stand_at_the_budget_as_they_are(
+    compared: tuple[Comparison, Counted, str, Path],
+) -> None:
+    """A prompt's place is the KL that it has at the next token, by plain passes over the prompts
+    with and without it; p is corrected for methods and prompts together."""
+    found, _, pairs, run = compared
+    lm = language_model("llama")
+    prompts = [str(pair.prompt) for pair in tt.Contrast.from_jsonl(pairs).part("validation").pairs]
+
+    def expected(text: str) -> Any:
+        return plain_logits(lm.model, lm.encode([text])[0])[-1].double().log_softmax(-1)
+
+    moved = []
+    for prompt in prompts:
+        before, after = expected(prompt), expected(f"Please be glad.\n\n{prompt}")
+        moved.append(float((before.exp() * (before - after)).sum()))
+    kept = json.loads((run / "results.json").read_text())
+    (method,), asked = kept["at_budget"]["methods"], kept["at_budget"]["prompts"]
+    rows = {row["name"]: row for row in asked}
+    best = kept["prompts"]["best"]
+    assert set(rows) == {
+        "ask", "ladder", "4 examples", "written prompt", "opposite ask", f"{best} + caa",
+    }  # fmt: skip
+    assert rows["ask"]["axis_kl"] == pytest.approx(statistics.median(moved), rel=1e-3)
+    assert method["axis_kl"] == pytest.approx(BUDGET, rel=0.05)
+    for row in asked:
+        assert row["within"] is (row["axis_kl"] <= BUDGET)
+    against = [one["against_unsteered"] for one in (method, *asked)]
+    by_holm = multipletests([one["p"] for one in against], method="holm")[1]
+    assert [one["corrected_p"] for one in against] == pytest.approx(by_holm)
+    # Which methods beat the best prompt where they change as much is said beside it.
+    beside = kept["prompts"]["at_kl"]
+    clear = {
+        name
+        for name, one in beside["against_best"].items()
+        if one["corrected_p"] < 0.05 and one["value"] > 0
+    }
+    assert set(beside["beat_best"]) == clear
+    (table,) = [one for one in found.tables() if one.title.startswith("At an equal budget")]
+    said = {row[0]: row[-1] for row in table.rows}
+    assert "at its own" in said[best]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_kept_is_not_asked_again(
     compared: tuple[Comparison, Counted, str, Path],
 ) -> None:
     found, counted, pairs, run = compared
     counted.asked.clear()
     again = compare(
-        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False,
+        language_model("llama"), ONE, f"contrast:{pairs}", max_cost=None, timed=False, kl=BUDGET,
         output=run, written_prompt="Say it gladly.", **SAID,
     )  # fmt: skip
     assert counted.asked == []
@@ -228,8 +273,6 @@ def test_the_opposite_ask_does_the_opposite(smollm2: Any) -> None:
 def test_what_lasts_over_turns_and_a_long_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.sweeps import drifting
-
     monkeypatch.setattr(drifting, "LONG", 8)
     monkeypatch.setattr(drifting, "STRETCHES", 2)
     lm, pairs = language_model("llama"), write(tmp_path / "pairs.jsonl")
@@ -237,8 +280,10 @@ def test_what_lasts_over_turns_and_a_long_text(
     steering = tt.CAA(layer=1).fit(lm, contrast)
     ask = Prompted("Please be glad.")
     bench = TaskRows(lm, f"contrast:{pairs}", limit=None)
-    found = drifting.drift(bench, {"caa": steering, "ask": ask}, turns=(0, 1))
-    assert list(found.gains["caa"]) == [0, 1]
+    rows = Repeated(bench.task, bench.metric, True, lambda a, n: bench.records(a, "test", name=n))
+    found = drifting.drift(lm, [rows], {"caa": steering, "ask": ask}, False, turns=(0, 1))
+    (over,) = found.tasks
+    assert list(over.gains["caa"]) == [0, 1]
     (_, paragraph), *_ = drifting._exchanges(lm, False, 1)
     test = contrast.part("test").pairs
     for name, words, one in (("caa", "", steering), ("ask", "Please be glad.\n\n", None)):
@@ -253,7 +298,9 @@ def test_what_lasts_over_turns_and_a_long_text(
             for said, who in (("", None), (words, one))
         )
         gain = float((after - before).mean())
-        assert found.gains[name][1].difference == pytest.approx(gain, abs=1e-4)
+        assert over.gains[name][1].difference == pytest.approx(gain, abs=1e-4)
+        moved = over.gains[name][1].difference - over.gains[name][0].difference
+        assert over.changes[name].difference == pytest.approx(moved, abs=1e-6)
     stretches = found.kl["ask"]
     assert list(stretches) == [(0, 4), (4, 8)]
     whole = per_token.Continuations(lm, per_token.neutral(lm, False), 8).kl(ask).mean
@@ -266,8 +313,6 @@ def test_what_lasts_over_turns_and_a_long_text(
 def test_receipts_and_drift_beside_methods(
     trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trimtab.sweeps import drifting
-
     monkeypatch.setattr(drifting, "LONG", 4)
     monkeypatch.setattr(drifting, "STRETCHES", 1)
     monkeypatch.setattr(drifting.drift, "__defaults__", ((0,),))

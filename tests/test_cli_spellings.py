@@ -82,3 +82,37 @@ def test_only_files_that_are_there_are_named(
     (tmp_path / "best.safetensors").touch()
     show([Table("T", ["a"], [[1]])], [], tmp_path)
     assert "report.html, best.safetensors" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("fit caa --layer 3 --layer 5 --contrast pairs.jsonl -o x.safetensors", "--layer"),
+        ("fit ablation --layers 0 --layer 1 --contrast pairs.jsonl -o x.safetensors", "--layer"),
+        ("sweep caa --alpha 1 --alpha 2 --task copa", "--alpha"),
+        ("evaluate --task copa --limit 3 --limit 4", "--limit"),
+        ("generate -m model Hello", "--model"),
+        ("compare 'caa layer=0 layer=1' --task copa", "layer"),
+        ("fit many 'caa layer=0 layers=1' --contrast pairs.jsonl -o x", "layer"),
+    ],
+)
+def test_an_option_that_says_two_things_is_refused(
+    trimtab: Command, work: Path, line: str, option: str
+) -> None:
+    """None of the two is taken silently."""
+    assert f"{option} is given twice" in refused(trimtab(f"{line} --model model"))
+    assert not list(work.glob("x*"))
+
+
+def test_what_may_be_there_twice(trimtab: Command, work: Path) -> None:
+    """Switches say the same twice; lists gather what is given one at a time."""
+    listed = trimtab("evaluate --list --json --json --debug --debug").json
+    assert listed["tasks"]
+    found = trimtab(
+        "evaluate --model model --task perplexity:first.txt --task perplexity:second.txt --json"
+    )
+    assert "first" in refused(found)
+    several = trimtab(
+        "fit sae --sae first --sae second --model model --contrast pairs.jsonl -o x.safetensors"
+    )
+    assert "first" in refused(several)

@@ -16,13 +16,14 @@ import trimtab.training.trainer as trainer
 from effects_by_hand import fresh, in_float64
 from helpers import block, hand_hooked, language_model, refused_in_one_line, token_ids
 from tiny import tiny_model, tiny_tokenizer
+from training_by_hand import minimum
 from trimtab.methods.loreft import Subspaces, orthonormal_rows
 from trimtab.methods.psr import Imitation
-from trimtab.methods.reft import latents_of
+from trimtab.methods.reft import Detecting, latents_of
 from trimtab.methods.trained import TrainedMethod
 from trimtab.model import asked
 from trimtab.steering import Affine, Respond
-from trimtab.training import Run, Texts
+from trimtab.training import Run, Text, Texts, Training, numbered, train
 from trimtab.training.passes import Passes
 
 PAIRS = [
@@ -460,3 +461,83 @@ def test_settings_that_do_not_fit(lm: tt.LanguageModel) -> None:
     refused_in_one_line(lambda: tt.ReFT(penalty=-1.0), "penalty must be 0 or more, not -1")
     trained = tt.LoReFT(positions="all", layer=1, steps=2).fit(lm, TEXTS, measure=False)
     assert trained.findings["training"]["rows"] == 4
+
+
+# -- what is planted is found ---------------------------------------------------------------------
+
+
+def _head(lm: tt.LanguageModel) -> Tensor:
+    return lm.model.get_output_embeddings().weight.detach().double()
+
+
+@torch.no_grad()
+def _normed(lm: tt.LanguageModel, ids: list[list[int]]) -> Tensor:
+    """What the LM head reads, [texts, tokens, units] in float64."""
+    return lm.model.model(torch.tensor(ids)).last_hidden_state.double()
+
+
+@pytest.mark.slow
+def test_reft_finds_the_direction_that_wrote_the_texts(lm: tt.LanguageModel) -> None:
+    """Answers are drawn as the model gives them when its own latents along a direction steer it.
+    The training ends where L-BFGS ends from the loss as it is written, and does there no worse than
+    the planted direction."""
+    generator = torch.Generator().manual_seed(0)
+    width, top = lm.anatomy.hidden_size, 2
+    planted = torch.randn(width, generator=generator, dtype=torch.float64)
+    planted /= planted.norm()
+    prompt = [1, 20, 30, 40]
+    before = _normed(lm, [prompt])[0]
+    planted *= (before[-1] @ planted).sign()  # so that it fires at the prompt
+    size = float((before[1:] @ planted).relu().topk(top).values.mean())
+    odds = ((before[-1] + size * planted) @ _head(lm).T).softmax(-1)
+    tokens = torch.multinomial(odds, 600, replacement=True, generator=generator)
+    texts = numbered([(Text((*prompt, token), 4),) for token in tokens.tolist()])
+    h = _normed(lm, [[*prompt, token] for token in tokens.tolist()])
+
+    def loss(w: Tensor) -> Tensor:
+        w = w / w.norm()
+        sizes = (h[:, 1:] @ w).relu().topk(top, -1).values.mean(-1, keepdim=True)
+        log_p = ((h[:, 3] + sizes * w) @ _head(lm).T).log_softmax(-1)
+        return -log_p[torch.arange(len(tokens)), tokens].mean()
+
+    own = Detecting(top, 0.0, widths={"final_norm": width}, positions="all")
+    settings = Training(steps=150, batch=len(tokens), learning_rate=0.02)
+    found = train(lm, own, texts, settings).parameters["final_norm"].double()
+    best = minimum(loss, found)
+    assert float(loss(found)) == pytest.approx(float(loss(best)), abs=2e-3)
+    assert float(loss(found)) <= float(loss(planted)) + 2e-3
+    assert torch.cosine_similarity(found, best, dim=0) > 0.95
+
+
+@pytest.mark.slow
+def test_loreft_reaches_the_map_that_wrote_the_texts(lm: tt.LanguageModel) -> None:
+    """Answers are drawn as the model gives them under a map of rank one; the subspace is found, and
+    the likelihood is that of the planted map or more."""
+    generator = torch.Generator().manual_seed(1)
+    width = lm.anatomy.hidden_size
+    r = torch.randn(width, generator=generator, dtype=torch.float64)
+    r /= r.norm()
+    w, b = 0.3 * torch.randn(width, generator=generator, dtype=torch.float64), 3.0
+    prompts = [[1, token, 30] for token in range(40, 60)]
+    before = _normed(lm, prompts)[:, -1]
+
+    def log_p(r: Tensor, w: Tensor, b: Tensor | float) -> Tensor:
+        """[prompts, vocabulary]"""
+        changed = before + (before @ w + b - before @ r)[:, None] * r
+        return (changed @ _head(lm).T).log_softmax(-1)
+
+    tokens = torch.multinomial(log_p(r, w, b).exp(), 60, replacement=True, generator=generator)
+    texts = numbered(
+        [(Text((*p, t), 3),) for p, row in zip(prompts, tokens.tolist(), strict=True) for t in row]
+    )
+    own = Subspaces(1, True, widths={"final_norm": width}, positions="all")
+    settings = Training(steps=200, batch=len(texts.rows), learning_rate=0.05)
+    made = {name: x.double() for name, x in train(lm, own, texts, settings).parameters.items()}
+    found = (made["final_norm/R"][0], made["final_norm/W"][0], made["final_norm/b"][0])
+
+    def nll(log_p: Tensor) -> float:
+        return float(-log_p.gather(1, tokens).mean())
+
+    assert nll(log_p(*found)) <= nll(log_p(r, w, b)) + 2e-3
+    assert nll(log_p(*found)) < nll((before @ _head(lm).T).log_softmax(-1)) - 0.05
+    assert abs(float(found[0] @ r)) > 0.9

@@ -188,6 +188,8 @@ def run(*words: str) -> Any:
 
 
 def test_defaults_are_those_of_the_object_in_the_signature() -> None:
+    from cyclopts import RepeatArgumentError
+
     assert run() == ("", Rows(test_limit=7), Outer())
     assert run("--limit", "3", "--metric", "f1", "x") == (
         "x",
@@ -195,7 +197,8 @@ def test_defaults_are_those_of_the_object_in_the_signature() -> None:
         Outer(inner=Inner(metric="f1")),
     )
     assert isinstance(run("--limit=3")[1], Rows)
-    assert run("--limit", "3", "--limit", "4")[1].limit == 4
+    with pytest.raises(RepeatArgumentError):
+        run("--limit", "3", "--limit", "4")
     assert run("--test-limit", "0")[1].test_limit is None
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import trimtab as tt
-from helpers import language_model
+from helpers import language_model, write_pairs
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.evaluation import LocalChat, Prompted
+from trimtab.evaluation import LocalChat, Prompted, drifting
 from trimtab.evaluation.metrics.coherence import repetition
 from trimtab.evaluation.metrics.language import language_of, same_language
 from trimtab.evaluation.tasks import TASKS
@@ -225,3 +225,33 @@ def test_records_with_answers_and_gates_resume(
     first = tt.evaluate(lm, task, output=run, max_new_tokens=9)
     again = tt.evaluate(lm, task, output=run, max_new_tokens=9)
     assert replace(again, notes=()).records == replace(first, notes=()).records
+
+
+def test_what_fades_drifts_and_what_does_not_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two steerings of one direction, of which one fades over generated tokens: its KL falls
+    towards the end of a long text, by its interval clearly, and that of the other does not."""
+    monkeypatch.setattr(drifting, "LONG", 24)
+    monkeypatch.setattr(drifting, "STRETCHES", 3)
+    lm = language_model("llama")
+    contrast = tt.Contrast.from_jsonl(write_pairs(tmp_path / "pairs.jsonl").partition(":")[2])
+    stays = tt.CAA(layer=2, alpha=4).fit(lm, contrast)
+    fades = stays.scoped("generated ~ 0.8")
+    found = tt.evaluate(
+        lm, contrast, steering={"stays": stays, "fades": fades}, limit=3, drift=True,
+        output=tmp_path / "run",
+    )  # fmt: skip
+    assert found.drift is not None
+    kept = json.loads((tmp_path / "run" / "results.json").read_text())["drift"]
+    changes, kl = kept["kl_changes"], kept["kl"]
+    assert changes["fades"]["ci95"][1] < 0
+    assert changes["stays"]["ci95"][0] <= 0 <= changes["stays"]["ci95"][1]
+    first, _, last = kl["fades"]
+    # The dial falls by 0.8 a token, and KL goes about with its square.
+    assert last["mean"] < 0.1 * first["mean"]
+    assert changes["fades"]["value"] == pytest.approx(last["mean"] - first["mean"], rel=1e-6)
+    assert [one["turns"] for one in kept["gains"]["stays"]] == list(drifting.TURNS)
+    assert "Gain behind neutral turns" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(tt.TrimtabError, match="name a steering"):
+        tt.evaluate(lm, contrast, limit=3, drift=True)

@@ -15,6 +15,7 @@ from commands import Command, home, trimtab, work
 from helpers import language_model, plain_logits, refused_in_one_line, write_pairs
 from trimtab.options import Search
 from trimtab.reading import plain_texts
+from trimtab.sweeps.baselines import Prompts, Row
 from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral, neutral_texts
 from trimtab.sweeps.result import Sweep, Trial
@@ -113,6 +114,12 @@ def test_the_front_as_table_and_plot(done: tuple[Sweep, Path]) -> None:
     found, _ = done
     (table,) = [each for each in found.tables() if "front" in each.title]
     assert len(table.rows) == len(found.front) + (found.unsearched is not None)
+    # A prompt stands among them with the KL that it has.
+    ask = Row("ask", said="Please.", axis_kl=0.5)
+    asked = replace(found, prompts=Prompts("be glad", (ask, Row("ladder", why="no words")), None))
+    (beside,) = [each for each in asked.tables() if "front" in each.title]
+    (row,) = beside.rows[len(table.rows) :]
+    assert (row[1], row[2], row[-1]) == ("ask", "0.500", "above the limit")
     axes = found.plot()
     assert "Pareto front" in [line.get_label() for line in axes.lines]
 
@@ -142,21 +149,25 @@ def test_kl_is_that_of_the_tokens_that_the_model_itself_writes(
     found, _ = done
     steering = found.steering
     assert steering is not None
-    total, count = 0.0, 0
+    total, count, by_words = 0.0, 0, 0.0
     for text in plain_texts():
         ids = list(lm.encode([text])[0])
         start = len(ids)
         for _ in range(3):
             ids.append(int(plain_logits(lm.model, ids)[-1].argmax()))
+        asked = [*lm.encode([f"Please.\n\n{text}"])[0], *ids[start:]]
+        worded = plain_logits(lm.model, asked).double().log_softmax(-1)[-4:-1]
         before = plain_logits(lm.model, ids).double().log_softmax(-1)[start - 1 : -1]
         with lm.steered(steering):
             after = plain_logits(lm.model, ids).double().log_softmax(-1)[start - 1 : -1]
         total += float((before.exp() * (before - after)).sum())
+        by_words += float((before.exp() * (before - worded)).sum())
         count += len(before)
     assert found.best is not None
     assert found.best.kl == pytest.approx(total / count, rel=1e-3)
     neutral = Neutral(lm, plain_texts(), 3)
-    assert neutral.kl(steering.at(0)) == 0
+    assert neutral.kl(steering.at(0)) == neutral.kl(tt.Prompted()) == 0
+    assert neutral.kl(tt.Prompted("Please.")) == pytest.approx(by_words / count, rel=1e-3)
 
 
 @pytest.mark.slow

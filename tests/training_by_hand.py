@@ -59,3 +59,21 @@ def loss_of(
         figures["loss"].mean().backward()
     slopes = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
     return {name: figure.detach() for name, figure in figures.items()}, slopes
+
+
+def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Where a loss ends from a start, by L-BFGS in float64."""
+    x = start.clone().requires_grad_(True)
+    solver = torch.optim.LBFGS(
+        [x], max_iter=500, tolerance_grad=1e-9, tolerance_change=1e-13, history_size=30,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def value() -> Tensor:
+        solver.zero_grad()
+        found = loss(x)
+        found.backward()
+        return found
+
+    solver.step(value)  # type: ignore[no-untyped-call]
+    return x.detach()

@@ -173,6 +173,15 @@ def _receipts_option() -> Any:
     )
 
 
+def _drift_option() -> Any:
+    """Whether it is measured how long effects last."""
+    return option(
+        "Measure too whether effects last, over turns before the prompt and over a long text.",
+        False,
+        record=False,
+    )
+
+
 def _receipts_limit_option() -> Any:
     return option("Rows of each of those.", 50, record=False, least=1)
 
@@ -377,11 +386,7 @@ class Comparing:
     timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
     receipts: bool = _receipts_option()
     receipts_limit: int = _receipts_limit_option()
-    drift: bool = option(
-        "Measure too whether effects last, over turns before the prompt and over a long text.",
-        False,
-        record=False,
-    )
+    drift: bool = _drift_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +408,7 @@ class Evaluated:
     split: Any = _split_option()
     receipts: bool = _receipts_option()
     receipts_limit: int = _receipts_limit_option()
+    drift: bool = _drift_option()
 
     def __post_init__(self) -> None:
         _path_as_text(self)

@@ -22,13 +22,14 @@ from cyclopts import (
     CycloptsError,
     MissingArgumentError,
     Parameter,
+    RepeatArgumentError,
     UnknownOptionError,
     UnusedCliTokensError,
 )
 
 from trimtab import __version__
 from trimtab.cli.common import trusting
-from trimtab.cli.making import as_typed, prepared, strict, summary
+from trimtab.cli.making import as_typed, given_twice, prepared, strict, summary
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.terminal import CleanConsole, printable
 
@@ -49,6 +50,8 @@ _ABOUT = (
 )
 #: What a steering's dial is called where it is no option.
 _DIALS = ("--alpha", "--dial", "--strength", "--theta", "--scale", "--coeff", "--multiplier")
+#: Options of every command, which may stand anywhere.
+_EVERYWHERE = ("--debug", "--trust-remote-code")
 #: The exit status of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED = 130
 _NOT_READ = 1
@@ -72,7 +75,6 @@ def build(words: Sequence[str] | None) -> App:
             negative_iterable=(),
             negative_none=(),
             allow_leading_hyphen=True,
-            allow_repeating=True,  # the last one counts
             show_default=as_typed,
             converter=strict,
         ),
@@ -99,14 +101,12 @@ def build(words: Sequence[str] | None) -> App:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; the entry point of `trimtab`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    if debug:
-        arguments.remove("--debug")
     # What follows `--` is a prompt, whatever it says.
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    ends = arguments.index("--") if "--" in arguments else len(arguments)
+    options, rest = arguments[:ends], arguments[ends:]
+    debug = "--debug" in options
     trusting.set("--trust-remote-code" in options)
-    if trusting.get():
-        arguments.remove("--trust-remote-code")
+    arguments = [word for word in options if word not in _EVERYWHERE] + rest
     _open_streams()
     _quiet_libraries(debug)
     sys.exit(_written_out(_run(arguments, debug), (sys.stdout, sys.stderr)))
@@ -198,6 +198,8 @@ def _mistake(error: CycloptsError) -> str:
         if not argument.name.startswith("-"):
             return f"missing argument {argument.name}"
         return f"missing option {argument.name}"
+    if isinstance(error, RepeatArgumentError):
+        return given_twice(error.token.keyword or "an option")
     if isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         return f"unexpected argument {error.unused_tokens[0]!r}"
     if isinstance(error, UnknownOptionError) and _is_a_dial(error):

@@ -103,6 +103,10 @@ def read_candidate(text: str) -> Candidate:
             raise TrimtabError(
                 f"{method.name}: {option!r} is no OPTION=VALUES of it: it has {', '.join(own)}"
             )
+        if key in texts:
+            raise TrimtabError(
+                f"{method.name}: {key} is given twice: give its values with commas, as in 1,2"
+            )
         texts[key] = value
     return Candidate(method.name, *read_settings(texts, hints), name)
 
@@ -145,17 +149,8 @@ def _show(found: Comparison, output: Path | str | None) -> None:
         "text; time to generate, times unsteered"
     )
     console.print(table)
-    if found.at_budget:
-        equal = Table("method", f"dial at {found.kl:g} nats", "against unsteered", "cost", "")
-        for row in found.at_budget:
-            equal.add_row(
-                row.name,
-                "" if row.dial is None else f"{row.dial:.4g}",
-                difference_cell(row.against, found.metric),
-                "" if row.cost is None else f"{row.cost:+.3f}",
-                row.why,
-            )
-        console.print(equal)
+    if found.kl is not None and (found.at_budget or found.asked_at_budget):
+        show([found.budget_table(found.kl)], (), None)
     if found.prompts is not None:
         show(prompt_tables(found.prompts, found.metric, found.task), (), None)
     beside = () if found.drift is None else found.drift.tables()

@@ -83,7 +83,7 @@ def evaluate(
     if listed:
         _list_tasks(shown.as_json)
         return
-    if opened.model is None or not (task or rows.receipts):
+    if opened.model is None or not (task or rows.receipts or rows.drift):
         raise TrimtabError("name a --model and a --task (--list shows the tasks)")
     for name in task:
         evaluation.check_task(name, rows.data)

@@ -323,6 +323,8 @@ def read_method(text: str) -> Method:
             raise TrimtabError(
                 f"{name}: {each!r} is no OPTION=VALUE of it: it has {', '.join(known)}"
             )
+        if key in values:
+            raise TrimtabError(f"{name}: {key} is given twice: give it once")
         values[key] = read_value(f"{name}: {key}", value, hints[key])
     missing = [key for key, item in known.items() if item.default is MISSING and key not in values]
     if missing:

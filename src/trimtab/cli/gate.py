@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from trimtab.cli.common import as_chats, console, open_model, print_json, read_prompts
 from trimtab.cli.making import prepared
-from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts
+from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Told
 from trimtab.cli.tables import show
 from trimtab.cli.values import read_named
 from trimtab.errors import one_line, shown
@@ -70,14 +70,7 @@ class Gated:
 def fit(
     *,
     opened: Opened,
-    contrast: Annotated[
-        str,
-        Parameter(
-            name=("--contrast", "-c"),
-            help="Texts at which it is to fire (positive) and not (negative): a file, builtin:NAME "
-            "or task:NAME.",
-        ),
-    ],
+    contrast: Told,
     gated: Gated = Gated(),
     unrelated: Annotated[
         Sequence[str],

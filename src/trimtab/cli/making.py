@@ -126,12 +126,21 @@ def _as_declared(value: Any) -> Any:
 
 def _prepared(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
     if not dataclasses.is_dataclass(hint):
-        return parameter.replace(annotation=hint)
+        return parameter.replace(annotation=_repeatable(hint))
     default = None if parameter.default is parameter.empty else parameter.default
     kind = _group(typing.cast(Any, hint), default)
     group = typing.get_args(kind)[0]
     needed = any(item.default is dataclasses.MISSING for item in dataclasses.fields(group))
     return parameter.replace(annotation=kind, default=parameter.empty if needed else group())
+
+
+def _repeatable(hint: Any) -> Any:
+    """The hint, of which a switch may be there twice: it says the same. Other options may not,
+    unless they take several values one at a time."""
+    kind = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    if kind in (bool, bool | None):
+        return Annotated[hint, Parameter(allow_repeating=True)]
+    return hint
 
 
 @cache
@@ -149,6 +158,7 @@ def _group(kind: Any, default: Any) -> Any:
             hint = _option(item.name, hints, item.metadata)
         else:  # a method's, which is an option already
             hint = hints[item.name]
+        hint = _repeatable(hint)
         about = {} if value is dataclasses.MISSING else {"default": value}
         made.append((item.name, hint, dataclasses.field(**about, metadata=item.metadata)))
     new = dataclasses.make_dataclass(kind.__name__, made, bases=(kind,), frozen=True, kw_only=True)
@@ -187,15 +197,23 @@ def _option(name: str, hints: Mapping[str, Any], about: Any) -> Any:
     return Annotated[hint, Parameter(**own)]
 
 
+def given_twice(option: str) -> str:
+    """Why an option that says two things is refused: one of them would be lost."""
+    return f"{option} is given twice: give it once (where it takes several values, with commas)"
+
+
 def _one_text(read: Callable[[str, str], Any], repeats: bool = False) -> dict[str, Any]:
     """For an option whose text, one word, is read by our own function of name and text. One that
     `repeats` is read as if it were there once, with commas between its texts."""
 
     def converter(kind: Any, tokens: Sequence[Any]) -> Any:
         texts = [token.value for token in tokens]
-        return read(tokens[-1].keyword, ",".join(texts) if repeats else texts[-1])
+        if len(texts) > 1 and not repeats:
+            raise TrimtabError(given_twice(tokens[-1].keyword))
+        return read(tokens[-1].keyword, ",".join(texts))
 
-    return {"converter": converter, "n_tokens": 1}
+    # -1 is one token each time, as often as it is there.
+    return {"converter": converter, "n_tokens": -1 if repeats else 1}
 
 
 def rows_or_all(kind: Any, tokens: Sequence[Any]) -> int | None:

@@ -20,7 +20,7 @@ from trimtab.cli.common import (
 )
 from trimtab.cli.generate import Decoding
 from trimtab.cli.making import prepared
-from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Steered
+from trimtab.cli.options import Data, Json, Opened, Overwrite, Prompting, Prompts, Steered, Told
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError, one_line
 from trimtab.files import check_output, json_digest
@@ -71,14 +71,7 @@ def fit(
             "adds, takes out or bounds.",
         ),
     ],
-    contrast: Annotated[
-        str,
-        Parameter(
-            name=("--contrast", "-c"),
-            help="Turns that are to alarm (positive) and not (negative): a file, builtin:NAME or "
-            "task:NAME.",
-        ),
-    ],
+    contrast: Told,
     alarmed: Alarmed = Alarmed(),
     baseline: Annotated[
         str | None,

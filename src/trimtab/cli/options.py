@@ -21,6 +21,14 @@ Task = Annotated[
     str,
     Parameter(name=("--task", "-t"), help="copa, boolq ...; contrast:SOURCE; or refusal:FILE."),
 ]
+Told = Annotated[
+    str,
+    Parameter(
+        name=("--contrast", "-c"),
+        help="Texts of both kinds that are to be told apart, those at which it is to fire "
+        "(positive) and others (negative): a file, builtin:NAME or task:NAME.",
+    ),
+]
 Data = Annotated[
     str | None,
     Parameter(help="Directory of data sets (default: the environment's TRIMTAB_DATA)."),

@@ -1,6 +1,7 @@
 """Tasks under steerings: their rows, how a model answers them, how answers are judged."""
 
 from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.drifting import Drift, Repeated, drift
 from trimtab.evaluation.endpoint import Address, ChatEndpoint, read_key
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import (
@@ -25,6 +26,7 @@ from trimtab.evaluation.metrics.judges import (
     PolyGuardJudge,
 )
 from trimtab.evaluation.metrics.toxicity import Scorer
+from trimtab.evaluation.per_token import Continuations, NextTokens, TokenKL, neutral
 from trimtab.evaluation.prompted import (
     Attached,
     Prompted,

@@ -10,12 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast, last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.drifting import Repeated, drift
 from trimtab.evaluation.jobs import (
     Asked,
     Job,
@@ -33,7 +35,7 @@ from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_o
 from trimtab.evaluation.receipts import receipts
 from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
-from trimtab.figures import Record, paired
+from trimtab.figures import Record, metric_of, paired
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
 from trimtab.reports import Evaluation, Picture, Run, Table, evaluation_page, summarise
@@ -71,15 +73,16 @@ def evaluate(
     (directories) are for tasks of lm-eval. `toxicity` names the scorer of detox: offline, detoxify
     or a URL; `judges` say whether a response complies (trimtab.metrics.judges); `preference` is the
     chat model that compares answers (bpo). `receipts` measures side effects beside the tasks, on
-    `receipts_limit` rows each: mmlu, gsm8k, xstest, free answers, plain text. `output` names a run
-    directory, in which a run that was interrupted goes on.
+    `receipts_limit` rows each: mmlu, gsm8k, xstest, free answers, plain text; `drift` whether what
+    steerings and words do lasts, over turns before the prompts of tasks of ours and pairs, and over
+    a long text. `output` names a run directory, in which a run that was interrupted goes on.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
     protocols = tuple(dict.fromkeys(rows.protocol))
     for one in protocols:
         check_protocol(one)
-    if not (names or rows.receipts) or not protocols:
+    if not (names or rows.receipts or rows.drift) or not protocols:
         raise TrimtabError(f"there is no {'protocol' if names else 'task'}")
     if rows.limit is not None and rows.limit < 1:
         raise TrimtabError(f"the limit must be 1 or more, not {rows.limit}")
@@ -101,7 +104,10 @@ def evaluate(
         tuple(str(directory) for directory in harness.task_files),
         None if keep.output is None else Path(keep.output),
     )
+    if rows.drift and set(subjects) == {None}:
+        raise TrimtabError("drift is of an effect: name a steering, or words before prompts")
     jobs = [find_job(task, wanted, judging) for task in asked]
+    own_jobs = list(jobs)
     missing: list[str] = []
     if rows.receipts:
         more_jobs, missing = receipts(wanted, judging, rows.receipts_limit, names)
@@ -142,6 +148,8 @@ def evaluate(
                         run.append(records)
         ordered = _in_order(run.records, subjects, jobs, protocols)
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
+        if rows.drift:
+            evaluation = _with_drift(evaluation, language_model, own_jobs, subjects, settings)
         pictures = pictures_of(evaluation, subjects) if run.path is not None else []
         more: list[Table | Picture] = [*pictures, *written_table(evaluation)]
         run.finish(
@@ -149,6 +157,45 @@ def evaluate(
             lambda environment: evaluation_page(evaluation, run, environment, more),
         )
     return evaluation
+
+
+def _with_drift(
+    evaluation: Evaluation,
+    language_model: LanguageModel,
+    jobs: Sequence[Job],
+    subjects: Mapping[str | None, Attached],
+    settings: Settings,
+) -> Evaluation:
+    """With how long effects last: on the rows of jobs that words can be put before, by the first
+    metric of each."""
+    found: list[Repeated] = []
+    prompts: list[Any] = []
+    notes = list(evaluation.notes)
+    for job in jobs:
+        of_job = [result.metric for result in evaluation.results if result.task == job.name]
+        if isinstance(job, TaskJob | PreferenceJob) and of_job:
+            found.append(_repeated(job, language_model, settings, of_job[0]))
+            prompts += [row["prompt"] for row in job.planned(language_model).values()]
+        else:
+            notes.append(f"{job.name}: nothing can be put before its prompts, so no drift over it")
+    steered = {str(name): one for name, one in subjects.items() if name is not None}
+    chat = any(not isinstance(each, str) for each in prompts) if prompts else language_model.chats
+    lasting = drift(language_model, found, steered, chat)
+    return replace(evaluation, drift=lasting, notes=tuple(notes))
+
+
+def _repeated(
+    job: TaskJob | PreferenceJob, language_model: LanguageModel, settings: Settings, metric: str
+) -> Repeated:
+    """The rows of a job under its first protocol, to be asked again."""
+    one = replace(job, entries=job.entries[:1]) if isinstance(job, TaskJob) else job
+
+    def records(attached: Attached, name: str | None) -> list[Record]:
+        with closing(one.run(language_model, attached, set(), settings)) as batches:
+            made = [{**record, "steering": name} for some in batches for record in some]
+        return sorted(made, key=lambda record: int(record["index"]))
+
+    return Repeated(job.name, metric, metric_of(metric).better == "more", records)
 
 
 def _names(tasks: Sequence[Asked]) -> list[str]:

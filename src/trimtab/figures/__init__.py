@@ -28,6 +28,7 @@ from trimtab.figures.records import (
     paired,
     results_of,
 )
+from trimtab.figures.several import changes_of, differences
 from trimtab.figures.significance import (
     Difference,
     corrected,

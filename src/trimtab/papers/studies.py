@@ -14,8 +14,10 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.choosing import compare, sweep_of
+from trimtab.papers.detection import detection
 from trimtab.papers.effects import cost, harness, incoherence, sheet
 from trimtab.papers.facts import footprint, overview, prompts, sizes
+from trimtab.papers.layer_curves import layer_curves
 from trimtab.papers.recipe import described
 from trimtab.papers.result import StudyResult, Value, contrast_of
 from trimtab.papers.strength.curves import curves
@@ -39,6 +41,8 @@ STUDIES: dict[str, Study] = {
     "coherence": incoherence,
     "harness": harness,
     "sheet": sheet,
+    "detection": detection,
+    "layer-curves": layer_curves,
 }
 #: Those that no model takes part in.
 WITHOUT_MODEL = frozenset(("theory", "sizes", "prompts"))

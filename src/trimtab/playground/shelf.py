@@ -103,7 +103,6 @@ class Shelf:
                 "file": self.files.get(name, ""),
                 "contrast": str(held.steering.contrast.get("name", "")),
                 "where": held.steering.where,
-                "kl": len(held.steering.scopes) > 0 and held.steering.calibration is not None,
             }
             for name, held in self.library.held.items()
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from trimtab.errors import TrimtabError
 from trimtab.figures import (
@@ -42,9 +42,18 @@ _NAMED = 4
 _FEW = 3
 
 
+class Measured(Protocol):
+    """Something that was measured beside the tasks, with tables of its own."""
+
+    def tables(self) -> list[Table]: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, repr=False)
 class Evaluation(Presented):
-    """The figures of an evaluation, and the records that they were computed from."""
+    """The figures of an evaluation, and the records that they were computed from; `drift` is
+    whether effects last, where that was measured."""
 
     results: tuple[Result, ...]
     comparisons: tuple[Difference, ...]
@@ -52,6 +61,7 @@ class Evaluation(Presented):
     seconds: float
     model: dict[str, Any]
     notes: tuple[str, ...] = ()
+    drift: Measured | None = None
 
     def value(
         self, task: str, metric: str = "accuracy", steering: str | None = None, **more: Any
@@ -116,7 +126,7 @@ class Evaluation(Presented):
         return tables
 
     def tables(self) -> list[Table]:
-        """A table for each task and protocol."""
+        """A table for each task and protocol, and whether effects last where that was measured."""
         heads = ["metric", "steering", "value", "n", "unclear", "difference", "flipped"]
         heads.append("moved the wrong way")
         tables = []
@@ -136,7 +146,7 @@ class Evaluation(Presented):
             ]
             # Columns that this task has nothing for are left out.
             tables.append(Table(title, heads, rows).without_empty_columns(first=4))
-        return tables
+        return tables if self.drift is None else [*tables, *self.drift.tables()]
 
     @property
     def summary(self) -> str:
@@ -205,6 +215,7 @@ class Evaluation(Presented):
             "model": self.model,
             "notes": list(self.notes),
             **({"samples": samples} if samples else {}),
+            **({} if self.drift is None else {"drift": self.drift.as_json()}),
         }
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from trimtab.reports.page import tables_html
 from trimtab.reports.tables import Table
 
 
-class Presented:
+class Presented(ABC):
     """What results share: they have `tables()`, and a `summary`, one sentence that says what was
-    found."""
+    found; a result without them cannot be made."""
 
     @property
+    @abstractmethod
     def summary(self) -> str:
         """One sentence that says what was found."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self) -> list[Table]:
         """What was found, for people."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary}>"

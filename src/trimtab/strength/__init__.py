@@ -13,6 +13,7 @@ from trimtab.dials import (
     dial_limits,
     divergence,
 )
+from trimtab.evaluation import Continuations, NextTokens, TokenKL, neutral
 from trimtab.strength import theory
 from trimtab.strength.all_curves import (
     Beside,
@@ -44,7 +45,6 @@ from trimtab.strength.curves import (
 )
 from trimtab.strength.limits import limit
 from trimtab.strength.page import write_curves
-from trimtab.strength.per_token import Continuations, TokenKL, neutral
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Reading, read
 from trimtab.strength.rule import Within, within

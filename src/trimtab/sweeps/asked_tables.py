@@ -93,6 +93,7 @@ def _at_kl(found: Prompts, metric: str) -> Table:
             *_spent(row),
             difference_cell(found.at_kl_against_best.get(row.name), metric),
             number_cell(_p(found.at_kl_against_best.get(row.name)), ".2g"),
+            _verdict(found, row.name),
             row.why,
         ]
         for row in found.at_kl
@@ -100,10 +101,28 @@ def _at_kl(found: Prompts, metric: str) -> Table:
     heads = [
         *("method", "dial", "against unsteered", "p, corrected", "moved the wrong way"),
         *("cost, nats/token", "KL per generated token", "worst 5 %", "minus the prompt"),
-        *("p, corrected", "to know"),
+        *("p, corrected", "beats the prompt", "to know"),
     ]
     title = f"Methods at the KL of the best prompt ({found.best}, {found.kl:.3g} nats per token)"
     return Table(title, heads, rows).without_empty_columns(first=3)
+
+
+def _verdict(found: Prompts, name: str) -> str:
+    """Whether a method beats the best prompt at what that changes."""
+    against = found.at_kl_against_best.get(name)
+    if against is None:
+        return ""
+    if name in found.at_kl_beat_best:
+        return "yes"
+    return "no, it does less" if against.is_clear else "not clearly"
+
+
+def at_own_kl(found: Prompts, row: Row) -> str:
+    """Of the best prompt, which methods beat it where they change as much as it does."""
+    if row.name != found.best or not found.at_kl_against_best:
+        return ""
+    by = ", ".join(found.at_kl_beat_best) or "no method"
+    return f"at its own {found.kl:.3g} nats per generated token {by} clearly beats it"
 
 
 def _rungs(row: Row, metric: str) -> Table:
@@ -129,17 +148,19 @@ def prompts_as_json(found: Prompts) -> dict[str, Any]:
     return {
         "behaviour": found.behaviour,
         "best": found.best,
-        "rows": [_row_json(row) for row in found.rows],
+        "rows": [prompt_row_json(row) for row in found.rows],
         "against_best": _differences_json(found.against_best),
         "at_kl": {
             "kl": found.kl,
-            "methods": [_row_json(row) for row in found.at_kl],
+            "methods": [prompt_row_json(row) for row in found.at_kl],
             "against_best": _differences_json(found.at_kl_against_best),
+            "beat_best": list(found.at_kl_beat_best),
         },
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def prompt_row_json(row: Row) -> dict[str, Any]:
+    """A prompt, or what stands beside prompts."""
     test = row.test
     return {
         "name": row.name,
@@ -156,6 +177,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "kl": row.kl and row.kl.as_json(),
         "tokens": row.tokens,
         "overhead": row.overhead and asdict(row.overhead),
+        "axis_kl": row.axis_kl,
         "why": row.why,
     }
 

@@ -3,25 +3,32 @@
 A prompt has no dial; where it has rungs, one is chosen on the validation rows, under the limit of
 cost that methods keep to. The test rows say what it is worth. What it changes is KL per generated
 token, as it is of a steering; so methods can be compared with the best prompt once more, each at
-the dial at which it changes as much as that prompt does.
+the dial at which it changes as much as that prompt does. Where methods are held to a budget of KL,
+prompts stand beside them with what they change on the budget's own axis, which is what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from trimtab.contrasts import Part, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, Prompted, asked_with, together_with
-from trimtab.figures import Difference, Record, Result
+from trimtab.evaluation import (
+    Attached,
+    Continuations,
+    Prompted,
+    TokenKL,
+    asked_with,
+    neutral,
+    together_with,
+)
+from trimtab.figures import Difference, Record, Result, differences
 from trimtab.model import LanguageModel
 from trimtab.reports import Run
 from trimtab.steering import Steering, together
-from trimtab.strength import Continuations, TokenKL, neutral
 from trimtab.sweeps.asking import Asking
-from trimtab.sweeps.differences import differences
 from trimtab.sweeps.metering import Overhead, overhead
 from trimtab.sweeps.rows import TaskRows, choose
 
@@ -48,8 +55,9 @@ class Row:
     `said` is what stands before prompts, `rungs` what was tried of it and `rung` what was chosen.
     `against` compares it with the unsteered model on the test rows; `cost` is what plain text
     costs, in nats per token, `kl` what changes per generated token; `tokens` are those that a
-    prompt grows by, and `overhead` the time of generation beside the unsteered model. `why` says
-    what is missing.
+    prompt grows by, and `overhead` the time of generation beside the unsteered model. `axis_kl` is
+    KL on the axis of the budget that methods are held to, where there is one. `why` says what is
+    missing.
     """
 
     name: str
@@ -64,7 +72,13 @@ class Row:
     kl: TokenKL | None = None
     tokens: float | None = None
     overhead: Overhead | None = None
+    axis_kl: float | None = None
     why: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether something is said before prompts, alone or with a steering."""
+        return bool(self.said)
 
 
 @dataclass(frozen=True)
@@ -83,8 +97,12 @@ class Prompts:
     against_best: Mapping[str, Difference] = field(default_factory=dict)
     at_kl: tuple[Row, ...] = ()
     at_kl_against_best: Mapping[str, Difference] = field(default_factory=dict)
+    #: The methods that clearly do more than the best prompt at what it changes.
+    at_kl_beat_best: tuple[str, ...] = ()
     #: The best prompt, by its name.
     best_words: Mapping[str, Prompted] = field(default_factory=dict)
+    #: What was answered to the test rows where something was said before them, by the row's name.
+    tested: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def kl(self) -> float | None:
@@ -101,6 +119,8 @@ class Baselines:
     run: Run
     max_cost: float | None
     timed: bool
+    #: KL on the axis of the budget that methods are held to, where there is one.
+    axis: Callable[[Attached], float] | None = None
     _records: dict[tuple[str, Part], list[Record]] = field(default_factory=dict)
     _costs: dict[str, float] = field(default_factory=dict)
 
@@ -119,7 +139,9 @@ class Baselines:
                 found[name] = self._figures(Row(name, dial=steering.setting), steering)
                 records[name] = tested[name]
         if best is None:
-            return Prompts(behaviour, self._compared(found, records), None)
+            return Prompts(
+                behaviour, self._compared(found, records), None, tested=_where_said(found, records)
+            )
         called, words = best
         known = {name: tested[name] for name in chosen if name in tested}
         for name, steering in chosen.items():
@@ -133,6 +155,7 @@ class Baselines:
             called,
             self._beside(records[called], known),
             best_words={called: words},
+            tested=_where_said(found, records),
         )
         return self._at_kl(prompts, chosen, records[called])
 
@@ -218,8 +241,9 @@ class Baselines:
         """With what it costs and changes."""
         lm = self.bench.language_model
         prompts = self.bench.prompts(_TIMED_PROMPTS)
-        kl, why = None, row.why
+        kl, own, why = None, None, row.why
         try:
+            own = None if self.axis is None else self.axis(attached)
             kl = self._continuations.kl(attached)
         except TrimtabError as error:
             why = why or str(error)
@@ -229,6 +253,7 @@ class Baselines:
             kl=kl,
             tokens=_more_tokens(lm, attached, prompts),
             overhead=overhead(lm, attached, prompts) if self.timed else None,
+            axis_kl=own,
             why=why,
         )
 
@@ -274,11 +299,21 @@ class Baselines:
                 continue
             rows[name] = Row(name, dial=turned.setting, cost=self.bench.cost(turned), kl=kl)
             records[name] = self.bench.records(turned, "test", name=name)
+        against, sign = self._beside(best, records), 1 if self.bench.maximise else -1
+        beat = [n for n, one in against.items() if one.is_clear and sign * one.difference > 0]
         return replace(
             prompts,
             at_kl=self._compared(rows, records),
-            at_kl_against_best=self._beside(best, records),
+            at_kl_against_best=against,
+            at_kl_beat_best=tuple(beat),
         )
+
+
+def _where_said(
+    rows: Mapping[str, Row], records: Mapping[str, Sequence[Record]]
+) -> dict[str, Sequence[Record]]:
+    """The records of prompts, alone or with a steering."""
+    return {name: some for name, some in records.items() if rows[name].asks}
 
 
 def _on_validation(row: Row) -> float | None:

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast, Prompt
+from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Asked, evaluate
-from trimtab.figures import Difference, Record
+from trimtab.evaluation import Asked, NextTokens, Repeated, drift, evaluate
+from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
@@ -32,11 +32,9 @@ from trimtab.steering import Gate, Steering
 from trimtab.strength import budget
 from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
 from trimtab.sweeps.asking import described as prompts_described
-from trimtab.sweeps.baselines import Baselines, Prompts
+from trimtab.sweeps.baselines import Baselines, Prompts, Row
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import Compared, Comparison
-from trimtab.sweeps.differences import differences
-from trimtab.sweeps.drifting import drift
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -100,7 +98,8 @@ def compare(
 
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
     settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
-    chosen ones once more at an equal budget of so many nats at the next token. `capability` names
+    chosen ones once more at an equal budget of so many nats at the next token, beside which prompts
+    stand with what they change there by themselves. `capability` names
     tasks on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
     measures whether effects last, over turns before the prompt and over a long text.
     `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
@@ -154,27 +153,28 @@ def compare(
     records = {row.name: list(row.sweep.tested) for row in tested if row.sweep}
     compared, between = _compared(bench, compared, records)
     beside_prompts = None
+    kl = comparing.kl
+    axis = None if kl is None else NextTokens(language_model, bench.prompts(_BUDGET_PROMPTS))
     if said is not None:
         limit = measured.choosing.max_cost
-        beside_prompts = Baselines(bench, run, limit, comparing.timed).measure(
-            said.behaviour, askings(said, texts, prompting.shots, writer), chosen, records
-        )
+        beside_prompts = Baselines(
+            bench, run, limit, comparing.timed, None if axis is None else axis.median
+        ).measure(said.behaviour, askings(said, texts, prompting.shots, writer), chosen, records)
         compared = _corrected(compared, beside_prompts)
     at_budget: list[Compared] = []
-    kl = comparing.kl
-    if kl is not None:
-        prompts = bench.prompts(_BUDGET_PROMPTS)
-        at_budget = [_at_budget(bench, name, one, prompts, kl) for name, one in chosen.items()]
+    asked_at_budget: list[Row] = []
+    if kl is not None and axis is not None:
+        at_budget = [_at_budget(bench, name, one, axis, kl) for name, one in chosen.items()]
         again = {
             row.name: bench.records(_turned(chosen[row.name], row), "test", name=row.name)
             for row in at_budget
             if row.dial is not None
         }
-        at_budget, _ = _compared(bench, at_budget, again)
+        at_budget, asked_at_budget = _all_at_budget(bench, at_budget, again, beside_prompts)
     lasting = None
     if comparing.drift and chosen:
         words = {} if beside_prompts is None else beside_prompts.best_words
-        lasting = drift(bench, {**chosen, **words})
+        lasting = drift(language_model, [_repeated(bench)], {**chosen, **words}, bench.asks_chats)
     beside = None
     if (comparing.capability or comparing.receipts) and chosen:
         # lm-eval makes its own prompts, before which nothing is put.
@@ -211,6 +211,7 @@ def compare(
         bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
         beside_prompts,
         lasting,
+        tuple(asked_at_budget),
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
@@ -355,10 +356,11 @@ def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Com
 
 
 def _at_budget(
-    bench: TaskRows, name: str, steering: Steering, prompts: Sequence[Prompt], kl: float
+    bench: TaskRows, name: str, steering: Steering, axis: NextTokens, kl: float
 ) -> Compared:
     """A chosen steering at the dial whose median KL on the validation prompts is the budget, on
     the side on which it was chosen."""
+    prompts = axis.prompts
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
@@ -372,14 +374,47 @@ def _at_budget(
             )
     except TrimtabError as error:
         return Compared(name, None, why=str(error))
-    row = _effects(bench, name, replace(steering, value=found.dial), timed=False)
+    turned = replace(steering, value=found.dial)
+    row = _effects(bench, name, turned, timed=False)
     reached = sum(one.reached for one in found.per_prompt)
     short = "" if reached == len(prompts) else f"{len(prompts) - reached} prompts cost less"
-    return replace(row, why=short)
+    return replace(row, axis_kl=axis.median(turned), why=short)
+
+
+def _all_at_budget(
+    bench: TaskRows,
+    rows: Sequence[Compared],
+    records: Mapping[str, Sequence[Record]],
+    prompts: Prompts | None,
+) -> tuple[list[Compared], list[Row]]:
+    """Methods at the budget and what is said before prompts, against the unsteered model: p is
+    corrected for all that stand there."""
+    asked = [] if prompts is None else [row for row in prompts.rows if row.asks]
+    said = {} if prompts is None else prompts.tested
+    base = bench.unsteered("test")
+    pairs = {name: (base, some) for name, some in {**records, **said}.items()}
+    against = differences(pairs, bench.metric, bench.maximise)
+    found = [
+        replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
+        if row.name in records
+        else row
+        for row in rows
+    ]
+    return found, [replace(row, against=against.get(row.name)) for row in asked]
 
 
 def _turned(steering: Steering, row: Compared) -> Steering:
     return replace(steering, value=row.dial)
+
+
+def _repeated(bench: TaskRows) -> Repeated:
+    """The test rows, to be asked again behind turns."""
+    return Repeated(
+        bench.task,
+        bench.metric,
+        bench.maximise,
+        lambda attached, name: bench.records(attached, "test", name=name),
+    )
 
 
 # -- differences ----------------------------------------------------------------------------------

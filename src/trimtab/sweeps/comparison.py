@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.evaluation import Sample, samples_table
+from trimtab.evaluation import Drift, Sample, samples_table
 from trimtab.figures import Difference, Result, metric_of, on_task, words_for
 from trimtab.reports import (
     Evaluation,
@@ -18,9 +18,14 @@ from trimtab.reports import (
     number_cell,
     number_text,
 )
-from trimtab.sweeps.asked_tables import difference_json, prompt_tables, prompts_as_json
-from trimtab.sweeps.baselines import Prompts
-from trimtab.sweeps.drifting import Drift
+from trimtab.sweeps.asked_tables import (
+    at_own_kl,
+    difference_json,
+    prompt_row_json,
+    prompt_tables,
+    prompts_as_json,
+)
+from trimtab.sweeps.baselines import Prompts, Row
 from trimtab.sweeps.metering import Overhead, Used
 from trimtab.sweeps.result import Sweep
 from trimtab.sweeps.space import setting
@@ -33,7 +38,8 @@ class Compared:
     `against` compares it with the unsteered model. `changed` is how many activations it changes at
     a token; `cost` what it adds to the cross-entropy of plain text, in nats per token, `perplexity`
     that of the steered model there; `fit` and `sweep` what they took, `overhead` generation beside
-    the unsteered model. `why` says why there is nothing, where there is not.
+    the unsteered model. At a budget `axis_kl` is what is changed on the budget's axis. `why` says
+    why there is nothing, where there is not.
     """
 
     name: str
@@ -46,12 +52,14 @@ class Compared:
     perplexity: float | None = None
     overhead: Overhead | None = None
     swept: Used | None = None
+    axis_kl: float | None = None
     why: str = ""
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Presented):
-    """The rows of a comparison: of methods as they were chosen, and at an equal budget of KL."""
+    """The rows of a comparison: of methods as they were chosen, and at an equal budget of KL,
+    beside which prompts stand as they are (`asked_at_budget`): a prompt has no dial to turn."""
 
     task: str
     metric: str
@@ -72,11 +80,13 @@ class Comparison(Presented):
     prompts: Prompts | None = None
     #: Whether effects last, where that was measured.
     drift: Drift | None = None
+    #: What is said before prompts, with a steering or without, beside methods at the budget.
+    asked_at_budget: tuple[Row, ...] = ()
 
     def tables(self) -> list[Table]:
         """What each method is worth, what it changes and costs, at an equal budget, between which
         two there is a difference, what each writes, and what it took."""
-        at_budget = [] if self.kl is None else [self._budget_table(self.kl)]
+        at_budget = [] if self.kl is None else [self.budget_table(self.kl)]
         written = [samples_table(self.samples)] if self.samples else []
         asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
         asked += [] if self.drift is None else self.drift.tables()
@@ -165,11 +175,14 @@ class Comparison(Presented):
         ]
         return Table("Side effects", heads, rows)
 
-    def _budget_table(self, kl: float) -> Table:
+    def budget_table(self, kl: float) -> Table:
+        """Methods at the dial of the budget, and beside them what has no dial."""
         rows = [
             [
                 row.name,
                 number_cell(row.dial),
+                number_cell(row.axis_kl, ".3g"),
+                "",
                 cell(row.test, self.metric),
                 *_cells(row.against, self.metric),
                 number_cell(row.cost, "+.3f"),
@@ -177,10 +190,30 @@ class Comparison(Presented):
             ]
             for row in self.at_budget
         ]
-        heads = ["method", "dial", "test", "against unsteered", "p", "p, corrected", "cost"]
+        rows += [self._asked_cells(row, kl) for row in self.asked_at_budget]
+        heads = ["method, or prompt", "dial", "KL at the next token", "within the budget", "test"]
+        heads += ["against unsteered", "p", "p, corrected", "cost", "to know"]
         note = "The median over validation prompts of KL(unsteered ‖ steered) is the budget."
+        if self.asked_at_budget:
+            note += (
+                " A prompt has no dial: it stands here with what it changes by itself, as it does "
+                "with a steering at the dial that was chosen."
+            )
         title = f"At an equal budget: {kl:g} nats at the next token"
-        return Table(title, [*heads, "to know"], rows, note)
+        return Table(title, heads, rows, note).without_empty_columns(first=3)
+
+    def _asked_cells(self, row: Row, kl: float) -> list[Any]:
+        assert self.prompts is not None
+        return [
+            row.name,
+            number_cell(row.dial),
+            number_cell(row.axis_kl, ".3g"),
+            _fits(row, kl),
+            cell(row.test, self.metric),
+            *_cells(row.against, self.metric),
+            number_cell(row.cost, "+.3f"),
+            "; ".join(filter(None, (row.why, at_own_kl(self.prompts, row)))),
+        ]
 
     def _between_table(self) -> Table:
         rows = [
@@ -225,7 +258,14 @@ class Comparison(Presented):
             }
             | {"perplexity": self.perplexity},
             "methods": [_row_json(row) for row in self.rows],
-            "at_budget": {"kl": self.kl, "methods": [_row_json(row) for row in self.at_budget]},
+            "at_budget": {
+                "kl": self.kl,
+                "methods": [_row_json(row) for row in self.at_budget],
+                "prompts": [
+                    prompt_row_json(row) | {"within": _within(row, self.kl)}
+                    for row in self.asked_at_budget
+                ],
+            },
             "between": [
                 {"first": first, "second": second, **difference_json(found)}
                 for (first, second), found in self.between.items()
@@ -239,6 +279,15 @@ class Comparison(Presented):
             "notes": list(self.notes),
             "samples": [sample.as_json() for sample in self.samples],
         }
+
+
+def _within(row: Row, kl: float | None) -> bool | None:
+    """Whether a prompt changes no more than the budget; None where that is not known."""
+    return None if kl is None or row.axis_kl is None else row.axis_kl <= kl
+
+
+def _fits(row: Row, kl: float) -> str:
+    return {True: "yes", False: "no", None: ""}[_within(row, kl)]
 
 
 def _cells(difference: Difference | None, metric: str) -> list[str]:
@@ -273,5 +322,6 @@ def _row_json(row: Compared) -> dict[str, Any]:
         "perplexity": row.perplexity,
         "overhead": row.overhead and asdict(row.overhead),
         "swept": row.swept and asdict(row.swept),
+        "axis_kl": row.axis_kl,
         "why": row.why,
     }

@@ -8,6 +8,7 @@ from trimtab.figures import Difference, Estimate, with_unit, words_for
 from trimtab.reports import (
     COLOURS,
     MARKERS,
+    NEUTRAL,
     Line,
     Picture,
     Run,
@@ -83,7 +84,7 @@ def _estimate(difference: Difference) -> Estimate:
 
 
 def _plane(found: Comparison) -> Picture:
-    """Gain against cost, as chosen and at the budget."""
+    """Gain against cost, as chosen and at the budget; prompts stand in both as they are."""
     groups = {"as chosen": found.rows}
     if found.kl is not None:
         groups[f"at {found.kl:g} nats of KL"] = found.at_budget
@@ -103,6 +104,7 @@ def _plane(found: Comparison) -> Picture:
             for row in rows
             if row.against is not None and row.cost is not None
         ]
+        lines += _asked_points(found)
         curve(axes, lines, title=title, xlabel="cost on plain text, nats per token")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.axvline(0, color="black", linewidth=0.8)
@@ -114,5 +116,24 @@ def _plane(found: Comparison) -> Picture:
         "Gain and cost",
         "gain-and-cost",
         figure,
-        f"gain in {words_for(found.metric)} against cost on plain text for each method",
+        f"gain in {words_for(found.metric)} against cost on plain text for each method"
+        + (" and each prompt" if found.prompts is not None else ""),
+        "Grey are prompts, which have no dial." if found.prompts is not None else "",
     )
+
+
+def _asked_points(found: Comparison) -> list[Line]:
+    """Prompts that are said without a steering."""
+    rows = () if found.prompts is None else found.prompts.rows
+    return [
+        Line(
+            row.name,
+            [row.cost],
+            [_estimate(row.against)],
+            NEUTRAL,
+            MARKERS[i % len(MARKERS)],
+            "none",
+        )
+        for i, row in enumerate(row for row in rows if row.asks and row.dial is None)
+        if row.against is not None and row.cost is not None
+    ]

@@ -5,7 +5,8 @@ tokens is kept. A steering is measured at the same tokens:
 
     KL = mean over tokens of sum_v p(v) (log p(v) - log p_steered(v))       in nats per token
 
-so that not the first token alone counts, by which little is told of an answer.
+so that not the first token alone counts, by which little is told of an answer. Words before the
+texts are measured at the same tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import load_contrast
+from trimtab.evaluation import Attached, asked_with, load_contrast, steering_of
 from trimtab.files import json_digest, user_path
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts
-from trimtab.steering import Steering, Steerings
 
 #: As many texts as are read, at most: what is kept of each is as large as the vocabulary.
 _MOST = 64
@@ -43,10 +43,7 @@ class Neutral:
         self.language_model, self._kept = language_model, kept
         self.texts, self.tokens = tuple(texts[:_MOST]), tokens
         written = language_model.generate(list(self.texts), max_new_tokens=tokens, chat=False)
-        self.readings = [
-            _reading(ids, each.tokens)
-            for ids, each in zip(language_model.encode(self.texts), written, strict=True)
-        ]
+        self._written = [each.tokens for each in written]
         self._base = self._log_p(None)
 
     def describe(self) -> dict[str, object]:
@@ -60,24 +57,25 @@ class Neutral:
     @property
     def in_words(self) -> str:
         """Where KL is measured, for a sentence."""
-        count = sum(len(reading.positions) for reading in self.readings)
+        count = sum(map(len, self._written))
         return f"at {count} tokens that the unsteered model writes after {len(self.texts)} texts"
 
-    def kl(self, steering: Steering | Steerings | None) -> float:
-        """Mean KL(unsteered || steered) of the next token, in nats."""
+    def kl(self, attached: Attached) -> float:
+        """Mean KL(unsteered || changed) of the next token, in nats."""
         total, count = 0.0, 0
-        for base, steered in zip(self._base, self._log_p(steering), strict=True):
-            before, after = base.double(), steered.double()
+        for base, changed in zip(self._base, self._log_p(attached), strict=True):
+            before, after = base.double(), changed.double()
             total += float((before.exp() * (before - after)).sum())
             count += len(base)
         return total / count
 
-    def _log_p(self, steering: Steering | Steerings | None) -> list[Tensor]:
+    def _log_p(self, attached: Attached) -> list[Tensor]:
         """Log-probabilities at the tokens of each text, [tokens, vocabulary]."""
-        found = [torch.empty(0)] * len(self.readings)
-        read = next_tokens(
-            self.language_model, self.readings, steering, kept=self._kept, whole=True
-        )
+        lm = self.language_model
+        asked = lm.fitting(asked_with(lm, attached, self.texts), self.tokens)
+        readings = [_reading(*each) for each in zip(asked, self._written, strict=True)]
+        found = [torch.empty(0)] * len(readings)
+        read = next_tokens(lm, readings, steering_of(attached), kept=self._kept, whole=True)
         for batch, nexts in read:
             for row, each in zip(batch.rows, nexts, strict=True):
                 assert each.every is not None

@@ -19,7 +19,7 @@ from trimtab.reports import (
 )
 from trimtab.steering import Steering
 from trimtab.sweeps.asked_tables import prompt_tables, prompts_as_json
-from trimtab.sweeps.baselines import Prompts
+from trimtab.sweeps.baselines import Prompts, Row
 from trimtab.sweeps.space import Params, setting
 
 #: Trials in the table; the records have all.
@@ -177,13 +177,41 @@ class Sweep(Presented):
             cost = number_cell(alone.cost, ".3f")
             rows.append(["", "unsearched", number_cell(alone.kl, ".3f"), *self._cells(alone), cost])
             rows[-1].append("")
-        heads = ["trial", "", "KL, nats/token", "validation", "test", "cost, nats/token", "setting"]
+        rows += self._asked_rows()
+        heads = [
+            *("trial", "", "KL, nats/token", "validation", "test", "cost, nats/token"),
+            "setting, or what it is",
+        ]
         note = (
             "No other trial does more for as little KL on neutral texts. Chosen is what does most "
             f"at {self.max_kl:g} nats per token or less: --max-kl says another limit, --pick names "
             "a trial."
         )
+        if self._asked:
+            note += " A prompt has no dial: it stands here with the KL that it has."
         return Table("Trade-offs: the Pareto front", heads, rows, note).without_empty_columns()
+
+    @property
+    def _asked(self) -> list[Row]:
+        """What is said before prompts, where its KL on neutral texts is known."""
+        rows = () if self.prompts is None else self.prompts.rows
+        return [row for row in rows if row.asks and row.axis_kl is not None]
+
+    def _asked_rows(self) -> list[list[Any]]:
+        """Prompts among the trade-offs, and whether they keep to the limit."""
+        assert self.max_kl is not None
+        return [
+            [
+                "",
+                row.name,
+                number_cell(row.axis_kl, ".3f"),
+                cell(row.validation, self.metric),
+                cell(row.test, self.metric),
+                number_cell(row.cost, ".3f"),
+                "within the limit" if (row.axis_kl or 0.0) <= self.max_kl else "above the limit",
+            ]
+            for row in self._asked
+        ]
 
     def _cells(self, trial: Trial) -> list[str]:
         return [cell(trial, self.metric), cell(trial.on_test, self.metric)]

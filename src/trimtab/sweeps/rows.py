@@ -55,7 +55,15 @@ from trimtab.figures import (
 )
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
-from trimtab.reading import Reading, StreamCache, next_tokens, plain_texts, side_readings
+from trimtab.reading import (
+    Reading,
+    ScaledUnit,
+    StreamCache,
+    next_tokens,
+    plain_texts,
+    scaled_log_p,
+    side_readings,
+)
 from trimtab.reports import Run, object_in
 
 #: Characters of a token, at least: what answers are taken to be long by.
@@ -259,12 +267,7 @@ class TaskRows:
         """
         if steering is None and part in self._unsteered_values:
             return self._unsteered_values[part]
-        key = part, words_of(steering)
-        if key not in self._readings_of:
-            self._readings_of[key] = _readings_for(
-                self.language_model, self.jobs[part], part, steering
-            )
-        readings = self._readings_of[key]
+        readings = self._asked_readings(part, steering)
         if readings is None:
             values: Values = values_of(self.records(steering, part))
         elif isinstance(self.jobs[part], PreferenceJob):
@@ -302,6 +305,31 @@ class TaskRows:
         ahead = log_p[0::2] - log_p[1::2]
         return {FINE: ahead, "prefers": (ahead > 0).double()}
 
+    def scaled(self, units: Sequence[ScaledUnit], part: Part = "validation") -> Tensor:
+        """By how many nats the right answer is ahead with one unit scaled at a time, [units, rows];
+        units are rows of a batch. Only of tasks that have that metric (`fine`)."""
+        readings = self._asked_readings(part, None)
+        if readings is None:
+            raise TrimtabError(f"{self.task} is answered in words: it has no {FINE}")
+        if isinstance(self.jobs[part], TaskJob):  # which ask for the right answer and the wrong
+            readings = [
+                replace(one, positions=(position,), targets=(target,))
+                for one in readings
+                for position, target in zip(one.positions, one.targets or (), strict=True)
+            ]
+        log_p = scaled_log_p(self.language_model, readings, units)[1:]
+        return log_p[:, 0::2] - log_p[:, 1::2]
+
+    def _asked_readings(self, part: Part, attached: Attached) -> list[Reading] | None:
+        """What is read of each row with the words before it, made once; None where answers are
+        written."""
+        key = part, words_of(attached)
+        if key not in self._readings_of:
+            self._readings_of[key] = _readings_for(
+                self.language_model, self.jobs[part], part, attached
+            )
+        return self._readings_of[key]
+
     def change(self, values: Values, metric: str, part: Part = "validation") -> Difference:
         """Against the unsteered model."""
         return difference_of(self.values(None, part)[metric], values[metric])
@@ -336,6 +364,11 @@ class TaskRows:
         if isinstance(job, TaskJob):
             return [example.prompt for example in job.entries[0].examples][:most]
         return list(dict.fromkeys(pair.prompt for pair in job.pairs))[:most]
+
+    @property
+    def asks_chats(self) -> bool:
+        """Whether its prompts are conversations."""
+        return any(not isinstance(prompt, str) for prompt in self.prompts(8, "test"))
 
     def every_prompt(self) -> list[Prompt]:
         """The prompts of both parts."""

@@ -161,7 +161,8 @@ def sweep(
     # Helpers of another process leave that to it.
     if said is not None and multiprocessing.parent_process() is None:
         asked = askings(said, texts, prompting.shots, writer)
-        beside = Baselines(bench, run, measured.choosing.max_cost, timed=False)
+        axis = None if neutral is None else neutral.kl
+        beside = Baselines(bench, run, measured.choosing.max_cost, timed=False, axis=axis)
         found = replace(found, prompts=_beside(found, beside, said, asked))
     found = replace(found, notes=(*found.notes, *unsaid))
     if found.steering is not None and found.steering.acts:

@@ -10,13 +10,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from trimtab.contrasts import Contrast
 from trimtab.figures import mean_interval, rate_interval
 from trimtab.papers.austeer.effect.rankings import RANKINGS, Fitted
-from trimtab.papers.austeer.ranking import Unit, scaling
+from trimtab.papers.austeer.ranking import Unit
+from trimtab.reading import ScaledUnit
 from trimtab.reports import Run
 from trimtab.sweeps import FINE, TaskRows
 from trimtab.terminal import progress
+
+#: A unit: its layer and its number.
+Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,11 @@ class Alone:
         }
 
 
-def steered_alone(
-    rows: TaskRows, found: Fitted, texts: Contrast, count: int, gamma: float, run: Run
-) -> list[Alone]:
-    """The first units of each ranking (of random ones those of the first draw), each by itself;
-    from the lowest layer up, so that what is kept of the lower blocks for one serves the next."""
-    among: dict[tuple[int, int], dict[str, float]] = {}
-    units: dict[tuple[int, int], Unit] = {}
+def steered_alone(rows: TaskRows, found: Fitted, count: int, gamma: float, run: Run) -> list[Alone]:
+    """The first units of each ranking (of random ones those of the first draw), each by itself; a
+    layer's units are rows of a batch."""
+    among: dict[Place, dict[str, float]] = {}
+    units: dict[Place, Unit] = {}
     for name in RANKINGS:
         first = found.of(name)[0]
         for unit, gain in zip(first.units[:count], first.gains, strict=False):
@@ -65,24 +66,49 @@ def steered_alone(
             units.setdefault(place, unit)
             among.setdefault(place, {})[name] = gain
     base = rows.values(None)[FINE]
-    site = found.rankings[0].site
     done = []
-    with progress("steering single units", len(units)) as advance:
-        for place, unit in sorted(units.items()):
-            file = f"alone-{unit.layer}-{unit.unit}"
-            kept = run.kept(file)
-            if kept is None:
-                kept = []
-                for gain in (gamma, -gamma):
-                    steering = scaling(rows.language_model, texts, site, [unit], 1.0, [gain])
-                    values = rows.values(steering)[FINE].tolist()
-                    named = {"task": rows.task, "id": f"{gain:g}", "steering": file}
-                    kept.append({**named, "gain": gain, "values": values})
-                run.keep(file, kept)
-            up, down = (torch.tensor(row["values"], dtype=torch.float64) - base for row in kept)
-            done.append(Alone(unit, among[place], gamma * found.effects.of(unit), up, down))
-            advance(1)
+    for place, values in _scaled(rows, found, sorted(units), gamma, run).items():
+        up, down = (torch.tensor(own, dtype=torch.float64) - base for own in values)
+        unit = units[place]
+        done.append(Alone(unit, among[place], gamma * found.effects.of(unit), up, down))
     return done
+
+
+def _scaled(
+    rows: TaskRows, found: Fitted, places: Sequence[Place], gamma: float, run: Run
+) -> dict[Place, list[list[float]]]:
+    """The log-odds of the rows with each unit scaled up, and with it scaled down; what a run
+    directory has of them is not computed again."""
+    lm, kind = rows.language_model, found.rankings[0].site
+    values: dict[Place, list[list[float]]] = {}
+    missing: dict[int, list[Place]] = {}
+    for place in places:
+        kept = run.kept(_file(place))
+        if kept is None:
+            missing.setdefault(place[0], []).append(place)
+        else:
+            values[place] = [row["values"] for row in kept]
+    with progress("steering single units", sum(map(len, missing.values()))) as advance:
+        for layer, some in missing.items():
+            site = lm.anatomy.sites(kind, (layer,))[0]
+            gains = (gamma, -gamma)
+            units = [ScaledUnit(site, unit, gain) for _, unit in some for gain in gains]
+            both = rows.scaled(units).view(len(some), len(gains), -1)
+            for place, own in zip(some, both.tolist(), strict=True):
+                named = {"task": rows.task, "steering": _file(place)}
+                kept = [
+                    {**named, "id": f"{gain:g}", "gain": gain, "values": each}
+                    for gain, each in zip(gains, own, strict=True)
+                ]
+                run.keep(_file(place), kept)
+                values[place] = own
+            advance(len(some))
+    return {place: values[place] for place in places}
+
+
+def _file(place: Place) -> str:
+    layer, unit = place
+    return f"alone-{layer}-{unit}"
 
 
 def alone_as_json(alone: Sequence[Alone], gamma: float) -> dict[str, Any] | None:

@@ -107,7 +107,7 @@ def effect(
     found = fitted(language_model, texts, ranked.site, max(ks), seeds, counted)
     bench = Bench(rows, prompts, budgets, run)
     cells = cells_of(bench, found, texts, ks, Costs(language_model, ranked.site))
-    single = steered_alone(rows, found, texts, steered.alone, steered.gamma, run)
+    single = steered_alone(rows, found, steered.alone, steered.gamma, run)
     alone = alone_as_json(single, steered.gamma)
     chosen = chosen_of(cells, budgets)
     total = site_units(language_model, ranked.site)

@@ -7,6 +7,8 @@ the model as it is and by the steered or prompted one, and at each of their toke
 
 of the next token's distribution is taken. Tokens of the prompt, and of words before it, are not
 compared, so that a steering and a prompt stand on one axis.
+
+At the next token after a prompt, where budgets are kept, both stand on one axis too: `NextTokens`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from trimtab.contrasts import Prompt
 from trimtab.dials import dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Attached, asked_with, steering_of
+from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.figures import weighted_interval
 from trimtab.model import (
     LanguageModel,
@@ -32,7 +34,7 @@ from trimtab.model import (
     refuse_dropout,
     row_steerings,
 )
-from trimtab.reading import neutral_prompts, plain_texts, run_upper
+from trimtab.reading import neutral_prompts, next_tokens, plain_texts, prompt_reading, run_upper
 from trimtab.steering import Steering
 
 #: Neutral prompts, and tokens that are written after each.
@@ -56,6 +58,37 @@ class TokenKL:
 
     def as_json(self) -> dict[str, Any]:
         return {"mean": self.mean, "ci95": self.ci95, "worst5": self.worst5, "tokens": self.tokens}
+
+
+class NextTokens:
+    """What the unsteered model expects next after some prompts, on which is measured how far a
+    steering, or words before the prompts, moves that."""
+
+    def __init__(self, language_model: LanguageModel, prompts: Sequence[Prompt]) -> None:
+        if not prompts:
+            raise TrimtabError("there is no prompt to measure KL at the next token on")
+        self.language_model, self.prompts = language_model, list(prompts)
+        self._base = self._log_p(None)
+
+    def kl(self, attached: Attached) -> Tensor:
+        """KL(unsteered || changed) of the next token after each prompt, [prompts] in nats."""
+        return divergence(self._base, self._log_p(attached)).clamp(min=0.0)
+
+    def median(self, attached: Attached) -> float:
+        """The median over prompts, which is what a budget is."""
+        return float(self.kl(attached).quantile(0.5))
+
+    def _log_p(self, attached: Attached) -> Tensor:
+        """Log-probabilities of the next token, [prompts, vocabulary]."""
+        lm = self.language_model
+        asked = lm.fitting(asked_with(lm, attached, self.prompts))
+        found = [torch.empty(0)] * len(asked)
+        readings = [prompt_reading(tokens) for tokens in asked]
+        for batch, nexts in next_tokens(lm, readings, steering_of(attached), whole=True):
+            for row, each in zip(batch.rows, nexts, strict=True):
+                assert each.every is not None
+                found[row] = each.every[0]
+        return torch.stack(found).cpu()
 
 
 class Continuations:

@@ -1,0 +1,116 @@
+"""Concepts found in texts, and vectors at each layer and strength, against plain loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trimtab as tt
+from helpers import block, hand_hooked, language_model, token_ids, write_pairs
+from trimtab.papers.detection import detection
+from trimtab.papers.layer_curves import layer_curves
+
+SITE = "layers.1.resid"
+
+
+def write_set(directory: Path, name: str, counts: tuple[int, int] = (6, 5)) -> None:
+    """Texts of two concepts, sea and sums, in AxBench's columns."""
+    words = {"0": "wave ship tide", "1": "seven plus nine", "-1": "door chair lamp"}
+    (directory / "axbench").mkdir()
+    for end, count in zip(("train", "eval"), counts, strict=True):
+        rows = []
+        for concept, text in words.items():
+            for i in range(count):
+                row = {"input": f"Tell me {i}", "output_concept": text, "concept_id": concept}
+                kind = "negative" if concept == "-1" else "positive"
+                if end == "eval" and concept == "-1":
+                    for other in ("0", "1"):
+                        hard = "hard negative" if i == 0 else "negative"
+                        mine = {**row, "output": f"{text} {i}", "category": hard}
+                        rows.append({**mine, "concept_id": other})
+                    continue
+                rows.append({**row, "output": f"{text} {i} and", "category": kind})
+        file = directory / "axbench" / f"{name}_{end}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@torch.no_grad()
+def activations(lm: tt.LanguageModel, text: str) -> torch.Tensor:
+    """[tokens, units] at the output of block 1."""
+    seen: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x[0].double())
+        return x
+
+    with hand_hooked(block(lm.model, 1), keep):
+        lm.model(input_ids=torch.tensor([token_ids(text)]), use_cache=False)
+    return seen[0]
+
+
+def test_auroc_of_each_concept_by_a_loop(tmp_path: Path) -> None:
+    write_set(tmp_path, "tiny")
+    lm = language_model("llama")
+    method = {"name": "mean", "method": "caa", "fixed": {"layer": 1, "token": "mean"}}
+    found = detection(lm, [method], texts_of="tiny", data=str(tmp_path))
+    train, test = (
+        [json.loads(line) for line in (tmp_path / f"axbench/tiny_{end}.jsonl").open()]
+        for end in ("train", "eval")
+    )
+
+    def of(rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+        return [activations(lm, f"{row['input']}\n{row['output']}") for row in rows]
+
+    none = torch.stack([x.mean(0) for x in of([r for r in train if r["concept_id"] == "-1"])])
+    assert [one["id"] for one in found.data["concepts"]] == ["0", "1"]
+    for one in found.data["concepts"]:
+        own = torch.stack(
+            [x.mean(0) for x in of([r for r in train if r["concept_id"] == one["id"]])]
+        )
+        direction = own.mean(0) - none.mean(0)
+        rows = [row for row in test if row["concept_id"] == one["id"]]
+        scores = [float((x @ direction)[1:].max()) for x in of(rows)]
+        right = [row["category"] == "positive" for row in rows]
+        above = [
+            1.0 if a > b else 0.5 if a == b else 0.0
+            for a, is_a in zip(scores, right, strict=True) if is_a
+            for b, is_b in zip(scores, right, strict=True) if not is_b
+        ]  # fmt: skip
+        figure = one["auroc"]["mean"]
+        assert figure["value"] == pytest.approx(sum(above) / len(above))
+        assert figure["n"] == len(rows) == 10
+        assert figure["ci95"][0] <= figure["value"] <= figure["ci95"][1]
+    means = [one["auroc"]["mean"]["value"] for one in found.data["concepts"]]
+    assert found.data["mean"]["mean"]["value"] == pytest.approx(sum(means) / 2)
+    assert found.values["mean, concept 0"].n == 10
+    with pytest.raises(tt.TrimtabError, match="there is no axbench/other_train.jsonl"):
+        detection(lm, [method], texts_of="other", data=str(tmp_path))
+
+
+def test_a_vector_at_each_layer_and_strength(tmp_path: Path) -> None:
+    """The gain is that of test pairs, from vectors that were fitted on train pairs alone."""
+    lm = language_model("llama")
+    contrast = tt.Contrast.from_jsonl(write_pairs(tmp_path / "pairs.jsonl").partition(":")[2])
+    found = layer_curves(
+        lm, contrast, layers=[0, 2], strengths=[-1.0, 1.0], fixed={"token": "mean"}, limit=6,
+        new_tokens=4,
+    )  # fmt: skip
+    places = {(one["layer"], one["strength"]): one for one in found.data["places"]}
+    assert list(places) == [(0, -1.0), (0, 1.0), (2, -1.0), (2, 1.0)]
+    test = tt.Contrast(contrast.part("test").pairs[:6])
+    validation = tt.Contrast(contrast.part("validation").pairs[:6])
+    chosen = {}
+    for layer in (0, 2):
+        vector = tt.CAA(layer=layer, token="mean").fit(lm, contrast, measure=False)
+        for strength in (-1.0, 1.0):
+            gain = tt.log_odds(lm, test, vector.at(strength)) - tt.log_odds(lm, test)
+            one = places[layer, strength]
+            assert one["gain"]["difference"] == pytest.approx(float(gain.mean()), abs=1e-4)
+            assert one["kl"]["mean"] > 0
+        gain = tt.log_odds(lm, validation, vector.at(1.0)) - tt.log_odds(lm, validation)
+        chosen[layer] = float(gain.mean())
+    assert found.data["chosen_layer"] == max(chosen, key=lambda layer: chosen[layer])
