@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
@@ -62,13 +63,48 @@ class Advance(Protocol):
     def __call__(self, steps: int, said: str | None = None) -> object: ...
 
 
+#: Who hears of work: what it is, and how many of its steps are done.
+Heard = Callable[[str, int, int], object]
+_hearing: ContextVar[Heard | None] = ContextVar("hearing", default=None)
 #: The bars of the work that is going on.
 _shown: list[Progress] = []
 
 
 @contextmanager
+def watched(hear: Heard) -> Iterator[None]:
+    """Tells `hear` of the progress of all work inside, for whoever shows it elsewhere than in a
+    terminal."""
+    token = _hearing.set(hear)
+    try:
+        yield
+    finally:
+        _hearing.reset(token)
+
+
+@contextmanager
 def progress(what: str, total: int) -> Iterator[Advance]:
     """Shows `what` with a bar; the block is handed a function that moves it on by some steps."""
+    hear = _hearing.get()
+    with _bar(what, total) as advance:
+        yield advance if hear is None else _telling(advance, hear, what, total)
+
+
+def _telling(advance: Advance, hear: Heard, what: str, total: int) -> Advance:
+    """The same function, which also tells."""
+    done = 0
+    hear(what, done, total)
+
+    def move(steps: int, said: str | None = None) -> None:
+        nonlocal done, what
+        done, what = done + steps, what if said is None else said
+        advance(steps, said)
+        hear(what, done, total)
+
+    return move
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Advance]:
     if in_notebook():
         from tqdm.auto import tqdm  # a widget, or text where there are no widgets
 

@@ -38,8 +38,8 @@ from trimtab.terminal import CleanConsole, printable
 #: `commands`, which makes the group.
 COMMANDS = (
     "demo", "make", "models", "contrast", "fit", "gate", "monitor", "generate", "chat", "inspect",
-    "bake", "serve", "export", "import", "push", "pull", "search", "audit", "evaluate", "strength",
-    "sweep", "reproduce", "compare", "analyse",
+    "bake", "serve", "playground", "export", "import", "push", "pull", "search", "audit",
+    "evaluate", "strength", "sweep", "reproduce", "compare", "analyse",
 )  # fmt: skip
 GROUPS = ("models", "contrast", "fit", "gate", "monitor", "strength", "sweep", "analyse")
 _ABOUT = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, trusting
+from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
 from trimtab.cli.values import read_named
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from trimtab.model import LanguageModel
     from trimtab.serving import Carried, Library
     from trimtab.steering import Steering
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ def serve(
     key, admin_key = (
         os.environ.get(name) or None for name in ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")
     )
-    if serving.host not in _LOOPBACK and key is None:
+    if serving.host not in LOOPBACK and key is None:
         raise TrimtabError(
             f"{serving.host} can be reached by others: set TRIMTAB_API_KEY, or listen on 127.0.0.1"
         )
@@ -304,15 +302,15 @@ def _run(
 
     from trimtab.serving import Access, Desk, application
 
-    hosts: tuple[str, ...] | None = (*_LOOPBACK, *serving.allow_host)
-    if serving.host not in _LOOPBACK and not serving.allow_host:
+    hosts: tuple[str, ...] | None = (*LOOPBACK, *serving.allow_host)
+    if serving.host not in LOOPBACK and not serving.allow_host:
         hosts = None  # whoever has the key may use any name
-    bound = _bound(serving.host, serving.port)
+    bound = bound_to(serving.host, serving.port)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     with engine() as opened:
         desk = Desk(language_model, name, library, opened, serving.timeout)
         app = application(desk, Access(*keys, hosts))
-        address = f"http://{_shown(serving.host)}:{bound.getsockname()[1]}/v1"
+        address = f"http://{as_address(serving.host)}:{bound.getsockname()[1]}/v1"
         console.print(f"{name} with {len(library.held)} steerings at {address} (Ctrl-C ends it)")
         sys.stdout.flush()
         config = uvicorn.Config(
@@ -323,23 +321,3 @@ def _run(
             server_header=False,
         )
         uvicorn.Server(config).run(sockets=[bound])
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens, or one line that says why not."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-        bound.listen()  # who comes before the server runs waits, and is not turned away
-    except OSError as error:
-        bound.close()
-        raise TrimtabError(
-            f"cannot listen on {host}, port {port}: {error.strerror or error}; name another --port"
-        ) from error
-    return bound
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

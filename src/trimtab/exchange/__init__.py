@@ -2,7 +2,7 @@
 
 from trimtab.exchange.audited import Audit
 from trimtab.exchange.auditing import audit
-from trimtab.exchange.card import is_control_vector, lora_rank
+from trimtab.exchange.card import About, base_model_of, is_control_vector, lora_rank, write_card
 from trimtab.exchange.exporting import FORMATS, export, writer_of
 from trimtab.exchange.gguf_model import TYPES, save_gguf
 from trimtab.exchange.hub import Pulled, Pushed, card_of, fetched, pull, push

@@ -12,7 +12,7 @@ from trimtab.model.decoding import (
     left_aside,
     unsound,
 )
-from trimtab.model.explaining import Firing, acted, scope_weights
+from trimtab.model.explaining import Firing, acted, firing, scope_weights
 from trimtab.model.folding import Fold, record_of, unlike
 from trimtab.model.gate_reports import (
     Columns,

@@ -2,7 +2,9 @@
 
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
+from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.serving.elsewhere import Carried, Elsewhere, sites_wanted
 from trimtab.serving.engine import Engine
 from trimtab.serving.jobs import Limits
-from trimtab.serving.library import Library, described
+from trimtab.serving.library import LARGEST, Library, described
+from trimtab.serving.names import Asked, check_name
