@@ -140,6 +140,15 @@ def trimtab(work: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+def with_other(command: str, options: str) -> str:
+    """A command line with other values for some of its options, which may stand there only once."""
+    words, others = shlex.split(command), shlex.split(options)
+    for name in [other for other in others if other.startswith("-") and other in words]:
+        place = words.index(name)
+        del words[place : place + 2]
+    return shlex.join([*words, *others])
+
+
 def write_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

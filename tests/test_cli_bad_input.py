@@ -24,6 +24,7 @@ from commands import (
     listing,
     refused,
     trimtab,
+    with_other,
     work,
     write_rows,
 )
@@ -242,7 +243,10 @@ BAD = {
     "prompt empty": (f"{GENERATE} Hello ''", "prompt 2 is empty"),
     "prompt blank": (f"{GENERATE} '  '", "prompt 1 is empty"),
     "prompt over-long": (f"{GENERATE} '{'word ' * 300}'", "256 tokens"),
-    "prompt and answer over-long": ("generate --model model Hello --max-new-tokens 255", "256 tokens"),
+    "prompt and answer over-long": (
+        with_other(GENERATE, "Hello --max-new-tokens 255"),
+        "256 tokens",
+    ),
     "prompt not UTF-8": (f"{GENERATE} \udcff", "prompt 1 is not UTF-8"),
     "prompts missing": (f"{GENERATE} --prompts no.txt", "no.txt", "No such"),
     "prompts a folder": (f"{GENERATE} --prompts folder", "folder", "directory"),
@@ -262,7 +266,7 @@ BAD = {
     "top_p 0": (f"{GENERATE} Hello --top-p 0", "top_p"),
     "top_p above 1": (f"{GENERATE} Hello --top-p 1.5", "top_p"),
     "top_k negative": (f"{GENERATE} Hello --top-k -1", "top_k"),
-    "no new tokens": ("generate --model model Hello --max-new-tokens 0", "max_new_tokens"),
+    "no new tokens": (with_other(GENERATE, "Hello --max-new-tokens 0"), "max_new_tokens"),
     "batch of 0": (f"{GENERATE} Hello --batch-size 0", "batch_size"),
     "seed too large": (f"{GENERATE} Hello --seed {10**30}", "--seed"),
     "seed negative": (f"{GENERATE} Hello --seed -1", "--seed"),

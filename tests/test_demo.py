@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimtab as tt
-from commands import Command, failing, listing, refused, trimtab, write_rows
+from commands import Command, failing, listing, refused, trimtab, with_other, write_rows
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.cli import demonstration as demo
 from trimtab.cli import main
@@ -209,7 +209,7 @@ def test_into_an_empty_directory_and_a_deep_one(
     trimtab: Command, work: Path, numbers: dict[str, Any], output: str
 ) -> None:
     (work / "out").mkdir()
-    found = trimtab(f"{DEMO} -o {output} --json").json
+    found = trimtab(with_other(DEMO, f"-o {output} --json")).json
     check_files(work / output, found)
     assert found["results"] == numbers["results"]  # and it can be repeated
 
@@ -241,7 +241,7 @@ def test_bad_input(
         (work / "out").mkdir()
         (work / "out" / "demo.json").write_text('{"seconds": 1}')
     before = listing(work)
-    refused(trimtab(f"{DEMO} {options}"), *words)
+    refused(trimtab(with_other(DEMO, options)), *words)
     assert listing(work) == before
 
 
