@@ -40,10 +40,10 @@ COMMANDS = {
     ),
 }
 #: Passes of blocks for the texts that results show: 32 tokens through 3 blocks, unsteered and under
-#: one or two steerings.
+#: one or two steerings; of a comparison also what its budget of KL changes each of them by.
 #: A model that is loaded is looked at: its layers run on a short text.
 LOOKS = 12
-TEXTS = {"sweep": 2 * 96, "sweep-drawn": 2 * 96, "compare": 3 * 96}
+TEXTS = {"sweep": 2 * 96, "sweep-drawn": 2 * 96, "compare": 3 * 96 + 12}
 STEERED = {
     f"{name} {kind}": line
     for name in (*FITS, "calibrated")
@@ -169,7 +169,9 @@ def _results(found: dict[str, Any]) -> dict[str, Any]:
     """What was found, without what it took: less, where some was done already; and without what is
     said since: texts that runs show, scopes, which say what positions did, gates, prompts beside
     methods, and shares of rows that moved the wrong way."""
-    found = _without(found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift"})
+    found = _without(
+        found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift", "axis_kl"}
+    )
     if "notes" in found:
         found["notes"] = [note for note in found["notes"] if note != UNSAID]
     if "interventions" in found:

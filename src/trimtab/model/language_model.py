@@ -533,7 +533,6 @@ class LanguageModel:
         stop: str | None = None,
         batch_size: int = 16,
         on_text: OnText | None = None,
-        kept: Kept | None = None,
         force: bool = False,
         **options: Any,
     ) -> list[Completion]:
@@ -545,17 +544,17 @@ class LanguageModel:
         per prompt, or a rule that finds each prompt's dial (`tt.within(steering, kl=0.1)`).
         `on_text` is called with a prompt's place and the next piece of its text while that is
         written (`stream` iterates over the pieces of one prompt); there is no progress bar then.
-        `kept` is what was read of one prompt, such as a conversation, that goes on with the next
-        call: `kept = tt.Kept()`, and then the same in each call.
-
         `options` say how tokens are chosen: `temperature` (0, the default, is greedy), `top_k` (0:
         all), `top_p` (1: all), `min_new_tokens` (before, no text ends by itself), and those of
         transformers by their names there: `repetition_penalty=1.2`, `min_p=0.1`, `num_beams=4`
-        (`decoding.OPTIONS` has all). Of the checkpoint's own generation settings only the special
-        tokens are used. Logits that cannot choose a token (not finite, or all equal) are an error.
+        (`decoding.OPTIONS` has all). One more, `kept`, is what was read of one prompt, such as a
+        conversation, that goes on with the next call: `kept = tt.Kept()`, and the same in each. Of
+        the checkpoint's own generation settings only the special tokens are used. Logits that
+        cannot choose a token (not finite, or all equal) are an error.
         Returns one `Completion` per prompt, in order.
         """
         min_new_tokens = whole("min_new_tokens", options.pop("min_new_tokens", 0))
+        kept: Kept | None = options.pop("kept", None)
         asked = sampling(options, self.anatomy.config.vocab_size)
         pattern = None if stop is None else stop_pattern(stop)
         if on_text is not None:

@@ -53,10 +53,10 @@ _MADE = (
 _LEFT = (*_MADE, *(f"study.db{end}" for end in ("", "-journal", "-wal", "-shm")))
 #: The pictures of runs, by name: those of a recipe with its part before them.
 PICTURES = [
-    "ablations", "coherence", "combinations", "cosines", "count", "curve", "curves", "dial",
-    "differences", "footprint", "front", "gain-and-cost", "gain-by-k", "heatmap", "line", "masks",
-    "norms", "overlap", "overview", "pairs", "panels", "predicted", "projections", "suppression",
-    "tasks", "tokens", "trials", "units",
+    "ablations", "auroc", "coherence", "combinations", "cosines", "count", "curve", "curves",
+    "dial", "differences", "footprint", "front", "gain-and-cost", "gain-by-k", "heatmap", "line",
+    "masks", "norms", "overlap", "overview", "pairs", "panels", "predicted", "projections",
+    "suppression", "tasks", "tokens", "trials", "units",
 ]  # fmt: skip
 #: The first line of the LaTeX tables of runs, by which they and the CSV beside them are known.
 TABLE_MARK = "% A table of a run of trimtab; needs \\usepackage{booktabs}.\n"

@@ -81,12 +81,12 @@ class Baseline:
             return ""
         said = f"{number_text(abs(self.against.difference))} nats"
         low, high = self.against.ci95
-        paid = f" for {number_text(self.tested.cost.value, '+')} nats per token of plain text"
+        cost = f"{number_text(self.tested.cost.value, '+')} nats per token of plain text"
         if low > 0:
-            return f"Just asking ({self.asked.said}) does more: by {said}{paid}."
+            return f"Just asking ({self.asked.said}) does more: by {said}, for {cost}."
         if high < 0:
-            return f"It does {said} more than just asking ({self.asked.said}) does{paid}."
-        return f"Just asking ({self.asked.said}) does about as much{paid}."
+            return f"It does {said} more than just asking ({self.asked.said}), which costs {cost}."
+        return f"Just asking ({self.asked.said}) does about as much, for {cost}."
 
     def as_json(self) -> dict[str, Any]:
         on = "validation" if self.tested is None else "test"
