@@ -18,10 +18,8 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.serving import LARGEST
+from trimtab.serving import TooLargeError, limited, refused_length, room, too_large
 
-#: Bytes of a request, but of one that brings a steering.
-_LARGEST_BODY = 4 * 2**20
 _COOKIE = "trimtab"
 _SENT = (b"application/json", b"application/octet-stream")
 #: Everything is ours, and nobody puts our pages into theirs. A report has its own styles and
@@ -50,10 +48,6 @@ class Access:
 
     hosts: tuple[str, ...] | None = ("localhost", "127.0.0.1", "::1")
     key: str | None = None
-
-
-class _TooLargeError(Exception):
-    """A body has more bytes than are taken."""
 
 
 class Guard:
@@ -87,9 +81,9 @@ class Guard:
             await _error(*refusal)(scope, receive, guarded)
             return
         try:
-            await self._app(scope, _limited(receive, _room(scope)), guarded)
-        except _TooLargeError:
-            await _error(413, f"a request may have {_room(scope)} bytes")(scope, receive, guarded)
+            await self._app(scope, limited(receive, room(scope)), guarded)
+        except TooLargeError:
+            await _error(413, too_large(scope))(scope, receive, guarded)
 
     def _brings_key(self, scope: Scope) -> bool:
         """Whether somebody opens the address that was printed, with the key in it."""
@@ -118,10 +112,8 @@ class Guard:
             kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
             if kind not in _SENT:
                 return 415, "send application/json"
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > _room(scope):
-            return 413, f"a request may have {_room(scope)} bytes"
-        return None
+        larger = refused_length(scope, headers)
+        return None if larger is None else (413, larger)
 
 
 def _error(status: int, message: str) -> JSONResponse:
@@ -139,26 +131,6 @@ def _name_of(host: str) -> str:
 def _has_cookie(given: bytes, key: str) -> bool:
     found = SimpleCookie(given.decode("latin-1")).get(_COOKIE)
     return found is not None and hmac.compare_digest(found.value.encode(), key.encode())
-
-
-def _room(scope: Scope) -> int:
-    return LARGEST if scope["method"] == "PUT" else _LARGEST_BODY
-
-
-def _limited(receive: Receive, most: int) -> Receive:
-    """The same messages, as long as their bodies are not too large together."""
-    seen = 0
-
-    async def limited() -> Message:
-        nonlocal seen
-        message = await receive()
-        if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise _TooLargeError
-        return message
-
-    return limited
 
 
 def event(content: dict[str, object]) -> str:

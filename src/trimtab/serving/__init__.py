@@ -8,3 +8,4 @@ from trimtab.serving.engine import Engine
 from trimtab.serving.jobs import Limits
 from trimtab.serving.library import LARGEST, Library, described
 from trimtab.serving.names import Asked, check_name
+from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, too_large

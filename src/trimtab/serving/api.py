@@ -38,13 +38,12 @@ from trimtab.serving.answering import (
 )
 from trimtab.serving.bodies import ChatBody, CompletionBody
 from trimtab.serving.jobs import BrokenError, Ended, FullError, Piece
-from trimtab.serving.library import LARGEST, UnknownSteeringError, described
+from trimtab.serving.library import UnknownSteeringError, described
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.responses import Form, ResponseBody
+from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, too_large
 
 _LOG = logging.getLogger("trimtab.serving")
-#: Bytes that a request may have, and one that brings a steering.
-_LARGEST_BODY = 4 * 2**20
 #: Seconds between two looks whether a client still waits.
 _LOOK = 0.5
 
@@ -300,10 +299,6 @@ async def _by_http(request: HTTPRequest, error: Exception) -> Response:
 # -- who may ask ----------------------------------------------------------------------------------
 
 
-class _TooLargeError(Exception):
-    """A body has more bytes than are taken."""
-
-
 class _Guard:
     """Asks for keys, ends bodies that are too large, counts requests and logs them."""
 
@@ -330,9 +325,9 @@ class _Guard:
                 )
                 return
             try:
-                await self._app(scope, _limited(receive, _room(scope)), noted)
-            except _TooLargeError:
-                said = _error(f"a request may have {_room(scope)} bytes", 413)
+                await self._app(scope, limited(receive, room(scope)), noted)
+            except TooLargeError:
+                said = _error(too_large(scope), 413)
                 await JSONResponse(said, 413)(scope, receive, noted)
         finally:
             self._note(scope, status, time.monotonic() - began)
@@ -341,9 +336,9 @@ class _Guard:
         """Why a request is not taken, before its body is read."""
         path, method = scope["path"], scope["method"]
         headers = {name.lower(): value for name, value in scope["headers"]}
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > _room(scope):
-            return 413, f"a request may have {_room(scope)} bytes"
+        larger = refused_length(scope, headers)
+        if larger is not None:
+            return 413, larger
         if path == "/health":
             return None
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -366,23 +361,3 @@ class _Guard:
         self._metrics.requests.labels(route, str(status)).inc()
         said = {"route": route, "method": scope["method"], "status": status}
         _LOG.info(json.dumps({**said, "seconds": round(seconds, 3)}))
-
-
-def _room(scope: Scope) -> int:
-    return LARGEST if scope["method"] == "PUT" else _LARGEST_BODY
-
-
-def _limited(receive: Receive, most: int) -> Receive:
-    """The same messages, as long as their bodies are not too large together."""
-    seen = 0
-
-    async def limited() -> Message:
-        nonlocal seen
-        message = await receive()
-        if message["type"] == "http.request":
-            seen += len(message.get("body", b""))
-            if seen > most:
-                raise _TooLargeError
-        return message
-
-    return limited
