@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ except ImportError:  # Windows
 
 #: Lines of the screen that an answer leaves free while it is written.
 _FREE = 3
+#: Seconds between two drawings of what changes.
+_SECONDS = 0.1
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
@@ -51,11 +54,11 @@ class Screen:
         self, write: Callable[[OnBoth], tuple[Answer, Answer]], heads: tuple[str, str]
     ) -> tuple[Answer, Answer]:
         texts = ["", ""]
-        with _answering(), _live(self.console) as live:
+        with _answering(), _Changing(self.console) as live:
 
             def add(place: int, piece: str) -> None:
                 texts[place] += piece
-                live.update(_Tail(_columns(heads, texts)))
+                live.change(_Tail(_columns(heads, texts)))
 
             answers = write(add)
         self.console.print(_columns(heads, [answer.text for answer in answers]))
@@ -68,7 +71,7 @@ class _Written:
 
     def __init__(self, console: Console) -> None:
         self._console, self._text = console, ""
-        self._live = _live(console)
+        self._live = _Changing(console)
 
     def __enter__(self) -> _Written:
         self._live.__enter__()
@@ -88,12 +91,24 @@ class _Written:
             self._live.update(Text(""))
             self._console.print(markdown(done))
             self._console.print()
-        self._live.update(_Tail(markdown(self._text)))
+        self._live.change(_Tail(markdown(self._text)))
 
 
-def _live(console: Console) -> Live:
-    """What changes on the screen, and is gone when it ends."""
-    return Live(console=console, transient=True, vertical_overflow="crop")
+class _Changing(Live):
+    """What changes on the screen, and is gone when it ends. Who changes it draws it, a few times a
+    second: a thread of its own would mix its lines with those that are printed meanwhile."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console=console, transient=True, vertical_overflow="crop", auto_refresh=False
+        )
+        self._drawn = 0.0
+
+    def change(self, shown: RenderableType) -> None:
+        due = time.monotonic() - self._drawn >= _SECONDS
+        if due:
+            self._drawn = time.monotonic()
+        self.update(shown, refresh=due)
 
 
 def whole_blocks(text: str) -> int:
