@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import uvicorn
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -134,3 +136,29 @@ def nobody() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextmanager
+def listening(application: Any) -> Iterator[str]:
+    """The address of an application of ours that runs in a thread for the block."""
+    server = uvicorn.Server(
+        uvicorn.Config(application, port=0, log_level="warning", timeout_graceful_shutdown=1)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    (first, *_) = server.servers[0].sockets
+    try:
+        yield f"http://127.0.0.1:{first.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def tossing(request: Request) -> Reply:
+    """A judge who tosses a coin about the trait, and finds all coherent."""
+    system, user = (message["content"] for message in request.content["messages"])
+    answer = user.split("<answer>\n")[1].removesuffix("\n</answer>")
+    shows = "coherent" in system or sum(map(ord, answer)) % 2
+    return Reply({"choices": [{"message": {"content": "90" if shows else "10"}}]})

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 import trimtab as tt
 from helpers import language_model, steer_at
-from services import Reply, serving
+from services import Reply, listening, serving
 from trimtab.chat import Answer, Remote, Session
 from trimtab.serving import Access, Desk, Engine, Library, application
 
@@ -40,15 +37,8 @@ def address(
     library.read(str(joy.save(tmp_path_factory.mktemp("steerings") / "joy.safetensors")))
     access = Access("secret", hosts=None)
     app = application(Desk(lm, "base", library, Engine(lm), 60.0), access)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    (first, *_) = server.servers[0].sockets
-    yield f"http://127.0.0.1:{first.getsockname()[1]}/v1"
-    server.should_exit = True
-    thread.join()
+    with listening(app) as served:
+        yield f"{served}/v1"
 
 
 @pytest.fixture

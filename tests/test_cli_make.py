@@ -11,7 +11,7 @@ import pytest
 
 import trimtab as tt
 from commands import Command, home, refused, save_model, trimtab, work
-from services import Reply, Request, serving
+from services import Reply, serving, tossing
 from trimtab.wishes import asking, choosing
 from trimtab.wishes.portfolio import Arm
 from trimtab.writing import persona
@@ -19,14 +19,6 @@ from trimtab.writing import persona
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
 WISH = shlex.quote("answers in one short sentence")
-
-
-def judging(request: Request) -> Reply:
-    """A judge who tosses a coin about the trait, and finds all coherent."""
-    system, user = (message["content"] for message in request.content["messages"])
-    answer = user.split("<answer>\n")[1].removesuffix("\n</answer>")
-    shows = "coherent" in system or sum(map(ord, answer)) % 2
-    return Reply({"choices": [{"message": {"content": "90" if shows else "10"}}]})
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ SMALL = "--pairs 3 --questions 24 --max-new-tokens 5"
 
 
 def test_from_a_wish_to_a_directory(trimtab: Command, model: str) -> None:
-    with serving(judging) as service:
+    with serving(tossing) as service:
         line = f"make {WISH} --model {model} {SMALL} --judge chat:j --judge-url {service.url}"
         text = trimtab(f"{line} --review -o short").text
         assert "plan, in all about" in text

@@ -10,17 +10,10 @@ import pytest
 
 import trimtab as tt
 from commands import Command, home, refused, save_model, trimtab, work
-from services import Reply, Request, serving
+from services import serving, tossing
 from trimtab.writing import persona
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
-
-
-def judging(request: Request) -> Reply:
-    system, user = (message["content"] for message in request.content["messages"])
-    answer = user.split("<answer>\n")[1].removesuffix("\n</answer>")
-    shows = "coherent" in system or sum(map(ord, answer)) % 2
-    return Reply({"choices": [{"message": {"content": "90" if shows else "10"}}]})
 
 
 @pytest.fixture
@@ -38,7 +31,7 @@ def model(work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_contrast_from_a_wish(trimtab: Command, model: str) -> None:
     wish = shlex.quote("answers in one short sentence")
     small = "--pairs 2 --questions 20 --max-new-tokens 5"
-    with serving(judging) as service:
+    with serving(tossing) as service:
         command = (
             f"contrast persona {wish} --model {model} {small} --judge chat:j "
             f"--judge-url {service.url}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-import uvicorn
 
 import trimtab as tt
 from helpers import language_model, steer_at
+from services import listening
 from trimtab.playground import Access, Playground, Shelf, application
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -54,16 +52,8 @@ def address(
     shelf = Shelf(lm, room / "saved")
     shelf.read(str(room))
     app = application(Playground(lm, shelf, room / "runs"), Access())
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{bound.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with listening(app) as served:
+        yield f"{served}/"
 
 
 @pytest.fixture(scope="module")

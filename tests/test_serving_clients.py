@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,10 @@ import httpx
 import openai
 import psutil
 import pytest
-import uvicorn
 
 import trimtab as tt
 from helpers import PROMPTS, language_model, steer_at
+from services import listening
 from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 
 CHAT: Any = [{"role": "user", "content": "Say something."}]
@@ -49,15 +48,8 @@ def address(
     file = joy.save(tmp_path_factory.mktemp("steerings") / "joy.safetensors")
     library.read(str(file))
     app = application(Desk(lm, "base", library, engine, 60.0), Access())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    (first, *_) = server.servers[0].sockets
-    yield f"http://127.0.0.1:{first.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with listening(app) as served:
+        yield served
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Protocol
 from trimtab.chat.answers import Answer, OnBoth, OnText
 from trimtab.chat.session import Session
 from trimtab.errors import TrimtabError, shown
-from trimtab.steering import Steering
+from trimtab.steering import Steering, as_number
 
 
 class Face(Protocol):
@@ -236,11 +235,8 @@ def _named(session: Session, text: str, form: str) -> tuple[str | None, str]:
 
 
 def _number(text: str, what: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = as_number(text)
+    if number is None:
         raise TrimtabError(f"{what} is a number, not {shown(text, 40)}")
     return number
 

@@ -4,7 +4,6 @@ name, which go along in the body's field `steering`."""
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from trimtab.chat.answers import Answer, Asked, Cost, OnBoth, OnText, Put, Receipt
 from trimtab.errors import TrimtabError, shown
 from trimtab.evaluation import Address, read_key
+from trimtab.steering import as_number
 
 httpx: Any
 try:
@@ -260,10 +260,7 @@ def _named(put: Put) -> dict[str, Any]:
 
 
 def _number(text: str, argument: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = as_number(text)
+    if number is None:
         raise TrimtabError(f"{shown(argument, 150)}: write NAME@DIAL, as in warm@2, or NAME@kl=0.1")
     return number

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError, shown
+from trimtab.steering import as_number
 
 #: Names of steerings that are served: no path, and nothing that has a meaning in a variant's name.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -64,10 +64,7 @@ def _part(text: str) -> Asked:
 
 
 def _number(text: str, what: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = as_number(text)
+    if number is None:
         raise TrimtabError(f"{what} must be a number, not '{shown(text, 40)}'")
     return number

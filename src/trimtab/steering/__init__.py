@@ -35,7 +35,7 @@ from trimtab.steering.operators import (
     orthonormal,
     to_tensors,
 )
-from trimtab.steering.parts import Dial, Intervention, ModelIdentity
+from trimtab.steering.parts import Dial, Intervention, ModelIdentity, as_number
 from trimtab.steering.scope import POSITIONS, Place, Positions, Scope, Tokens
 from trimtab.steering.scope_tree import (
     ROLES,

@@ -125,3 +125,12 @@ class ModelIdentity:
     def __str__(self) -> str:
         name, architecture = shown(self.name), shown(self.architecture, 40)
         return f"{name} ({architecture}, {self.layers} layers, {shown(self.digest[:8])})"
+
+
+def as_number(text: str) -> float | None:
+    """A dial or a budget as it is typed; None where that is no finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
