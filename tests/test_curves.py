@@ -29,7 +29,7 @@ from tiny import tiny_tokenizer
 from trimtab.dials.turning import Turning
 from trimtab.steering.operators import Add, Rotate, Turn
 from trimtab.strength import Curve, curve, resampled, token_log_odds
-from trimtab.strength.curves import at_layers, method_of
+from trimtab.strength.refitting import at_layers, method_of
 
 ALL = list(range(len(tiny_tokenizer())))
 

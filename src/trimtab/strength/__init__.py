@@ -34,19 +34,12 @@ from trimtab.strength.concept import (
     lexicon,
 )
 from trimtab.strength.costs import CostCurve, cost_curve
-from trimtab.strength.curves import (
-    Curve,
-    TokenCurve,
-    at_layers,
-    curve,
-    method_of,
-    resampled,
-    token_log_odds,
-)
+from trimtab.strength.curves import Curve, TokenCurve, curve
 from trimtab.strength.limits import limit
 from trimtab.strength.page import write_curves
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Reading, read
+from trimtab.strength.refitting import at_layers, method_of, resampled, token_log_odds
 from trimtab.strength.rule import Within, within
 from trimtab.strength.samples import TextsAsked
 from trimtab.strength.theory import ufm
