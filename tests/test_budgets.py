@@ -27,8 +27,9 @@ from helpers import (
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
 from trimtab.anatomy.hooks import is_hooked
-from trimtab.dials import budgets
-from trimtab.dials.budgets import Budget, Solution, _of_set, _run, _Search
+from trimtab.dials import solving
+from trimtab.dials.budgets import Budget, _of_set
+from trimtab.dials.solving import Solution, _run, _Search
 from trimtab.steering.operators import Add
 from trimtab.strength import budget, calibrate, within
 
@@ -113,9 +114,9 @@ def test_long_lists_in_parts_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     lm = shared("gemma3")
     steering = steer_at(lm, "resid")
     texts = [" ".join((PROMPTS[i % 3] * 2).split()[: 2 + i]) for i in range(12)]
-    monkeypatch.setattr(budgets, "_TEXTS_AT_ONCE", 5)
-    monkeypatch.setattr(budgets, "_TOKENS_AT_ONCE", 60)
-    parts = list(budgets._chunks([token_ids(text) for text in texts]))
+    monkeypatch.setattr(solving, "_TEXTS_AT_ONCE", 5)
+    monkeypatch.setattr(solving, "_TOKENS_AT_ONCE", 60)
+    parts = list(solving._chunks([token_ids(text) for text in texts]))
     assert len(parts) > 3
     assert [len(text) for part in parts for text in part] == [len(token_ids(t)) for t in texts]
     together = budget(lm, steering, texts, 0.03, chat=False)

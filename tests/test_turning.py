@@ -23,7 +23,7 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
-from trimtab.dials.budgets import variance
+from trimtab.dials.solving import variance
 from trimtab.dials.turning import (
     Turning,
     check_turns,

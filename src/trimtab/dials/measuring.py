@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from trimtab.contrasts import Contrast, spread
-from trimtab.dials.budgets import BEYOND, Solution, calibration
+from trimtab.dials.budgets import calibration
+from trimtab.dials.solving import BEYOND, Solution
 from trimtab.dials.turning import Turning, dial_limits, divergence, idle_dial, read_at_dial
 from trimtab.model import LanguageModel, with_images
 from trimtab.reading import blocks_apart, plain_texts, run_lower

@@ -1,5 +1,6 @@
 """A model in memory: load or wrap it, steer it, bake it."""
 
+from trimtab.model.arguments import Completion, SteeringArgument, per_text, row_steerings
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
@@ -34,13 +35,7 @@ from trimtab.model.images import (
     with_images,
 )
 from trimtab.model.kept import Kept
-from trimtab.model.language_model import (
-    Completion,
-    LanguageModel,
-    SteeringArgument,
-    per_text,
-    row_steerings,
-)
+from trimtab.model.language_model import LanguageModel
 from trimtab.model.loading import directory_of, load, locations
 from trimtab.model.passes import Sequences
 from trimtab.model.plain import plain_copy

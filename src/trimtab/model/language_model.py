@@ -6,10 +6,10 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from trimtab.anatomy import Anatomy
 from trimtab.checkpoints import baked_already
 from trimtab.contrasts import Image, Prompt, images_in, read_prompt
 from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.model.arguments import (
+    Completion,
+    Rule,
+    SteeringArgument,
+    is_for_all,
+    per_text,
+    row_steerings,
+)
 from trimtab.model.attach import RowSteerings, attached, attached_by
 from trimtab.model.batching import (
     BATCH_TOKENS,
@@ -65,54 +73,13 @@ from trimtab.model.rules import chooser
 from trimtab.model.saving import save_checkpoint
 from trimtab.model.streaming import OnText, Pieces, check_on_text, iterated
 from trimtab.model.versions import mend_attention
-from trimtab.steering import ModelIdentity, Steering, Steerings
+from trimtab.steering import ModelIdentity, Steering
 from trimtab.terminal import progress
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """A steering whose dial is found for each row, from the tokens that the row begins with."""
-
-    @property
-    def steering(self) -> Steering:
-        """What is steered with; its own dial may say on which side."""
-
-    def dials(
-        self, language_model: LanguageModel, texts: Sequence[Sequence[int]], force: bool
-    ) -> list[float]:
-        """The dial of each text (token ids); with no text it only says what would be wrong."""
-
 
 #: What configurations call the longest text.
 _LONGEST = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 #: What is said of models that take texts of any length.
 _UNLIMITED = 1 << 20
-
-#: What the `steering` argument of generate and logits takes: one for all rows, or one per row; a
-#: row takes a steering, None, or several that act in order (a + b, or a list). A rule is for all
-#: rows.
-RowArgument = Steering | Steerings | None | Sequence[Steering]
-SteeringArgument = Steering | Steerings | Rule | None | Sequence[RowArgument]
-
-
-@dataclass(frozen=True, repr=False)
-class Completion:
-    """What a model wrote after a prompt: the text, and the ids of the new tokens. `gates` say of
-    gated steerings whether they acted."""
-
-    prompt: Prompt
-    text: str
-    tokens: tuple[int, ...]
-    steering: tuple[str, ...] = ()
-    #: What the gates of its steerings decided, in order.
-    gates: tuple[Fired, ...] = ()
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        steered = f", {' + '.join(self.steering)}" if self.steering else ""
-        return f"<Completion of {len(self.tokens)} tokens{steered}: {shown(repr(self.text), 100)}>"
 
 
 class LanguageModel:
@@ -462,7 +429,7 @@ class LanguageModel:
             with attached_by(self.anatomy, rule.steering, self.marks, choose) as sequences:
                 yield sequences
             return
-        lists: list[Any] = [argument for argument in steerings if not _is_for_all(argument)]
+        lists: list[Any] = [argument for argument in steerings if not is_for_all(argument)]
         if lists and len(steerings) > 1:
             raise TrimtabError("give steered() either steerings for all rows, or one list of rows")
         rows = list(map(row_steerings, lists[0])) if lists else [row_steerings(steerings)]
@@ -724,33 +691,3 @@ def _progress(prompts: int, shown: bool) -> Iterator[Callable[[int], object]]:
         return
     with progress("generating", prompts) as advance:
         yield advance
-
-
-def _is_for_all(argument: Any) -> bool:
-    """Whether a `steering` argument is for all rows, not a list with one per row."""
-    return isinstance(argument, Steerings) or not isinstance(argument, list | tuple)
-
-
-def per_text(steering: Any, count: int, what: str = "texts") -> list[RowSteerings] | None:
-    """Of a `steering` argument with one for each of so many texts what each has; None where one is
-    for all of them."""
-    if _is_for_all(steering):
-        return None
-    if len(steering) != count:
-        raise TrimtabError(
-            f"{len(steering)} steerings for {count} {what}: give one for all or one for each"
-        )
-    return [row_steerings(row) for row in steering]
-
-
-def row_steerings(argument: Any) -> RowSteerings:
-    """The steerings of one row, from None, one, or several; of all rows, from a list of such."""
-    if argument is None:
-        return ()
-    if isinstance(argument, Steering):
-        return (argument,)
-    if isinstance(argument, list | tuple):
-        return tuple(steering for item in argument for steering in row_steerings(item))
-    if isinstance(argument, Rule):
-        raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
-    raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trimtab.model.language_model import Completion, LanguageModel
+from trimtab.model.arguments import Completion
+from trimtab.model.language_model import LanguageModel
 from trimtab.model.marks import THINKING
 from trimtab.model.spans import Ids, Span
 
