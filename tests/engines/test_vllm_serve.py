@@ -6,9 +6,7 @@ Everything is asked over HTTP of one server, at once where that matters, and com
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,31 +15,23 @@ from typing import Any
 
 import httpx
 import pytest
+from vllm_server import CHANGE, NEW, PYTHON, asked, served, text_of, tiny_llama
 
 import trimtab as tt
 from helpers import steer, steer_at
 from operator_formulas import random_operator
-from tiny import tiny_model, tiny_tokenizer
 
-PYTHON = os.environ.get("TRIMTAB_VLLM")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="TRIMTAB_VLLM names no Python with vLLM"),
 ]
 
-NEW = 10
 PROMPTS = ["She looked at the map and asked", "Today I feel sad because of", "What is the best way"]
-CHANGE = {"Authorization": "Bearer changes"}
 
 
 @pytest.fixture(scope="module")
 def lm() -> tt.LanguageModel:
-    made = tt.wrap(
-        tiny_model("llama", head_dim=32, hidden_size=64, num_hidden_layers=4),
-        tiny_tokenizer(), "tiny",
-    )  # fmt: skip
-    made.model.generation_config.eos_token_id = None
-    return made
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +52,8 @@ def client(
     steerings: dict[str, tt.Steering],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("served")
-    base = lm.save_pretrained(folder / "model")
-    (folder / "steerings").mkdir()
-    for name, steering in steerings.items():
-        steering.save(folder / "steerings" / f"{name}.safetensors")
-    command = [str(PYTHON), "-m", "trimtab", "serve", "--model", str(base), "--name", "base"]
-    command += ["--steer", str(folder / "steerings"), "--engine", "vllm", "--port", "0"]
-    command += ["--vllm", "enforce_eager=true", "--vllm", "block_size=32", "--hook", "ffn_out"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "TRIMTAB_ADMIN_KEY": "changes",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    said, log = folder / "said", folder / "log"
-    with said.open("w") as out, log.open("w") as err:
-        server = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-    try:
-        while "Ctrl-C" not in said.read_text():
-            assert server.poll() is None, log.read_text()[-6000:]
-            time.sleep(0.5)
-        address = next(word for word in said.read_text().split() if word.startswith("http"))
-        with httpx.Client(base_url=f"{address}/", timeout=300) as opened:
-            yield opened
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def text_of(lm: tt.LanguageModel, prompt: Any, *steerings: tt.Steering, new: int = NEW) -> str:
-    """What generate writes of it alone."""
-    chat = not isinstance(prompt, str)
-    (done,) = lm.generate([prompt], chat=chat, steering=[list(steerings)], max_new_tokens=new)
-    return done.text
-
-
-def asked(prompt: Any, /, **more: Any) -> dict[str, Any]:
-    return {"model": "base", "prompt": prompt, "max_tokens": NEW, "temperature": 0, **more}
+    with served(lm, steerings, tmp_path_factory.mktemp("served"), "--hook", "ffn_out") as running:
+        yield running.client
 
 
 def test_everything_at_once_is_what_each_is_alone(

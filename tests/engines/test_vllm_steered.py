@@ -180,7 +180,7 @@ def run(
     given, found = folder / "job.json", folder / "answers.json"
     given.write_text(json.dumps(job))
     program = Path(__file__).with_name("vllm_steered.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
     ran = subprocess.run(
         [str(PYTHON), program, given, found], capture_output=True, text=True, env=environment
     )

@@ -26,7 +26,7 @@ from trimtab.reports import Table
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
-    from trimtab.serving import Carried, Library
+    from trimtab.serving import Adapted, Carried, Library
     from trimtab.steering import Steering
 
 
@@ -70,6 +70,14 @@ class Running:
         "With vllm, a kind of sites (resid, attn_norm ...) for steerings that are added later; "
         "repeat.",
         (),
+    )
+    tier: Literal["auto", "plugin", "lora"] = option(
+        "With vllm, how it steers: plugin, or lora (an exact adapter for each variant, made when "
+        "it is first asked for); auto takes the plugin where it is tested with that vLLM.",
+        "auto",
+    )
+    variants: int = option(
+        "With --tier lora, how many variants (steerings at their dials) are kept.", 256, least=2
     )
 
 
@@ -119,7 +127,9 @@ def serve(
     for argument in bake:
         language_model = _baked(language_model, argument, force)
     name = serving.name or language_model.name
-    carried = None if arguments is None else _carried(language_model, arguments)
+    carried = None
+    if arguments is not None:
+        carried = _carried(_tier(running), language_model, arguments)
     library = Library(language_model, force=force, refusal=None if check else carried)
     for source in steer:
         library.read(source)
@@ -131,8 +141,8 @@ def serve(
         engine = partial(_transformers, language_model, serving)
     else:
         assert arguments is not None
-        carried.sites = _sites(library, running, language_model)
-        engine = partial(_vllm, language_model, opened, carried.sites, arguments, serving)
+        way = partial(_way, carried, library, running, language_model, arguments)
+        engine = partial(_vllm, language_model, opened, way, arguments, serving)
     _run(language_model, name, library, serving, (key, admin_key), engine)
 
 
@@ -151,6 +161,10 @@ def _require_extra() -> None:
 _GIVEN = ("model", "dtype", "additional_config", "max_num_seqs", "trust_remote_code", "tokenizer")
 
 
+#: With --tier lora these are, too.
+_ADAPTERS = ("enable_lora", "lora_target_modules")
+
+
 #: What vLLM writes goes where other logs go, and is said of what matters.
 _VLLM = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 
@@ -160,22 +174,22 @@ def _arguments(
 ) -> dict[str, Any] | None:
     """Arguments of vLLM's engine; None where transformers runs the model."""
     if running.engine == "transformers":
-        if running.vllm or running.hook:
-            raise TrimtabError("--vllm and --hook are for --engine vllm")
+        if running.vllm or running.hook or running.tier != "auto":
+            raise TrimtabError("--vllm, --hook and --tier are for --engine vllm")
         return None
-    from trimtab.engines import untested
+    from trimtab.engines import untested, vllm_version
 
-    if (reason := untested()) and not check:
-        raise TrimtabError(
-            f"{reason}: serve with --engine transformers, or give a stock engine adapters "
-            "(trimtab export --to lora)"
-        )
+    if not check and vllm_version() is None:
+        raise TrimtabError(f"{untested()}: or serve with --engine transformers")
+    if not check and running.tier == "plugin" and (reason := untested()):
+        raise TrimtabError(f"{reason}: serve with --tier lora, or with --engine transformers")
     if serving.tokens is not None:
         raise TrimtabError("vLLM divides its own memory: leave --tokens out")
     if opened.quantise or opened.device_map or opened.device != "auto":
         raise TrimtabError("vLLM places the model itself: leave --device and --quantise out")
     arguments = read_named("--vllm", running.vllm)
-    given = [name for name in _GIVEN if name in arguments]
+    own = (*_GIVEN, *(_ADAPTERS if _tier(running) == "lora" else ()))
+    given = [name for name in own if name in arguments]
     if given:
         raise TrimtabError(f"--vllm {given[0]}: that is for trimtab's own options to say")
     return arguments
@@ -191,17 +205,42 @@ def _read_once(opened: Opened) -> Opened:
     return replace(opened, device="cpu", dtype=dtype)
 
 
-def _carried(language_model: LanguageModel, arguments: dict[str, Any]) -> Carried:
-    from trimtab.serving import Carried
+def _tier(running: Running) -> Literal["plugin", "lora"]:
+    """How vLLM steers: by the plugin, unless it is not tested with the vLLM that is installed."""
+    from trimtab.engines import untested, vllm_version
 
+    if running.tier != "auto":
+        return running.tier
+    return "lora" if vllm_version() is not None and untested() else "plugin"
+
+
+def _carried(
+    tier: str, language_model: LanguageModel, arguments: dict[str, Any]
+) -> Carried | Adapted:
+    from trimtab.serving import Adapted, Carried
+
+    if tier == "lora":
+        return Adapted(language_model)
     return Carried(language_model.anatomy, int(arguments.get("tensor_parallel_size", 1)))
 
 
-def _sites(library: Library, running: Running, language_model: LanguageModel) -> list[str]:
-    from trimtab.serving import sites_wanted
+def _way(
+    carried: Carried | Adapted,
+    library: Library,
+    running: Running,
+    language_model: LanguageModel,
+    arguments: dict[str, Any],
+) -> Any:
+    """How vLLM steers, with all that is to be known before it starts."""
+    from trimtab.serving import Adapters, Carried, Inside, sites_wanted
 
     steerings = [held.steering for held in library.held.values()]
-    return sites_wanted(steerings, running.hook, language_model.anatomy)
+    if isinstance(carried, Carried):
+        carried.sites = sites_wanted(steerings, running.hook, language_model.anatomy)
+        return Inside(language_model, carried.sites)
+    rank = arguments.get("max_lora_rank")
+    carried.start(steerings, running.hook, None if rank is None else int(rank))
+    return Adapters(language_model, carried, running.variants)
 
 
 @contextmanager
@@ -216,7 +255,7 @@ def _transformers(language_model: LanguageModel, serving: Serving) -> Iterator[A
 def _vllm(
     language_model: LanguageModel,
     opened: Opened,
-    sites: list[str],
+    way: Callable[[], Any],
     arguments: dict[str, Any],
     serving: Serving,
 ) -> Iterator[Any]:
@@ -228,7 +267,7 @@ def _vllm(
     with _checkpoint(language_model, opened) as directory:
         limits = Limits(serving.rows, waiting=serving.waiting)
         more = {"trust_remote_code": trusting.get(), "revision": opened.revision}
-        yield Elsewhere(language_model, directory, sites, {**more, **arguments}, limits)
+        yield Elsewhere(language_model, directory, way(), {**more, **arguments}, limits)
 
 
 @contextmanager
@@ -253,7 +292,11 @@ def _baked(language_model: LanguageModel, argument: str, force: bool) -> Languag
 
 
 def _say_what_is_served(
-    name: str, library: Library, baked: list[str], carried: Carried | None, as_json: bool
+    name: str,
+    library: Library,
+    baked: list[str],
+    carried: Carried | Adapted | None,
+    as_json: bool,
 ) -> None:
     from trimtab.serving import described
 
@@ -281,12 +324,20 @@ def _say_what_is_served(
     show([Table(f"Served beside {name}", heads, rows)], [f"baked in: {one}" for one in baked], None)
 
 
-def _in_vllm(steering: Steering, carried: Carried) -> dict[str, Any]:
-    """Whether vLLM carries a steering here, and why not."""
-    from trimtab.engines import untested
+def _in_vllm(steering: Steering, carried: Carried | Adapted) -> dict[str, Any]:
+    """How vLLM carries a steering here, and where it does not, why not and what does."""
+    from trimtab.engines import untested, vllm_version
+    from trimtab.serving import Carried
 
-    reason = untested() or carried(steering)
-    return {"runs": f"refused: {reason}" if reason else "steered in the engine"}
+    plugin = isinstance(carried, Carried)
+    reason = ""
+    if vllm_version() is None or plugin:
+        reason = untested()
+    reason = reason or carried(steering)
+    if not reason:
+        tier, runs = (2, "steered in the engine") if plugin else (1, "by LoRA adapters")
+        return {"tier": tier, "runs": f"tier {tier}: {runs}"}
+    return {"tier": None, "runs": f"refused: {reason}"}
 
 
 def _run(

@@ -3,5 +3,12 @@
 from trimtab.engines.asking import Wanted, extra_args
 from trimtab.engines.loaded import SPLIT, content_of, sites_of, steps_of, wanted_of, why_not
 from trimtab.engines.modules import Place, places_of
-from trimtab.engines.plugin import LOADED, TESTED, configuration, refuse_ways, untested
+from trimtab.engines.plugin import (
+    LOADED,
+    TESTED,
+    configuration,
+    refuse_ways,
+    untested,
+    vllm_version,
+)
 from trimtab.engines.tokens import Acts, weights
