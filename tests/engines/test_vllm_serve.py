@@ -18,7 +18,7 @@ import pytest
 from vllm_server import CHANGE, NEW, PYTHON, asked, served, text_of, tiny_llama
 
 import trimtab as tt
-from helpers import steer, steer_at
+from helpers import kl_at, steer, steer_at
 from operator_formulas import random_operator
 
 pytestmark = [
@@ -131,6 +131,32 @@ def test_adding_replacing_and_removing(
     assert client.post("completions", json=asked("a", model="base+new")).status_code == 404
 
 
+@pytest.mark.parametrize(("name", "kl"), [("joy", 0.02), ("calm", 0.05), ("turn", 0.1)])
+def test_a_budget_finds_its_dial_for_each_prompt(
+    client: httpx.Client, lm: tt.LanguageModel, steerings: dict[str, tt.Steering],
+    name: str, kl: float,
+) -> None:  # fmt: skip
+    """At the dial that is told the next token is so many nats off, as transformers measures it, or
+    the dial is at its end; and what is written is what is written at that dial."""
+
+    def ask(prompt: str) -> dict[str, Any]:
+        answer = client.post("completions", json=asked(prompt, model=f"base+{name}@kl={kl}"))
+        assert answer.status_code == 200, answer.text
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(ask, PROMPTS))
+    steering = steerings[name]
+    for prompt, choice in zip(PROMPTS, found, strict=True):
+        dial = choice["steering"][0]["dial"]
+        nats = kl_at(lm, steering, prompt, dial)
+        ends = dial == pytest.approx(steering.dial.range[1])
+        assert nats == pytest.approx(kl, rel=0.02) or (ends and nats < kl), (nats, dial)
+        assert choice["text"] == text_of(lm, prompt, steering.at(dial))
+    assert len({choice["steering"][0]["dial"] for choice in found}) > 1
+
+
 def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
     body = asked(PROMPTS[0], model="base+turn", max_tokens=200, stream=True)
     for _ in range(5):
@@ -148,7 +174,9 @@ def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
     ("body", "status", "said"),
     [
         (asked("a", model="base+nobody"), 404, "no steering is called"),
-        (asked("a", model="base+joy@kl=0.1"), 400, "kl"),
+        (asked("a", model="base+late@kl=0.1"), 400, "generated tokens only"),
+        (asked("a", model="base+joy@kl=0"), 400, "above 0 nats"),
+        (asked("a", model="base+joy@kl=0.1+calm"), 400, "cannot be stacked"),
         (asked("a", model="base+asked"), 400, "no turn of a chat"),
         (asked("a", steering=[{"name": "joy", "scope": "nowhere"}]), 400, "nowhere"),
         (asked([7] * 300), 400, "tokens"),

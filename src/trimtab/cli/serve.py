@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -112,7 +114,7 @@ def serve(
 
     Example: `trimtab serve --model smollm2-135m-instruct --steer warm.safetensors --port 8000`
     """
-    from trimtab.serving import Library
+    from trimtab.serving import Carried, Library
 
     key, admin_key = (
         os.environ.get(name) or None for name in ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")
@@ -130,7 +132,9 @@ def serve(
     carried = None
     if arguments is not None:
         carried = _carried(_tier(running), language_model, arguments)
-    library = Library(language_model, force=force, refusal=None if check else carried)
+    by_engine = isinstance(carried, Carried)
+    refusal = None if check else carried
+    library = Library(language_model, force=force, refusal=refusal, by_engine=by_engine)
     for source in steer:
         library.read(source)
     if check or as_json:
@@ -163,6 +167,11 @@ _GIVEN = ("model", "dtype", "additional_config", "max_num_seqs", "trust_remote_c
 
 #: With --tier lora these are, too.
 _ADAPTERS = ("enable_lora", "lora_target_modules")
+
+
+#: Seconds between two looks whether an engine lives, and how long a server goes on answering, with
+#: errors, after it has died.
+_LOOK, _HEARD = 1.0, 5.0
 
 
 #: What vLLM writes goes where other logs go, and is said of what matters.
@@ -221,7 +230,8 @@ def _carried(
 
     if tier == "lora":
         return Adapted(language_model)
-    return Carried(language_model.anatomy, int(arguments.get("tensor_parallel_size", 1)))
+    ranks, stages = (int(arguments.get(f"{of}_parallel_size", 1)) for of in ("tensor", "pipeline"))
+    return Carried(language_model.anatomy, ranks, stages=stages)
 
 
 def _way(
@@ -371,4 +381,21 @@ def _run(
             timeout_graceful_shutdown=5,
             server_header=False,
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        server = uvicorn.Server(config)
+        watching = Thread(target=_end_with, args=(opened, server), daemon=True)
+        watching.start()
+        server.run(sockets=[bound])
+        died = getattr(server, "engine_died", False)
+    if died:
+        raise TrimtabError("the engine has died, and the server ended: start it again")
+
+
+def _end_with(engine: Any, server: Any) -> None:
+    """End a server whose engine has died, so that whoever watches over it starts it again; clients
+    hear of it first."""
+    while not server.should_exit:
+        time.sleep(_LOOK)
+        if not engine.alive and not server.should_exit:
+            server.engine_died = True
+            time.sleep(_HEARD)
+            server.should_exit = True

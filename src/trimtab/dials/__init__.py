@@ -3,7 +3,15 @@
 It is below methods, so that what they fit knows its own dial.
 """
 
-from trimtab.dials.budgets import BUDGETS, Budget, PromptBudget, budget, calibrate, dials_for
+from trimtab.dials.budgets import (
+    BUDGETS,
+    Budget,
+    PromptBudget,
+    budget,
+    calibrate,
+    dials_for,
+    searched,
+)
 from trimtab.dials.measuring import measured
 from trimtab.dials.turning import (
     Turning,

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from threading import Thread
@@ -20,18 +20,20 @@ from typing import Any, NamedTuple, Protocol
 from trimtab.errors import TrimtabError, first_line
 from trimtab.model import LanguageModel, end_tokens, unsound
 from trimtab.serving.choosing import Chosen, Settings
-from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
+from trimtab.serving.jobs import Ended, FullError, GoneError, Job, Limits, goes_on, in_words
 
 #: Seconds between two looks whether clients still wait.
 _LOOK = 0.1
 
 
 class Given(NamedTuple):
-    """What an engine is given with a request: what its sampling parameters carry, and an
-    adapter."""
+    """What an engine is given with a request: what its sampling parameters carry, an adapter, and
+    a salt where it is to read the whole prompt; and what is to be asked once it has read it."""
 
     extra: dict[str, str] | None = None
     adapter: Any = None
+    salt: str | None = None
+    has_read: Callable[[], Awaitable[None]] | None = None
 
 
 class Way(Protocol):
@@ -124,6 +126,8 @@ class Elsewhere:
         """Have a job answered; refuses it where as many wait as may."""
         if self._closed:
             raise FullError("the server ends")
+        if not self.alive:
+            raise GoneError
         if len(self._taken) >= self._limits.rows + self._limits.waiting:
             raise FullError(f"{self.waiting} requests wait already: try again later")
         self._taken.add(job)
@@ -175,11 +179,14 @@ class Elsewhere:
         self._begun.discard(job)
 
     async def _watch(self) -> None:
-        """Leave what nobody waits for, and what takes too long."""
+        """Leave what nobody waits for, and what takes too long, and all where the engine died."""
         while True:
             await asyncio.sleep(_LOOK)
             for task, job in list(self._jobs.items()):
-                if job.left.is_set():
+                if not self.alive:
+                    job.tell(GoneError())
+                    task.cancel()
+                elif job.left.is_set():
                     task.cancel()
                 elif job.late:
                     task.cancel()
@@ -195,13 +202,17 @@ class Elsewhere:
 
     async def _write(self, job: Job, given: Given) -> None:
         params = _sampling(job.settings, self._ends, bool(job.acting), given.extra)
-        prompt = {"prompt_token_ids": job.tokens}
+        prompt: dict[str, Any] = {"prompt_token_ids": job.tokens}
+        if given.salt is not None:
+            prompt["cache_salt"] = given.salt
         writing = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=given.adapter)
         async with aclosing(writing) as outputs:
             async for output in outputs:
                 if job.began is None:
                     job.began = time.monotonic()
                     self._begun.add(job)
+                    if given.has_read is not None:
+                        await given.has_read()
                 _check_sound(output.outputs[0], job, self._lm)
                 for chosen in _chosen(output.outputs[0], job.settings.logprobs):
                     if not goes_on(job, chosen, self._lm.tokenizer, self._ends):
@@ -263,7 +274,10 @@ def _chosen(output: Any, top: int | None) -> list[Chosen]:
 def _in_words(error: Exception) -> TrimtabError:
     """An error as a client may hear of it: what vLLM refuses is the request's fault."""
     from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
 
+    if isinstance(error, EngineDeadError):
+        return GoneError()
     if isinstance(error, VLLMClientError | ValueError):
         return TrimtabError(first_line(error))
     return in_words(error)
