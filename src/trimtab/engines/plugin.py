@@ -29,7 +29,7 @@ from torch import Tensor
 
 from trimtab.engines.asking import FIELD, READING, block_key, reading_by, wanted_by
 from trimtab.engines.at_work import AT_WORK
-from trimtab.engines.loaded import steps_of
+from trimtab.engines.loaded import steps_of, why_not
 from trimtab.engines.modules import Place, install
 from trimtab.engines.runners import watch
 from trimtab.errors import TrimtabError
@@ -192,6 +192,9 @@ def trimtab_load(self: Any, digest: str, content: bytes) -> None:
         file.write_bytes(content)
         steering = Steering.load(file)
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    stages = self.vllm_config.parallel_config.pipeline_parallel_size
+    if reason := why_not(steering, ranks, stages):
+        raise TrimtabError(reason)
     steps = steps_of(steering, rank, ranks)
     strange = [site for site in steering.sites if site not in AT_WORK.sites]
     if strange:

@@ -73,7 +73,8 @@ class Adapted:
         try:
             found = needs(self.language_model, [_turned(steering)])
         except TrimtabError as error:
-            return str(error), (), 1
+            other = "; --tier plugin and --engine transformers serve it without an adapter"
+            return f"{error}{other}", (), 1
         return "", found.modules, found.rank
 
     def refusal(self, modules: Sequence[str], rank: int, steering: Steering) -> str:
