@@ -32,8 +32,12 @@ REQUESTS, AT_ONCE, LONGEST = 1000, 32, 24
 SHARED = "The notes below were written over a long summer by the sea, and they do not all agree. "
 PROMPTS = ["She looked at the map", "Today I feel sad", SHARED + "Read them", SHARED + "She said"]
 SCOPES = (None, "generated", "prompt", "last", "generated[1:4]")
-#: Bytes that a server may grow by between a third of the requests and the end of them.
-GROWTH = 48 * 2**20
+#: In so many parts the requests come, after each of which memory is measured.
+PARTS = 5
+#: Bytes that the API and the engine's core may grow by after the first part; and the worker in the
+#: last one, where kernels for sizes of batches that were not met before are still kept, which an
+#: engine does that is not steered, too.
+GROWTH, LAST_GROWTH = 16 * 2**20, 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,12 @@ def asked(client: openai.OpenAI, case: Case) -> str | None:
         return None
 
 
-def memory(running: Served) -> int:
-    """Of the server and all its processes, without what they share."""
+def memory(running: Served) -> list[int]:
+    """Of the server and of each of its processes, without what they share; the last one is the
+    worker, which the engine's core has started."""
     server = psutil.Process(running.process.pid)
-    return sum(each.memory_full_info().uss for each in (server, *server.children(recursive=True)))
+    family = [server, *server.children(recursive=True)]
+    return [each.memory_full_info().uss for each in family]
 
 
 def test_a_thousand_requests(tmp_path: Path) -> None:
@@ -156,7 +162,8 @@ def test_a_thousand_requests(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=running.address, api_key="none", max_retries=0)
         sizes, found = [], []
         with changing(running, new, tmp_path) as times, ThreadPoolExecutor(AT_ONCE) as pool:
-            for some in (cases[: REQUESTS // 3], cases[REQUESTS // 3 :]):
+            for first in range(0, REQUESTS, REQUESTS // PARTS):
+                some = cases[first : first + REQUESTS // PARTS]
                 found += list(pool.map(lambda case: asked(client, case), some))
                 sizes.append(memory(running))
         counted = ""
@@ -181,4 +188,6 @@ def test_a_thousand_requests(tmp_path: Path) -> None:
     print(f"\n{len(cases)} requests, {len(gone)} of a steering that was gone, {times[0]} changes, "
           f"{sum(case.leaves is not None for case in cases)} left, memory {sizes}")  # fmt: skip
     assert times[0] > 20
-    assert sizes[1] - sizes[0] < GROWTH
+    *others, worker = zip(*sizes, strict=True)
+    assert all(each[-1] - each[0] < GROWTH for each in others), sizes
+    assert worker[-1] - worker[-2] < LAST_GROWTH, sizes
