@@ -453,3 +453,27 @@ def test_what_a_rotation_does_not_reach(smollm2: Any) -> None:
             else:
                 assert (found.reached, found.dial) == (False, 180.0)
                 assert measured < share * peak
+
+
+@pytest.mark.parametrize(("op", "dial"), [("Add", 1.0), ("Add", -1.0), ("Rotate", 1.0)])
+def test_a_search_that_is_told_what_others_measure(op: str, dial: float) -> None:
+    """It comes to a dial of that budget, or to the end of the range, on the side that is asked."""
+    lm = shared("llama")
+    kind = "attn_norm" if op == "Rotate" else "resid"
+    steering = with_range(steer_at(lm, kind, op), -170, 170).at(dial)
+    for kl in (0.001, 0.05):
+        search = solving.searched(steering, kl)
+        asked, rounds = next(search), 0
+        try:
+            while True:
+                rounds += 1
+                asked = search.send(kl_at(lm, steering, PROMPTS[0], asked))
+        except StopIteration as end:
+            found = end.value
+        assert math.copysign(1, found.dial) == math.copysign(1, dial)
+        assert found.kl == pytest.approx(kl_at(lm, steering, PROMPTS[0], found.dial), rel=1e-3)
+        if found.reached:
+            assert found.kl == pytest.approx(kl, rel=0.011)
+        else:
+            assert abs(found.dial) == 170
+        assert rounds < 20

@@ -33,13 +33,39 @@ def test_check_says_what_would_be_served(trimtab: Command) -> None:  # noqa: F81
 
 
 @pytest.mark.parametrize(
+    ("version", "more", "tiers"),
+    [
+        ("0.32.0", "", {"caa": 2, "au": 2, "iti": 2}),
+        ("0.32.0", "--tier lora", {"caa": None, "au": 1, "iti": None}),
+        ("0.40.0", "", {"caa": None, "au": 1, "iti": None}),
+        ("0.40.0", "--tier plugin", {"caa": None, "au": None, "iti": None}),
+    ],
+)
+def test_check_says_how_vllm_steers(
+    trimtab: Command, monkeypatch: pytest.MonkeyPatch, version: str, more: str,  # noqa: F811
+    tiers: dict[str, int | None],
+) -> None:  # fmt: skip
+    """By the plugin in a vLLM that it is tested with, and else by adapters."""
+    monkeypatch.setattr("trimtab.engines.plugin.vllm_version", lambda: version)
+    monkeypatch.setattr("trimtab.engines.vllm_version", lambda: version)
+    asked = f"{SERVE} --steer au.safetensors@3 --check --engine vllm --json {more}"
+    found = trimtab(asked).json["steerings"]
+    by_name = {one["name"]: one for one in found}
+    assert {name: by_name[name]["tier"] for name in tiers} == tiers
+    assert all(one["runs"].startswith(("tier", "refused: ")) for one in found)
+
+
+@pytest.mark.parametrize(
     ("more", "said"),
     [
         ("--host 0.0.0.0", "TRIMTAB_API_KEY"),
         ("--steer nowhere.safetensors", "nowhere.safetensors"),
         ("--check --steer every/caa.safetensors", "two steerings are called caa"),
         ("--engine vllm", "vLLM is not installed here"),
+        ("--engine vllm --tier lora", "vLLM is not installed here"),
         ("--vllm tensor_parallel_size=2", "are for --engine vllm"),
+        ("--tier lora", "are for --engine vllm"),
+        ("--engine vllm --check --tier lora --vllm enable_lora=true", "--vllm enable_lora"),
         ("--engine vllm --check --tokens 9", "leave --tokens out"),
         ("--engine vllm --check --vllm model=other", "--vllm model"),
     ],

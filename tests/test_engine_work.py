@@ -214,8 +214,6 @@ def test_what_an_engine_does_not_carry(lm: tt.LanguageModel) -> None:
     carried = Carried(lm.anatomy)
     assert carried(steer_at(lm, "resid")) == ""
     assert "norms it in one step" in carried(steer_at(lm, "attn_norm_in"))
-    gate = tt.Gate((steer_at(lm, "resid", layer=0).condition(),), kind="token")
-    assert "gate (token)" in carried(steer_at(lm, "resid").gated(gate))
     carried.sites = ["layers.0.resid"]
     assert "--hook resid" in carried(steer_at(lm, "resid"))
     carried = Carried(lm.anatomy, ranks=2)

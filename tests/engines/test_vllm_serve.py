@@ -6,9 +6,7 @@ Everything is asked over HTTP of one server, at once where that matters, and com
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,31 +15,23 @@ from typing import Any
 
 import httpx
 import pytest
+from vllm_server import CHANGE, NEW, PYTHON, asked, served, text_of, tiny_llama
 
 import trimtab as tt
-from helpers import steer, steer_at
+from helpers import kl_at, steer, steer_at
 from operator_formulas import random_operator
-from tiny import tiny_model, tiny_tokenizer
 
-PYTHON = os.environ.get("TRIMTAB_VLLM")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="TRIMTAB_VLLM names no Python with vLLM"),
 ]
 
-NEW = 10
 PROMPTS = ["She looked at the map and asked", "Today I feel sad because of", "What is the best way"]
-CHANGE = {"Authorization": "Bearer changes"}
 
 
 @pytest.fixture(scope="module")
 def lm() -> tt.LanguageModel:
-    made = tt.wrap(
-        tiny_model("llama", head_dim=32, hidden_size=64, num_hidden_layers=4),
-        tiny_tokenizer(), "tiny",
-    )  # fmt: skip
-    made.model.generation_config.eos_token_id = None
-    return made
+    return tiny_llama()
 
 
 @pytest.fixture(scope="module")
@@ -62,43 +52,8 @@ def client(
     steerings: dict[str, tt.Steering],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("served")
-    base = lm.save_pretrained(folder / "model")
-    (folder / "steerings").mkdir()
-    for name, steering in steerings.items():
-        steering.save(folder / "steerings" / f"{name}.safetensors")
-    command = [str(PYTHON), "-m", "trimtab", "serve", "--model", str(base), "--name", "base"]
-    command += ["--steer", str(folder / "steerings"), "--engine", "vllm", "--port", "0"]
-    command += ["--vllm", "enforce_eager=true", "--vllm", "block_size=32", "--hook", "ffn_out"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
-        "TRIMTAB_ADMIN_KEY": "changes",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    said, log = folder / "said", folder / "log"
-    with said.open("w") as out, log.open("w") as err:
-        server = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-    try:
-        while "Ctrl-C" not in said.read_text():
-            assert server.poll() is None, log.read_text()[-6000:]
-            time.sleep(0.5)
-        address = next(word for word in said.read_text().split() if word.startswith("http"))
-        with httpx.Client(base_url=f"{address}/", timeout=300) as opened:
-            yield opened
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def text_of(lm: tt.LanguageModel, prompt: Any, *steerings: tt.Steering, new: int = NEW) -> str:
-    """What generate writes of it alone."""
-    chat = not isinstance(prompt, str)
-    (done,) = lm.generate([prompt], chat=chat, steering=[list(steerings)], max_new_tokens=new)
-    return done.text
-
-
-def asked(prompt: Any, /, **more: Any) -> dict[str, Any]:
-    return {"model": "base", "prompt": prompt, "max_tokens": NEW, "temperature": 0, **more}
+    with served(lm, steerings, tmp_path_factory.mktemp("served"), "--hook", "ffn_out") as running:
+        yield running.client
 
 
 def test_everything_at_once_is_what_each_is_alone(
@@ -176,6 +131,32 @@ def test_adding_replacing_and_removing(
     assert client.post("completions", json=asked("a", model="base+new")).status_code == 404
 
 
+@pytest.mark.parametrize(("name", "kl"), [("joy", 0.02), ("calm", 0.05)])
+def test_a_budget_finds_its_dial_for_each_prompt(
+    client: httpx.Client, lm: tt.LanguageModel, steerings: dict[str, tt.Steering],
+    name: str, kl: float,
+) -> None:  # fmt: skip
+    """At the dial that is told the next token is so many nats off, as transformers measures it, or
+    the dial is at its end; and what is written is what is written at that dial."""
+
+    def ask(prompt: str) -> dict[str, Any]:
+        answer = client.post("completions", json=asked(prompt, model=f"base+{name}@kl={kl}"))
+        assert answer.status_code == 200, answer.text
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(ask, PROMPTS))
+    steering = steerings[name]
+    for prompt, choice in zip(PROMPTS, found, strict=True):
+        dial = choice["steering"][0]["dial"]
+        nats = kl_at(lm, steering, prompt, dial)
+        ends = dial == pytest.approx(steering.dial.range[1])
+        assert nats == pytest.approx(kl, rel=0.02) or (ends and nats < kl), (nats, dial)
+        assert choice["text"] == text_of(lm, prompt, steering.at(dial))
+    assert len({choice["steering"][0]["dial"] for choice in found}) > 1
+
+
 def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
     body = asked(PROMPTS[0], model="base+turn", max_tokens=200, stream=True)
     for _ in range(5):
@@ -193,7 +174,10 @@ def test_who_leaves_frees_a_place(client: httpx.Client) -> None:
     ("body", "status", "said"),
     [
         (asked("a", model="base+nobody"), 404, "no steering is called"),
-        (asked("a", model="base+joy@kl=0.1"), 400, "kl"),
+        (asked("a", model="base+late@kl=0.1"), 400, "generated tokens only"),
+        (asked("a", model="base+turn@kl=0.1"), 400, "does nothing at no dial"),
+        (asked("a", model="base+joy@kl=0"), 400, "above 0 nats"),
+        (asked("a", model="base+joy@kl=0.1+calm"), 400, "cannot be stacked"),
         (asked("a", model="base+asked"), 400, "no turn of a chat"),
         (asked("a", steering=[{"name": "joy", "scope": "nowhere"}]), 400, "nowhere"),
         (asked([7] * 300), 400, "tokens"),

@@ -23,7 +23,15 @@ import trimtab as tt
 from helpers import steer
 from operator_formulas import ALL, random_operator
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.engines import content_of, extra_args, places_of, sites_of, steps_of, wanted_of
+from trimtab.engines import (
+    content_of,
+    extra_args,
+    places_of,
+    sites_of,
+    steps_of,
+    wanted_of,
+    why_not,
+)
 from trimtab.model import Writing
 from trimtab.serving.placing import acts_of
 
@@ -93,6 +101,12 @@ def specs(lm: tt.LanguageModel) -> list[Spec]:
         steer(lm, *((f"layers.{i}.ffn_norm", random_operator("Turn", 6, 64)) for i in range(4)),
               alpha=140.0),
     )  # fmt: skip
+    aim = torch.randn(64, generator=torch.Generator().manual_seed(3))
+    conditions = (
+        tt.Condition("layers.0.resid", aim, 0.0, score="projection"),
+        tt.Condition("layers.1.attn_out", aim.flip(0), 0.0, fires="below"),
+    )
+    gated = push.at(6.0).gated(tt.Gate(conditions, "token", ("or", 0, ("not", 1))))
     two = replace(push, interventions=(
         replace(push.interventions[0], scope="prompt"),
         tt.Intervention("layers.2.resid", random_operator("Add", 9, 64), "generated", 0.5),
@@ -104,6 +118,7 @@ def specs(lm: tt.LanguageModel) -> list[Spec]:
         *made, *words, Spec((push,)), Spec((push.at(-6.0),)), Spec((turn, push)),
         Spec((push, turn)), Spec((faded,)), Spec((two,)),
         Spec((turn.at(100.0), push.at(7.0)), "generated"),
+        Spec((gated,)), Spec((gated,), "generated"), Spec((turn, gated), "prompt"),
         Spec(), *(Spec((push.at(float(dial)),), "last") for dial in range(2, 8)),
         Spec((steer(lm, ("embed", random_operator("Add", 7, 64)), alpha=0.3),)),
         Spec((steer(lm, ("final_norm", random_operator("Add", 8, 64)), alpha=2.0),)),
@@ -180,7 +195,7 @@ def run(
     given, found = folder / "job.json", folder / "answers.json"
     given.write_text(json.dumps(job))
     program = Path(__file__).with_name("vllm_steered.py")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
     ran = subprocess.run(
         [str(PYTHON), program, given, found], capture_output=True, text=True, env=environment
     )
@@ -210,14 +225,15 @@ def wrong(answers: list[dict[str, Any]], wanted: list[list[list[int]]]) -> list[
 
 def of_ranks(specs: list[Spec], engine: Engine) -> list[int]:
     """The specs that an engine carries: a site that ranks share takes what acts on each unit by
-    itself."""
-    if engine.engine.get("tensor_parallel_size", 1) == 1:
-        return list(range(len(specs)))
+    itself, and a gate that decides token by token is for one stage."""
+    tensor, stages = (engine.engine.get(f"{of}_parallel_size", 1) for of in ("tensor", "pipeline"))
     carried = []
     for number, spec in enumerate(specs):
+        if any(why_not(steering, tensor, stages) for steering in spec.steerings):
+            continue
         try:
             for steering in spec.steerings:
-                steps_of(steering, 0, 2)
+                steps_of(steering, 0, tensor)
         except tt.TrimtabError:
             continue
         carried.append(number)

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -26,7 +28,7 @@ from trimtab.reports import Table
 
 if TYPE_CHECKING:
     from trimtab.model import LanguageModel
-    from trimtab.serving import Carried, Library
+    from trimtab.serving import Adapted, Carried, Library
     from trimtab.steering import Steering
 
 
@@ -71,6 +73,14 @@ class Running:
         "repeat.",
         (),
     )
+    tier: Literal["auto", "plugin", "lora"] = option(
+        "With vllm, how it steers: plugin, or lora (an exact adapter for each variant, made when "
+        "it is first asked for); auto takes the plugin where it is tested with that vLLM.",
+        "auto",
+    )
+    variants: int = option(
+        "With --tier lora, how many variants (steerings at their dials) are kept.", 256, least=2
+    )
 
 
 def serve(
@@ -104,7 +114,7 @@ def serve(
 
     Example: `trimtab serve --model smollm2-135m-instruct --steer warm.safetensors --port 8000`
     """
-    from trimtab.serving import Library
+    from trimtab.serving import Carried, Library
 
     key, admin_key = (
         os.environ.get(name) or None for name in ("TRIMTAB_API_KEY", "TRIMTAB_ADMIN_KEY")
@@ -119,8 +129,12 @@ def serve(
     for argument in bake:
         language_model = _baked(language_model, argument, force)
     name = serving.name or language_model.name
-    carried = None if arguments is None else _carried(language_model, arguments)
-    library = Library(language_model, force=force, refusal=None if check else carried)
+    carried = None
+    if arguments is not None:
+        carried = _carried(_tier(running), language_model, arguments)
+    by_engine = isinstance(carried, Carried)
+    refusal = None if check else carried
+    library = Library(language_model, force=force, refusal=refusal, by_engine=by_engine)
     for source in steer:
         library.read(source)
     if check or as_json:
@@ -131,8 +145,8 @@ def serve(
         engine = partial(_transformers, language_model, serving)
     else:
         assert arguments is not None
-        carried.sites = _sites(library, running, language_model)
-        engine = partial(_vllm, language_model, opened, carried.sites, arguments, serving)
+        way = partial(_way, carried, library, running, language_model, arguments)
+        engine = partial(_vllm, language_model, opened, way, arguments, serving)
     _run(language_model, name, library, serving, (key, admin_key), engine)
 
 
@@ -151,6 +165,15 @@ def _require_extra() -> None:
 _GIVEN = ("model", "dtype", "additional_config", "max_num_seqs", "trust_remote_code", "tokenizer")
 
 
+#: With --tier lora these are, too.
+_ADAPTERS = ("enable_lora", "lora_target_modules")
+
+
+#: Seconds between two looks whether an engine lives, and how long a server goes on answering, with
+#: errors, after it has died.
+_LOOK, _HEARD = 1.0, 5.0
+
+
 #: What vLLM writes goes where other logs go, and is said of what matters.
 _VLLM = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 
@@ -160,22 +183,22 @@ def _arguments(
 ) -> dict[str, Any] | None:
     """Arguments of vLLM's engine; None where transformers runs the model."""
     if running.engine == "transformers":
-        if running.vllm or running.hook:
-            raise TrimtabError("--vllm and --hook are for --engine vllm")
+        if running.vllm or running.hook or running.tier != "auto":
+            raise TrimtabError("--vllm, --hook and --tier are for --engine vllm")
         return None
-    from trimtab.engines import untested
+    from trimtab.engines import untested, vllm_version
 
-    if (reason := untested()) and not check:
-        raise TrimtabError(
-            f"{reason}: serve with --engine transformers, or give a stock engine adapters "
-            "(trimtab export --to lora)"
-        )
+    if not check and vllm_version() is None:
+        raise TrimtabError(f"{untested()}: or serve with --engine transformers")
+    if not check and running.tier == "plugin" and (reason := untested()):
+        raise TrimtabError(f"{reason}: serve with --tier lora, or with --engine transformers")
     if serving.tokens is not None:
         raise TrimtabError("vLLM divides its own memory: leave --tokens out")
     if opened.quantise or opened.device_map or opened.device != "auto":
         raise TrimtabError("vLLM places the model itself: leave --device and --quantise out")
     arguments = read_named("--vllm", running.vllm)
-    given = [name for name in _GIVEN if name in arguments]
+    own = (*_GIVEN, *(_ADAPTERS if _tier(running) == "lora" else ()))
+    given = [name for name in own if name in arguments]
     if given:
         raise TrimtabError(f"--vllm {given[0]}: that is for trimtab's own options to say")
     return arguments
@@ -191,17 +214,43 @@ def _read_once(opened: Opened) -> Opened:
     return replace(opened, device="cpu", dtype=dtype)
 
 
-def _carried(language_model: LanguageModel, arguments: dict[str, Any]) -> Carried:
-    from trimtab.serving import Carried
+def _tier(running: Running) -> Literal["plugin", "lora"]:
+    """How vLLM steers: by the plugin, unless it is not tested with the vLLM that is installed."""
+    from trimtab.engines import untested, vllm_version
 
-    return Carried(language_model.anatomy, int(arguments.get("tensor_parallel_size", 1)))
+    if running.tier != "auto":
+        return running.tier
+    return "lora" if vllm_version() is not None and untested() else "plugin"
 
 
-def _sites(library: Library, running: Running, language_model: LanguageModel) -> list[str]:
-    from trimtab.serving import sites_wanted
+def _carried(
+    tier: str, language_model: LanguageModel, arguments: dict[str, Any]
+) -> Carried | Adapted:
+    from trimtab.serving import Adapted, Carried
+
+    if tier == "lora":
+        return Adapted(language_model)
+    ranks, stages = (int(arguments.get(f"{of}_parallel_size", 1)) for of in ("tensor", "pipeline"))
+    return Carried(language_model.anatomy, ranks, stages=stages)
+
+
+def _way(
+    carried: Carried | Adapted,
+    library: Library,
+    running: Running,
+    language_model: LanguageModel,
+    arguments: dict[str, Any],
+) -> Any:
+    """How vLLM steers, with all that is to be known before it starts."""
+    from trimtab.serving import Adapters, Carried, Inside, sites_wanted
 
     steerings = [held.steering for held in library.held.values()]
-    return sites_wanted(steerings, running.hook, language_model.anatomy)
+    if isinstance(carried, Carried):
+        carried.sites = sites_wanted(steerings, running.hook, language_model.anatomy)
+        return Inside(language_model, carried.sites)
+    rank = arguments.get("max_lora_rank")
+    carried.start(steerings, running.hook, None if rank is None else int(rank))
+    return Adapters(language_model, carried, running.variants)
 
 
 @contextmanager
@@ -216,7 +265,7 @@ def _transformers(language_model: LanguageModel, serving: Serving) -> Iterator[A
 def _vllm(
     language_model: LanguageModel,
     opened: Opened,
-    sites: list[str],
+    way: Callable[[], Any],
     arguments: dict[str, Any],
     serving: Serving,
 ) -> Iterator[Any]:
@@ -228,7 +277,7 @@ def _vllm(
     with _checkpoint(language_model, opened) as directory:
         limits = Limits(serving.rows, waiting=serving.waiting)
         more = {"trust_remote_code": trusting.get(), "revision": opened.revision}
-        yield Elsewhere(language_model, directory, sites, {**more, **arguments}, limits)
+        yield Elsewhere(language_model, directory, way(), {**more, **arguments}, limits)
 
 
 @contextmanager
@@ -253,7 +302,11 @@ def _baked(language_model: LanguageModel, argument: str, force: bool) -> Languag
 
 
 def _say_what_is_served(
-    name: str, library: Library, baked: list[str], carried: Carried | None, as_json: bool
+    name: str,
+    library: Library,
+    baked: list[str],
+    carried: Carried | Adapted | None,
+    as_json: bool,
 ) -> None:
     from trimtab.serving import described
 
@@ -281,12 +334,20 @@ def _say_what_is_served(
     show([Table(f"Served beside {name}", heads, rows)], [f"baked in: {one}" for one in baked], None)
 
 
-def _in_vllm(steering: Steering, carried: Carried) -> dict[str, Any]:
-    """Whether vLLM carries a steering here, and why not."""
-    from trimtab.engines import untested
+def _in_vllm(steering: Steering, carried: Carried | Adapted) -> dict[str, Any]:
+    """How vLLM carries a steering here, and where it does not, why not and what does."""
+    from trimtab.engines import untested, vllm_version
+    from trimtab.serving import Carried
 
-    reason = untested() or carried(steering)
-    return {"runs": f"refused: {reason}" if reason else "steered in the engine"}
+    plugin = isinstance(carried, Carried)
+    reason = ""
+    if vllm_version() is None or plugin:
+        reason = untested()
+    reason = reason or carried(steering)
+    if not reason:
+        tier, runs = (2, "steered in the engine") if plugin else (1, "by LoRA adapters")
+        return {"tier": tier, "runs": f"tier {tier}: {runs}"}
+    return {"tier": None, "runs": f"refused: {reason}"}
 
 
 def _run(
@@ -320,4 +381,21 @@ def _run(
             timeout_graceful_shutdown=5,
             server_header=False,
         )
-        uvicorn.Server(config).run(sockets=[bound])
+        server = uvicorn.Server(config)
+        watching = Thread(target=_end_with, args=(opened, server), daemon=True)
+        watching.start()
+        server.run(sockets=[bound])
+        died = getattr(server, "engine_died", False)
+    if died:
+        raise TrimtabError("the engine has died, and the server ended: start it again")
+
+
+def _end_with(engine: Any, server: Any) -> None:
+    """End a server whose engine has died, so that whoever watches over it starts it again; clients
+    hear of it first."""
+    while not server.should_exit:
+        time.sleep(_LOOK)
+        if not engine.alive and not server.should_exit:
+            server.engine_died = True
+            time.sleep(_HEARD)
+            server.should_exit = True

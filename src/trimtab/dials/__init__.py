@@ -3,8 +3,16 @@
 It is below methods, so that what they fit knows its own dial.
 """
 
-from trimtab.dials.budgets import BUDGETS, Budget, PromptBudget, budget, calibrate, dials_for
+from trimtab.dials.budgets import (
+    BUDGETS,
+    Budget,
+    PromptBudget,
+    budget,
+    calibrate,
+    dials_for,
+)
 from trimtab.dials.measuring import measured
+from trimtab.dials.solving import searched
 from trimtab.dials.turning import (
     Turning,
     check_turns,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from trimtab.contrasts import Prompt, as_messages, last_message
-from trimtab.dials.solving import Side, Solution, solve
+from trimtab.dials.solving import Side, Solution, check_budgets, solve
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.figures import Estimate
 from trimtab.files import json_digest
@@ -169,7 +169,7 @@ def budget(
     which it equals the budget, as a rule the first. Refused for steerings that do nothing at no
     dial (SAS, AAS).
     """
-    _check_budgets([kl])
+    check_budgets([kl])
     wanted, encoded = _encoded(language_model, prompts, chat)
     found: dict[Side, Budget] = {}
     per_side = solve(language_model, steering, encoded, [kl], side, beyond_range, force)
@@ -213,7 +213,7 @@ def calibrate(
     A budget that less than half of the prompts use up within the dial's range has no median dial.
     """
     budgets = sorted({float(one) for one in kl})
-    _check_budgets(budgets)
+    check_budgets(budgets)
     _, encoded = _encoded(language_model, prompts, chat)
     per_side = solve(language_model, steering, encoded, budgets, "both", False, force)
     return replace(steering, calibration=calibration(budgets, encoded, per_side))
@@ -248,14 +248,6 @@ def _encoded(
     return wanted, language_model.fitting(wanted)
 
 
-def _check_budgets(budgets: Sequence[float]) -> None:
-    if not budgets:
-        raise TrimtabError("there is no budget: name some, in nats")
-    for one in budgets:
-        if not (math.isfinite(one) and one > 0):
-            raise TrimtabError(f"a budget must be above 0 nats, not {one}")
-
-
 def dials_for(
     language_model: LanguageModel,
     steering: Steering,
@@ -264,7 +256,7 @@ def dials_for(
     force: bool = False,
 ) -> list[float]:
     """The dial of each text (token ids), on the side of the dial on which the steering stands."""
-    _check_budgets([kl])
+    check_budgets([kl])
     side: Side = "negative" if steering.setting < 0 else "positive"
     found = solve(language_model, steering, texts, [kl], side, force=force)[side]
     _warn_unreached([solution[0] for solution in found], steering, kl)

@@ -12,13 +12,20 @@ and what was too much, correct it. All prompts and both directions run together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
-from trimtab.dials.turning import Turning, check_turns, dial_limits, divergence, idle_dial
+from trimtab.dials.turning import (
+    Turning,
+    check_turns,
+    dial_limits,
+    divergence,
+    idle_dial,
+    refuse_generated,
+)
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering
@@ -34,6 +41,8 @@ _ON_THE_WAY = (0.75, 0.5, 0.25)
 #: KL that passes the budget within this share of a dial jumps: nothing closer is there to find.
 _JUMP = 1e-5
 _STEPS = 40
+#: Where a search begins that has no derivative, as a share of the dial's end.
+_FIRST = 1 / 16
 #: Prompts that are worked on at once, which bounds the memory for what is kept of them.
 _TOKENS_AT_ONCE, _TEXTS_AT_ONCE = 16384, 256
 #: `beyond_range` goes this many times further.
@@ -61,11 +70,7 @@ def solve(
 ) -> dict[Side, list[list[Solution]]]:
     """For each side the solutions of each text (token ids), one for each budget."""
     check_turns(language_model, steering, force)
-    if idle_dial(steering) is None:
-        raise TrimtabError(
-            f"a {steering.method} steering does nothing at no dial: it sets an angle rather than "
-            "turning by one, so a dial has no size that could be kept to a budget"
-        )
+    _refuse_no_idle(steering)
     ends = _ends(steering, side, beyond_range)
     found: dict[Side, list[list[Solution]]] = {one: [] for one in ends}
     with progress("finding dials", len(texts)) as advance:
@@ -79,6 +84,45 @@ def solve(
                     per_text.append([search.solution() for search in own])
             advance(len(some))
     return found
+
+
+def _refuse_no_idle(steering: Steering) -> None:
+    if idle_dial(steering) is None:
+        raise TrimtabError(
+            f"a {steering.method} steering does nothing at no dial: it sets an angle rather than "
+            "turning by one, so a dial has no size that could be kept to a budget"
+        )
+
+
+def check_budgets(budgets: Sequence[float]) -> None:
+    """Refuse what is no size of a budget, in nats."""
+    if not budgets:
+        raise TrimtabError("there is no budget: name some, in nats")
+    for one in budgets:
+        if not (math.isfinite(one) and one > 0):
+            raise TrimtabError(f"a budget must be above 0 nats, not {one}")
+
+
+def searched(steering: Steering, kl: float) -> Generator[float, float, Solution]:
+    """The search for the dial of one text, on the side on which the steering stands, for whoever
+    has a model elsewhere: it yields dials, takes the KL at each, and returns what was found. What
+    has no such dial is refused at once."""
+    check_budgets([kl])
+    _refuse_no_idle(steering)
+    refuse_generated(steering)
+    side: Side = "negative" if steering.setting < 0 else "positive"
+    end = _ends(steering, side, beyond_range=False)[side]
+    return _asking(_Search(0, side, end, kl, _FIRST * end))
+
+
+def _asking(search: _Search) -> Generator[float, float, Solution]:
+    for _ in range(_STEPS):
+        search.tell(search.guess, (yield search.dial))
+        if search.found is None:
+            search.advance()
+        if search.found is not None:
+            break
+    return search.solution()
 
 
 def _ends(

@@ -159,6 +159,11 @@ def check_turns(language_model: LanguageModel, steering: Steering, force: bool =
         )
     with language_model.steered(steering, force=force):
         pass  # says what does not fit
+    refuse_generated(steering)
+
+
+def refuse_generated(steering: Steering) -> None:
+    """Refuse what acts on generated tokens only, and changes nothing of a text that is read."""
     for intervention in steering.interventions:
         if intervention.scope.only_generated:
             raise TrimtabError(

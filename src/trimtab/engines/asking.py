@@ -22,9 +22,11 @@ from trimtab.engines.tokens import Acts, read_acts, weights
 
 #: Under which name a request's `extra_args` have it.
 FIELD = "trimtab"
+#: Under which name they have what is to be read of it.
+READING = "trimtab_reading"
 #: Steerings that one request may stack, and characters that it may say of them.
 MOST_STACKED, LONGEST = 8, 1 << 20
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST, _NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,66 @@ def extra_args(wanted: Sequence[Wanted]) -> dict[str, str] | None:
         for one in wanted
     ]
     return {FIELD: json.dumps(said, allow_nan=False)}
+
+
+@dataclass(frozen=True)
+class Read:
+    """What is read of a prompt: the sum of a site's activations over the tokens of a scope, or the
+    last one alone, where that is None."""
+
+    site: str
+    acts: Acts | None = None
+
+
+@dataclass(frozen=True)
+class ReadingOf:
+    """All that is read of one prompt, and the name by which it is asked for afterwards: sums of
+    activations, and what gates of its steerings decide token by token."""
+
+    name: str
+    reads: tuple[Read, ...] = ()
+
+
+def reading_args(reading: ReadingOf) -> dict[str, str]:
+    """What the sampling parameters of a request carry that is read."""
+    reads = [
+        {"site": one.site, "scope": None if one.acts is None else one.acts.as_json()}
+        for one in reading.reads
+    ]
+    return {READING: json.dumps({"name": reading.name, "reads": reads}, allow_nan=False)}
+
+
+def reading_by(params: Any) -> ReadingOf | None:
+    """What is to be read by sampling parameters, after every check; a ValueError says what is
+    wrong."""
+    extra = getattr(params, "extra_args", None)
+    if not extra or READING not in extra:
+        return None
+    text = extra[READING]
+    if not isinstance(text, str) or len(text) > LONGEST:
+        _refuse(f"what is read is no text of {LONGEST} characters at most")
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        _refuse("what is read is no JSON")
+    if not (isinstance(given, dict) and set(given) == {"name", "reads"}):
+        _refuse("what is read has a name and reads")
+    name, reads = given["name"], given["reads"]
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(reads, list)):
+        _refuse("what is read has a name, 32 hexadecimal digits, and a list")
+    return ReadingOf(name, tuple(map(_one_read, reads)))
+
+
+def _one_read(given: Any) -> Read:
+    if not (isinstance(given, dict) and set(given) == {"site", "scope"}):
+        _refuse("what is read has sites and scopes")
+    if not isinstance(given["site"], str):
+        _refuse("a site is a text")
+    try:
+        acts = None if given["scope"] is None else read_acts(given["scope"])
+    except (ValueError, RecursionError) as error:
+        _refuse(str(error))
+    return Read(given["site"], acts)
 
 
 def wanted_by(params: Any) -> tuple[Wanted, ...]:

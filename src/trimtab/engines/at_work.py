@@ -16,14 +16,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.engines.asking import Wanted
+from trimtab.engines.asking import ReadingOf, Wanted
 from trimtab.engines.loaded import Step
 from trimtab.engines.tokens import weights
+from trimtab.steering import Gate
+
+
+@dataclass(eq=False)
+class Reading:
+    """What is read of one prompt, as far as it has been: of each of its reads the sum over tokens,
+    [units] in float64, and how many; and of gates that decide token by token, by their place in the
+    stack, at how many tokens each fired, and the scores at the last one, [conditions]."""
+
+    of: ReadingOf
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    fired: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    #: Tokens that were read. Those of a prompt that is read again, because its blocks were given to
+    #: others, count once.
+    columns: int = 0
+
+    def add(self, number: int, x: Tensor) -> None:
+        """Some tokens' activations, [tokens, units]."""
+        total = x.double().sum(0).cpu()
+        self.sums[number] = self.sums[number] + total if number in self.sums else total
+        self.counts[number] = self.counts.get(number, 0) + len(x)
 
 
 class Rows(NamedTuple):
     """A request in a pass: what is wanted of it, its text as far as it is known, where its prompt
-    ends, which token is its first one here, and from which row on up to which one it is."""
+    ends, which token is its first one here, from which row on up to which one it is, and what is
+    read of it."""
 
     wanted: tuple[Wanted, ...]
     ids: Sequence[int]
@@ -31,14 +55,89 @@ class Rows(NamedTuple):
     position: int
     first: int
     stop: int
+    reading: Reading | None = None
+
+
+class _Sum(NamedTuple):
+    """A read of a prompt, and the rows that it takes here."""
+
+    reading: Reading
+    number: int
+    rows: Tensor
+
+    def act(self, x: Tensor, residual: Tensor | None) -> None:
+        self.reading.add(self.number, _stream(x, residual, self.rows))
+
+
+@dataclass(eq=False)
+class _Deciding:
+    """A gate in a pass, for the rows of all requests that have it, [rows]: the scores of each of
+    its conditions, and where it fires. `told` are the requests whose readings hear of it: from
+    which of these rows on, how many, and whether the last of them is their prompt's last token."""
+
+    gate: Gate
+    rows: Tensor
+    rank: int
+    told: list[tuple[Reading, int, int, bool]]
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    fires: Tensor | None = None
+
+    def decided(self) -> Tensor:
+        """Where it fires, [rows]; what conditions read comes before what they decide."""
+        if self.fires is None:
+            self.fires = self.gate.decide([self.scores[i] for i in range(len(self.scores))])
+            for reading, first, stop, ends in self.told:
+                count = int(self.fires[first:stop].sum())
+                reading.fired[self.rank] = reading.fired.get(self.rank, 0) + count
+                if ends:
+                    last = [self.scores[i][stop - 1] for i in range(len(self.scores))]
+                    reading.scores[self.rank] = torch.stack(last).double().cpu()
+        return self.fires
+
+
+class _Score(NamedTuple):
+    """A condition of a gate reads its site."""
+
+    deciding: _Deciding
+    number: int
+
+    def act(self, x: Tensor, residual: Tensor | None) -> None:
+        condition = self.deciding.gate.conditions[self.number]
+        read = _stream(x, residual, self.deciding.rows)
+        self.deciding.scores[self.number] = condition.scores(read)
+        if len(self.deciding.scores) == len(self.deciding.gate.conditions):
+            self.deciding.decided()
 
 
 class _Change(NamedTuple):
-    """An operator, the rows that it changes [rows], and a dial for each, [rows]."""
+    """An operator, the rows that it changes [rows], and a dial for each, [rows]; and the gate that
+    they have, with the places of these rows among the gate's, [rows]."""
 
     step: Step
     rows: Tensor
     dials: Tensor
+    deciding: _Deciding | None = None
+    places: Tensor | None = None
+
+    def act(self, x: Tensor, residual: Tensor | None) -> None:
+        rows, dials = self.rows, self.dials
+        if self.deciding is not None:
+            fires = self.deciding.decided()[self.places]
+            rows, dials = rows[fires], dials[fires]
+            if not len(rows):
+                return
+        old = x[rows]
+        if residual is None:
+            x[rows] = self.step.operator.bind(dials, x.device)(old)
+            return
+        whole = old + residual[rows]
+        change = self.step.operator.bind(dials, x.device)(whole).float() - whole.float()
+        x[rows] = (old.float() + change).to(x.dtype)
+
+
+def _stream(x: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
+    """The activations of some rows."""
+    return x[rows] if residual is None else x[rows] + residual[rows]
 
 
 @dataclass
@@ -48,11 +147,13 @@ class AtWork:
     sites: list[str] = field(default_factory=list)
     loaded: dict[str, tuple[Step, ...]] = field(default_factory=dict)
     #: By the number of a site what is done there, in order.
-    plan: dict[int, list[_Change]] = field(default_factory=dict)
+    plan: dict[int, list[_Sum | _Score | _Change]] = field(default_factory=dict)
     #: How often each site was passed.
     calls: list[int] = field(default_factory=list)
     #: Where activations are watched: by the number of a site its last row, before it is changed.
     seen: dict[int, Tensor] | None = None
+    #: What is read of prompts, by name, until it is asked for.
+    readings: dict[str, Reading] = field(default_factory=dict)
     #: Rows that were to be changed by a steering that is not loaded, which nothing should let come.
     missed: int = 0
 
@@ -63,32 +164,69 @@ class AtWork:
 
     def begin(self, requests: Sequence[Rows], device: torch.device | str = "cpu") -> None:
         """Make the plan of a pass."""
+        ordered: dict[int, list[tuple[int, int, _Sum | _Score | _Change]]] = {}
+        for site, order, act in (*self._sums(requests, device), *self._steps(requests, device)):
+            ordered.setdefault(self.sites.index(site), []).append((*order, act))
+        self.plan = {
+            site: [act for _, _, act in sorted(acts, key=lambda each: each[:2])]
+            for site, acts in ordered.items()
+        }
+        for request in requests:
+            if request.reading is not None:
+                stop = request.position + request.stop - request.first
+                request.reading.columns = max(request.reading.columns, stop)
+
+    def _sums(
+        self, requests: Sequence[Rows], device: torch.device | str
+    ) -> Iterator[tuple[str, tuple[int, int], _Sum]]:
+        """What is read of prompts, before anything is changed."""
+        for request in requests:
+            reading = request.reading
+            for number, read in enumerate(reading.of.reads if reading is not None else ()):
+                assert reading is not None
+                rows = _read_rows(request, reading, read.acts)
+                if len(rows):
+                    where = torch.from_numpy(rows).to(device)
+                    yield read.site, (-1, number), _Sum(reading, number, where)
+
+    def _steps(
+        self, requests: Sequence[Rows], device: torch.device | str
+    ) -> Iterator[tuple[str, tuple[int, int], _Score | _Change]]:
+        """What conditions of gates read, and what steerings change: by site, the place in its stack
+        and the intervention's number."""
         # Rows that are steered alike but for their dials go together: by the place in their stack,
         # the steering, which of its interventions have which scope, and the scope.
         together: dict[tuple[int, str, tuple[int, ...], int], tuple[list[Any], list[Any]]] = {}
+        gated: dict[tuple[int, str], list[Rows]] = {}
         for request in requests:
             for rank, one in enumerate(request.wanted):
                 if one.digest not in self.loaded:
                     self.missed += request.stop - request.first
                     continue
+                if any(step.gate is not None for step in self.loaded[one.digest]):
+                    gated.setdefault((rank, one.digest), []).append(request)
                 for number, (rows, dials) in _shares(request, one):
                     of = together.setdefault((rank, one.digest, one.of, number), ([], []))
                     of[0].append(rows)
                     of[1].append(dials)
-        ordered: dict[int, list[tuple[int, int, _Change]]] = {}
+        deciding = {}
+        for key, whose in gated.items():
+            gate = self.loaded[key[1]][0].gate
+            assert gate is not None  # which all steps of a steering have
+            deciding[key] = _deciding(gate, key[0], whose, device)
+            for number, condition in enumerate(gate.conditions):
+                yield condition.site, (key[0], -1), _Score(deciding[key], number)
         for (rank, digest, scopes, number), (rows, dials) in together.items():
             where = torch.from_numpy(np.concatenate(rows)).to(device)
             dial = torch.from_numpy(np.concatenate(dials))
+            gate_here = deciding.get((rank, digest))
+            places = None if gate_here is None else torch.searchsorted(gate_here.rows, where)
             for step in self.loaded[digest]:
                 own = scopes[step.number] if step.number < len(scopes) else 0
                 if own == number:
-                    change = _Change(step, where, (dial * step.weight).float().to(device))
-                    site = self.sites.index(step.site)
-                    ordered.setdefault(site, []).append((rank, step.number, change))
-        self.plan = {
-            site: [change for _, _, change in sorted(changes, key=lambda each: each[:2])]
-            for site, changes in ordered.items()
-        }
+                    turned = (dial * step.weight).float().to(device)
+                    change = _Change(step, where, turned, gate_here, places)
+                    yield step.site, (rank, step.number), change
 
     def change(self, x: Tensor, residual: Tensor | None, site: int) -> None:
         """Do what the plan says at a site to activations x [rows, units], in place. With a residual
@@ -99,14 +237,41 @@ class AtWork:
         if self.seen is not None:
             last = x[-1] if residual is None else x[-1] + residual[-1]
             self.seen[site] = last.float().clone()
-        for step, rows, dials in self.plan.get(site, ()):
-            old = x[rows]
-            if residual is None:
-                x[rows] = step.operator.bind(dials, x.device)(old)
-                continue
-            whole = old + residual[rows]
-            change = step.operator.bind(dials, x.device)(whole).float() - whole.float()
-            x[rows] = (old.float() + change).to(x.dtype)
+        for act in self.plan.get(site, ()):
+            act.act(x, residual)
+
+
+def _read_rows(request: Rows, reading: Reading, acts: Any) -> Any:
+    """The rows of a pass that a read takes: tokens of the prompt that were not read before."""
+    stop = min(request.position + request.stop - request.first, request.prompt)
+    first = max(request.position, reading.columns)
+    if acts is None:
+        first = max(first, request.prompt - 1)
+    if first >= stop:
+        return np.empty(0, dtype=np.int64)
+    taken = np.ones(stop - first, dtype=bool)
+    if acts is not None:
+        taken = weights(acts, request.ids, request.prompt, first, stop) != 0
+    return np.flatnonzero(taken) + request.first + first - request.position
+
+
+def _deciding(
+    gate: Gate, rank: int, requests: Sequence[Rows], device: torch.device | str
+) -> _Deciding:
+    """A gate for all rows of some requests, in their order."""
+    told, rows, length = [], [], 0
+    for request in sorted(requests, key=lambda each: each.first):
+        rows.append(np.arange(request.first, request.stop))
+        reading = request.reading
+        if reading is not None:
+            stop = min(request.position + request.stop - request.first, request.prompt)
+            first = max(request.position, reading.columns)
+            if first < stop:
+                ahead = length - request.position
+                told.append((reading, ahead + first, ahead + stop, stop == request.prompt))
+        length += request.stop - request.first
+    where = torch.from_numpy(np.concatenate(rows)).to(device)
+    return _Deciding(gate, where, rank, told)
 
 
 def _shares(request: Rows, one: Wanted) -> Iterator[tuple[int, tuple[Any, Any]]]:

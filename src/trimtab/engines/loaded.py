@@ -1,7 +1,8 @@
 """A steering as a worker of an engine holds it: operators by site, of one rank of several.
 
-An engine carries every operator. What it does not carry, a gate, and operators that need all units
-of a site that ranks share, is refused before it is loaded, with the reason.
+An engine carries every operator, and gates that decide token by token; other gates are decided
+before a steering is asked for. What needs all units of a site that ranks share is refused before it
+is loaded, with the reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trimtab.anatomy import parse_site
 from trimtab.engines.asking import Wanted
 from trimtab.engines.tokens import Acts
 from trimtab.errors import TrimtabError
-from trimtab.steering import Add, Intervention, Operator, Scale, Scope, Shift, Steering
+from trimtab.steering import Add, Gate, Intervention, Operator, Scale, Scope, Shift, Steering
 
 #: Sites that tensor parallelism splits: each rank has some of the units.
 SPLIT = ("heads", "ffn_in")
@@ -24,27 +25,39 @@ SPLIT = ("heads", "ffn_in")
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """An intervention: which of the steering's it is, and at how many times its dial."""
+    """An intervention: which of the steering's it is, at how many times its dial, and the gate that
+    decides at which tokens."""
 
     number: int
     site: str
     operator: Operator
     weight: float
+    gate: Gate | None = None
 
 
-def why_not(steering: Steering) -> str:
-    """Why no engine carries a steering, at whatever sites; "" where there is no reason."""
-    if steering.gate is not None:
-        return f"it has a gate ({steering.gate.kind}), which no engine but transformers decides"
+def why_not(steering: Steering, ranks: int = 1, stages: int = 1) -> str:
+    """Why no engine decides a steering's gate, whose units so many ranks split, and whose blocks
+    lie on so many stages; "" where there is no reason."""
+    gate = steering.gate
+    if gate is None or gate.kind != "token":
+        return ""
+    if stages > 1:
+        return "its gate decides token by token, and may read on another stage than it steers on"
+    split = [site for site in gate.sites if parse_site(site)[1] in SPLIT]
+    if ranks > 1 and split:
+        return f"its gate reads all units of {split[0]} at each token, which {ranks} ranks share"
     return ""
 
 
 def steps_of(steering: Steering, rank: int = 0, ranks: int = 1) -> tuple[Step, ...]:
     """What a steering does, in order, on one of the ranks that split the model's units."""
-    if reason := why_not(steering):
+    gate = steering.gate
+    if gate is not None and gate.kind != "token":
+        raise TrimtabError(f"a {gate.kind} gate is decided before its steering is loaded")
+    if reason := why_not(steering, ranks):
         raise TrimtabError(f"this {steering.method} steering cannot be carried: {reason}")
     return tuple(
-        Step(number, each.site, _on_rank(each, rank, ranks), each.weight)
+        Step(number, each.site, _on_rank(each, rank, ranks), each.weight, gate)
         for number, each in enumerate(steering.interventions)
         if each.acts
     )
@@ -71,8 +84,8 @@ def content_of(steering: Steering) -> bytes:
 
 
 def sites_of(steerings: Collection[Steering]) -> list[str]:
-    """The sites that steerings change, sorted."""
-    return sorted({each.site for one in steerings for each in one.interventions})
+    """The sites that steerings change, or whose gates read, sorted."""
+    return sorted({site for one in steerings for site in one.sites})
 
 
 def _on_rank(intervention: Intervention, rank: int, ranks: int) -> Operator:

@@ -22,12 +22,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import save
+from torch import Tensor
 
-from trimtab.engines.asking import FIELD, block_key, wanted_by
+from trimtab.engines.asking import FIELD, READING, block_key, reading_by, wanted_by
 from trimtab.engines.at_work import AT_WORK
-from trimtab.engines.loaded import steps_of
+from trimtab.engines.loaded import steps_of, why_not
 from trimtab.engines.modules import Place, install
 from trimtab.engines.runners import watch
 from trimtab.errors import TrimtabError
@@ -85,7 +87,7 @@ def register() -> None:
     for module in (keys, *map(importlib.import_module, _USERS)):
         module.generate_block_hash_extra_keys = keyed  # type: ignore[attr-defined]
     Worker.load_model = _hooked(Worker.load_model)
-    for method in (trimtab_load, trimtab_unload, trimtab_watch, trimtab_seen):
+    for method in (trimtab_load, trimtab_unload, trimtab_watch, trimtab_seen, trimtab_read):
         setattr(Worker, method.__name__, method)
 
 
@@ -105,12 +107,17 @@ def _checked(original: Any) -> Any:
     @wraps(original)
     def process_inputs(self: Any, name: str, prompt: Any, params: Any, *a: Any, **k: Any) -> Any:
         try:
-            wanted = wanted_by(params)
+            wanted, reading = wanted_by(params), reading_by(params)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=FIELD) from error
         unknown = [one.digest[:12] for one in wanted if one.digest not in LOADED]
-        if wanted and _configured(self.vllm_config) is None:
+        places = _configured(self.vllm_config)
+        if (wanted or reading) and places is None:
             raise VLLMValidationError("this engine was not started for steering", parameter=FIELD)
+        reads = () if reading is None else reading.reads
+        strange = [each.site for each in reads if each.site not in (places or {})]
+        if strange:
+            raise VLLMValidationError(f"nothing is read at {strange[0]}", parameter=READING)
         if unknown:
             raise VLLMValidationError(f"steering {unknown[0]} is not loaded", parameter=FIELD)
         if wanted and k.get("resumable"):
@@ -185,8 +192,11 @@ def trimtab_load(self: Any, digest: str, content: bytes) -> None:
         file.write_bytes(content)
         steering = Steering.load(file)
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    stages = self.vllm_config.parallel_config.pipeline_parallel_size
+    if reason := why_not(steering, ranks, stages):
+        raise TrimtabError(reason)
     steps = steps_of(steering, rank, ranks)
-    strange = [step.site for step in steps if step.site not in AT_WORK.sites]
+    strange = [site for site in steering.sites if site not in AT_WORK.sites]
     if strange:
         raise TrimtabError(f"the engine was not started with the site {strange[0]}")
     AT_WORK.loaded[digest] = steps
@@ -206,3 +216,18 @@ def trimtab_seen(self: Any) -> bytes:
     """What was noted since, by site, of the sites that are on this rank; and note no more."""
     seen, AT_WORK.seen = AT_WORK.seen or {}, None
     return save({AT_WORK.sites[site]: x.cpu().contiguous() for site, x in seen.items()})
+
+
+def trimtab_read(self: Any, name: str) -> bytes:
+    """What was read of a prompt, of the sites that are on this rank, and nothing of it after that:
+    sums and counts by the number of the read; of gates by their place how often each fired, and its
+    scores at the prompt's last token."""
+    reading = AT_WORK.readings.pop(name, None)
+    if reading is None:
+        return save({})
+    told: dict[str, Tensor] = {}
+    for number, total in reading.sums.items():
+        told |= {f"sum {number}": total, f"count {number}": torch.tensor(reading.counts[number])}
+    for place, scores in reading.scores.items():
+        told |= {f"scores {place}": scores, f"fired {place}": torch.tensor(reading.fired[place])}
+    return save(told)

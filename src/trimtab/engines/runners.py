@@ -14,18 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.engines.asking import Wanted, wanted_by
-from trimtab.engines.at_work import AtWork, Rows
+from trimtab.engines.asking import Wanted, reading_by, wanted_by
+from trimtab.engines.at_work import AtWork, Reading, Rows
 
 
 @dataclass
 class _Text:
     """A request that is under way: what is wanted of it, the ids of its prompt and of what was
-    written, as far as any scope reads them."""
+    written, as far as any scope reads them, and what is read of it."""
 
     wanted: tuple[Wanted, ...]
     ids: list[int]
     prompt: int
+    reading: Reading | None = None
 
     @property
     def reads(self) -> bool:
@@ -41,10 +42,14 @@ class Watching:
 
     def add(self, name: str, params: Any, ids: Sequence[int] | None, prompt: int) -> None:
         """A request comes."""
-        wanted = wanted_by(params)
-        if wanted:
-            reads = any(one.reads for one in wanted)
-            self.texts[name] = _Text(wanted, list(ids or ()) if reads else [], prompt)
+        wanted, of = wanted_by(params), reading_by(params)
+        if not wanted and of is None:
+            return
+        reading = None
+        if of is not None:  # one that comes again, after its blocks were given away, goes on
+            reading = self.at_work.readings.setdefault(of.name, Reading(of))
+        reads = bool(of and of.reads) or any(one.reads for one in wanted)
+        self.texts[name] = _Text(wanted, list(ids or ()) if reads else [], prompt, reading)
 
     def begin(
         self, names: Sequence[str], starts: Any, positions: Any, input_ids: Tensor | None
@@ -61,7 +66,8 @@ class Watching:
             if text.reads and ids is not None:
                 # The newest token may be known to the device alone until now.
                 text.ids[position : position + stop - first] = ids[first:stop]
-            requests.append(Rows(text.wanted, text.ids, text.prompt, position, first, stop))
+            row_of = Rows(text.wanted, text.ids, text.prompt, position, first, stop, text.reading)
+            requests.append(row_of)
         device = "cpu" if input_ids is None else input_ids.device
         self.at_work.begin(requests, device)
 

@@ -130,7 +130,7 @@ def changed_maps(anatomy: Anatomy, steerings: Sequence[Steering]) -> list[Change
     for acting in _acting(steerings):
         fold = acting.fold
         is_written = parse_site(fold.site)[1] in _WRITTEN
-        for linear_map in _maps(anatomy, fold.site):
+        for linear_map in maps_at(anatomy, fold.site):
             change = _at(linear_map, fold)
             if change.left.any():
                 side = written if is_written else read
@@ -162,7 +162,8 @@ def _acting(steerings: Sequence[Steering]) -> list[_Acting]:
     return sorted(acting, key=lambda each: site_order(each.intervention.site))
 
 
-def _maps(anatomy: Anatomy, site: str) -> list[LinearMap]:
+def maps_at(anatomy: Anatomy, site: str) -> list[LinearMap]:
+    """The linear maps that a change at a site is a change of."""
     written = parse_site(site)[1] in _WRITTEN
     return anatomy.writers(site) if written else anatomy.readers(site)
 
@@ -223,7 +224,7 @@ def _no_place(anatomy: Anatomy, fold: Fold) -> tuple[str, str] | None:
         return "a norm writes it, and no linear map stands behind it", _BAKE if in_gain else _ATTACH
     if kind == "final_norm" and _is_tied(anatomy):
         return "what reads it is the embedding table, which would change with it", _BAKE
-    if not _maps(anatomy, fold.site):
+    if not maps_at(anatomy, fold.site):
         does = "writes" if kind in _WRITTEN else "reads"
         return f"more than linear maps that are known {does} it in {anatomy.name}", _ATTACH
     return None
@@ -231,7 +232,7 @@ def _no_place(anatomy: Anatomy, fold: Fold) -> tuple[str, str] | None:
 
 def _no_rank(anatomy: Anatomy, fold: Fold) -> tuple[str, str] | None:
     """Why what an operator does at a site is no change of low rank of its maps."""
-    maps = _maps(anatomy, fold.site)
+    maps = maps_at(anatomy, fold.site)
     if any(each.stacked for each in maps):
         return "weights of experts lie one below the other, which adapters do not know", _BAKE
     if any(each.joint for each in maps) and fold.factors is None:

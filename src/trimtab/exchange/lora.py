@@ -26,7 +26,15 @@ from transformers.pytorch_utils import Conv1D
 from trimtab.anatomy import Anatomy
 from trimtab.checkpoints import RECORD, write_record
 from trimtab.errors import TrimtabError, TrimtabWarning, first_line, shown
-from trimtab.exchange.changes import ChangedMap, Left, changed_maps, left_out, only, without
+from trimtab.exchange.changes import (
+    ChangedMap,
+    Left,
+    changed_maps,
+    left_out,
+    maps_at,
+    only,
+    without,
+)
 from trimtab.exchange.directories import whole_directory
 from trimtab.exchange.low_rank import is_linear_in_dial
 from trimtab.exchange.request import Exported, Request
@@ -128,6 +136,50 @@ def refuse_conditions(steerings: Sequence[Steering]) -> None:
                 f"an adapter cannot carry the gate of a {shown(steering.method)} steering: weights "
                 "act on every text alike; attach it, or take the gate away"
             )
+
+
+# -- what an engine needs for it ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an engine must have for an adapter: a wrapper at these modules, by their paths, and
+    room for this rank."""
+
+    modules: tuple[str, ...]
+    rank: int
+
+
+def needs(language_model: LanguageModel, steerings: Sequence[Steering]) -> Needs:
+    """What an engine needs to take steerings as one adapter; nothing is computed by the model.
+    Refuses what `write` would refuse, and experts, whose weights engines hold in other forms."""
+    refuse_model(language_model)
+    refuse_conditions(steerings)
+    left = left_out(language_model.anatomy, steerings)
+    _refuse_left(left, (), split=False)
+    maps = changed_maps(language_model.anatomy, steerings)
+    targets = _targets(language_model.model, maps)
+    for target in targets:
+        if target.parameter is not None:
+            raise TrimtabError(
+                f"its adapter adds to {target.path}.{target.parameter}, which is no linear map of "
+                "its own, and engines read adapters of such weights in other forms: bake it, or "
+                "attach it"
+            )
+    paths = tuple(target.path for target in targets)
+    return Needs(paths, _padded(max((each.rank for each in maps), default=1)))
+
+
+def modules_at(language_model: LanguageModel, sites: Sequence[str]) -> tuple[str, ...]:
+    """The paths of the modules that adapters of steerings at some sites change."""
+    anatomy = language_model.anatomy
+    paths = {id(module): path for path, module in language_model.model.named_modules()}
+    found = [
+        paths[id(each.owner.get_submodule(each.weight.rpartition(".")[0]))]
+        for site in sites
+        for each in maps_at(anatomy, site)
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 # -- one adapter ---------------------------------------------------------------------------------

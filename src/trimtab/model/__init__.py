@@ -19,6 +19,7 @@ from trimtab.model.gate_reports import (
     Columns,
     Fired,
     decisions,
+    fired_by,
     has_two_pass,
     reported,
     settled,

@@ -1,10 +1,12 @@
 """A model behind OpenAI's API, each answer under steerings of its own"""
 
+from trimtab.serving.adapters import Adapted, Adapters
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
 from trimtab.serving.choosing import Chooser, Chosen, Settings
-from trimtab.serving.elsewhere import Carried, Elsewhere, sites_wanted
+from trimtab.serving.elsewhere import Elsewhere
 from trimtab.serving.engine import Engine
+from trimtab.serving.inside import Carried, Inside, sites_wanted
 from trimtab.serving.jobs import Limits
 from trimtab.serving.library import LARGEST, Library, described
 from trimtab.serving.names import Asked, check_name

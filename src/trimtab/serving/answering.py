@@ -114,6 +114,7 @@ class Desk:
                 body.settings(most[i // (body.n or 1)], logprobs, i),
                 _teller(loop, request.told, i),
                 deadline,
+                kl=self.library.left_to_engine(wanted),
             )
             request.answers.append(Answer(job))
         try:

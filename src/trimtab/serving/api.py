@@ -37,7 +37,7 @@ from trimtab.serving.answering import (
     whole,
 )
 from trimtab.serving.bodies import ChatBody, CompletionBody
-from trimtab.serving.jobs import BrokenError, Ended, FullError, Piece
+from trimtab.serving.jobs import BrokenError, Ended, FullError, GoneError, Piece
 from trimtab.serving.library import UnknownSteeringError, described
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.responses import Form, ResponseBody
@@ -262,6 +262,8 @@ def _status(error: TrimtabError) -> int:
         return 404
     if isinstance(error, FullError):
         return 429
+    if isinstance(error, GoneError):
+        return 503
     return 500 if isinstance(error, BrokenError) else 400
 
 

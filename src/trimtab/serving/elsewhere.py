@@ -1,8 +1,8 @@
-"""vLLM as what answers jobs: it runs the model, and trimtab inside of it steers each request.
+"""vLLM as what answers jobs: it runs the model, and steers each request by trimtab inside of it, or
+by an adapter of its own.
 
 All of the API is as it is with transformers; what is said of a text, and where it ends, is worked
-out by the same code. The model of transformers is read once, to know where its sites are and to see
-that the engine has the same activations there; then its weights are let go.
+out by the same code. How steerings come into the engine is the business of `inside` and `adapters`.
 """
 
 from __future__ import annotations
@@ -11,74 +11,49 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Collection, Coroutine, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-import torch
-
-from trimtab.anatomy import Anatomy
-from trimtab.engines import (
-    LOADED,
-    Wanted,
-    configuration,
-    content_of,
-    extra_args,
-    places_of,
-    refuse_ways,
-    sites_of,
-    steps_of,
-    wanted_of,
-    why_not,
-)
 from trimtab.errors import TrimtabError, first_line
-from trimtab.model import LanguageModel, end_tokens, scope_weights, unsound
+from trimtab.model import LanguageModel, end_tokens, unsound
 from trimtab.serving.choosing import Chosen, Settings
-from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
-from trimtab.serving.placing import acts_of
-from trimtab.serving.proving import joined, last_activations, probe, refuse_others
-from trimtab.steering import Steering
+from trimtab.serving.jobs import Ended, FullError, GoneError, Job, Limits, goes_on, in_words
 
-#: Steerings that workers hold at once, those that nobody asks for any more among them.
-_HELD = 512
 #: Seconds between two looks whether clients still wait.
 _LOOK = 0.1
 
 
-@dataclass
-class Carried:
-    """What an engine carries: called with a steering, it says why not, "" where it does. `sites`
-    are those that it was started with, None as long as it was not; `ranks` split its units."""
+class Given(NamedTuple):
+    """What an engine is given with a request: what its sampling parameters carry, an adapter, and
+    a salt where it is to read the whole prompt; and what is to be asked once it has read it."""
 
-    anatomy: Anatomy
-    ranks: int = 1
-    sites: Collection[str] | None = None
-
-    def __call__(self, steering: Steering) -> str:
-        if reason := why_not(steering):
-            return reason
-        wanted = sites_of([steering])
-        try:
-            places_of(self.anatomy, wanted)
-            steps_of(steering, 0, self.ranks)
-        except TrimtabError as error:
-            return str(error)
-        strange = [] if self.sites is None else [site for site in wanted if site not in self.sites]
-        if strange:
-            kind = strange[0].rpartition(".")[2]
-            return f"it was not started with {strange[0]}: start it with --hook {kind}"
-        return ""
+    extra: dict[str, str] | None = None
+    adapter: Any = None
+    salt: str | None = None
+    has_read: Callable[[], Awaitable[None]] | None = None
 
 
-def sites_wanted(
-    steerings: Sequence[Steering], kinds: Sequence[str], anatomy: Anatomy
-) -> list[str]:
-    """The sites to start an engine with: those that steerings act at, and all of some kinds."""
-    more = [site for kind in kinds for site in anatomy.sites(kind)]
-    return list(dict.fromkeys([*sites_of(steerings), *more]))
+class Way(Protocol):
+    """How steerings come into an engine."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the engine is started with for it."""
+
+    def check(self, config: Any) -> None:
+        """Refuse an engine's configuration in which it would not work."""
+
+    async def begin(self, llm: Any) -> None:
+        """The engine has started: see that it does what it should."""
+
+    def given(self, job: Job) -> AbstractAsyncContextManager[Given]:
+        """What a job's steerings come to, for as long as it runs."""
+
+    def close(self) -> None:
+        """The engine has ended."""
 
 
 class Elsewhere:
@@ -91,7 +66,7 @@ class Elsewhere:
         self,
         language_model: LanguageModel,
         model: str,
-        sites: Sequence[str],
+        way: Way,
         arguments: Mapping[str, Any],
         limits: Limits = Limits(),
     ) -> None:
@@ -102,15 +77,14 @@ class Elsewhere:
         self._taken: set[Job] = set()
         self._begun: set[Job] = set()
         self._closed = False
-        #: Steerings that the workers hold, by digest, and how many jobs run with each.
-        self._held: dict[str, int] = {}
+        self._way = way
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="trimtab engine", daemon=True)
         self._thread.start()
         self._llm: Any = None
         self._watcher: asyncio.Task[None] | None = None
         try:
-            self._wait(self._open(model, list(sites), dict(arguments)))
+            self._wait(self._open(model, dict(arguments)))
         except Exception as error:
             self.close()
             if isinstance(error, TrimtabError):
@@ -122,44 +96,29 @@ class Elsewhere:
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _open(self, model: str, sites: list[str], arguments: dict[str, Any]) -> None:
+    async def _open(self, model: str, arguments: dict[str, Any]) -> None:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        text, expected = probe(self._lm), last_activations(self._lm, sites)
-        places = places_of(self._lm.anatomy, sites)
         given = {
             "model": model,
             "dtype": str(self._lm.dtype).removeprefix("torch."),
             "max_num_seqs": self._limits.rows,
-            "additional_config": configuration(places),
+            **self._way.arguments,
             **arguments,
         }
         try:
             parsed = AsyncEngineArgs(**given)
         except TypeError as error:
             raise TrimtabError(f"vLLM takes no such argument: {first_line(error)}") from error
-        self._lm.model.to("meta")  # its weights have said what they had to say
         config = parsed.create_engine_config()
-        refuse_ways(config)
+        self._way.check(config)
         # A thread of its own, because starting takes long and blocks.
         start = partial(AsyncLLM.from_vllm_config, config, disable_log_stats=True)
         self._llm = await asyncio.to_thread(start)
-        self._loading = asyncio.Lock()
-        await self._prove(text, expected)
+        await self._way.begin(self._llm)
         self._lm.tokenizer.model_max_length = self._llm.model_config.max_model_len
         self._watcher = asyncio.create_task(self._watch())
-
-    async def _prove(self, text: list[int], expected: Mapping[str, torch.Tensor]) -> None:
-        """See that each site is what it is in transformers."""
-        from vllm import SamplingParams
-
-        await self._llm.collective_rpc("trimtab_watch")
-        prompt = {"prompt_token_ids": text, "cache_salt": uuid.uuid4().hex}
-        async for _ in self._llm.generate(prompt, SamplingParams(max_tokens=1), uuid.uuid4().hex):
-            pass
-        seen = await self._llm.collective_rpc("trimtab_seen")
-        refuse_others(expected, joined(seen), self._lm.dtype)
 
     # -- for everybody ------------------------------------------------------------------------
 
@@ -167,6 +126,8 @@ class Elsewhere:
         """Have a job answered; refuses it where as many wait as may."""
         if self._closed:
             raise FullError("the server ends")
+        if not self.alive:
+            raise GoneError
         if len(self._taken) >= self._limits.rows + self._limits.waiting:
             raise FullError(f"{self.waiting} requests wait already: try again later")
         self._taken.add(job)
@@ -192,6 +153,7 @@ class Elsewhere:
         if self._llm is not None:
             self._wait(self._end_all())
             self._llm.shutdown()
+        self._way.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -217,75 +179,49 @@ class Elsewhere:
         self._begun.discard(job)
 
     async def _watch(self) -> None:
-        """Leave what nobody waits for, and what takes too long."""
+        """Leave what nobody waits for, and what takes too long, and all where the engine died."""
         while True:
             await asyncio.sleep(_LOOK)
             for task, job in list(self._jobs.items()):
-                if job.left.is_set():
+                if not self.alive:
+                    job.tell(GoneError())
+                    task.cancel()
+                elif job.left.is_set():
                     task.cancel()
                 elif job.late:
                     task.cancel()
                     job.tell(Ended("timeout"))
 
     async def _answer(self, job: Job) -> None:
-        wanted: list[Wanted] = []
         try:
             job.acting = job.steerings()
-            for steering in job.acting:
-                self._check_scopes(steering, job.tokens)
-                wanted.append(await self._hold(steering))
-            await self._write(job, extra_args(wanted))
+            async with self._way.given(job) as given:
+                await self._write(job, given)
         except Exception as error:
             job.tell(_in_words(error))
-        finally:
-            for one in wanted:
-                self._held[one.digest] -= 1
 
-    def _check_scopes(self, steering: Steering, tokens: Sequence[int]) -> None:
-        """Refuse a text that has no turns of a chat where a scope asks for some."""
-        for scope in steering.scopes:
-            if scope.by_content:
-                scope_weights(self._lm.marks, scope, tokens, len(tokens))
-
-    async def _hold(self, steering: Steering) -> Wanted:
-        """Have the workers hold a steering until the job that asked for it is over."""
-        wanted = wanted_of(steering, partial(acts_of, self._lm))
-        async with self._loading:
-            if wanted.digest not in self._held:
-                await self._make_room()
-                args = (wanted.digest, content_of(steering))
-                await self._llm.collective_rpc("trimtab_load", args=args)
-                LOADED.add(wanted.digest)
-                self._held[wanted.digest] = 0
-            self._held[wanted.digest] += 1
-        return wanted
-
-    async def _make_room(self) -> None:
-        """Have the workers leave the steering that was loaded first of those that no job has."""
-        if len(self._held) < _HELD:
-            return
-        idle = next((digest for digest, jobs in self._held.items() if not jobs), None)
-        if idle is None:
-            raise FullError(f"{_HELD} steerings are at work: try again later")
-        del self._held[idle]
-        LOADED.discard(idle)
-        await self._llm.collective_rpc("trimtab_unload", args=(idle,))
-
-    async def _write(self, job: Job, extra: dict[str, str] | None) -> None:
-        params = _sampling(job.settings, self._ends, extra)
-        prompt = {"prompt_token_ids": job.tokens}
-        async with aclosing(self._llm.generate(prompt, params, uuid.uuid4().hex)) as outputs:
+    async def _write(self, job: Job, given: Given) -> None:
+        params = _sampling(job.settings, self._ends, bool(job.acting), given.extra)
+        prompt: dict[str, Any] = {"prompt_token_ids": job.tokens}
+        if given.salt is not None:
+            prompt["cache_salt"] = given.salt
+        writing = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=given.adapter)
+        async with aclosing(writing) as outputs:
             async for output in outputs:
                 if job.began is None:
                     job.began = time.monotonic()
                     self._begun.add(job)
+                    if given.has_read is not None:
+                        await given.has_read()
                 _check_sound(output.outputs[0], job, self._lm)
                 for chosen in _chosen(output.outputs[0], job.settings.logprobs):
                     if not goes_on(job, chosen, self._lm.tokenizer, self._ends):
                         return
 
 
-def _sampling(settings: Settings, ends: Collection[int], extra: dict[str, str] | None) -> Any:
+def _sampling(
+    settings: Settings, ends: Collection[int], steered: bool, extra: dict[str, str] | None
+) -> Any:
     """How vLLM chooses tokens. Where a text ends is found out here, but for the tokens that end
     it."""
     from vllm import SamplingParams
@@ -303,7 +239,7 @@ def _sampling(settings: Settings, ends: Collection[int], extra: dict[str, str] |
         logit_bias=settings.bias or None,
         seed=settings.seed,
         # Of what is steered always, because a dial too large shows in them.
-        logprobs=settings.logprobs if extra is None else max(settings.logprobs or 0, 1),
+        logprobs=max(settings.logprobs or 0, 1) if steered else settings.logprobs,
         stop_token_ids=list(ends),
         ignore_eos=True,
         detokenize=False,
@@ -338,7 +274,10 @@ def _chosen(output: Any, top: int | None) -> list[Chosen]:
 def _in_words(error: Exception) -> TrimtabError:
     """An error as a client may hear of it: what vLLM refuses is the request's fault."""
     from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
 
+    if isinstance(error, EngineDeadError):
+        return GoneError()
     if isinstance(error, VLLMClientError | ValueError):
         return TrimtabError(first_line(error))
     return in_words(error)

@@ -56,6 +56,8 @@ class Job:
     settings: Settings
     tell: Callable[[Told], None]
     deadline: float | None = None
+    #: Nats that its one steering may change the next token by, where the engine finds the dial.
+    kl: float | None = None
     #: Set by whoever no longer waits for it.
     left: Event = field(default_factory=Event)
     #: With what it is steered, known once it has begun, and what gates decided of its prompt.
@@ -154,3 +156,10 @@ def in_words(error: Exception) -> TrimtabError:
 
 class BrokenError(TrimtabError):
     """The engine failed at something that is not the request's fault; the log has it."""
+
+
+class GoneError(BrokenError):
+    """What runs the model has died, and this server answers no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has died: this server ends, try again when it is back")

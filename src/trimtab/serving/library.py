@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from trimtab.dials import searched
 from trimtab.errors import TrimtabError, shown
 from trimtab.model import LanguageModel
 from trimtab.serving.names import Asked, check_name
@@ -39,7 +40,8 @@ class Library:
     """Steerings by name, for one model, which each of them is checked against.
 
     `refusal` says of a steering why what runs the model cannot carry it, "" where it can; it is
-    None where the model of transformers runs, which carries all, and has passes for budgets.
+    None where the model of transformers runs, which carries all. Dials of budgets are found here,
+    `by_engine` where that has passes for it, and by nobody where it has none.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Library:
         *,
         force: bool = False,
         refusal: Callable[[Steering], str] | None = None,
+        by_engine: bool = False,
     ) -> None:
         self._lm, self._force, self._refusal = language_model, force, refusal
+        self._by_engine = by_engine
         self._identity = language_model.identity  # its weights may be let go
         self._held: dict[str, Held] = {}
         self._changing = Lock()
@@ -125,7 +129,7 @@ class Library:
                 steering = steering.at(one.dial)
             found.append((one, steering))
         budgets = [one.name for one, _ in found if one.kl is not None]
-        if budgets and self._refusal is not None:
+        if budgets and self._refusal is not None and not self._by_engine:
             raise TrimtabError(
                 "a budget for each prompt (kl) takes passes of the model that this engine does not "
                 f"have: give {budgets[0]} a dial or a strength, or serve with --engine transformers"
@@ -135,21 +139,29 @@ class Library:
                 f"a budget (kl) turns the dial of one steering: {budgets[0]} cannot be stacked"
             )
         for one, steering in found:
-            if one.kl is not None:  # says at once what is wrong
+            if one.kl is not None and self._by_engine:  # both say at once what is wrong
+                searched(steering, one.kl)
+            elif one.kl is not None:
                 within(steering, kl=one.kl).dials(self._lm, [], self._force)
         return found
 
     def settled(
         self, wanted: Sequence[tuple[Asked, Steering]], tokens: Sequence[int]
     ) -> tuple[Steering, ...]:
-        """The same at dials that a budget allows for a prompt; the model runs for it."""
+        """The same at dials that a budget allows for a prompt; the model runs for it, or the engine
+        finds them."""
         steerings = []
         for one, steering in wanted:
-            if one.kl is not None:
+            if one.kl is not None and not self._by_engine:
                 (dial,) = within(steering, kl=one.kl).dials(self._lm, [tokens], self._force)
                 steering = steering.at(dial)
             steerings.append(steering)
         return tuple(steerings)
+
+    def left_to_engine(self, wanted: Sequence[tuple[Asked, Steering]]) -> float | None:
+        """The budget, in nats, that the engine is to find a dial for; None where there is none."""
+        budgets = [one.kl for one, _ in wanted if one.kl is not None]
+        return budgets[0] if budgets and self._by_engine else None
 
 
 def described(name: str, held: Held) -> dict[str, Any]:
