@@ -2,6 +2,7 @@
 
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
+from trimtab.serving.batch import VLLM
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.serving.elsewhere import Carried, Elsewhere, sites_wanted
 from trimtab.serving.engine import Engine
