@@ -84,12 +84,12 @@ def generate_file(
     prompts = _prompts(language_model, rows, file, chat, int(options["max_new_tokens"]), engine)
     _check_steerings(language_model, rows, file, force, engine)
     settings = {
+        "engine": "transformers" if engine is None else engine.name,
         "input": file_digest(file),
         "model": language_model.described,
         "steerings": _digest_of(rows),
         "chat": chat,
         "options": options,
-        "engine": "transformers" if engine is None else engine.name,
     }
     started = time.perf_counter()
     with Output(target, rows, settings, overwrite) as kept:
