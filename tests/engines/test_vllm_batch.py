@@ -50,3 +50,31 @@ def test_eager_batches_are_what_transformers_gives(tmp_path: Path) -> None:
     off = [abs(one - other) for one, other in said["scored"]]
     assert max(off) < 1e-3, max(off)
     assert said["cached"]
+    for kind in ("evaluated", "swept"):
+        found, expected = said[kind]["vllm"], said[kind]["transformers"]
+        assert len(found) == len(expected) > 5
+        for one, other in zip(found, expected, strict=True):
+            assert alike(one, other), (kind, one, other)
+
+
+def test_eager_command_prints_nothing_else(tmp_path: Path) -> None:
+    lm = first_blocks("smollm2-135m-instruct", tmp_path / "model")
+    rows = [{"prompt": text} for text in ("Dear sir, I am", "Who", "We went to the")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    said = ran(
+        "trimtab", "generate", "--model", tmp_path / "model", "--input", tmp_path / "rows.jsonl",
+        "--output", tmp_path / "out.jsonl", "--engine", "vllm", "--vllm", "max_model_len=256",
+        "--vllm", "enforce_eager=true", "--max-new-tokens", 9, "--raw", "--json",
+    )  # fmt: skip
+    assert json.loads(said)["written"] == 3
+    made = [json.loads(one) for one in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = lm.generate([one["prompt"] for one in rows], max_new_tokens=9, chat=False)
+    assert [one["tokens"] for one in made] == [list(one.tokens) for one in expected]
+
+
+def alike(one: list[Any], other: list[Any]) -> bool:
+    """Numbers up to how passes round, and the rest as it is."""
+    return all(
+        a == pytest.approx(b, abs=2e-3) if isinstance(a, float) else a == b
+        for a, b in zip(one, other, strict=True)
+    )

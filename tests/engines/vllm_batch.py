@@ -55,6 +55,24 @@ def main(folder: Path) -> None:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps(one) + "\n" for one in rows_of(folder)))
     plain = tt.generate_file(lm, rows, folder / "plain.jsonl", **options)
+    pairs = [
+        {
+            "prompt": f"{SHARED}{end}, I feel",
+            "positive": " happy and light",
+            "negative": f" sad and heavy {part}",
+            "part": part,
+        }
+        for part in ("train", "validation", "test")
+        for end in ENDS
+    ]
+    file = folder / "parts.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    parts = tt.Contrast.from_jsonl(file)
+    steered = {"heads": heads.at(9), "caa": caa.at(-7), "late": caa.at(9).scoped("generated")}
+    space = {"layer": [1, 3], "alpha": [1.0, 4.0, -4.0]}
+    asked: dict[str, Any] = {"fixed": {"token": "last"}, "baselines": False}
+    said["evaluated"] = {"transformers": figures(tt.evaluate(lm, parts, steering=steered))}
+    said["swept"] = {"transformers": trials(tt.sweep(lm, "caa", parts, space, **asked))}
     engine_options = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 8,
                       "max_num_batched_tokens": 64, "enforce_eager": True}  # fmt: skip
     with tt.VLLM(lm, [caa, heads], model=folder / "model", **engine_options) as engine:
@@ -63,6 +81,9 @@ def main(folder: Path) -> None:
         said["cached"] = again[::-1] == said["texts"]["vllm"]
         found = log_p_of(engine.next_tokens(readings, each), len(readings))
         tt.generate_file(lm, rows, folder / "out.jsonl", engine=engine, **options)
+    with tt.VLLM(lm, model=folder / "model", **engine_options) as engine:
+        said["evaluated"]["vllm"] = figures(tt.evaluate(lm, parts, steering=steered, engine=engine))
+        said["swept"]["vllm"] = trials(tt.sweep(lm, "caa", parts, space, **asked, engine=engine))
     said["scored"] = list(zip(found, expected, strict=True))
     assert not plain.failed
     for name, file in (("vllm", "out.jsonl"), ("transformers", "plain.jsonl")):
@@ -80,6 +101,17 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         {"messages": [{"role": "user", "content": "Why?"}], "steer": f"{caa}@8", "scope": "user"},
         {"messages": [{"role": "user", "content": "Why?"}]},
     ]
+
+
+def figures(found: Any) -> list[Any]:
+    return [
+        [record["steering"], record["index"], record["values"]["log_odds"], record["output"]]
+        for record in found.records
+    ]
+
+
+def trials(found: Any) -> list[Any]:
+    return [[one.params, one.state, one.value, one.cost, one.test] for one in found.trials]
 
 
 def tokens_of(completions: Any) -> list[list[int]]:
