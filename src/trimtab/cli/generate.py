@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -19,7 +20,8 @@ from trimtab.cli.common import (
     read_steerings,
     say_what_is_left_aside,
 )
-from trimtab.cli.options import Force, Json, Opened, Prompting, Prompts, Sampled, Steered
+from trimtab.cli.engines import Running, opened_engine, read_beside
+from trimtab.cli.options import Force, Opened, Prompting, Prompts, Sampled, Steered
 from trimtab.contrasts import last_message, read_image
 from trimtab.errors import TrimtabError
 from trimtab.options import option
@@ -45,38 +47,75 @@ class Decoding(Sampled):
     batch_size: int = option("Prompts per batch.", 16)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A file of prompts in, a file of texts out."""
+
+    heading = "Batch"
+
+    input: Path | None = option(
+        "JSONL: prompt or messages a row, with an id and its own steer, dial and scope if it has "
+        "some.",
+        None,
+        flag="--input",
+    )
+    output: Path | None = option(
+        "JSONL that grows row by row; the same command goes on where it stopped.",
+        None,
+        flag=("--output", "-o"),
+    )
+    overwrite: bool = option("Replace an output that exists.", False, flag="--overwrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What is printed."""
+
+    heading = "Output"
+
+    compare: bool = option(
+        "Show the unsteered text beside the steered one.", False, flag="--compare"
+    )
+    stream: bool = option(
+        "Show one prompt's text in a terminal while it is written.",
+        True,
+        flag=("--stream", "--no-stream"),
+    )
+    as_json: bool = option("Print one JSON object on standard output.", False, flag="--json")
+
+
 def generate(
     *prompts: Prompts,
     opened: Opened,
     prompting: Asking = Asking(),
     steered: Steered = Steered(),
-    compare: Annotated[
-        bool,
-        Parameter(
-            name="--compare", help="Show the unsteered text beside the steered one.", negative=()
-        ),
-    ] = False,
     kl: Annotated[
         float | None,
         Parameter(help="Turn the dial for each prompt, to so many nats at its next token."),
     ] = None,
     decoding: Decoding = Decoding(),
-    stream: Annotated[
-        bool,
-        Parameter(
-            name="--stream",
-            negative="--no-stream",
-            help="Show one prompt's text in a terminal while it is written.",
-        ),
-    ] = True,
+    batch: Batch = Batch(),
+    running: Running = Running(),
+    shown: Shown = Shown(),
     force: Force = False,
-    as_json: Json = False,
 ) -> None:
     """Continue prompts with a model, steered or not.
 
     Example: `trimtab generate --model smollm2-135m-instruct --steer warm.safetensors@12 "Today I
     feel"`
     """
+    if batch.input is not None or batch.output is not None or running.elsewhere:
+        said = {
+            "prompts on the command line": bool(prompts),
+            "--prompts": prompting.file is not None,
+            "--image": bool(prompting.image),
+            "--kl": kl is not None,
+            "--compare": shown.compare,
+        }
+        _generate_file(opened, prompting, steered, decoding, batch, running, shown, force, said)
+        return
+    if batch.overwrite:
+        raise TrimtabError("--overwrite replaces an --output: name one")
     from trimtab.strength import within
 
     chats = as_chats(prompting, opened)
@@ -85,15 +124,15 @@ def generate(
     if kl is not None and len(steerings) != 1:
         raise TrimtabError(f"--kl turns one dial: name one steering, not {len(steerings)}")
     language_model = open_model(opened)
-    options = asdict(decoding)
-    options |= read_options(options.pop("more"))
+    options = _decoded(decoding)
     say_what_is_left_aside(language_model, options)
     options |= {"chat": chats, "force": force}
     rows: Any = [steerings] * len(texts) if steerings else None
     if kl is not None:
         rows = within(steerings[0], kl=kl)
-    streamed = stream and len(texts) == 1 and not (compare or as_json) and is_terminal(sys.stdout)
-    if streamed:
+    compare, as_json = shown.compare, shown.as_json
+    alone = shown.stream and len(texts) == 1 and not (compare or as_json)
+    if alone and is_terminal(sys.stdout):
         _stream(language_model, texts[0], rows, options)
         return
     runs: list[Any] = [(steered.steer, language_model.generate(texts, steering=rows, **options))]
@@ -124,6 +163,67 @@ def generate(
             for decided in run[i].gates:
                 console.print(decided.summary, style="dim")
         console.print()
+
+
+def _decoded(decoding: Decoding) -> dict[str, Any]:
+    """How tokens are chosen, as arguments of `generate`."""
+    options = asdict(decoding)
+    return options | read_options(options.pop("more"))
+
+
+def _generate_file(
+    opened: Opened,
+    prompting: Asking,
+    steered: Steered,
+    decoding: Decoding,
+    batch: Batch,
+    running: Running,
+    shown: Shown,
+    force: bool,
+    others: dict[str, bool],
+) -> None:
+    """A file of prompts into a file of texts."""
+    from trimtab.batches import generate_file
+
+    if batch.input is None or batch.output is None:
+        what = "--engine vllm" if running.engine == "vllm" else "a file of prompts"
+        raise TrimtabError(f"{what} takes --input FILE and --output FILE, both")
+    strange = [name for name, given in others.items() if given]
+    if strange:
+        raise TrimtabError(f"{strange[0]}: leave that out beside --input, whose rows say it all")
+    chats, steerings = as_chats(prompting, opened), read_steerings(steered)
+    options = _decoded(decoding)
+    if running.elsewhere:
+        if decoding.batch_size != Decoding().batch_size:
+            raise TrimtabError("vLLM divides its own memory: leave --batch-size out")
+        del options["batch_size"]
+    options = {name: value for name, value in options.items() if value is not None}
+    language_model = open_model(read_beside(opened) if running.elsewhere else opened)
+    say_what_is_left_aside(language_model, options)
+    with opened_engine(running, language_model, opened) as engine:
+        found = generate_file(
+            language_model,
+            batch.input,
+            batch.output,
+            steering=steerings,
+            chat=chats,
+            engine=engine,
+            overwrite=batch.overwrite,
+            force=force,
+            **options,
+        )
+    if shown.as_json:
+        print_json(found.as_json() | {"model": dict(vars(language_model.identity))})
+    else:
+        there = found.rows - found.written
+        more = f" ({there} were there)" if there else ""
+        console.print(f"{found.rows} rows in {found.output}{more}, {found.seconds:g} s")
+    if found.failed:
+        line, error = found.failed[0]
+        raise TrimtabError(
+            f"{len(found.failed)} of {found.rows} rows have an error in place of a text, the first "
+            f"is line {line} of {batch.input}: {error}"
+        )
 
 
 def _gates(completion: Completion) -> dict[str, Any]:

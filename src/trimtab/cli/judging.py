@@ -15,6 +15,7 @@ from trimtab.options import Answering, Choosing, Prompting, option
 
 if TYPE_CHECKING:
     from trimtab.evaluation import ChatEndpoint, Judging
+    from trimtab.serving import VLLM
     from trimtab.sweeps import Measured
 
 
@@ -153,12 +154,14 @@ class Measuring:
     answering: Answering = Answering()
     judges: Judges = Judges()
 
-    def measured(self, opened: Opened) -> Measured:
-        """The same with judges that are there."""
+    def measured(self, opened: Opened, engine: VLLM | None = None) -> Measured:
+        """The same with judges that are there, and with what runs the model."""
+        from trimtab.evaluation import AnsweredBy
         from trimtab.sweeps import Measured
 
         judging = self.judges.judging(opened)
-        return Measured(choosing=self.choosing, answering=self.answering, judging=judging)
+        answering = AnsweredBy(**vars(self.answering), engine=engine)
+        return Measured(choosing=self.choosing, answering=answering, judging=judging)
 
 
 def costs(judging: Judging) -> dict[str, str]:

@@ -41,6 +41,7 @@ HEADINGS = (
     "Answering",
     "Prompts",
     "Decoding",
+    "Batch",
     "Judges",
     "lm-eval",
     "Curves",

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App
 
 from trimtab.cli.common import open_model, print_json
+from trimtab.cli.engines import Running, opened_engine
 from trimtab.cli.judging import Asked, Measuring, costs_as_json, say_costs
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Task
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
 
 #: Trials that are listed in a terminal; the report has all.
 _LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooked(Running):
+    """The same, and where it may be steered."""
+
+    hook: Sequence[str] = option(
+        "With vllm, a kind of sites (resid, ffn_out ...) beside those of the method's first "
+        "setting; repeat.",
+        (),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +75,7 @@ def _command(method: type[Method]) -> Callable[..., None]:
         rows: Rows = Rows(),
         searching: Searching = Searching(),
         measuring: Measuring = Measuring(),
+        running: Hooked = Hooked(),
         keep: Keep = Keep(),
         as_json: Json = False,
     ) -> None:
@@ -74,12 +87,16 @@ def _command(method: type[Method]) -> Callable[..., None]:
         if "seed" in hints:  # the seed is that of the sweep
             fixed["seed"] = measuring.answering.seed
         _check_workers(searching, keep)
+        if running.elsewhere and searching.workers > 1:
+            raise TrimtabError("vLLM takes all trials at once: leave --workers out")
+        if running.hook and not running.elsewhere:
+            raise TrimtabError("--hook is for --engine vllm")
         check_task(task, rows.data)
         given = {
             "space": space or None, "fixed": fixed, "on": on, "rows": rows,
             "searching": searching, "keep": keep,
         }  # fmt: skip
-        work = partial(_sweep, opened, method, task, measuring, given)
+        work = partial(_sweep, opened, method, task, measuring, running, given)
         with _helped(work, searching.workers):
             found, judging = work()
         if as_json:
@@ -126,16 +143,23 @@ def _check_workers(searching: Searching, keep: Keep) -> None:
 
 
 def _sweep(
-    opened: Opened, method: type[Method], task: str, measuring: Measuring, given: Mapping[str, Any]
+    opened: Opened,
+    method: type[Method],
+    task: str,
+    measuring: Measuring,
+    running: Hooked,
+    given: Mapping[str, Any],
 ) -> tuple[Sweep, Judging]:
     """What each process runs: judges and models are opened in it."""
     from trimtab.sweeps import sweep
 
-    measured = measuring.measured(opened)
     searching: Searching = given["searching"]
     prompting = searching.prompting.with_writer(opened, measuring.judges)
     own = {**given, "searching": _as_python_has_it(searching, prompting)}
-    found = sweep(open_model(opened), method, task, measured=measured, **own)
+    language_model = open_model(opened)  # on which methods are fitted, whatever answers
+    with opened_engine(running, language_model, opened, running.hook) as engine:
+        measured = measuring.measured(opened, engine)
+        found = sweep(language_model, method, task, measured=measured, **own)
     return found, measured.judging
 
 

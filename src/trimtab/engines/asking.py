@@ -33,12 +33,15 @@ _DIGEST, _NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 class Wanted:
     """A steering of a request: what it does, by its digest, where its dial stands, and on which
     tokens it acts: the scopes that there are, and where they are several, which of them each
-    intervention has, by number."""
+    intervention has, by number. `prompt` is how many of the request's tokens are prompt to it,
+    where that is not all that came with the request: a text that is only scored has its answer
+    in it already."""
 
     digest: str
     dial: float
     scopes: tuple[Acts, ...]
     of: tuple[int, ...] = ()
+    prompt: int | None = None
 
     @property
     def reads(self) -> bool:
@@ -56,6 +59,7 @@ def extra_args(wanted: Sequence[Wanted]) -> dict[str, str] | None:
             "dial": float(one.dial),
             "scopes": [acts.as_json() for acts in one.scopes],
             "of": list(one.of),
+            **({} if one.prompt is None else {"prompt": one.prompt}),
         }
         for one in wanted
     ]
@@ -146,9 +150,13 @@ def _read(text: str) -> tuple[Wanted, ...]:
 
 
 def _one(given: Any) -> Wanted:
-    if not (isinstance(given, dict) and set(given) == {"steering", "dial", "scopes", "of"}):
+    names = ("steering", "dial", "scopes", "of")
+    if not (isinstance(given, dict) and set(given) - {"prompt"} == set(names)):
         _refuse("it has steerings of steering, dial, scopes and of")
-    digest, dial, scopes, of = (given[name] for name in ("steering", "dial", "scopes", "of"))
+    digest, dial, scopes, of = (given[name] for name in names)
+    prompt = given.get("prompt")
+    if "prompt" in given and not (type(prompt) is int and 0 <= prompt < LONGEST):
+        _refuse("a prompt is so many tokens long")
     if not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
         _refuse("a steering is named by its digest, 64 hexadecimal digits")
     if not isinstance(dial, float) or not math.isfinite(dial):
@@ -160,7 +168,7 @@ def _one(given: Any) -> Wanted:
     if len(scopes) > 1 and not of:
         _refuse("it does not say which intervention has which scope")
     try:
-        return Wanted(digest, dial, tuple(map(read_acts, scopes)), tuple(of))
+        return Wanted(digest, dial, tuple(map(read_acts, scopes)), tuple(of), prompt)
     except (ValueError, RecursionError) as error:
         _refuse(str(error))
 
@@ -179,8 +187,9 @@ def block_key(
     """
     found: list[tuple[str, str]] = []
     for one in wanted:
+        own = prompt if one.prompt is None else one.prompt
         for number, acts in enumerate(one.scopes):
-            got = weights(acts, ids, prompt, first, stop)
+            got = weights(acts, ids, own, first, stop)
             if np.any(got):
                 shares = hashlib.sha256(got.tobytes()).hexdigest()
                 whose = ",".join(str(i) for i, of in enumerate(one.of) if of == number)

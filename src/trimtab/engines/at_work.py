@@ -276,9 +276,10 @@ def _deciding(
 
 def _shares(request: Rows, one: Wanted) -> Iterator[tuple[int, tuple[Any, Any]]]:
     """By the number of a scope the rows that it takes, and their dials, where it takes any."""
+    prompt = request.prompt if one.prompt is None else one.prompt
     for number, acts in enumerate(one.scopes):
         stop = request.position + request.stop - request.first
-        share = weights(acts, request.ids, request.prompt, request.position, stop)
+        share = weights(acts, request.ids, prompt, request.position, stop)
         rows = np.flatnonzero(share)
         if len(rows):
             yield number, (rows + request.first, one.dial * share[rows])

@@ -1,6 +1,6 @@
 """Tasks under steerings: their rows, how a model answers them, how answers are judged."""
 
-from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.answering import AnsweredBy, Settings, engine_of
 from trimtab.evaluation.drifting import Drift, Repeated, drift
 from trimtab.evaluation.endpoint import Address, ChatEndpoint, read_key
 from trimtab.evaluation.evaluation import evaluate
@@ -36,6 +36,7 @@ from trimtab.evaluation.prompted import (
     with_words,
     words_of,
 )
+from trimtab.evaluation.rounds import in_turns, one_by_one
 from trimtab.evaluation.sampled import Sample, kept_samples, samples, samples_table
 from trimtab.evaluation.tasks import (
     PROTOCOLS,

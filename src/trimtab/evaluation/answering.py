@@ -17,11 +17,22 @@ from trimtab.contrasts import Prompt, images_in, in_words
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation.prompted import Attached, asked_with, steering_of
 from trimtab.evaluation.tasks.task import Example, Generation, Protocol, Task
-from trimtab.model import Completion, LanguageModel, answer_of, batches_by_length
-from trimtab.reading import StreamCache, next_tokens, prompt_reading
-from trimtab.steering import Steering, Steerings
+from trimtab.model import Completion, LanguageModel, UnsoundError, answer_of, batches_by_length
+from trimtab.options import Answering
+from trimtab.reading import (
+    Engine,
+    Next,
+    PlannedBatch,
+    Reading,
+    StreamCache,
+    next_tokens,
+    prompt_reading,
+)
+from trimtab.steering import Steering, Steerings, together
 from trimtab.terminal import progress
 
+#: Why an engine does not do what is random.
+OTHERWISE = "vLLM would otherwise than transformers: leave the engine out"
 #: Judges a batch of outputs: what is measured, by name, for each of them.
 Measure = Callable[[Sequence[Example], Sequence[Completion]], list[dict[str, float | None]]]
 
@@ -44,6 +55,39 @@ class Settings:
     force: bool = False
     #: What the blocks below steerings computed of one-token prompts, for the next steering.
     kept: StreamCache | None = None
+    #: What runs the model in place of transformers, for several jobs in turns.
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredBy(Answering):
+    """The same, and what runs the model in place of transformers (`tt.VLLM`)."""
+
+    engine: Engine | None = None
+
+
+def engine_of(answering: Answering) -> Engine | None:
+    """What runs the model in place of transformers, if anything does."""
+    return answering.engine if isinstance(answering, AnsweredBy) else None
+
+
+def next_tokens_by(
+    language_model: LanguageModel,
+    readings: Sequence[Reading],
+    steering: Any,
+    missing: Callable[[int], bool],
+    settings: Settings,
+) -> Iterator[tuple[PlannedBatch, list[Next]]]:
+    """What is expected next, by whatever runs the model: where it is an engine, a batch may be
+    empty."""
+    if settings.engine is None:
+        kept, force = settings.kept, settings.force
+        return next_tokens(
+            language_model, readings, steering, missing=missing, kept=kept, force=force
+        )
+    return settings.engine.next_tokens(
+        readings, steering, missing=missing, in_turns=True, force=settings.force
+    )
 
 
 def answer(
@@ -75,9 +119,15 @@ def answer(
     write = _write_one_token if task.generation.new_tokens == 1 else _write
     with progress(task.name, len(prompts)) as advance:
         started = time.perf_counter()
+        waited = 0.0
         for batch, completions in write(
             language_model, task, asked, steering_of(attached), missing, settings
         ):
+            if not batch:  # others have their turn
+                waited += time.perf_counter() - started
+                yield []
+                started = time.perf_counter()
+                continue
             records = []
             answers = [answer_of(language_model, each) for each in completions]
             for i, completion, said in zip(batch, completions, answers, strict=True):
@@ -89,7 +139,8 @@ def answer(
             if measure is not None:
                 _add_measures(records, batch, answers, owners, prompts, measure)
             _add_gates(records, batch, completions, owners, prompts)
-            seconds = time.perf_counter() - started
+            seconds = waited + time.perf_counter() - started
+            waited = 0.0
             for record in records:
                 record["seconds"] = round(seconds / len(records), 4)
             yield [r for r in records if (r["protocol"], r["index"]) not in done]
@@ -183,14 +234,7 @@ def _write_one_token(
         prompt_reading(tokens) for tokens in _cut_left(language_model, task.name, prompts, room=1)
     ]
     decode = language_model.tokenizer.decode
-    for batch, found in next_tokens(
-        language_model,
-        readings,
-        steering,
-        missing=missing,
-        kept=settings.kept,
-        force=settings.force,
-    ):
+    for batch, found in next_tokens_by(language_model, readings, steering, missing, settings):
         tokens = [int(each.best[0]) for each in found]
         texts = [decode([token], skip_special_tokens=True) for token in tokens]
         yield (
@@ -221,6 +265,21 @@ def _write(
             f"{language_model.max_length} tokens that {language_model.name} takes: ask for fewer "
             "new tokens (--max-new-tokens)"
         )
+    if settings.engine is not None:
+        if generation.sampled:
+            raise TrimtabError(f"{task.name} samples its answers, as {OTHERWISE}")
+        acting = [together(steering)] * len(prompts)
+        asked = [missing(i) for i in range(len(prompts))]
+        for some in settings.engine.written(
+            prompts, acting, asked, in_turns=True, max_new_tokens=new, stop=generation.stop
+        ):
+            completions: list[Completion] = []
+            for _, made in some:
+                if isinstance(made, UnsoundError):
+                    raise made
+                completions.append(made)
+            yield [place for place, _ in some], completions
+        return
     for number, batch in enumerate(batches_by_length(lengths, rows=settings.batch_size)):
         if not any(map(missing, batch)):
             continue
@@ -231,17 +290,19 @@ def _write(
                 "top_k": 50,
                 "seed": _seed(settings.seed, task, number * settings.batch_size),
             }
-        completions = language_model.generate(
-            [prompts[i] for i in batch],
-            chat=False,  # conversations are rendered all the same, and text is taken as it is
-            max_new_tokens=new,
-            steering=steering,
-            batch_size=settings.batch_size,
-            stop=generation.stop,
-            force=settings.force,
-            **options,
+        yield (
+            batch,
+            language_model.generate(
+                [prompts[i] for i in batch],
+                chat=False,  # conversations are rendered all the same, and text is taken as it is
+                max_new_tokens=new,
+                steering=steering,
+                batch_size=settings.batch_size,
+                stop=generation.stop,
+                force=settings.force,
+                **options,
+            ),
         )
-        yield batch, completions
 
 
 def _seed(seed: int, task: Task, start: int) -> int:

@@ -16,10 +16,11 @@ from typing import Any
 
 from trimtab.contrasts import Contrast, last_message
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.answering import OTHERWISE, AnsweredBy, Settings, engine_of
 from trimtab.evaluation.drifting import Repeated, drift
 from trimtab.evaluation.jobs import (
     Asked,
+    HarnessJob,
     Job,
     Judging,
     PreferenceJob,
@@ -33,6 +34,7 @@ from trimtab.evaluation.metrics.judges import Chat
 from trimtab.evaluation.metrics.pairwise import verdicts
 from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_of
 from trimtab.evaluation.receipts import receipts
+from trimtab.evaluation.rounds import in_turns, one_by_one
 from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, metric_of, paired
@@ -54,7 +56,7 @@ def evaluate(
     steering: Alternatives = None,
     unsteered: bool = True,
     rows: Evaluated = Evaluated(),
-    answering: Answering = Answering(),
+    answering: Answering = AnsweredBy(),
     judging: Judging = Judging(),
     harness: Harness = Harness(),
     keep: Keep = Keep(),
@@ -76,6 +78,8 @@ def evaluate(
     `receipts_limit` rows each: mmlu, gsm8k, xstest, free answers, plain text; `drift` whether what
     steerings and words do lasts, over turns before the prompts of tasks of ours and pairs, and over
     a long text. `output` names a run directory, in which a run that was interrupted goes on.
+    `engine` (`tt.VLLM`) runs the model in place of transformers, all of this in one continuous
+    batch; what it cannot answer alike (lm-eval, samples, drift, gates) is refused.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
@@ -90,9 +94,12 @@ def evaluate(
     if answering.batch_size < 1 or (new_tokens is not None and new_tokens < 1):
         raise TrimtabError("the batch size and the number of new tokens must be 1 or more")
     subjects = _subjects(steering, unsteered)
+    engine = engine_of(answering)
     for attached in subjects.values():
         with language_model.steered(steering_of(attached), force=force):
             pass  # says at once what does not fit, not after hours
+        if engine is not None:
+            engine.prepare(together(steering_of(attached)), force=force)
     wanted = Wanted(
         protocols,
         rows.part,
@@ -116,7 +123,9 @@ def evaluate(
         if isinstance(job, TaskJob):
             for attached in subjects.values():
                 job.check(attached)
-    settings = Settings(answering.seed, answering.batch_size, new_tokens, force)
+    if engine is not None:
+        _refuse_elsewhere(jobs, rows.drift)
+    settings = Settings(answering.seed, answering.batch_size, new_tokens, force, engine=engine)
     preference = judging.preference
     config = {
         "tasks": [job.describe() for job in jobs],
@@ -124,19 +133,23 @@ def evaluate(
         **record(rows, answering),
         "preference": None if preference is None else preference.name,
         "model": language_model.described,
+        **({} if engine is None else {"engine": engine.name}),
         "steerings": {str(name): _described(attached) for name, attached in subjects.items()},
     }
     notes = list(dict.fromkeys([n for job in jobs for n in job.notes()] + _trained(jobs, subjects)))
     notes += missing
     with Run(keep.output, config, keep.overwrite, alone=True) as run:
         run.check(_reason(language_model, jobs, subjects))
-        for name, attached in subjects.items():
-            for job in jobs:
-                done = _done(run.records, job.name, name)
-                # Closed at once if writing fails, or the model would stay steered for a while.
-                with closing(job.run(language_model, attached, done, settings)) as batches:
-                    for records in batches:
-                        run.append([{"steering": name, **record} for record in records])
+        runs = (
+            (name, job.run(language_model, attached, _done(run.records, job.name, name), settings))
+            for name, attached in subjects.items()
+            for job in jobs
+        )
+        count = len(subjects) * len(jobs)
+        each = one_by_one(runs) if engine is None else in_turns(runs, "evaluating", count)
+        for name, records in each:
+            if records:
+                run.append([{"steering": name, **record} for record in records])
         for job in jobs:
             if isinstance(job, TaskJob) and job.task.pairwise:
                 reason = _incomparable(preference, subjects)
@@ -157,6 +170,17 @@ def evaluate(
             lambda environment: evaluation_page(evaluation, run, environment, more),
         )
     return evaluation
+
+
+def _refuse_elsewhere(jobs: Sequence[Job], drifts: bool) -> None:
+    """Refuse what an engine would answer otherwise than transformers, or not at all."""
+    if drifts:
+        raise TrimtabError("drift is measured with transformers: leave the engine out")
+    for job in jobs:
+        if isinstance(job, HarnessJob):
+            raise TrimtabError(f"{job.name} runs its own way, with transformers: leave it out")
+        if isinstance(job, TaskJob) and job.task.generation.sampled:
+            raise TrimtabError(f"{job.name} samples its answers, as {OTHERWISE}")
 
 
 def _with_drift(

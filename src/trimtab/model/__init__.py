@@ -8,9 +8,13 @@ from trimtab.model.chats import ChatForm, put_as
 from trimtab.model.decoding import (
     OPTIONS,
     SAMPLING,
+    UnsoundError,
     are_sound,
     end_tokens,
     left_aside,
+    sampling,
+    stop_pattern,
+    stops_in,
     unsound,
 )
 from trimtab.model.explaining import Firing, acted, firing, scope_weights

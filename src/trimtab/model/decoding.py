@@ -379,6 +379,17 @@ def written(
     return texts, [count >= used for count, used in sound_until]
 
 
+def stops_in(pattern: Any, text: str) -> bool:
+    """Whether a stop pattern has a match in a text."""
+    try:
+        return bool(pattern.search(text, timeout=_PATIENCE))
+    except TimeoutError as error:
+        raise TrimtabError(
+            f"the stop pattern {pattern.pattern!r} takes more than {_PATIENCE:g} s to search "
+            f"{len(text)} characters: write it without repeats inside repeats"
+        ) from error
+
+
 class StopsAt(StoppingCriteria):
     """Ends each row of a batch with the token that completes a match of a pattern."""
 
@@ -390,19 +401,10 @@ class StopsAt(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         new = input_ids[:, self.width :].tolist()
         for i, row in enumerate(new):
-            if self.ended[i] is None and self._matches(self.tokenizer.decode(row)):
+            if self.ended[i] is None and stops_in(self.pattern, self.tokenizer.decode(row)):
                 self.ended[i] = len(row)
         ended = [end is not None for end in self.ended]
         return torch.tensor(ended, device=input_ids.device)
-
-    def _matches(self, text: str) -> bool:
-        try:
-            return bool(self.pattern.search(text, timeout=_PATIENCE))
-        except TimeoutError as error:
-            raise TrimtabError(
-                f"the stop pattern {self.pattern.pattern!r} takes more than {_PATIENCE:g} s to "
-                f"search {len(text)} characters: write it without repeats inside repeats"
-            ) from error
 
     def ends(self, longest: int) -> list[int]:
         return [longest if end is None else end for end in self.ended]
@@ -414,6 +416,10 @@ def stop_pattern(stop: str) -> Any:
         return regex.compile(stop)
     except (regex.error, TypeError, OverflowError, RecursionError) as error:
         raise TrimtabError(f"stop must be a regular expression, not {stop!r}: {error}") from error
+
+
+class UnsoundError(TrimtabError):
+    """The logits of a text cannot choose a token."""
 
 
 class SoundLogits(LogitsProcessor):
@@ -452,7 +458,7 @@ def are_sound(logits: Tensor) -> Tensor:
 
 def unsound(
     text: str, labels: Sequence[str], dtype: torch.dtype, options: Sequence[str] = ()
-) -> TrimtabError:
+) -> UnsoundError:
     """The error of a text ("prompt 2") whose logits cannot choose a token; `options` are the names
     of those that changed them."""
     name = str(dtype).removeprefix("torch.")
@@ -465,6 +471,6 @@ def unsound(
         remedy = "look at the model's weights" if wide else "load the model in float32"
     if options:
         remedy += f"; or look at what {', '.join(options)} makes of the logits"
-    return TrimtabError(
+    return UnsoundError(
         f"the logits of {text} are not finite, or all equal, in {name} {who}: {remedy}"
     )

@@ -1,6 +1,7 @@
 """A model over many texts, with nothing computed twice."""
 
 from trimtab.reading.abilities import blocks_apart, packed, packs, runs_in_parts, shares_prefixes
+from trimtab.reading.engine import Engine
 from trimtab.reading.likelihood import (
     answers_scored,
     cross_entropy,
@@ -23,11 +24,13 @@ from trimtab.reading.packing import (
 )
 from trimtab.reading.reader import (
     Next,
+    PlannedBatch,
     Reading,
     last_logits,
     next_tokens,
     prompt_reading,
     read_columns,
+    refuse_idle,
 )
 from trimtab.reading.scaled import ScaledUnit, scaled_log_p
 from trimtab.reading.streams import StreamCache, blocks_before, blocks_below, run_lower, run_upper

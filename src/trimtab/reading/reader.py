@@ -206,7 +206,7 @@ def run_batches(
     """Planned batches in order, under one steering; or one batch, with a list of one per row."""
     refuse_dropout(language_model.model)
     steerings = row_steerings(steering)
-    _refuse_idle(readings, steerings)
+    refuse_idle(readings, steerings)
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0
@@ -267,7 +267,7 @@ def _with_gates(
     return found
 
 
-def _refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> None:
+def refuse_idle(readings: Sequence[Reading], steerings: Sequence[Steering]) -> None:
     """Refuse a steering of generated tokens for texts that are all prompt, which it leaves as they
     are. Hooks do not notice: to them the padding after a prompt is generated."""
     if not readings or any(reading.prompt < len(reading.tokens) for reading in readings):

@@ -3,6 +3,7 @@
 from trimtab.serving.adapters import Adapted, Adapters
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
+from trimtab.serving.batch import VLLM
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.serving.elsewhere import Elsewhere
 from trimtab.serving.engine import Engine

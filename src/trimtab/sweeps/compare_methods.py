@@ -21,7 +21,7 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Asked, NextTokens, Repeated, drift, evaluate
+from trimtab.evaluation import Asked, NextTokens, Repeated, drift, engine_of, evaluate
 from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
@@ -112,6 +112,10 @@ def compare(
         for one in methods
     ]
     _check(candidates, comparing)
+    if engine_of(measured.answering) is not None:
+        raise TrimtabError(
+            "a comparison measures what methods take of transformers: leave the engine out"
+        )
     check_cost(measured.choosing.max_cost)
     before = begun_before(keep)
     if before:

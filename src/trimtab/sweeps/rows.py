@@ -10,7 +10,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +22,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Part, Prompt, last_message, shared_rows
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
+    AnsweredBy,
     Asked,
     Attached,
     Judging,
@@ -32,6 +33,7 @@ from trimtab.evaluation import (
     Wanted,
     asked_with,
     check_protocol,
+    engine_of,
     find_job,
     find_task,
     kept_samples,
@@ -66,6 +68,8 @@ from trimtab.reading import (
     side_readings,
 )
 from trimtab.reports import Run, object_in
+from trimtab.steering import Steering
+from trimtab.sweeps.ahead import Ahead
 
 #: Characters of a token, at least: what answers are taken to be long by.
 _CHARACTERS = 2
@@ -82,7 +86,7 @@ class Measured:
     judges."""
 
     choosing: Choosing = Choosing()
-    answering: Answering = Answering()
+    answering: Answering = AnsweredBy()
     judging: Judging = Judging()
 
 
@@ -111,10 +115,16 @@ class TaskRows:
     ) -> None:
         self.language_model, self.task = language_model, task_name(asked)
         choosing, answering = measured.choosing, measured.answering
-        kept = StreamCache(language_model) if resumed else None
+        self.engine = engine_of(answering)
+        kept = StreamCache(language_model) if resumed and self.engine is None else None
         self.settings = Settings(
-            answering.seed, answering.batch_size, answering.max_new_tokens, kept=kept
+            answering.seed,
+            answering.batch_size,
+            answering.max_new_tokens,
+            kept=kept,
+            engine=self.engine,
         )
+        self._ahead = Ahead(self)
         if choosing.better not in (None, "more", "less"):
             raise TrimtabError(f"better is more or less, not {choosing.better!r}")
         check_protocol(choosing.protocol)
@@ -193,16 +203,32 @@ class TaskRows:
         name: Any = None,
     ) -> list[Record]:
         """Records of the rows from one to another, under the name of the steering."""
+        found: list[Record] | None = None
+        if start == 0 and stop in (None, self.rows(part)):
+            found = self._ahead.records(steering, part)
+        if found is None:
+            found = []
+            with closing(self.work(steering, part, start, stop)) as batches:
+                for some in batches:
+                    found += some
+        named = [{**record, "steering": name, "index": record["index"] + start} for record in found]
+        return sorted(named, key=lambda record: record["index"])
+
+    def work(
+        self, steering: Attached, part: Part, start: int = 0, stop: int | None = None
+    ) -> Generator[list[Record]]:
+        """Records of these rows, counted from 0, a batch at a time."""
         job = self.jobs[part].part(start, stop if stop is not None else self.rows(part))
         if isinstance(job, TaskJob):
             job.check(steering)
-        found: list[Record] = []
-        with closing(job.run(self.language_model, steering, set(), self.settings)) as batches:
-            for some in batches:
-                found += [{**record, "steering": name} for record in some]
-        for record in found:
-            record["index"] += start
-        return sorted(found, key=lambda record: record["index"])
+        yield from job.run(self.language_model, steering, set(), self.settings)
+
+    def ask_ahead(
+        self, steerings: Sequence[Steering], parts: Sequence[Part], max_cost: float | None
+    ) -> None:
+        """Of an engine: what all of some steerings come to, in one continuous batch, for those who
+        ask about each of them next; rows only of those that keep the limit of cost."""
+        self._ahead.ask(steerings, parts, max_cost)
 
     def unsteered(self, part: Part) -> list[Record]:
         """Records of the unsteered model."""
@@ -447,6 +473,11 @@ class TaskRows:
     def _nll(self, steering: Attached, count: int | None = None) -> Tensor:
         """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
         none is scored."""
+        ahead = None if count is not None else self._ahead.nll(steering)
+        if ahead is not None:
+            return ahead
+        if self.engine is not None:
+            return self._ahead.summed(self.plain_work(steering, count), count)
         lm = self.language_model
         readings = with_words(lm, steering, self._readings[:count])
         kept = self._kept_of(count)
@@ -454,6 +485,21 @@ class TaskRows:
         for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
             found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
         return found
+
+    def plain_work(
+        self, steering: Attached, count: int | None = None
+    ) -> Generator[list[tuple[int, float]]]:
+        """Of an engine: the same, some texts at a time, by their place."""
+        assert self.engine is not None
+        readings = with_words(self.language_model, steering, self._readings[:count])
+        for batch, some in self.engine.next_tokens(readings, steering_of(steering), in_turns=True):
+            sums = [float(-each.log_p.sum()) for each in some]
+            yield list(zip(batch.rows, sums, strict=True))
+
+    @property
+    def plain_count(self) -> int:
+        """How many plain texts there are."""
+        return len(self._readings)
 
 
 def more_is_better(metric: str) -> bool:

@@ -84,8 +84,10 @@ def sweep(
     complete trial on the test rows too. `output` names a run directory, in which a sweep that was
     interrupted goes on, and `cache` one that keeps the pass over the contrast (see `fit`).
     `storage` is any Optuna storage, on which other processes and machines may work at the same
-    time. `resumed` false runs every trial through all blocks. Beside the best stand prompts that
-    ask for the same, as in `compare` (`baselines` and what goes with it).
+    time. `resumed` false runs every trial through all blocks. `engine` (`tt.VLLM`) answers the
+    rows in place of transformers, all trials of a grid in one continuous batch.
+    Beside the best stand prompts that ask for the same, as in `compare` (`baselines` and what goes
+    with it).
     """
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
@@ -129,6 +131,7 @@ def sweep(
         **gate_said(gate),
         **record(measured.choosing, searching, measured.answering),
         "model": language_model.described,
+        **({} if bench.engine is None else {"engine": bench.engine.name}),
         **({} if neutral is None else {"neutral": neutral.describe()}),
         **({} if before else DEFAULTS),
     }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +15,15 @@ from trimtab.errors import TrimtabError
 from trimtab.figures import Difference, Record, Result
 from trimtab.files import json_digest
 from trimtab.options import Search
+from trimtab.reading import Engine
 from trimtab.reports import Run, line_of, summarise
 from trimtab.steering import Steering
 from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
-from trimtab.sweeps.space import Fitter, Space, label, plain
-from trimtab.sweeps.trials import Trials, rungs
+from trimtab.sweeps.space import Fitter, Range, Space, label, plain
+from trimtab.sweeps.trials import Claimed, Trials, rungs
 from trimtab.terminal import progress
 
 #: Validation rows of the first rung of successive halving.
@@ -29,6 +31,8 @@ FIRST_RUNG = 16
 _PARTS: tuple[Part, ...] = ("validation", "test")
 #: Seconds between two looks at what other workers do.
 _PATIENCE = 2.0
+#: Trials about which an engine is asked at once.
+_TOGETHER = 32
 
 
 def try_settings(
@@ -45,6 +49,8 @@ def try_settings(
     neutral: Neutral | None = None,
 ) -> Sweep:
     """A sweep on rows and with a fitter that may serve others too; arguments as of `sweep`."""
+    if rows.engine is not None:
+        _hook(rows.engine, fitter, space)
     for part in _PARTS:
         kept = rows.kept(run, f"unsteered-{part}", part)
         if kept is not None:
@@ -59,6 +65,20 @@ def try_settings(
     with queue.reachable():
         worker.work(queue)
         return worker.found(queue, rows.task)
+
+
+def _hook(engine: Engine, fitter: Fitter, space: Space) -> None:
+    """Have an engine start with the kinds of sites at which a method's settings act, in all
+    blocks: those of its first setting, of each site that is searched."""
+    first = {
+        name: values.low if isinstance(values, Range) else values[0]
+        for name, values in space.items()
+    }
+    sites = space.get("site", ())
+    more = [] if isinstance(sites, Range) else [{**first, "site": site} for site in sites]
+    for params in [first, *more]:
+        with suppress(TrimtabError):  # which fails when it is tried
+            engine.prepare([fitter.steering(params)], everywhere=True)
 
 
 def _name(config: Mapping[str, Any]) -> str:
@@ -80,6 +100,8 @@ class _Worker:
     #: The best of the trials that were run here, and its records.
     _top: tuple[Trial, ...] = ()
     _top_records: dict[Part, list[Record]] = field(default_factory=dict)
+    #: Steerings that an engine was asked about, by the number of their trial.
+    _fitted: dict[int, Steering] = field(default_factory=dict)
 
     def work(self, queue: Trials) -> None:
         """Until every trial has ended, here or elsewhere."""
@@ -87,18 +109,46 @@ class _Worker:
             shown = 0
             while shown < len(queue.plan):
                 others = queue.release_dead()
-                trial = queue.claim()
-                if trial is not None:
-                    with queue.alive(trial):
-                        self._try(queue, trial)
-                elif others:
+                with ExitStack() as alive:
+                    trials = self._claimed(queue, alive)
+                    share = self._ask_ahead(queue, trials)
+                    for trial in trials:
+                        self._try(queue, trial, share)
+                if others and not trials:
                     time.sleep(_PATIENCE)
                 ended = len(queue.finished())
                 advance(ended - shown)
                 shown = ended
 
-    def _try(self, queue: Trials, trial: Any) -> None:
-        """Run one trial, keep its records, and say what came of it."""
+    def _claimed(self, queue: Trials, alive: ExitStack) -> list[Claimed]:
+        """A trial that nobody else has, or none; of an engine several, where no trial hangs on what
+        came of another."""
+        most = _TOGETHER if self.rows.engine is not None and queue.search == "grid" else 1
+        found: list[Claimed] = []
+        while len(found) < most and (trial := queue.claim()) is not None:
+            alive.enter_context(queue.alive(trial))
+            found.append(trial)
+        return found
+
+    def _ask_ahead(self, queue: Trials, trials: Sequence[Claimed]) -> float:
+        """Of an engine: have it answer for all of some trials at once; seconds for each."""
+        if self.rows.engine is None or len(trials) < 2:
+            return 0.0
+        started = time.perf_counter()
+        steerings: dict[int, Steering] = {}
+        for trial in trials:
+            # What cannot be fitted, or is not carried, fails when it is tried.
+            with suppress(TrimtabError):
+                steering = self.fitter.steering(queue.params(trial))
+                self.rows.engine.prepare([steering])
+                self._fitted[trial.number] = steerings[id(steering)] = steering
+        parts = _PARTS if self.search.oracle else _PARTS[:1]
+        self.rows.ask_ahead(list(steerings.values()), parts, self.max_cost)
+        return (time.perf_counter() - started) / len(trials)
+
+    def _try(self, queue: Trials, trial: Claimed, share: float = 0.0) -> None:
+        """Run one trial, keep its records, and say what came of it; `share` are seconds that it
+        took already."""
         started = time.perf_counter()
         params = queue.params(trial)
         outcome: dict[str, Any] = {"params": params, "state": "complete"}
@@ -113,13 +163,13 @@ class _Worker:
             queue.finish(trial, outcome, outcome.get("value"))
             return
         try:
-            steering = self.fitter.steering(params)
+            steering = self._fitted.pop(trial.number, None) or self.fitter.steering(params)
             self._measure(queue, trial, steering, outcome, records)
             for record in (record for part in records.values() for record in part):
                 line_of(record)  # refuses what is not a number
         except TrimtabError as error:
             outcome = {"params": params, "state": "failed", "why": str(error)}
-        outcome["seconds"] = round(time.perf_counter() - started, 3)
+        outcome["seconds"] = round(share + time.perf_counter() - started, 3)
         if outcome["state"] == "failed":
             queue.finish(trial, outcome, None)
             return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.answering import Settings, next_tokens_by
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.evaluation.prompted import steering_of, with_words
 from trimtab.figures import Record
 from trimtab.files import file_digest, read_jsonl, user_path
 from trimtab.model import LanguageModel
-from trimtab.reading import Reading, next_tokens
+from trimtab.reading import Reading
 from trimtab.terminal import progress
 
 #: Tokens of text that are scored together; the first of them is only read.
@@ -78,14 +78,22 @@ class PerplexityJob:
         readings = with_words(language_model, steering, [reading for _, reading in windows])
         with progress(self.name, len(windows)) as advance:
             started = time.perf_counter()
-            for batch, found in next_tokens(
+            waited = 0.0
+            # What is kept of prompts is not for long texts.
+            plain = replace(settings, kept=None)
+            for batch, found in next_tokens_by(
                 language_model,
                 readings,
                 steering_of(steering),
-                missing=lambda i: ("", i) not in done,
-                force=settings.force,
+                lambda i: ("", i) not in done,
+                plain,
             ):
-                seconds = (time.perf_counter() - started) / len(batch.rows)
+                waited += time.perf_counter() - started
+                if not batch.rows:  # others have their turn
+                    yield []
+                    started = time.perf_counter()
+                    continue
+                seconds, waited = waited / len(batch.rows), 0.0
                 yield [
                     {
                         "task": self.name,

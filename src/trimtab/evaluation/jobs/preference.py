@@ -9,13 +9,13 @@ from typing import Any
 
 from trimtab.contrasts import Contrast, Pair, shared_rows
 from trimtab.errors import TrimtabError
-from trimtab.evaluation.answering import Settings
+from trimtab.evaluation.answering import Settings, next_tokens_by
 from trimtab.evaluation.jobs.job import Attached, Done, Planned, Wanted
 from trimtab.evaluation.prompted import asked_with, steering_of
 from trimtab.evaluation.tasks import load_contrast
 from trimtab.figures import Record
 from trimtab.model import LanguageModel
-from trimtab.reading import Reading, next_tokens, side_readings
+from trimtab.reading import Reading, side_readings
 from trimtab.steering import together
 from trimtab.terminal import progress
 
@@ -117,16 +117,21 @@ class PreferenceJob:
             return
         readings = self.readings(language_model, steering)
         scores: dict[int, float] = {}
+        waited = 0.0
         with progress(self.name, len(missing)) as advance:
             started = time.perf_counter()
-            for batch, found in next_tokens(
+            for batch, found in next_tokens_by(
                 language_model,
                 readings,
                 steering_of(steering),
-                missing=lambda i: i // 2 in missing,
-                kept=settings.kept,
-                force=settings.force,
+                lambda i: i // 2 in missing,
+                settings,
             ):
+                if not batch.rows:  # others have their turn
+                    waited += time.perf_counter() - started
+                    yield []
+                    started = time.perf_counter()
+                    continue
                 scores |= {
                     i: float(each.log_p.sum()) for i, each in zip(batch.rows, found, strict=True)
                 }
@@ -138,7 +143,8 @@ class PreferenceJob:
                 ]
                 if ready:
                     missing.difference_update(ready)
-                    seconds = (time.perf_counter() - started) / len(ready)
+                    seconds = (waited + time.perf_counter() - started) / len(ready)
+                    waited = 0.0
                     yield [
                         self._record(i, scores[2 * i] - scores[2 * i + 1], seconds) for i in ready
                     ]

@@ -107,7 +107,7 @@ class TaskJob:
         self, language_model: LanguageModel, steering: Attached, done: Done, settings: Settings
     ) -> Generator[list[Record]]:
         every: dict[str, Measure] = {
-            "coherence": partial(_coherence, language_model, steering, settings.force),
+            "coherence": partial(_coherence, language_model, steering, settings),
             "refusal": self._refusal,
             "language": _language,
             "toxicity": self._toxicity,
@@ -188,7 +188,7 @@ def _language(
 def _coherence(
     language_model: LanguageModel,
     attached: Attached,
-    force: bool,
+    settings: Settings,
     examples: Sequence[Example],
     completions: Sequence[Completion],
 ) -> list[dict[str, float | None]]:
@@ -201,5 +201,6 @@ def _coherence(
         [completion.tokens for completion in completions],
         steering_of(attached),
         asked=asked_with(language_model, attached, prompts),
-        force=force,
+        engine=settings.engine,
+        force=settings.force,
     )

@@ -17,7 +17,7 @@ import torch
 from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, extended
-from trimtab.reading import Reading, next_tokens
+from trimtab.reading import Engine, Reading, next_tokens
 from trimtab.steering import Steering, Steerings
 
 
@@ -57,12 +57,13 @@ def perplexities(
     completions: Sequence[Sequence[int]],
     steering: Steering | Steerings | None = None,
     *,
+    engine: Engine | None = None,
     force: bool = False,
 ) -> list[float | None]:
     """exp of the mean -ln p over the generated tokens of each text; None where there are none.
 
     `completions` are the ids of the new tokens of each prompt. `steering` is one for all texts, or
-    None for the unsteered model.
+    None for the unsteered model; `engine` runs it in place of transformers.
     """
     if len(prompts) != len(completions):
         raise TrimtabError(f"{len(completions)} completions for {len(prompts)} prompts")
@@ -79,7 +80,11 @@ def perplexities(
         asked = tuple(range(start - 1, start - 1 + len(new)))
         readings.append(Reading(extended(prompt, new), asked, start, new))
     found: list[float | None] = [None] * len(prompts)
-    for batch, rows in next_tokens(language_model, readings, steering, force=force):
+    if engine is None:
+        read = next_tokens(language_model, readings, steering, force=force)
+    else:
+        read = engine.next_tokens(readings, steering, force=force)
+    for batch, rows in read:
         for i, row in zip(batch.rows, rows, strict=True):
             # Beyond e^700 a float ends; such a text is as odd as any.
             found[written[i]] = float(torch.exp((-row.log_p.mean()).clamp(max=700)))
@@ -94,14 +99,15 @@ def coherence(
     steering: Steering | Steerings | None = None,
     *,
     asked: Sequence[Prompt] | None = None,
+    engine: Engine | None = None,
     force: bool = False,
 ) -> list[dict[str, float | None]]:
     """All measures of each text, by name; `asked` are the prompts as the model that wrote the
     texts was given them (default: `prompts`)."""
-    plain = perplexities(language_model, prompts, completions)
+    plain = perplexities(language_model, prompts, completions, engine=engine)
     own, given = plain, prompts if asked is None else asked
     if steering is not None or list(given) != list(prompts):
-        own = perplexities(language_model, given, completions, steering, force=force)
+        own = perplexities(language_model, given, completions, steering, engine=engine, force=force)
     return [
         {
             "perplexity": plain[i],

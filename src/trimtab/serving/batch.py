@@ -1,0 +1,480 @@
+"""vLLM as what runs a model over many texts at once, each under steerings of its own.
+
+The model of transformers stays what it is: it says where its sites are, makes texts of prompts, and
+is what the engine is compared with when it starts. Work of several kinds may be under way at the
+same time; whoever waits takes the next step for all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from trimtab.batches import seed_of
+from trimtab.contrasts import Prompt, images_in
+from trimtab.engines import OURS as GIVEN
+from trimtab.engines import Ask, Heard, InProcess, Wanted, content_of, sites_of, untested, wanted_of
+from trimtab.engines import places_of as places
+from trimtab.errors import TrimtabError, shown
+from trimtab.model import (
+    Completion,
+    LanguageModel,
+    SteeringArgument,
+    UnsoundError,
+    end_tokens,
+    per_text,
+    row_steerings,
+    sampling,
+    scope_weights,
+    stop_pattern,
+    stops_in,
+    unsound,
+)
+from trimtab.reading import Next, PlannedBatch, Reading, refuse_idle
+from trimtab.serving.elsewhere import Carried
+from trimtab.serving.placing import acts_of
+from trimtab.serving.proving import joined, last_activations, probe, refuse_others
+from trimtab.steering import Steering
+
+#: Steerings that workers hold at once, and requests that the engine has at once.
+_HELD, _AT_ONCE = 512, 1024
+#: How many steerings are kept in the form in which requests ask for them.
+_KNOWN = 4096
+#: What says how tokens are chosen, and vLLM has by the same name.
+_CHOOSING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_OPTIONS = ("max_new_tokens", "min_new_tokens", "stop", "seed", *_CHOOSING)
+
+Acting = tuple[Steering, ...]
+
+
+@dataclass(eq=False)
+class _Work:
+    """Requests of one kind: how many are not over, and those that are, by their place."""
+
+    left: int = 0
+    over: deque[tuple[int, _Request]] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
+class _Request:
+    """One text that is under way, and what came of it."""
+
+    work: _Work
+    place: int
+    ask: Ask
+    acting: Acting
+    pattern: Any = None
+    tokens: list[int] = field(default_factory=list)
+    sound: bool = True
+    last: Heard | None = None
+
+
+class VLLM:
+    """vLLM in this process, on a model's weights.
+
+        with tt.VLLM(lm, [joy, formal]) as engine:
+            texts = engine.generate(prompts, steering=[joy, None, formal.at(3)])
+            found = tt.evaluate(lm, "copa", steering={"joy": joy}, engine=engine)
+
+    It starts at the first text, hooked at the sites of the `steerings` that it was told of until
+    then, and in all blocks at the kinds of sites in `hooks` ("resid", "ffn_out" ...); others are
+    refused. `model` is a directory or hub id with the same weights, which vLLM reads (default: a
+    temporary checkpoint of what is in memory); the other arguments are vLLM's own. What it does not
+    carry, a gate or a rule (`kl=`), is refused before it starts.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        steerings: Sequence[Steering] = (),
+        *,
+        hooks: Sequence[str] = (),
+        model: str | Path | None = None,
+        force: bool = False,
+        **arguments: Any,
+    ) -> None:
+        if reason := untested():
+            raise TrimtabError(f"{reason}: leave the engine out, and transformers runs the model")
+        ours = [name for name in GIVEN if name in arguments]
+        if ours:
+            raise TrimtabError(f"vLLM's {ours[0]} is for trimtab to say: leave it out")
+        self._lm, self._model, self._arguments = language_model, model, arguments
+        self._carried = Carried(
+            language_model.anatomy, int(arguments.get("tensor_parallel_size", 1))
+        )
+        self._sites = {site for kind in hooks for site in language_model.anatomy.sites(kind)}
+        self._inner: InProcess | None = None
+        self._broken = False
+        self._open = ExitStack()
+        self._ends = end_tokens(language_model.model.generation_config.eos_token_id)
+        self._waiting: deque[_Request] = deque()
+        self._under_way: dict[str, _Request] = {}
+        #: Steerings that the workers hold, by digest, and how many requests run with each.
+        self._held: dict[str, int] = {}
+        #: Steerings in the form in which requests ask for them, and those that can be asked for.
+        self._known: dict[int, tuple[Steering, Wanted]] = {}
+        self._prepared: dict[int, Steering] = {}
+        self._count = 0
+        self.prepare(steerings, force=force)
+
+    # -- before it starts -------------------------------------------------------------------------
+
+    def prepare(
+        self, steerings: Sequence[Steering], *, everywhere: bool = False, force: bool = False
+    ) -> None:
+        """Be able to steer so: refuses what does not fit the model, or is not carried. With
+        `everywhere` the same kinds of sites are there in all blocks."""
+        for steering in steerings:
+            if not everywhere and id(steering) in self._prepared:
+                continue
+            with self._lm.steered(steering, force=force):
+                pass  # says what does not fit
+            if reason := self._carried(steering):
+                raise TrimtabError(f"vLLM does not carry {shown(steering.label)}: {reason}")
+            sites = set(sites_of([steering]))
+            if everywhere:
+                kinds = {site.rpartition(".")[2] for site in sites}
+                sites |= {site for kind in kinds for site in self._lm.anatomy.sites(kind)}
+            if self._inner is None:
+                self._sites |= sites
+            if len(self._prepared) < _KNOWN:
+                self._prepared[id(steering)] = steering
+
+    @property
+    def longest(self) -> int:
+        """The longest text, with what is written after it, in tokens."""
+        if self._inner is not None:
+            return min(self._lm.max_length, self._inner.longest)
+        given = self._arguments.get("max_model_len")
+        own = given if isinstance(given, int) and given > 0 else self._lm.max_length
+        return min(self._lm.max_length, own)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse what says how texts are written, and vLLM does not have."""
+        strange = [name for name in options if name not in _OPTIONS]
+        if strange:
+            raise TrimtabError(
+                f"vLLM does not take {strange[0]} here: it takes {', '.join(_OPTIONS)}"
+            )
+        self._choosing(options)
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        *,
+        steering: SteeringArgument = None,
+        chat: bool | None = None,
+        force: bool = False,
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue prompts as `LanguageModel.generate` does, all of them in one continuous batch.
+
+        `options` are max_new_tokens (64), min_new_tokens, stop, temperature, top_k, top_p, min_p,
+        repetition_penalty and seed, which gives each prompt a seed of its own.
+        """
+        self.check_options(options)
+        wanted = self._lm.prompts(prompts, chat)
+        acting = self._acting(steering, len(wanted))
+        self.prepare(list({id(one): one for row in acting for one in row}.values()), force=force)
+        found: dict[int, Completion] = {}
+        for some in self.written(wanted, acting, **options):
+            for place, made in some:
+                if isinstance(made, UnsoundError):
+                    raise made
+                found[place] = made
+        return [found[place] for place in range(len(wanted))]
+
+    def written(
+        self,
+        prompts: Sequence[Prompt],
+        acting: Sequence[Acting],
+        missing: Sequence[bool] | None = None,
+        *,
+        in_turns: bool = False,
+        **options: Any,
+    ) -> Iterator[list[tuple[int, Completion | UnsoundError]]]:
+        """What follows prompts (rendered as they are) under the steerings of each, as it comes, by
+        its place; `missing` says which are asked for. `in_turns` gives an empty list wherever
+        nothing is known yet, so that other work can go on."""
+        new, fewest = options.get("max_new_tokens", 64), options.get("min_new_tokens", 0)
+        stop, seed = options.get("stop"), options.get("seed")
+        pattern = None if stop is None else stop_pattern(stop)
+        choosing = self._choosing(options)
+        if any(images_in(prompt) for prompt in prompts):
+            raise TrimtabError("vLLM is given text only here: leave images to transformers")
+        work = _Work()
+        for place, tokens in enumerate(self._lm.encode(prompts)):
+            if missing is not None and not missing[place]:
+                continue
+            own = {} if seed is None or not choosing else {"seed": seed_of(seed, place)}
+            asked = Ask(
+                tuple(tokens),
+                self._wanted(acting[place], tokens),
+                new,
+                fewest,
+                told=pattern is not None,
+                choosing=choosing | own,
+            )
+            self._ask(work, _Request(work, place, asked, acting[place], pattern))
+        for some in self._results(work, in_turns):
+            yield [(place, self._completed(prompts[place], place, one)) for place, one in some]
+
+    def next_tokens(
+        self,
+        readings: Sequence[Reading],
+        steering: SteeringArgument = None,
+        *,
+        missing: Callable[[int], bool] | None = None,
+        in_turns: bool = False,
+        force: bool = False,
+    ) -> Iterator[tuple[PlannedBatch, list[Next]]]:
+        """What the model expects at the positions of readings, as `reading.next_tokens` has it, as
+        it comes. `in_turns` gives an empty batch wherever nothing is known yet."""
+        acting = self._acting(steering, len(readings))
+        self.prepare(list({id(one): one for row in acting for one in row}.values()), force=force)
+        if acting:
+            refuse_idle(readings, acting[0])
+        work = _Work()
+        for place, reading in enumerate(readings):
+            if missing is None or missing(place):
+                tokens = _asked_text(reading)
+                wanted = self._wanted(acting[place], reading.tokens)
+                if reading.prompt != len(tokens):  # else it shares blocks with texts that go on
+                    wanted = tuple(replace(one, prompt=reading.prompt) for one in wanted)
+                asked = Ask(tokens, wanted, scored=reading.targets is not None)
+                self._ask(work, _Request(work, place, asked, acting[place]))
+        for some in self._results(work, in_turns):
+            batch = PlannedBatch(0, tuple(place for place, _ in some))
+            yield batch, [self._next(readings[place], place, one) for place, one in some]
+
+    def close(self) -> None:
+        """End it, and what is under way."""
+        inner, self._inner, self._broken = self._inner, None, True
+        self._waiting.clear()
+        self._under_way.clear()
+        try:
+            if inner is not None:
+                inner.close()
+        finally:
+            self._open.close()
+
+    def __enter__(self) -> VLLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- what is asked ----------------------------------------------------------------------------
+
+    def _acting(self, steering: SteeringArgument, count: int) -> list[Acting]:
+        each = per_text(steering, count)
+        return [row_steerings(steering)] * count if each is None else list(each)
+
+    def _choosing(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """How tokens are chosen, in vLLM's words; nothing where the likeliest are."""
+        given = {name: options[name] for name in _CHOOSING if options.get(name) is not None}
+        asked = sampling(given, self._lm.anatomy.config.vocab_size)
+        asked.pop("do_sample")
+        return {name: asked[name] for name in given if name in asked}
+
+    def _wanted(self, acting: Acting, tokens: Sequence[int]) -> tuple[Wanted, ...]:
+        """How steerings are asked for; refuses a text that has no turns of a chat where a scope
+        asks for some."""
+        found = []
+        for steering in acting:
+            if id(steering) not in self._known:
+                if len(self._known) >= _KNOWN:
+                    del self._known[next(iter(self._known))]
+                wanted = wanted_of(steering, partial(acts_of, self._lm))
+                self._known[id(steering)] = steering, wanted
+            found.append(self._known[id(steering)][1])
+            for scope in steering.scopes:
+                if scope.by_content:
+                    scope_weights(self._lm.marks, scope, tokens, len(tokens))
+        return tuple(found)
+
+    def _ask(self, work: _Work, request: _Request) -> None:
+        whole = len(request.ask.tokens) + request.ask.new
+        if whole > self.longest:
+            raise TrimtabError(
+                f"a text of {len(request.ask.tokens)} tokens and {request.ask.new} new ones do not "
+                f"go into the {self.longest} that vLLM takes: say max_model_len"
+            )
+        work.left += 1
+        self._waiting.append(request)
+
+    # -- while it runs ----------------------------------------------------------------------------
+
+    def _results(self, work: _Work, in_turns: bool) -> Iterator[list[tuple[int, _Request]]]:
+        """Requests that are over, as they come."""
+        if in_turns and work.left:
+            yield []  # all who take turns have asked before the first step
+        try:
+            while work.left or work.over:
+                if not work.over:
+                    self._step()
+                found = [work.over.popleft() for _ in range(len(work.over))]
+                if found or in_turns:
+                    yield found
+        finally:
+            self._leave(work)
+
+    def _leave(self, work: _Work) -> None:
+        """Nobody waits for the rest of some work."""
+        if not work.left:
+            return
+        self._waiting = deque(one for one in self._waiting if one.work is not work)
+        for name, one in list(self._under_way.items()):
+            if one.work is work:
+                self._over(name)
+                if self._inner is not None and not self._broken:
+                    self._inner.leave(name)
+
+    def _step(self) -> None:
+        """One pass, for all work that is under way."""
+        if self._broken:
+            raise TrimtabError("the engine was ended or interrupted: open another")
+        inner = self._started()
+        try:
+            self._feed(inner)
+            for heard in inner.step():
+                self._hear(inner, heard)
+        except BaseException:
+            self._broken = True  # what it was at, nobody knows
+            raise
+
+    def _feed(self, inner: InProcess) -> None:
+        """Hand over requests that wait, as far as their steerings find room."""
+        while self._waiting and len(self._under_way) < _AT_ONCE:
+            request = self._waiting[0]
+            own = {
+                wanted.digest: one
+                for wanted, one in zip(request.ask.wanted, request.acting, strict=True)
+            }
+            if not all(self._hold(inner, digest, own) for digest in own):
+                return
+            self._waiting.popleft()
+            for one in request.ask.wanted:
+                self._held[one.digest] += 1
+            self._count += 1
+            name = str(self._count)
+            self._under_way[name] = request
+            inner.add(name, request.ask)
+
+    def _hold(self, inner: InProcess, digest: str, own: Mapping[str, Steering]) -> bool:
+        """Have the workers hold a steering, one of those of a request; whether they do."""
+        if digest in self._held:
+            return True
+        if len(self._held) >= _HELD:
+            idle = [each for each, running in self._held.items() if not running and each not in own]
+            if not idle:
+                return False
+            del self._held[idle[0]]
+            inner.unload(idle[0])
+        inner.load(digest, content_of(own[digest]))
+        self._held[digest] = 0
+        return True
+
+    def _hear(self, inner: InProcess, heard: Heard) -> None:
+        request = self._under_way.get(heard.name)
+        if request is None:  # one that was left
+            return
+        request.last = heard
+        request.sound = request.sound and all(heard.sound)
+        over = heard.over
+        for token in heard.tokens:
+            request.tokens.append(token)
+            # As in transformers, where the end of a text counts as text.
+            if request.pattern is not None and stops_in(
+                request.pattern, self._lm.tokenizer.decode(request.tokens)
+            ):
+                if not over:
+                    inner.leave(heard.name)
+                over = True
+                break
+        if over:
+            self._over(heard.name)
+            request.work.over.append((request.place, request))
+
+    def _over(self, name: str) -> None:
+        request = self._under_way.pop(name)
+        request.work.left -= 1
+        for one in request.ask.wanted:
+            self._held[one.digest] -= 1
+
+    def _started(self) -> InProcess:
+        """The engine, which is seen to have the model's activations at each site when it starts."""
+        if self._inner is not None:
+            return self._inner
+        lm, sites = self._lm, sorted(self._sites)
+        self._carried.sites = sites
+        source = self._model
+        if source is None:
+            folder = self._open.enter_context(tempfile.TemporaryDirectory())
+            source = lm.save_pretrained(Path(folder) / "model")
+        expected = last_activations(lm, sites)
+        dtype = str(lm.dtype).removeprefix("torch.")
+        where = places(lm.anatomy, sites)
+        self._inner = InProcess(str(source), dtype, where, self._ends, self._arguments)
+        if sites:
+            seen = self._inner.seen(uuid.uuid4().hex, probe(lm))
+            refuse_others(expected, joined(seen), lm.dtype)
+        return self._inner
+
+    # -- what came --------------------------------------------------------------------------------
+
+    def _completed(self, prompt: Prompt, place: int, one: _Request) -> Completion | UnsoundError:
+        labels = tuple(steering.label for steering in one.acting)
+        if not one.sound:
+            return unsound(f"prompt {place + 1}", labels, self._lm.dtype)
+        end = next((i for i, token in enumerate(one.tokens) if token in self._ends), None)
+        tokens = one.tokens[:end]
+        text = self._lm.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Completion(prompt, text, tuple(tokens), labels)
+
+    def _next(self, reading: Reading, place: int, one: _Request) -> Next:
+        if not one.sound:
+            labels = [steering.label for steering in one.acting]
+            raise unsound(f"text {place + 1}", labels, self._lm.dtype)
+        if reading.targets is None or one.last is None:
+            return Next(torch.tensor(one.tokens[:1]), torch.zeros(0))
+        best = [one.last.likeliest[position] for position in reading.positions]
+        log_p = [one.last.log_p[position] for position in reading.positions]
+        return Next(torch.tensor(best), torch.tensor(log_p, dtype=torch.float64))
+
+
+def _asked_text(reading: Reading) -> tuple[int, ...]:
+    """The text of a request that answers a reading: with the token after it where that is asked
+    about."""
+    text = reading.tokens
+    if reading.targets is None:
+        if reading.positions != (len(text) - 1,):
+            raise TrimtabError(
+                "vLLM says what comes after a text, or how likely its own tokens are"
+            )
+        return text
+    if reading.positions[-1:] == (len(text) - 1,):
+        text = (*text, reading.targets[-1])
+    own = tuple(text[position + 1] for position in reading.positions)
+    if own != reading.targets:
+        raise TrimtabError("vLLM scores the tokens of a text, not others in their place")
+    return text
