@@ -181,6 +181,11 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     return model
 
 
+#: Sizes of a mixture that are read of no file.
+_OF_EXPERTS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 #: Layers of Gemma's largest models, whose attention llama.cpp scales by another size than a head's.
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 
@@ -193,6 +198,15 @@ def _complete(config: Any, header: Header) -> None:
         config.mlp_bias = "blk.0.ffn_gate.bias" in header.tensors
     if config.model_type == "qwen3" and "attention.key_length" in said:
         config.head_dim = said["attention.key_length"]
+    if config.model_type == "gpt2":
+        config.n_positions = said.get("context_length", config.n_positions)
+        config.n_inner = said.get("feed_forward_length", config.n_inner)
+    if config.model_type == "phi3" and "rope.dimension_count" in said:
+        width = config.hidden_size // config.num_attention_heads
+        config.rope_parameters["partial_rotary_factor"] = said["rope.dimension_count"] / width
+    for key, name in _OF_EXPERTS.items():
+        if key in said and hasattr(config, name):
+            setattr(config, name, said[key])
     if config.model_type in _LARGEST_GEMMAS:
         config.query_pre_attn_scalar = attention_scale(config)
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
