@@ -82,6 +82,38 @@ def test_rows_of_q_and_k_are_in_llama_cpps_order(tmp_path: Path) -> None:
     assert np.array_equal(written["blk.1.attn_v.weight"], value)
 
 
+#: Few positions, so that a text of 30 tokens is a long one, or many.
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("original", [16, 64])
+def test_phi_3s_rotary_frequencies(original: int, tmp_path: Path) -> None:
+    rope = {**LONG_ROPE, "original_max_position_embeddings": original}
+    size = {"original_max_position_embeddings": original}
+    lm = tiny("phi3", rope_parameters={**rope}, **size)
+    tt.save_gguf(lm, tmp_path / "m.gguf")
+    factors = tensors(tmp_path / "m.gguf")
+    for length in ("long", "short"):
+        stored = factors[f"rope_factors_{length}.weight"].tolist()
+        assert stored == pytest.approx(LONG_ROPE[f"{length}_factor"])
+    said = values(tmp_path / "m.gguf")
+    assert said["phi3.rope.dimension_count"] == 8
+    factor = (1 + np.log(256 / original) / np.log(original)) ** 0.5
+    assert said["phi3.rope.scaling.attn_factor"] == pytest.approx(factor)
+    again = tt.load(tmp_path / "m.gguf")
+    torch.testing.assert_close(logits(again), logits(lm), atol=1e-5, rtol=0)
+    alike = {**rope, "short_factor": rope["long_factor"]}
+    other = tiny("phi3", rope_parameters=alike, **size)
+    same = torch.allclose(logits(other), logits(lm), atol=1e-5)
+    assert same == (original == 16)
+    tt.save_gguf(again, tmp_path / "again.gguf")
+    assert values(tmp_path / "again.gguf") == said
+    assert tensors(tmp_path / "again.gguf").keys() == factors.keys()
+
+
 def test_experts_lie_in_a_tensor_each_of_gate_up_and_down(tmp_path: Path) -> None:
     lm = tiny("mixtral")
     tt.save_gguf(lm, tmp_path / "m.gguf", type="f16")

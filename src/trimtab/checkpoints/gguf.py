@@ -136,7 +136,9 @@ def _damaged(path: Path, error: Exception) -> TrimtabError:
 def _warn_of_losses(header: Header) -> None:
     scaling = [key for key in header.values if key.endswith(".rope.scaling.type")]
     scaled = any(header.values[key] != "none" for key in scaling)
-    if scaled or "rope_freqs.weight" in header.tensors:
+    factors = header.values.get("general.architecture") != "phi3"  # of which they are read
+    factors = factors and "rope_factors_long.weight" in header.tensors
+    if scaled or factors or "rope_freqs.weight" in header.tensors:
         warnings.warn(
             "this GGUF file scales its rotary frequencies for long contexts, which the conversion "
             "does not carry over: long texts will come out worse than in the original model",
@@ -157,6 +159,8 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(str(empty), **place)
         _complete(config, header)
+        if config.model_type == "phi3" and "rope_factors_long.weight" in header.tensors:
+            _read_long_rope(config, gguf, header)
         _check_size(config, header)
         # The redirection hides a bar that cannot be turned off.
         with redirect_stderr(io.StringIO()):
@@ -214,6 +218,26 @@ def _complete(config: Any, header: Header) -> None:
                 setattr(config, name, said[name])
     if config.model_type == "gemma3_text" and "rope.freq_base_swa" in said:
         config.rope_parameters["sliding_attention"]["rope_theta"] = said["rope.freq_base_swa"]
+
+
+def _read_long_rope(config: Any, gguf: Path, header: Header) -> None:
+    """Phi-3's scaling of rotary frequencies, by factors that lie among the tensors."""
+    said = _of_architecture(header.values)
+    factors = {
+        str(tensor.name): tensor.data.tolist()
+        for tensor in _read(gguf, lambda reader: reader.tensors)
+        if str(tensor.name).startswith("rope_factors_")
+    }
+    original = said.get("rope.scaling.original_context_length", config.max_position_embeddings)
+    config.original_max_position_embeddings = original
+    config.rope_parameters |= {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": said.get("rope.scaling.attn_factor", 1.0),
+        "long_factor": factors["rope_factors_long.weight"],
+        "short_factor": factors["rope_factors_short.weight"],
+    }
+    config.validate_rope()
 
 
 def attention_scale(config: Any) -> int:

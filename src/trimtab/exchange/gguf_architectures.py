@@ -98,7 +98,7 @@ def hyperparameters(architecture: Architecture, model: Any) -> dict[str, Any]:
     if architecture is _GPT2:
         values |= _of_gpt2(config)
     else:
-        values |= _of_rotary(architecture, config)
+        values |= _of_rotary(architecture, model)
     return {f"{architecture.name}.{key}": value for key, value in values.items()}
 
 
@@ -115,8 +115,9 @@ def _of_gpt2(config: Any) -> dict[str, Any]:
     }
 
 
-def _of_rotary(architecture: Architecture, config: Any) -> dict[str, Any]:
+def _of_rotary(architecture: Architecture, model: Any) -> dict[str, Any]:
     """What is said of all others, whose positions are rotary."""
+    config = model.config
     _check(architecture, config)
     values = {
         "feed_forward_length": config.intermediate_size,
@@ -135,7 +136,14 @@ def _of_rotary(architecture: Architecture, config: Any) -> dict[str, Any]:
     values["rope.freq_base"] = float(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] == "longrope":
+        values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        values["rope.scaling.attn_factor"] = float(_rotary(model).attention_scaling)
     return values
+
+
+def _rotary(model: Any) -> Any:
+    return model.get_decoder().rotary_emb
 
 
 def _of_mixture(architecture: Architecture, config: Any) -> dict[str, Any]:
@@ -183,9 +191,8 @@ def _check(architecture: Architecture, config: Any) -> None:
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if act != architecture.activation:
         _refuse(architecture, f"its activation is {architecture.activation}, not {shown(act)}")
-    known = ["default"]
-    if architecture.name != "phi3":  # whose scaling is by factors of its own
-        known += ["linear", "llama3"] if architecture.name == "llama" else ["linear"]
+    more = {"phi3": "longrope", "llama": "llama3"}.get(architecture.name)
+    known = ["default", more, None if architecture.name == "phi3" else "linear"]
     rope = _rope(config)["rope_type"]
     if rope not in known:
         _refuse(architecture, f"rotary positions of type {shown(rope)} are not written here")
@@ -230,12 +237,19 @@ def _refuse(architecture: Architecture, why: str) -> None:
     )
 
 
-def rotary_factors(model: Any) -> Tensor | None:
-    """By what llama.cpp divides the rotary frequencies [head size / 2], for Llama 3's scaling."""
+def rotary_factors(model: Any) -> dict[str, Tensor]:
+    """By what llama.cpp divides the rotary frequencies [head size / 2], by its names: of Llama 3's
+    scaling, and of Phi-3's, which has some for long texts and some for short ones."""
     config = model.config
-    if config.model_type == "gpt2" or _rope(config)["rope_type"] != "llama3":
-        return None
+    kind = "default" if config.model_type == "gpt2" else _rope(config)["rope_type"]
+    if kind == "longrope":
+        return {
+            f"rope_factors_{length}.weight": torch.tensor(_rope(config)[f"{length}_factor"])
+            for length in ("long", "short")
+        }
+    if kind != "llama3":
+        return {}
     width, theta = _head_size(config), _rope(config)["rope_theta"]
     places = torch.arange(0, width, 2, dtype=torch.float64) / width
-    scaled: Tensor = model.get_decoder().rotary_emb.inv_freq.double().cpu()
-    return torch.pow(theta, -places).div(scaled).float()
+    scaled: Tensor = _rotary(model).inv_freq.double().cpu()
+    return {"rope_freqs.weight": torch.pow(theta, -places).div(scaled).float()}

@@ -186,8 +186,7 @@ def _beside(model: Any, origin: Metadata | None) -> dict[str, Tensor]:
     """Tensors that are no weights of the model."""
     if origin is not None:
         return {name: torch.tensor(each) for name, each in origin.beside.items()}
-    factors = rotary_factors(model)
-    return {} if factors is None else {"rope_freqs.weight": factors}
+    return rotary_factors(model)
 
 
 # -- weights -------------------------------------------------------------------------------------
