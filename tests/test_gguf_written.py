@@ -172,6 +172,19 @@ def test_q8_0_takes_rows_of_32(tmp_path: Path) -> None:
     assert kinds["blk.0.attn_output.weight"] == "Q8_0"
 
 
+def test_experts_are_rounded_and_routers_are_not(tmp_path: Path) -> None:
+    lm = tiny("qwen2_moe")
+    tt.save_gguf(lm, tmp_path / "m.gguf", type="q8_0")
+    kinds = {
+        each.name.removeprefix("blk.1."): each.tensor_type.name
+        for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    }
+    assert {kinds[f"ffn_{name}_exps.weight"] for name in ("gate", "up", "down")} == {"Q8_0"}
+    assert {kinds[f"ffn_gate_inp{of}.weight"] for of in ("", "_shexp")} == {"F32"}
+    again = tt.load(tmp_path / "m.gguf")
+    assert (logits(again) - logits(lm)).abs().max() < 0.3 * logits(lm).abs().max()
+
+
 # -- baked -------------------------------------------------------------------------------------
 
 

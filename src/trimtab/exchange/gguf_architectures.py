@@ -191,8 +191,8 @@ def _check(architecture: Architecture, config: Any) -> None:
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if act != architecture.activation:
         _refuse(architecture, f"its activation is {architecture.activation}, not {shown(act)}")
-    more = {"phi3": "longrope", "llama": "llama3"}.get(architecture.name)
-    known = ["default", more, None if architecture.name == "phi3" else "linear"]
+    more = {"phi3": ("longrope",), "llama": ("linear", "llama3")}
+    known = ("default", *more.get(architecture.name, ("linear",)))
     rope = _rope(config)["rope_type"]
     if rope not in known:
         _refuse(architecture, f"rotary positions of type {shown(rope)} are not written here")

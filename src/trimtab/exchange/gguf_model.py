@@ -80,10 +80,10 @@ def save_gguf(
         )
     architecture = architecture_of(language_model.model)
     model = plain_copy(language_model.model, name)
-    names = Names(architecture, model)
-    weights = _weights(model, architecture, names)
     origin = metadata_of(Path(str(getattr(model.config, "_name_or_path", "") or "")))
     values = _metadata(language_model, model, architecture, origin)
+    names = Names(architecture, model)
+    weights = _weights(model, architecture, names)
     values["general.name"] = _unmistakable(_name(language_model, origin), language_model.tokenizer)
     values["general.file_type"] = _file_type(type)
     if language_model.baked:
