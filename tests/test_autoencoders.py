@@ -29,7 +29,7 @@ from autoencoders import (
     with_weights,
 )
 from helpers import relative
-from trimtab.fitting.autoencoders import load_features
+from trimtab.reading.autoencoders import load_features
 
 __all__ = ["autoencoder"]  # fixtures, which pytest finds by their names here
 
@@ -94,7 +94,7 @@ def test_a_directory_that_has_changed_is_read_again(
 def test_what_has_not_changed_is_read_once(
     autoencoder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import trimtab.fitting.autoencoders as module
+    import trimtab.reading.autoencoders as module
 
     path, calls = str(autoencoder()), []
     load = module._load

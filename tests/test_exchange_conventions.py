@@ -165,7 +165,9 @@ def test_vllm_lens(lm: tt.LanguageModel, tmp_path: Path) -> None:
 def test_vllm_lens_compresses(lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     path = FOREIGN / "vllm-lens.json"
-    refused_in_one_line(lambda: imported(path, lm), "pip install zstandard")
+    refused_in_one_line(
+        lambda: imported(path, lm), r"need the extra zstd: pip install 'trimtab\[zstd\]'"
+    )
     monkeypatch.undo()
     expected = added_by_hand(lm, {0: vector(0) * 1.5, 2: vector(2) * 1.5})
     read = imported(FOREIGN / "vllm-lens.json", lm)

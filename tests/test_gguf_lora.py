@@ -34,18 +34,37 @@ def added(base: dict[str, Any], adapter: Path) -> dict[str, Any]:
     weights = dict(base)
     for name in {key.rpartition(".")[0] for key in factors}:
         down, up = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
-        assert down.shape[0] == up.shape[1]
-        assert (up.shape[0], down.shape[1]) == weights[name].shape
-        weights[name] = weights[name] + alpha / up.shape[1] * (up @ down)
+        assert down.shape[-2] == up.shape[-1]
+        more = (up @ down).reshape(weights[name].shape)  # of a lone row, which has no rows there
+        assert (*up.shape[:-1], down.shape[-1]) == (up @ down).shape
+        weights[name] = weights[name] + alpha / up.shape[-1] * more
     return weights
 
 
-@pytest.mark.parametrize(("site", "kind"), ACTING)
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+#: Of mixtures also what a router reads and writes, and the units within the experts.
+OF_EXPERTS = (
+    ("layers.1.ffn_in", "Scale"),
+    ("layers.1.ffn_norm", "Rotate"),
+    ("layers.1.router", "Scale"),
+)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "kind"),
+    [
+        *(
+            (name, *each)
+            for name in ("llama", "qwen2", "qwen3", "gemma3", "phi3", "gpt2")
+            for each in ACTING
+        ),
+        *((name, *each) for name in MIXTURES for each in (*ACTING, *OF_EXPERTS)),
+    ],
+)
 def test_the_adapter_makes_the_baked_model(name: str, site: str, kind: str, tmp_path: Path) -> None:
     lm = tiny(name)
-    if name == "gemma3" and site.endswith("ffn_out"):
-        site = "layers.1.ffn_in"  # a norm writes the other one
+    if name in ("gemma3", "gpt2") and site.endswith("ffn_out"):
+        site = "layers.1.ffn_in"  # a norm writes the other one, or there is a bias
     steering = steer(lm, (site, operator(kind, lm.anatomy.width(site))))
     steering = replace(steering, dial=tt.Dial("dial", 1.0, (-180.0, 180.0))).at(
         40.0 if kind == "Rotate" else 1.5
@@ -82,11 +101,11 @@ def test_what_cannot_be_carried(tmp_path: Path) -> None:
     lm, path = tiny("llama"), tmp_path / "a.gguf"
     constant = steer(lm, ("layers.1.ffn_out", Add(operator("Add", 48).vector)))
     refused_in_one_line(lambda: tt.export(lm, constant, "gguf-lora", path), "adds a constant")
-    other = tiny("gpt2")
+    other = tiny("olmo2")
     scaled = steer(
         other, ("layers.1.heads", operator("Scale", other.anatomy.width("layers.1.heads")))
     )
-    refused_in_one_line(lambda: tt.export(other, scaled, "gguf-lora", path), "of gpt2, only of")
+    refused_in_one_line(lambda: tt.export(other, scaled, "gguf-lora", path), "of olmo2, only of")
     assert not list(tmp_path.iterdir())
     both = steer(
         lm,

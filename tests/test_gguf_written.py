@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import trimtab as tt
 from commands import Command, home, trimtab, work
@@ -81,6 +82,62 @@ def test_rows_of_q_and_k_are_in_llama_cpps_order(tmp_path: Path) -> None:
     assert np.array_equal(written["blk.1.attn_v.weight"], value)
 
 
+#: Few positions, so that a text of 30 tokens is a long one, or many.
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.2, 1.5, 2.0], "long_factor": [1.5, 2.0, 4.0, 8.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("original", [16, 64])
+def test_phi_3s_rotary_frequencies(original: int, tmp_path: Path) -> None:
+    rope = {**LONG_ROPE, "original_max_position_embeddings": original}
+    size = {"original_max_position_embeddings": original}
+    lm = tiny("phi3", rope_parameters={**rope}, **size)
+    tt.save_gguf(lm, tmp_path / "m.gguf")
+    factors = tensors(tmp_path / "m.gguf")
+    for length in ("long", "short"):
+        stored = factors[f"rope_factors_{length}.weight"].tolist()
+        assert stored == pytest.approx(LONG_ROPE[f"{length}_factor"])
+    said = values(tmp_path / "m.gguf")
+    assert said["phi3.rope.dimension_count"] == 8
+    factor = (1 + np.log(256 / original) / np.log(original)) ** 0.5
+    assert said["phi3.rope.scaling.attn_factor"] == pytest.approx(factor)
+    again = tt.load(tmp_path / "m.gguf")
+    torch.testing.assert_close(logits(again), logits(lm), atol=1e-5, rtol=0)
+    alike = {**rope, "short_factor": rope["long_factor"]}
+    other = tiny("phi3", rope_parameters=alike, **size)
+    same = torch.allclose(logits(other), logits(lm), atol=1e-5)
+    assert same == (original == 16)
+    tt.save_gguf(again, tmp_path / "again.gguf")
+    assert values(tmp_path / "again.gguf") == said
+    assert tensors(tmp_path / "again.gguf").keys() == factors.keys()
+
+
+def test_experts_lie_in_a_tensor_each_of_gate_up_and_down(tmp_path: Path) -> None:
+    lm = tiny("mixtral")
+    tt.save_gguf(lm, tmp_path / "m.gguf", type="f16")
+    written, block = tensors(tmp_path / "m.gguf"), lm.model.model.layers[1].mlp
+    gate_up = block.experts.gate_up_proj.detach()  # [experts, gate then up, read]
+    expected = {"gate": gate_up[:, :40], "up": gate_up[:, 40:], "down": block.experts.down_proj}
+    for name, weights in expected.items():
+        stored = weights.detach().half().float().numpy()
+        assert np.array_equal(written[f"blk.1.ffn_{name}_exps.weight"], stored)
+    # What chooses experts is not rounded, and nothing is left of experts beside each other.
+    assert np.array_equal(written["blk.1.ffn_gate_inp.weight"], block.gate.weight.detach().numpy())
+    said = values(tmp_path / "m.gguf")
+    assert (said["llama.expert_count"], said["llama.expert_used_count"]) == (4, 2)
+    # transformers takes it for a Llama without experts, and does not get that far.
+    refused_in_one_line(lambda: tt.load(tmp_path / "m.gguf"), "lacks .* of the model's tensors")
+
+
+def test_an_embedding_table_that_is_the_head_is_written_twice_where_it_must(tmp_path: Path) -> None:
+    lm = tiny("qwen2_moe", tie_word_embeddings=True)
+    tt.save_gguf(lm, tmp_path / "m.gguf")
+    written = tensors(tmp_path / "m.gguf")
+    assert np.array_equal(written["output.weight"], written["token_embd.weight"])
+
+
 @pytest.mark.parametrize(
     ("kind", "largest"), [("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)], ids=str
 )
@@ -113,6 +170,19 @@ def test_q8_0_takes_rows_of_32(tmp_path: Path) -> None:
     }
     assert kinds["blk.0.attn_q.weight"] == "F16"
     assert kinds["blk.0.attn_output.weight"] == "Q8_0"
+
+
+def test_experts_are_rounded_and_routers_are_not(tmp_path: Path) -> None:
+    lm = tiny("qwen2_moe")
+    tt.save_gguf(lm, tmp_path / "m.gguf", type="q8_0")
+    kinds = {
+        each.name.removeprefix("blk.1."): each.tensor_type.name
+        for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+    }
+    assert {kinds[f"ffn_{name}_exps.weight"] for name in ("gate", "up", "down")} == {"Q8_0"}
+    assert {kinds[f"ffn_gate_inp{of}.weight"] for of in ("", "_shexp")} == {"F32"}
+    again = tt.load(tmp_path / "m.gguf")
+    assert (logits(again) - logits(lm)).abs().max() < 0.3 * logits(lm).abs().max()
 
 
 # -- baked -------------------------------------------------------------------------------------
@@ -237,8 +307,18 @@ def test_llama_3s_rotary_frequencies(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("gpt2", {}, "no GGUF file is written of gpt2"),
-        ("qwen3_moe", {}, "no GGUF file is written of qwen3_moe"),
+        ("olmo2", {}, "no GGUF file is written of olmo2"),
+        ("gpt2", {"activation_function": "relu"}, "activation is gelu_new, not relu"),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "root of a head's size, and by nothing",
+        ),
+        ("phi3", {"sliding_window": 8}, "no sliding window"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "some of this model have none"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "experts sum to 1"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "experts are not made to sum to 1"),
+        ("mixtral", {"sliding_window": 8}, "no sliding window"),
         ("mistral", {"sliding_window": 8}, "no sliding window"),
         ("llama", {"hidden_act": "gelu"}, "activation is silu"),
         ("gemma3", {"query_pre_attn_scalar": 1}, "scales attention by the root of 16"),
@@ -299,3 +379,32 @@ def test_real_models(name: str, request: pytest.FixtureRequest, tmp_path: Path) 
         assert again.tokenizer(text).input_ids == lm.tokenizer(text).input_ids
     assert logits_of(again, prompts).sub(logits_of(baked, prompts)).abs().max() < 1e-3
     assert again.tokenizer.chat_template == lm.tokenizer.chat_template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_real_baked_model_as_transformers_reads_it(
+    name: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Equal logits, of a model whose weights are rounded as the file rounds them."""
+    lm = request.getfixturevalue(name)
+    site = "layers.5.ffn_in"
+    baked = tt.bake(lm, steer(lm, (site, operator("Scale", lm.anatomy.width(site)))).at(2))
+    tt.save_gguf(baked, tmp_path / "m.gguf", type=kind)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32, local_files_only=True
+    )
+    rounded = {"f16": gguf.GGMLQuantizationType.F16, "bf16": gguf.GGMLQuantizationType.BF16}
+    with torch.no_grad():
+        for parameter in baked.model.parameters():
+            if parameter.dim() == 2 and kind != "f32":
+                of = rounded.get(kind, gguf.GGMLQuantizationType.Q8_0)
+                numbers = gguf.quantize(parameter.float().numpy(), of)
+                parameter.copy_(torch.from_numpy(gguf.dequantize(numbers, of).copy()))
+    ids = lm.tokenizer("She looked at the map and", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found, expected = again(ids).logits, baked.model(ids).logits
+    assert (found - expected).abs().max() < 1e-3
+    with torch.no_grad():
+        assert (lm.model(ids).logits - expected).abs().max() > 0.1

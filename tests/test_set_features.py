@@ -15,7 +15,7 @@ from torch import Tensor
 from autoencoders import FEATURES, KINDS, autoencoder, library, random_autoencoder
 from helpers import refused_in_one_line
 from operator_formulas import random_operator
-from trimtab.fitting.autoencoders import FeatureRows, load_features
+from trimtab.reading.autoencoders import FeatureRows, load_features
 from trimtab.steering.operators import Add, SetFeatures, apply
 
 __all__ = ["autoencoder"]  # fixtures, which pytest finds by their names here

@@ -30,8 +30,8 @@ from autoencoders import (
 from helpers import relative
 from tiny import tiny_tokenizer
 from trimtab.contrasts import Contrast
-from trimtab.fitting.autoencoders import load_features
 from trimtab.methods.contents import describe, explain
+from trimtab.reading.autoencoders import load_features
 
 __all__ = ["autoencoder"]  # fixtures, which pytest finds by their names here
 

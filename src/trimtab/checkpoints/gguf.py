@@ -136,7 +136,9 @@ def _damaged(path: Path, error: Exception) -> TrimtabError:
 def _warn_of_losses(header: Header) -> None:
     scaling = [key for key in header.values if key.endswith(".rope.scaling.type")]
     scaled = any(header.values[key] != "none" for key in scaling)
-    if scaled or "rope_freqs.weight" in header.tensors:
+    factors = header.values.get("general.architecture") != "phi3"  # of which they are read
+    factors = factors and "rope_factors_long.weight" in header.tensors
+    if scaled or factors or "rope_freqs.weight" in header.tensors:
         warnings.warn(
             "this GGUF file scales its rotary frequencies for long contexts, which the conversion "
             "does not carry over: long texts will come out worse than in the original model",
@@ -157,6 +159,8 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     try:
         config = transformers.AutoConfig.from_pretrained(str(empty), **place)
         _complete(config, header)
+        if config.model_type == "phi3" and "rope_factors_long.weight" in header.tensors:
+            _read_long_rope(config, gguf, header)
         _check_size(config, header)
         # The redirection hides a bar that cannot be turned off.
         with redirect_stderr(io.StringIO()):
@@ -181,6 +185,11 @@ def _load_weights(gguf: Path, empty: Path, header: Header) -> PreTrainedModel:
     return model
 
 
+#: Sizes of a mixture that are read of no file.
+_OF_EXPERTS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 #: Layers of Gemma's largest models, whose attention llama.cpp scales by another size than a head's.
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 
@@ -193,6 +202,15 @@ def _complete(config: Any, header: Header) -> None:
         config.mlp_bias = "blk.0.ffn_gate.bias" in header.tensors
     if config.model_type == "qwen3" and "attention.key_length" in said:
         config.head_dim = said["attention.key_length"]
+    if config.model_type == "gpt2":
+        config.n_positions = said.get("context_length", config.n_positions)
+        config.n_inner = said.get("feed_forward_length", config.n_inner)
+    if config.model_type == "phi3" and "rope.dimension_count" in said:
+        width = config.hidden_size // config.num_attention_heads
+        config.rope_parameters["partial_rotary_factor"] = said["rope.dimension_count"] / width
+    for key, name in _OF_EXPERTS.items():
+        if key in said and hasattr(config, name):
+            setattr(config, name, said[key])
     if config.model_type in _LARGEST_GEMMAS:
         config.query_pre_attn_scalar = attention_scale(config)
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
@@ -200,6 +218,26 @@ def _complete(config: Any, header: Header) -> None:
                 setattr(config, name, said[name])
     if config.model_type == "gemma3_text" and "rope.freq_base_swa" in said:
         config.rope_parameters["sliding_attention"]["rope_theta"] = said["rope.freq_base_swa"]
+
+
+def _read_long_rope(config: Any, gguf: Path, header: Header) -> None:
+    """Phi-3's scaling of rotary frequencies, by factors that lie among the tensors."""
+    said = _of_architecture(header.values)
+    factors = {
+        str(tensor.name): tensor.data.tolist()
+        for tensor in _read(gguf, lambda reader: reader.tensors)
+        if str(tensor.name).startswith("rope_factors_")
+    }
+    original = said.get("rope.scaling.original_context_length", config.max_position_embeddings)
+    config.original_max_position_embeddings = original
+    config.rope_parameters |= {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": said.get("rope.scaling.attn_factor", 1.0),
+        "long_factor": factors["rope_factors_long.weight"],
+        "short_factor": factors["rope_factors_short.weight"],
+    }
+    config.validate_rope()
 
 
 def attention_scale(config: Any) -> int:

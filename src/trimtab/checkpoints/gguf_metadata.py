@@ -20,7 +20,7 @@ ORIGIN = "ORIGIN.gguf"
 #: The key under which stands what was baked, as trimtab.json has it.
 BAKED = "trimtab.baked"
 #: Tensors that no weight of a model of transformers stands for.
-_BESIDE_WEIGHTS = ("rope_freqs.weight",)
+_BESIDE_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Container:
-    """What a file holds: of a pickle or of JSON its value, else tensors by name; and what it says
-    of itself beside them."""
+    """What a file holds: of a pickle or of JSON its value, of a table its text, else tensors by
+    name; and what it says of itself beside them."""
 
     path: Path
     kind: Kind
@@ -168,8 +168,8 @@ def _json(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _csv(path: Path) -> tuple[str, dict[str, Any]]:
-    """The line of column names, which says what the table is."""
-    return _text(path).partition("\n")[0].strip(), {}
+    """The text, whose first line has the columns' names, which say what the table is."""
+    return _text(path), {}
 
 
 def _text(path: Path) -> str:

@@ -1,14 +1,14 @@
-"""Models as llama.cpp knows them: its names of their weights, how it stores them, and what else it
-has to be told; what it computes in another way is refused.
+"""Models as llama.cpp knows them, and what it has to be told of them beside their weights; what it
+computes in another way is refused.
 
 The sources are llama.cpp's converter (convert_hf_to_gguf.py, conversion/) and its graphs
-(src/models): rows of q and k in Llama's order of rotary pairs, norms of Gemma stored as 1 + w, a
-window in five of six layers of Gemma 3 and in every other one of Gemma 2.
+(src/models): a window in five of six layers of Gemma 3 and in every other one of Gemma 2, weights
+of the chosen experts that sum to 1 in Mixtral and Qwen3 and not in Qwen2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,11 @@ class Architecture:
     plus_one: bool = False
     #: The weights that may have a bias.
     biased: tuple[str, ...] = ()
-    #: Whether the LM head may be another table than the embeddings.
+    #: Whether the LM head may be another table than the embeddings, and whether it may be that one.
     untied: bool = True
+    tied: bool = True
+    #: Of a mixture: whether the weights of the chosen experts sum to 1.
+    normed: bool | None = None
 
 
 _LLAMA = Architecture(
@@ -43,12 +46,24 @@ _LLAMA = Architecture(
     permuted=True,
     biased=(*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
 )
+_GPT2 = Architecture(
+    "gpt2",
+    "gelu_new",
+    biased=(
+        "attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm",
+    ),
+)  # fmt: skip
 #: By transformers' model_type.
 _ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": replace(_LLAMA, biased=(*_QKV, "attn_output"), normed=True),
     "qwen2": Architecture("qwen2", "silu", biased=_QKV),
+    "qwen2_moe": Architecture("qwen2moe", "silu", biased=_QKV, tied=False, normed=False),
     "qwen3": Architecture("qwen3", "silu"),
+    "qwen3_moe": Architecture("qwen3moe", "silu", normed=True),
+    "phi3": Architecture("phi3", "silu"),
+    "gpt2": _GPT2,
     "gemma2": Architecture("gemma2", "gelu_pytorch_tanh", plus_one=True, untied=False),
     "gemma3_text": Architecture("gemma3", "gelu_pytorch_tanh", plus_one=True),
 }
@@ -67,84 +82,84 @@ def architecture_of(model: Any) -> Architecture:
     return known
 
 
-# -- weights -------------------------------------------------------------------------------------
-
-
-class Names:
-    """llama.cpp's names of a model's weights."""
-
-    def __init__(self, architecture: Architecture, config: Any) -> None:
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-        arch = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[architecture.name]
-        self.architecture, self.config = architecture, config
-        self._names = get_tensor_name_map(arch, config.num_hidden_layers)
-
-    def of(self, weight: str) -> str:
-        """The name of a weight or bias, from its name in the model."""
-        module, _, own = weight.rpartition(".")
-        name = self._names.get_name(module)
-        leaf = (name or "").rpartition(".")[2]
-        if name is None or own not in ("weight", "bias"):
-            raise TrimtabError(f"llama.cpp has no place for {shown(weight)}")
-        if own == "bias" and leaf not in self.architecture.biased:
-            raise TrimtabError(
-                f"llama.cpp has no place for {shown(weight)}: it gives {self.architecture.name} no "
-                "bias there; attach the steering instead"
-            )
-        return f"{name}.{own}"
-
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """A weight's or bias' numbers [rows, ...], as llama.cpp has them."""
-        if self.architecture.plus_one and name.endswith("norm.weight"):
-            return tensor.float() + 1
-        heads = self.heads(name)
-        return tensor if heads is None else permuted(tensor, heads)
-
-    def heads(self, name: str) -> int | None:
-        """How many heads a weight has whose rows llama.cpp has in another order."""
-        if not self.architecture.permuted:
-            return None
-        of = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
-        wanted = of.get(name.rpartition(".")[0].rpartition(".")[2])
-        return None if wanted is None else int(getattr(self.config, wanted))
-
-
-def permuted(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of heads whose rotary pairs are halves apart [first half, second half] in the order that
-    has each pair side by side."""
-    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1))
-    return pairs.transpose(1, 2).flatten(0, 2).contiguous()
-
-
 # -- hyperparameters -----------------------------------------------------------------------------
 
 
 def hyperparameters(architecture: Architecture, model: Any) -> dict[str, Any]:
     """What llama.cpp has to be told of a model, by key; refused is what it cannot be told."""
     config = model.config
-    _check(architecture, config)
     values = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+    }
+    if architecture is _GPT2:
+        values |= _of_gpt2(config)
+    else:
+        values |= _of_rotary(architecture, model)
+    return {f"{architecture.name}.{key}": value for key, value in values.items()}
+
+
+def _of_gpt2(config: Any) -> dict[str, Any]:
+    """What is said of positions that are learned, and of norms that take the mean away."""
+    if config.activation_function != _GPT2.activation:
+        act = shown(config.activation_function)
+        _refuse(_GPT2, f"its activation is {_GPT2.activation}, not {act}")
+    if config.scale_attn_by_inverse_layer_idx or not config.scale_attn_weights:
+        _refuse(_GPT2, "it scales attention by the root of a head's size, and by nothing else")
+    return {
+        "feed_forward_length": config.n_inner or 4 * config.hidden_size,
+        "attention.layer_norm_epsilon": float(config.layer_norm_epsilon),
+    }
+
+
+def _of_rotary(architecture: Architecture, model: Any) -> dict[str, Any]:
+    """What is said of all others, whose positions are rotary."""
+    config = model.config
+    _check(architecture, config)
+    values = {
+        "feed_forward_length": config.intermediate_size,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "vocab_size": config.vocab_size,
     }
     width = _head_size(config)
     values |= {"attention.key_length": width, "attention.value_length": width}
-    if architecture is _LLAMA:
-        values["rope.dimension_count"] = width
+    rope = _rope(config)
+    if architecture.name in ("llama", "phi3"):
+        values["rope.dimension_count"] = int(width * rope.get("partial_rotary_factor", 1.0))
     if architecture.plus_one:
         values |= _of_gemma(config)
-    rope = _rope(config)
+    if architecture.normed is not None:
+        values |= _of_mixture(architecture, config)
     values["rope.freq_base"] = float(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    return {f"{architecture.name}.{key}": value for key, value in values.items()}
+    if rope["rope_type"] == "longrope":
+        values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        values["rope.scaling.attn_factor"] = float(_rotary(model).attention_scaling)
+    return values
+
+
+def _rotary(model: Any) -> Any:
+    return model.get_decoder().rotary_emb
+
+
+def _of_mixture(architecture: Architecture, config: Any) -> dict[str, Any]:
+    values = {"expert_used_count": config.num_experts_per_tok}
+    if config.model_type == "mixtral":  # which has experts in each block, of weights that sum to 1
+        return values | {"expert_count": config.num_local_experts}
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        _refuse(architecture, "each of its layers has experts, and some of this model have none")
+    if config.norm_topk_prob is not architecture.normed:
+        sums = "sum to 1" if architecture.normed else "are not made to sum to 1"
+        _refuse(architecture, f"the weights of a token's experts {sums}")
+    values["expert_count"] = config.num_experts
+    values["expert_feed_forward_length"] = config.moe_intermediate_size
+    if config.model_type == "qwen2_moe":
+        values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    return values
 
 
 def _head_size(config: Any) -> int:
@@ -176,7 +191,8 @@ def _check(architecture: Architecture, config: Any) -> None:
     act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     if act != architecture.activation:
         _refuse(architecture, f"its activation is {architecture.activation}, not {shown(act)}")
-    known = ("default", "linear", "llama3") if architecture is _LLAMA else ("default", "linear")
+    more = {"phi3": ("longrope",), "llama": ("linear", "llama3")}
+    known = ("default", *more.get(architecture.name, ("linear",)))
     rope = _rope(config)["rope_type"]
     if rope not in known:
         _refuse(architecture, f"rotary positions of type {shown(rope)} are not written here")
@@ -185,7 +201,8 @@ def _check(architecture: Architecture, config: Any) -> None:
     if architecture.plus_one:
         _check_gemma(architecture, config, kinds)
     elif window is not None and window < config.max_position_embeddings:
-        slides = "sliding_attention" in kinds or (config.model_type == "mistral" and not kinds)
+        always = config.model_type in ("mistral", "mixtral", "phi3")
+        slides = "sliding_attention" in kinds or (always and not kinds)
         if slides:
             _refuse(architecture, f"it has no sliding window, and this model one of {window}")
 
@@ -220,11 +237,19 @@ def _refuse(architecture: Architecture, why: str) -> None:
     )
 
 
-def rotary_factors(model: Any) -> Tensor | None:
-    """By what llama.cpp divides the rotary frequencies [head size / 2], for Llama 3's scaling."""
-    if _rope(model.config)["rope_type"] != "llama3":
-        return None
-    width, theta = _head_size(model.config), _rope(model.config)["rope_theta"]
+def rotary_factors(model: Any) -> dict[str, Tensor]:
+    """By what llama.cpp divides the rotary frequencies [head size / 2], by its names: of Llama 3's
+    scaling, and of Phi-3's, which has some for long texts and some for short ones."""
+    config = model.config
+    kind = "default" if config.model_type == "gpt2" else _rope(config)["rope_type"]
+    if kind == "longrope":
+        return {
+            f"rope_factors_{length}.weight": torch.tensor(_rope(config)[f"{length}_factor"])
+            for length in ("long", "short")
+        }
+    if kind != "llama3":
+        return {}
+    width, theta = _head_size(config), _rope(config)["rope_theta"]
     places = torch.arange(0, width, 2, dtype=torch.float64) / width
-    scaled: Tensor = model.get_decoder().rotary_emb.inv_freq.double().cpu()
-    return torch.pow(theta, -places).div(scaled).float()
+    scaled: Tensor = _rotary(model).inv_freq.double().cpu()
+    return {"rope_freqs.weight": torch.pow(theta, -places).div(scaled).float()}

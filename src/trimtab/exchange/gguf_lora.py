@@ -2,7 +2,8 @@
 
 llama.cpp adds `adapter.lora.alpha / rank` times lora_b lora_a to the weight of the name in front of
 them: lora_a [rank, in], lora_b [out, rank], with the rows of lora_b in the order in which it has
-those of the weight (src/llama-adapter.cpp, convert_lora_to_gguf.py).
+those of the weight (src/llama-adapter.cpp, convert_lora_to_gguf.py). Of experts both are stacked,
+as the weights are (build_lora_mm_id).
 """
 
 from __future__ import annotations
@@ -12,20 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError, shown
 from trimtab.exchange.gguf_architectures import (
     Architecture,
-    Names,
     architecture_of,
-    permuted,
 )
+from trimtab.exchange.gguf_names import Names, permuted
 from trimtab.exchange.lora import Adapter, adapter_of, refuse_conditions, refuse_model
 from trimtab.exchange.request import Exported, Request
 from trimtab.files import whole_file
-
-_BEFORE, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def write(request: Request) -> Exported:
@@ -35,7 +33,7 @@ def write(request: Request) -> Exported:
     refuse_conditions(request.steerings)
     architecture = architecture_of(model)
     adapter = adapter_of(request)
-    tensors = _tensors(adapter, Names(architecture, model.config))
+    tensors = _tensors(adapter, Names(architecture, model))
     with whole_file(output, request.overwrite) as temporary:
         _write(temporary, architecture, adapter, tensors)
     return Exported(
@@ -48,16 +46,17 @@ def write(request: Request) -> Exported:
 
 
 def _tensors(adapter: Adapter, names: Names) -> dict[str, Tensor]:
-    """The adapter's factors by llama.cpp's names, as it has them."""
-    tensors = {}
-    for key, factor in adapter.tensors.items():
-        if not key.endswith(_A):
-            continue
-        path = key.removeprefix(_BEFORE).removesuffix(_A)
-        name = names.of(f"{path}.weight")
-        heads, up = names.heads(name), adapter.tensors[f"{_BEFORE}{path}{_B}"]
-        tensors[f"{name}.lora_a"] = factor
-        tensors[f"{name}.lora_b"] = up if heads is None else permuted(up, heads)
+    """The adapter's factors by llama.cpp's names, as it has them: of a mixture's experts one after
+    the other [experts, ...]."""
+    tensors, rank = {}, adapter.config["r"]
+    for target in adapter.targets:
+        for name, rows in names.rows(target.weight, target.changed.up).items():
+            if not rows.any():  # as of a gate where only what stands beside it changes
+                continue
+            heads, more = names.heads(name), rank - target.changed.rank
+            up = nn.functional.pad(rows, (0, more))
+            tensors[f"{name}.lora_a"] = nn.functional.pad(target.changed.down, (0, 0, 0, more))
+            tensors[f"{name}.lora_b"] = up if heads is None else permuted(up, heads)
     for name, factor in tensors.items():
         if not torch.isfinite(factor.float()).all():
             raise TrimtabError(f"{shown(name)} is NaN or infinite in float32: turn the dial down")

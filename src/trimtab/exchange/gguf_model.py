@@ -7,6 +7,7 @@ in float32.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,11 @@ from trimtab.checkpoints import (
 from trimtab.errors import TrimtabError, shown
 from trimtab.exchange.gguf_architectures import (
     Architecture,
-    Names,
     architecture_of,
     hyperparameters,
     rotary_factors,
 )
+from trimtab.exchange.gguf_names import ROUTERS, Names
 from trimtab.files import whole_file
 from trimtab.model import LanguageModel, plain_copy
 
@@ -42,6 +43,10 @@ TYPES = {
     "bf16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
+#: Matrices that are float32 in any case: what chooses experts, and what is added to embeddings.
+_WIDE = (*ROUTERS, "position_embd")
+#: Tokens without which llama.cpp loads no file whose name has phi3 or phi-3 in it.
+_OF_PHI3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 #: What is said anew of a file whatever the one said that the model came from.
 _OWN = ("general.architecture", "general.name", "general.file_type", BAKED)
 
@@ -56,11 +61,13 @@ def save_gguf(
     """Write a model, as `tt.bake` makes one, as a GGUF file; returns its path.
 
     `type` says how matrices are stored: f32, f16, bf16 or q8_0 (8 bits and a scale for each 32
-    numbers; f16 where rows are no multiple of 32). Norms and biases are float32 in any case.
+    numbers; f16 where rows are no multiple of 32). Norms, biases and routers are float32 in any
+    case.
 
-    Written are Llama and Mistral (as llama.cpp's llama), Qwen2, Qwen3, Gemma 2 and Gemma 3, with
-    tokenizers of byte-pair encoding, sentencepiece's or byte-level. TrimtabError says why another
-    model is not, and where llama.cpp would compute something else than the model does.
+    Written are Llama, Mistral and Mixtral (as llama.cpp's llama), Qwen2 and Qwen3 with and without
+    experts, Gemma 2 and Gemma 3, Phi-3 and GPT-2, with tokenizers of byte-pair encoding,
+    sentencepiece's or byte-level. TrimtabError says why another model is not, and where llama.cpp
+    would compute something else than the model does.
     """
     if type not in TYPES:
         raise TrimtabError(f"type is {shown(type)!r}: known are {', '.join(TYPES)}")
@@ -73,17 +80,18 @@ def save_gguf(
         )
     architecture = architecture_of(language_model.model)
     model = plain_copy(language_model.model, name)
-    weights = _weights(model, architecture)
     origin = metadata_of(Path(str(getattr(model.config, "_name_or_path", "") or "")))
     values = _metadata(language_model, model, architecture, origin)
-    values["general.name"] = _name(language_model, origin)
+    names = Names(architecture, model)
+    weights = _weights(model, architecture, names)
+    values["general.name"] = _unmistakable(_name(language_model, origin), language_model.tokenizer)
     values["general.file_type"] = _file_type(type)
     if language_model.baked:
         values[BAKED] = baked_content(language_model.baked)
     beside = _beside(model, origin)
     with whole_file(target, overwrite) as temporary:
         writer = _opened(temporary, architecture, values, origin)
-        _write(writer, {**weights, **beside}, Names(architecture, model.config), type)
+        _write(writer, {**weights, **beside}, names, type)
     return target
 
 
@@ -95,6 +103,14 @@ def _name(language_model: LanguageModel, origin: Metadata | None) -> str:
         return str(said.get("general.name") or Path(language_model.name).name)
     base = Path(str(baked[0]["base"]["name"])).name
     return " + ".join([base, *(str(record["label"]) for record in baked)])
+
+
+def _unmistakable(name: str, tokenizer: Any) -> str:
+    """A name that llama.cpp does not take for Phi-3's, whose tokens it wants by their texts, unless
+    they are there."""
+    if tokenizer.get_vocab().keys() >= _OF_PHI3:
+        return name
+    return re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE)
 
 
 def _file_type(type: str) -> int:
@@ -170,16 +186,14 @@ def _beside(model: Any, origin: Metadata | None) -> dict[str, Tensor]:
     """Tensors that are no weights of the model."""
     if origin is not None:
         return {name: torch.tensor(each) for name, each in origin.beside.items()}
-    factors = rotary_factors(model)
-    return {} if factors is None else {"rope_freqs.weight": factors}
+    return rotary_factors(model)
 
 
 # -- weights -------------------------------------------------------------------------------------
 
 
-def _weights(model: Any, architecture: Architecture) -> dict[str, Tensor]:
+def _weights(model: Any, architecture: Architecture, names: Names) -> dict[str, Tensor]:
     """The model's weights by llama.cpp's names, still as the model has them."""
-    names = Names(architecture, model.config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is table.weight
     if not tied and not architecture.untied:
@@ -188,13 +202,11 @@ def _weights(model: Any, architecture: Architecture) -> dict[str, Tensor]:
             "this model has two (as after baking at embed or final_norm): attach the steering "
             "instead"
         )
-    weights = {
-        names.of(name): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if not (
-            tied and parameter is getattr(head, "weight", None) and parameter is not table.weight
-        )
-    }
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weights |= names.parts(name, parameter.detach())
+    if tied and not architecture.tied:
+        weights["output.weight"] = table.weight.detach()
     return weights
 
 
@@ -221,7 +233,7 @@ def _kind(name: str, tensor: Tensor, type: str) -> GGMLQuantizationType:
     """How a tensor is stored."""
     from gguf import GGMLQuantizationType as Kind
 
-    if tensor.dim() < 2:
+    if tensor.dim() < 2 or name.split(".")[-2] in _WIDE:
         return Kind.F32
     kind = Kind[TYPES[type][0]]
     return Kind.F16 if kind is Kind.Q8_0 and tensor.shape[-1] % 32 else kind

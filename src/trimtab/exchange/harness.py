@@ -9,10 +9,7 @@ A .pt file is a dictionary by hook point, which is a module's name within the mo
 A clamp sets what lies along v, which is a Clamp between two equal bounds. `head_index` is for
 modules that put out one row a head, which sites are not.
 
-A .csv file has no vectors: its rows name features of sparse autoencoders, which the harness loads
-from where the row says. (Of version 0.4.13 it refuses each row that adds, because it hands the
-autoencoder's bias to an action that takes none.) So none are written, and none are read, because a
-file must not say what else is opened.
+A .csv file has no vectors: its rows name features of sparse autoencoders (harness_csv.py).
 
 https://github.com/EleutherAI/lm-evaluation-harness (lm_eval/models/hf_steered.py)
 """
@@ -20,17 +17,20 @@ https://github.com/EleutherAI/lm-evaluation-harness (lm_eval/models/hf_steered.p
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.exchange import harness_csv
 from trimtab.exchange.containers import Container, as_floats, as_number
 from trimtab.exchange.modules import module_names, sites_by_module
 from trimtab.exchange.request import Exported, Request
-from trimtab.exchange.vectors import Added, Found, chosen, everywhere
+from trimtab.exchange.vectors import Added, Fitting, Found, chosen, everywhere
 from trimtab.files import write_whole
 from trimtab.model import LanguageModel
 from trimtab.steering import Add, Clamp, Intervention
@@ -40,11 +40,12 @@ _KEYS = {"steering_vector", "steering_coefficient", "action", "bias", "head_inde
 
 
 def write(request: Request) -> Exported:
-    """A .pt file, each vector with its coefficient."""
-    if request.output.suffix.lower() not in (".pt", ".pth"):
+    """A .pt file, each vector with its coefficient, or a .csv that names features instead."""
+    kind = request.output.suffix.lower()
+    if kind not in (".pt", ".pth", ".csv"):
         raise TrimtabError(
-            f"{shown(request.output, 150)}: lm-eval takes vectors from a file that ends in .pt (a "
-            ".csv names features of sparse autoencoders, and holds no vector): write -o FILE.pt"
+            f"{shown(request.output, 150)}: lm-eval takes vectors from a file that ends in "
+            ".pt, and features of released autoencoders from one in .csv: write -o FILE.pt"
         )
     lm = request.language_model
     names = module_names(lm, lm.model.base_model)
@@ -55,6 +56,15 @@ def write(request: Request) -> Exported:
         return f"{_WHAT} changes what a module puts out, and no module puts this out"
 
     fitting = everywhere(request, _WHAT, refusal)
+    if kind == ".csv":
+        file = harness_csv.write(request, fitting.added, names)
+        warnings.warn(
+            "lm-eval 0.4.13 refuses the rows of a .csv that add, which versions before it take: a "
+            ".pt holds the same vector, and all of them read it",
+            TrimtabWarning,
+            stacklevel=4,
+        )
+        return _exported(lm, file, fitting)
     content = {
         names[one.site]: {
             "action": "add",
@@ -65,7 +75,10 @@ def write(request: Request) -> Exported:
         }
         for one in fitting.added
     }
-    file = write_whole(request.output, saved(content), request.overwrite)
+    return _exported(lm, write_whole(request.output, saved(content), request.overwrite), fitting)
+
+
+def _exported(lm: LanguageModel, file: Path, fitting: Fitting) -> Exported:
     use = f"lm_eval --model steered --model_args pretrained={lm.name},steer_path={file} --tasks ..."
     return Exported("lm-eval", (file,), left_out=fitting.left_out, use=(use,))
 
@@ -80,7 +93,7 @@ def saved(content: Any) -> bytes:
 def is_lm_eval(container: Container) -> bool:
     """Whether a file is a dictionary of hook points, or the table that has no vectors."""
     if container.kind == "csv":
-        return {"hookpoint", "feature_index"} <= set(container.content.split(","))
+        return harness_csv.is_table(container.content)
     content = container.content
     return (
         container.kind == "pickle"
@@ -93,15 +106,13 @@ def is_lm_eval(container: Container) -> bool:
 
 
 def read(container: Container, lm: LanguageModel, sites: Sequence[str]) -> Found:
-    """The additions and clamps of a .pt file."""
+    """The additions and clamps of a .pt file, or of features that a .csv file names."""
+    content = container.content
     if container.kind == "csv":
-        raise container.refused(
-            "this table names features of sparse autoencoders and holds no vector: let lm-eval "
-            "read it, and save SteeredModel.derive_steer_config(FILE) with torch.save as a .pt file"
-        )
+        content = harness_csv.entries(container)
     known = sites_by_module(lm, lm.model.base_model)
     there = {}
-    for hook, entry in container.content.items():
+    for hook, entry in content.items():
         where = f"{container.named}: hook point {shown(hook, 60)}"
         site = known.get(hook) if isinstance(hook, str) else None
         if site is None:

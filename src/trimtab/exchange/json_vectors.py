@@ -219,7 +219,9 @@ def _decompressed(data: bytes, octets: int) -> bytes:
     try:
         import zstandard
     except ImportError as error:
-        raise TrimtabError("this vector is compressed with zstd: pip install zstandard") from error
+        raise TrimtabError(
+            "vectors compressed with zstd need the extra zstd: pip install 'trimtab[zstd]'"
+        ) from error
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(data)
         return bytes(reader.read(octets + 1))

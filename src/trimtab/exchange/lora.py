@@ -191,6 +191,8 @@ class Adapter:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    #: The same changes as the maps have them, not filled up to the rank.
+    targets: tuple[Target, ...]
     record: dict[str, Any]
     #: What is in the model's own weights, and in the adapter.
     baked: tuple[dict[str, Any], ...]
@@ -251,7 +253,7 @@ def adapter_of(request: Request) -> Adapter:
         "left_out": [str(each) for each in left],
     }
     baked, rest = (*lm.baked, *held), tuple(only(steerings, left))
-    return Adapter(config, tensors, record, baked, tuple(kept), tuple(left), rest)
+    return Adapter(config, tensors, tuple(targets), record, baked, tuple(kept), tuple(left), rest)
 
 
 def _refuse_left(left: Sequence[Left], kept: Sequence[Steering], split: bool) -> None:
@@ -290,7 +292,7 @@ def _padded(rank: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """Where PEFT puts a map's change: at a linear map's module, or at one of a module's parameters
     (fused experts have no modules of their own)."""
 
@@ -299,6 +301,11 @@ class _Target:
     path: str
     #: The parameter's name, None where the module is a linear map itself.
     parameter: str | None
+
+    @property
+    def weight(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.path}.{self.parameter or 'weight'}"
 
 
 #: What PEFT takes, in a mixture, for names of what each expert had before experts were fused; a
@@ -309,7 +316,7 @@ _NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 _MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
-def _targets(model: Any, maps: Sequence[ChangedMap]) -> list[_Target]:
+def _targets(model: Any, maps: Sequence[ChangedMap]) -> list[Target]:
     paths = {id(module): path for path, module in model.named_modules()}
     mixture = any(parameter.dim() == 3 for parameter in model.parameters())
     targets = []
@@ -325,11 +332,11 @@ def _targets(model: Any, maps: Sequence[ChangedMap]) -> list[_Target]:
         plain = type(module) in (nn.Linear, Conv1D) and name == "weight"
         if mixture and path.rpartition(".")[2] in _NAMES_OF_EXPERTS:
             plain = False
-        targets.append(_Target(changed, module, path, None if plain else name))
+        targets.append(Target(changed, module, path, None if plain else name))
     return sorted(targets, key=lambda target: (target.path, target.parameter or ""))
 
 
-def _tensors(targets: Sequence[_Target], rank: int) -> dict[str, Tensor]:
+def _tensors(targets: Sequence[Target], rank: int) -> dict[str, Tensor]:
     """lora_A and lora_B of every target, float64, filled up with zeros to the rank."""
     tensors: dict[str, Tensor] = {}
     for target in targets:
@@ -345,7 +352,7 @@ def _tensors(targets: Sequence[_Target], rank: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _is_swapped(target: _Target) -> bool:
+def _is_swapped(target: Target) -> bool:
     """Whether PEFT takes for what a parameter reads what it writes."""
     linear_map = target.changed.linear_map
     if linear_map.read().dim() < 3:
@@ -353,7 +360,7 @@ def _is_swapped(target: _Target) -> bool:
     return linear_map.transposed is not bool(getattr(target.module, "is_transposed", False))
 
 
-def _key(target: _Target, targets: Sequence[_Target]) -> str:
+def _key(target: Target, targets: Sequence[Target]) -> str:
     """PEFT wraps a module once for each of its parameters, in their order, so that the last one's
     wrapper is outermost."""
     key = f"base_model.model.{target.path}"
@@ -366,7 +373,7 @@ def _key(target: _Target, targets: Sequence[_Target]) -> str:
 
 
 def _config(
-    language_model: LanguageModel, targets: Sequence[_Target], rank: int, alpha: float
+    language_model: LanguageModel, targets: Sequence[Target], rank: int, alpha: float
 ) -> dict[str, Any]:
     """adapter_config.json."""
     base, revision = _base_of(language_model)

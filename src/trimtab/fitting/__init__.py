@@ -1,14 +1,6 @@
 """One pass over a contrast, and what a method is."""
 
 from trimtab.fitting.activations import Pooled, Statistics, Token, UnitLength, Want, collect
-from trimtab.fitting.autoencoders import (
-    Cutoff,
-    FeatureEffects,
-    FeatureRows,
-    Features,
-    features_for,
-    load_features,
-)
 from trimtab.fitting.classifiers import (
     best_threshold,
     fired_rate,

@@ -28,10 +28,7 @@ from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting import (
     Aurocs,
     Correlation,
-    Cutoff,
     Effect,
-    FeatureEffects,
-    Features,
     Largest,
     Means,
     Pooled,
@@ -47,7 +44,7 @@ from trimtab.methods.effects import refuse_unsure
 from trimtab.methods.first_order import scaled_scores, scaled_wants
 from trimtab.methods.ranking import places, rank
 from trimtab.model import LanguageModel
-from trimtab.reading import Packed, encode_contrast
+from trimtab.reading import Cutoff, FeatureEffects, Features, Packed, encode_contrast
 
 By = Literal["auroc", "difference", "correlation", "effect"]
 Pool = Literal["max", "mean"]

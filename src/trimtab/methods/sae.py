@@ -37,13 +37,11 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.fitting import (
     POSITIONS_HELP,
-    Features,
     Method,
     Number,
     Says,
     Statistics,
     Want,
-    features_for,
     load_labels,
     new_steering,
     validation_part,
@@ -63,7 +61,7 @@ from trimtab.methods.feature_scores import (
 )
 from trimtab.methods.ranking import rank
 from trimtab.model import LanguageModel
-from trimtab.reading import preference
+from trimtab.reading import Features, features_for, preference
 from trimtab.steering import Add, Dial, Intervention, Positions, Scope, SetFeatures, Steering
 
 Do = Literal["add", "clamp", "at_least", "ablate", "scale"]

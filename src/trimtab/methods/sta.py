@@ -45,8 +45,6 @@ from trimtab.fitting import (
     Active,
     Count,
     Effect,
-    FeatureEffects,
-    Features,
     Means,
     Method,
     Number,
@@ -54,8 +52,6 @@ from trimtab.fitting import (
     Statistics,
     Token,
     Want,
-    features_for,
-    load_features,
     new_steering,
     unit_costs,
 )
@@ -71,6 +67,7 @@ from trimtab.methods.first_order import (
 from trimtab.methods.ranking import Scores, rank
 from trimtab.methods.words import adds_vectors, read_at
 from trimtab.model import LanguageModel
+from trimtab.reading import FeatureEffects, Features, features_for, load_features
 from trimtab.steering import Add, Dial, Intervention, Positions, Scope, Steering, chosen
 
 #: How many are kept: of the authors' rule the share, by effect the number.

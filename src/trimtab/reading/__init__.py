@@ -1,6 +1,15 @@
 """A model over many texts, with nothing computed twice."""
 
 from trimtab.reading.abilities import blocks_apart, packed, packs, runs_in_parts, shares_prefixes
+from trimtab.reading.autoencoders import (
+    Cutoff,
+    FeatureEffects,
+    FeatureRows,
+    Features,
+    features_for,
+    is_release,
+    load_features,
+)
 from trimtab.reading.engine import Engine
 from trimtab.reading.likelihood import (
     answers_scored,

@@ -212,6 +212,16 @@ def features_for(method: str, source: str, language_model: LanguageModel) -> Fea
     return features
 
 
+def is_release(release: str, name: str) -> bool:
+    """Whether SAELens has an autoencoder of this name in its list of releases."""
+    try:
+        from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    except ImportError as error:
+        raise _no_extra(error) from error
+    known = get_pretrained_saes_directory().get(release)
+    return known is not None and name in known.saes_map
+
+
 def load_features(source: str) -> Features:
     """Load and check an autoencoder; raises TrimtabError with the reason if it cannot be used.
 
@@ -285,13 +295,15 @@ def _load(source: str) -> Any:
             from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name
         logging.set_verbosity(level)  # a library that sae-lens imports turns it down
     except ImportError as error:
-        raise TrimtabError(
-            f"autoencoders need the extra sae: pip install 'trimtab[sae]' ({error})"
-        ) from error
+        raise _no_extra(error) from error
     with warnings.catch_warnings():
         # load_features says it in one line.
         warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs")
         return _read(source, SAE, get_conversion_loader_name)
+
+
+def _no_extra(error: ImportError) -> TrimtabError:
+    return TrimtabError(f"autoencoders need the extra sae: pip install 'trimtab[sae]' ({error})")
 
 
 def _read(source: str, SAE: Any, get_conversion_loader_name: Any) -> Any:
