@@ -41,7 +41,7 @@ from trimtab.model import (
     unsound,
 )
 from trimtab.reading import Next, PlannedBatch, Reading, refuse_idle
-from trimtab.serving.elsewhere import Carried
+from trimtab.serving.inside import Carried
 from trimtab.serving.placing import acts_of
 from trimtab.serving.proving import joined, last_activations, probe, refuse_others
 from trimtab.steering import Steering
@@ -77,6 +77,13 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     sound: bool = True
     last: Heard | None = None
+
+
+def _why_not_here(steering: Steering) -> str:
+    """Why a steering is for a server and not for a batch, "" where it is not."""
+    if steering.gate is None:
+        return ""
+    return "it has a gate, which trimtab serve --engine vllm decides; or leave the engine out"
 
 
 class VLLM:
@@ -141,7 +148,7 @@ class VLLM:
                 continue
             with self._lm.steered(steering, force=force):
                 pass  # says what does not fit
-            if reason := self._carried(steering):
+            if reason := _why_not_here(steering) or self._carried(steering):
                 raise TrimtabError(f"vLLM does not carry {shown(steering.label)}: {reason}")
             sites = set(sites_of([steering]))
             if everywhere:
