@@ -8,6 +8,7 @@ perfectly; so is the first, in part; repetition and compression are there to see
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,9 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, extended
 from trimtab.reading import Reading, next_tokens
 from trimtab.steering import Steering, Steerings
+
+#: A word, or a sign.
+_PIECES = re.compile(r"\w+|[^\w\s]")
 
 
 def language_consistency(text: str) -> float:
@@ -49,6 +53,11 @@ def repetition(text: str, n: int = 4) -> float:
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def looping(text: str) -> float:
+    """The same share where signs are words of their own, so that it sees "1. 1.1.1.1" too."""
+    return repetition(" ".join(_PIECES.findall(text)))
 
 
 def perplexities(
