@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shlex
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +17,7 @@ from fastapi.testclient import TestClient
 import trimtab as tt
 from helpers import language_model, steer_at
 from trimtab.playground import Access, Playground, Shelf, application
-from trimtab.playground.bodies import Row
-from trimtab.playground.making import as_contrast
 from trimtab.reading import plain_texts
-from trimtab.terminal import progress
 
 ASK = [{"role": "user", "content": "Today I feel"}]
 NEW = 10
@@ -149,28 +144,6 @@ def test_models_that_do_not_pad_and_such_without_chats(
         (done,) = lm.generate([asked[0]["content"]], steering=[own], max_new_tokens=NEW)
         assert side(told, name)[0] == done.text
     assert sum("evidence" in one for one in told) == NEW
-
-
-def test_work_that_nobody_waits_for_ends(place: Playground) -> None:
-    steps: list[int] = []
-
-    def work() -> dict[str, Any]:
-        with progress("working", 1000) as advance:
-            for step in range(1000):
-                steps.append(step)
-                time.sleep(0.001)
-                advance(1)
-        return {}
-
-    async def leave() -> None:
-        said = place.told(work)
-        first = await anext(said)
-        assert (first["what"], first["total"]) == ("working", 1000)
-        await said.aclose()
-        await place.run(int)  # whose turn comes when the work has ended
-
-    asyncio.run(leave())
-    assert len(steps) < 1000
 
 
 def test_evidence_is_that_of_two_passes(
@@ -322,78 +295,6 @@ def test_a_file_is_taken_or_refused_in_one_line(place: Playground, client: TestC
         assert "\n" not in answer.json()["error"] if answer.status_code == 400 else True
     assert "bad" not in place.shelf.library.held
     assert not (place.shelf.saves / "bad.safetensors").exists()
-
-
-def test_pairs_become_a_steering_with_gain_and_cost(
-    place: Playground, client: TestClient, lm: tt.LanguageModel
-) -> None:
-    text = "\n".join(f"Row {n} is\t good {n}\t bad {n}" for n in range(24))
-    *_, done = events(client, "contrast", {"pasted": text})
-    assert done["kind"] == "done"
-    assert done["rows"][3] == {
-        "prompt": "Row 3 is", "chat": False, "positive": "good 3", "negative": "bad 3",
-        "part": None,
-    }  # fmt: skip
-    told = events(client, "fit", {"rows": done["rows"], "method": "caa", "name": "good"})
-    assert {one["kind"] for one in told[:-1]} == {"progress"}
-    made = told[-1]
-    assert Path(made["file"]).is_file()
-    contrast = tt.Contrast.from_pairs(
-        [(f"Row {n} is", f"good {n}", f"bad {n}") for n in range(24)]
-    ).with_parts()
-    own = tt.CAA().fit(lm, contrast)
-    saved = tt.Steering.load(made["file"])
-    assert saved.digest == own.digest
-    test = contrast.part("test")
-    gain = tt.log_odds(lm, test, saved) - tt.log_odds(lm, test)
-    assert made["gain"]["held_out"]
-    assert made["gain"]["n"] == len(test)
-    assert made["gain"]["value"] == pytest.approx(float(gain.mean()), abs=1e-6)
-    assert side(chat(client, {"name": "good", "dial": 2}), "steered")[1]
-    (again,) = (e for e in events(client, "fit", {"rows": done["rows"], "name": "good"})
-                if e["kind"] == "error")  # fmt: skip
-    assert "another name" in again["message"]
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ({"pasted": "one column"}, "line 1"),
-        ({"pasted": '{"prompt": "a"}'}, "line 1"),
-        ({"builtin": "nothing"}, "no builtin contrast"),
-    ],
-)
-def test_what_is_no_contrast_is_refused(
-    client: TestClient, body: dict[str, Any], said: str
-) -> None:
-    *_, last = events(client, "contrast", body)
-    assert said in last["message"]
-
-
-def test_what_a_model_writes_for_a_wish_stays_a_conversation(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chat = [{"role": "user", "content": "Why?"}]
-    wishes = []
-
-    def written(lm: tt.LanguageModel, wish: str, **more: Any) -> tt.Contrast:
-        wishes.append(wish)
-        return tt.Contrast.from_pairs([(chat, "Yes.", "No.")] * 2, f"persona:{wish}")
-
-    monkeypatch.setattr("trimtab.playground.making.persona_contrast", written)
-    *_, done = events(client, "contrast", {"wish": "says yes"})
-    assert (wishes, done["name"]) == (["says yes"], "persona:says yes")
-    assert done["rows"][0] == {
-        "prompt": "Why?", "chat": True, "positive": "Yes.", "negative": "No.", "part": None,
-    }  # fmt: skip
-    contrast = as_contrast([Row(**row) for row in done["rows"]], "again")
-    assert contrast.pairs[0].prompt == (("user", "Why?"),)
-
-
-def test_every_builtin_contrast_fills_the_table(client: TestClient) -> None:
-    for name in ("formality", "refusal"):
-        *_, done = events(client, "contrast", {"builtin": name})
-        assert len(done["rows"]) == len(tt.Contrast.builtin(name))
 
 
 def test_inside_is_the_librarys(
