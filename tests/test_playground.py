@@ -220,6 +220,27 @@ def test_gates_are_shown(place: Playground, client: TestClient, lm: tt.LanguageM
     assert not any(found["steerings"][0]["answer"])
 
 
+def test_token_gates_are_told_while_an_answer_is_written(
+    place: Playground, client: TestClient, lm: tt.LanguageModel
+) -> None:
+    joy = steer_at(lm, "resid", seed=2)
+    score = steer_at(lm, "resid", seed=7).condition(threshold=0.0)
+    place.shelf.keep("sometimes", joy.gated(tt.Gate((score,), "token")))
+    stack = [{"name": "joy", "dial": 4}, {"name": "sometimes", "dial": 5}]
+    for more in ({}, {"evidence": False}, {"plain": None}):
+        told = chat(client, *stack, **more)
+        kinds = [one["kind"] for one in told if one.get("side") == "steered"]
+        assert kinds[:4] == ["begun", "token", "gated", "token"]  # as it comes, token by token
+        gated = [one for one in told if one["kind"] == "gated"]
+        assert [one["place"] for one in gated] == list(range(NEW - 1))  # the last one is not read
+        assert all(one["fired"][0] is None for one in gated)
+        body = {"messages": ASK, "steerings": stack, "new": side(told, "steered")[1]}
+        _, own = client.post("/api/acted", json=body).json()["steerings"]
+        acted = [weight != 0 for weight in own["answer"][: NEW - 1]]
+        assert [one["fired"][1] for one in gated] == acted
+        assert {True, False} == set(acted)
+
+
 def test_a_dial_that_breaks_the_model_fails_on_its_side_alone(client: TestClient) -> None:
     told = chat(client, {"name": "joy", "dial": 1e6}, {"name": "calm", "dial": 1e6})
     assert len(side(told, "plain")[1]) == NEW

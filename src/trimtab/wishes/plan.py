@@ -40,7 +40,7 @@ FEWEST: dict[Part, int] = {"train": 24, "validation": 8, "test": 12}
 #: Of a wish's texts less is written where time is short: pairs of instructions, and tokens; below
 #: so many questions too few pairs would be kept to fit on.
 FEWEST_QUESTIONS = 28
-LESS_TEXT = ((3, 60), (2, 60), (2, 40), (1, 40), (1, 24))
+LESS_TEXT = ((3, 48), (2, 48), (2, 36), (1, 36), (1, 24))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from trimtab.model import LanguageModel, extended
 from trimtab.reading import Reading, next_tokens
 from trimtab.steering import Steering, Steerings
 
+#: Characters of a run by which a loop is seen that has no words.
+_CHARACTERS = 12
 #: A word, or a sign.
 _PIECES = re.compile(r"\w+|[^\w\s]")
 
@@ -56,8 +58,12 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def looping(text: str) -> float:
-    """The same share where signs are words of their own, so that it sees "1. 1.1.1.1" too."""
-    return repetition(" ".join(_PIECES.findall(text)))
+    """How much of a text is a loop: the share of its runs of four words or signs that were there
+    before, as in "1. 1.1.1.1", or of its runs of twelve characters, as in "aaaaaa", whichever is
+    more."""
+    runs = [text[i : i + _CHARACTERS] for i in range(len(text) - _CHARACTERS + 1)]
+    before = (len(runs) - len(set(runs))) / len(runs) if runs else 0.0
+    return max(before, repetition(" ".join(_PIECES.findall(text))))
 
 
 def perplexities(

@@ -32,7 +32,7 @@ export async function show(main) {
       h("div", { class: "ask" }, labelled("That come with trimtab", named, { class: "field grow" }), h("button", { type: "button", onclick: () => from({ builtin: named.value }) }, "Take these")),
       h("div", { class: "ask" }, labelled("Pasted", pasted, { class: "field grow" }), h("button", { type: "button", onclick: () => from({ pasted: pasted.value }) }, "Read these"))),
     work, problem, result, table));
-  if (job.kind === "make") kept = { name: job.asked.source, behaviour: job.asked.behaviour, opposite: job.asked.opposite, rows: job.asked.rows };
+  if (job.kind === "make") kept = { as: job.asked.name, name: job.asked.source, behaviour: job.asked.behaviour, opposite: job.asked.opposite, rows: job.asked.rows };
   if (given && builtin.some((each) => each.name === given)) { named.value = given; await from({ builtin: given }); } else draw();
   if (job.state !== "none") heard(job);
 
@@ -106,7 +106,7 @@ export async function show(main) {
     kept.rows.slice(0, SHOWN).forEach(add);
     recount();
     const rest = h("button", { type: "button", class: "quiet", onclick: () => { kept.rows.slice(SHOWN).forEach(add); rest.remove(); } }, `Show the other ${kept.rows.length - SHOWN}`);
-    const name = h("input", { type: "text", value: kept.name.replace(/^.*:/, "").replaceAll(/[^A-Za-z0-9._-]+/g, "-").slice(0, 40), maxlength: 64 });
+    const name = h("input", { type: "text", value: kept.as || kept.name.replace(/^.*:/, "").replaceAll(/[^A-Za-z0-9._-]+/g, "-").slice(0, 40), maxlength: 64, onchange: () => { kept.as = name.value; } });
     const limit = h("input", { type: "number", value: "0.1", min: "0.001", max: "10", step: "any" });
     const minutes = h("input", { type: "number", min: "0.1", step: "any", placeholder: "as long as it takes" });
     const begin = () => trying(async () => {
