@@ -29,7 +29,7 @@ if not CHROMIUM.exists():
 AXE = Path(os.environ.get("TRIMTAB_AXE", "node_modules/axe-core/axe.min.js"))
 PAGES = ("chat", "make", "curves", "inside", "library", "runs")
 ASK, NEW = "Today I feel", 12
-WORDS = [*"ship map king sea house kite bird tree road book song lamp".split()]
+WORDS = ("ship", "map", "king", "sea", "house", "bird", "tree", "road", "book", "song", "lamp", "x")
 #: For a machine that is busy, in milliseconds.
 PATIENCE = 60_000
 

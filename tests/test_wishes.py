@@ -279,7 +279,7 @@ def test_minutes_bound_it_and_what_is_left_out_is_said(
     left = [row for row in made.rows if row.state == "left out"]
     assert len(left) == len(arms()) - 1
     assert left[0].name in said
-    for what in ("train", "of 3 prompts", "dials of the best", "hold together", "samples", "KL"):
+    for what in ("validation pairs", "of 3 prompts", "dials of the best", "hold together", "samples", "KL"):
         assert what in said or made.chosen is None
     assert (made.asked, made.baseline, made.together, made.held) == ((), None, None, None)
     assert made.as_json()["left_out"] == list(made.left_out)
@@ -338,7 +338,9 @@ def test_texts_and_pairs_are_cut_to_the_time() -> None:
         plan = plan_for(Speed(reads, 100.0), arms(), Making(), whole, big)
         cuts.append(cut_to_time(plan, big, 60.0))
     assert cuts[0] == big.sizes
-    assert cuts[-1] == {"train": 24, "validation": 8, "test": 12}
+    assert cuts[-1] == {"train": 30, "validation": 9, "test": 15}  # 15 % of each
+    few = cut_to_time(plan_for(slow, arms(), Making(), whole, parts()), parts(), 1.0)
+    assert few == {"train": parts().sizes["train"], "validation": 8, "test": parts().sizes["test"]}
     assert [cut["train"] for cut in cuts] == sorted((cut["train"] for cut in cuts), reverse=True)
 
 
@@ -368,8 +370,8 @@ def test_that_a_contrast_is_cut_is_said(tmp_path: Path) -> None:
 def test_loops_are_seen() -> None:
     for text in ("1. 1.1.1.1", "ha" * 30, "the cat sat on the mat and " * 4, "!!!!!!!!!!!!!!!!!!"):
         assert looping(text) > LOOPS, text
-    for text in ("", "You can fall asleep faster by using the moon.", "- one\n- two\n- three",
-                 "No. It is not so, since a boat that leaks sinks, and a boat that is dry floats."):  # fmt: skip
+    whole = "No. It is not so, since a boat that leaks sinks, and a boat that is dry floats."
+    for text in ("", "You can fall asleep faster by using the moon.", "- one\n- two", whole):
         assert looping(text) < LOOPS, text
     good, bad = "A short and plain answer.", "1. 1.1.1.1.1"
     assert held_together([good] * 12, [good] * 12).holds
