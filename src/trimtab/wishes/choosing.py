@@ -45,7 +45,7 @@ _START = (1.0, 10.0)
 
 #: What a steering runs of a pass; plain texts together, and one of them, in tokens; how often a
 #: dial is tried on all of them; pairs that a training reads, counted as passes without gradients.
-_UPPER, _PLAIN, _TEXT, _SEARCHED, _TRAINING = 0.6, 1000, 55, 2, 540
+_UPPER, _PLAIN, _TEXT, _SEARCHED, _TRAINING = 0.6, 1000, 55, 4, 540
 
 #: Says of a steering, and what it is known by, whether what is written under it holds together.
 Hold = Callable[[str, Callable[[], Steering]], Held | None]
@@ -205,9 +205,11 @@ class Chooser:
 
     @property
     def _least(self) -> float:
-        """Seconds for one setting on all rows, and what has to come after."""
+        """Seconds for one setting on all rows, with the model as it is, and what has to come
+        after."""
         rows = self.measures.bench.rows("validation")
-        return self._reading(rows, _SEARCHED) + self.after()
+        unsteered = self._reading(rows, 1) / _UPPER
+        return unsteered + self._reading(rows, _SEARCHED) + self.after()
 
     def _at_limit(self, arm: Arm) -> float | None:
         why = self.fits.why_not(arm.name)
