@@ -279,7 +279,15 @@ def test_minutes_bound_it_and_what_is_left_out_is_said(
     left = [row for row in made.rows if row.state == "left out"]
     assert len(left) == len(arms()) - 1
     assert left[0].name in said
-    for what in ("validation pairs", "prompts", "dials of", "hold together", "samples", "KL"):
+    for what in (
+        "validation pairs",
+        "prompts",
+        "dials of",
+        "hold together",
+        "samples",
+        "KL",
+        "range",
+    ):
         assert what in said or made.chosen is None
     assert (made.asked, made.baseline, made.together, made.held) == ((), None, None, None)
     assert made.as_json()["left_out"] == list(made.left_out)

@@ -462,7 +462,6 @@ class _Maker:
         file = None if self.run.path is None else self.run.path / STEERING
         if file is not None and file.exists():
             return Steering.load(file)
-        self.say("measuring the range of its dial")
         arm = self.fits.arms[best.arm]
         fitted = self.fits.steering(best.arm)
         fitted = replace(
@@ -472,13 +471,16 @@ class _Maker:
             value=None,
             findings={**fitted.findings, "made": _findings(own, self.wish, self.making)},
         )
-        made = measured(
-            self.language_model,
-            fitted,
-            contrast.train,
-            default=False,
-            beyond=arm.method.looks_beyond,
-        )
+        made = fitted
+        if self._time_for("the range of its dial", 0):
+            self.say("measuring the range of its dial")
+            made = measured(
+                self.language_model,
+                fitted,
+                contrast.train,
+                default=False,
+                beyond=arm.method.looks_beyond,
+            )
         low, high = made.dial.range
         if not low <= best.dial <= high:  # what was chosen is sensible by what it was chosen by
             ends = (min(low, best.dial), max(high, best.dial))
