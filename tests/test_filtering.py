@@ -239,4 +239,5 @@ def test_scores_go_on_where_they_were_interrupted(lm: tt.LanguageModel, tmp_path
     assert run() == first
     assert part.read_bytes() == whole
     labels = [json.loads(line)["label"] for line in whole.splitlines()[1:]]
-    assert labels[:3] == ["trait scores"] * 3
+    # Who is blind in the first rows is not asked about the others.
+    assert labels[:3] == ["trait scores", *["instruction scores"] * 2]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import shlex
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +17,7 @@ from fastapi.testclient import TestClient
 import trimtab as tt
 from helpers import language_model, steer_at
 from trimtab.playground import Access, Playground, Shelf, application
-from trimtab.playground.bodies import Row
-from trimtab.playground.making import as_contrast
 from trimtab.reading import plain_texts
-from trimtab.terminal import progress
 
 ASK = [{"role": "user", "content": "Today I feel"}]
 NEW = 10
@@ -151,28 +146,6 @@ def test_models_that_do_not_pad_and_such_without_chats(
     assert sum("evidence" in one for one in told) == NEW
 
 
-def test_work_that_nobody_waits_for_ends(place: Playground) -> None:
-    steps: list[int] = []
-
-    def work() -> dict[str, Any]:
-        with progress("working", 1000) as advance:
-            for step in range(1000):
-                steps.append(step)
-                time.sleep(0.001)
-                advance(1)
-        return {}
-
-    async def leave() -> None:
-        said = place.told(work)
-        first = await anext(said)
-        assert (first["what"], first["total"]) == ("working", 1000)
-        await said.aclose()
-        await place.run(int)  # whose turn comes when the work has ended
-
-    asyncio.run(leave())
-    assert len(steps) < 1000
-
-
 def test_evidence_is_that_of_two_passes(
     client: TestClient, lm: tt.LanguageModel, steerings: dict[str, tt.Steering]
 ) -> None:
@@ -245,6 +218,27 @@ def test_gates_are_shown(place: Playground, client: TestClient, lm: tt.LanguageM
     body = {"messages": ASK, "steerings": [{"name": "closed", "dial": 5}]}
     found = client.post("/api/acted", json={**body, "new": side(told, "steered")[1]}).json()
     assert not any(found["steerings"][0]["answer"])
+
+
+def test_token_gates_are_told_while_an_answer_is_written(
+    place: Playground, client: TestClient, lm: tt.LanguageModel
+) -> None:
+    joy = steer_at(lm, "resid", seed=2)
+    score = steer_at(lm, "resid", seed=7).condition(threshold=0.0)
+    place.shelf.keep("sometimes", joy.gated(tt.Gate((score,), "token")))
+    stack = [{"name": "joy", "dial": 4}, {"name": "sometimes", "dial": 5}]
+    for more in ({}, {"evidence": False}, {"plain": None}):
+        told = chat(client, *stack, **more)
+        kinds = [one["kind"] for one in told if one.get("side") == "steered"]
+        assert kinds[:4] == ["begun", "token", "gated", "token"]  # as it comes, token by token
+        gated = [one for one in told if one["kind"] == "gated"]
+        assert [one["place"] for one in gated] == list(range(NEW - 1))  # the last one is not read
+        assert all(one["fired"][0] is None for one in gated)
+        body = {"messages": ASK, "steerings": stack, "new": side(told, "steered")[1]}
+        _, own = client.post("/api/acted", json=body).json()["steerings"]
+        acted = [weight != 0 for weight in own["answer"][: NEW - 1]]
+        assert [one["fired"][1] for one in gated] == acted
+        assert {True, False} == set(acted)
 
 
 def test_a_dial_that_breaks_the_model_fails_on_its_side_alone(client: TestClient) -> None:
@@ -322,78 +316,6 @@ def test_a_file_is_taken_or_refused_in_one_line(place: Playground, client: TestC
         assert "\n" not in answer.json()["error"] if answer.status_code == 400 else True
     assert "bad" not in place.shelf.library.held
     assert not (place.shelf.saves / "bad.safetensors").exists()
-
-
-def test_pairs_become_a_steering_with_gain_and_cost(
-    place: Playground, client: TestClient, lm: tt.LanguageModel
-) -> None:
-    text = "\n".join(f"Row {n} is\t good {n}\t bad {n}" for n in range(24))
-    *_, done = events(client, "contrast", {"pasted": text})
-    assert done["kind"] == "done"
-    assert done["rows"][3] == {
-        "prompt": "Row 3 is", "chat": False, "positive": "good 3", "negative": "bad 3",
-        "part": None,
-    }  # fmt: skip
-    told = events(client, "fit", {"rows": done["rows"], "method": "caa", "name": "good"})
-    assert {one["kind"] for one in told[:-1]} == {"progress"}
-    made = told[-1]
-    assert Path(made["file"]).is_file()
-    contrast = tt.Contrast.from_pairs(
-        [(f"Row {n} is", f"good {n}", f"bad {n}") for n in range(24)]
-    ).with_parts()
-    own = tt.CAA().fit(lm, contrast)
-    saved = tt.Steering.load(made["file"])
-    assert saved.digest == own.digest
-    test = contrast.part("test")
-    gain = tt.log_odds(lm, test, saved) - tt.log_odds(lm, test)
-    assert made["gain"]["held_out"]
-    assert made["gain"]["n"] == len(test)
-    assert made["gain"]["value"] == pytest.approx(float(gain.mean()), abs=1e-6)
-    assert side(chat(client, {"name": "good", "dial": 2}), "steered")[1]
-    (again,) = (e for e in events(client, "fit", {"rows": done["rows"], "name": "good"})
-                if e["kind"] == "error")  # fmt: skip
-    assert "another name" in again["message"]
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        ({"pasted": "one column"}, "line 1"),
-        ({"pasted": '{"prompt": "a"}'}, "line 1"),
-        ({"builtin": "nothing"}, "no builtin contrast"),
-    ],
-)
-def test_what_is_no_contrast_is_refused(
-    client: TestClient, body: dict[str, Any], said: str
-) -> None:
-    *_, last = events(client, "contrast", body)
-    assert said in last["message"]
-
-
-def test_what_a_model_writes_for_a_wish_stays_a_conversation(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chat = [{"role": "user", "content": "Why?"}]
-    wishes = []
-
-    def written(lm: tt.LanguageModel, wish: str, **more: Any) -> tt.Contrast:
-        wishes.append(wish)
-        return tt.Contrast.from_pairs([(chat, "Yes.", "No.")] * 2, f"persona:{wish}")
-
-    monkeypatch.setattr("trimtab.playground.making.persona_contrast", written)
-    *_, done = events(client, "contrast", {"wish": "says yes"})
-    assert (wishes, done["name"]) == (["says yes"], "persona:says yes")
-    assert done["rows"][0] == {
-        "prompt": "Why?", "chat": True, "positive": "Yes.", "negative": "No.", "part": None,
-    }  # fmt: skip
-    contrast = as_contrast([Row(**row) for row in done["rows"]], "again")
-    assert contrast.pairs[0].prompt == (("user", "Why?"),)
-
-
-def test_every_builtin_contrast_fills_the_table(client: TestClient) -> None:
-    for name in ("formality", "refusal"):
-        *_, done = events(client, "contrast", {"builtin": name})
-        assert len(done["rows"]) == len(tt.Contrast.builtin(name))
 
 
 def test_inside_is_the_librarys(

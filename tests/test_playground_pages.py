@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,8 @@ import trimtab as tt
 from helpers import language_model, steer_at
 from services import listening
 from trimtab.playground import Access, Playground, Shelf, application
+from trimtab.terminal import progress
+from trimtab.wishes.portfolio import Arm
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = Path("/usr/bin/chromium")
@@ -26,6 +29,7 @@ if not CHROMIUM.exists():
 AXE = Path(os.environ.get("TRIMTAB_AXE", "node_modules/axe-core/axe.min.js"))
 PAGES = ("chat", "make", "curves", "inside", "library", "runs")
 ASK, NEW = "Today I feel", 12
+WORDS = ("ship", "map", "king", "sea", "house", "bird", "tree", "road", "book", "song", "lamp", "x")
 #: For a machine that is busy, in milliseconds.
 PATIENCE = 60_000
 
@@ -266,20 +270,63 @@ def test_the_address_brings_everything_back(opened: Open) -> None:
 
 
 @pytest.mark.slow
-def test_pairs_become_a_steering(opened: Open) -> None:
+def test_pairs_become_a_steering_behind_the_page(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    go, real = Event(), tt.make
+
+    def held(*given: Any, **more: Any) -> tt.Made:
+        with progress("waiting", 10**6) as advance:
+            while not go.wait(0.02):
+                advance(1)
+        return real(*given, **more)
+
+    arms = [Arm(tt.CAA(layer=2)), Arm(tt.CAA(layer=1)), Arm(tt.ITI(k=2))]
+    monkeypatch.setattr("trimtab.wishes.making.portfolio", lambda *_: arms)
+    monkeypatch.setattr("trimtab.playground.making.make", held)
     page = opened("make")
     name = f"made-{time.time_ns()}"
-    rows = [f"Row {n} is\t good {n}\t bad {n}" for n in range(24)]
+    rows = [f"The {one} near the {other} is\t good and kind.\t bad and cruel."
+            for one in WORDS[:6] for other in WORDS[6:]]  # fmt: skip
     page.get_by_label("Pasted").fill("\n".join(rows))
     page.get_by_role("button", name="Read these").click()
     page.wait_for_selector("table.edit tbody tr")
     page.get_by_role("button", name="Remove this pair").first.click()
-    assert page.get_by_role("heading", name="23 pairs").is_visible()
+    assert page.get_by_role("heading", name="35 pairs").is_visible()
     page.get_by_label("Name").fill(name)
-    page.get_by_role("button", name="Fit").click()
+    page.get_by_role("button", name="Make", exact=True).click()
+    going = page.get_by_role("region", name="What goes on")
+    going.wait_for()
+    # A page that is opened again finds the work, its rows, and can stop it.
+    page.reload()
+    going.get_by_text("waiting").wait_for()
+    assert page.get_by_role("heading", name="35 pairs").is_visible()
+    going.get_by_role("button", name="Stop").click()
+    page.get_by_text(f"{name} was stopped").wait_for()
+    go.set()
+    page.get_by_label("Name").fill(name)
+    page.get_by_role("button", name="Make", exact=True).click()
     page.wait_for_selector("[data-figure=gain]")
+    assert page.locator(".plane .chosen").count() == 1
+    assert page.locator(".sample").count() > 0
+    folder = pictures(tmp_path_factory)
+    for theme in ("light", "dark"):
+        for width in (390, 1280):
+            again = opened("make", theme, width)
+            again.wait_for_selector("[data-figure=gain]")
+            wide = again.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, (theme, width, again.evaluate(TOO_WIDE))
+            again.screenshot(path=folder / f"made-{theme}-{width}.png", full_page=True)
     page.get_by_role("button", name="Chat with it").click()
     page.wait_for_selector(f"input[id='on-{name}']:checked")
+
+
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pictures of pages go."""
+    kept = os.environ.get("TRIMTAB_ARTEFACTS")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 #: What reaches beyond the window, innermost last.
@@ -292,9 +339,7 @@ TOO_WIDE = """[...document.querySelectorAll('main *')].filter((one) =>
 def test_every_page_in_both_themes_and_widths(
     name: str, opened: Open, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    kept = os.environ.get("TRIMTAB_ARTEFACTS")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("pictures")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = pictures(tmp_path_factory)
     grounds = set()
     for theme in ("light", "dark"):
         for width in (390, 1280):

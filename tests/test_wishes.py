@@ -18,11 +18,17 @@ from matplotlib.figure import Figure
 import trimtab as tt
 from helpers import refused_in_one_line
 from tiny import tiny_model, tiny_tokenizer
+from trimtab.evaluation import looping
 from trimtab.figures import Estimate
+from trimtab.options import Making, WishTexts
 from trimtab.reading import plain_texts
 from trimtab.wishes import asking, choosing, portfolio
-from trimtab.wishes.choosing import Choice, Tried, dial_at
+from trimtab.wishes.choosing import Choice, Chooser, Hold, Row, Tried, dial_at
+from trimtab.wishes.holding import LOOPS, Held, held_together
+from trimtab.wishes.pace import Pace, Speed
+from trimtab.wishes.plan import cut_to_time, less_text, plan_for
 from trimtab.wishes.portfolio import Arm
+from trimtab.wishes.texts import given_contrast, say_contrast
 from trimtab.wishes.work import Work
 
 PLACES = ("ship", "map", "king", "sea", "house", "bird", "tree", "road", "book", "song", "lamp")
@@ -267,13 +273,156 @@ def test_a_review_stops_before_anything_is_fitted(lm: tt.LanguageModel, tmp_path
 def test_minutes_bound_it_and_what_is_left_out_is_said(
     lm: tt.LanguageModel, tmp_path: Path
 ) -> None:
+    """Without any time the one setting that is measured is all that is done."""
     made = tt.make(lm, contrast=parts(), output=tmp_path / "m", minutes=1e-6)
+    said = " ".join(made.left_out)
     left = [row for row in made.rows if row.state == "left out"]
-    assert len(left) == len(arms()) - 2
-    assert left[0].name in made.left_out[0]
+    assert len(left) == len(arms()) - 1
+    assert left[0].name in said
+    for what in (
+        "validation pairs",
+        "prompts",
+        "dials of",
+        "hold together",
+        "samples",
+        "KL",
+        "range",
+    ):
+        assert what in said or made.chosen is None
+    assert (made.asked, made.baseline, made.together, made.held) == ((), None, None, None)
     assert made.as_json()["left_out"] == list(made.left_out)
     assert "Left out for lack of time" in (tmp_path / "m" / "report.html").read_text()
-    assert len(made.tried) == 1  # one dial of the last round is tried in any case
+    assert len(made.tried) == 1  # one dial of one setting is tried in any case
+
+
+class _Ticking:
+    """A clock on which each look takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.seconds = 0.0, seconds
+
+    def monotonic(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+def test_what_there_is_time_for_is_decided_once(tmp_path: Path) -> None:
+    work = Work(tmp_path, "one")
+    with pytest.MonkeyPatch.context() as patch:
+        clock = _Ticking(10.0)
+        patch.setattr("trimtab.wishes.pace.time", clock)
+        pace = Pace(1.0, work)
+        pace.begin(Speed(100.0, 50.0))
+        assert pace.speed.seconds(200, 50) == pytest.approx(3.0)
+        assert pace.allows("a", 5.0)
+        # What took four times as long as was believed weighs more and more.
+        with pace.reading(100.0):
+            work.recall("b", lambda: 1)
+        assert pace.speed.reads == pytest.approx((100.0 * 4 + 100) / (4 + 10))
+        with pace.reading(100.0):
+            work.recall("b", lambda: 1)  # which was found before, and says nothing
+        assert pace.speed.reads == pytest.approx(500 / 14)
+        assert not pace.allows("c", 5.0)
+        assert Pace(None, work).allows("d", 1e9)
+    again = Pace(1.0, Work(tmp_path, "one"))
+    assert (again.allows("a", 1e9), again.allows("c", 0.0)) == (True, False)
+
+
+def test_texts_and_pairs_are_cut_to_the_time() -> None:
+    """Never below what makes a contrast, and by as little as will do."""
+    whole = WishTexts()
+    fast, slow = Speed(1e6, 1e6), Speed(1.0, 1.0)
+    assert less_text(whole, fast, 60) == whole
+    least = less_text(whole, slow, 60)
+    assert (least.pairs, least.questions, least.max_new_tokens) == (1, 28, 24)
+    between = [less_text(whole, Speed(400.0, 100.0), seconds) for seconds in (20, 60, 120, 400)]
+    sizes = [one.pairs * one.questions * one.max_new_tokens for one in between]
+    assert sizes == sorted(sizes)
+    own = less_text(replace(whole, questions=12, max_new_tokens=8), slow, 1)
+    assert (own.questions, own.max_new_tokens) == (12, 8)
+    big = tt.Contrast.builtin("formality")
+    cuts = []
+    for reads in (1e6, 400.0, 100.0, 1.0):
+        plan = plan_for(Speed(reads, 100.0), arms(), Making(), whole, big)
+        cuts.append(cut_to_time(plan, big, 60.0))
+    assert cuts[0] == big.sizes
+    assert cuts[-1] == {"train": 30, "validation": 9, "test": 15}  # 15 % of each
+    few = cut_to_time(plan_for(slow, arms(), Making(), whole, parts()), parts(), 1.0)
+    assert few == {"train": parts().sizes["train"], "validation": 8, "test": parts().sizes["test"]}
+    assert [cut["train"] for cut in cuts] == sorted((cut["train"] for cut in cuts), reverse=True)
+
+
+def test_that_a_contrast_is_cut_is_said(tmp_path: Path) -> None:
+    pairs = [(f"Row {n}", f" good {n}", f" bad {n}") for n in range(600)]
+    contrast = tt.Contrast.from_pairs(pairs, "many").split(0.2, 0.3)
+    given = given_contrast(contrast, None)
+    assert given.contrast is not None
+    assert given.contrast.sizes == {"train": 120, "validation": 40, "test": 100}
+    sizes = contrast.sizes
+    assert given.taken == (
+        f"of the 600 pairs of many 260 are taken: 120 of {sizes['train']} train, 40 of "
+        f"{sizes['validation']} validation, 100 of {sizes['test']} test"
+    )
+    said: list[str] = []
+    say_contrast(given.contrast, given.taken, said.append)
+    assert said[0] == given.taken
+    made = tt.Made("", given.contrast, {}, 0.1, 1.0, why=("no",), taken=given.taken)
+    assert f"{given.taken[0].upper()}{given.taken[1:]}." in made.notes()
+    assert made.as_json()["taken"] == given.taken
+    assert given_contrast(parts(), None).taken == ""
+
+
+# -- answers that fall apart ----------------------------------------------------------------------
+
+
+def test_loops_are_seen() -> None:
+    for text in ("1. 1.1.1.1", "ha" * 30, "the cat sat on the mat and " * 4, "!!!!!!!!!!!!!!!!!!"):
+        assert looping(text) > LOOPS, text
+    whole = "No. It is not so, since a boat that leaks sinks, and a boat that is dry floats."
+    for text in ("", "You can fall asleep faster by using the moon.", "- one\n- two", whole):
+        assert looping(text) < LOOPS, text
+    good, bad = "A short and plain answer.", "1. 1.1.1.1.1"
+    assert held_together([good] * 12, [good] * 12).holds
+    assert held_together([bad] * 2 + [good] * 10, [good] * 12).holds
+    assert not held_together([bad] * 3 + [good] * 9, [good] * 12).holds
+    assert held_together([bad] * 9 + [good] * 3, [bad] * 8 + [good] * 4).holds  # it always did
+    found = held_together([bad, good], [good, good]).as_json()
+    assert found["fall_apart"] == {"steered": 1, "unsteered": 0, "n": 2}
+    assert found["repetition"]["steered"] == pytest.approx((looping(bad) + looping(good)) / 2)
+
+
+def test_what_falls_apart_is_set_aside(done: tuple[tt.Made, Path], lm: tt.LanguageModel) -> None:
+    """The next best is chosen, and where all of the best fall apart that of which fewest do."""
+    tried = sorted(done[0].tried, key=lambda one: -one.gain.value)
+    tried = [one for one in tried if one.cost <= MAX_COST and one.gain.low > 0]
+    assert len(tried) > 1
+    rows = {one.arm: Row(one.arm, "caa", {}, "tried", one) for one in tried}
+
+    def chooser() -> Chooser:
+        nothing: Any = None
+        return Chooser((), nothing, nothing, nothing, nothing, MAX_COST, 1.0, float,
+                       lambda text: None, _rows=dict(rows))  # fmt: skip
+
+    def hold(shares: list[int]) -> Hold:
+        return lambda name, find: Held(12, shares.pop(0), 0, 0.0, 0.0)
+
+    best, held = chooser()._holding(tried, hold([0]))
+    assert (best, held) == (tried[0], Held(12, 0, 0, 0.0, 0.0))
+    own = chooser()
+    best, held = own._holding(tried, hold([7, 2]))
+    assert best == tried[1]
+    assert held is not None
+    assert held.holds
+    if tried[0].arm != tried[1].arm:
+        assert own._rows[tried[0].arm].state == "set aside"
+        assert "7 of 12 answers repeat" in own._rows[tried[0].arm].why
+    few = tried[:2]
+    best, held = chooser()._holding(few, hold([7, 5]))
+    assert best == few[1]
+    assert held is not None
+    assert not held.holds
+    made = tt.Made("x", None, {}, 0.1, 1.0, why=("no",), held=held)
+    assert any("fall apart" in line and "5 of 12" in line for line in made.notes())
 
 
 def test_what_it_refuses(lm: tt.LanguageModel, tmp_path: Path) -> None:

@@ -132,7 +132,4 @@ def _say(found: Made, output: Path | str | None) -> None:
         return
     tables = found.tables()
     shown = tables if found.chosen is None else [tables[0], tables[-1]]
-    notes = [*found.why, *found.advice, *(f"left out: {one}" for one in found.left_out)]
-    if found.baseline is not None and found.baseline.verdict:
-        notes = [found.baseline.verdict, *notes]
-    show(shown, notes, output, _LEFT, summary=found.summary)
+    show(shown, found.notes(), output, _LEFT, summary=found.summary)

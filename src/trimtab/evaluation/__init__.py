@@ -14,7 +14,7 @@ from trimtab.evaluation.jobs import (
     misfit,
     task_name,
 )
-from trimtab.evaluation.metrics.coherence import coherence, repetition
+from trimtab.evaluation.metrics.coherence import coherence, looping, repetition
 from trimtab.evaluation.metrics.judges import (
     HARMBENCH_TEMPLATE,
     Chat,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trimtab.model.attach import RowSteerings
-from trimtab.model.gate_reports import Columns, Fired, reported, watch
+from trimtab.model.gate_reports import Columns, Fired, decided_by, reported, watch
+from trimtab.model.gating import GateAtWork
 from trimtab.model.padding import left_padded
 from trimtab.model.versions import cache_argument
 
@@ -53,6 +54,12 @@ class Writing:
         self._taken = inspect.signature(language_model.model.forward).parameters
         #: What the gates of each text's steerings decided of its prompt, known after one pass.
         self.gates: list[tuple[Fired, ...]] = [()] * len(texts)
+        #: Of each text's steerings whether their token gate fired at the token that was read last;
+        #: None of one without such a gate.
+        self.firing: list[tuple[bool | None, ...]] = [(None,) * len(row) for row in steerings]
+        self._by_token = any(
+            one.gate is not None and one.gate.kind == "token" for row in steerings for one in row
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,12 +70,19 @@ class Writing:
         with self._lm.held(self._rows, self._force) as sequences:
             sequences.in_part = True
             first = self._cache is None
-            if first:
+            if first or self._by_token:
                 watch(sequences.gates)
             output = self._lm.model(**self._arguments(), use_cache=True)
             if first:
                 self._cache = output.past_key_values
                 self._report(sequences.gates)
+            if self._by_token:
+                self.firing = [
+                    tuple(_fires(by, row) for by in decided_by(asked, decided, sequences.gates))
+                    for row, (asked, decided) in enumerate(
+                        zip(self._asked, self._decided, strict=True)
+                    )
+                ]
         found: Tensor = output.logits[:, -1].float()
         return found
 
@@ -84,7 +98,7 @@ class Writing:
         self._mask, self._next = self._mask[chosen], self._next[chosen]
         if self._cache is not None:
             self._cache.reorder_cache(chosen)  # which layers without attention have, too
-        for name in ("_asked", "_rows", "_decided", "_lengths", "gates"):
+        for name in ("_asked", "_rows", "_decided", "_lengths", "gates", "firing"):
             own = getattr(self, name)
             setattr(self, name, [own[row] for row in rows])
 
@@ -107,3 +121,11 @@ class Writing:
                 zip(self._asked, self._decided, self._lengths, strict=True)
             )
         ]
+
+
+def _fires(by: Any, row: int) -> bool | None:
+    """Whether a token gate fired at a row's last token; None of what else decides."""
+    if not isinstance(by, GateAtWork) or by.gate.kind != "token":
+        return None
+    fired = by.seen[-1].fired
+    return bool(fired[row if len(fired) > 1 else 0, -1])

@@ -78,6 +78,10 @@ class _Rows:
     def gates(self) -> list[tuple[Any, ...]]:
         return [gates for writing in self.writings for gates in writing.gates]
 
+    @property
+    def firing(self) -> list[tuple[bool | None, ...]]:
+        return [fires for writing in self.writings for fires in writing.firing]
+
 
 def answers(
     language_model: LanguageModel,
@@ -87,7 +91,8 @@ def answers(
     evidence: bool,
 ) -> Iterator[dict[str, Any]]:
     """What is written after the texts (token ids) of one side or both: events of kind `begun` (what
-    gates decided), `token`, `failed` and `ended`, each of a side."""
+    gates decided), `token`, `gated` (of each steering whether its token gate fired at the token
+    before), `failed` and `ended`, each of a side."""
     lm, began = language_model, time.monotonic()
     roles: list[str] = [side for side in ("plain", "steered") if side in texts]
     shadowed = evidence and "steered" in texts
@@ -142,6 +147,11 @@ def answers(
             rows.keep(kept)
             roles, acting = [roles[i] for i in kept], [(*acting, ())[i] for i in kept]
         logits = rows.logits()
+        if "steered" in roles:
+            fires = rows.firing[roles.index("steered")]
+            if any(one is not None for one in fires):
+                place = len(written["steered"].new) - 1
+                yield {"kind": "gated", "side": "steered", "place": place, "fired": list(fires)}
 
 
 def _next(chooser: Chooser, logits: Tensor) -> int:

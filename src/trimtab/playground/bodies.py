@@ -141,7 +141,6 @@ class ContrastBody(_Strict):
     wish: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     builtin: _Name | None = None
     pasted: Annotated[str, Field(min_length=1, max_length=2_000_000)] | None = None
-    questions: Annotated[int, Field(ge=20, le=200)] = 40
 
     @model_validator(mode="after")
     def _once(self) -> ContrastBody:
@@ -150,13 +149,23 @@ class ContrastBody(_Strict):
         return self
 
 
-class FitBody(_Strict):
-    """A contrast to fit a method on, and what the steering is to be called."""
+class MakeBody(_Strict):
+    """Pairs to make a steering of, with what their sides are in words where anybody has said so;
+    what it is to be called, what it may cost, and how many minutes making it may take."""
 
     rows: Annotated[list[Row], Field(min_length=2, max_length=5000)]
-    method: _Name = "caa"
     name: _Name
     source: Annotated[str, Field(max_length=500)] = "pairs"
+    behaviour: Annotated[str, Field(max_length=500)] = ""
+    opposite: Annotated[str, Field(max_length=500)] = ""
+    max_cost: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 0.1
+    minutes: Annotated[float, Field(gt=0, le=1440, allow_inf_nan=False)] | None = None
+
+
+class StopBody(_Strict):
+    """What is to be stopped, so that no later work is."""
+
+    name: Annotated[str, Field(max_length=500)]
 
 
 class TextBody(_Strict):

@@ -31,9 +31,10 @@ def acted(
     """Of each steering how much of its dial each token of the prompt and of the answer got, as
     scopes and gates had it; 0 where it was left alone. The answer's last token is not read."""
     lm, found = language_model, []
+    # All of them together: what one does, another's gate may see.
+    fires = iter(firing(lm.anatomy, lm.marks, steerings, prompt, list(new)[:-1]).fires)
     for name, steering in zip(names, steerings, strict=True):
-        own = firing(lm.anatomy, lm.marks, [steering], prompt, list(new)[:-1])
-        columns = zip(*(each.weights for each in own.fires), strict=True)
+        columns = zip(*(next(fires).weights for _ in steering.scopes), strict=True)
         weights = [max(column, key=abs) for column in columns]
         found.append({
             "name": name,

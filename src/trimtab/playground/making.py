@@ -1,49 +1,45 @@
-"""From a wish, or from pairs, to a steering: a contrast to look over, a fit, gain and cost."""
+"""From a wish, or from pairs, to a steering: a contrast to look over, and what comes of it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from trimtab.contrasts import Contrast, last_message
 from trimtab.errors import TrimtabError
-from trimtab.figures import mean_interval
-from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
-from trimtab.options import PersonaAmounts
-from trimtab.playground.bodies import ContrastBody, FitBody, Row
-from trimtab.playground.curves import cost
+from trimtab.options import Keep, Making, PersonaAmounts, Sampling, WishTexts
+from trimtab.playground.bodies import ContrastBody, MakeBody, Row
 from trimtab.playground.shelf import Shelf
-from trimtab.reading import log_odds
+from trimtab.wishes import make
 from trimtab.writing import persona_contrast
 
-#: The methods of the page, which need nothing but pairs, with what they are in a few words.
-OFFERED = {
-    "caa": "adds the mean difference of the two sides to one block",
-    "austeer": "scales the few units that tell the two sides apart",
-    "iti": "adds to the attention heads that tell the two sides apart",
-    "ablation": "takes the direction between the two sides away",
-    "act": "moves units to where they are on the positive side",
-}
-#: Rows of which so many are held out are enough for an interval.
-_FEWEST = 2
+
+def contrast_rows(body: ContrastBody) -> dict[str, Any]:
+    """The rows of a contrast that is there, to be looked over, and what it is called."""
+    if body.builtin is not None:
+        return as_rows(Contrast.builtin(body.builtin))
+    return as_rows(_pasted(body.pasted or ""))
 
 
-def contrast_rows(language_model: LanguageModel, body: ContrastBody) -> dict[str, Any]:
-    """The rows of a contrast, to be looked over, and what it is called."""
-    if body.wish is not None:
-        amounts = PersonaAmounts(questions=body.questions)
-        found = persona_contrast(language_model, body.wish, amounts=amounts)
-    elif body.builtin is not None:
-        found = Contrast.builtin(body.builtin)
-    else:
-        found = _pasted(body.pasted or "")
+def written_rows(language_model: LanguageModel, wish: str) -> dict[str, Any]:
+    """The rows that a model writes for a wish, as many and as long as `trimtab make` has them."""
+    texts = WishTexts()
+    amounts = PersonaAmounts(pairs=texts.pairs, questions=texts.questions, answers=texts.answers)
+    sampling = Sampling(max_new_tokens=texts.max_new_tokens, temperature=1.0, top_k=0, top_p=0.9)
+    return as_rows(persona_contrast(language_model, wish, amounts=amounts, sampling=sampling))
+
+
+def as_rows(found: Contrast) -> dict[str, Any]:
+    """A contrast as the table has it."""
     if not found.paired:
         raise TrimtabError("the page takes pairs: rows with prompt, positive and negative")
     return {
         "name": found.name,
+        "behaviour": found.behaviour,
+        "opposite": found.opposite,
         "rows": [
             {
                 "prompt": last_message(pair.prompt),
@@ -94,23 +90,25 @@ def _pasted(text: str) -> Contrast:
     )
 
 
-def fitted(language_model: LanguageModel, shelf: Shelf, body: FitBody) -> dict[str, Any]:
-    """A steering fitted on the rows, saved and on the shelf; its gain on rows that were held out
-    and its cost on plain text, with 95 % intervals, at its default dial."""
-    if body.method not in OFFERED:
-        raise TrimtabError(f"choose a method among {', '.join(OFFERED)}")
-    contrast = as_contrast(body.rows, body.source).with_parts()
-    steering = METHODS[body.method]().fit(language_model, contrast)
-    file = shelf.keep(body.name, steering)
-    return {
-        "name": body.name,
-        "file": str(file),
-        "method": body.method,
-        "dial": {"name": steering.dial.name, "value": steering.setting, "unit": steering.dial.unit},
-        "parts": contrast.sizes,
-        "gain": _gain(language_model, contrast, steering),
-        "cost": cost(language_model, (steering,)),
-    }
+def made(
+    language_model: LanguageModel, shelf: Shelf, body: MakeBody, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """What comes of the rows, in a directory of its own beside the shelf's files, where it goes on
+    if it was stopped; a steering that works is put on the shelf."""
+    shelf.check_free(body.name)
+    contrast = replace(
+        as_contrast(body.rows, body.source), behaviour=body.behaviour, opposite=body.opposite
+    )
+    found = make(
+        language_model,
+        contrast=contrast,
+        making=Making(max_cost=body.max_cost, minutes=body.minutes),
+        keep=Keep(output=shelf.saves / body.name),
+        say=say,
+    )
+    file = None if found.steering is None else str(shelf.keep(body.name, found.steering))
+    told = {"name": body.name, "file": file, "summary": found.summary, "notes": found.notes()}
+    return {**told, "directory": str(shelf.saves / body.name), "made": found.as_json()}
 
 
 def as_contrast(rows: Sequence[Row], name: str) -> Contrast:
@@ -128,19 +126,3 @@ def as_contrast(rows: Sequence[Row], name: str) -> Contrast:
             replace(pair, part=row.part) for pair, row in zip(found.pairs, rows, strict=True)
         ),
     )
-
-
-def _gain(language_model: LanguageModel, contrast: Contrast, steering: Any) -> dict[str, Any]:
-    """By how much the held-out pairs' log-odds (positive against negative, nats per pair) rise; of
-    too few pairs the rows that were fitted on, which says so."""
-    held = contrast.has_parts and contrast.sizes.get("test", 0) >= _FEWEST
-    rows = contrast.part("test") if held else contrast.train
-    before = log_odds(language_model, rows)
-    after = log_odds(language_model, rows, steering)
-    estimate = mean_interval(after - before)
-    return {
-        "value": estimate.value,
-        "ci95": list(estimate.ci95),
-        "n": estimate.n,
-        "held_out": held,
-    }

@@ -23,14 +23,16 @@ from trimtab.playground.bodies import (
     ContrastBody,
     CostBody,
     CurveBody,
-    FitBody,
     LinesBody,
+    MakeBody,
     PlaceBody,
+    StopBody,
     TextBody,
     UnitBody,
     WrittenBody,
 )
 from trimtab.playground.guard import Access, Guard, event
+from trimtab.playground.job import Job
 from trimtab.playground.lines import lines
 from trimtab.playground.place import Playground
 
@@ -55,6 +57,7 @@ def application(place: Playground, access: Access = Access()) -> FastAPI:
     app.add_middleware(Guard, access=access)
     _add_chat(app, place)
     _add_shelf(app, place)
+    _add_making(app, place)
     _add_others(app, place)
 
     @app.get("/")
@@ -77,7 +80,6 @@ def _add_chat(app: FastAPI, place: Playground) -> None:
             "layers": lm.anatomy.layers,
             "chats": lm.chats,
             "max_length": lm.max_length,
-            "methods": making.OFFERED,
             "saves": str(place.shelf.saves),
             "runs": None if place.runs is None else str(place.runs),
         }
@@ -181,6 +183,41 @@ def _add_shelf(app: FastAPI, place: Playground) -> None:
         return await asyncio.to_thread(shelf.on_hub, words[:200])
 
 
+def _add_making(app: FastAPI, place: Playground) -> None:
+    lm, shelf = place.language_model, place.shelf
+
+    @app.post("/api/contrast")
+    async def contrast(body: ContrastBody) -> dict[str, Any]:
+        """A contrast to look over; pairs for a wish take a while, and are written as a job."""
+        if body.wish is None:
+            return await asyncio.to_thread(making.contrast_rows, body)
+        wish = body.wish
+        job = Job("pairs", wish, {"wish": wish})
+        return place.begin(job, lambda say: making.written_rows(lm, wish)).as_json()
+
+    @app.post("/api/make")
+    async def make(body: MakeBody) -> dict[str, Any]:
+        """Begin to make a steering of pairs."""
+        shelf.check_free(body.name)
+        making.as_contrast(body.rows, body.source).with_parts()
+        job = Job("make", body.name, body.model_dump())
+        return place.begin(job, lambda say: making.made(lm, shelf, body, say)).as_json()
+
+    @app.get("/api/job")
+    async def job(whole: bool = False) -> dict[str, Any]:
+        """The work that goes on, or the last one that did; `whole` with its rows and its result."""
+        return {"state": "none"} if place.job is None else place.job.as_json(whole)
+
+    @app.post("/api/job/stop")
+    async def stop(body: StopBody) -> dict[str, Any]:
+        """Stop it, if it is still the one that is meant."""
+        found = place.job
+        if found is None or found.name != body.name:
+            raise TrimtabError(f"nothing called {body.name} is being made here")
+        found.stop()
+        return found.as_json()
+
+
 def _add_others(app: FastAPI, place: Playground) -> None:
     lm, shelf = place.language_model, place.shelf
 
@@ -189,16 +226,6 @@ def _add_others(app: FastAPI, place: Playground) -> None:
         """The next token over the dial."""
         asked = shelf.steering(body.name), body.prompt, body.tokens, body.points
         return await place.run(curves.over_the_dial, lm, *asked)
-
-    @app.post("/api/contrast")
-    async def contrast(body: ContrastBody) -> Response:
-        """A contrast to look over; a wish takes a while, and says how far it is."""
-        return _long(place.told(making.contrast_rows, lm, body))
-
-    @app.post("/api/fit")
-    async def fit(body: FitBody) -> Response:
-        """Fit a steering, save it, and measure what it does."""
-        return _long(place.told(making.fitted, lm, shelf, body))
 
     @app.get("/api/inside/{name}")
     async def within(name: str) -> dict[str, Any]:
@@ -230,22 +257,6 @@ def _add_others(app: FastAPI, place: Playground) -> None:
         except TrimtabError as error:
             raise HTTPException(404, str(error)) from error
         return FileResponse(file, media_type=kind)
-
-
-def _long(said: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
-    """Long work as events; what is wrong is the last one."""
-
-    async def events() -> AsyncIterator[str]:
-        try:
-            async for one in said:
-                yield event(one)
-        except TrimtabError as error:
-            yield event({"kind": "error", "message": one_line(error)})
-        except Exception as error:
-            _LOG.exception("work failed")
-            yield event({"kind": "error", "message": f"it failed ({type(error).__name__})"})
-
-    return StreamingResponse(events(), media_type="text/event-stream")
 
 
 # -- mistakes -------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The playground of one model: its steerings, where runs are, and the one thread that runs it.
 
 Whatever runs the model is done in that thread, in the order in which it was asked for. An answer is
-written a token at a time, so that several browsers take turns; long work (a curve, a fit) is one
-turn. Conversations are the browsers' own: nothing of them is kept here.
+written a token at a time, so that several browsers take turns; long work (a curve, a steering that
+is made) is one turn. Conversations are the browsers' own: nothing of them is kept here.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Any, TypeVar
 
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.playground.bodies import Message
+from trimtab.playground.job import Act, Job
 from trimtab.playground.shelf import Shelf
 from trimtab.steering import Steering
-from trimtab.terminal import watched
 
 T = TypeVar("T")
 _END = object()
@@ -34,6 +33,8 @@ class Playground:
     language_model: LanguageModel
     shelf: Shelf
     runs: Path | None = None
+    #: The long work that goes on, or the last one that did.
+    job: Job | None = None
     _thread: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, "trimtab playground")
     )
@@ -51,38 +52,20 @@ class Playground:
                 return
             yield item
 
-    async def told(
-        self, act: Callable[..., dict[str, Any]], *given: Any
-    ) -> AsyncIterator[dict[str, Any]]:
-        """Long work: how far it is, and in the end what it returns, as `done`. Where nobody waits
-        for it any more it ends at its next step."""
-        loop, left = asyncio.get_running_loop(), Event()
-        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-
-        def hear(what: str, done: int, total: int) -> None:
-            if left.is_set():
-                raise TrimtabError("nobody waits for this any more")
-            said = {"kind": "progress", "what": what, "done": done, "total": total}
-            loop.call_soon_threadsafe(queue.put_nowait, said)
-
-        def work() -> dict[str, Any]:
-            try:
-                with watched(hear):
-                    return act(*given)
-            finally:
-                loop.call_soon_threadsafe(queue.put_nowait, None)
-
-        running = asyncio.ensure_future(self.run(work))
-        try:
-            while (said := await queue.get()) is not None:
-                yield said
-            yield {"kind": "done", **await running}
-        finally:
-            left.set()
-            running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    def begin(self, job: Job, act: Act) -> Job:
+        """Begin long work behind the pages; one at a time."""
+        if self.job is not None and self.job.goes_on:
+            raise TrimtabError(
+                f"{self.job.name} is still being made here: wait until it is done, or stop it"
+            )
+        self.job = job
+        self._thread.submit(job.work, act)
+        return job
 
     def close(self) -> None:
         """Run nothing more."""
+        if self.job is not None:
+            self.job.stop()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     # -- what every page asks for -----------------------------------------------------------------

@@ -80,11 +80,16 @@ class Shelf:
             self.files[name] = str(file)
         return file
 
-    def _new_file(self, name: str) -> Path:
+    def check_free(self, name: str) -> Path:
+        """The file of a new steering; refused where the name is no name, or taken."""
         check_name(name)
         file = self.saves / f"{name}.safetensors"
         if name in self.library.held or file.exists():
             raise TrimtabError(f"there is a steering called {name} already: take another name")
+        return file
+
+    def _new_file(self, name: str) -> Path:
+        file = self.check_free(name)
         self.saves.mkdir(parents=True, exist_ok=True)
         return file
 

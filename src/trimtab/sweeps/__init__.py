@@ -16,6 +16,7 @@ from trimtab.sweeps.rows import (
     Values,
     choose,
     contrast_for,
+    cost_interval,
     difference_of,
     mean_of,
     more_is_better,

@@ -424,18 +424,25 @@ class TaskRows:
 
     # -- what a steering costs on plain text ------------------------------------------------------
 
+    def text_costs(self, steering: Attached, texts: int | None = None) -> Tensor:
+        """How many nats each plain text gets harder to predict, [texts]: all, or the first
+        `texts`, for who looks for a dial."""
+        base = self._base_nll[:texts]  # first, so that it is the same whatever is steered
+        return self._nll(steering, texts) - base
+
+    def text_tokens(self, texts: int | None = None) -> Tensor:
+        """How many tokens of each plain text are predicted, [texts] in float64."""
+        tokens = [len(reading.positions) for reading in self._readings[:texts]]
+        return torch.tensor(tokens, dtype=torch.float64)
+
     def cost(self, steering: Attached, texts: int | None = None) -> float:
         """How much harder plain text is to predict, in nats per token: all of it, or the first
         `texts`, for who looks for a dial."""
-        base = self._base_nll[:texts]  # first, so that it is the same whatever is steered
-        tokens = sum(len(reading.positions) for reading in self._readings[:texts])
-        return float((self._nll(steering, texts) - base).sum() / tokens)
+        return float(self.text_costs(steering, texts).sum() / self.text_tokens(texts).sum())
 
     def cost_interval(self, steering: Attached) -> Estimate:
         """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
-        base = self._base_nll
-        tokens = torch.tensor([len(each.positions) for each in self._readings], dtype=torch.float64)
-        return weighted_interval((self._nll(steering) - base) / tokens, tokens)
+        return cost_interval(self.text_costs(steering), self.text_tokens())
 
     def perplexity(self, cost: float) -> float:
         """Perplexity of the plain text at so many nats more per token."""
@@ -500,6 +507,11 @@ class TaskRows:
     def plain_count(self) -> int:
         """How many plain texts there are."""
         return len(self._readings)
+
+
+def cost_interval(costs: Tensor, tokens: Tensor) -> Estimate:
+    """Nats per token of plain texts, [texts] each, with the 95 % interval."""
+    return weighted_interval(costs / tokens, tokens)
 
 
 def more_is_better(metric: str) -> bool:

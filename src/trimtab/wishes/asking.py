@@ -4,12 +4,12 @@ and what the model writes when it is steered, asked, or left as it is."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from trimtab.contrasts import Contrast, Prompt, spread
+from trimtab.contrasts import Contrast, Part, Prompt, spread
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Prompted, Sample, asked_with, steering_of
 from trimtab.figures import Estimate, mean_interval
@@ -17,6 +17,7 @@ from trimtab.model import LanguageModel
 from trimtab.reading import log_odds
 from trimtab.strength import Continuations, neutral
 from trimtab.sweeps import Asking, Behaviour, askings, ladder
+from trimtab.wishes.holding import Held, held_together
 from trimtab.wishes.measuring import Measures
 from trimtab.wishes.work import Work
 
@@ -69,18 +70,14 @@ def _named(one: Asking, rung: str) -> str:
 
 
 def asked_on_validation(
-    measures: Measures, prompts: Sequence[tuple[str, Prompted]], say: Callable[[str], object]
-) -> list[Asked]:
-    """What each prompt gains and costs; one for which there is no room in the model is left out."""
-    found = []
-    for name, words in prompts:
-        if _too_long(measures, words):
-            say(f"{name}: left out, there is no room for it in the model")
-            continue
-        gains = measures.gains(lambda words=words: words, _key(words))  # type: ignore[misc]
-        cost = measures.cost(lambda words=words: words, _key(words))  # type: ignore[misc]
-        found.append(Asked(name, words, mean_interval(gains), cost))
-    return found
+    measures: Measures, name: str, words: Prompted, say: Callable[[str], object]
+) -> Asked | None:
+    """What a prompt gains and costs; None where there is no room for it in the model."""
+    if _too_long(measures, words):
+        say(f"{name}: left out, there is no room for it in the model")
+        return None
+    gains = measures.gains(lambda: words, asked_key(words))
+    return Asked(name, words, mean_interval(gains), measures.cost(lambda: words, asked_key(words)))
 
 
 def best_asked(asked: Sequence[Asked], max_cost: float) -> Asked | None:
@@ -92,7 +89,8 @@ def best_asked(asked: Sequence[Asked], max_cost: float) -> Asked | None:
     return min(asked, key=lambda one: one.cost, default=None)
 
 
-def _key(words: Prompted) -> str:
+def asked_key(words: Prompted) -> str:
+    """What a prompt is known by."""
     return f"prompt {words.digest[:16]}"
 
 
@@ -110,17 +108,25 @@ class Written:
     """What the model writes after some test prompts, and by how many nats each text fits the wish
     better than what the model writes as it is, by name: the log-odds that the two texts are where
     they belong under the wish and under its opposite, and not exchanged. The model itself says so
-    (None: nobody has said the wish in words)."""
+    (None: nobody has said the wish in words). `held` is whether they hold together."""
 
     samples: tuple[Sample, ...]
     fits: Mapping[str, Estimate]
+    held: Mapping[str, Held] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         fits = {
             name: {"nats": one.value, "ci95": one.ci95, "n": one.n}
             for name, one in self.fits.items()
         }
-        return {"fits": fits, "samples": [one.as_json() for one in self.samples]}
+        held = {name: one.as_json() for name, one in self.held.items()}
+        return {"fits": fits, "held": held, "samples": [one.as_json() for one in self.samples]}
+
+
+def prompts_of(contrast: Contrast, part: Part) -> list[Prompt]:
+    """Some prompts of a part, each once, that are answered."""
+    rows = [pair.prompt for pair in contrast.part(part).pairs if pair.prompt]
+    return spread(list(dict.fromkeys(rows)), PROMPTS)
 
 
 def written(
@@ -130,20 +136,20 @@ def written(
     work: Work,
 ) -> Written:
     """Answers to some test prompts as the model is, and under each of what is `attached`."""
-    rows = [pair.prompt for pair in contrast.part("test").pairs if pair.prompt]
-    prompts = spread(list(dict.fromkeys(rows)), PROMPTS)
+    prompts = prompts_of(contrast, "test")
     if not prompts:
         return Written((), {})
-    columns = {"unsteered": _texts(language_model, prompts, lambda: None, "unsteered", work)}
-    for name, find in attached.items():
-        columns[name] = _texts(language_model, prompts, find, name, work)
-    base = columns.pop("unsteered")
+    base = texts_of(language_model, prompts, lambda: None, "unsteered", work)
+    columns = {
+        name: texts_of(language_model, prompts, find, name, work) for name, find in attached.items()
+    }
     samples = tuple(
         Sample(prompt, base[i], {name: texts[i] for name, texts in columns.items()})
         for i, prompt in enumerate(prompts)
     )
+    held = {name: held_together(texts, base) for name, texts in columns.items()}
     if not contrast.behaviour:
-        return Written(samples, {})
+        return Written(samples, {}, held)
     fits = {}
     for name, texts in columns.items():
         nats = work.recall(
@@ -151,16 +157,18 @@ def written(
             lambda texts=texts: _fits(language_model, contrast, prompts, texts, base),  # type: ignore[misc]
         )
         fits[name] = mean_interval(torch.tensor(nats, dtype=torch.float64))
-    return Written(samples, fits)
+    return Written(samples, fits, held)
 
 
-def _texts(
+def texts_of(
     language_model: LanguageModel,
     prompts: Sequence[Prompt],
     find: Callable[[], Attached],
     name: str,
     work: Work,
 ) -> list[str]:
+    """What the model writes after prompts under what `find` finds, by its name."""
+
     def write() -> list[str]:
         attached = find()
         completions = language_model.generate(
@@ -203,13 +211,12 @@ def _ask(behaviour: str) -> Prompted:
 
 
 def _odds(language_model: LanguageModel, triples: Sequence[tuple[Prompt, str, str]]) -> list[float]:
-    found: list[float] = []
-    for triple in triples:
-        try:
-            found += log_odds(language_model, Contrast.from_pairs([triple], "written")).tolist()
-        except TrimtabError:  # both are the same tokens, or one is empty: neither fits better
-            found.append(0.0)
-    return found
+    try:
+        return log_odds(language_model, Contrast.from_pairs(list(triples), "written")).tolist()
+    except TrimtabError:
+        if len(triples) > 1:
+            return [odds for one in triples for odds in _odds(language_model, [one])]
+        return [0.0]  # both are the same tokens, or one is empty: neither fits better
 
 
 def kl_per_token(

@@ -2,9 +2,9 @@
 is left.
 
 Each arm is first turned as far as the limit of cost allows, so that all are compared at one cost.
-The best by some validation rows go on to more of them. Those that are left are tried at smaller
-dials too, on all rows; no other has more gain for as little cost: that is the front, and its end is
-chosen.
+The best by some validation rows go on to more of them, those that are left to all rows, and the
+best of these is tried at smaller dials too. No other has more gain for as little cost: that is the
+front, and its end is chosen, unless the answers that are written there fall apart.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,11 @@ from trimtab.dials import dial_limits
 from trimtab.figures import Estimate, mean_interval
 from trimtab.steering import Steering
 from trimtab.terminal import progress
+from trimtab.wishes.holding import Held
 from trimtab.wishes.measuring import Measures
+from trimtab.wishes.pace import Pace
 from trimtab.wishes.portfolio import Arm, Fits
-from trimtab.wishes.work import Clock, Work
+from trimtab.wishes.work import Work
 
 #: Validation rows of the rungs before the last, which takes all.
 RUNGS = (8, 16)
@@ -30,15 +33,23 @@ RUNGS = (8, 16)
 SHARE, FINALISTS = 3, 3
 #: Plain texts that are read while dials are looked for; what is left is held to all of them.
 TEXTS = 5
-#: What the finalists are tried at, as shares of the dial that the limit of cost allows.
+#: What the best one is tried at, as shares of the dial that the limit of cost allows.
 SHARES = (1.0, 0.7, 0.4, 0.2)
+#: Of so many, the best first, is looked at whether their answers hold together.
+CHECKED = 4
 #: A dial is as far as a limit allows when its cost is this share of it or more; what is aimed at;
 #: how often it is tried; how much further a try may go, and how far beyond a method's own range.
 _NEAR, _AIM, _TRIES, _GROWTH, _BEYOND = 0.85, 0.93, 8, 6.0, 100.0
 #: Dials at which the search begins: of a strength, and of an angle in degrees.
 _START = (1.0, 10.0)
 
-State = Literal["chosen", "tried", "stopped", "refused", "dear", "left out"]
+#: What a steering runs of a pass; plain texts together, and one of them, in tokens; how often a
+#: dial is tried on all of them; pairs that a training reads, counted as passes without gradients.
+_UPPER, _PLAIN, _TEXT, _SEARCHED, _TRAINING = 0.6, 1000, 55, 4, 540
+
+#: Says of a steering, and what it is known by, whether what is written under it holds together.
+Hold = Callable[[str, Callable[[], Steering]], Held | None]
+State = Literal["chosen", "tried", "stopped", "refused", "dear", "set aside", "left out"]
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """Every arm, everything that was tried on all validation rows, and what was chosen."""
+    """Every arm, everything that was tried on all validation rows, what was chosen, and whether the
+    answers that are written under it hold together (None: nobody looked)."""
 
     rows: tuple[Row, ...]
     tried: tuple[Tried, ...]
     best: Tried | None
+    held: Held | None = None
 
     @property
     def front(self) -> tuple[Tried, ...]:
@@ -99,69 +112,104 @@ class Choice:
 
 @dataclass
 class Chooser:
-    """Chooses among arms on the validation rows; `say` is told what goes on."""
+    """Chooses among arms on the validation rows; `say` is told what goes on. `pair` is how many
+    tokens a row has about, `after` how many seconds what has to come after this takes."""
 
     arms: Sequence[Arm]
     fits: Fits
     measures: Measures
     work: Work
-    clock: Clock
+    pace: Pace
     max_cost: float
+    pair: float
+    after: Callable[[], float]
     say: Callable[[str], object]
     left_out: list[str] = field(default_factory=list)
     _rows: dict[str, Row] = field(default_factory=dict)
 
-    def choose(self, reserve: float) -> Choice:
-        """The best of all arms; `reserve` is how many seconds what comes after this takes."""
-        far = self._turned_up(reserve)
+    def choose(self, hold: Hold) -> Choice:
+        """The best of all arms whose answers hold together, which `hold` says of a name and a
+        steering."""
+        far = self._turned_up()
         count = self.measures.bench.rows("validation")
         left = list(far)
         for rung, rows in enumerate(sorted({min(rows, count) for rows in RUNGS})):
             if rows == count or len(left) <= FINALISTS:
                 break
+            if not self.pace.allows(f"{rows} rows", self._reading(len(left) * rows) + self._least):
+                self.left_out.append(f"the round on {rows} validation pairs")
+                break
             self.say(f"rung {rung + 1}: {len(left)} settings on {rows} of {count} validation rows")
             left = self._rung(far, left, rows)
-        self.say(f"{len(left)} settings at {len(SHARES)} dials on all {count} validation rows")
-        tried = self._finals(far, left, reserve)
-        allowed = [one for one in tried if one.cost <= self.max_cost]
-        best = max(allowed, key=lambda one: one.gain.value, default=None)
+        self.say(f"{len(left)} settings on all {count} validation rows, the best at smaller dials")
+        tried = self._finals(far, left)
+        best, held = self._holding(tried, hold)
         if best is not None:
-            self._rows[best.arm] = replace(self._rows[best.arm], state="chosen")
+            own = replace(self._rows[best.arm], state="chosen", best=best, why="")
+            self._rows[best.arm] = own
         every = tuple(self._rows[arm.name] for arm in self.arms)
-        return Choice(every, tuple(tried), best)
+        return Choice(every, tuple(tried), best, held)
+
+    def _holding(self, tried: Sequence[Tried], hold: Hold) -> tuple[Tried | None, Held | None]:
+        """What gains most within the limit and writes answers that hold together; where none of
+        the best does, that of which most do."""
+        allowed = [one for one in tried if one.cost <= self.max_cost]
+        ranked = sorted(allowed, key=lambda one: -one.gain.value)
+        clear = [one for one in ranked if one.gain.low > 0][:CHECKED]
+        fallen: list[tuple[Tried, Held]] = []
+        for one in clear:
+            find = partial(self._steering, one.arm, one.dial)
+            held = hold(tried_key(one.arm, one.dial), find)
+            if held is None or held.holds:
+                return one, held
+            self.say(f"{one.arm} at {one.dial:.4g} is set aside: {held}")
+            row = self._rows[one.arm]
+            self._rows[one.arm] = replace(row, state="set aside", why=f"at {one.dial:.4g}, {held}")
+            fallen.append((one, held))
+        if fallen:
+            return min(fallen, key=lambda one: (one[1].steered, -one[0].gain.value))
+        return next(iter(ranked), None), None
 
     def _mark(self, arm: Arm, state: State, best: Tried | None = None, why: str = "") -> None:
         self._rows[arm.name] = Row(arm.name, arm.method.name, arm.params, state, best, why)
 
     # -- dials at the limit -----------------------------------------------------------------------
 
-    def _turned_up(self, reserve: float) -> dict[str, float]:
+    def _turned_up(self) -> dict[str, float]:
         """The dial of each arm at which plain text costs what the limit allows."""
         found: dict[str, float] = {}
         skipped: list[str] = []
-        longest = 0.0
         with progress("turning dials to the limit of cost", len(self.arms)) as advance:
             for arm in self.arms:
-                began = self.clock.seconds
-                # Of fewer than two there is nothing to choose.
-                if len(found) >= 2 and not self._has_time(arm.name, 2 * longest + reserve):
+                taken = 4 * TEXTS * _TEXT * _UPPER + (_TRAINING * self.pair if arm.trained else 0)
+                # What is found is still to be compared.
+                compared = self._reading(RUNGS[0] * (len(found) + 1)) + self._least
+                needed = self.pace.speed.seconds(taken) + compared
+                if found and not self.pace.allows(arm.name, needed):
                     self._mark(arm, "left out", why="no time was left")
                     skipped.append(arm.name)
                     continue
-                dial = self._at_limit(arm)
+                with self.pace.reading(taken):
+                    dial = self._at_limit(arm)
                 if dial is not None:
                     found[arm.name] = dial
-                # The first one takes the pass over the contrast along.
-                longest = max(longest, self.clock.seconds - began) if len(found) > 1 else 0.0
                 advance(1)
         if skipped:
             of = f"{len(skipped)} of {len(self.arms)} settings of methods"
             self.left_out.append(f"{of}: {', '.join(skipped)}")
         return found
 
-    def _has_time(self, what: str, seconds: float) -> bool:
-        """Whether there is time for something, as it was decided when it was first asked."""
-        return self.work.recall(f"time for {what}", lambda: self.clock.allows(seconds))
+    def _reading(self, rows: float, plain: float = 0.0) -> float:
+        """Seconds for so many rows, and plain texts, under a steering."""
+        return self.pace.speed.seconds(_UPPER * (rows * self.pair + plain * _PLAIN))
+
+    @property
+    def _least(self) -> float:
+        """Seconds for one setting on all rows, with the model as it is, and what has to come
+        after."""
+        rows = self.measures.bench.rows("validation")
+        unsteered = self._reading(rows, 1) / _UPPER
+        return unsteered + self._reading(rows, _SEARCHED) + self.after()
 
     def _at_limit(self, arm: Arm) -> float | None:
         why = self.fits.why_not(arm.name)
@@ -187,7 +235,7 @@ class Chooser:
         return self.work.recall(f"dial of {name} on {texts or 'all'} texts", search)
 
     def _cost(self, name: str, dial: float, texts: int | None) -> float:
-        return self.measures.cost(lambda: self._steering(name, dial), _key(name, dial), texts)
+        return self.measures.cost(lambda: self._steering(name, dial), tried_key(name, dial), texts)
 
     def _steering(self, name: str, dial: float) -> Steering:
         return replace(self.fits.steering(name), value=dial)
@@ -197,45 +245,56 @@ class Chooser:
     def _rung(self, far: Mapping[str, float], left: Sequence[str], rows: int) -> list[str]:
         """The arms that do most on so many validation rows, in the order of their gain."""
         tried = []
+        before = max((each for each in RUNGS if each < rows), default=0)
         with progress(f"{rows} validation rows", len(left)) as advance:
             for name in left:
-                tried.append(self._tried(name, far[name], rows, TEXTS))
+                with self.pace.reading(_UPPER * self.pair * (rows - before)):
+                    tried.append(self._tried(name, far[name], rows, TEXTS))
                 self._rows[name] = replace(self._rows[name], best=tried[-1])
                 advance(1)
         ranked = sorted(tried, key=lambda one: -one.gain.value)
         return [one.arm for one in ranked[: max(FINALISTS, math.ceil(len(left) / SHARE))]]
 
-    def _finals(self, far: Mapping[str, float], left: Sequence[str], reserve: float) -> list[Tried]:
-        """What is left, at every share of its dial, on all validation rows."""
+    def _finals(self, far: Mapping[str, float], left: Sequence[str]) -> list[Tried]:
+        """What is left, on all validation rows, and the best of it at every share of its dial."""
         tried: list[Tried] = []
         rows = self.measures.bench.rows("validation")
-        ends = {name: self._searched(name, far[name], None) or far[name] for name in left}
-        skipped = 0
-        longest = 0.0
-        with progress("all validation rows", len(left) * len(SHARES)) as advance:
-            for share in SHARES:
-                for name in left:
-                    began = self.clock.seconds
-                    dial = ends[name] * share
-                    if tried and not self._has_time(_key(name, dial), longest + reserve):
-                        skipped += 1
-                        continue
+        ends: dict[str, float] = {}
+        dials = 0
+        with progress("all validation rows", len(left) + len(SHARES) - 1) as advance:
+            for name in left:
+                needed = self._reading(rows, _SEARCHED) + self.after()
+                if tried and not self.pace.allows(f"{name} on all rows", needed):
+                    continue
+                with self.pace.reading(_UPPER * (rows * self.pair + _SEARCHED * _PLAIN)):
+                    ends[name] = self._searched(name, far[name], None) or far[name]
+                    tried.append(self._tried(name, ends[name], rows, None))
+                advance(1)
+            for share in SHARES[1:] if tried else ():
+                name = max(tried, key=lambda one: (one.cost <= self.max_cost, one.gain.value)).arm
+                dial = ends[name] * share
+                if not self.pace.allows(
+                    tried_key(name, dial), self._reading(rows, 1) + self.after()
+                ):
+                    continue
+                with self.pace.reading(_UPPER * (rows * self.pair + _PLAIN)):
                     tried.append(self._tried(name, dial, rows, None))
-                    longest = max(longest, self.clock.seconds - began)
-                    advance(1)
-        if skipped:
-            self.left_out.append(f"{skipped} of {len(left) * len(SHARES)} dials of the last round")
-        for name in left:
-            own = [one for one in tried if one.arm == name]
-            if own:
-                best = max(own, key=lambda one: one.gain.value)
-                self._rows[name] = replace(self._rows[name], state="tried", best=best)
+                dials += 1
+                advance(1)
+        if len(ends) < len(left):
+            self.left_out.append(f"{len(left) - len(ends)} of {len(left)} settings on all rows")
+        if tried and dials < len(SHARES) - 1:
+            missing = len(SHARES) - 1 - dials
+            self.left_out.append(f"{missing} of {len(SHARES)} dials of the best setting")
+        for name in ends:
+            best = max((one for one in tried if one.arm == name), key=lambda one: one.gain.value)
+            self._rows[name] = replace(self._rows[name], state="tried", best=best)
         return tried
 
     def _tried(self, name: str, dial: float, rows: int, texts: int | None) -> Tried:
         """On so many of the validation rows, of which those of the rungs below are known; with its
         cost on so many plain texts."""
-        key, pieces, start = _key(name, dial), [], 0
+        key, pieces, start = tried_key(name, dial), [], 0
         for stop in sorted({min(stop, rows) for stop in (*RUNGS, rows)}):
             some = self.measures.gains(
                 lambda: self._steering(name, dial), key, "validation", start, stop
@@ -246,7 +305,8 @@ class Chooser:
         return Tried(name, dial, cost, mean_interval(torch.cat(pieces)))
 
 
-def _key(name: str, dial: float) -> str:
+def tried_key(name: str, dial: float) -> str:
+    """What an arm at a dial is known by."""
     return f"{name} at {dial!r}"
 
 

@@ -14,6 +14,7 @@ from trimtab.reports import Presented, Table, cell, difference_cell, number_cell
 from trimtab.steering import Steering
 from trimtab.wishes.asking import Asked, Written
 from trimtab.wishes.choosing import Row, Tried
+from trimtab.wishes.holding import Held
 
 #: What is shown of the samples in a table.
 _SAMPLES = 4
@@ -104,8 +105,9 @@ class Made(Presented):
     `chosen` is None where nothing works: `why` says why, `advice` what to try. `unsteered` is by
     how many nats the positive side is ahead in the model as it is, on the validation rows, and how
     often it is the more probable one. `reviewed` is false where only the contrast was made, for
-    somebody to look at it. `plan` is what was planned, `left_out` what there was no time for;
-    `files` are in the directory, if there is one.
+    somebody to look at it. `plan` is what was planned, `left_out` what there was no time for,
+    `taken` how much of a contrast that was given is used, if not all; `held` is whether answers to
+    validation prompts hold together; `files` are in the directory, if there is one.
     """
 
     wish: str
@@ -125,6 +127,8 @@ class Made(Presented):
     why: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    taken: str = ""
+    held: Held | None = None
     plan: tuple[Mapping[str, Any], ...] = ()
     reviewed: bool = True
     files: tuple[str, ...] = ()
@@ -158,6 +162,20 @@ class Made(Presented):
             f"{self.max_cost:g})."
         )
 
+    def notes(self) -> list[str]:
+        """What a reader must know, in sentences."""
+        said = [self.baseline.verdict] if self.baseline and self.baseline.verdict else []
+        said += [f"{self.taken}."[0].upper() + f"{self.taken}."[1:]] if self.taken else []
+        if self.held is not None:
+            apart = (
+                ""
+                if self.held.holds
+                else "Its answers fall apart, and so do those of what came next: "
+            )
+            said.append(f"{apart}{self.held} (validation prompts).")
+        said += [*self.why, *self.advice]
+        return said + [f"Left out for lack of time: {one}." for one in self.left_out]
+
     def tables(self) -> list[Table]:
         """What was chosen beside asking, the front, every method, what it writes."""
         tables = []
@@ -185,22 +203,27 @@ class Made(Presented):
         for name, (what, tested) in named.items():
             if tested is None:
                 continue
-            fits = self.written.fits.get(name)
+            fits, held = self.written.fits.get(name), self.written.held.get(name)
+            apart = "" if held is None else f"{held.steered} of {held.n}"
             kl = "" if tested.kl is None else number_cell(tested.kl["mean"], ".3f")
             rows.append([
                 name, what, difference_cell(tested.gain), cell(tested.cost),
-                kl, cell(tested.prefers, "accuracy"), cell(fits),
+                kl, cell(tested.prefers, "accuracy"), cell(fits), apart,
             ])  # fmt: skip
         n, often = chosen.tested.gain.n, 100 * self.unsteered.get("prefers", 0.0)
         heads = [
             "", "what", "gain, nats per pair", "cost, nats/token", "KL per generated token",
             "wished-for side more probable", "what it writes fits better, nats",
+            "samples that repeat themselves",
         ]  # fmt: skip
         note = (
             f"On {n} test pairs that nothing was chosen on. Unsteered, the wished-for side is the "
-            f"more probable one of {often:.0f} % of the validation pairs. The last column is what "
-            "the model itself says of its texts."
+            f"more probable one of {often:.0f} % of the validation pairs. What it writes fits "
+            "better by what the model itself says of its texts."
         )
+        held = self.written.held.get("steered")
+        if held is not None:
+            note += f" Of its samples as it is {held.unsteered} of {held.n} repeat themselves."
         return Table("Steered, asked, both", heads, rows, note).without_empty_columns(first=4)
 
     def _front(self) -> Table:
@@ -261,6 +284,8 @@ class Made(Presented):
             "written": self.written.as_json(),
             "plan": [dict(step) for step in self.plan],
             "left_out": list(self.left_out),
+            "taken": self.taken,
+            "held": self.held and self.held.as_json(),
             "reviewed": self.reviewed,
             "model": dict(self.model),
             "seconds": self.seconds,

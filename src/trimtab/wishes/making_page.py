@@ -41,17 +41,12 @@ def made_page(found: Made, run: Run, environment: dict[str, Any]) -> str:
 
 def notes(found: Made) -> list[str]:
     """What a reader must know."""
-    said = []
-    if found.baseline is not None and found.baseline.verdict:
-        said.append(found.baseline.verdict)
-    if found.contrast is not None and (found.contrast.made or {}).get("wish"):
-        said.append(
-            "The pairs were written under instructions that ask for the wish, which speaks for "
-            "asking wherever log-odds of these pairs are compared."
-        )
-    said += found.why
-    said += found.advice
-    return said + [f"Left out for lack of time: {one}." for one in found.left_out]
+    written = found.contrast is not None and (found.contrast.made or {}).get("wish")
+    about = [
+        "The pairs were written under instructions that ask for the wish, which speaks for "
+        "asking wherever log-odds of these pairs are compared."
+    ]
+    return [*(about if written else []), *found.notes()]
 
 
 @styled
@@ -72,7 +67,8 @@ def _plane(found: Made) -> Picture:
         asked = [(one.cost, one.gain.value) for one in found.asked]
         axes.plot(*zip(*asked, strict=True), "*", color=GREEN, markersize=10, label="asked")
     if found.chosen is not None:
-        best = max(found.tried, key=lambda one: one.gain.value)
+        best = found.chosen.row.best
+        assert best is not None
         line = Line("chosen", [best.cost], [best.gain], DOWN, "D", "none")
         curve(axes, [line])
     axes.axvline(found.max_cost, color=NEUTRAL, linestyle=":", linewidth=1, label="limit of cost")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached
 from trimtab.figures import Estimate
-from trimtab.sweeps import FINE, TaskRows
+from trimtab.sweeps import FINE, TaskRows, cost_interval
 from trimtab.wishes.work import Work
 
 #: What is measured, made where its figure is not known yet.
@@ -54,25 +53,34 @@ class Measures:
     def cost(self, attached: Made, name: str, texts: int | None = None) -> float:
         """What plain text costs, in nats per token, on all of it or the first `texts`; infinite
         where numbers overflow."""
-
-        def measure() -> float | None:
-            found = self.bench.cost(attached(), texts)
-            return found if math.isfinite(found) else None
-
-        found = self._work.recall(f"cost of {name} on {texts or 'all'} texts", measure)
-        return math.inf if found is None else found
+        found = self._costs(attached, name, texts)
+        return (
+            math.inf if found is None else float(found.sum() / self.bench.text_tokens(texts).sum())
+        )
 
     def cost_interval(self, attached: Made, name: str) -> Estimate:
         """With its 95 % interval."""
+        found = self._costs(attached, name, None)
+        if found is None:
+            raise _overflow()
+        return cost_interval(found, self.bench.text_tokens())
 
-        def measure() -> list[Any]:
-            found = self.bench.cost_interval(attached())
-            return [_finite(found.value), found.low, found.high, found.n]
+    def _costs(self, attached: Made, name: str, texts: int | None) -> Tensor | None:
+        """Of each plain text, [texts] in nats; None where numbers overflow."""
 
-        return Estimate(*self._work.recall(f"interval of the cost of {name}", measure))
+        def measure() -> list[float] | None:
+            found = self.bench.text_costs(attached(), texts)
+            return found.tolist() if bool(found.isfinite().all()) else None
+
+        found = self._work.recall(f"cost of {name} on {texts or 'all'} texts", measure)
+        return None if found is None else torch.tensor(found, dtype=torch.float64)
 
 
 def _finite(value: float) -> float:
     if not math.isfinite(value):
-        raise TrimtabError("the model's numbers overflow: try --dtype float32")
+        raise _overflow()
     return value
+
+
+def _overflow() -> TrimtabError:
+    return TrimtabError("the model's numbers overflow: try --dtype float32")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ from trimtab.model import LanguageModel
 from trimtab.steering import Steering
 from trimtab.wishes.work import Work
 
-#: Where vectors are added, as shares of the depth; a shorter list for what seldom does more.
-_DEPTHS, _FEW_DEPTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8), (0.2, 0.35, 0.5)
+#: Where vectors are added, as shares of the depth, the most promising first; a shorter list for
+#: what seldom does more.
+_DEPTHS, _FEW_DEPTHS = (0.2, 0.1, 0.3, 0.4, 0.5, 0.65, 0.8), (0.35, 0.2, 0.5)
 #: Where trained methods act: what they cost does not allow more.
 _TRAINED_DEPTH = 0.4
 #: Steps of a training.
 _STEPS = 60
 #: Shares of all heads that ITI steers, and units of AUSteer.
-_HEADS, _UNITS = (0.05, 0.15), (32, 128)
+_HEADS, _UNITS = (0.05, 0.15), (128, 32)
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,15 @@ def portfolio(language_model: LanguageModel, seed: int, train: bool) -> list[Arm
     layers = _layers(anatomy.layers, _DEPTHS)
     few = _layers(anatomy.layers, _FEW_DEPTHS)
     heads = anatomy.layers * anatomy.heads
-    methods: list[Method] = [CAA(layer=layer) for layer in layers]
-    methods += [Probe(layer=layer, steer="lda") for layer in few]
-    methods += [ITI(k=max(1, round(share * heads)), seed=seed) for share in _HEADS]
-    methods += [AUSteer(locate="effect", k=k, seed=seed) for k in _UNITS]
-    methods += [AcT(site=site, causal=False) for site in ("attn_out", "ffn_out")]
+    kinds: list[list[Method]] = [
+        [CAA(layer=layer) for layer in layers],
+        [ITI(k=max(1, round(share * heads)), seed=seed) for share in _HEADS],
+        [AUSteer(locate="effect", k=k, seed=seed) for k in _UNITS],
+        [Probe(layer=layer, steer="lda") for layer in few],
+        [AcT(site=site, causal=False) for site in ("attn_out", "ffn_out")],
+    ]
+    # One of each kind after the other, so that where time is short every kind is tried.
+    methods = [one for turn in zip_longest(*kinds) for one in turn if one is not None]
     arms = [Arm(method) for method in dict.fromkeys(methods)]
     if train:
         (layer,) = _layers(anatomy.layers, (_TRAINED_DEPTH,))

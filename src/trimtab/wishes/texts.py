@@ -4,7 +4,7 @@ is a file that anybody may edit before anything is fitted on it."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ FILE = "contrast.jsonl"
 MOST: dict[Part, int] = {"train": 120, "validation": 40, "test": 100}
 #: Pairs that are shown, and characters of each text.
 _SHOWN, _WIDTH = 2, 160
-#: Questions below which too few pairs would be left to fit on.
-FEWEST_QUESTIONS = 20
 
 
-def given_contrast(source: Any, data: str | None) -> Contrast:
+@dataclass(frozen=True)
+class Given:
+    """A contrast that somebody named, if anybody did, and how much of it is taken, if not all."""
+
+    contrast: Contrast | None = None
+    taken: str = ""
+
+
+def given_contrast(source: Any, data: str | None) -> Given:
     """A contrast that somebody names, with its parts; refused where nothing can be held out."""
     found = load_contrast(str(source) if isinstance(source, Path) else source, data=data)
     if not found.paired:
@@ -42,8 +48,13 @@ def given_contrast(source: Any, data: str | None) -> Contrast:
             f"{found.name}: {why}; a steering is fitted on train rows, chosen on validation rows "
             "and measured on test rows"
         )
-    rows = tuple(row for part, most in MOST.items() for row in spread(found.part(part).rows, most))
-    return replace(found, rows=rows) if len(rows) < len(found.rows) else found
+    sizes = found.sizes
+    if all(sizes[part] <= most for part, most in MOST.items()):
+        return Given(found)
+    parts = {part: spread(found.part(part).rows, most) for part, most in MOST.items()}
+    cut = replace(found, rows=tuple(row for rows in parts.values() for row in rows))
+    said = ", ".join(f"{len(rows)} of {sizes[part]} {part}" for part, rows in parts.items())
+    return Given(cut, f"of the {len(found)} pairs of {found.name} {len(cut)} are taken: {said}")
 
 
 def begin_anew(directory: Path, given: Contrast | None) -> None:
@@ -108,8 +119,10 @@ def _written(
     )
 
 
-def say_contrast(contrast: Contrast, say: Callable[[str], object]) -> None:
+def say_contrast(contrast: Contrast, taken: str, say: Callable[[str], object]) -> None:
     """How large it is, how it came about, and some pairs of it."""
+    if taken:
+        say(taken)
     sizes = ", ".join(f"{count} {part}" for part, count in contrast.sizes.items())
     counts = (contrast.made or {}).get("counts")
     kept = f"; {counts['kept']} of {counts['written']} that were written are kept" if counts else ""

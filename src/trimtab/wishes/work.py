@@ -1,10 +1,9 @@
 """What is finished of the work, which is kept so that one that was interrupted goes on with the
-very same numbers; and the clock, by which some of it may be left out."""
+very same numbers."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,8 @@ class Work:
 
     def __init__(self, directory: Path | None, salt: str) -> None:
         self._known: dict[str, Any] = {}
+        #: How much was found now, and not by an earlier run.
+        self.found = 0
         self._journal: Journal | None = None
         if directory is None:
             return
@@ -39,26 +40,10 @@ class Work:
             if self._journal is not None:
                 self._journal.append([{"key": key, "value": found}])
             self._known[key] = found
+            self.found += 1
         value: T = self._known[key]
         return value
 
     def knows(self, key: str) -> bool:
         """Whether it was found before."""
         return key in self._known
-
-
-class Clock:
-    """How long it may take, where somebody has said so."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._began = time.monotonic()
-        self.minutes = minutes
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._began
-
-    def allows(self, seconds: float) -> bool:
-        """Whether there is time for so many seconds of work."""
-        return self.minutes is None or self.seconds + seconds <= 60 * self.minutes

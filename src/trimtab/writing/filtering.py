@@ -7,7 +7,8 @@ themselves, because small models say yes, or no, to everything: the positive ans
 negative one's, and those of an answer against those of its own words in another order.
 
 A model that does not see the difference drops the wrong rows. So what it says is used only where it
-tells the two kinds of text apart in 60 % of all cases or more. Where it is blind to the trait, the
+tells the two kinds of text apart in 60 % of all cases or more; where it does not in the first rows,
+it is asked no more. Where it is blind to the trait, the
 model that answered says whether the two answers fit their instructions or those of the other side:
 
     D = log p(a+ | i+) + log p(a- | i-) - log p(a+ | i-) - log p(a- | i+)
@@ -51,6 +52,8 @@ _NO_SCORE = -1.0
 _LOOPS = 0.3
 #: A token has no more characters than this on average, even in a text of a service.
 _PER_TOKEN = 16
+#: Rows on which it is looked first whether a judge sees the difference.
+_FIRST = 32
 #: Answers that are judged at once; a chunk is the same whatever was judged before.
 _CHUNK = 64
 
@@ -108,9 +111,8 @@ def filtered(
     by = {"trait": "scores", "coherence": "scores"}
 
     left = _left(reasons)
-    shown = scorer.trait([rows[i] for i in left])
-    separation = _how_often(*zip(*shown, strict=True)) if shown else None
-    said = [_about_trait(*each, absolute=scorer.absolute) for each in shown]
+    shown, separation = _looked(scorer, scorer.trait, [rows[i] for i in left], _separation)
+    said = [_about_trait(each[0], each[1], absolute=scorer.absolute) for each in shown]
     if not scorer.absolute:
         by["trait"] = "yes or no"
         if separation is not None and separation < SEES:
@@ -122,17 +124,37 @@ def filtered(
     _mark(reasons, left, said)
 
     left = _left(reasons)
-    scores = scorer.coherence([rows[i] for i in left])
+    # A service is not asked about shuffled words.
+    sees = _nothing if scorer.absolute else _over_shuffled
+    scores, coherence = _looked(scorer, scorer.coherence, [rows[i] for i in left], sees)
     said = [_about_coherence(each, scorer.absolute) for each in scores]
-    coherence = None
     if not scorer.absolute:
         by["coherence"] = "yes or no"
-        coherence = _over_shuffled(scores)
         if coherence is not None and coherence < SEES:
             by["coherence"], said = "plain rules", [None] * len(left)
     _mark(reasons, left, said)
     kept = tuple(rows[i] for i in _left(reasons))
     return Filtered(kept, tuple(reasons), separation, coherence, by)
+
+
+def _nothing(scores: Sequence[Any]) -> None:
+    """Nothing is known."""
+
+
+def _looked(
+    scorer: _Scorer,
+    ask: Callable[[Sequence[Answers]], list[Any]],
+    rows: Sequence[Answers],
+    sees: Callable[[Sequence[Any]], float | None],
+) -> tuple[list[Any], float | None]:
+    """What the judge says of rows, and how often it tells the two kinds of text apart. One that
+    goes by log-odds and does not see them in the first rows is not asked about the others."""
+    first = len(rows) if scorer.absolute else _FIRST
+    found = ask(rows[:first])
+    seen = sees(found)
+    if seen is None or seen >= SEES or scorer.absolute:
+        found = [*found, *ask(rows[first:])]
+    return found, sees(found)
 
 
 def _left(reasons: Sequence[str | None]) -> list[int]:
@@ -200,6 +222,11 @@ def _how_often(first: Sequence[float], second: Sequence[float]) -> float | None:
         return None
     wins = sum((one > other) + (one == other) / 2 for one in firsts for other in seconds)
     return wins / (len(firsts) * len(seconds))
+
+
+def _separation(shown: Sequence[tuple[float, float]]) -> float | None:
+    """How often a positive answer has more than a negative one."""
+    return _how_often(*zip(*shown, strict=True)) if shown else None
 
 
 def _over_shuffled(scores: Sequence[tuple[float, ...]]) -> float | None:

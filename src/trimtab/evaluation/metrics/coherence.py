@@ -8,6 +8,7 @@ perfectly; so is the first, in part; repetition and compression are there to see
 
 from __future__ import annotations
 
+import re
 import unicodedata
 import zlib
 from collections.abc import Sequence
@@ -19,6 +20,11 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, extended
 from trimtab.reading import Engine, Reading, next_tokens
 from trimtab.steering import Steering, Steerings
+
+#: Characters of a run by which a loop is seen that has no words.
+_CHARACTERS = 12
+#: A word, or a sign.
+_PIECES = re.compile(r"\w+|[^\w\s]")
 
 
 def language_consistency(text: str) -> float:
@@ -49,6 +55,15 @@ def repetition(text: str, n: int = 4) -> float:
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def looping(text: str) -> float:
+    """How much of a text is a loop: the share of its runs of four words or signs that were there
+    before, as in "1. 1.1.1.1", or of its runs of twelve characters, as in "aaaaaa", whichever is
+    more."""
+    runs = [text[i : i + _CHARACTERS] for i in range(len(text) - _CHARACTERS + 1)]
+    before = (len(runs) - len(set(runs))) / len(runs) if runs else 0.0
+    return max(before, repetition(" ".join(_PIECES.findall(text))))
 
 
 def perplexities(

@@ -154,6 +154,12 @@ function hear(turn, told) {
   const side = turn[told.side];
   if (told.kind === "dials") turn.steered && (turn.steered.dials = told.dials);
   if (told.kind === "begun") { side.gates = told.gates; foot(side); }
+  if (told.kind === "gated") {
+    side.firing = side.firing || side.steerings.map((one) => ({ name: one.name, answer: [] }));
+    told.fired.forEach((fired, i) => { side.firing[i].answer[told.place] = fired === null ? null : Number(fired); });
+    side.view.fires(told.place, told.fired.some(Boolean));
+    foot(side);
+  }
   if (told.kind === "failed") { side.ended = { reason: "failed", message: told.message }; foot(side); }
   if (told.kind === "token") {
     side.text += told.text;
@@ -229,12 +235,13 @@ function foot(side) {
   if (side.ended?.tokens !== undefined) parts.push(`${side.ended.tokens} tokens`, `${number(side.ended.tokens / Math.max(side.ended.seconds, 0.001), 2)} per second`);
   if (side.ended?.reason === "length") parts.push("cut off");
   const gates = (side.gates || []).map((gate) => h("span", { class: `gate ${gate.fired ? "fired" : ""}` }, `${gate.kind} gate ${gate.fired ? "fires" : "is closed"}: score ${number(gate.scores[0])} against ${number(gate.thresholds[0])}`));
+  const live = side.acted ? [] : (side.firing || []).filter((one) => one.answer.some((fired) => fired !== null)).map((one) => h("span", { class: "gate" }, `${one.name}: its token gate fired at ${one.answer.filter(Boolean).length} of ${one.answer.length} answer tokens so far`));
   const acted = (side.acted || []).map((one) => {
     const here = one.answer.filter((weight) => weight !== 0).length;
     const before = one.prompt.filter((weight) => weight !== 0).length;
     return h("span", { class: "gate" }, `${one.name} acted on ${before} of ${one.prompt.length} prompt tokens and ${here} of ${one.answer.length} answer tokens (${one.scopes.join(", ")})`);
   });
-  put(side.foot, side.ended?.message ? h("p", { class: "error" }, side.ended.message) : null, parts.length ? h("span", {}, parts.join(" · ")) : null, gates, acted);
+  put(side.foot, side.ended?.message ? h("p", { class: "error" }, side.ended.message) : null, parts.length ? h("span", {}, parts.join(" · ")) : null, gates, live, acted);
 }
 
 function mean(values) {

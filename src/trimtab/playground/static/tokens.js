@@ -35,7 +35,7 @@ export class Tokens {
     this.spans = [];
     if (!this.side.evidence.length) { this.element.append(this.side.text); return; }
     this.side.pieces.forEach((piece, place) => this.span(piece, this.side.evidence[place]));
-    if (this.side.acted) this.fired(this.side.acted);
+    if (this.side.acted || this.side.firing) this.fired(this.side.acted || this.side.firing);
   }
 
   add(text, evidence) {
@@ -59,6 +59,11 @@ export class Tokens {
 
   settle() {
     if (!this.side.evidence.length) put(this.element, this.side.text);
+  }
+
+  // Underlines a token at which a gate fires, while the answer is written.
+  fires(place, fired) {
+    this.spans?.[place]?.classList.toggle("acted", fired);
   }
 
   // Underlines tokens on which a steering acts.
