@@ -1,7 +1,7 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
     python benchmarks/run.py [extraction|onepass|effects|means|generation|overhead|
-                              evaluation|strength|sweeps|all]
+                              evaluation|fits|strength|sweeps|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
@@ -18,6 +18,8 @@ overhead    the same to a thousandth, of every attached kind and of the peers' a
             (overhead.py, lockstep.py)
 evaluation  tasks against the authors' way, and a task of lm-eval against its own model
             (evaluation.py)
+fits        causal AcT in one pass against a pass a site, AlphaSteer of rank one against units by
+            units, steps of training against a loop that runs every block (fits.py)
 strength    a curve of 1,025 dials against as many forward passes, budgets against forward passes
             (strength.py)
 sweeps      a grid of 169 settings of AUSteer on copa against the authors' way and a plain batched
@@ -57,6 +59,7 @@ BENCHMARKS = (
     "generation",
     "overhead",
     "evaluation",
+    "fits",
     "strength",
     "sweeps",
 )

@@ -145,6 +145,9 @@ OPTIONS: dict[str, dict[str, list[tuple[str, Any]]]] = {
         "basis": [("som", "som")],
         "compose": [("yes", True)],
         "winsorise": [("0.9", 0.9)],
+        "spare": [("texts.txt", "texts.txt")],
+        "spare_groups": [("3", 3)],
+        "spare_ridge": [("0.5", 0.5)],
         "per_layer": [("yes", True)],
         "seed": [("5", 5)],
         **{name: [("0.5", 0.5)] for name in KERNELS},
@@ -212,6 +215,8 @@ NEEDED: dict[tuple[str, str], dict[str, Any]] = {
     ("sta", "k"): {"locate": "effect"},
     ("sae", "a_max"): {"features": 7},
     ("sae", "outcomes"): {"by": "correlation"},
+    ("ablation", "spare_groups"): {"spare": "builtin:facts"},
+    ("ablation", "spare_ridge"): {"spare": "builtin:facts"},
     ("ablation", "basis"): {"directions": 2},
     ("ablation", "compose"): {"directions": 2},
     **{

@@ -213,6 +213,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "several": _always(
             tt.Ablation(layer=2, directions=3, basis="som", compose=True), EVERY - POST_NORM, _POST
         ),
+        "cleaned": _always(
+            tt.Ablation(layer=2, spare="builtin:facts", spare_groups=3), EVERY - POST_NORM, _POST
+        ),
     },
     "sas": {
         "input": _always(tt.SAS(theta=30), NONE, "absolute angle", identity=None),

@@ -31,9 +31,15 @@ from ablations import (
     writers,
 )
 from adapters import peft_model
-from helpers import IDS, language_model, plain_logits, relative
+from helpers import IDS, language_model, plain_logits, relative, token_ids
 from trimtab.contrasts import Contrast
-from trimtab.methods.ablation_directions import Winsorised, operators_of, outside
+from trimtab.methods.ablation_directions import (
+    Winsorised,
+    centroids_of,
+    cleaned,
+    operators_of,
+    outside,
+)
 from trimtab.methods.contents import describe, explain
 from trimtab.methods.kernels import Kernel
 from trimtab.methods.som import neurons
@@ -107,6 +113,70 @@ def test_taking_out_several_others_that_are_alike_takes_them_out_once() -> None:
     assert torch.allclose(outside(x[:1], [x[1], x[1] * 3]), outside(x[:1], [x[1]]))
     with pytest.raises(tt.TrimtabError, match="leave project out"):
         outside(x[:1], [x[0]])
+
+
+# -- cleaned ----------------------------------------------------------------------------------
+
+SPARED = ["A cat sat on the mat", "Two and two are four", "The train left at noon"]
+
+
+def spared_file(path: Path) -> str:
+    file = path / "spared.txt"
+    file.write_text("\n".join(SPARED), encoding="utf-8")
+    return str(file)
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.1, 1.0, 1e9])
+def test_a_cleaned_direction_by_the_spectrum_of_the_texts_to_spare(
+    tmp_path: Path, ridge: float
+) -> None:
+    """As many groups as texts, so that the centroids are the texts; the ridge along each of their
+    singular vectors."""
+    options: dict[str, Any] = {"spare": spared_file(tmp_path), "spare_groups": 3}
+    steering = tt.Ablation(layer=2, **options, spare_ridge=ridge).fit(tiny_lm(NAME), TEXTS)
+    texts = torch.stack([hidden(NAME, token_ids(text))[2, -1] for text in SPARED]).double()
+    centroids = torch.stack([unit(each) for each in texts])
+    delta = unit(difference_of(NAME, TEXTS.train, 2, -1)).double()
+    _, sizes, vectors = torch.linalg.svd(centroids, full_matrices=False)
+    rest = delta.clone()
+    for size, vector in zip(sizes, vectors, strict=True):
+        rest -= size**2 / (size**2 + ridge) * (vector @ delta) * vector
+    r = direction_of(steering).double()
+    assert relative(r, unit(rest)) < 1e-4
+    along = (centroids @ r).abs().max()
+    if ridge < 1e-6:
+        assert along < 1e-4
+    if ridge > 1e6:
+        assert relative(r, delta) < 1e-4
+        assert along > 1e-3
+    assert steering.findings["spared"]["texts"] == 3
+    assert "3 groups of other texts" in " ".join(explain(steering))
+
+
+def test_groups_of_texts_to_spare_are_those_that_are_alike() -> None:
+    noise = torch.randn(20, 6, generator=torch.Generator().manual_seed(3)).double()
+    middles = torch.eye(6).double()[[0, 2]] * 5
+    texts = torch.cat([middles[i % 2][None] + 0.01 * noise[i][None] for i in range(20)])
+    found = centroids_of(texts, 2, seed=0)
+    wanted = torch.stack([unit(texts[i::2].mean(0)) for i in range(2)])
+    order = (found @ wanted.T).argmax(0)
+    assert torch.allclose(found[order], wanted)
+    assert torch.equal(found, centroids_of(texts, 2, seed=0))
+    with pytest.raises(tt.TrimtabError, match="5 groups of texts to spare are asked for, and 2"):
+        centroids_of(texts[[0, 1, 0, 1, 0]], 5, seed=0)
+    with pytest.raises(tt.TrimtabError, match="raise spare_ridge"):
+        cleaned(middles[:1] / 5, middles[:1] / 5, 1e-9)
+
+
+def test_a_projected_direction_is_outside_the_negative_mean_though_it_is_cleaned(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {"spare": spared_file(tmp_path), "spare_groups": 2}
+    steering = tt.Ablation(layer=2, project="negative", **options).fit(tiny_lm(NAME), TEXTS)
+    mean = states(TEXTS.train, 2)[1].mean(0)
+    assert abs(float(unit(mean) @ direction_of(steering).double())) < 1e-4
+    several = tt.Ablation(layer=2, directions=2, **options).fit(tiny_lm(NAME), TEXTS)
+    assert basis_of(several).shape == (2, 48)
 
 
 # -- winsorised -------------------------------------------------------------------------------
@@ -338,6 +408,8 @@ def test_what_does_not_go_together_is_refused() -> None:
         ({"basis": "som"}, "for several directions"),
         ({"directions": 0}, "1 or more"),
         ({"winsorise": 0.0}, "above 0"),
+        ({"spare_groups": 3}, "are for texts to spare"),
+        ({"spare": "builtin:facts", "spare_ridge": 0.0}, "above 0"),
         ({"project": "both"}, "project is 'both'"),
         ({"attn_max": 1.0}, "a kernel needs attn_position too"),
         ({"where": "norms", "per_layer": True}, "where = writers"),

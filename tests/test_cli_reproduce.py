@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from commands import Command, home, refused, trimtab, work
+from services import Reply, serving
+from test_steering_table import write_set
 from trimtab.papers.recipe import recipes
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
@@ -85,6 +87,21 @@ def test_on_a_tiny_model(trimtab: Command, work: Path) -> None:
             "reproduce ss-dial --model model --scale full --prompts none.jsonl --contrast a.jsonl",
             ["none.jsonl", "no such file"],
         ),
+        (
+            "reproduce austeer-fig1 --model model --judge local:model",
+            ["austeer-fig1 at scale smoke has no use for --judge"],
+        ),
+        ("reproduce persona-curves --model model --judge magic", ["local:MODEL, chat:NAME"]),
+        ("reproduce persona-curves --model model --judge chat:", ["local:MODEL, chat:NAME"]),
+        ("reproduce persona-curves --model model --judge chat:j", ["needs --judge-url"]),
+        (
+            "reproduce persona-curves --model model --judge-url http://localhost:1",
+            ["--judge-url is for a judge at an address"],
+        ),
+        (
+            "reproduce persona-curves --model model --judge local:model --judge-timeout 3",
+            ["--judge-timeout is for a judge at an address"],
+        ),
     ],
 )
 def test_refused(trimtab: Command, line: str, words: list[str]) -> None:
@@ -98,3 +115,30 @@ def test_hardware_is_checked_before_the_model_is_loaded(
     line = "reproduce austeer-fig1 --model meta-llama/Llama-2-7b-chat-hf"
     said = refused(trimtab(line), "16 GB of GPU memory", "LLaMA2-7B-Chat", "--force")
     assert "0 GB" in said
+
+
+@pytest.mark.slow
+def test_a_judge_at_an_address_rates_answers(
+    trimtab: Command, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole recipe, with a judge who says 1 to everything; and with none."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    data = Path(write_set(work))
+    for end in ("train", "eval"):
+        file = data / "axbench" / f"tiny_{end}.jsonl"
+        file.rename(file.with_name(f"concept10_prod_2b_l20_v1_{end}.jsonl"))
+    line = f"reproduce axbench-steering --model model --data {data} -o runs/judged"
+    names = ["unsteered", "Prompt", "DiffMean", "Probe", "Linear-AcT", "ReFT-r1", "RePS"]
+    with serving(lambda _: Reply({"choices": [{"message": {"content": "1"}}]})) as service:
+        found = trimtab(f"{line} --judge chat:j --judge-url {service.url} --json").json
+        asked = len(service.requests)
+    assert {name: found["values"][name]["value"]["value"] for name in names} == dict.fromkeys(
+        names, pytest.approx(1.0)
+    )
+    assert asked > 30
+    assert any(f"j at {service.url}" in note for note in found["notes"])
+    refused(trimtab(line), "judge")  # another judge is another run
+    offline = trimtab(f"{line.replace('judged', 'offline')} --json").json
+    assert list(offline["values"]) == [f"{name} (offline judge)" for name in names]
+    assert any("its figures are not the paper's" in note for note in offline["notes"])

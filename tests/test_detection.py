@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def test_a_vector_at_each_layer_and_strength(tmp_path: Path) -> None:
     lm = language_model("llama")
     contrast = tt.Contrast.from_jsonl(write_pairs(tmp_path / "pairs.jsonl").partition(":")[2])
     found = layer_curves(
-        lm, contrast, layers=[0, 2], strengths=[-1.0, 1.0], fixed={"token": "mean"}, limit=6,
-        new_tokens=4,
+        lm, contrast, layers=[0, 2], strengths=[-1.0, 1.0], limit=6, new_tokens=4,
+        method={"method": "caa", "fixed": {"token": "mean"}},
     )  # fmt: skip
     places = {(one["layer"], one["strength"]): one for one in found.data["places"]}
     assert list(places) == [(0, -1.0), (0, 1.0), (2, -1.0), (2, 1.0)]
@@ -114,3 +115,51 @@ def test_a_vector_at_each_layer_and_strength(tmp_path: Path) -> None:
         gain = tt.log_odds(lm, validation, vector.at(1.0)) - tt.log_odds(lm, validation)
         chosen[layer] = float(gain.mean())
     assert found.data["chosen_layer"] == max(chosen, key=lambda layer: chosen[layer])
+
+
+class Scoring:
+    """A judge whose scores are those of a plain rule: how many letters an answer has, and of what
+    its question is made."""
+
+    name = "rule"
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def ask(self, conversations: Any) -> list[str]:
+        self.seen += conversations
+        return [self._score(*(one["content"] for one in each)) for each in conversations]
+
+    @staticmethod
+    def _score(system: str, user: str) -> str:
+        answer = user.split("<answer>\n")[1].removesuffix("\n</answer>")
+        if "coherent" not in system:
+            return str(min(100, len(answer)))
+        return "refusal" if len(answer) % 2 else "50"
+
+
+def test_a_judge_scores_what_is_written_at_each_place(tmp_path: Path) -> None:
+    lm = language_model("llama")
+    contrast = tt.Contrast.from_jsonl(write_pairs(tmp_path / "pairs.jsonl").partition(":")[2])
+    method = {"method": "caa", "fixed": {"token": "mean"}}
+    asked: dict[str, Any] = {"layers": [1], "strengths": [4.0], "limit": 6, "new_tokens": 4}
+    asked |= {"method": method, "pairs": 8}
+    with pytest.raises(tt.TrimtabError, match="does not say in words what the trait is"):
+        layer_curves(lm, contrast, judge=Scoring(), **asked)
+    judge = Scoring()
+    told = replace(contrast, behaviour="write formally")
+    found = layer_curves(lm, told, judge=judge, **asked)
+    assert all("write formally" in each[0]["content"] for each in judge.seen[:1])
+    train = contrast.train.take(8)
+    vector = tt.CAA(layer=1, token="mean").fit(lm, train, measure=False).at(4.0)
+    prompts = list(dict.fromkeys(pair.prompt for pair in contrast.part("test").pairs[:6]))
+    unsteered, steered = found.data["judged"]["places"]
+    for one, steering in ((unsteered, None), (steered, vector)):
+        written = lm.generate(prompts, steering=steering, chat=False, max_new_tokens=4)
+        lengths = [len(each.text) for each in written]
+        assert one["trait"]["value"] == pytest.approx(sum(map(float, lengths)) / len(lengths))
+        even = sum(length % 2 == 0 for length in lengths)
+        assert one["coherence"] is None if not even else one["coherence"]["n"] == even
+    assert found.values["layer 1, strength 4, trait score"].value == steered["trait"]["value"]
+    assert any("rule scores answers by 'write formally'" in note for note in found.notes)
+    assert len(found.tables) == len(found.pictures) == 2

@@ -26,7 +26,7 @@ from trimtab.papers.studies import WITHOUT_MODEL, find_study
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
 GIVEN = {"prompts": "p.jsonl", "contrast": "c.jsonl", "data": "d", "seed": 3, "force": True}
-GIVEN |= {"model": "m"}
+GIVEN |= {"model": "m", "judge": "chat:j"}
 
 
 def uses(one: Recipe, scale: str) -> set[str]:
@@ -36,8 +36,8 @@ def uses(one: Recipe, scale: str) -> set[str]:
     own = one.scale(scale).data
     if used or (one.data if own is None else own):
         used.add("data")
-    if "seed" in inspect.signature(find_study(one.study)).parameters:
-        used.add("seed")
+    takes = inspect.signature(find_study(one.study)).parameters
+    used |= {name for name in ("seed", "judge") if name in takes}
     if one.study not in WITHOUT_MODEL:
         used.add("model")
     if one.study not in WITHOUT_MODEL and one.needs:

@@ -433,6 +433,17 @@ class Harness:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Brought:
+    """What a recipe wants the user to bring, and who judges: a chat model."""
+
+    heading = "Rows"
+
+    prompts: str | None = option("File of prompts, where a recipe runs on yours.", None)
+    contrast: Any = option("Contrast, where a recipe runs on yours.", None)
+    judge: Any = option("Chat model that judges, where a recipe has texts judged.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Keep:
     """Where a run is kept."""
 

@@ -14,7 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.options import Answering, Choosing, Prompting, option
 
 if TYPE_CHECKING:
-    from trimtab.evaluation import ChatEndpoint, Judging
+    from trimtab.evaluation import Chat, ChatEndpoint, Judging
     from trimtab.serving import VLLM
     from trimtab.sweeps import Measured
 
@@ -101,18 +101,64 @@ class Judges:
         return Judging(self.toxicity, tuple(judges), preference)
 
     def _endpoint(self, name: str) -> ChatEndpoint:
-        from trimtab.evaluation import ChatEndpoint
+        return _endpoint_of(self, name)
 
-        if self.judge_url is None:
-            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
-        return ChatEndpoint(
-            self.judge_url,
-            name,
-            self.judge_key_env,
-            self.judge_concurrency,
-            self.judge_timeout,
-            prices=_prices(self.judge_prices),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class ChatJudge:
+    """The chat model that judges texts, where one does."""
+
+    heading = "Judges"
+
+    judge: str | None = option(
+        "Who judges texts, where a recipe has them judged: local:MODEL (a chat model), or "
+        "chat:NAME at --judge-url.",
+        None,
+    )
+    judge_url: str | None = option("Base URL of an OpenAI-compatible API.", None)
+    judge_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
+    judge_concurrency: int = option("Calls under way at once.", 8)
+    judge_timeout: float = option("Seconds to wait for an answer.", 60.0)
+    judge_prices: str | None = option(
+        "Prices per million tokens, read and written: 0.15,0.60.", None
+    )
+
+    def __post_init__(self) -> None:
+        kind, _, name = (self.judge or "").partition(":")
+        if self.judge is not None and not (name and kind in ("local", "chat")):
+            raise TrimtabError(f"--judge {self.judge}: known are local:MODEL, chat:NAME")
+        for item in fields(self):
+            if item.name != "judge" and kind != "chat" and getattr(self, item.name) != item.default:
+                flag = f"--{item.name.replace('_', '-')}"
+                raise TrimtabError(f"{flag} is for a judge at an address: --judge chat:NAME")
+        if kind == "chat" and self.judge_url is None:
+            raise TrimtabError(f"--judge {self.judge} needs --judge-url")
+        _prices(self.judge_prices)
+
+    def chat(self, opened: Opened) -> Chat | None:
+        """The chat model; one that is loaded here is held as the model that is judged."""
+        from trimtab.evaluation import LocalChat
+
+        kind, _, name = (self.judge or "").partition(":")
+        if kind == "local":
+            return LocalChat(open_beside(opened, name))
+        return _endpoint_of(self, name) if name else None
+
+
+def _endpoint_of(asked: Judges | ChatJudge, name: str) -> ChatEndpoint:
+    """The judge at an address."""
+    from trimtab.evaluation import ChatEndpoint
+
+    if asked.judge_url is None:
+        raise TrimtabError(f"--judge chat:{name} needs --judge-url")
+    return ChatEndpoint(
+        asked.judge_url,
+        name,
+        asked.judge_key_env,
+        asked.judge_concurrency,
+        asked.judge_timeout,
+        prices=_prices(asked.judge_prices),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +228,14 @@ def say_costs(judging: Judging) -> None:
     """What judges behind an address were asked, and what it cost."""
     for name, cost in costs(judging).items():
         console.print(f"judge {name}: {cost}", style="dim")
+
+
+def say_cost(judge: Chat | None) -> None:
+    """The same of one judge."""
+    from trimtab.evaluation import ChatEndpoint
+
+    if isinstance(judge, ChatEndpoint):
+        console.print(f"judge {judge.name}: {judge.usage}", style="dim")
 
 
 def _read(template: Path) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter, validators
 
 from trimtab.cli.common import console, open_model, print_json
-from trimtab.cli.options import Data, Json, OpenedIfNamed
+from trimtab.cli.judging import ChatJudge, say_cost
+from trimtab.cli.options import Json, OpenedIfNamed
 from trimtab.cli.tables import show
 from trimtab.errors import TrimtabError
 from trimtab.options import Keep, option
@@ -23,10 +24,13 @@ _AS_IT_IS = vars(OpenedIfNamed())
 
 @dataclass(frozen=True, kw_only=True)
 class Brought:
-    """What a recipe wants the user to bring."""
+    """What a recipe runs on, and what it wants the user to bring."""
 
     heading = "Rows"
 
+    data: str | None = option(
+        "Directory of data sets (default: the environment's TRIMTAB_DATA).", None
+    )
     prompts: str | None = option("File of prompts, where a recipe runs on yours.", None)
     contrast: str | None = option("Contrast, where a recipe runs on yours.", None)
 
@@ -41,8 +45,8 @@ def reproduce(
     scale: Annotated[
         str, Parameter(help="smoke (does it run), small, or full (as published).")
     ] = "smoke",
-    data: Data = None,
     brought: Brought = Brought(),
+    judging: ChatJudge = ChatJudge(),
     listed: Annotated[bool, Parameter(name="--list", help="All recipes.", negative=())] = False,
     seed: Annotated[
         int | None,
@@ -72,25 +76,27 @@ def reproduce(
     recipe = papers.find_recipe(name)
     if scale not in papers.SCALES:
         raise TrimtabError(f"unknown scale {scale!r}: known are {', '.join(papers.SCALES)}")
-    said = {"data": data, "seed": seed, "force": force or None}
+    said = {"data": brought.data, "seed": seed, "force": force or None, "judge": judging.judge}
     if recipe.study in papers.WITHOUT_MODEL:
         said |= {name: value for name, value in vars(opened).items() if value != _AS_IT_IS[name]}
     papers.check_used(recipe, scale, said)
-    papers.check_ready(recipe, scale, data, asdict(brought))
+    own = {"prompts": brought.prompts, "contrast": brought.contrast}
+    papers.check_ready(recipe, scale, brought.data, own)
     language_model = None
     if recipe.study not in papers.WITHOUT_MODEL:
         if opened.model is None:
             raise TrimtabError(f"{name} runs on a model: name it with --model")
         papers.check_needs(recipe, opened.model, papers.billions_in(opened.model), force)
         language_model = open_model(opened)
+    judge = judging.chat(opened)
     done = papers.reproduce(
         language_model,
         name,
         scale=scale,
-        data=data,
+        data=brought.data,
         output=keep.output,
-        prompts=brought.prompts,
-        contrast=brought.contrast,
+        **own,
+        judge=judge,
         seed=seed or 0,
         overwrite=keep.overwrite,
         force=force,
@@ -99,6 +105,7 @@ def reproduce(
         print_json(done.as_json())
         return
     _show(done, keep.output)
+    say_cost(judge)
 
 
 def _list(as_json: bool) -> None:

@@ -25,6 +25,15 @@ from trimtab.evaluation.metrics.judges import (
     PhraseJudge,
     PolyGuardJudge,
 )
+from trimtab.evaluation.metrics.ratings import (
+    RATINGS,
+    ChatRater,
+    OfflineRater,
+    Rater,
+    Rating,
+    offline_rater,
+    overall,
+)
 from trimtab.evaluation.metrics.toxicity import Scorer
 from trimtab.evaluation.per_token import Continuations, NextTokens, TokenKL, neutral
 from trimtab.evaluation.prompted import (

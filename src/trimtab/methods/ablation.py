@@ -27,7 +27,9 @@ The direction in other ways: `project` leaves the negative side's mean alone,
 where r is read, or also (`biprojected`) at the output of the block that is edited; `directions`
 takes the span of several out (by SVD of the differences, or by a map of the positive texts,
 `basis="som"`, whose authors take them out one after the other: `compose`); `winsorise` clips each
-activation at a quantile of its units' sizes, before the mean; `layer=12.4` lies between the
+activation at a quantile of its units' sizes, before the mean; `spare` takes out of the direction
+what it has, by a ridge, of the means of groups of other texts (spectral cleaning, "SRA", arXiv
+2601.08489), so that what the model does with these changes less; `layer=12.4` lies between the
 directions of blocks 12 and 13, `per_layer` takes out at each block its own. How much of the dial
 each block gets is 1, or a kernel over depth (see kernels.py), for attention and for FFN by itself;
 the embedding then stays as it is. `trimtab sweep ablation --search pareto` finds kernels.
@@ -69,12 +71,15 @@ from trimtab.methods.ablation_directions import (
     Source,
     Winsorised,
     between,
+    centroids_of,
+    cleaned,
     found_directions,
     operators_of,
     outside,
 )
 from trimtab.methods.kernels import Kernel, ranges_of_kernels
 from trimtab.methods.norms import read_sites
+from trimtab.methods.protected import about_texts, last_tokens, protected_texts
 from trimtab.methods.words import read_at
 from trimtab.model import LanguageModel
 from trimtab.steering import Ablate, Add, Dial, Intervention, Positions, Scope, Steering
@@ -88,6 +93,7 @@ Texts = Annotated[tuple[str, ...], Says("must be several: write ({value!r},)")]
 Depth = Annotated[float, Field(gt=0, le=1), Says("must lie between 0 and 1, not {value}")]
 Several = Annotated[int, Field(ge=1), Says("must be 1 or more, not {value}")]
 Quantile = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
+Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
 Share = Annotated[float, Field(ge=0, le=1), Says("must lie between 0 and 1, not {value}")]
 Blocks = Annotated[float, Field(ge=0, lt=1e5), Says("must be a number of blocks, not {value}")]
 #: A block, or a number between two, and a token from the end.
@@ -158,6 +164,20 @@ class Ablation(Method):
         default=1.0,
         metadata={"help": "Quantile of an activation's units at which all are clipped; 1: none."},
     )
+    spare: str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts to change little: a contrast's file (both its sides), builtin:NAME, or "
+            "a .txt with a text a line."
+        },
+    )
+    spare_groups: Several = field(
+        default=8, metadata={"help": "spare: into how many groups of like texts they fall."}
+    )
+    spare_ridge: Positive = field(
+        default=0.1,
+        metadata={"help": "spare: the ridge; the larger, the less is taken out of the direction."},
+    )
     per_layer: bool = field(
         default=False, metadata={"help": "Take out at each block the direction of its output."}
     )
@@ -175,7 +195,7 @@ class Ablation(Method):
     ffn_position: Number | None = field(default=None, metadata={"help": "As attn_position."})
     ffn_min: Share | None = field(default=None, metadata={"help": "As attn_min."})
     ffn_distance: Blocks | None = field(default=None, metadata={"help": "As attn_distance."})
-    seed: Count = field(default=0, metadata={"help": "For basis som."})
+    seed: Count = field(default=0, metadata={"help": "For basis som, and for the groups of spare."})
 
     name = "ablation"
     dial = "amount"
@@ -188,6 +208,8 @@ class Ablation(Method):
                 object.__setattr__(self, "layer", int(self.layer))  # it is frozen
         if self.layer is not None and len(self.tokens or ()) > 1:
             raise TrimtabError("ablation: with a layer, tokens must name one")
+        if self.spare is None and (self.spare_groups != 8 or self.spare_ridge != 0.1):
+            raise TrimtabError("ablation: spare_groups and spare_ridge are for texts to spare")
         if self.tokens == () or self.targets == ():
             raise TrimtabError("ablation: tokens and targets must name some, or be left out")
         if self.per_layer and (self.layer is not None or len(self.tokens or ()) > 1):
@@ -306,7 +328,6 @@ class Ablation(Method):
     def build(
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
-        anatomy = language_model.anatomy
         findings: dict[str, Any] = {}
         candidates = self._candidates(language_model, contrast)
         place = next(iter(candidates))
@@ -319,19 +340,22 @@ class Ablation(Method):
         elif not any(_difference(statistics, each).any() for each in candidates[place]):
             raise TrimtabError(f"ablation: the two sides do not differ at block {layer}'s input")
         findings |= {"source_site": where, "token": token}
-        interventions = self._interventions(anatomy, statistics, candidates, place)
+        findings |= self._spared(language_model, statistics, candidates)[1]
+        interventions = self._interventions(language_model, statistics, candidates, place)
         dial = Dial("amount", self.amount, (-1.0, 1.0))
         return new_steering(self, language_model, contrast, interventions, dial, findings=findings)
 
     def _interventions(
         self,
-        anatomy: Anatomy,
+        language_model: LanguageModel,
         statistics: Statistics,
         candidates: Mapping[Place, tuple[Source, ...]],
         place: Place,
     ) -> list[Intervention]:
         """The directions of a place, or each block's own, at all sites that are edited."""
+        anatomy = language_model.anatomy
         scope, found = Scope.of(self.positions), []
+        spared = self._spared(language_model, statistics, candidates)[0]
         made: dict[str | None, list[Ablate]] = {}
         for site in self._sites(anatomy, int(place[0])):
             block, weight = parse_site(site)[0], self._weight(site)
@@ -341,7 +365,7 @@ class Ablation(Method):
             edited = stream if self.per_layer or self.project == "biprojected" else None
             if edited not in made:
                 own = (float(block or 0), place[1]) if self.per_layer else place
-                directions = self._directions(statistics, candidates[own], edited)
+                directions = self._directions(statistics, candidates[own], edited, spared)
                 made[edited] = operators_of(directions, self.compose)
             found += [Intervention(site, each, scope, weight) for each in made[edited]]
         if not found:
@@ -363,13 +387,45 @@ class Ablation(Method):
         kernel = self._kernels.get(kind.partition("_")[0])
         return 1.0 if kernel is None else kernel.weight(block)
 
+    def _spared(
+        self,
+        language_model: LanguageModel,
+        statistics: Statistics,
+        candidates: Mapping[Place, tuple[Source, ...]],
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """By site the means of the groups of texts to spare, and what these were; nothing where
+        there are none."""
+        if self.spare is None:
+            return {}, {}
+        source, count = self.spare, self.spare_groups
+        sites = tuple(dict.fromkeys(one.site for some in candidates.values() for one in some))
+
+        def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            texts = protected_texts(source)
+            reads = Winsorised(self.winsorise)
+            found = {
+                site: centroids_of(reads(x), count, self.seed)
+                for site, x in last_tokens(language_model, texts, sites).items()
+            }
+            return found, {"spared": about_texts(source, texts)}
+
+        key = ("ablation spare", source, count, self.seed, self.winsorise, sites)
+        return statistics.once(key, read)
+
     def _directions(
-        self, statistics: Statistics, sources: Sequence[Source], edited: str | None
+        self,
+        statistics: Statistics,
+        sources: Sequence[Source],
+        edited: str | None,
+        spared: Mapping[str, Tensor],
     ) -> Tensor:
-        """What is taken out, [k, units] in float64; `edited` is the stream where it is."""
+        """What is taken out, [k, units] in float64; `edited` is the stream where it is, `spared`
+        what is to be changed little."""
         found = []
         for source in sources:
             of = found_directions(statistics, source, self.directions, self.basis, self.seed)
+            if source.site in spared:
+                of = cleaned(of, spared[source.site], self.spare_ridge)
             if self.project != "none":
                 others = [source]
                 if self.project == "biprojected":
@@ -389,7 +445,6 @@ class Ablation(Method):
         candidates: Mapping[Place, tuple[Source, ...]],
     ) -> tuple[Place, dict[str, Any]]:
         """The (block, token) whose direction lowers the score most, and what was measured."""
-        anatomy = language_model.anatomy
         validation = validation_part(self.name, contrast)
         if self.typical:
             kept = self._typical(language_model, validation).tolist()
@@ -408,7 +463,7 @@ class Ablation(Method):
                     idle += 1
                     continue
                 try:
-                    ablating = self._interventions(anatomy, statistics, candidates, place)
+                    ablating = self._interventions(language_model, statistics, candidates, place)
                 except TrimtabError as error:  # as where there are fewer directions than asked for
                     unfound.append(error)
                     continue
@@ -476,6 +531,11 @@ class Ablation(Method):
         ]
         if said.get("project", "none") != "none":
             lines.append("What lies along the negative texts' mean is left as it is.")
+        if "spared" in found:
+            lines.append(
+                f"As far as a ridge has it, what {said['spare_groups']} groups of other texts "
+                f"({found['spared']['source']}) have of it is taken out of the direction first."
+            )
         chosen = found.get("chosen")
         if chosen:
             lines.append(

@@ -7,7 +7,10 @@ of finding them.
     som        neuron_j - mean(h^neg) for the k neurons of a self-organising map of the positive
                texts that most texts are nearest to
 
-`outside` takes out of directions what lies along others, so that ablating leaves these alone.
+`outside` takes out of directions what lies along others, so that ablating leaves these alone;
+`cleaned` as much of it as a ridge leaves, where the others are means of groups of texts:
+
+    r <- unit(r - C (C'C + lambda I)^-1 C'r),    C the groups' means, each of length 1
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,6 +139,39 @@ def outside(directions: Tensor, others: Sequence[Tensor]) -> Tensor:
             "left of it: leave project out"
         )
     return rest.div(sizes)
+
+
+def centroids_of(texts: Tensor, count: int, seed: int) -> Tensor:
+    """The means of so many groups of texts [texts, units], each of length 1: [count, units] in
+    float64, by k-means."""
+    from sklearn.cluster import KMeans
+
+    x = texts.double().cpu().numpy()
+    distinct = len(np.unique(x, axis=0))
+    if count > distinct:
+        raise TrimtabError(
+            f"ablation: {count} groups of texts to spare are asked for, and {distinct} texts "
+            "differ: ask for fewer (spare_groups), or give more texts"
+        )
+    found = KMeans(count, n_init=4, random_state=seed).fit(x).cluster_centers_
+    centroids = torch.from_numpy(found).double()
+    return centroids.div(centroids.norm(dim=-1, keepdim=True))
+
+
+def cleaned(directions: Tensor, centroids: Tensor, ridge: float) -> Tensor:
+    """Directions [k, units] without their ridge projection on centroids, of length 1 again."""
+    gram = centroids @ centroids.T
+    system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+    along = torch.linalg.solve(system, centroids @ directions.T)  # [centroids, k]
+    rest = directions - along.T @ centroids
+    sizes = rest.norm(dim=-1, keepdim=True)
+    if not (sizes > _LEFT * directions.norm(dim=-1, keepdim=True)).all():
+        raise TrimtabError(
+            "ablation: a direction lies in the span of the texts to spare, so that nothing is left "
+            "of it: raise spare_ridge, or ask for fewer groups (spare_groups)"
+        )
+    clean: Tensor = rest.div(sizes)
+    return clean
 
 
 def between(low: Tensor, high: Tensor, share: float) -> Tensor:

@@ -28,9 +28,8 @@ from pydantic import Field
 from torch import Tensor
 
 from trimtab.anatomy import Anatomy
-from trimtab.contrasts import Contrast, Pair, Prompt
+from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.files import json_digest, user_path
 from trimtab.fitting import (
     POSITIONS_HELP,
     Method,
@@ -42,9 +41,9 @@ from trimtab.fitting import (
     new_steering,
 )
 from trimtab.methods.caa import residual_sites
-from trimtab.model import LanguageModel, read_prompts
+from trimtab.methods.protected import about_texts, last_tokens, protected_texts
+from trimtab.model import LanguageModel
 from trimtab.steering import (
-    READS_LAST,
     Affine,
     Dial,
     Intervention,
@@ -52,7 +51,6 @@ from trimtab.steering import (
     Scope,
     Steering,
 )
-from trimtab.terminal import progress
 
 Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
@@ -157,16 +155,13 @@ class AlphaSteer(Method):
         self, language_model: LanguageModel, sites: Sequence[str]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Activations of the protected texts' last tokens at each site, and what they were."""
-        texts = _texts(self.protect)
+        texts = protected_texts(self.protect)
         if len(texts) < _HELD_OUT:
             raise TrimtabError(
                 f"alphasteer: {self.protect} has {len(texts)} texts: {_HELD_OUT} are the least, of "
                 "which one says how well they are left alone"
             )
-        lm = language_model
-        with progress("reading protected texts", len(texts)) as advance:
-            read = read_prompts(lm.anatomy, lm.marks, sites, READS_LAST, lm.fitting(texts), advance)
-        return read, {"source": self.protect, "texts": len(texts), "digest": json_digest(texts)}
+        return last_tokens(language_model, texts, sites), about_texts(self.protect, texts)
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:
@@ -202,25 +197,3 @@ def gate_of(steered: Tensor, protected: Tensor, share: float, ridge: float) -> T
 
 def _mean_of(texts: Tensor, u: Tensor) -> float:
     return float((texts.double() @ u).mean())
-
-
-def _texts(source: str) -> list[Prompt]:
-    """Protected texts: lines of a .txt, or a contrast's two sides, whole."""
-    kind, _, name = source.partition(":")
-    path = user_path(source)
-    if kind != "builtin" and path.suffix.lower() == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrimtabError(f"cannot read {source}: {error}") from error
-        return [line for line in lines if line.strip()]
-    contrast = Contrast.builtin(name) if kind == "builtin" else Contrast.from_file(source)
-    texts: list[Prompt] = []
-    for row in contrast.rows:
-        if not isinstance(row, Pair):
-            texts.append(row.text)
-        elif isinstance(row.prompt, str):
-            texts += [row.prompt + row.positive, row.prompt + row.negative]
-        else:  # a conversation is protected as it is before it is answered
-            texts.append(row.prompt)
-    return texts

@@ -9,26 +9,20 @@ how often a text about the concept scores above another one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import data_directory
 from trimtab.figures import Estimate, auroc_interval, mean_interval
-from trimtab.files import read_jsonl
 from trimtab.model import LanguageModel
 from trimtab.monitoring import projections
+from trimtab.papers.axbench import NONE, concepts_of, first_tokens, read_set
 from trimtab.papers.effects import fitted
 from trimtab.papers.result import StudyResult, Value, value_of
 from trimtab.reports import Picture, Table, cell, forest, one_line_each, panels, styled
 from trimtab.terminal import progress
-
-#: The directory of AxBench's files, and what they are called behind the set's name.
-_FOLDER, _TRAIN, _TEST = "axbench", "_train.jsonl", "_eval.jsonl"
-_COLUMNS = ("input", "output", "output_concept", "category", "concept_id")
 
 
 def detection(
@@ -48,15 +42,14 @@ def detection(
     columns. `concepts` takes the first ones, `train_texts` and `test_texts` so many of each side.
     Texts are read up to `max_length` tokens, instruction and answer as plain text.
     """
-    train, test = (_rows(data, texts_of + end) for end in (_TRAIN, _TEST))
-    others = [row for row in train if row["concept_id"] == "-1"][:train_texts]
-    known = {row["concept_id"]: row["output_concept"] for row in train}
-    asked = [one for one in known if one != "-1"][:concepts]
-    if not others or not asked:
+    train, test = (read_set(texts_of, part, data) for part in ("train", "test"))
+    others = [row for row in train if row["concept_id"] == NONE][:train_texts]
+    known = concepts_of(train, concepts)
+    if not others or not known:
         raise TrimtabError(f"{texts_of} has no texts of a concept, or none of no concept")
     found: dict[str, dict[str, Estimate]] = {}
-    with progress("finding concepts", len(asked)) as advance:
-        for concept in asked:
+    with progress("finding concepts", len(known)) as advance:
+        for concept in known:
             shown = [row for row in train if row["concept_id"] == concept][:train_texts]
             contrast = Contrast.from_texts(
                 [_cut(language_model, row, max_length) for row in shown],
@@ -79,20 +72,6 @@ def detection(
     )
 
 
-def _rows(data: str | None, file: str) -> list[dict[str, Any]]:
-    """The rows of one of AxBench's files, with what is read of them."""
-    directory = data_directory(data)
-    path = Path(_FOLDER, file) if directory is None else directory / _FOLDER / file
-    if directory is None or not path.is_file():
-        raise TrimtabError(f"there is no {_FOLDER}/{file} in the directory of data sets (--data)")
-    rows = read_jsonl(path)
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in _COLUMNS if name not in row]
-        if missing:
-            raise TrimtabError(f"{path}, line {number}: {missing[0]} is missing")
-    return [{**row, "concept_id": str(row["concept_id"])} for row in rows]
-
-
 def _held_out(
     rows: Sequence[dict[str, Any]], concept: str, most: int | None
 ) -> tuple[list[dict[str, Any]], torch.Tensor]:
@@ -108,10 +87,7 @@ def _held_out(
 
 def _cut(language_model: LanguageModel, row: Mapping[str, Any], most: int) -> str:
     """Instruction and answer as one text of at most so many tokens."""
-    text = f"{row['input']}\n{row['output']}"
-    tokenizer = language_model.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return text if len(ids) <= most else str(tokenizer.decode(ids[:most]))
+    return first_tokens(language_model, f"{row['input']}\n{row['output']}", most)
 
 
 def _aurocs(

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
+from trimtab.options import Brought, flat
 from trimtab.papers.analyses import ANALYSES
 from trimtab.papers.recipe import (
     SCALES,
@@ -117,6 +117,7 @@ class Reproduction:
         }
 
 
+@flat
 def reproduce(
     language_model: LanguageModel | None,
     name: str,
@@ -124,8 +125,7 @@ def reproduce(
     scale: ScaleName = "smoke",
     data: str | Path | None = None,
     output: str | Path | None = None,
-    prompts: str | None = None,
-    contrast: Contrast | str | None = None,
+    own: Brought = Brought(),
     seed: int = 0,
     overwrite: bool = False,
     force: bool = False,
@@ -134,12 +134,14 @@ def reproduce(
 
     `scale` is smoke (a look whether it runs), small (minutes to an hour on a small model) or full
     (as published). `data` names the directory of data sets; `prompts` (a file) and `contrast` (a
-    contrast or its source) are what some recipes want the user to bring. `output` names a run
+    contrast or its source) are what some recipes want the user to bring, and `judge` (an endpoint,
+    or a model by LocalChat) rates texts where a recipe has them rated. `output` names a run
     directory, in which a run that was interrupted goes on. `force` runs a recipe also where the
     hardware is not what it needs.
     """
     recipe = find_recipe(name)
-    brought = {"prompts": prompts, "contrast": contrast}
+    brought = {"prompts": own.prompts, "contrast": own.contrast}
+    check_used(recipe, scale, {"judge": own.judge})
     source = None if data is None else str(data)
     parts = recipe.parts(scale)
     check_ready(recipe, scale, source, brought)
@@ -160,6 +162,7 @@ def reproduce(
         "parts": described(resolved),
         "seed": seed,
         "model": model,
+        **({} if own.judge is None else {"judge": own.judge.name}),
     }
     run = Run(output, config, overwrite)
     if overwrite and run.path is not None:
@@ -168,8 +171,8 @@ def reproduce(
     found, used = {}, {}
     with _left_in_order(run), progress(recipe.name, len(resolved)) as advance:
         for part, args in resolved.items():
-            own = None if run.path is None else run.path / "parts" / (_file(part) or "all")
-            shared = {"data": source, "seed": seed, "output": own}
+            kept = None if run.path is None else run.path / "parts" / (_file(part) or "all")
+            shared = {"data": source, "seed": seed, "output": kept, "judge": own.judge}
             if language_model is None:
                 found[part], used[part] = run_study(recipe.study, None, args, **shared), Used()
             else:
@@ -233,7 +236,7 @@ def options_of(recipe: Recipe, scale: str) -> set[str]:
     """What a user may say of a recipe at a scale, beside how the model is held."""
     takes = inspect.signature(find_study(recipe.study)).parameters
     brought = brought_at(recipe, scale)
-    used = {*brought, *(("seed",) if "seed" in takes else ())}
+    used = {*brought, *(name for name in ("seed", "judge") if name in takes)}
     if recipe.data_at(scale) or brought:  # a contrast that is brought may be task:NAME
         used.add("data")
     if recipe.study not in WITHOUT_MODEL:

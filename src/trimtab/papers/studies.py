@@ -20,6 +20,7 @@ from trimtab.papers.facts import footprint, overview, prompts, sizes
 from trimtab.papers.layer_curves import layer_curves
 from trimtab.papers.recipe import described
 from trimtab.papers.result import StudyResult, Value, contrast_of
+from trimtab.papers.steering_table import steering_table
 from trimtab.papers.strength.curves import curves
 from trimtab.papers.strength.one_layer import one_layer
 from trimtab.papers.strength.theory import theory
@@ -42,6 +43,7 @@ STUDIES: dict[str, Study] = {
     "harness": harness,
     "sheet": sheet,
     "detection": detection,
+    "steering-table": steering_table,
     "layer-curves": layer_curves,
 }
 #: Those that no model takes part in.

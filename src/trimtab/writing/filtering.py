@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trimtab.contrasts import Contrast, Part, Prompt, plain
-from trimtab.evaluation import ChatEndpoint, repetition
+from trimtab.evaluation import Chat, ChatEndpoint, repetition
 from trimtab.model import LanguageModel
 from trimtab.reading import log_odds
 from trimtab.terminal import progress
@@ -339,6 +339,18 @@ class _Scorer:
             scores = map(score, self.judge.ask(messages))
             return [_NO_SCORE if each is None else each for each in scores]
         return yes_odds(self.judge, [_filled(request, self.wish, *each) for each in chunk])
+
+
+def trait_and_coherence(
+    chat: Chat, trait: str, asked: Sequence[tuple[str, str]]
+) -> list[tuple[float | None, float | None]]:
+    """Of questions with their answers both scores from 0 to 100 that a chat model gives: how far an
+    answer shows a trait, and how coherent it is; None where it gave no score, as for a refusal."""
+    found = []
+    for request in (TRAIT_SCORE, COHERENCE_SCORE):
+        replies = chat.ask([_to_score(request, trait, *each) for each in asked])
+        found.append([score(reply) for reply in replies])
+    return list(zip(*found, strict=True))
 
 
 def yes_odds(judge: LanguageModel, questions: Sequence[str]) -> list[float]:

@@ -1,0 +1,262 @@
+"""Fits against the authors' ways, each written anew from its formulas: AcT, AlphaSteer, training.
+
+act         causal Mean-AcT at the FFN outputs of all blocks: all texts advance block by block
+            once, against a pass for each site up to it, with the maps below it active
+alphasteer  u of the rank-one map u r' by Cholesky in the directions that are left, against the
+            authors' matrix of units by units, P (X'X + lambda P)^+ X' R with a pseudo-inverse; the
+            same tokens are then steered by either
+training    steps of SSV at block 12 of 30, against a plain loop that runs every block for each
+            step; both take the same steps on the same batch
+
+Before anything is timed it is checked that both ways come to the same. What is kept of AlphaSteer
+is counted in numbers, 2 d against d d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from clock import Contender, Report, interleaved, ratio
+from torch import Tensor
+
+import trimtab as tt
+from trimtab.methods.alphasteer import gate_of
+from trimtab.reading import encode_contrast
+
+MODEL = "smollm2-135m-instruct"
+PAIRS, TRAINED, STEPS, BLOCK, RATE = 12, 4, 6, 12, 0.01
+#: Of AlphaSteer: units, texts to steer, protected texts, tokens that are steered.
+UNITS, STEERED, PROTECTED, TOKENS = 1024, 200, 2000, 4096
+TOLERANCE = 1e-2
+
+Say = Callable[[str], None]
+
+
+def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
+    lm = tt.load(MODEL, device="cpu")
+    contrast = tt.Contrast.builtin("formality").part("train").take(pairs or PAIRS)
+    return [
+        _act(lm, contrast, rounds, say),
+        *_alphasteer(rounds, say),
+        _training(lm, contrast.take(TRAINED), rounds, say),
+    ]
+
+
+def _run(way: Callable[[], Any]) -> Contender:
+    """A way to be timed, whatever it returns."""
+
+    def run() -> None:
+        way()
+
+    return run
+
+
+def _check(what: str, ours: Tensor, theirs: Tensor) -> float:
+    apart = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+    if not apart < TOLERANCE:
+        raise tt.TrimtabError(f"{what}: the two ways differ by {apart:.2g}")
+    return apart
+
+
+# -- AcT ------------------------------------------------------------------------------------------
+
+
+def _act(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> Report:
+    method = tt.AcT(site="ffn_out", slope="one")
+    sides = [
+        [list(row.texts()[side]) for row in encode_contrast(lm, contrast, None)] for side in (0, 1)
+    ]
+    ours = partial(method.fit, lm, contrast, measure=False)
+    theirs = partial(_site_by_site, lm, *sides)
+    say("fits: checking that both ways find the same maps")
+    found = [each.operator for each in ours().interventions]
+    maps = theirs()
+    apart = max(_check("act", one.shift, other) for one, other in zip(found, maps, strict=True))
+    say(f"fits: act, {rounds} rounds")
+    times = interleaved({"one pass": _run(ours), "a pass a site": _run(theirs)}, rounds)
+    return Report(
+        "fits: causal AcT, SmolLM2 135M, 30 sites",
+        len(contrast),
+        times,
+        [ratio("a pass a site / one pass", times["a pass a site"], times["one pass"])],
+        {"unit": "pairs", "apart": apart},
+    )
+
+
+class _Enough(Exception):  # noqa: N818 - no error: the rest of a pass is not wanted
+    pass
+
+
+def _site_by_site(
+    lm: tt.LanguageModel, positive: Sequence[list[int]], negative: Sequence[list[int]]
+) -> list[Tensor]:
+    """The shift of each block's FFN output, in a pass of all texts for each."""
+    body: Any = lm.model.model
+    texts = [*positive, *negative]
+    maps: list[Tensor] = []
+    for block in body.layers:
+        seen = torch.zeros(len(texts), lm.anatomy.width("layers.0.ffn_out"))
+        for start in range(0, len(texts), 8):
+            ids, mask = _padded(texts[start : start + 8])
+
+            see = partial(_means, mask=mask, into=seen[start : start + 8])
+            with torch.no_grad(), _carried(body, maps):
+                hook = block.mlp.register_forward_hook(see)
+                try:
+                    body(input_ids=ids, attention_mask=mask, use_cache=False)
+                except _Enough:
+                    pass
+                finally:
+                    hook.remove()
+        maps.append(seen[: len(positive)].mean(0) - seen[len(positive) :].mean(0))
+    return maps
+
+
+def _means(module: Any, args: Any, x: Tensor, mask: Tensor, into: Tensor) -> None:
+    """The mean of each text's tokens, and the end of the pass."""
+    real = mask[..., None]
+    into.copy_((x * real).sum(1) / real.sum(1))
+    raise _Enough
+
+
+@contextmanager
+def _carried(body: Any, maps: Sequence[Tensor]) -> Iterator[None]:
+    """The maps that there are so far, at work."""
+
+    def carry(module: Any, args: Any, x: Tensor, shift: Tensor) -> Tensor:
+        return x + shift
+
+    hooks = [
+        block.mlp.register_forward_hook(partial(carry, shift=shift))
+        for block, shift in zip(body.layers, maps, strict=False)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _padded(texts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, texts))
+    ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    return ids, mask
+
+
+# -- AlphaSteer -----------------------------------------------------------------------------------
+
+
+def _alphasteer(rounds: int, say: Say) -> list[Report]:
+    made = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -2, UNITS, dtype=torch.float64)
+    benign = torch.randn(PROTECTED, UNITS, generator=made, dtype=torch.float64) * spread
+    harmful = torch.randn(STEERED, UNITS, generator=made, dtype=torch.float64) * 0.3 + 0.2
+    r = torch.randn(UNITS, generator=made, dtype=torch.float64)
+    ours = partial(gate_of, harmful, benign, 0.5, 10.0)
+    theirs = partial(_matrix, harmful, benign, r, 0.5, 10.0)
+    u, matrix = ours(), theirs()
+    apart = _check("alphasteer", u[:, None] * r, matrix)
+    x = torch.randn(TOKENS, UNITS, generator=made)
+    vector, gate, whole = r.float(), u.float(), matrix.float()
+    say(f"fits: alphasteer, {rounds} rounds")
+    fitted = interleaved({"rank one": _run(ours), "d × d": _run(theirs)}, rounds)
+    steered = interleaved(
+        {
+            "rank one": lambda: _discard(x + (x @ gate)[:, None] * vector),
+            "d × d": lambda: _discard(x + x @ whole),
+        },
+        rounds,
+    )
+    kept = {"rank one": 2 * UNITS, "d × d": UNITS * UNITS}
+    facts = {"unit": "units", "apart": apart, "numbers kept": kept}
+    return [
+        Report(
+            name,
+            UNITS,
+            times,
+            [ratio("d × d / rank one", times["d × d"], times["rank one"])],
+            facts,
+        )
+        for name, times in (
+            ("fits: AlphaSteer, the fit of one site", fitted),
+            (f"fits: AlphaSteer, {TOKENS:,} tokens steered", steered),
+        )
+    ]
+
+
+def _discard(x: Tensor) -> None:
+    del x
+
+
+def _matrix(harmful: Tensor, benign: Tensor, r: Tensor, share: float, ridge: float) -> Tensor:
+    """The map of units to units, for activations as rows: null space, then a ridge towards r."""
+    _, _, rows = torch.linalg.svd(benign.T @ benign)
+    q = rows[-int(share * len(r)) :].T
+    p = q @ q.T
+    x = harmful @ p
+    wanted = r.expand(len(x), -1)
+    return p @ torch.linalg.pinv(x.T @ x + ridge * p, rtol=1e-9, hermitian=True) @ x.T @ wanted
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+def _training(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> Report:
+    method = tt.SSV(
+        layer=BLOCK, steps=STEPS, batch=len(contrast), learning_rate=RATE, patience=0, alpha=1.0
+    )
+    ours = partial(method.fit, lm, contrast, measure=False)
+    rows = encode_contrast(lm, contrast, None)
+    texts = [(list(row.texts()[0]), row.answers[0]) for row in rows]
+    theirs = partial(_plain_loop, lm, texts)
+    say("fits: checking that both ways learn the same")
+    learnt: Any = ours().interventions[0].operator
+    apart = _check("training", learnt.vector, theirs())
+    say(f"fits: training, {rounds} rounds")
+    times = interleaved({"trimtab": _run(ours), "every block": _run(theirs)}, rounds)
+    return Report(
+        f"fits: {STEPS} steps of SSV at block {BLOCK} of 30, SmolLM2 135M",
+        len(contrast),
+        times,
+        [ratio("every block / trimtab", times["every block"], times["trimtab"])],
+        {
+            "unit": "texts",
+            "apart": apart,
+            "steps per CPU second": {name: STEPS / min(each.cpu) for name, each in times.items()},
+        },
+    )
+
+
+def _plain_loop(lm: tt.LanguageModel, texts: Sequence[tuple[list[int], int]]) -> Tensor:
+    """The vector after the steps, the whole model run in each."""
+    model: Any = lm.model
+    vector = torch.full((lm.anatomy.width(f"layers.{BLOCK}.resid"),), 0.01, requires_grad=True)
+    optimizer = torch.optim.AdamW([vector], lr=RATE, weight_decay=0.0)
+    ids, mask = _padded([text for text, _ in texts])
+    hook = model.model.layers[BLOCK].register_forward_hook(
+        lambda module, args, out: (
+            (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
+        )
+    )
+    try:
+        for step in range(STEPS):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            optimizer.zero_grad()
+            log_p = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.log_softmax(
+                -1
+            )
+            losses = []
+            for row, (text, start) in enumerate(texts):
+                places = torch.arange(start - 1, len(text) - 1)
+                losses.append(-log_p[row, places, ids[row, places + 1]].mean())
+            torch.stack(losses).mean().backward()
+            torch.nn.utils.clip_grad_norm_([vector], 1.0)
+            optimizer.step()
+    finally:
+        hook.remove()
+    return vector.detach()
