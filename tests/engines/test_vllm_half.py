@@ -45,7 +45,7 @@ def steerings_of(lm: tt.LanguageModel) -> dict[str, tt.Steering]:
     turn = random_operator("Turn", 6, width)
     return {
         "added": steer_at(lm, "resid", layer=12, seed=2).at(6),
-        "heads": one(lm, "layers.10.heads", seed=3).at(0.5),
+        "heads": one(lm, "layers.10.heads", seed=3).at(3),
         "turned": steer(lm, *((f"layers.{i}.ffn_norm", turn) for i in range(8, 20)), alpha=70.0),
     }
 
