@@ -81,6 +81,7 @@ def main(folder: Path) -> None:
         said["cached"] = again[::-1] == said["texts"]["vllm"]
         found = log_p_of(engine.next_tokens(readings, each), len(readings))
         tt.generate_file(lm, rows, folder / "out.jsonl", engine=engine, **options)
+    engine_options["hooks"] = ["resid"]  # it starts at the evaluation, before the sweep says where
     with tt.VLLM(lm, model=folder / "model", **engine_options) as engine:
         said["evaluated"]["vllm"] = figures(tt.evaluate(lm, parts, steering=steered, engine=engine))
         said["swept"]["vllm"] = trials(tt.sweep(lm, "caa", parts, space, **asked, engine=engine))
