@@ -55,6 +55,15 @@ def test_limits_of_the_penalty_and_a_true_null_space() -> None:
     assert sizes[-1] == pytest.approx(0, abs=1e-4)
 
 
+def test_fewer_protected_texts_than_units_leave_nothing_to_chance() -> None:
+    """In another basis the same directions are found, where their order among equals is another."""
+    h, b = draw(0, 8), draw(1, 6)
+    turned = torch.linalg.qr(draw(3, 24)).Q
+    u = gate_of(h, b, 0.4, 1.0)
+    assert relative(turned @ gate_of(h @ turned, b @ turned, 0.4, 1.0), u) < 1e-9
+    assert float((b @ u).abs().max()) < 1e-9
+
+
 def test_what_is_fitted_is_read_at_last_tokens(tmp_path: Path) -> None:
     lm = language_model("llama")
     protected = [f"The rudder number {i} turns ship {i * 7 % 5}" for i in range(15)]

@@ -12,6 +12,9 @@ at the protected ones, B (rows are activations): with Q the directions in which 
 The authors solve for a matrix of units by units; because each row of their target is the same r, it
 is of rank one, u r', and two vectors say all of it: steering by r with a gate that is linear.
 
+With fewer protected texts than units many directions have no energy at all, and which of them come
+first is chance: Q has all of these then, be they more than the share.
+
 The authors' code reads the last token of a padded batch and adds one vector to every token of a
 prompt's first pass: here each token is steered by what it is itself, in the prompt and after it.
 Protected texts that u was not fitted on say how well it leaves them alone: `findings["gate"]`.
@@ -56,6 +59,8 @@ Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1,
 Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
 #: Of so many protected texts one is kept to say how well they are left alone.
 _HELD_OUT = 5
+#: Energy below this share of the largest is none.
+_NO_ENERGY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ class AlphaSteer(Method):
         },
     )
     share: Share = field(
-        default=0.5, metadata={"help": "Share of directions, those of least protected energy."}
+        default=0.5,
+        metadata={
+            "help": "Share of directions, those of least protected energy (at least those of none)."
+        },
     )
     ridge: Positive = field(default=10.0, metadata={"help": "lambda, the penalty on u."})
     positions: Positions = field(default="all", metadata={"help": POSITIONS_HELP})
@@ -180,13 +188,17 @@ class AlphaSteer(Method):
 
 def gate_of(steered: Tensor, protected: Tensor, share: float, ridge: float) -> Tensor:
     """u, [units] in float64, of activations [texts, units] that are to be steered and of protected
-    ones; `share` is how many of all directions it may use, those of least protected energy."""
+    ones; `share` is how many of all directions it may use, those of least protected energy. Where
+    more of them have none at all, as with fewer texts than units, it may use all of these: which
+    ones a decomposition names first is chance."""
     h, b = steered.double(), protected.double()
     units = h.shape[1]
     count = int(share * units)
     if count < 1:
         raise TrimtabError(f"alphasteer: a share of {share:g} of {units} units is none of them")
-    _, vectors = torch.linalg.eigh(b.T @ b)  # the smallest first
+    energies, vectors = torch.linalg.eigh(b.T @ b)  # the smallest first
+    none = energies <= _NO_ENERGY * energies[-1]
+    count = max(count, int(none.sum()))
     q = vectors[:, :count]
     seen = h @ q
     system = seen.T @ seen + ridge * torch.eye(count, dtype=torch.float64)

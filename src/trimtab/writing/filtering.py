@@ -273,6 +273,8 @@ class _Scorer:
     def __init__(self, judge: Writer, wish: str, work: Work) -> None:
         self.judge, self.wish, self.work = judge, wish, work
         self.absolute = isinstance(judge, ChatEndpoint)
+        #: What was said of questions and answers, by label.
+        self._known: dict[str, dict[tuple[str, str], float]] = {}
 
     def trait(self, rows: Sequence[Answers]) -> list[tuple[float, float]]:
         """Of each row the positive and the negative answer's score, or log-odds of yes in nats."""
@@ -314,8 +316,13 @@ class _Scorer:
         return self._in_chunks("instruction", rows, odds)
 
     def _scores(self, label: str, asked: Sequence[tuple[str, str]], request: str) -> list[float]:
-        """A number for each question and answer."""
-        return self._in_chunks(label, asked, lambda chunk: self._asked(chunk, request))
+        """A number for each question and answer, and one for those that are alike: read in another
+        batch it would differ by rounding, and a text from itself."""
+        known = self._known.setdefault(label, {})
+        new = [each for each in dict.fromkeys(asked) if each not in known]
+        found = self._in_chunks(label, new, lambda chunk: self._asked(chunk, request))
+        known.update(zip(new, found, strict=True))
+        return [known[each] for each in asked]
 
     def _in_chunks(
         self, label: str, items: Sequence[Item], ask: Callable[[Sequence[Item]], list[float]]
