@@ -147,9 +147,11 @@ def evaluate(
         )
         count = len(subjects) * len(jobs)
         each = one_by_one(runs) if engine is None else in_turns(runs, "evaluating", count)
-        for name, records in each:
-            if records:
-                run.append([{"steering": name, **record} for record in records])
+        # Closed at once if writing fails, or the model would stay steered for a while.
+        with closing(each) as batches:
+            for name, records in batches:
+                if records:
+                    run.append([{"steering": name, **record} for record in records])
         for job in jobs:
             if isinstance(job, TaskJob) and job.task.pairwise:
                 reason = _incomparable(preference, subjects)

@@ -6,7 +6,7 @@ whoever has his turn takes the next step for everybody.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing
 from typing import TypeVar
 
@@ -20,16 +20,16 @@ Works = Iterable[tuple[Key, Generator[list[Some]]]]
 _BEGUN = 64
 
 
-def one_by_one(works: Works[Key, Some]) -> Iterator[tuple[Key, list[Some]]]:
-    """All that one gives, and then all that the next one does."""
+def one_by_one(works: Works[Key, Some]) -> Generator[tuple[Key, list[Some]]]:
+    """All that one gives, and then all that the next one does; who does not want all of it closes
+    it."""
     for key, work in works:
-        # Closed at once if writing fails, or the model would stay steered for a while.
         with closing(work) as batches:
             for records in batches:
                 yield key, records
 
 
-def in_turns(works: Works[Key, Some], what: str, count: int) -> Iterator[tuple[Key, list[Some]]]:
+def in_turns(works: Works[Key, Some], what: str, count: int) -> Generator[tuple[Key, list[Some]]]:
     """A batch of each, again and again, until none has any more; a bar is called `what`, and there
     are `count` in all."""
     left = iter(works)

@@ -21,7 +21,7 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import Asked, NextTokens, Repeated, drift, engine_of, evaluate
+from trimtab.evaluation import AnsweredBy, Asked, NextTokens, Repeated, drift, engine_of, evaluate
 from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
@@ -89,7 +89,7 @@ def compare(
     comparing: Comparing = Comparing(),
     on: FitOn = FitOn(),
     rows: Rows = Rows(),
-    measured: Measured = Measured(),
+    measured: Measured = Measured(answering=AnsweredBy()),
     prompting: Prompting = Prompting(),
     oracle: bool = False,
     keep: Keep = Keep(),

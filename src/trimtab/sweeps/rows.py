@@ -22,7 +22,6 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Part, Prompt, last_message, shared_rows
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
-    AnsweredBy,
     Asked,
     Attached,
     Judging,
@@ -86,7 +85,7 @@ class Measured:
     judges."""
 
     choosing: Choosing = Choosing()
-    answering: Answering = AnsweredBy()
+    answering: Answering = Answering()
     judging: Judging = Judging()
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluation import Asked
+from trimtab.evaluation import AnsweredBy, Asked
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel
@@ -58,7 +58,7 @@ def sweep(
     on: FitOn = FitOn(),
     rows: Rows = Rows(),
     searching: Search = Search(),
-    measured: Measured = Measured(),
+    measured: Measured = Measured(answering=AnsweredBy()),
     keep: Keep = Keep(),
 ) -> Sweep:
     """Try settings of a method on a task, choose on its validation rows, report on its test rows.
