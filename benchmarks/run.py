@@ -1,7 +1,7 @@
 """Benchmarks of trimtab against the authors' code, other libraries and the bare model.
 
     python benchmarks/run.py [extraction|onepass|effects|means|generation|overhead|
-                              evaluation|fits|strength|sweeps|all]
+                              evaluation|fits|strength|sweeps|playground|all]
                              [--rounds 5] [--pairs N] [--data DIR] [--out FILE.json]
 
 extraction  AUSteer's sign counts at `heads` and `ffn_out` of all layers, on COPA and BoolQ, against
@@ -24,6 +24,10 @@ strength    a curve of 1,025 dials against as many forward passes, budgets again
             (strength.py)
 sweeps      a grid of 169 settings of AUSteer on copa against the authors' way and a plain batched
             evaluation (sweeps.py)
+playground  a chat on the playground's server, with its evidence and without, against plain
+            generation (playground.py)
+
+What steering costs in vLLM is measured by serving.py, in an environment of its own.
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and
@@ -62,6 +66,7 @@ BENCHMARKS = (
     "fits",
     "strength",
     "sweeps",
+    "playground",
 )
 #: Those that read data sets.
 ON_DATA = ("extraction", "evaluation", "sweeps")
