@@ -511,7 +511,7 @@ class WishTexts(PersonaAmounts):
     some minutes."""
 
     pairs: int = option("Pairs of instructions, one for the wish and one against it.", 3, least=1)
-    questions: int = option("Questions, half of them for fitting.", 32, least=1)
+    questions: int = option("Questions, half of them for fitting.", 28, least=1)
     max_new_tokens: int = option("Tokens of an answer.", 48, least=1)
     opposite: str | None = option(
         "What the other side is, in a few words (default: what is known of the wish's words).", None
