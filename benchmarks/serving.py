@@ -37,7 +37,7 @@ CONTENDERS = {
     "plugin, a direction at one block": ("plugin", -1),
     "plugin, units of all heads": ("plugin", 1),
     "plugin, 16 different": ("plugin", 16),
-    "plugin, 64 different": ("plugin", 64),
+    "plugin, all different": ("plugin", 64),
     "baked": ("baked", 0),
     "LoRA, nothing steered": ("lora", 0),
     "LoRA, units of all heads": ("lora", 1),
@@ -95,25 +95,16 @@ def prepared(folder: Path, requests: int, new: int) -> Path:
     direction, units = tt.fit(
         [tt.CAA(layer=LAYER, alpha=1.0), tt.AUSteer(site="heads", k=UNITS, alpha=1.0)], lm, contrast
     )
-    different = [
-        fitted.at(0.5 + number / 64)
-        for number, fitted in enumerate(
-            tt.fit(
-                [
-                    tt.AUSteer(site="heads", k=UNITS, locate="random", seed=seed, alpha=1.0)
-                    for seed in range(64)
-                ],
-                lm,
-                contrast,
-            )
-        )
-    ]
+    drawn = [tt.AUSteer(site="heads", k=UNITS, locate="random", seed=seed, alpha=1.0)
+             for seed in range(16)]  # fmt: skip
+    fitted = tt.fit(drawn, lm, contrast.take(8))
+    different = [one.at(dial) for dial in (0.5, 1.0, 1.5, 2.0) for one in fitted]
     every = [direction, units, *different]
     for number, one in enumerate(every):
         one.save(folder / f"{number}.safetensors")
     base = lm.save_pretrained(folder / "base")
     adapter = tt.export(lm, units, "lora", folder / "adapter")
-    tt.bake(lm, units, folder / "baked")
+    tt.bake(lm, units).save_pretrained(folder / "baked")
     sites = [*lm.anatomy.sites("heads"), *sites_of([direction])]
     texts = [f"{n}. {text[:200]}" for n, text in enumerate(plain_texts()[:requests], 1)]
     job = {
