@@ -81,7 +81,8 @@ def generate_file(
     file, target = user_path(source), user_path(output)
     rows = read_rows(file, row_steerings(steering))
     options = {"max_new_tokens": 64, **options}
-    prompts = _prompts(language_model, rows, file, chat, int(options["max_new_tokens"]), engine)
+    new = int(options["max_new_tokens"])
+    prompts, lengths = _prompts(language_model, rows, file, chat, new, engine)
     _check_steerings(language_model, rows, file, force, engine)
     settings = {
         "engine": "transformers" if engine is None else engine.name,
@@ -99,7 +100,8 @@ def generate_file(
         missing = [kept.missing(row) for row in rows]
         if any(missing):
             if engine is None:
-                made = _by_transformers(language_model, rows, prompts, missing, force, options)
+                given = {**options, "force": force}
+                made = _by_transformers(language_model, rows, prompts, lengths, missing, given)
             else:
                 acting = [row.steerings for row in rows]
                 made = engine.written(prompts, acting, missing, **options)
@@ -123,17 +125,19 @@ def _prompts(
     chat: bool | None,
     new: int,
     engine: Engine | None,
-) -> list[Prompt]:
-    """The prompts as they are asked; one that is too long is refused, with its line."""
+) -> tuple[list[Prompt], list[int]]:
+    """The prompts as they are asked, and how many tokens each has; one that is too long is refused,
+    with its line."""
     prompts = language_model.prompts([row.given for row in rows], chat)
     longest = language_model.max_length if engine is None else engine.longest
-    for row, tokens in zip(rows, language_model.encode(prompts), strict=True):
-        if not tokens or len(tokens) + new > longest:
+    lengths = [len(tokens) for tokens in language_model.encode(prompts)]
+    for row, length in zip(rows, lengths, strict=True):
+        if not length or length + new > longest:
             raise TrimtabError(
-                f"{file}, line {row.line}: a prompt of {len(tokens)} tokens and {new} new ones do "
+                f"{file}, line {row.line}: a prompt of {length} tokens and {new} new ones do "
                 f"not go into the {longest} tokens that {language_model.name} takes"
             )
-    return prompts
+    return prompts, lengths
 
 
 def _check_steerings(
@@ -189,20 +193,19 @@ def _by_transformers(
     language_model: LanguageModel,
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
+    lengths: Sequence[int],
     missing: Sequence[bool],
-    force: bool,
     options: Mapping[str, Any],
 ) -> _Made:
     """Batches of prompts of similar length, planned over all rows, so that those that are left
     after an interruption are the very same. Each has a seed of its own where there is one."""
     settings = dict(options)
     size, seed = int(settings.get("batch_size", 16)), settings.pop("seed", None)
-    lengths = [len(tokens) for tokens in language_model.encode(prompts)]
     for number, batch in enumerate(batches_by_length(lengths, rows=max(1, size))):
         if not any(missing[i] for i in batch):
             continue
         own = {} if seed is None else {"seed": seed_of(seed, number)}
-        yield _answered(language_model, rows, prompts, batch, {**settings, **own, "force": force})
+        yield _answered(language_model, rows, prompts, batch, {**settings, **own})
 
 
 def _answered(
