@@ -36,27 +36,55 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judges:
-    """Who judges texts."""
+class JudgedAt:
+    """Who judges texts, and where it is asked."""
 
     heading = "Judges"
 
-    toxicity: str = option("Toxicity scorer: offline, detoxify, or a URL.", "offline")
-    judge: Sequence[str] = option(
-        "Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat model) "
-        "or chat:NAME at --judge-url; repeat. The first local: or chat: compares answers in bpo.",
-        (),
-    )
+    judge: Any = None
     judge_url: str | None = option("Base URL of an OpenAI-compatible API.", None)
     judge_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedAt(JudgedAt):
+    """The same, and how a judge at an address is asked."""
+
     judge_concurrency: int = option("Calls under way at once.", 8)
     judge_timeout: float = option("Seconds to wait for an answer.", 60.0)
     judge_prices: str | None = option(
         "Prices per million tokens, read and written: 0.15,0.60.", None
     )
+
+    def endpoint(self, name: str) -> ChatEndpoint:
+        """The judge at an address."""
+        from trimtab.evaluation import ChatEndpoint
+
+        if self.judge_url is None:
+            raise TrimtabError(f"--judge chat:{name} needs --judge-url")
+        return ChatEndpoint(
+            self.judge_url,
+            name,
+            self.judge_key_env,
+            self.judge_concurrency,
+            self.judge_timeout,
+            prices=_prices(self.judge_prices),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges(AskedAt):
+    """Who judges texts: any number of judges."""
+
+    judge: Sequence[str] = option(
+        "Who judges texts: phrases, harmbench:MODEL, polyguard:MODEL, local:MODEL (a chat model) "
+        "or chat:NAME at --judge-url; repeat. The first local: or chat: compares answers in bpo.",
+        (),
+    )
     judge_template: Path | None = option(
         "HarmBench's prompt, with {behavior} and {generation}.", None
     )
+    toxicity: str = option("Toxicity scorer: offline, detoxify, or a URL.", "offline")
 
     def __post_init__(self) -> None:
         if self.judge_url is not None and not any(spec.startswith("chat:") for spec in self.judge):
@@ -90,7 +118,7 @@ class Judges:
             elif name and kind == "polyguard":
                 judges.append(PolyGuardJudge(model(name)))
             elif name and kind in ("local", "chat"):
-                chat = LocalChat(model(name)) if kind == "local" else self._endpoint(name)
+                chat = LocalChat(model(name)) if kind == "local" else self.endpoint(name)
                 preference = preference or chat
                 judges.append(ChatJudge(chat))
             else:
@@ -100,27 +128,15 @@ class Judges:
                 )
         return Judging(self.toxicity, tuple(judges), preference)
 
-    def _endpoint(self, name: str) -> ChatEndpoint:
-        return _endpoint_of(self, name)
-
 
 @dataclass(frozen=True, kw_only=True)
-class ChatJudge:
+class ChatJudge(AskedAt):
     """The chat model that judges texts, where one does."""
-
-    heading = "Judges"
 
     judge: str | None = option(
         "Who judges texts, where a recipe has them judged: local:MODEL (a chat model), or "
         "chat:NAME at --judge-url.",
         None,
-    )
-    judge_url: str | None = option("Base URL of an OpenAI-compatible API.", None)
-    judge_key_env: str = option("Environment variable that holds the API's key.", "OPENAI_API_KEY")
-    judge_concurrency: int = option("Calls under way at once.", 8)
-    judge_timeout: float = option("Seconds to wait for an answer.", 60.0)
-    judge_prices: str | None = option(
-        "Prices per million tokens, read and written: 0.15,0.60.", None
     )
 
     def __post_init__(self) -> None:
@@ -142,23 +158,7 @@ class ChatJudge:
         kind, _, name = (self.judge or "").partition(":")
         if kind == "local":
             return LocalChat(open_beside(opened, name))
-        return _endpoint_of(self, name) if name else None
-
-
-def _endpoint_of(asked: Judges | ChatJudge, name: str) -> ChatEndpoint:
-    """The judge at an address."""
-    from trimtab.evaluation import ChatEndpoint
-
-    if asked.judge_url is None:
-        raise TrimtabError(f"--judge chat:{name} needs --judge-url")
-    return ChatEndpoint(
-        asked.judge_url,
-        name,
-        asked.judge_key_env,
-        asked.judge_concurrency,
-        asked.judge_timeout,
-        prices=_prices(asked.judge_prices),
-    )
+        return self.endpoint(name) if name else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_beside, open_model, print_json
+from trimtab.cli.judging import JudgedAt
 from trimtab.cli.options import Json, Opened, Overwrite
 from trimtab.contrasts import Contrast, last_message, made_beside
 from trimtab.errors import TrimtabError
@@ -50,18 +51,14 @@ class Amounts(PersonaAmounts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
+class Judge(JudgedAt):
     """Who says which answers are kept."""
-
-    heading = "Judges"
 
     judge: str | None = option(
         "local:MODEL, asked for yes or no, or chat:NAME at --judge-url, which scores from 0 to 100 "
         "(default: the model itself, asked for yes or no).",
         None,
     )
-    judge_url: str | None = option("Base URL of the judge's API.", None)
-    judge_key_env: str = option("Environment variable that holds its key.", "OPENAI_API_KEY")
 
     def asked(self, opened: Opened) -> Any:
         """The judge, as `persona_contrast` takes it."""
