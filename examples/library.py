@@ -12,6 +12,7 @@ that is there already is not run again.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from dataclasses import asdict
@@ -31,17 +32,16 @@ def methods() -> list[tt.Method]:
     return [tt.CAA(), tt.ITI(k=24), tt.AUSteer(locate="effect", site="heads", k=64)]
 
 
-def gains(lm: tt.LanguageModel, contrast: tt.Contrast, steering: tt.Steering) -> Any:
-    """What a steering adds to the log-odds of each pair, [pairs] in nats."""
-    return tt.log_odds(lm, contrast, steering) - tt.log_odds(lm, contrast)
+@functools.cache
+def unsteered(lm: tt.LanguageModel) -> Any:
+    """The cross-entropy of each plain text, [texts] in nats per token."""
+    return tt.cross_entropy(lm, plain_texts()[:PARAGRAPHS])[0]
 
 
 def cost(lm: tt.LanguageModel, steering: tt.Steering) -> Any:
     """Nats per token that a steering adds to plain text."""
-    texts = plain_texts()[:PARAGRAPHS]
-    steered, _ = tt.cross_entropy(lm, texts, steering)
-    plain, _ = tt.cross_entropy(lm, texts)
-    return tt.mean_interval(steered - plain)
+    steered, _ = tt.cross_entropy(lm, plain_texts()[:PARAGRAPHS], steering)
+    return tt.mean_interval(steered - unsteered(lm))
 
 
 def made(lm: tt.LanguageModel, name: str) -> tuple[tt.Steering, dict[str, Any]]:
@@ -50,9 +50,10 @@ def made(lm: tt.LanguageModel, name: str) -> tuple[tt.Steering, dict[str, Any]]:
     fitted = [each.at(STRENGTH) for each in tt.fit(methods(), lm, contrast)]
     seconds = time.perf_counter() - started
     validation, test = contrast.part("validation"), contrast.part("test")
-    scored = [(float(gains(lm, validation, each).mean()), each) for each in fitted]
+    before = tt.log_odds(lm, validation)
+    scored = [(float((tt.log_odds(lm, validation, each) - before).mean()), each) for each in fitted]
     _, best = max(scored, key=lambda pair: pair[0])
-    found = tt.mean_interval(gains(lm, test, best))
+    found = tt.mean_interval(tt.log_odds(lm, test, best) - tt.log_odds(lm, test))
     record = {
         "contrast": name,
         "method": best.method,
