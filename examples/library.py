@@ -88,11 +88,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("names", nargs="*", help="built-in contrasts (default: all)")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32")
     asked = parser.parse_intermixed_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     kept = asked.output / "library.json"
     records = json.loads(kept.read_text()) if kept.exists() else []
-    lm = tt.load(asked.model, dtype="float32")
+    lm = tt.load(asked.model, dtype=asked.dtype)
     for name in asked.names or builtins():
         if any(each["contrast"] == name for each in records):
             continue
