@@ -50,7 +50,13 @@ def test_eager_batches_are_what_transformers_gives(tmp_path: Path) -> None:
     off = [abs(one - other) for one, other in said["scored"]]
     assert max(off) < 1e-3, max(off)
     assert said["cached"]
-    for kind in ("evaluated", "swept"):
+    assert len(said["fitted"]) == 6
+    assert all(off < 1e-4 for _, off in said["fitted"]), said["fitted"]
+    # Where all tokens are read all of them run; of the last ones only what is not known.
+    every, tokens, last = said["read"]
+    assert every == tokens
+    assert last < tokens / 2
+    for kind in ("evaluated", "swept", "compared"):
         found, expected = said[kind]["vllm"], said[kind]["transformers"]
         assert len(found) == len(expected) > 5
         for one, other in zip(found, expected, strict=True):

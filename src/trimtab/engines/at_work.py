@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.engines.asking import ReadingOf, Wanted
+from trimtab.engines.asking import Read, ReadingOf, Wanted
 from trimtab.engines.loaded import Step
 from trimtab.engines.tokens import weights
 from trimtab.steering import Gate
@@ -25,12 +25,14 @@ from trimtab.steering import Gate
 @dataclass(eq=False)
 class Reading:
     """What is read of one prompt, as far as it has been: of each of its reads the sum over tokens,
-    [units] in float64, and how many; and of gates that decide token by token, by their place in the
+    [units] in float64, and how many, or these tokens' activations, pass by pass, [tokens, units] in
+    float32; and of gates that decide token by token, by their place in the
     stack, at how many tokens each fired, and the scores at the last one, [conditions]."""
 
     of: ReadingOf
     sums: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
     fired: dict[int, int] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
     #: Tokens that were read. Those of a prompt that is read again, because its blocks were given to
@@ -39,6 +41,9 @@ class Reading:
 
     def add(self, number: int, x: Tensor) -> None:
         """Some tokens' activations, [tokens, units]."""
+        if self.of.reads[number].whole:
+            self.rows.setdefault(number, []).append(x.float().cpu())
+            return
         total = x.double().sum(0).cpu()
         self.sums[number] = self.sums[number] + total if number in self.sums else total
         self.counts[number] = self.counts.get(number, 0) + len(x)
@@ -184,7 +189,7 @@ class AtWork:
             reading = request.reading
             for number, read in enumerate(reading.of.reads if reading is not None else ()):
                 assert reading is not None
-                rows = _read_rows(request, reading, read.acts)
+                rows = _read_rows(request, reading, read)
                 if len(rows):
                     where = torch.from_numpy(rows).to(device)
                     yield read.site, (-1, number), _Sum(reading, number, where)
@@ -241,11 +246,13 @@ class AtWork:
             act.act(x, residual)
 
 
-def _read_rows(request: Rows, reading: Reading, acts: Any) -> Any:
+def _read_rows(request: Rows, reading: Reading, read: Read) -> Any:
     """The rows of a pass that a read takes: tokens of the prompt that were not read before."""
     stop = min(request.position + request.stop - request.first, request.prompt)
-    first = max(request.position, reading.columns)
-    if acts is None:
+    first, acts = max(request.position, reading.columns), read.acts
+    if read.tokens is not None:
+        first, stop = max(first, read.tokens[0]), min(stop, read.tokens[1])
+    elif acts is None:
         first = max(first, request.prompt - 1)
     if first >= stop:
         return np.empty(0, dtype=np.int64)

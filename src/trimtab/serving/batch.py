@@ -19,11 +19,23 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.batches import seed_of
 from trimtab.contrasts import Prompt, images_in
 from trimtab.engines import OURS as GIVEN
-from trimtab.engines import Ask, Heard, InProcess, Wanted, content_of, sites_of, untested, wanted_of
+from trimtab.engines import (
+    Ask,
+    Heard,
+    InProcess,
+    Read,
+    ReadingOf,
+    Wanted,
+    content_of,
+    sites_of,
+    untested,
+    wanted_of,
+)
 from trimtab.engines import places_of as places
 from trimtab.errors import TrimtabError, shown
 from trimtab.model import (
@@ -40,10 +52,10 @@ from trimtab.model import (
     stops_in,
     unsound,
 )
-from trimtab.reading import Next, PlannedBatch, Reading, refuse_idle
+from trimtab.reading import Next, PlannedBatch, Reading, Stretch, refuse_idle
 from trimtab.serving.inside import Carried
 from trimtab.serving.placing import acts_of
-from trimtab.serving.proving import joined, last_activations, probe, refuse_others
+from trimtab.serving.proving import joined, last_activations, of_ranks, probe, refuse_others
 from trimtab.steering import Steering
 
 #: Steerings that workers hold at once, and requests that the engine has at once.
@@ -77,6 +89,8 @@ class _Request:
     tokens: list[int] = field(default_factory=list)
     sound: bool = True
     last: Heard | None = None
+    #: What each rank has read of it.
+    told: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 def _why_not_here(steering: Steering) -> str:
@@ -134,6 +148,8 @@ class VLLM:
         self._known: dict[int, tuple[Steering, Wanted]] = {}
         self._prepared: dict[int, Steering] = {}
         self._count = 0
+        #: Tokens that ran through the model.
+        self.read = 0
         self.prepare(steerings, force=force)
 
     # -- before it starts -------------------------------------------------------------------------
@@ -268,6 +284,42 @@ class VLLM:
             batch = PlannedBatch(0, tuple(place for place, _ in some))
             yield batch, [self._next(readings[place], place, one) for place, one in some]
 
+    def prepare_sites(self, sites: Sequence[str]) -> None:
+        """Be able to read activations there: refuses sites that vLLM has no place for, and those
+        that it was not started with."""
+        places(self._lm.anatomy, sites)
+        strange = [site for site in sites if site not in self._sites]
+        if self._inner is None:
+            self._sites |= set(strange)
+        elif strange:
+            kind = strange[0].rpartition(".")[2]
+            raise TrimtabError(f"vLLM was not started with {strange[0]}: say hooks=[{kind!r}]")
+
+    def activations(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[Stretch]]]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Of texts, as token ids, the stretches that are wanted of each, as they come, by the
+        text's place: [tokens, units] in float32 of a whole one, of others the sum, [units] in
+        float64. No steering acts."""
+        self.prepare_sites(sorted({one.site for _, wanted in texts for one in wanted}))
+        work = _Work()
+        for place, (tokens, wanted) in enumerate(texts):
+            reads = tuple(
+                Read(one.site, tokens=(one.first, one.stop), whole=one.whole) for one in wanted
+            )
+            asked = Ask(tuple(tokens), reading=ReadingOf(uuid.uuid4().hex, reads))
+            self._ask(work, _Request(work, place, asked, ()))
+        for some in self._results(work, in_turns=False):
+            for place, request in some:
+                told, request.told = request.told, []
+                yield (
+                    place,
+                    [
+                        of_ranks(f"{'rows' if one.whole else 'sum'} {number}", one.site, told)
+                        for number, one in enumerate(texts[place][1])
+                    ],
+                )
+
     def close(self) -> None:
         """End it, and what is under way."""
         inner, self._inner, self._broken = self._inner, None, True
@@ -355,6 +407,8 @@ class VLLM:
                 self._over(name)
                 if self._inner is not None and not self._broken:
                     self._inner.leave(name)
+                    if one.ask.reading is not None:  # which is forgotten with it
+                        self._inner.told(one.ask.reading.name)
 
     def _step(self) -> None:
         """One pass, for all work that is under way."""
@@ -420,6 +474,8 @@ class VLLM:
                 break
         if over:
             self._over(heard.name)
+            if request.ask.reading is not None:
+                request.told = inner.told(request.ask.reading.name)
             request.work.over.append((request.place, request))
 
     def _over(self, name: str) -> None:
@@ -427,6 +483,9 @@ class VLLM:
         request.work.left -= 1
         for one in request.ask.wanted:
             self._held[one.digest] -= 1
+        cached = 0 if request.last is None else request.last.cached
+        # The last token that was written ran through nothing.
+        self.read += len(request.ask.tokens) - cached + max(0, len(request.tokens) - 1)
 
     def _started(self) -> InProcess:
         """The engine, which is seen to have the model's activations at each site when it starts."""

@@ -22,7 +22,6 @@ from trimtab.anatomy import Anatomy, site_order
 from trimtab.dials import divergence, searched
 from trimtab.engines import (
     LOADED,
-    SPLIT,
     Read,
     ReadingOf,
     Wanted,
@@ -42,7 +41,7 @@ from trimtab.model import Fired, LanguageModel, fired_by, scope_weights
 from trimtab.serving.elsewhere import Given
 from trimtab.serving.jobs import FullError, Job
 from trimtab.serving.placing import acts_of
-from trimtab.serving.proving import joined, last_activations, probe, refuse_others
+from trimtab.serving.proving import joined, last_activations, of_ranks, probe, refuse_others
 from trimtab.steering import READS_LAST, Condition, Scope, Steering
 
 #: Steerings that workers hold at once, those that nobody asks for any more among them.
@@ -325,9 +324,7 @@ def refuse_what_it_sees(steering: Steering, others: Sequence[Steering]) -> None:
 def mean_of(number: int, site: str, ranks: Sequence[Mapping[str, Tensor]], units: int) -> Tensor:
     """The mean that ranks have read of a site, [units] in float64; NaN where there was no token.
     Those that split a site have a part of it each, in order."""
-    have = [rank for rank in ranks if f"sum {number}" in rank]
-    if not have:
+    count = next((rank[f"count {number}"] for rank in ranks if f"count {number}" in rank), None)
+    if count is None:
         return torch.full((units,), torch.nan, dtype=torch.float64)
-    sums = [rank[f"sum {number}"] for rank in have]
-    split = site.rpartition(".")[2] in SPLIT
-    return (torch.cat(sums) if split else sums[0]) / have[0][f"count {number}"]
+    return of_ranks(f"sum {number}", site, ranks) / count
