@@ -86,16 +86,19 @@ class Read:
 @dataclass(frozen=True)
 class ReadingOf:
     """All that is read of one prompt, and the name by which it is asked for afterwards: sums of
-    activations, and what gates of its steerings decide token by token."""
+    activations, and what gates of its steerings decide token by token, where it is `written` also
+    of the tokens that are written after it."""
 
     name: str
     reads: tuple[Read, ...] = ()
+    written: bool = False
 
 
 def reading_args(reading: ReadingOf) -> dict[str, str]:
     """What the sampling parameters of a request carry that is read."""
     reads = [one.as_json() for one in reading.reads]
-    return {READING: json.dumps({"name": reading.name, "reads": reads}, allow_nan=False)}
+    said = {"name": reading.name, "reads": reads, "written": reading.written}
+    return {READING: json.dumps(said, allow_nan=False)}
 
 
 def reading_by(params: Any) -> ReadingOf | None:
@@ -116,12 +119,14 @@ def _reading(text: str) -> ReadingOf:
         given = json.loads(text)
     except (ValueError, RecursionError):
         _refuse("what is read is no JSON")
-    if not (isinstance(given, dict) and set(given) == {"name", "reads"}):
-        _refuse("what is read has a name and reads")
-    name, reads = given["name"], given["reads"]
+    if not (isinstance(given, dict) and set(given) == {"name", "reads", "written"}):
+        _refuse("what is read has a name and reads, and is written or not")
+    name, reads, written = given["name"], given["reads"], given["written"]
+    if not isinstance(written, bool):
+        _refuse("written is true or false")
     if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(reads, list)):
         _refuse("what is read has a name, 32 hexadecimal digits, and a list")
-    return ReadingOf(name, tuple(map(_one_read, reads)))
+    return ReadingOf(name, tuple(map(_one_read, reads)), written)
 
 
 def _one_read(given: Any) -> Read:

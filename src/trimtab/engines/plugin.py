@@ -222,8 +222,8 @@ def trimtab_seen(self: Any) -> bytes:
 
 def trimtab_read(self: Any, name: str) -> bytes:
     """What was read of a prompt, of the sites that are on this rank, and nothing of it after that:
-    sums and counts, or whole activations, by the number of the read; of gates by their place how
-    often each fired, and its scores at the prompt's last token."""
+    sums and counts, or whole activations, by the number of the read; of gates by their place the
+    tokens at which each fired, and its scores at the prompt's last one."""
     reading = AT_WORK.readings.pop(name, None)
     if reading is None:
         return save({})
@@ -232,5 +232,6 @@ def trimtab_read(self: Any, name: str) -> bytes:
         told |= {f"sum {number}": total, f"count {number}": torch.tensor(reading.counts[number])}
     told |= {f"rows {number}": torch.cat(some) for number, some in reading.rows.items()}
     for place, scores in reading.scores.items():
-        told |= {f"scores {place}": scores, f"fired {place}": torch.tensor(reading.fired[place])}
+        fired = torch.tensor(reading.fired[place], dtype=torch.long)
+        told |= {f"scores {place}": scores, f"fired {place}": fired}
     return save(told)

@@ -79,7 +79,7 @@ def evaluate(
     steerings and words do lasts, over turns before the prompts of tasks of ours and pairs, and over
     a long text. `output` names a run directory, in which a run that was interrupted goes on.
     `engine` (`tt.VLLM`) runs the model in place of transformers, all of this in one continuous
-    batch; what it cannot answer alike (lm-eval, samples, gates) is refused. Drift over a long text
+    batch; what it cannot answer alike (lm-eval, sampled answers) is refused. Drift over a long text
     is read by transformers all the same.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
