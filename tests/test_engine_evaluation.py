@@ -157,13 +157,6 @@ def test_drift_behind_turns(chooser: tt.LanguageModel, data: Path) -> None:
     close(found.drift.as_json(), expected.drift.as_json())
 
 
-def test_gates_are_refused_before_it_starts(chooser: tt.LanguageModel, data: Path) -> None:
-    gated = strong(chooser).gated(tt.Gate((strong(chooser).condition(),), kind="token"))
-    with tt.VLLM(chooser) as engine, pytest.raises(tt.TrimtabError, match="does not carry .*gate"):
-        tt.evaluate(chooser, "copa", steering=gated, data=str(data), engine=engine)
-    assert not StandIn.opened
-
-
 def test_the_command(trimtab: Command) -> None:
     rows = [{"prompt": f"Today {i}", "positive": " I love it", "negative": " no", "part": "test"}
             for i in range(4)]  # fmt: skip

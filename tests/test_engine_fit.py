@@ -115,7 +115,7 @@ def test_every_rule_of_tokens(lm: tt.LanguageModel, contrast: tt.Contrast) -> No
     [
         tt.CAA(layer=1), tt.CAA(layer=2, token="mean", variant="pca"), tt.ITI(k=2),
         tt.AUSteer(k=8, site="heads"), tt.ActAdd(layer=1, pairs=3), tt.SADI(k=5),
-        tt.AcT(layer=1, causal=False),
+        tt.AcT(layer=1, causal=False), tt.Ablation(layer=1),
     ],
     ids=lambda method: method.name,
 )  # fmt: skip
@@ -174,6 +174,7 @@ def test_a_cache_is_the_engine_s_own(lm: tt.LanguageModel, tmp_path: Path) -> No
         (tt.AUSteer(k=4, locate="effect"), "austeer goes by gradients here"),
         (tt.BiPO(layer=1), "bipo runs the model itself as it is fitted"),
         (tt.AcT(), "act runs the model itself as it is fitted"),
+        (tt.SAS(theta=30), "vllm does not read what sas is fitted on: .*attn_norm_in"),
         (tt.SADI(k=5, variant="neuron"), "vllm does not read what sadi is fitted on: .*ffn_act"),
     ],
 )

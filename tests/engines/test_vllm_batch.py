@@ -50,17 +50,37 @@ def test_eager_batches_are_what_transformers_gives(tmp_path: Path) -> None:
     off = [abs(one - other) for one, other in said["scored"]]
     assert max(off) < 1e-3, max(off)
     assert said["cached"]
-    assert len(said["fitted"]) == 6
-    assert all(off < 1e-4 for _, off in said["fitted"]), said["fitted"]
-    # Where all tokens are read all of them run; of the last ones only what is not known.
-    every, tokens, last = said["read"]
-    assert every == tokens
-    assert last < tokens / 2
-    for kind in ("evaluated", "swept", "compared"):
+    for kind in ("evaluated", "swept"):
         found, expected = said[kind]["vllm"], said[kind]["transformers"]
         assert len(found) == len(expected) > 5
         for one, other in zip(found, expected, strict=True):
             assert alike(one, other), (kind, one, other)
+
+
+def test_eager_fits_gates_and_comparisons(tmp_path: Path) -> None:
+    first_blocks("smollm2-135m-instruct", tmp_path / "model")
+    ran(str(Path(__file__).with_name("vllm_fitted.py")), tmp_path)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert len(said["fitted"]) == 6
+    assert all(off < 1e-4 for _, off in said["fitted"]), said["fitted"]
+    # Where all tokens are read all of them run; of the last ones only what is not known.
+    every, tokens, held_out, last = said["read"]
+    assert every == tokens + held_out  # on which the probe is judged
+    assert last < tokens / 2
+    for one, other in zip(said["texts"]["vllm"], said["texts"]["transformers"], strict=True):
+        assert one[0] == other[0]
+        for gate, wanted in zip(one[1], other[1], strict=True):
+            scores, expected = gate.pop("scores"), wanted.pop("scores")
+            assert scores == pytest.approx(expected, abs=1e-3)
+            assert gate == wanted
+    fired = {gate["fired"] for _, gates in said["texts"]["transformers"] for gate in gates}
+    assert fired == {True, False}
+    for one, other in zip(*said["compared"].values(), strict=True):
+        assert alike(one, other), (one, other)
+    assert len(said["compared"]["vllm"]) == 4
+    assert all(said["timed"])
+    assert all(said["swept"])
+    assert any("vllm answered the rows" in note for note in said["notes"])
 
 
 def test_eager_command_prints_nothing_else(tmp_path: Path) -> None:

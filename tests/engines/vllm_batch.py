@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     import torch
 
     import trimtab as tt
-    from trimtab.reading import Reading, encode_contrast, next_tokens
+    from trimtab.reading import Reading, next_tokens
 
     lm = tt.load(folder / "model", device="cpu", dtype=torch.float32)
     contrast = tt.Contrast.from_pairs(
@@ -73,12 +73,6 @@ def main(folder: Path) -> None:
     asked: dict[str, Any] = {"fixed": {"token": "last"}, "baselines": False}
     said["evaluated"] = {"transformers": figures(tt.evaluate(lm, parts, steering=steered))}
     said["swept"] = {"transformers": trials(tt.sweep(lm, "caa", parts, space, **asked))}
-    methods = [
-        tt.Candidate("caa", {"layer": (1, 3), "alpha": (1.0, 4.0)}, {"token": "last"}),
-        tt.Candidate("iti", {"alpha": (1.0, 3.0)}, {"k": 3}),
-    ]
-    beside: dict[str, Any] = {"kl": 0.05, "behaviour": "happy", "shots": 0, "max_cost": None}
-    said["compared"] = {"transformers": rows_compared(tt.compare(lm, methods, parts, **beside))}
     engine_options = {"max_model_len": 256, "block_size": 32, "max_num_seqs": 8,
                       "max_num_batched_tokens": 64, "enforce_eager": True}  # fmt: skip
     with tt.VLLM(lm, [caa, heads], model=folder / "model", **engine_options) as engine:
@@ -87,34 +81,10 @@ def main(folder: Path) -> None:
         said["cached"] = again[::-1] == said["texts"]["vllm"]
         found = log_p_of(engine.next_tokens(readings, each), len(readings))
         tt.generate_file(lm, rows, folder / "out.jsonl", engine=engine, **options)
-    engine_options["hooks"] = [
-        "resid",
-        "heads",
-    ]  # it starts at the evaluation, before the sweep says where
-    fitted = [
-        tt.CAA(layer=3), tt.CAA(layer=2, token="mean", variant="pca"), tt.ITI(k=3),
-        tt.AUSteer(k=8, site="heads"), tt.Probe(layer=2, token="last"), tt.ActAdd(layer=1),
-    ]  # fmt: skip
-    expected_fits = [tensors_of(one) for one in tt.fit(fitted, lm, parts, measure=False)]
+    engine_options["hooks"] = ["resid"]  # it starts at the evaluation, before the sweep says where
     with tt.VLLM(lm, model=folder / "model", **engine_options) as engine:
         said["evaluated"]["vllm"] = figures(tt.evaluate(lm, parts, steering=steered, engine=engine))
         said["swept"]["vllm"] = trials(tt.sweep(lm, "caa", parts, space, **asked, engine=engine))
-        found_there = tt.compare(lm, methods, parts, **beside, engine=engine)
-        said["compared"]["vllm"] = rows_compared(found_there)
-        # All of these texts were read before, and lie in the cache.
-        before = engine.read
-        fits = tt.fit(fitted, lm, parts, measure=False, engine=engine)
-        tokens = sum(len(text) for row in encode_contrast(lm, parts.train, None)
-                     for text in row.texts())  # fmt: skip
-        said["read"] = [engine.read - before, tokens]
-        said["fitted"] = [
-            [method.name, off(tensors_of(one), wanted)]
-            for method, one, wanted in zip(fitted, fits, expected_fits, strict=True)
-        ]
-        fits = tt.fit([tt.CAA(layer=3, token="last")], lm, parts, measure=False, engine=engine)
-        said["read"].append(engine.read - before - said["read"][0])
-        assert all(row.overhead is not None for row in found_there.rows)
-        assert all(row.swept is not None and row.swept.tokens for row in found_there.rows)
     said["scored"] = list(zip(found, expected, strict=True))
     assert not plain.failed
     for name, file in (("vllm", "out.jsonl"), ("transformers", "plain.jsonl")):
@@ -143,34 +113,6 @@ def figures(found: Any) -> list[Any]:
 
 def trials(found: Any) -> list[Any]:
     return [[one.params, one.state, one.value, one.cost, one.test] for one in found.trials]
-
-
-def rows_compared(found: Any) -> list[Any]:
-    return [
-        [row.name, row.dial, row.cost, row.axis_kl, row.test.value, row.against.difference]
-        for row in (*found.rows, *found.at_budget, *found.prompts.rows, *found.prompts.at_kl)
-        if row.test is not None and row.against is not None
-    ]
-
-
-def tensors_of(steering: Any) -> list[Any]:
-    from trimtab.steering import to_tensors
-
-    return [
-        (each.site, name, tensor.double())
-        for each in steering.interventions
-        for name, tensor in to_tensors(each.operator)[0].items()
-    ]
-
-
-def off(found: list[Any], expected: list[Any]) -> float:
-    """How far tensors are off at most, as a share of their length."""
-    if [one[:2] for one in found] != [one[:2] for one in expected]:
-        return float("inf")
-    return max(
-        float((one[2] - other[2]).norm() / other[2].norm())
-        for one, other in zip(found, expected, strict=True)
-    )
 
 
 def tokens_of(completions: Any) -> list[list[int]]:
