@@ -4,7 +4,7 @@ methods that need more than activations are refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
+from autoencoders import CONTRAST, autoencoder, tiny_lm
 from commands import Command, home, refused, trimtab, work
 from engine_stand_in import StandIn
 from helpers import language_model, steer_at
@@ -23,7 +24,7 @@ from trimtab.reading import Stretch
 from trimtab.serving import batch
 from trimtab.steering import to_tensors
 
-__all__ = ["home", "trimtab", "work"]  # fixtures
+__all__ = ["autoencoder", "home", "trimtab", "work"]  # fixtures
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,16 @@ def alike(found: tt.Steering, expected: tt.Steering) -> None:
         got, wanted = (to_tensors(each.operator)[0] for each in (one, other))
         for name in wanted:
             torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_features_are_read_of_what_is_handed_over(autoencoder: Callable[..., Path]) -> None:
+    """Those of an autoencoder, before tokens are averaged."""
+    lm, sae = tiny_lm(), str(autoencoder())
+    for method in (tt.STA(sae=sae), tt.SAE(sae=sae, k=3)):
+        expected = method.fit(lm, CONTRAST, measure=False)
+        with tt.VLLM(lm) as engine:
+            found = method.fit(lm, CONTRAST, measure=False, engine=engine)
+        alike(found, expected)
 
 
 def test_a_probe_reads_its_validation_rows_there_too(lm: tt.LanguageModel) -> None:
