@@ -65,7 +65,7 @@ def test_eager_fits_gates_and_comparisons(tmp_path: Path) -> None:
     assert all(off < 1e-4 for _, off in said["fitted"]), said["fitted"]
     # Where all tokens are read all of them run; of the last ones only what is not known.
     every, tokens, held_out, last = said["read"]
-    assert every == tokens + held_out  # on which the probe is judged
+    assert tokens < every < tokens + held_out  # of which the probe is judged by the last ones
     assert last < tokens / 2
     for one, other in zip(said["texts"]["vllm"], said["texts"]["transformers"], strict=True):
         assert one[0] == other[0]
