@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
+from torch import Tensor
 
 import trimtab as tt
 from trimtab.engines import Ask, Heard, Place, steps_of
-from trimtab.engines.asking import extra_args, wanted_by
-from trimtab.engines.at_work import AT_WORK, Rows
+from trimtab.engines.asking import reading_by, wanted_by
+from trimtab.engines.at_work import AT_WORK, Reading, Rows
 from trimtab.engines.modules import install
+from trimtab.engines.plugin import trimtab_read
 from trimtab.model import are_sound
 
 
@@ -75,6 +77,20 @@ class StandIn:
         del self.waiting[name]
         self.left.append(name)
 
+    def told(self, name: str) -> list[dict[str, Tensor]]:
+        return [load(trimtab_read(self, name))]
+
+    def _run(self, params: Any, ids: list[int], prompt: int) -> Tensor:
+        """Logits of a text, which is read in pieces, each time from its beginning on."""
+        wanted, of = wanted_by(params), reading_by(params)
+        reading = None if of is None else AT_WORK.readings.setdefault(of.name, Reading(of))
+        stops = [len(ids)] if of is None else [*range(3, len(ids), 3), len(ids)]
+        for stop in stops:
+            AT_WORK.begin([Rows(wanted, ids, prompt, 0, 0, stop, reading)])
+            logits = self.model(torch.tensor([ids[:stop]]), use_cache=False).logits[0].float()
+        AT_WORK.plan = {}
+        return logits
+
     def close(self) -> None:
         AT_WORK.at([])
         self.closed = True
@@ -87,11 +103,8 @@ class StandIn:
         ask, new = self.waiting[name]
         ids = [*ask.tokens, *new]
         # As it travels.
-        params = type("Params", (), {"extra_args": extra_args(ask.wanted)})
-        rows = Rows(wanted_by(params), ids, len(ask.tokens), 0, 0, len(ids))
-        AT_WORK.begin([rows])
-        logits = self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
-        AT_WORK.plan = {}
+        params = type("Params", (), {"extra_args": ask.extra_args})
+        logits = self._run(params, ids, len(ask.tokens))
         if len(new) < ask.fewest:
             logits[-1, list(self.ends)] = -float("inf")
         token = int(logits[-1].argmax())

@@ -186,9 +186,8 @@ def test_more_steerings_than_workers_hold(
 def test_what_is_not_carried_is_refused(lm: tt.LanguageModel, tmp_path: Path) -> None:
     steering = steer_at(lm, "resid", layer=1)
     gate = tt.Gate((steer_at(lm, "resid", layer=0).condition(),), kind="token")
-    gated = steering.gated(gate)
-    with pytest.raises(tt.TrimtabError, match="does not carry .* gate"):
-        tt.VLLM(lm, [gated])
+    with pytest.raises(tt.TrimtabError, match="does not carry .* gate .* another stage"):
+        tt.VLLM(lm, [steering.gated(gate)], pipeline_parallel_size=2)
     with pytest.raises(tt.TrimtabError, match="model is for trimtab|dtype is for trimtab"):
         tt.VLLM(lm, dtype="float32")
     with tt.VLLM(lm, [steering]) as engine:

@@ -130,7 +130,6 @@ def test_it_goes_on_in_a_run_directory(
     [
         ("detox", {"toxicity": Scorer()}, "samples its answers"),
         ("lm-eval:piqa", {}, "lm-eval:piqa"),
-        ("copa", {"drift": True}, "drift is measured with transformers"),
     ],
 )
 def test_what_is_not_answered_alike_is_refused(
@@ -144,11 +143,18 @@ def test_what_is_not_answered_alike_is_refused(
     assert not StandIn.opened
 
 
-def test_gates_are_refused_before_it_starts(chooser: tt.LanguageModel, data: Path) -> None:
-    gated = strong(chooser).gated(tt.Gate((strong(chooser).condition(),), kind="token"))
-    with tt.VLLM(chooser) as engine, pytest.raises(tt.TrimtabError, match="does not carry .*gate"):
-        tt.evaluate(chooser, "copa", steering=gated, data=str(data), engine=engine)
-    assert not StandIn.opened
+@pytest.mark.slow
+def test_drift_behind_turns(chooser: tt.LanguageModel, data: Path) -> None:
+    options: dict[str, Any] = {
+        "steering": subjects(chooser), "data": str(data), "limit": 4, "drift": True,
+    }  # fmt: skip
+    expected = tt.evaluate(chooser, "copa", **options)
+    with tt.VLLM(chooser) as engine:
+        found = tt.evaluate(chooser, "copa", **options, engine=engine)
+    alike(found, expected)
+    assert expected.drift is not None
+    assert found.drift is not None
+    close(found.drift.as_json(), expected.drift.as_json())
 
 
 def test_the_command(trimtab: Command) -> None:
@@ -217,9 +223,73 @@ def test_trials_of_a_grid_share_the_batch(chooser: tt.LanguageModel, data: Path)
     assert len(first) == 9
 
 
-def test_a_comparison_is_refused(chooser: tt.LanguageModel, data: Path) -> None:
-    with tt.VLLM(chooser) as engine, pytest.raises(tt.TrimtabError, match="leave the engine out"):
-        tt.compare(chooser, ["caa"], "copa", data=str(data), engine=engine)
+METHODS = (
+    tt.Candidate("caa", {"layer": (0, 1), "alpha": (0.5, 2.0)}, {"token": "last"}),
+    tt.Candidate("iti", {"alpha": (1.0, 3.0)}, {"k": 2}),
+)
+
+
+@pytest.mark.slow
+def test_a_comparison_finds_the_same(chooser: tt.LanguageModel, data: Path, tmp_path: Path) -> None:
+    """With what stands beside the methods: prompts, a budget, other tasks."""
+    options: dict[str, Any] = {
+        "data": str(data), "limit": 6, "test_limit": 6, "kl": 0.01, "max_cost": None,
+        "capability": ["copa"], "capability_limit": 4, "behaviour": "glad", "shots": 0,
+    }  # fmt: skip
+    expected = tt.compare(chooser, METHODS, "copa", **options, timed=False)
+    with tt.VLLM(chooser) as engine:
+        found = tt.compare(
+            chooser, METHODS, "copa", **options, engine=engine, output=tmp_path / "run"
+        )
+        (inner,) = StandIn.opened
+    one, other = without_times(found.as_json()), without_times(expected.as_json())
+    assert "vllm answered the rows" in one["notes"].pop()
+    close(one, other)
+    assert len(one["methods"]) == len(one["at_budget"]["methods"]) == 2
+    assert one["prompts"]["rows"]
+    # It was timed in the engine, where all that the sweeps read was counted.
+    for row in found.rows:
+        assert row.overhead is not None
+        assert row.overhead.steered > 0
+        assert row.overhead.peak_bytes is None
+        assert row.swept is not None
+        assert row.swept.tokens > 0
+        assert row.swept.peak_bytes is None
+    assert engine.read == sum(len(one.tokens) + one.new - 1 for one in inner.asked)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["engine"] == "vllm"
+    assert json.loads((tmp_path / "run" / "caa" / "config.json").read_text())["engine"] == "vllm"
+
+
+def without_times(found: Any) -> Any:
+    """What a comparison says, but for how long it took, and in what memory and tokens."""
+    if isinstance(found, dict):
+        left = ("seconds", "overhead", "swept", "fit", "model")
+        return {key: without_times(value) for key, value in found.items() if key not in left}
+    return [without_times(one) for one in found] if isinstance(found, list | tuple) else found
+
+
+def test_a_comparison_refuses_what_is_not_answered_alike_at_once(
+    chooser: tt.LanguageModel, data: Path
+) -> None:
+    with tt.VLLM(chooser) as engine, pytest.raises(tt.TrimtabError, match="runs its own way"):
+        tt.compare(
+            chooser, METHODS, "copa", data=str(data), engine=engine, capability=["lm-eval:piqa"]
+        )
+    assert not StandIn.opened
+
+
+@pytest.mark.slow
+def test_the_command_compares(trimtab: Command, data: Path) -> None:
+    command = (
+        f'compare "caa layer=0,1 alpha=1,2" --model model --task copa --data {data} --limit 4 '
+        "--test-limit 4 --no-baselines --json"
+    )
+    plain = trimtab(command).json
+    found = trimtab(f"{command} --engine vllm --hook ffn_out").json
+    assert found["methods"][0]["params"] == plain["methods"][0]["params"]
+    assert len(StandIn.opened) == 1
+    refused(trimtab(f"{command} --hook ffn_out"), "--hook is for --engine vllm")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from trimtab.engines.at_work import AT_WORK, AtWork, Reading, Rows
 from trimtab.engines.modules import install
 from trimtab.model.gate_scores import score_prompts
 from trimtab.serving import Carried
-from trimtab.serving.inside import mean_of, refuse_what_it_sees
+from trimtab.serving.deciding import mean_of, refuse_what_it_sees
 from trimtab.serving.placing import acts_of
 from trimtab.steering import READS_LAST, Condition, Gate
 
@@ -93,7 +93,7 @@ def test_token_gates_fire_where_they_do_in_transformers(
             seen = {work.rank: work.seen[-1] for work in sequences.gates}
         assert torch.allclose(got, expected, atol=1e-4), stack
         for rank, of in seen.items():
-            assert reading.fired[rank] == int(of.fired[0, :PROMPT].sum())
+            assert reading.fired[rank] == of.fired[0, :PROMPT].nonzero()[:, 0].tolist()
             assert torch.allclose(
                 reading.scores[rank].float(), of.scores[:, 0, PROMPT - 1], atol=1e-4
             )
@@ -135,7 +135,7 @@ def test_pieces_of_prompts_and_rows_of_others(lm: tt.LanguageModel) -> None:
     operator = add.interventions[0].operator
     assert torch.equal(got[~fires], high[~fires])
     assert torch.allclose(got[fires], operator.bind(2.0, "cpu")(high[fires]), atol=1e-6)
-    assert reading.fired[0] == int(fires[:7].sum())
+    assert reading.fired[0] == fires[:7].nonzero()[:, 0].tolist()
     assert torch.allclose(reading.sums[0], low[6].double())
     assert reading.counts[0] == 1
 

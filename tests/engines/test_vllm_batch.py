@@ -57,6 +57,32 @@ def test_eager_batches_are_what_transformers_gives(tmp_path: Path) -> None:
             assert alike(one, other), (kind, one, other)
 
 
+def test_eager_fits_gates_and_comparisons(tmp_path: Path) -> None:
+    first_blocks("smollm2-135m-instruct", tmp_path / "model")
+    ran(str(Path(__file__).with_name("vllm_fitted.py")), tmp_path)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert len(said["fitted"]) == 6
+    assert all(off < 1e-4 for _, off in said["fitted"]), said["fitted"]
+    # Where all tokens are read all of them run; of the last ones only what is not known.
+    every, tokens, held_out, last = said["read"]
+    assert tokens < every < tokens + held_out  # of which the probe is judged by the last ones
+    assert last < tokens / 2
+    for one, other in zip(said["texts"]["vllm"], said["texts"]["transformers"], strict=True):
+        assert one[0] == other[0]
+        for gate, wanted in zip(one[1], other[1], strict=True):
+            scores, expected = gate.pop("scores"), wanted.pop("scores")
+            assert scores == pytest.approx(expected, abs=1e-3)
+            assert gate == wanted
+    fired = {gate["fired"] for _, gates in said["texts"]["transformers"] for gate in gates}
+    assert fired == {True, False}
+    for one, other in zip(*said["compared"].values(), strict=True):
+        assert alike(one, other), (one, other)
+    assert len(said["compared"]["vllm"]) == 4
+    assert all(said["timed"])
+    assert all(said["swept"])
+    assert any("vllm answered the rows" in note for note in said["notes"])
+
+
 def test_eager_command_prints_nothing_else(tmp_path: Path) -> None:
     lm = first_blocks("smollm2-135m-instruct", tmp_path / "model")
     rows = [{"prompt": text} for text in ("Dear sir, I am", "Who", "We went to the")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json
+from trimtab.cli.engines import Hooked, opened_engine
 from trimtab.cli.judging import Asked, Measuring, costs_as_json, say_costs
 from trimtab.cli.options import Json, Opened, Task
 from trimtab.cli.sweep import read_settings
@@ -39,6 +40,7 @@ def compare(
     rows: Rows = Rows(),
     measuring: Measuring = Measuring(),
     prompting: Asked = Asked(),
+    running: Hooked = Hooked(),
     keep: Keep = Keep(),
     as_json: Json = False,
 ) -> None:
@@ -54,20 +56,22 @@ def compare(
         raise TrimtabError('name methods to compare, as in "caa layer=7,12" "iti k=16"')
     read = [read_candidate(text) for text in methods]
     check_task(task, rows.data)
-    measured = measuring.measured(opened)
+    _ = running.elsewhere  # what is said for nothing is refused before anything is loaded
     prompted = prompting.with_writer(opened, measuring.judges)
-    language_model = open_model(opened)
-    found = sweeps.compare(
-        language_model,
-        [_with_default(language_model, candidate) for candidate in read],
-        task,
-        comparing=comparing,
-        on=on,
-        rows=rows,
-        measured=measured,
-        prompting=prompted,
-        keep=keep,
-    )
+    language_model = open_model(opened)  # on which methods are fitted, whatever answers
+    with opened_engine(running, language_model, opened, running.hook) as engine:
+        measured = measuring.measured(opened, engine)
+        found = sweeps.compare(
+            language_model,
+            [_with_default(language_model, candidate) for candidate in read],
+            task,
+            comparing=comparing,
+            on=on,
+            rows=rows,
+            measured=measured,
+            prompting=prompted,
+            keep=keep,
+        )
     if as_json:
         print_json(found.as_json() | costs_as_json(measured.judging))
         return

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trimtab.serving import VLLM
 
 #: What vLLM writes goes where other logs go, and is said of what matters.
-_LOGS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+LOGS = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,26 @@ class Running:
     def elsewhere(self) -> bool:
         """Whether vLLM runs it; refuses what is said for nothing, and a vLLM that is not there."""
         if self.engine == "transformers":
-            if self.vllm:
-                raise TrimtabError("--vllm is for --engine vllm")
+            for name in ("vllm", "hook"):
+                if getattr(self, name, ()):
+                    raise TrimtabError(f"--{name} is for --engine vllm")
             return False
         from trimtab.engines import untested
 
         if reason := untested():
             raise TrimtabError(f"{reason}: leave --engine out, and transformers runs the model")
         return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooked(Running):
+    """The same, and where it may be steered."""
+
+    hook: Sequence[str] = option(
+        "With vllm, a kind of sites (resid, ffn_out ...) beside those of each method's first "
+        "setting; repeat.",
+        (),
+    )
 
 
 def read_beside(opened: Any) -> Any:
@@ -72,7 +84,7 @@ def opened_engine(
     from trimtab.model import directory_of, has_adapters
     from trimtab.serving import VLLM
 
-    for name, value in _LOGS.items():
+    for name, value in LOGS.items():
         os.environ.setdefault(name, value)
     given: dict[str, Any] = {"revision": opened.revision} if opened.revision else {}
     if trusting.get():

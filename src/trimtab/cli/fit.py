@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from trimtab.cli.common import console, open_model, print_json, refuse_steering_path
+from trimtab.cli.engines import Running, opened_engine, read_beside
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Overwrite
 from trimtab.cli.values import field_named, read_value
@@ -93,10 +94,11 @@ def _command(method: type[Method]) -> Callable[..., None]:
             Path, Parameter(name=("--output", "-o"), help="The .safetensors file to write.")
         ],
         options: Any,
+        running: Running = Running(),
         overwrite: Overwrite = False,
         as_json: Json = False,
     ) -> None:
-        _one(method(**vars(options)), opened, fitting, output, overwrite, as_json)
+        _one(method(**vars(options)), opened, fitting, running, output, overwrite, as_json)
 
     command.__annotations__["options"] = method_options(method)
     more = " --sae my-sae/" if "sae" in typing.get_type_hints(method) else ""
@@ -117,6 +119,7 @@ def many(
     output: Annotated[
         Path, Parameter(name=("--output", "-o"), help="A directory: one file per method.")
     ],
+    running: Running = Running(),
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -139,8 +142,7 @@ def many(
     if not output.is_dir():
         refuse_steering_path(output, overwrite)
     texts = _contrast(fitting)
-    language_model = open_model(opened)
-    steerings = _fit(parsed, language_model, fitting, texts)
+    language_model, steerings = _fit(parsed, opened, running, fitting, texts)
     output.mkdir(exist_ok=True)
     for steering, path in zip(steerings, paths, strict=True):
         steering.save(path, overwrite)
@@ -162,7 +164,13 @@ def many(
 
 
 def _one(
-    method: Method, opened: Opened, fitting: Fitting, output: Path, overwrite: bool, as_json: bool
+    method: Method,
+    opened: Opened,
+    fitting: Fitting,
+    running: Running,
+    output: Path,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     from trimtab.methods import describe, explain
 
@@ -170,8 +178,7 @@ def _one(
     if output.is_dir():
         raise TrimtabError(f"{output} is a directory: name a file")
     texts = _contrast(fitting)
-    language_model = open_model(opened)
-    (steering,) = _fit([method], language_model, fitting, texts)
+    language_model, (steering,) = _fit([method], opened, running, fitting, texts)
     steering.save(output, overwrite)
     gain = _gain(language_model, steering, texts) if fitting.measure else None
     shown = _samples(language_model, {"steered": steering}, texts, fitting.samples)
@@ -208,19 +215,28 @@ def _contrast(fitting: Fitting) -> Contrast:
 
 
 def _fit(
-    methods: Sequence[Method], language_model: LanguageModel, fitting: Fitting, texts: Contrast
-) -> list[Steering]:
+    methods: Sequence[Method],
+    opened: Opened,
+    running: Running,
+    fitting: Fitting,
+    texts: Contrast,
+) -> tuple[LanguageModel, list[Steering]]:
+    """The model, and a steering of each method."""
     from trimtab.fitting import fit
 
-    return fit(
-        methods,
-        language_model,
-        texts,
-        max_length=fitting.max_length,
-        cache=fitting.cache,
-        measure=fitting.measure,
-        on=fitting.on,
-    )
+    language_model = open_model(read_beside(opened) if running.elsewhere else opened)
+    with opened_engine(running, language_model, opened) as engine:
+        made = fit(
+            methods,
+            language_model,
+            texts,
+            max_length=fitting.max_length,
+            cache=fitting.cache,
+            measure=fitting.measure,
+            on=fitting.on,
+            engine=engine,
+        )
+    return language_model, made
 
 
 def _gain(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, trusting
+from trimtab.cli.engines import LOGS, Running
 from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
@@ -57,17 +58,9 @@ class Serving:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
-    """What runs the model."""
+class Served(Running):
+    """The same, how it steers, and where it may."""
 
-    heading = "Engine"
-
-    engine: Literal["transformers", "vllm"] = option(
-        "transformers, or vllm (the extra vllm), which serves many at once.", "transformers"
-    )
-    vllm: Sequence[str] = option(
-        "NAME=VALUE: an argument of vLLM's engine, as in tensor_parallel_size=2; repeat.", ()
-    )
     hook: Sequence[str] = option(
         "With vllm, a kind of sites (resid, attn_norm ...) for steerings that are added later; "
         "repeat.",
@@ -98,7 +91,7 @@ def serve(
         Parameter(name="--bake", help="FILE@DIAL: fold it into the weights first; repeat."),
     ] = (),
     serving: Serving = Serving(),
-    running: Running = Running(),
+    running: Served = Served(),
     check: Annotated[
         bool,
         Parameter(name="--check", help="Say what would be served, and end.", negative=()),
@@ -174,12 +167,8 @@ _ADAPTERS = ("enable_lora", "lora_target_modules")
 _LOOK, _HEARD = 1.0, 5.0
 
 
-#: What vLLM writes goes where other logs go, and is said of what matters.
-_VLLM = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
-
-
 def _arguments(
-    running: Running, opened: Opened, serving: Serving, check: bool
+    running: Served, opened: Opened, serving: Serving, check: bool
 ) -> dict[str, Any] | None:
     """Arguments of vLLM's engine; None where transformers runs the model."""
     if running.engine == "transformers":
@@ -214,7 +203,7 @@ def _read_once(opened: Opened) -> Opened:
     return replace(opened, device="cpu", dtype=dtype)
 
 
-def _tier(running: Running) -> Literal["plugin", "lora"]:
+def _tier(running: Served) -> Literal["plugin", "lora"]:
     """How vLLM steers: by the plugin, unless it is not tested with the vLLM that is installed."""
     from trimtab.engines import untested, vllm_version
 
@@ -237,7 +226,7 @@ def _carried(
 def _way(
     carried: Carried | Adapted,
     library: Library,
-    running: Running,
+    running: Served,
     language_model: LanguageModel,
     arguments: dict[str, Any],
 ) -> Any:
@@ -272,7 +261,7 @@ def _vllm(
     """vLLM on the same weights, in a process of its own."""
     from trimtab.serving import Elsewhere, Limits
 
-    for name, value in _VLLM.items():
+    for name, value in LOGS.items():
         os.environ.setdefault(name, value)
     with _checkpoint(language_model, opened) as directory:
         limits = Limits(serving.rows, waiting=serving.waiting)

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App
 
 from trimtab.cli.common import open_model, print_json
-from trimtab.cli.engines import Running, opened_engine
+from trimtab.cli.engines import Hooked, opened_engine
 from trimtab.cli.judging import Asked, Measuring, costs_as_json, say_costs
 from trimtab.cli.making import method_options, prepared
 from trimtab.cli.options import Json, Opened, Task
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
 
 #: Trials that are listed in a terminal; the report has all.
 _LISTED = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hooked(Running):
-    """The same, and where it may be steered."""
-
-    hook: Sequence[str] = option(
-        "With vllm, a kind of sites (resid, ffn_out ...) beside those of the method's first "
-        "setting; repeat.",
-        (),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +78,6 @@ def _command(method: type[Method]) -> Callable[..., None]:
         _check_workers(searching, keep)
         if running.elsewhere and searching.workers > 1:
             raise TrimtabError("vLLM takes all trials at once: leave --workers out")
-        if running.hook and not running.elsewhere:
-            raise TrimtabError("--hook is for --engine vllm")
         check_task(task, rows.data)
         given = {
             "space": space or None, "fixed": fixed, "on": on, "rows": rows,

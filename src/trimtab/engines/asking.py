@@ -69,28 +69,36 @@ def extra_args(wanted: Sequence[Wanted]) -> dict[str, str] | None:
 @dataclass(frozen=True)
 class Read:
     """What is read of a prompt: the sum of a site's activations over the tokens of a scope, or the
-    last one alone, where that is None."""
+    last one alone, where that is None. `tokens` names them by number in place of a scope, from the
+    first up to one behind the last; `whole` hands each of these over, in place of their sum."""
 
     site: str
     acts: Acts | None = None
+    tokens: tuple[int, int] | None = None
+    whole: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        scope = None if self.acts is None else self.acts.as_json()
+        by_number = {} if self.tokens is None else {"tokens": list(self.tokens)}
+        return {"site": self.site, "scope": scope, **by_number, "whole": self.whole}
 
 
 @dataclass(frozen=True)
 class ReadingOf:
     """All that is read of one prompt, and the name by which it is asked for afterwards: sums of
-    activations, and what gates of its steerings decide token by token."""
+    activations, and what gates of its steerings decide token by token, where it is `written` also
+    of the tokens that are written after it."""
 
     name: str
     reads: tuple[Read, ...] = ()
+    written: bool = False
 
 
 def reading_args(reading: ReadingOf) -> dict[str, str]:
     """What the sampling parameters of a request carry that is read."""
-    reads = [
-        {"site": one.site, "scope": None if one.acts is None else one.acts.as_json()}
-        for one in reading.reads
-    ]
-    return {READING: json.dumps({"name": reading.name, "reads": reads}, allow_nan=False)}
+    reads = [one.as_json() for one in reading.reads]
+    said = {"name": reading.name, "reads": reads, "written": reading.written}
+    return {READING: json.dumps(said, allow_nan=False)}
 
 
 def reading_by(params: Any) -> ReadingOf | None:
@@ -102,28 +110,41 @@ def reading_by(params: Any) -> ReadingOf | None:
     text = extra[READING]
     if not isinstance(text, str) or len(text) > LONGEST:
         _refuse(f"what is read is no text of {LONGEST} characters at most")
+    return _reading(text)
+
+
+@lru_cache(maxsize=2048)  # the keys of blocks ask again and again
+def _reading(text: str) -> ReadingOf:
     try:
         given = json.loads(text)
     except (ValueError, RecursionError):
         _refuse("what is read is no JSON")
-    if not (isinstance(given, dict) and set(given) == {"name", "reads"}):
-        _refuse("what is read has a name and reads")
-    name, reads = given["name"], given["reads"]
+    if not (isinstance(given, dict) and set(given) == {"name", "reads", "written"}):
+        _refuse("what is read has a name and reads, and is written or not")
+    name, reads, written = given["name"], given["reads"], given["written"]
+    if not isinstance(written, bool):
+        _refuse("written is true or false")
     if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(reads, list)):
         _refuse("what is read has a name, 32 hexadecimal digits, and a list")
-    return ReadingOf(name, tuple(map(_one_read, reads)))
+    return ReadingOf(name, tuple(map(_one_read, reads)), written)
 
 
 def _one_read(given: Any) -> Read:
-    if not (isinstance(given, dict) and set(given) == {"site", "scope"}):
-        _refuse("what is read has sites and scopes")
-    if not isinstance(given["site"], str):
-        _refuse("a site is a text")
+    if not (isinstance(given, dict) and set(given) - {"tokens"} == {"site", "scope", "whole"}):
+        _refuse("what is read has sites and scopes, and is whole or not")
+    if not (isinstance(given["site"], str) and isinstance(given["whole"], bool)):
+        _refuse("a site is a text, and whole is true or false")
+    tokens = given.get("tokens")
+    if "tokens" in given:
+        if not (isinstance(tokens, list) and [type(one) for one in tokens] == [int, int]):
+            _refuse("tokens are named by two numbers")
+        if not 0 <= tokens[0] < tokens[1] < LONGEST:
+            _refuse("tokens are numbered from the first up to one behind the last")
     try:
         acts = None if given["scope"] is None else read_acts(given["scope"])
     except (ValueError, RecursionError) as error:
         _refuse(str(error))
-    return Read(given["site"], acts)
+    return Read(given["site"], acts, tuple(tokens) if tokens else None, given["whole"])
 
 
 def wanted_by(params: Any) -> tuple[Wanted, ...]:
@@ -175,6 +196,16 @@ def _one(given: Any) -> Wanted:
 
 def _refuse(why: str) -> NoReturn:
     raise ValueError(f"what this request says of steerings cannot be read: {why}")
+
+
+def read_key(reading: ReadingOf | None, first: int, stop: int) -> list[tuple[str, str]]:
+    """What the key of a block says of a text whose tokens `first` to `stop` are read by number: its
+    own name, because a token that comes out of a cache passes no site. Other blocks are shared."""
+    for one in () if reading is None else reading.reads:
+        if one.tokens is not None and one.tokens[0] < stop and first < one.tokens[1]:
+            assert reading is not None
+            return [(READING, reading.name)]
+    return []
 
 
 def block_key(

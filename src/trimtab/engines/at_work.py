@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.engines.asking import ReadingOf, Wanted
+from trimtab.engines.asking import Read, ReadingOf, Wanted
 from trimtab.engines.loaded import Step
 from trimtab.engines.tokens import weights
 from trimtab.steering import Gate
@@ -25,13 +25,15 @@ from trimtab.steering import Gate
 @dataclass(eq=False)
 class Reading:
     """What is read of one prompt, as far as it has been: of each of its reads the sum over tokens,
-    [units] in float64, and how many; and of gates that decide token by token, by their place in the
-    stack, at how many tokens each fired, and the scores at the last one, [conditions]."""
+    [units] in float64, and how many, or these tokens' activations, pass by pass, [tokens, units] in
+    float32; and of gates that decide token by token, by their place in the stack, the tokens at
+    which each fired, by number, and the scores at the prompt's last one, [conditions]."""
 
     of: ReadingOf
     sums: dict[int, Tensor] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
-    fired: dict[int, int] = field(default_factory=dict)
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    fired: dict[int, list[int]] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
     #: Tokens that were read. Those of a prompt that is read again, because its blocks were given to
     #: others, count once.
@@ -39,6 +41,9 @@ class Reading:
 
     def add(self, number: int, x: Tensor) -> None:
         """Some tokens' activations, [tokens, units]."""
+        if self.of.reads[number].whole:
+            self.rows.setdefault(number, []).append(x.float().cpu())
+            return
         total = x.double().sum(0).cpu()
         self.sums[number] = self.sums[number] + total if number in self.sums else total
         self.counts[number] = self.counts.get(number, 0) + len(x)
@@ -69,16 +74,26 @@ class _Sum(NamedTuple):
         self.reading.add(self.number, _stream(x, residual, self.rows))
 
 
+class _Told(NamedTuple):
+    """A reading that hears of a gate: of its tokens from `first` up to `stop`, which are so many
+    rows `ahead` among the gate's; and which token is the prompt's last one."""
+
+    reading: Reading
+    first: int
+    stop: int
+    ahead: int
+    last: int
+
+
 @dataclass(eq=False)
 class _Deciding:
     """A gate in a pass, for the rows of all requests that have it, [rows]: the scores of each of
-    its conditions, and where it fires. `told` are the requests whose readings hear of it: from
-    which of these rows on, how many, and whether the last of them is their prompt's last token."""
+    its conditions, and where it fires. `told` are the requests whose readings hear of it."""
 
     gate: Gate
     rows: Tensor
     rank: int
-    told: list[tuple[Reading, int, int, bool]]
+    told: list[_Told]
     scores: dict[int, Tensor] = field(default_factory=dict)
     fires: Tensor | None = None
 
@@ -86,12 +101,12 @@ class _Deciding:
         """Where it fires, [rows]; what conditions read comes before what they decide."""
         if self.fires is None:
             self.fires = self.gate.decide([self.scores[i] for i in range(len(self.scores))])
-            for reading, first, stop, ends in self.told:
-                count = int(self.fires[first:stop].sum())
-                reading.fired[self.rank] = reading.fired.get(self.rank, 0) + count
-                if ends:
-                    last = [self.scores[i][stop - 1] for i in range(len(self.scores))]
-                    reading.scores[self.rank] = torch.stack(last).double().cpu()
+            for reading, first, stop, ahead, last in self.told:
+                fired = self.fires[first + ahead : stop + ahead].nonzero()[:, 0] + first
+                reading.fired.setdefault(self.rank, []).extend(fired.tolist())
+                if first <= last < stop:
+                    scores = [self.scores[i][last + ahead] for i in range(len(self.scores))]
+                    reading.scores[self.rank] = torch.stack(scores).double().cpu()
         return self.fires
 
 
@@ -184,7 +199,7 @@ class AtWork:
             reading = request.reading
             for number, read in enumerate(reading.of.reads if reading is not None else ()):
                 assert reading is not None
-                rows = _read_rows(request, reading, read.acts)
+                rows = _read_rows(request, reading, read)
                 if len(rows):
                     where = torch.from_numpy(rows).to(device)
                     yield read.site, (-1, number), _Sum(reading, number, where)
@@ -241,11 +256,13 @@ class AtWork:
             act.act(x, residual)
 
 
-def _read_rows(request: Rows, reading: Reading, acts: Any) -> Any:
+def _read_rows(request: Rows, reading: Reading, read: Read) -> Any:
     """The rows of a pass that a read takes: tokens of the prompt that were not read before."""
     stop = min(request.position + request.stop - request.first, request.prompt)
-    first = max(request.position, reading.columns)
-    if acts is None:
+    first, acts = max(request.position, reading.columns), read.acts
+    if read.tokens is not None:
+        first, stop = max(first, read.tokens[0]), min(stop, read.tokens[1])
+    elif acts is None:
         first = max(first, request.prompt - 1)
     if first >= stop:
         return np.empty(0, dtype=np.int64)
@@ -264,11 +281,15 @@ def _deciding(
         rows.append(np.arange(request.first, request.stop))
         reading = request.reading
         if reading is not None:
-            stop = min(request.position + request.stop - request.first, request.prompt)
+            own = request.wanted[rank].prompt
+            prompt = request.prompt if own is None else own
+            stop = request.position + request.stop - request.first
+            if not reading.of.written:
+                stop = min(stop, prompt)
             first = max(request.position, reading.columns)
             if first < stop:
                 ahead = length - request.position
-                told.append((reading, ahead + first, ahead + stop, stop == request.prompt))
+                told.append(_Told(reading, first, stop, ahead, prompt - 1))
         length += request.stop - request.first
     where = torch.from_numpy(np.concatenate(rows)).to(device)
     return _Deciding(gate, where, rank, told)

@@ -12,7 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from trimtab.engines.asking import Wanted, extra_args
+from safetensors.torch import load
+from torch import Tensor
+
+from trimtab.engines.asking import ReadingOf, Wanted, extra_args, reading_args
 from trimtab.engines.modules import Place
 from trimtab.engines.plugin import LOADED, configuration, refuse_ways
 from trimtab.errors import TrimtabError, first_line
@@ -26,7 +29,8 @@ class Ask:
     """One request: token ids, what is wanted of it, and how many tokens are to follow, `fewest` at
     least. `scored` asks for the log-probability of each of its own tokens from the second on;
     `told` for new tokens at each step, not all at the end; `choosing` says how tokens are chosen,
-    in vLLM's words (nothing: the likeliest)."""
+    in vLLM's words (nothing: the likeliest). `reading` is what the workers read of it; `salt` keeps
+    its blocks apart from those of all others."""
 
     tokens: tuple[int, ...]
     wanted: tuple[Wanted, ...] = ()
@@ -35,12 +39,21 @@ class Ask:
     scored: bool = False
     told: bool = False
     choosing: Mapping[str, Any] = field(default_factory=dict)
+    reading: ReadingOf | None = None
+    salt: str | None = None
+
+    @property
+    def extra_args(self) -> dict[str, str] | None:
+        """What its sampling parameters carry of steerings, and of what is read."""
+        steered = extra_args(self.wanted) or {}
+        return steered | ({} if self.reading is None else reading_args(self.reading)) or None
 
 
 class Heard(NamedTuple):
     """What a step brought of a request: new tokens, whether each was chosen from logits that can
     choose one, whether it is over; and where it is scored, of each of its own tokens from the
-    second on the log-probability, and which token was the likeliest there."""
+    second on the log-probability, and which token was the likeliest there. `cached` of its tokens
+    were known from other requests."""
 
     name: str
     tokens: tuple[int, ...]
@@ -48,6 +61,7 @@ class Heard(NamedTuple):
     over: bool
     log_p: tuple[float, ...] = ()
     likeliest: tuple[int, ...] = ()
+    cached: int = 0
 
 
 class InProcess:
@@ -117,13 +131,20 @@ class InProcess:
         from vllm.inputs.engine import tokens_input
 
         try:
-            self._engine.add_request(name, tokens_input(list(ask.tokens)), self._params(ask))
+            prompt = tokens_input(list(ask.tokens), cache_salt=ask.salt)
+            self._engine.add_request(name, prompt, self._params(ask))
         except ValueError as error:  # vLLM's own refusals are such
             raise TrimtabError(f"vLLM refuses a request: {first_line(error)}") from error
 
     def leave(self, name: str) -> None:
         """A request is over for who asked."""
         self._engine.abort_request([name])
+
+    def told(self, name: str) -> list[dict[str, Tensor]]:
+        """What each rank has read of a text, by the name of what was to be read; it is forgotten
+        there."""
+        ranks = self._engine.collective_rpc("trimtab_read", args=(name,))
+        return [load(content) for content in ranks]
 
     def step(self) -> list[Heard]:
         """One pass of the model for all that fit into it."""
@@ -148,7 +169,7 @@ class InProcess:
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if ask.told else RequestOutputKind.FINAL_ONLY,
-            extra_args=extra_args(ask.wanted),
+            extra_args=ask.extra_args,
         )
 
     def _heard(self, output: Any) -> Heard:
@@ -164,7 +185,8 @@ class InProcess:
         sound = sound or (True,) * len(tokens)
         if own:
             sound = (*sound, *map(self._is_sound, own))
-        return Heard(output.request_id, tokens, sound, output.finished, log_p, likeliest)
+        cached = output.num_cached_tokens or 0
+        return Heard(output.request_id, tokens, sound, output.finished, log_p, likeliest, cached)
 
     def _is_sound(self, about: Mapping[int, Any]) -> bool:
         """Whether logits could choose a token: they cannot where they are no numbers, or all equal,

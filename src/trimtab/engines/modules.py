@@ -28,6 +28,8 @@ _NOWHERE = {
     "attn_norm_in": "an engine adds to the stream and norms it in one step",
     "ffn_norm_in": "an engine adds to the stream and norms it in one step",
     "router": "an engine chooses experts in a kernel of its own",
+    "router_choice": "an engine chooses experts in a kernel of its own",
+    "ffn_act": "an engine multiplies the gate's activation in the same step",
 }
 
 

@@ -27,7 +27,7 @@ from packaging.specifiers import SpecifierSet
 from safetensors.torch import save
 from torch import Tensor
 
-from trimtab.engines.asking import FIELD, READING, block_key, reading_by, wanted_by
+from trimtab.engines.asking import FIELD, READING, block_key, read_key, reading_by, wanted_by
 from trimtab.engines.at_work import AT_WORK
 from trimtab.engines.loaded import steps_of, why_not
 from trimtab.engines.modules import Place, install
@@ -134,10 +134,12 @@ def _keyed(original: Any) -> Any:
     @wraps(original)
     def extra_keys(request: Any, start: int, end: int, mm: int) -> Any:
         keys, after = original(request, start, end, mm)
-        wanted = wanted_by(request.sampling_params)
-        if wanted:
+        params = request.sampling_params
+        wanted, reading = wanted_by(params), reading_by(params)
+        if wanted or reading is not None:
             ids, prompt = request.all_token_ids, request.num_prompt_tokens
-            keys = (*(keys or ()), *block_key(wanted, ids, prompt, start, end)) or None
+            own = block_key(wanted, ids, prompt, start, end) + read_key(reading, start, end)
+            keys = (*(keys or ()), *own) or None
         return keys, after
 
     return extra_keys
@@ -220,14 +222,16 @@ def trimtab_seen(self: Any) -> bytes:
 
 def trimtab_read(self: Any, name: str) -> bytes:
     """What was read of a prompt, of the sites that are on this rank, and nothing of it after that:
-    sums and counts by the number of the read; of gates by their place how often each fired, and its
-    scores at the prompt's last token."""
+    sums and counts, or whole activations, by the number of the read; of gates by their place the
+    tokens at which each fired, and its scores at the prompt's last one."""
     reading = AT_WORK.readings.pop(name, None)
     if reading is None:
         return save({})
     told: dict[str, Tensor] = {}
     for number, total in reading.sums.items():
         told |= {f"sum {number}": total, f"count {number}": torch.tensor(reading.counts[number])}
+    told |= {f"rows {number}": torch.cat(some) for number, some in reading.rows.items()}
     for place, scores in reading.scores.items():
-        told |= {f"scores {place}": scores, f"fired {place}": torch.tensor(reading.fired[place])}
+        fired = torch.tensor(reading.fired[place], dtype=torch.long)
+        told |= {f"scores {place}": scores, f"fired {place}": fired}
     return save(told)

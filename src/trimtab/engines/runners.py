@@ -48,7 +48,8 @@ class Watching:
         reading = None
         if of is not None:  # one that comes again, after its blocks were given away, goes on
             reading = self.at_work.readings.setdefault(of.name, Reading(of))
-        reads = bool(of and of.reads) or any(one.reads for one in wanted)
+        by_scope = of is not None and any(one.acts is not None for one in of.reads)
+        reads = by_scope or any(one.reads for one in wanted)
         self.texts[name] = _Text(wanted, list(ids or ()) if reads else [], prompt, reading)
 
     def begin(

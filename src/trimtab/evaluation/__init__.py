@@ -3,7 +3,7 @@
 from trimtab.evaluation.answering import AnsweredBy, Settings, engine_of
 from trimtab.evaluation.drifting import Drift, Repeated, drift
 from trimtab.evaluation.endpoint import Address, ChatEndpoint, read_key
-from trimtab.evaluation.evaluation import evaluate
+from trimtab.evaluation.evaluation import evaluate, refuse_elsewhere
 from trimtab.evaluation.jobs import (
     Asked,
     Judging,

@@ -79,7 +79,8 @@ def evaluate(
     steerings and words do lasts, over turns before the prompts of tasks of ours and pairs, and over
     a long text. `output` names a run directory, in which a run that was interrupted goes on.
     `engine` (`tt.VLLM`) runs the model in place of transformers, all of this in one continuous
-    batch; what it cannot answer alike (lm-eval, samples, drift, gates) is refused.
+    batch; what it cannot answer alike (lm-eval, sampled answers) is refused. Drift over a long text
+    is read by transformers all the same.
     """
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
@@ -124,7 +125,7 @@ def evaluate(
             for attached in subjects.values():
                 job.check(attached)
     if engine is not None:
-        _refuse_elsewhere(jobs, rows.drift)
+        refuse_elsewhere(jobs)
     settings = Settings(answering.seed, answering.batch_size, new_tokens, force, engine=engine)
     preference = judging.preference
     config = {
@@ -174,10 +175,8 @@ def evaluate(
     return evaluation
 
 
-def _refuse_elsewhere(jobs: Sequence[Job], drifts: bool) -> None:
+def refuse_elsewhere(jobs: Sequence[Job]) -> None:
     """Refuse what an engine would answer otherwise than transformers, or not at all."""
-    if drifts:
-        raise TrimtabError("drift is measured with transformers: leave the engine out")
     for job in jobs:
         if isinstance(job, HarnessJob):
             raise TrimtabError(f"{job.name} runs its own way, with transformers: leave it out")

@@ -15,7 +15,7 @@ that was killed goes on where it stopped, and a later one runs the model only fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, not_finite
 from trimtab.fitting.differentiable import check_differentiable
 from trimtab.fitting.effects import Effect, check_scored, effects_of
+from trimtab.fitting.elsewhere import read_by
 from trimtab.fitting.fields import Says
 from trimtab.fitting.statistics import Sides
 from trimtab.fitting.stored import StoredPass
 from trimtab.model import LanguageModel
-from trimtab.reading import Batch, Packed, batches, encode_contrast, packed, run_packed
+from trimtab.reading import Batch, Engine, Packed, batches, encode_contrast, packed, run_packed
 from trimtab.terminal import progress
 
 #: Whose activation stands for a text: its last token's, the mean over all its tokens, or the mean
@@ -116,17 +117,19 @@ class UnitLength:
 class Statistics(dict[Want, Any]):
     """What a pass has gathered, and what methods have made of it that others of their settings
     need too. `max_length` is that of the pass, `cache` the directory that keeps what the model was
-    run for."""
+    run for, `engine` what ran it in place of transformers."""
 
     def __init__(
         self,
         gathered: Mapping[Want, Any] | None = None,
         max_length: int | None = None,
         cache: Path | None = None,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__(gathered or {})
         self.max_length = max_length
         self.cache = cache
+        self.engine = engine
         self._made: dict[Hashable, Any] = {}
 
     def once(self, key: Hashable, make: Callable[[], M]) -> M:
@@ -153,14 +156,16 @@ def collect(
     *,
     max_length: int | None = None,
     cache: str | Path | None = None,
+    engine: Engine | None = None,
 ) -> Statistics:
     """Run the model once over the contrast and return every wanted statistic.
 
     `max_length` is the longest text in tokens (default: what the model takes); prompts of longer
-    ones are cut on the left, with a warning. `cache` is a directory that keeps what was read.
+    ones are cut on the left, with a warning. `cache` is a directory that keeps what was read. An
+    `engine` runs the model in place of transformers; it gives no gradients.
     """
     gathered = {want: want.statistic() for want in wants}
-    wanted = Statistics(gathered, max_length, Path(cache) if cache else None)
+    wanted = Statistics(gathered, max_length, Path(cache) if cache else None, engine)
     if not wanted:
         return wanted
     if not contrast.paired:
@@ -175,6 +180,8 @@ def collect(
                     f"{contrast.name} is unpaired, and this method compares the two sides of a "
                     "pair: give it rows with prompt, positive and negative"
                 )
+    if engine is not None:
+        _check_elsewhere(language_model, engine, wanted)
     every = encode_contrast(language_model, contrast, max_length)
     for want in wanted:
         _check_lengths(contrast.name, every, want)
@@ -191,31 +198,85 @@ def collect(
                 f"{language_model.name} is steered, and a cache keeps what it does unsteered: "
                 "leave the cache out, or fit after the block"
             )
-        stored = StoredPass(Path(cache), language_model, every, shapes, len(rows))
+        name = "" if engine is None else engine.name
+        stored = StoredPass(Path(cache), language_model, every, shapes, len(rows), name)
     labels = None
     if not contrast.paired:
         labels = torch.tensor([text.label == "positive" for text in contrast.texts])
     check_differentiable(
         language_model, (pick.site for pick in picks if isinstance(pick.token, Effect))
     )
-    shared = packed(language_model, rows)
+    if engine is None:
+        read = _read(language_model, rows, picks, stored)
+    else:
+        read = _read_elsewhere(language_model, engine, rows, picks, stored)
     with progress("reading activations", len(rows)) as advance:
-        for batch in batches(rows, language_model.batch_tokens, shared):
-            indices = torch.tensor([row.index for row in batch.rows])
-            found = stored.read(indices, language_model.device) if stored else {}
-            missing = [pick for pick in picks if pick not in found]
-            if missing:
-                fresh = _run(language_model, batch, missing)
-                if stored:
-                    stored.write(indices, fresh)
-                    # On one device, whether it was read just now or earlier.
-                    fresh = {pick: x.to(language_model.device) for pick, x in fresh.items()}
-                found |= fresh
+        for indices, found in read:
             _check_finite(contrast.name, language_model, indices, wanted, found)
             for want, statistic in wanted.items():
                 statistic.update(_sides(found[want.pick], indices, labels, want.rows))
-            advance(len(batch.rows))
+            advance(len(indices))
     return wanted
+
+
+def _read(
+    language_model: LanguageModel,
+    rows: Sequence[Packed],
+    picks: Sequence[Pick],
+    stored: StoredPass | None,
+) -> Iterator[tuple[Tensor, dict[Pick, Tensor]]]:
+    """What is picked of rows, [rows, sides, units], a batch at a time, with their numbers."""
+    shared = packed(language_model, rows)
+    for batch in batches(rows, language_model.batch_tokens, shared):
+        indices = torch.tensor([row.index for row in batch.rows])
+        found = stored.read(indices, language_model.device) if stored else {}
+        missing = [pick for pick in picks if pick not in found]
+        if missing:
+            fresh = _run(language_model, batch, missing)
+            if stored:
+                stored.write(indices, fresh)
+                # On one device, whether it was read just now or earlier.
+                fresh = {pick: x.to(language_model.device) for pick, x in fresh.items()}
+            found |= fresh
+        yield indices, found
+
+
+def _read_elsewhere(
+    language_model: LanguageModel,
+    engine: Engine,
+    rows: Sequence[Packed],
+    picks: Sequence[Pick],
+    stored: StoredPass | None,
+) -> Iterator[tuple[Tensor, dict[Pick, Tensor]]]:
+    """The same of an engine, a row at a time, as they come."""
+    device = language_model.device
+    asked = []
+    for row in rows:
+        index = torch.tensor([row.index])
+        found = stored.read(index, device) if stored else {}
+        missing = [pick for pick in picks if pick not in found]
+        if missing:
+            asked.append((row, missing))
+        else:
+            yield index, found
+    for row, fresh in read_by(engine, asked, device):
+        index = torch.tensor([row.index])
+        found = stored.read(index, device) if stored and len(fresh) < len(picks) else {}
+        if stored:
+            stored.write(index, fresh)
+        yield index, found | fresh
+
+
+def _check_elsewhere(language_model: LanguageModel, engine: Engine, wants: Iterable[Want]) -> None:
+    """Refuse what an engine does not read, before it starts."""
+    if is_hooked(language_model.model):
+        raise TrimtabError(
+            f"{language_model.name} is steered, and {engine.name} reads it as it is: leave the "
+            "engine out, or fit after the block"
+        )
+    if any(isinstance(want.token, Effect) for want in wants):
+        raise TrimtabError(f"effects are gradients, which {engine.name} does not give")
+    engine.prepare_sites(sorted({want.site for want in wants}))
 
 
 def _check_lengths(name: str, rows: Sequence[Packed], want: Want) -> None:

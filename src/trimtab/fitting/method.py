@@ -16,8 +16,10 @@ from trimtab.contrasts import SINGLE, Contrast, Pair, images_in
 from trimtab.dials import measured
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
+from trimtab.fitting.effects import Effect
 from trimtab.fitting.fields import fields_in_words, validate
 from trimtab.model import LanguageModel, put_as
+from trimtab.reading import Engine
 from trimtab.steering import (
     POSITIONS,
     Dial,
@@ -88,6 +90,7 @@ class Method(ABC):
         cache: str | Path | None = None,
         measure: bool = True,
         on: Tokens = "all",
+        engine: Engine | None = None,
     ) -> Steering:
         """Make a steering from a contrast; the arguments are those of `trimtab.fit`."""
         (made,) = fit(
@@ -98,6 +101,7 @@ class Method(ABC):
             cache=cache,
             measure=measure,
             on=on,
+            engine=engine,
         )
         return made
 
@@ -138,6 +142,7 @@ def fit(
     cache: str | Path | None = None,
     measure: bool = True,
     on: Tokens = "all",
+    engine: Engine | None = None,
 ) -> list[Steering]:
     """Fit several methods on one contrast; the model runs over it once, whatever they want of it.
 
@@ -154,16 +159,31 @@ def fit(
 
     `on` says which tokens are steered, of a model that sees images: all, those of text, or those
     that stand for an image.
+
+    An `engine` (`tt.VLLM`) reads the contrast in place of transformers, on the same weights. What
+    is measured under a steering (the dial, a choice on validation rows) is transformers' all the
+    same. Methods that need gradients, or train, are refused.
     """
     if on == "image" and measure and not _has_images(contrast):
         raise TrimtabError(
             f"{contrast.name} has no images, on which the dial of a steering of image tokens could "
             "be measured: give a contrast with images, or leave measuring out (--no-measure)"
         )
-    wants = [want for method in methods for want in method.wants(language_model, contrast)]
+    by_method = [method.wants(language_model, contrast) for method in methods]
+    if engine is not None:
+        for method, its_wants in zip(methods, by_method, strict=True):
+            _refuse_elsewhere(method, its_wants, engine)
+    wants = [want for its_wants in by_method for want in its_wants]
     if len(contrast.train) == 1 and any(want.rows is None for want in wants):  # not asked for one
         warnings.warn(f"{contrast.name}: {SINGLE}", TrimtabWarning, stacklevel=2)
-    statistics = collect(language_model, contrast.train, wants, max_length=max_length, cache=cache)
+    statistics = collect(
+        language_model,
+        contrast.train,
+        wants,
+        max_length=max_length,
+        cache=cache,
+        engine=engine,
+    )
     steerings = [method.build(language_model, contrast, statistics).on(on) for method in methods]
     if not measure:
         return steerings
@@ -171,6 +191,26 @@ def fit(
         _measured(method, language_model, contrast.train, steering)
         for method, steering in zip(methods, steerings, strict=True)
     ]
+
+
+def _refuse_elsewhere(method: Method, wants: Sequence[Want], engine: Engine) -> None:
+    """Refuse a method whose activations an engine does not give, or that is not made of any."""
+    if not wants:
+        raise TrimtabError(
+            f"{method.name} runs the model itself as it is fitted, which {engine.name} does not "
+            "take part in: leave the engine out"
+        )
+    if any(isinstance(want.token, Effect) for want in wants):
+        raise TrimtabError(
+            f"{method.name} goes by gradients here, which {engine.name} does not give: leave the "
+            "engine out"
+        )
+    try:
+        engine.prepare_sites(sorted({want.site for want in wants}))
+    except TrimtabError as error:
+        raise TrimtabError(
+            f"{engine.name} does not read what {method.name} is fitted on: {error}"
+        ) from error
 
 
 def _has_images(contrast: Contrast) -> bool:

@@ -46,7 +46,8 @@ class StoredPass:
     """The files of one model's pass over one contrast; `shapes` says of each pick how many sides
     and units there are.
 
-    `count` of the rows are going to be read this time.
+    `count` of the rows are going to be read this time. An `engine` in place of transformers, which
+    rounds otherwise, has passes of its own.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class StoredPass:
         rows: Sequence[Packed],
         shapes: Mapping[Any, tuple[int, int]],
         count: int,
+        engine: str = "",
     ) -> None:
         self._shapes = shapes
         self._count = count
-        self._room = cache / digest_of(language_model, rows)
+        self._room = cache / digest_of(language_model, rows, engine)
         try:
             self._room.mkdir(parents=True, exist_ok=True)
             self._check_space()
@@ -136,7 +138,7 @@ class StoredPass:
             )
 
 
-def digest_of(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
+def digest_of(language_model: LanguageModel, rows: Sequence[Packed], engine: str = "") -> str:
     """What a pass depends on: every weight, the configuration, every token with its place.
 
     A model's identity is not enough: it is the same in each dtype, and a baked model, or one that
@@ -155,6 +157,7 @@ def digest_of(language_model: LanguageModel, rows: Sequence[Packed]) -> str:
         digest.update(repr((row.tokens, row.common, row.sides, row.answers)).encode())
         for text in row.seen:
             digest.update(repr(text.digests).encode())
+    digest.update(engine.encode())
     return digest.hexdigest()[:32]
 
 

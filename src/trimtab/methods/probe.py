@@ -228,6 +228,7 @@ class Probe(Method):
                     contrast.part("validation"),
                     wants,
                     max_length=statistics.max_length,
+                    engine=statistics.engine,
                 ),
             )
         findings: dict[str, Any] = {}

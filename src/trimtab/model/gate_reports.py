@@ -71,15 +71,18 @@ def _fired(steering: Steering, fired: bool, scores: Sequence[float], **tokens: A
     )
 
 
-def fired_by(steering: Steering, scores: Tensor, tokens: int | None = None) -> Fired:
+def fired_by(
+    steering: Steering, scores: Tensor, tokens: int | None = None, new: int | None = None
+) -> Fired:
     """What the gate of a steering decided of one text whose activations somebody else read: scores
     of its conditions, [conditions]; of a token gate those at the prompt's last token, and at how
-    many `tokens` of the prompt it fired."""
+    many `tokens` of the prompt it fired, and `new` ones."""
     assert steering.gate is not None
     if tokens is None:
         fired = bool(steering.gate.decide(list(scores[:, None]))[0])
         return _fired(steering, fired, scores.tolist())
-    return _fired(steering, tokens > 0, scores.tolist(), prompt_tokens=tokens)
+    fired = bool(tokens or new)
+    return _fired(steering, fired, scores.tolist(), prompt_tokens=tokens, new_tokens=new)
 
 
 Rows = Sequence[tuple[Steering, ...]]

@@ -10,7 +10,7 @@ from trimtab.reading.autoencoders import (
     is_release,
     load_features,
 )
-from trimtab.reading.engine import Engine
+from trimtab.reading.engine import Engine, Stretch
 from trimtab.reading.likelihood import (
     answers_scored,
     cross_entropy,

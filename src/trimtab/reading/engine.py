@@ -8,12 +8,26 @@ around.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from trimtab.contrasts import Prompt
 from trimtab.model import Completion, SteeringArgument, UnsoundError
 from trimtab.reading.reader import Next, PlannedBatch, Reading
 from trimtab.steering import Steering
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens of a text, from `first` up to `stop`, at a site: `whole` asks for the activation of
+    each, otherwise for their sum."""
+
+    site: str
+    first: int
+    stop: int
+    whole: bool
 
 
 class Engine(Protocol):
@@ -26,6 +40,10 @@ class Engine(Protocol):
     @property
     def longest(self) -> int:
         """The longest text, with what is written after it, in tokens."""
+
+    @property
+    def read(self) -> int:
+        """Tokens that ran through the model so far; what was in a cache did not."""
 
     def prepare(
         self, steerings: Sequence[Steering], *, everywhere: bool = False, force: bool = False
@@ -56,3 +74,13 @@ class Engine(Protocol):
         force: bool = False,
     ) -> Iterator[tuple[PlannedBatch, list[Next]]]:
         """As `reading.next_tokens`, as it comes."""
+
+    def prepare_sites(self, sites: Sequence[str]) -> None:
+        """Be able to read activations there, or refuse it."""
+
+    def activations(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[Stretch]]]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Of texts, as token ids, the stretches that are wanted of each, as they come, by the
+        text's place: [tokens, units] in float32 of a whole one, of others the sum, [units] in
+        float64. No steering acts."""

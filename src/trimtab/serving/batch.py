@@ -19,32 +19,54 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.batches import seed_of
 from trimtab.contrasts import Prompt, images_in
 from trimtab.engines import OURS as GIVEN
-from trimtab.engines import Ask, Heard, InProcess, Wanted, content_of, sites_of, untested, wanted_of
+from trimtab.engines import (
+    Ask,
+    Heard,
+    InProcess,
+    Read,
+    ReadingOf,
+    Wanted,
+    content_of,
+    sites_of,
+    untested,
+    wanted_of,
+)
 from trimtab.engines import places_of as places
 from trimtab.errors import TrimtabError, shown
 from trimtab.model import (
     Completion,
+    Fired,
     LanguageModel,
     SteeringArgument,
     UnsoundError,
     end_tokens,
+    fired_by,
     per_text,
     row_steerings,
     sampling,
-    scope_weights,
     stop_pattern,
     stops_in,
     unsound,
 )
-from trimtab.reading import Next, PlannedBatch, Reading, refuse_idle
+from trimtab.reading import Next, PlannedBatch, Reading, Stretch, refuse_idle
+from trimtab.serving.deciding import (
+    Decision,
+    check_scopes,
+    decided,
+    early_of,
+    read_of,
+    scores_of,
+    token_by_token,
+)
 from trimtab.serving.inside import Carried
 from trimtab.serving.placing import acts_of
-from trimtab.serving.proving import joined, last_activations, probe, refuse_others
-from trimtab.steering import Steering
+from trimtab.serving.proving import joined, last_activations, of_ranks, probe, refuse_others
+from trimtab.steering import Gate, Steering
 
 #: Steerings that workers hold at once, and requests that the engine has at once.
 _HELD, _AT_ONCE = 512, 1024
@@ -73,17 +95,23 @@ class _Request:
     place: int
     ask: Ask
     acting: Acting
+    #: How many of its tokens are prompt to steerings.
+    prompt: int
     pattern: Any = None
+    #: What gates that go by the prompt decide, by the place of their steering, and did.
+    decisions: dict[int, Decision] = field(default_factory=dict)
+    early: dict[int, Fired] = field(default_factory=dict)
+    #: What the workers steer with, and of what gates decide token by token the place in `acting`,
+    #: by that place.
+    sent: Acting = ()
+    by_token: dict[int, int] = field(default_factory=dict)
+    #: What it finds out for others, where it is no text of anybody's.
+    finds: Decision | None = None
     tokens: list[int] = field(default_factory=list)
     sound: bool = True
     last: Heard | None = None
-
-
-def _why_not_here(steering: Steering) -> str:
-    """Why a steering is for a server and not for a batch, "" where it is not."""
-    if steering.gate is None:
-        return ""
-    return "it has a gate, which trimtab serve --engine vllm decides; or leave the engine out"
+    #: What each rank has read of it.
+    told: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 class VLLM:
@@ -97,7 +125,7 @@ class VLLM:
     then, and in all blocks at the kinds of sites in `hooks` ("resid", "ffn_out" ...); others are
     refused. `model` is a directory or hub id with the same weights, which vLLM reads (default: a
     temporary checkpoint of what is in memory); the other arguments are vLLM's own. What it does not
-    carry, a gate or a rule (`kl=`), is refused before it starts.
+    carry, such as a rule (`kl=`), is refused before it starts.
     """
 
     name = "vllm"
@@ -119,7 +147,9 @@ class VLLM:
             raise TrimtabError(f"vLLM's {ours[0]} is for trimtab to say: leave it out")
         self._lm, self._model, self._arguments = language_model, model, arguments
         self._carried = Carried(
-            language_model.anatomy, int(arguments.get("tensor_parallel_size", 1))
+            language_model.anatomy,
+            int(arguments.get("tensor_parallel_size", 1)),
+            stages=int(arguments.get("pipeline_parallel_size", 1)),
         )
         self._sites = {site for kind in hooks for site in language_model.anatomy.sites(kind)}
         self._inner: InProcess | None = None
@@ -127,6 +157,12 @@ class VLLM:
         self._open = ExitStack()
         self._ends = end_tokens(language_model.model.generation_config.eos_token_id)
         self._waiting: deque[_Request] = deque()
+        #: Requests whose gates have not decided, passes that they wait for, and what came of these,
+        #: by gate and prompt.
+        self._undecided: list[_Request] = []
+        self._asides = _Work()
+        self._decisions: dict[tuple[int, tuple[int, ...]], Decision] = {}
+        self._free: dict[int, tuple[Steering, Steering]] = {}
         self._under_way: dict[str, _Request] = {}
         #: Steerings that the workers hold, by digest, and how many requests run with each.
         self._held: dict[str, int] = {}
@@ -134,6 +170,8 @@ class VLLM:
         self._known: dict[int, tuple[Steering, Wanted]] = {}
         self._prepared: dict[int, Steering] = {}
         self._count = 0
+        #: Tokens that ran through the model.
+        self.read = 0
         self.prepare(steerings, force=force)
 
     # -- before it starts -------------------------------------------------------------------------
@@ -148,7 +186,7 @@ class VLLM:
                 continue
             with self._lm.steered(steering, force=force):
                 pass  # says what does not fit
-            if reason := _why_not_here(steering) or self._carried(steering):
+            if reason := self._carried(steering):
                 raise TrimtabError(f"vLLM does not carry {shown(steering.label)}: {reason}")
             sites = set(sites_of([steering]))
             if everywhere:
@@ -230,13 +268,12 @@ class VLLM:
             own = {} if seed is None or not choosing else {"seed": seed_of(seed, place)}
             asked = Ask(
                 tuple(tokens),
-                self._wanted(acting[place], tokens),
-                new,
-                fewest,
+                new=new,
+                fewest=fewest,
                 told=pattern is not None,
                 choosing=choosing | own,
             )
-            self._ask(work, _Request(work, place, asked, acting[place], pattern))
+            self._ask(_Request(work, place, asked, acting[place], len(tokens), pattern))
         for some in self._results(work, in_turns):
             yield [(place, self._completed(prompts[place], place, one)) for place, one in some]
 
@@ -258,20 +295,53 @@ class VLLM:
         work = _Work()
         for place, reading in enumerate(readings):
             if missing is None or missing(place):
-                tokens = _asked_text(reading)
-                wanted = self._wanted(acting[place], reading.tokens)
-                if reading.prompt != len(tokens):  # else it shares blocks with texts that go on
-                    wanted = tuple(replace(one, prompt=reading.prompt) for one in wanted)
-                asked = Ask(tokens, wanted, scored=reading.targets is not None)
-                self._ask(work, _Request(work, place, asked, acting[place]))
+                asked = Ask(_asked_text(reading), scored=reading.targets is not None)
+                self._ask(_Request(work, place, asked, acting[place], reading.prompt))
         for some in self._results(work, in_turns):
             batch = PlannedBatch(0, tuple(place for place, _ in some))
             yield batch, [self._next(readings[place], place, one) for place, one in some]
+
+    def prepare_sites(self, sites: Sequence[str]) -> None:
+        """Be able to read activations there: refuses sites that vLLM has no place for, and those
+        that it was not started with."""
+        places(self._lm.anatomy, sites)
+        strange = [site for site in sites if site not in self._sites]
+        if self._inner is None:
+            self._sites |= set(strange)
+        elif strange:
+            kind = strange[0].rpartition(".")[2]
+            raise TrimtabError(f"vLLM was not started with {strange[0]}: say hooks=[{kind!r}]")
+
+    def activations(
+        self, texts: Sequence[tuple[Sequence[int], Sequence[Stretch]]]
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """Of texts, as token ids, the stretches that are wanted of each, as they come, by the
+        text's place: [tokens, units] in float32 of a whole one, of others the sum, [units] in
+        float64. No steering acts."""
+        self.prepare_sites(sorted({one.site for _, wanted in texts for one in wanted}))
+        work = _Work()
+        for place, (tokens, wanted) in enumerate(texts):
+            reads = tuple(
+                Read(one.site, tokens=(one.first, one.stop), whole=one.whole) for one in wanted
+            )
+            asked = Ask(tuple(tokens), reading=ReadingOf(uuid.uuid4().hex, reads))
+            self._ask(_Request(work, place, asked, (), len(tokens)))
+        for some in self._results(work, in_turns=False):
+            for place, request in some:
+                told, request.told = request.told, []
+                yield (
+                    place,
+                    [
+                        of_ranks(f"{'rows' if one.whole else 'sum'} {number}", one.site, told)
+                        for number, one in enumerate(texts[place][1])
+                    ],
+                )
 
     def close(self) -> None:
         """End it, and what is under way."""
         inner, self._inner, self._broken = self._inner, None, True
         self._waiting.clear()
+        self._undecided.clear()
         self._under_way.clear()
         try:
             if inner is not None:
@@ -303,9 +373,8 @@ class VLLM:
         asked.pop("do_sample")
         return {name: asked[name] for name in given if name in asked}
 
-    def _wanted(self, acting: Acting, tokens: Sequence[int]) -> tuple[Wanted, ...]:
-        """How steerings are asked for; refuses a text that has no turns of a chat where a scope
-        asks for some."""
+    def _wanted(self, acting: Acting) -> tuple[Wanted, ...]:
+        """How steerings are asked for."""
         found = []
         for steering in acting:
             if id(steering) not in self._known:
@@ -314,20 +383,81 @@ class VLLM:
                 wanted = wanted_of(steering, partial(acts_of, self._lm))
                 self._known[id(steering)] = steering, wanted
             found.append(self._known[id(steering)][1])
-            for scope in steering.scopes:
-                if scope.by_content:
-                    scope_weights(self._lm.marks, scope, tokens, len(tokens))
         return tuple(found)
 
-    def _ask(self, work: _Work, request: _Request) -> None:
+    def _ask(self, request: _Request) -> None:
+        """Have a text wait for its turn; refuses one that is too long, that has no turns of a chat
+        where a scope asks for some, or whose gates see what they should not."""
         whole = len(request.ask.tokens) + request.ask.new
         if whole > self.longest:
             raise TrimtabError(
                 f"a text of {len(request.ask.tokens)} tokens and {request.ask.new} new ones do not "
                 f"go into the {self.longest} that vLLM takes: say max_model_len"
             )
-        work.left += 1
+        for steering in request.acting:
+            check_scopes(self._lm, steering.scopes, request.ask.tokens)
+        prompt = request.ask.tokens[: request.prompt]
+        request.decisions = {
+            place: self._decision(gate, prompt) for place, gate in early_of(request.acting).items()
+        }
+        request.work.left += 1
+        if request.decisions:
+            self._undecided.append(request)
+        else:
+            self._settle(request)
+
+    def _decision(self, gate: Gate, prompt: tuple[int, ...]) -> Decision:
+        """What a gate decides of a prompt, from a pass that is not steered; one for all who ask."""
+        key = id(gate), prompt
+        if key in self._decisions:
+            return self._decisions[key]
+        if len(self._decisions) >= _KNOWN:
+            known = [k for k, one in self._decisions.items() if one.scores is not None]
+            for each in known:
+                del self._decisions[each]
+        found = self._decisions[key] = Decision(gate)
+        reads = tuple(read_of(self._lm, each, prompt) for each in gate.conditions)
+        salt = uuid.uuid4().hex  # what comes out of a cache passes no site
+        asked = Ask(prompt, reading=ReadingOf(uuid.uuid4().hex, reads), salt=salt)
+        self._asides.left += 1
+        self._waiting.append(_Request(self._asides, 0, asked, (), len(prompt), finds=found))
+        return found
+
+    def _settle(self, request: _Request) -> None:
+        """Have a request wait for its turn whose gates that go by the prompt have decided."""
+        acting = request.acting
+        for place, decision in request.decisions.items():
+            assert decision.scores is not None
+            request.early[place] = fired_by(acting[place], decision.scores)
+        places = [
+            place
+            for place in range(len(acting))
+            if place not in request.early or request.early[place].fired
+        ]
+        request.sent = tuple(self._without(acting[place]) for place in places)
+        request.by_token = {
+            number: place
+            for number, place in enumerate(places)
+            if request.sent[number].gate is not None
+        }
+        wanted = self._wanted(request.sent)
+        if request.prompt != len(request.ask.tokens):  # else it shares blocks with texts that go on
+            wanted = tuple(replace(one, prompt=request.prompt) for one in wanted)
+        request.ask = replace(request.ask, wanted=wanted)
+        if request.by_token:  # what is read again is not known to gates
+            reading = ReadingOf(uuid.uuid4().hex, written=True)
+            request.ask = replace(request.ask, reading=reading, salt=uuid.uuid4().hex)
         self._waiting.append(request)
+
+    def _without(self, steering: Steering) -> Steering:
+        """A steering as the workers hold it; the same one for all who have it."""
+        if decided(steering) is steering:
+            return steering
+        if id(steering) not in self._free:
+            if len(self._free) >= _KNOWN:
+                del self._free[next(iter(self._free))]
+            self._free[id(steering)] = steering, decided(steering)
+        return self._free[id(steering)][1]
 
     # -- while it runs ----------------------------------------------------------------------------
 
@@ -350,11 +480,14 @@ class VLLM:
         if not work.left:
             return
         self._waiting = deque(one for one in self._waiting if one.work is not work)
+        self._undecided = [one for one in self._undecided if one.work is not work]
         for name, one in list(self._under_way.items()):
             if one.work is work:
                 self._over(name)
                 if self._inner is not None and not self._broken:
                     self._inner.leave(name)
+                    if one.ask.reading is not None:  # which is forgotten with it
+                        self._inner.told(one.ask.reading.name)
 
     def _step(self) -> None:
         """One pass, for all work that is under way."""
@@ -371,11 +504,18 @@ class VLLM:
 
     def _feed(self, inner: InProcess) -> None:
         """Hand over requests that wait, as far as their steerings find room."""
+        if self._undecided:
+            asked, self._undecided = self._undecided, []
+            for each in asked:
+                if all(decision.scores is not None for decision in each.decisions.values()):
+                    self._settle(each)
+                else:
+                    self._undecided.append(each)
         while self._waiting and len(self._under_way) < _AT_ONCE:
             request = self._waiting[0]
             own = {
                 wanted.digest: one
-                for wanted, one in zip(request.ask.wanted, request.acting, strict=True)
+                for wanted, one in zip(request.ask.wanted, request.sent, strict=True)
             }
             if not all(self._hold(inner, digest, own) for digest in own):
                 return
@@ -420,13 +560,21 @@ class VLLM:
                 break
         if over:
             self._over(heard.name)
-            request.work.over.append((request.place, request))
+            if request.ask.reading is not None:
+                request.told = inner.told(request.ask.reading.name)
+            if request.finds is None:
+                request.work.over.append((request.place, request))
+            else:
+                request.finds.scores = scores_of(request.finds.gate, request.told)
 
     def _over(self, name: str) -> None:
         request = self._under_way.pop(name)
         request.work.left -= 1
         for one in request.ask.wanted:
             self._held[one.digest] -= 1
+        cached = 0 if request.last is None else request.last.cached
+        # The last token that was written ran through nothing.
+        self.read += len(request.ask.tokens) - cached + max(0, len(request.tokens) - 1)
 
     def _started(self) -> InProcess:
         """The engine, which is seen to have the model's activations at each site when it starts."""
@@ -456,17 +604,26 @@ class VLLM:
         end = next((i for i, token in enumerate(one.tokens) if token in self._ends), None)
         tokens = one.tokens[:end]
         text = self._lm.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Completion(prompt, text, tuple(tokens), labels)
+        gates = self._gates(one, one.prompt + len(tokens) - 1)
+        return Completion(prompt, text, tuple(tokens), labels, gates)
+
+    def _gates(self, one: _Request, stop: int) -> tuple[Fired, ...]:
+        """What the gates of a text's steerings decided of it up to a token."""
+        found = dict(one.early)
+        for number, place in one.by_token.items():
+            found[place] = token_by_token(one.acting[place], number, one.told, one.prompt, stop)
+        return tuple(found[place] for place in sorted(found))
 
     def _next(self, reading: Reading, place: int, one: _Request) -> Next:
         if not one.sound:
             labels = [steering.label for steering in one.acting]
             raise unsound(f"text {place + 1}", labels, self._lm.dtype)
+        gates = self._gates(one, len(reading.tokens))
         if reading.targets is None or one.last is None:
-            return Next(torch.tensor(one.tokens[:1]), torch.zeros(0))
+            return Next(torch.tensor(one.tokens[:1]), torch.zeros(0), gates=gates)
         best = [one.last.likeliest[position] for position in reading.positions]
         log_p = [one.last.log_p[position] for position in reading.positions]
-        return Next(torch.tensor(best), torch.tensor(log_p, dtype=torch.float64))
+        return Next(torch.tensor(best), torch.tensor(log_p, dtype=torch.float64), gates=gates)
 
 
 def _asked_text(reading: Reading) -> tuple[int, ...]:

@@ -18,11 +18,10 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from trimtab.anatomy import Anatomy, site_order
+from trimtab.anatomy import Anatomy
 from trimtab.dials import divergence, searched
 from trimtab.engines import (
     LOADED,
-    SPLIT,
     Read,
     ReadingOf,
     Wanted,
@@ -38,12 +37,20 @@ from trimtab.engines import (
     why_not,
 )
 from trimtab.errors import TrimtabError
-from trimtab.model import Fired, LanguageModel, fired_by, scope_weights
+from trimtab.model import Fired, LanguageModel, fired_by
+from trimtab.serving.deciding import (
+    check_scopes,
+    decided,
+    early_of,
+    read_of,
+    scores_of,
+    token_by_token,
+)
 from trimtab.serving.elsewhere import Given
 from trimtab.serving.jobs import FullError, Job
 from trimtab.serving.placing import acts_of
 from trimtab.serving.proving import joined, last_activations, probe, refuse_others
-from trimtab.steering import READS_LAST, Condition, Scope, Steering
+from trimtab.steering import Steering
 
 #: Steerings that workers hold at once, those that nobody asks for any more among them.
 _HELD = 512
@@ -66,7 +73,7 @@ class Carried:
         wanted = sites_of([steering])
         try:
             places_of(self.anatomy, wanted)
-            steps_of(_decided(steering), 0, self.ranks)
+            steps_of(decided(steering), 0, self.ranks)
         except TrimtabError as error:
             return str(error)
         strange = [] if self.sites is None else [site for site in wanted if site not in self.sites]
@@ -130,7 +137,7 @@ class Inside:
             job.acting = (await self._within(job.acting[0], job.kl, job.tokens),)
         early = await self._decide(job)
         acting = {
-            place: _decided(steering)
+            place: decided(steering)
             for place, steering in enumerate(job.acting)
             if place not in early or early[place].fired
         }
@@ -144,7 +151,7 @@ class Inside:
         reading = ReadingOf(uuid.uuid4().hex) if by_token else None
         try:
             for steering in acting.values():
-                self._check_scopes(steering.scopes, job.tokens)
+                check_scopes(self._lm, steering.scopes, job.tokens)
                 wanted.append(await self._hold(steering))
             extra = extra_args(wanted)
             if reading is None:
@@ -165,7 +172,7 @@ class Inside:
         """A steering at the dial at which a prompt's next token is `kl` nats from the unsteered
         model's. Its gate does not count: a dial is measured where it fires."""
         free = replace(steering, gate=None)
-        self._check_scopes(free.scopes, tokens)
+        check_scopes(self._lm, free.scopes, tokens)
         search = searched(free, kl)
         wanted = await self._hold(free)
         try:
@@ -201,36 +208,20 @@ class Inside:
         """What gates decide of a prompt before it is read under steerings, by the place of their
         steering: from a pass that is not steered. A latched gate decides at the prompt's last
         token, from activations that its steering does not change, so that this is the same."""
-        early = {
-            place: steering
-            for place, steering in enumerate(job.acting)
-            if steering.gate is not None and steering.gate.kind != "token"
-        }
+        early = early_of(job.acting)
         if not early:
             return {}
-        reads = []
-        for steering in early.values():
-            assert steering.gate is not None
-            if steering.gate.kind == "latched":
-                refuse_what_it_sees(steering, [s for s in job.acting if s is not steering])
-            for condition in steering.gate.conditions:
-                reads.append(self._read_of(condition, job.tokens))
-        means = iter(await self._means(job.tokens, reads))
-        found = {}
-        for place, steering in early.items():
-            assert steering.gate is not None
-            scores = [each.scores(next(means)) for each in steering.gate.conditions]
-            found[place] = fired_by(steering, torch.stack(scores))
+        conditions = [each for gate in early.values() for each in gate.conditions]
+        reads = [read_of(self._lm, each, job.tokens) for each in conditions]
+        told = await self._told(job.tokens, reads)
+        found, first = {}, 0
+        for place, gate in early.items():
+            found[place] = fired_by(job.acting[place], scores_of(gate, told, first))
+            first += len(gate.conditions)
         return found
 
-    def _read_of(self, condition: Condition, tokens: Sequence[int]) -> Read:
-        if condition.reads == READS_LAST:
-            return Read(condition.site)
-        self._check_scopes([condition.reads], tokens)
-        return Read(condition.site, acts_of(self._lm, condition.reads))
-
-    async def _means(self, tokens: Sequence[int], reads: Sequence[Read]) -> list[Tensor]:
-        """The mean activations of a prompt, [units] in float64; NaN of no token."""
+    async def _told(self, tokens: Sequence[int], reads: Sequence[Read]) -> list[dict[str, Tensor]]:
+        """What each rank reads of a prompt that is not steered."""
         from vllm import SamplingParams
 
         reading = ReadingOf(uuid.uuid4().hex, tuple(reads))
@@ -243,10 +234,7 @@ class Inside:
                 pass
         finally:
             ranks = await self._read(reading.name)
-        return [
-            mean_of(number, read.site, ranks, self._lm.anatomy.width(read.site))
-            for number, read in enumerate(reads)
-        ]
+        return ranks
 
     async def _ask_gates(
         self, job: Job, name: str, early: Mapping[int, Fired], by_token: Mapping[int, int]
@@ -255,9 +243,7 @@ class Inside:
         told = await self._read(name)
         found = dict(early)
         for number, place in by_token.items():
-            seen = next(rank for rank in told if f"scores {number}" in rank)
-            fired = int(seen[f"fired {number}"])
-            found[place] = fired_by(job.acting[place], seen[f"scores {number}"], fired)
+            found[place] = token_by_token(job.acting[place], number, told, len(job.tokens))
         job.gates = tuple(found[place] for place in sorted(found))
 
     async def _read(self, name: str) -> list[dict[str, Tensor]]:
@@ -269,12 +255,6 @@ class Inside:
         """Nothing is left of it."""
 
     # -- steerings ----------------------------------------------------------------------------
-
-    def _check_scopes(self, scopes: Sequence[Scope], tokens: Sequence[int]) -> None:
-        """Refuse a text that has no turns of a chat where a scope asks for some."""
-        for scope in scopes:
-            if scope.by_content:
-                scope_weights(self._lm.marks, scope, tokens, len(tokens))
 
     async def _hold(self, steering: Steering) -> Wanted:
         """Have the workers hold a steering until the job that asked for it is over."""
@@ -299,35 +279,3 @@ class Inside:
         del self._held[idle]
         LOADED.discard(idle)
         await self._llm.collective_rpc("trimtab_unload", args=(idle,))
-
-
-def _decided(steering: Steering) -> Steering:
-    """A steering as the workers hold it: only a gate that decides token by token goes with it."""
-    gate = steering.gate
-    return steering if gate is None or gate.kind == "token" else replace(steering, gate=None)
-
-
-def refuse_what_it_sees(steering: Steering, others: Sequence[Steering]) -> None:
-    """Refuse a stack in which a latched gate would read what another steering did to the prompt."""
-    assert steering.gate is not None
-    for other in others:
-        for each in other.interventions:
-            below = any(site_order(each.site) <= site_order(site) for site in steering.gate.sites)
-            if below and not each.scope.only_generated:
-                raise TrimtabError(
-                    f"the latched gate of {steering.label} would read what {other.label} does at "
-                    f"{each.site}, which this engine does not know in time: make the gate two-pass "
-                    "(gate.of_kind('two-pass')), scope the other to generated, or serve with "
-                    "--engine transformers"
-                )
-
-
-def mean_of(number: int, site: str, ranks: Sequence[Mapping[str, Tensor]], units: int) -> Tensor:
-    """The mean that ranks have read of a site, [units] in float64; NaN where there was no token.
-    Those that split a site have a part of it each, in order."""
-    have = [rank for rank in ranks if f"sum {number}" in rank]
-    if not have:
-        return torch.full((units,), torch.nan, dtype=torch.float64)
-    sums = [rank[f"sum {number}"] for rank in have]
-    split = site.rpartition(".")[2] in SPLIT
-    return (torch.cat(sums) if split else sums[0]) / have[0][f"count {number}"]

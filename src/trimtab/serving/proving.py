@@ -57,6 +57,13 @@ def joined(ranks: Sequence[bytes]) -> dict[str, Tensor]:
     }
 
 
+def of_ranks(key: str, site: str, ranks: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """What the ranks have read of a site under a key: those that split it have a part of its units
+    each, in order, and others the same."""
+    parts = [rank[key] for rank in ranks if key in rank]
+    return torch.cat(parts, -1) if site.rpartition(".")[2] in SPLIT else parts[0]
+
+
 def refuse_others(
     expected: Mapping[str, Tensor], found: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:

@@ -252,7 +252,9 @@ class Baselines:
             cost=self._cost(attached),
             kl=kl,
             tokens=_more_tokens(lm, attached, prompts),
-            overhead=overhead(lm, attached, prompts) if self.timed else None,
+            overhead=overhead(lm, attached, prompts, engine=self.bench.engine)
+            if self.timed
+            else None,
             axis_kl=own,
             why=why,
         )

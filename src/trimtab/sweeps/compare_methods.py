@@ -21,7 +21,19 @@ from typing import Any
 
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError, TrimtabWarning
-from trimtab.evaluation import AnsweredBy, Asked, NextTokens, Repeated, drift, engine_of, evaluate
+from trimtab.evaluation import (
+    AnsweredBy,
+    Asked,
+    Judging,
+    NextTokens,
+    Repeated,
+    Wanted,
+    drift,
+    engine_of,
+    evaluate,
+    find_job,
+    refuse_elsewhere,
+)
 from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
@@ -52,12 +64,16 @@ from trimtab.sweeps.space import (
     tidy,
 )
 from trimtab.sweeps.sweep_method import check_cost
-from trimtab.sweeps.worker import try_settings
+from trimtab.sweeps.worker import hook, try_settings
 
 #: Prompts on which budgets are found, and on which the time of generation is measured.
 _BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
 #: Bytes of the longest name of a method: below what file systems take.
 _LONGEST_NAME = 200
+_BESIDE = (
+    "{engine} answered the rows, read the plain text and was timed; what takes whole distributions "
+    "(KL, budgets, drift over a long text), and the samples, are of transformers beside it"
+)
 _ORACLE = "settings may have been chosen on the rows that they are reported on: an oracle's figures"
 
 
@@ -105,17 +121,18 @@ def compare(
     `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
     a note says. `timed` false leaves out the time of generation. Beside the methods stand prompts
     that ask for the same (`Prompting`: `baselines`, `behaviour`, `opposite`, `written_prompt`,
-    `writer`, `shots`). The other arguments are those of `sweep`.
+    `writer`, `shots`). With an `engine` (`tt.VLLM`) methods are fitted by transformers, and so is
+    KL measured; the rest is the engine's. The other arguments are those of `sweep`.
     """
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
         for one in methods
     ]
     _check(candidates, comparing)
-    if engine_of(measured.answering) is not None:
-        raise TrimtabError(
-            "a comparison measures what methods take of transformers: leave the engine out"
-        )
+    engine = engine_of(measured.answering)
+    if engine is not None:
+        beside_rows = Wanted(("trimtab",), "test", comparing.capability_limit, rows.data)
+        refuse_elsewhere([find_job(task, beside_rows, Judging()) for task in comparing.capability])
     check_cost(measured.choosing.max_cost)
     before = begun_before(keep)
     if before:
@@ -130,6 +147,7 @@ def compare(
         **gate_said(gate),
         **record(measured.choosing, comparing, measured.answering),
         "model": language_model.described,
+        **({} if engine is None else {"engine": engine.name}),
         **({"oracle": True} if oracle else {}),
         **({} if before else DEFAULTS),
     }
@@ -142,6 +160,9 @@ def compare(
     started = time.perf_counter()
     told = [_as_before(one) for one in candidates] if before else candidates
     fitters, fit = _fitters(bench, texts, told, on.cache, gate)
+    if engine is not None:  # which starts at the first row, at the sites that it knows then
+        for fitter, one in zip(fitters, candidates, strict=True):
+            hook(engine, fitter, one.space)
     _ = bench.metric  # one that the task does not have is refused before anything is written
     # All directories are looked at before anything in one of them is overwritten.
     own_runs = [_own_run(run, one.name, config, keep.overwrite) for one in candidates]
@@ -192,8 +213,11 @@ def compare(
             limit=comparing.capability_limit,
             receipts=comparing.receipts,
             receipts_limit=comparing.receipts_limit,
-            batch_size=measured.answering.batch_size,
-            seed=measured.answering.seed,
+            answering=AnsweredBy(
+                batch_size=measured.answering.batch_size,
+                seed=measured.answering.seed,
+                engine=engine,
+            ),
             output=None if run.path is None else run.path / "capability",
             overwrite=keep.overwrite,
         )
@@ -211,7 +235,13 @@ def compare(
         beside,
         dict(vars(language_model.identity)),
         round(time.perf_counter() - started, 2),
-        (*bench.notes(), *([_ORACLE] if oracle else []), *unsaid, *caveats),
+        (
+            *bench.notes(),
+            *([_ORACLE] if oracle else []),
+            *unsaid,
+            *caveats,
+            *([] if engine is None else [_BESIDE.format(engine=engine.name)]),
+        ),
         bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
         beside_prompts,
         lasting,
@@ -313,7 +343,7 @@ def _swept(
 ) -> Compared:
     """The sweep of one method, and what its choice changes and costs."""
     drawn = _size(one.space) > comparing.trials
-    with metered(bench.language_model) as used:
+    with metered(bench.language_model, bench.engine) as used:
         found = try_settings(
             bench,
             fitter,
@@ -350,7 +380,9 @@ def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Com
         changed=sum(one.operator.size for one in steering.interventions),
         cost=cost,
         perplexity=bench.perplexity(cost),
-        overhead=overhead(bench.language_model, steering, bench.prompts(_TIMED_PROMPTS))
+        overhead=overhead(
+            bench.language_model, steering, bench.prompts(_TIMED_PROMPTS), engine=bench.engine
+        )
         if timed
         else None,
     )

@@ -15,7 +15,8 @@ import torch
 
 from trimtab.contrasts import Prompt
 from trimtab.evaluation import Attached, asked_with, steering_of
-from trimtab.model import LanguageModel, is_asking
+from trimtab.model import LanguageModel, UnsoundError, is_asking, row_steerings
+from trimtab.reading import Engine
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -23,7 +24,8 @@ _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 @dataclass
 class Used:
     """What some work took. `tokens` counts positions that ran through the model, padding with
-    them; `peak_bytes` is memory above what was in use before, None where it cannot be told."""
+    them; `peak_bytes` is memory above what was in use before, None where it cannot be told (an
+    engine takes all its memory when it starts)."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -43,9 +45,10 @@ class Overhead:
 
 
 @contextmanager
-def metered(language_model: LanguageModel) -> Iterator[Used]:
-    """Fills in what the work inside took."""
+def metered(language_model: LanguageModel, engine: Engine | None = None) -> Iterator[Used]:
+    """Fills in what the work inside took, what an engine beside the model did of it with it."""
     used, device = Used(), language_model.device
+    read = 0 if engine is None else engine.read
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
@@ -60,7 +63,11 @@ def metered(language_model: LanguageModel) -> Iterator[Used]:
     finally:
         hook.remove()
         used.seconds = round(time.perf_counter() - started, 3)
-        peak = _peak(device)
+        peak = None
+        if engine is None:
+            peak = _peak(device)
+        else:
+            used.tokens += engine.read - read
         used.peak_bytes = None if peak is None or before is None else max(0, peak - before)
 
 
@@ -70,20 +77,19 @@ def overhead(
     prompts: Sequence[Prompt],
     new_tokens: int = 16,
     rounds: int = 3,
+    engine: Engine | None = None,
 ) -> Overhead:
-    """Measure generation with and without a steering, or words before the prompts, in turns."""
+    """Measure generation with and without a steering, or words before the prompts, in turns; that
+    of an engine, where one is given."""
     asked = asked_with(language_model, attached, prompts)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     peaks: dict[bool, list[int]] = {False: [], True: []}
     for number in range(rounds + 1):
         for steered in (False, True) if number % 2 else (True, False):
-            with metered(language_model) as used:
-                language_model.generate(
-                    asked if steered else prompts,
-                    max_new_tokens=new_tokens,
-                    min_new_tokens=new_tokens,
-                    steering=steering_of(attached) if steered else None,
-                )
+            steering = steering_of(attached) if steered else None
+            with metered(language_model, engine) as used:
+                given = asked if steered else prompts
+                _generate(language_model, engine, given, steering, new_tokens)
             if number:  # the first round warms up
                 seconds[steered].append(used.seconds / (len(prompts) * new_tokens))
                 peaks[steered] += [] if used.peak_bytes is None else [used.peak_bytes]
@@ -97,6 +103,27 @@ def overhead(
         ratio,
         None if more is None else int(more),
     )
+
+
+def _generate(
+    language_model: LanguageModel,
+    engine: Engine | None,
+    prompts: Sequence[Prompt],
+    steering: Any,
+    count: int,
+) -> None:
+    """Have texts of so many tokens written, by the engine where there is one."""
+    if engine is None:
+        language_model.generate(
+            prompts, max_new_tokens=count, min_new_tokens=count, steering=steering
+        )
+        return
+    acting = [row_steerings(steering)] * len(prompts)
+    length: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count}
+    for some in engine.written(language_model.prompts(prompts, None), acting, **length):
+        for _, made in some:
+            if isinstance(made, UnsoundError):
+                raise made
 
 
 def _reset_peak(device: torch.device) -> int | None:

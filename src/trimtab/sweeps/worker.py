@@ -50,7 +50,7 @@ def try_settings(
 ) -> Sweep:
     """A sweep on rows and with a fitter that may serve others too; arguments as of `sweep`."""
     if rows.engine is not None:
-        _hook(rows.engine, fitter, space)
+        hook(rows.engine, fitter, space)
     for part in _PARTS:
         kept = rows.kept(run, f"unsteered-{part}", part)
         if kept is not None:
@@ -67,7 +67,7 @@ def try_settings(
         return worker.found(queue, rows.task)
 
 
-def _hook(engine: Engine, fitter: Fitter, space: Space) -> None:
+def hook(engine: Engine, fitter: Fitter, space: Space) -> None:
     """Have an engine start with the kinds of sites at which a method's settings act, in all
     blocks: those of its first setting, of each site that is searched."""
     first = {
