@@ -1,9 +1,10 @@
 """A model behind OpenAI's API, each answer under steerings of its own"""
 
-from trimtab.serving.adapters import Adapted, Adapters
+from trimtab.serving.adapters import Adapters
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
 from trimtab.serving.batch import VLLM
+from trimtab.serving.carrying import Adapted
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.serving.elsewhere import Elsewhere
 from trimtab.serving.engine import Engine
