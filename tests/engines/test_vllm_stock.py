@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama
-from vllm_stock import free_port, vllm_serve
+from vllm_stock import ON, free_port, vllm_serve, whole
 
 import trimtab as tt
 from adapters import one
@@ -71,11 +71,6 @@ def running(
         yield server
 
 
-def whole(text: str) -> str:
-    """A text without the character that it breaks off in, which vLLM leaves out."""
-    return text.rstrip("\ufffd")
-
-
 def test_variants_beside_each_other_and_beside_nothing(
     running: Served, lm: tt.LanguageModel, steerings: dict[str, tt.Steering]
 ) -> None:
@@ -92,7 +87,7 @@ def test_variants_beside_each_other_and_beside_nothing(
         prompt, names = case
         model = "+".join(["base", *(f"{name}@{dial:g}" for name, dial in names)])
         answer = client.completions.create(
-            model=model, prompt=prompt, max_tokens=NEW, temperature=0
+            model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body=ON
         )
         return whole(answer.choices[0].text)
 
@@ -162,8 +157,9 @@ def test_there_is_a_most_of_variants(
             assert "variants are served" in answer.json()["error"]["message"]
             full += 1
     assert full >= 2
-    answer = running.client.post("completions", json=asked(PROMPTS[1], model="base+heads@2"))
+    body = asked(PROMPTS[1], model="base+heads@2", **ON)
+    answer = running.client.post("completions", json=body)
     expected = text_of(lm, PROMPTS[1], steerings["heads"].at(2))
     assert whole(answer.json()["choices"][0]["text"]) == whole(expected)
-    answer = running.client.post("completions", json=asked(PROMPTS[1]))
+    answer = running.client.post("completions", json=asked(PROMPTS[1], **ON))
     assert whole(answer.json()["choices"][0]["text"]) == whole(text_of(lm, PROMPTS[1]))

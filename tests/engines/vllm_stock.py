@@ -17,6 +17,8 @@ from vllm_server import PYTHON, SOURCES, Served
 
 import trimtab as tt
 
+#: That a text goes on where the model would end it, as in `generate` of models without an end.
+ON = {"ignore_eos": True}
 ROOT = Path(__file__).parents[2]
 
 
@@ -79,7 +81,16 @@ def vllm_serve(
             yield Served(opened, process, log)
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def whole(text: str) -> str:
+    """A text without the character that it breaks off in, which vLLM leaves out."""
+    return text.rstrip("\ufffd")
 
 
 def free_port() -> int:
