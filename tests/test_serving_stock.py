@@ -1,5 +1,5 @@
-"""Steerings as adapters of vLLM's own command, as far as no engine is needed: names, what is refused
-before it starts and while it runs, what is made once, and which routes are closed."""
+"""Steerings as adapters of vLLM's own command, as far as no engine is needed: names, what is
+refused before it starts and while it runs, what is made once, and which routes are closed."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ def test_a_variant_has_one_name(name: str, asked: list[Asked] | None) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["base+joy@12.0", "base+joy@1.20", "base+joy@012", "base+joy@-0", "base+joy@ 12", "base+joy@1_2",
-     "base+joy@1e2", "base+joy@.5", "base+joy@12+calm@2.0", "base+joy@kl=0.10", "base+joy@inf",
-     "base+../joy", "base+joy/../calm", "base+", "base++joy", "base+joy\x00", "base+joy\n",
+    ["base+joy@12.0", "base+joy@1.20", "base+joy@012", "base+joy@-0", "base+joy@ 12",
+     "base+joy@1_2", "base+joy@1e2", "base+joy@.5", "base+joy@12+calm@2.0", "base+joy@kl=0.10",
+     "base+joy@inf", "base+../joy", "base+joy/../calm", "base+", "base++joy", "base+joy\x00",
+     "base+joy\n",
      "base+" + "a" * 65, "base" + "+joy" * 9],
 )  # fmt: skip
 def test_odd_names_and_dials_are_refused(name: str) -> None:
@@ -301,8 +302,15 @@ def test_routes_that_take_any_path_are_closed() -> None:
 
     app.add_middleware(Closed)
     client = TestClient(app)
-    for path in ("v1/load_lora_adapter", "v1/load_lora_adapter/", "v1//unload_lora_adapter",
-                 "root/v1/load_lora_adapter", "adapters", "adapters/name"):  # fmt: skip
+    for path in (
+        "v1/load_lora_adapter",
+        "v1/load_lora_adapter/",
+        "v1//unload_lora_adapter",
+        "root/v1/load_lora_adapter",
+        "adapters",
+        "adapters/name",
+        "invocations",
+    ):
         for method in ("POST", "DELETE"):
             answer = client.request(method, f"/{path}")
             assert answer.status_code == 404

@@ -151,8 +151,13 @@ def test_bodies_come_through_whole(named: Named) -> None:
         assert "trimtab" in body["vllm_xargs"]
     for odd in (b"", b"{", b"[1]", b'{"model": "base"}', b"\xff", b"[" * 99_999):
         assert client.post("/v1/completions", content=odd).json()["whole"]
-    other = client.post("/v1/embeddings", json={"model": "base+joy@12"}).json()
-    assert json.loads(other["said"]) == {"model": "base+joy@12"}  # which is no model there
+    for body in ({"model": "base+joy@12"}, {"steering": [{"name": "joy"}]},
+                 {"vllm_xargs": {"steering": "joy"}}):  # fmt: skip
+        other = client.post("/v1/embeddings", json=body)
+        assert other.status_code == 400
+        assert "carries no steerings" in other.json()["error"]["message"]
+    for name in ("base", "other+joy"):
+        assert json.loads(client.post("/v1/embeddings", json={"model": name}).json()["said"])
     for name, status in (("base+nobody", 404), ("base+joy@2.0", 400)):
         refused = client.post("/v1/completions", json={"model": name})
         assert refused.status_code == status

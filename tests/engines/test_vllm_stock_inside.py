@@ -140,14 +140,14 @@ def test_what_cannot_be_done_gets_a_line(
 
 
 def test_other_routes_leave_nothing_out(running: Served) -> None:
-    """Where steerings are not carried a variant is no model, and the engine refuses the words."""
+    """SageMaker's puts another name, or none, in the model's place; a batch is answered elsewhere
+    than in the routes that carry steerings."""
     root = running.client.base_url
-    answer = running.client.post(
-        str(root.join("/invocations")), json=asked("a", model="base+joy")
-    )
-    assert answer.status_code == 404
-    answer = running.client.post(
-        str(root.join("/invocations")), json=asked("a", vllm_xargs={"steering": "joy"})
-    )
-    assert answer.status_code == 400, answer.text
-    assert "not carried on this route" in answer.json()["error"]["message"]
+    closed = running.client.post(str(root.join("/invocations")), json=asked("a", model="base+joy"))
+    assert closed.status_code == 404
+    assert "closed by trimtab" in closed.json()["error"]["message"]
+    messages = [[{"role": "user", "content": "Why?"}]]
+    for more in ({"model": "base+joy"}, {"model": "base", "vllm_xargs": {"steering": "joy"}}):
+        answer = running.client.post("chat/completions/batch", json={"messages": messages, **more})
+        assert answer.status_code == 400
+        assert "carries no steerings" in answer.json()["error"]["message"]

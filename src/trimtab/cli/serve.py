@@ -351,13 +351,15 @@ def _flags(
 ) -> list[str]:
     """The arguments with which vLLM's own command carries what is served; none where it carries
     nothing."""
+    from trimtab.engines import untested, vllm_version
     from trimtab.serving import Adapted, flags_of, inside_flags
 
     steerings = [held.steering for held in library.held.values()]
-    if carried is None or (not running.hook and all(map(carried, steerings))):
+    if isinstance(carried, Adapted):
+        return flags_of(language_model, steerings, running.hook)
+    if carried is None or (vllm_version() is not None and untested()):
         return []
-    flags = flags_of if isinstance(carried, Adapted) else inside_flags
-    return flags(language_model, steerings, running.hook)
+    return inside_flags(language_model, steerings, running.hook)
 
 
 def _in_vllm(steering: Steering, carried: Carried | Adapted) -> dict[str, Any]:

@@ -47,8 +47,9 @@ STOCK = f"{STEERINGS}=DIR VLLM_PLUGINS=trimtab_lora VLLM_ALLOW_RUNTIME_LORA_UPDA
 #: Numbers by which the engine knows an adapter while it is proved; vLLM counts its own from 1.
 _FIRST = 1 << 40
 #: The ends of routes that take an adapter from any path, or take one away; vLLM opens them together
-#: with resolvers, and has those of SageMaker under /adapters.
-_CLOSED = ("load_lora_adapter", "unload_lora_adapter", "adapters")
+#: with resolvers, and has those of SageMaker under /adapters. And SageMaker's route for requests,
+#: which puts a header's name, or none, in the place of the model's that a body has.
+_CLOSED = ("load_lora_adapter", "unload_lora_adapter", "adapters", "invocations")
 _ELSE = "or serve it by trimtab's plugin (docs/serving.md)"
 
 
@@ -68,9 +69,12 @@ def flags_of(
     language_model: LanguageModel, steerings: Sequence[Steering], kinds: Sequence[str] = ()
 ) -> list[str]:
     """The arguments with which `vllm serve` carries steerings as adapters, and others at some kinds
-    of sites; those that adapters cannot carry are left out."""
+    of sites; those that adapters cannot carry are left out, and none where that is all."""
     carried = Adapted(language_model)
-    carried.start([each for each in steerings if not carried(each)], kinds, None)
+    kept = [each for each in steerings if not carried(each)]
+    if not kept and not kinds:
+        return []
+    carried.start(kept, kinds, None)
     assert carried.modules is not None
     return [
         *("--enable-lora", "--max-lora-rank", str(carried.rank)),
@@ -133,14 +137,15 @@ class Resolver:
 
 
 class Closed:
-    """In front of an application: nobody loads an adapter from a path, or takes one away."""
+    """In front of an application: nobody loads an adapter from a path, or takes one away, and no
+    variant's name is passed over."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and any(part in _CLOSED for part in scope["path"].split("/")):
-            said = "adapters come from steerings only: this route is closed by trimtab"
+            said = "this route is closed by trimtab, because it would pass steerings over"
             body = {"error": {"message": said, "type": "NotFoundError", "code": 404}}
             await JSONResponse(body, 404)(scope, receive, send)
         else:

@@ -42,7 +42,7 @@ from trimtab.serving.inside import Carried, Inside, sites_wanted
 from trimtab.serving.library import Library, UnknownSteeringError, described
 from trimtab.serving.names import MOST_STACKED, Asked, plainly_asked
 from trimtab.serving.placing import acts_of
-from trimtab.serving.stock import STEERINGS, opened
+from trimtab.serving.stock import STEERINGS, Closed, opened
 from trimtab.steering import Steering
 
 _LOG = logging.getLogger("vllm.trimtab")
@@ -58,10 +58,12 @@ def inside_flags(
     language_model: LanguageModel, steerings: Sequence[Steering], kinds: Sequence[str] = ()
 ) -> list[str]:
     """The arguments with which `vllm serve` carries steerings by the plugin, and others at some
-    kinds of sites; those that it does not carry are left out."""
+    kinds of sites; those that it does not carry are left out, and none where that is all."""
     carried = Carried(language_model.anatomy)
     kept = [each for each in steerings if not refusal(each, carried)]
     places = places_of(language_model.anatomy, sites_wanted(kept, kinds, language_model.anatomy))
+    if not places:
+        return []
     return ["--additional-config", json.dumps(configuration(places))]
 
 
@@ -87,8 +89,9 @@ class Named:
     library: Library
     carried: Carried
 
-    def put(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A request's body as vLLM is to have it; the same where nothing is steered."""
+    def put(self, body: dict[str, Any], carries: bool = True) -> dict[str, Any]:
+        """A request's body as vLLM is to have it; the same where nothing is steered. On a route
+        that carries no steerings to the engine there must be none."""
         xargs = body.get("vllm_xargs") or {}
         if not isinstance(xargs, dict):
             return body  # which vLLM refuses
@@ -98,6 +101,8 @@ class Named:
         asked = self._asked(body, xargs)
         if not asked:
             return body
+        if not carries:
+            raise TrimtabError(f"this route carries no steerings: ask {', '.join(_ROUTES)}")
         if body.get("use_beam_search"):
             raise TrimtabError("vLLM leaves steerings out of a beam search")
         wanted = [self._wanted(one, steering) for one, steering in self.library.wanted(asked)]
@@ -160,6 +165,7 @@ class InsideEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Stand in front of the application, and tell what is served."""
+        app.add_middleware(Closed)
         app.add_middleware(Before, endpoint=self)
 
         @app.get("/v1/steerings")
@@ -225,8 +231,7 @@ class Before:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         named = self._endpoint.named
-        ours = scope["type"] == "http" and scope["method"] == "POST"
-        if not ours or named is None or not scope["path"].rstrip("/").endswith(_ROUTES):
+        if named is None or scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         content = await whole_body(receive)
@@ -236,8 +241,9 @@ class Before:
             body = None  # which vLLM refuses
         if isinstance(body, dict):
             try:
-                # Scopes may have patterns, and a model's markers are looked for.
-                changed = await asyncio.to_thread(named.put, body)
+                # In a thread, because a model's markers are looked for in its tokens.
+                carries = scope["path"].rstrip("/").endswith(_ROUTES)
+                changed = await asyncio.to_thread(named.put, body, carries)
             except TrimtabError as error:
                 unknown = isinstance(error, UnknownSteeringError)
                 await _refused(str(error), 404 if unknown else 400)(scope, receive, send)
