@@ -26,6 +26,7 @@ from trimtab.serving.stock import (
     Closed,
     Resolver,
     carried_by,
+    folder_in,
     most_variants,
     opened,
     refuse_all,
@@ -166,6 +167,14 @@ def test_steerings_are_read_from_the_directory_alone(
     os.symlink(tmp_path / "model" / "model.safetensors", shelf / "out.safetensors")
     with pytest.raises(tt.TrimtabError, match="leads out of"):
         opened(SimpleNamespace(model_config=about))
+
+
+def test_adapters_lie_where_they_are_to(tmp_path: Path) -> None:
+    first, second = folder_in(str(tmp_path)), folder_in(str(tmp_path))
+    assert first.parent == second.parent == tmp_path
+    assert first != second  # of two servers that have the same place
+    with pytest.raises(tt.TrimtabError, match="TRIMTAB_ADAPTERS=.*missing.*make it first"):
+        folder_in(str(tmp_path / "missing"))
 
 
 # -- while it runs --------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ class Endpoint:
         lora = config.lora_config
         carried = carried_by(language_model, lora.target_modules, lora.max_lora_rank)
         refuse_all(library, carried)
-        folder = Path(tempfile.mkdtemp(prefix="adapters-", dir=os.environ.get(ADAPTERS)))
+        folder = folder_in(os.environ.get(ADAPTERS))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         self._resolver = Resolver(
             [one.name for one in serving.base_model_paths],
@@ -257,6 +257,14 @@ def most_variants(config: Any, environment: Mapping[str, str]) -> int:
             "give it --max-loras 2, or more: one more than there are to be variants"
         )
     return min(int(said), places)
+
+
+def folder_in(place: str | None) -> Path:
+    """A new folder for adapters; of None where temporary files are."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="trimtab-adapters-", dir=place))
+    except OSError as error:
+        raise TrimtabError(f"{ADAPTERS}={shown(place)}: {error.strerror}: make it first") from error
 
 
 def opened(config: Any) -> tuple[LanguageModel, Library]:
