@@ -84,7 +84,8 @@ def test_each_way_of_naming_is_the_same(
 def test_what_is_not_steered_stays_as_it_is(named: Named) -> None:
     for body in ({"model": "base"}, {"model": "other+joy"}, {"model": 3}, {"prompt": "a"},
                  {"model": "base", "steering": []}, {"model": "base", "vllm_xargs": {"other": 1}},
-                 {"model": "base", "vllm_xargs": "odd"}, {}):  # fmt: skip
+                 {"model": "base", "vllm_xargs": "odd"}, {}, {"sampling_params": 3},
+                 {"sampling_params": {"extra_args": {"other": 1}}}):  # fmt: skip
         assert named.put(body) is body
 
 
@@ -109,6 +110,8 @@ def test_what_is_not_steered_stays_as_it_is(named: Named) -> None:
         ({"model": "base", "vllm_xargs": {"steering": ""}}, "no name"),
         ({"model": "base", "vllm_xargs": {"trimtab": "[]"}}, "not for clients"),
         ({"model": "base", "vllm_xargs": {"trimtab_reading": "[]"}}, "not for clients"),
+        ({"sampling_params": {"extra_args": {"trimtab_reading": ""}}}, "not for clients"),
+        ({"sampling_params": {"extra_args": {"trimtab": "[]"}}}, "not for clients"),
         ({"model": "base+joy", "use_beam_search": True}, "beam search"),
     ],
 )

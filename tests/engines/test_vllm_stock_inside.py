@@ -146,6 +146,12 @@ def test_other_routes_leave_nothing_out(running: Served) -> None:
     closed = running.client.post(str(root.join("/invocations")), json=asked("a", model="base+joy"))
     assert closed.status_code == 404
     assert "closed by trimtab" in closed.json()["error"]["message"]
+    params = {"extra_args": {"steering": "joy"}, "max_tokens": 1}
+    told = running.client.post(
+        str(root.join("/inference/v1/generate")), json={"token_ids": [5], "sampling_params": params}
+    )
+    assert told.status_code == 400, told.text
+    assert "not carried on this route" in told.json()["error"]["message"]
     messages = [[{"role": "user", "content": "Why?"}]]
     for more in ({"model": "base+joy"}, {"model": "base", "vllm_xargs": {"steering": "joy"}}):
         answer = running.client.post("chat/completions/batch", json={"messages": messages, **more})

@@ -95,9 +95,9 @@ class Named:
         xargs = body.get("vllm_xargs") or {}
         if not isinstance(xargs, dict):
             return body  # which vLLM refuses
-        raw = [name for name in (FIELD, READING) if name in xargs]
+        raw = [name for name in (FIELD, READING) if name in xargs or name in _extra(body)]
         if raw:
-            raise TrimtabError(f"vllm_xargs has {raw[0]}, which is not for clients: name steerings")
+            raise TrimtabError(f"{raw[0]} is not for clients to give: name steerings")
         asked = self._asked(body, xargs)
         if not asked:
             return body
@@ -142,6 +142,13 @@ class Named:
         if reason := refusal(steering, self.carried):
             raise TrimtabError(f"{asked.name} is not carried: {reason}")
         return wanted_of(steering, partial(acts_of, self.language_model))
+
+
+def _extra(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a body of vLLM's route for token ids gives the engine itself."""
+    params = body.get("sampling_params")
+    extra = params.get("extra_args") if isinstance(params, dict) else None
+    return extra if isinstance(extra, dict) else {}
 
 
 def _list(given: Any) -> list[Asked]:
