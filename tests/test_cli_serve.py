@@ -49,10 +49,25 @@ def test_check_says_how_vllm_steers(
     monkeypatch.setattr("trimtab.engines.plugin.vllm_version", lambda: version)
     monkeypatch.setattr("trimtab.engines.vllm_version", lambda: version)
     asked = f"{SERVE} --steer au.safetensors@3 --check --engine vllm --json {more}"
-    found = trimtab(asked).json["steerings"]
+    told = trimtab(asked).json
+    found = told["steerings"]
+    flag = told.get("vllm_serve", ["none"])[0]
+    assert flag == {1: "--enable-lora", 2: "--additional-config", None: "none"}[tiers["au"]]
     by_name = {one["name"]: one for one in found}
     assert {name: by_name[name]["tier"] for name in tiers} == tiers
     assert all(one["runs"].startswith(("tier", "refused: ")) for one in found)
+
+
+def test_check_says_how_vllms_own_command_is_started(trimtab: Command) -> None:  # noqa: F811
+    check = "serve --model model --steer au.safetensors@3 --check --engine vllm"
+    *_, line = trimtab(f"{check} --tier lora").text.strip().splitlines()
+    assert line == (
+        "TRIMTAB_STEERINGS=DIR VLLM_PLUGINS=trimtab_lora VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 "
+        "vllm serve MODEL --enable-lora --max-lora-rank 8 --lora-target-modules down_proj"
+    )
+    *_, line = trimtab(f"{check} --tier plugin --hook final_norm").text.strip().splitlines()
+    assert line.startswith("TRIMTAB_STEERINGS=DIR VLLM_PLUGINS=trimtab vllm serve MODEL --add")
+    assert '"final_norm": ["model.norm", "output"]' in line
 
 
 @pytest.mark.parametrize(

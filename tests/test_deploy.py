@@ -86,7 +86,34 @@ def test_every_file_that_compose_mounts_is_there() -> None:
             assert port.startswith("127.0.0.1:")
 
 
-@pytest.mark.parametrize("name", ["compose.yaml", "prometheus.yml", "grafana-source.yaml"])
+def test_replicas_are_alike_and_behind_one_address() -> None:
+    compose = yaml.safe_load((DEPLOY / "replicas.yaml").read_text())["services"]
+    proxy = compose.pop("nginx")
+    first, *others = compose.values()
+    assert others
+    assert all(each == first for each in others)
+    assert "ports" not in first  # nobody passes the proxy by
+    assert all(mount.endswith(":ro") for mount in first["volumes"])
+    assert all(port.startswith("127.0.0.1:") for port in proxy["ports"])
+    image = (DEPLOY / "Containerfile").read_text()
+    (entry,) = re.findall(r"^ENTRYPOINT (.*)$", image, re.MULTILINE)
+    words = [*json.loads(entry)[1:], *first["command"]]
+    assert taken(words)
+    settings = (DEPLOY / "nginx.conf").read_text()
+    port = words[words.index("--port") + 1]
+    assert re.findall(r"^ +server (\S+);$", settings, re.MULTILINE) == [
+        f"{name}:{port}" for name in compose
+    ]
+    assert settings.count("{") == settings.count("}")
+    assert "proxy_buffering off;" in settings  # or streams would come in lumps
+    (listens,) = re.findall(r"listen (\d+);", settings)
+    assert proxy["ports"][0].endswith(f":{listens}")
+    assert proxy["volumes"] == ["./nginx.conf:/etc/nginx/nginx.conf:ro"]
+
+
+@pytest.mark.parametrize(
+    "name", ["compose.yaml", "replicas.yaml", "prometheus.yml", "grafana-source.yaml"]
+)
 def test_no_key_stands_in_a_file(name: str) -> None:
     text = (DEPLOY / name).read_text()
     for line in text.splitlines():

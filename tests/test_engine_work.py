@@ -248,16 +248,19 @@ def test_ways_of_running_that_leave_rows_out_are_refused() -> None:
             parallel_config=SimpleNamespace(**{**parallel, **own}),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
             device_config=SimpleNamespace(device_type=device),
-            model_config=SimpleNamespace(enforce_eager=changes.pop("eager", False)),
+            model_config=SimpleNamespace(
+                enforce_eager=changes.pop("eager", False), is_moe=changes.pop("moe", False)
+            ),
             **{"speculative_config": None, **changes},
         )
 
     refuse_ways(config())
     refuse_ways(config("cuda", eager=True))
+    refuse_ways(config(data_parallel_size=2))
     for said, bad in (
         ("captured graph", config("cuda")),
         ("speculative", config(speculative_config=object())),
-        ("data parallelism", config(data_parallel_size=2)),
+        ("data parallelism", config(data_parallel_size=2, moe=True)),
         ("dual batch", config(use_ubatching=True)),
     ):
         with pytest.raises(tt.TrimtabError, match=said):

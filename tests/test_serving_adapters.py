@@ -19,8 +19,8 @@ import trimtab as tt
 from adapters import one
 from helpers import language_model, plain_logits, steer_at, token_ids
 from trimtab.serving import Adapted, Adapters
-from trimtab.serving.adapters import digest_of, refuse_unlike
 from trimtab.serving.jobs import FullError
+from trimtab.serving.making import Maker, digest_of, refuse_unlike
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +97,10 @@ def test_an_adapter_that_is_left_out_shows(lm: tt.LanguageModel, heads: tt.Steer
     def told(by: torch.Tensor) -> dict[int, float]:
         return {token: float(by[token]) for token in likeliest}
 
-    refuse_unlike(told(steered + 1e-4), plain, steered, torch.float32)
+    refuse_unlike(told(steered + 1e-4), plain, steered, torch.float32, "else")
     for wrong in (plain, half, steered * torch.nan):
-        with pytest.raises(tt.TrimtabError, match="--engine transformers"):
-            refuse_unlike(told(wrong), plain, steered, torch.float32)
+        with pytest.raises(tt.TrimtabError, match="off by .*; serve it baked"):
+            refuse_unlike(told(wrong), plain, steered, torch.float32, "serve it baked")
 
 
 # -- with an engine that only keeps an account ----------------------------------------------------
@@ -137,13 +137,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Account:
     async def proved(*given: Any) -> None:
         pass
 
-    def request(self: Adapters, name: str, directory: Path) -> Any:
-        number = next(self._numbers)
+    def request(self: Maker, name: str, number: int, directory: Path) -> Any:
         return SimpleNamespace(name=name, lora_int_id=number, path=str(directory))
 
-    monkeypatch.setattr(Adapters, "_prove", proved)
-    monkeypatch.setattr(Adapters, "_request", request)
-    monkeypatch.setattr("trimtab.serving.adapters.vllm_version", lambda: "0.32.0")
+    monkeypatch.setattr(Maker, "_prove", proved)
+    monkeypatch.setattr(Maker, "request", request)
+    monkeypatch.setattr("trimtab.serving.making.vllm_version", lambda: "0.32.0")
     return Account()
 
 
@@ -200,7 +199,7 @@ def test_requests_that_are_not_steered_have_a_place_of_zeros_where_they_need_one
     lm: tt.LanguageModel, heads: tt.Steering, engine: Account, device: str, version: str,
     given: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("trimtab.serving.adapters.vllm_version", lambda: version)
+    monkeypatch.setattr("trimtab.serving.making.vllm_version", lambda: version)
     carried = Adapted(lm)
     carried.start([heads], [], None)
     adapters, engine = Adapters(lm, carried, 2), Account(device)

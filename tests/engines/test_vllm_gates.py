@@ -72,14 +72,17 @@ def steerings(lm: tt.LanguageModel) -> dict[str, tt.Steering]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[1, 2], ids=["one engine", "two replicas"])
 def running(
+    request: pytest.FixtureRequest,
     lm: tt.LanguageModel,
     steerings: dict[str, tt.Steering],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
-    with served(lm, steerings, folder, "--vllm", "max_num_batched_tokens=64") as server:
+    options = ["--vllm", "max_num_batched_tokens=64"]
+    options += ["--vllm", f"data_parallel_size={request.param}"]
+    with served(lm, steerings, folder, *options) as server:
         yield server
 
 

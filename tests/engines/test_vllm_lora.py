@@ -43,15 +43,19 @@ def steerings(lm: tt.LanguageModel) -> dict[str, tt.Steering]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def running(
+    request: pytest.FixtureRequest,
     lm: tt.LanguageModel,
     steerings: dict[str, tt.Steering],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     options = ("--tier", "lora", "--vllm", "max_loras=3", "--variants", "12", "--rows", "8")
-    with served(lm, steerings, tmp_path_factory.mktemp("served"), *options) as server:
-        yield server
+    options += ("--vllm", f"tensor_parallel_size={request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(request.param))))
+        with served(lm, steerings, tmp_path_factory.mktemp("served"), *options) as server:
+            yield server
 
 
 def test_variants_beside_each_other_and_beside_nothing(

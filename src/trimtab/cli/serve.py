@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -131,7 +132,8 @@ def serve(
     for source in steer:
         library.read(source)
     if check or as_json:
-        _say_what_is_served(name, library, list(bake), carried, as_json)
+        flags = _flags(carried, library, running, language_model)
+        _say_what_is_served(name, library, (list(bake), flags), carried, as_json)
     if check:
         return
     if carried is None:
@@ -293,18 +295,21 @@ def _baked(language_model: LanguageModel, argument: str, force: bool) -> Languag
 def _say_what_is_served(
     name: str,
     library: Library,
-    baked: list[str],
+    about: tuple[list[str], list[str]],
     carried: Carried | Adapted | None,
     as_json: bool,
 ) -> None:
-    from trimtab.serving import described
+    """What is served; `about` is what is baked in, and the flags of vLLM's own command."""
+    from trimtab.serving import STOCK, STOCK_INSIDE, Adapted, described
 
+    baked, flags = about
     every = [
         described(one, held) | ({} if carried is None else _in_vllm(held.steering, carried))
         for one, held in library.held.items()
     ]
     if as_json:
-        print_json({"model": name, "baked": baked, "steerings": every})
+        more = {"vllm_serve": flags} if flags else {}
+        print_json({"model": name, "baked": baked, "steerings": every, **more})
         return
     rows = [
         [
@@ -320,7 +325,30 @@ def _say_what_is_served(
     ]
     heads = ["model", "method", "dial", "range", "strengths", "acts on"]
     heads += [] if carried is None else ["with vLLM"]
-    show([Table(f"Served beside {name}", heads, rows)], [f"baked in: {one}" for one in baked], None)
+    notes = [f"baked in: {one}" for one in baked]
+    show([Table(f"Served beside {name}", heads, rows)], notes, None)
+    if flags:
+        around = STOCK if isinstance(carried, Adapted) else STOCK_INSIDE
+        print(f"{around} vllm serve MODEL {shlex.join(flags)}")
+
+
+def _flags(
+    carried: Carried | Adapted | None,
+    library: Library,
+    running: Running,
+    language_model: LanguageModel,
+) -> list[str]:
+    """The arguments with which vLLM's own command carries what is served; none where it carries
+    nothing."""
+    from trimtab.engines import untested, vllm_version
+    from trimtab.serving import Adapted, flags_of, inside_flags
+
+    steerings = [held.steering for held in library.held.values()]
+    if isinstance(carried, Adapted):
+        return flags_of(language_model, steerings, running.hook)
+    if carried is None or (vllm_version() is not None and untested()):
+        return []
+    return inside_flags(language_model, steerings, running.hook)
 
 
 def _in_vllm(steering: Steering, carried: Carried | Adapted) -> dict[str, Any]:

@@ -1,6 +1,15 @@
 """Steerings where somebody else runs the model: vLLM, each request under steerings of its own"""
 
-from trimtab.engines.asking import Read, ReadingOf, Wanted, extra_args, reading_args
+from trimtab.engines.asking import (
+    ASKED,
+    FIELD,
+    READING,
+    Read,
+    ReadingOf,
+    Wanted,
+    extra_args,
+    reading_args,
+)
 from trimtab.engines.batch import OURS, Ask, Heard, InProcess
 from trimtab.engines.loaded import SPLIT, content_of, sites_of, steps_of, wanted_of, why_not
 from trimtab.engines.modules import Place, places_of
@@ -8,6 +17,7 @@ from trimtab.engines.plugin import (
     LOADED,
     TESTED,
     configuration,
+    configured,
     refuse_ways,
     untested,
     vllm_version,

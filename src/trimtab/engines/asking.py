@@ -24,6 +24,8 @@ from trimtab.engines.tokens import Acts, read_acts, weights
 FIELD = "trimtab"
 #: Under which name they have what is to be read of it.
 READING = "trimtab_reading"
+#: Under which name clients say which steerings they want, which no engine reads.
+ASKED = "steering"
 #: Steerings that one request may stack, and characters that it may say of them.
 MOST_STACKED, LONGEST = 8, 1 << 20
 _DIGEST, _NAME = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")

@@ -27,7 +27,15 @@ from packaging.specifiers import SpecifierSet
 from safetensors.torch import save
 from torch import Tensor
 
-from trimtab.engines.asking import FIELD, READING, block_key, read_key, reading_by, wanted_by
+from trimtab.engines.asking import (
+    ASKED,
+    FIELD,
+    READING,
+    block_key,
+    read_key,
+    reading_by,
+    wanted_by,
+)
 from trimtab.engines.at_work import AT_WORK
 from trimtab.engines.loaded import steps_of, why_not
 from trimtab.engines.modules import Place, install
@@ -91,7 +99,7 @@ def register() -> None:
         setattr(Worker, method.__name__, method)
 
 
-def _configured(vllm_config: Any) -> dict[str, Place] | None:
+def configured(vllm_config: Any) -> dict[str, Place] | None:
     """The places of the sites that an engine was started with; None of one that is not steered."""
     given = vllm_config.additional_config
     said = given.get(FIELD) if isinstance(given, dict) else None
@@ -111,7 +119,10 @@ def _checked(original: Any) -> Any:
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter=FIELD) from error
         unknown = [one.digest[:12] for one in wanted if one.digest not in LOADED]
-        places = _configured(self.vllm_config)
+        places = configured(self.vllm_config)
+        # As clients say it; what stands in front puts that into the engine's words.
+        if places is not None and ASKED in (getattr(params, "extra_args", None) or {}):
+            raise VLLMValidationError("steerings are not carried on this route", parameter=ASKED)
         if (wanted or reading) and places is None:
             raise VLLMValidationError("this engine was not started for steering", parameter=FIELD)
         reads = () if reading is None else reading.reads
@@ -152,7 +163,7 @@ def _hooked(original: Any) -> Any:
     @wraps(original)
     def load_model(self: Any, **options: Any) -> None:
         original(self, **options)
-        places = _configured(self.vllm_config)
+        places = configured(self.vllm_config)
         if places is None:
             return
         refuse_ways(self.vllm_config)
@@ -170,7 +181,10 @@ def refuse_ways(config: Any) -> None:
         "speculative decoding": config.speculative_config is not None,
         "dual batch overlap": parallel.use_ubatching,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
+        # Its replicas run empty passes for each other; those of other models are on their own.
+        "data parallelism of a mixture": (
+            parallel.data_parallel_size > 1 and config.model_config.is_moe
+        ),
         "fast prefill of shared keys": config.cache_config.kv_sharing_fast_prefill,
     }
     for way, asked in ways.items():

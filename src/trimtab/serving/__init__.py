@@ -1,9 +1,10 @@
 """A model behind OpenAI's API, each answer under steerings of its own"""
 
-from trimtab.serving.adapters import Adapted, Adapters
+from trimtab.serving.adapters import Adapters
 from trimtab.serving.answering import Desk
 from trimtab.serving.api import Access, application
 from trimtab.serving.batch import VLLM
+from trimtab.serving.carrying import Adapted
 from trimtab.serving.choosing import Chooser, Chosen, Settings
 from trimtab.serving.elsewhere import Elsewhere
 from trimtab.serving.engine import Engine
@@ -12,3 +13,5 @@ from trimtab.serving.jobs import Limits
 from trimtab.serving.library import LARGEST, Library, described
 from trimtab.serving.names import Asked, check_name
 from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, too_large
+from trimtab.serving.stock import STOCK, flags_of
+from trimtab.serving.stock_inside import STOCK_INSIDE, inside_flags

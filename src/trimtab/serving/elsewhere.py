@@ -28,12 +28,14 @@ _LOOK = 0.1
 
 class Given(NamedTuple):
     """What an engine is given with a request: what its sampling parameters carry, an adapter, and
-    a salt where it is to read the whole prompt; and what is to be asked once it has read it."""
+    a salt where it is to read the whole prompt; what is to be asked once it has read it, and which
+    of its replicas is to, where that is not all the same."""
 
     extra: dict[str, str] | None = None
     adapter: Any = None
     salt: str | None = None
     has_read: Callable[[], Awaitable[None]] | None = None
+    replica: int | None = None
 
 
 class Way(Protocol):
@@ -205,7 +207,13 @@ class Elsewhere:
         prompt: dict[str, Any] = {"prompt_token_ids": job.tokens}
         if given.salt is not None:
             prompt["cache_salt"] = given.salt
-        writing = self._llm.generate(prompt, params, uuid.uuid4().hex, lora_request=given.adapter)
+        writing = self._llm.generate(
+            prompt,
+            params,
+            uuid.uuid4().hex,
+            lora_request=given.adapter,
+            data_parallel_rank=given.replica,
+        )
         async with aclosing(writing) as outputs:
             async for output in outputs:
                 if job.began is None:

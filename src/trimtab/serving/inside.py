@@ -103,6 +103,8 @@ class Inside:
         #: Steerings that the workers hold, by digest, and how many jobs run with each.
         self._held: dict[str, int] = {}
         self._llm: Any = None
+        #: The replica that is asked what it has seen; None where there is one.
+        self._replica: int | None = None
         self._loading: asyncio.Lock
 
     @property
@@ -120,9 +122,12 @@ class Inside:
         from vllm import SamplingParams
 
         self._llm, self._loading = llm, asyncio.Lock()
+        # All replicas are told what to do, and of what they answer vLLM hands on the first one's.
+        self._replica = 0 if llm.vllm_config.parallel_config.data_parallel_size > 1 else None
         await llm.collective_rpc("trimtab_watch")
         prompt = {"prompt_token_ids": self._probe, "cache_salt": uuid.uuid4().hex}
-        async for _ in llm.generate(prompt, SamplingParams(max_tokens=1), uuid.uuid4().hex):
+        params, name = SamplingParams(max_tokens=1), uuid.uuid4().hex
+        async for _ in llm.generate(prompt, params, name, data_parallel_rank=self._replica):
             pass
         seen = await llm.collective_rpc("trimtab_seen")
         refuse_others(self._expected, joined(seen), self._lm.dtype)
@@ -152,14 +157,15 @@ class Inside:
         try:
             for steering in acting.values():
                 check_scopes(self._lm, steering.scopes, job.tokens)
-                wanted.append(await self._hold(steering))
+                wanted.append(await self.hold(steering))
             extra = extra_args(wanted)
             if reading is None:
                 yield Given(extra)
             else:
                 told = partial(self._ask_gates, job, reading.name, early, by_token)
                 salt = uuid.uuid4().hex  # what is read again is not known to gates
-                yield Given({**(extra or {}), **reading_args(reading)}, salt=salt, has_read=told)
+                extra = {**(extra or {}), **reading_args(reading)}
+                yield Given(extra, salt=salt, has_read=told, replica=self._replica)
         finally:
             for one in wanted:
                 self._held[one.digest] -= 1
@@ -174,7 +180,7 @@ class Inside:
         free = replace(steering, gate=None)
         check_scopes(self._lm, free.scopes, tokens)
         search = searched(free, kl)
-        wanted = await self._hold(free)
+        wanted = await self.hold(free)
         try:
             base, dial = await self._expects(tokens), next(search)
             while True:
@@ -230,7 +236,9 @@ class Inside:
         )
         prompt = {"prompt_token_ids": list(tokens), "cache_salt": uuid.uuid4().hex}
         try:
-            async for _ in self._llm.generate(prompt, params, reading.name):
+            async for _ in self._llm.generate(
+                prompt, params, reading.name, data_parallel_rank=self._replica
+            ):
                 pass
         finally:
             ranks = await self._read(reading.name)
@@ -256,7 +264,7 @@ class Inside:
 
     # -- steerings ----------------------------------------------------------------------------
 
-    async def _hold(self, steering: Steering) -> Wanted:
+    async def hold(self, steering: Steering) -> Wanted:
         """Have the workers hold a steering until the job that asked for it is over."""
         wanted = wanted_of(steering, partial(acts_of, self._lm))
         async with self._loading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError, shown
@@ -68,3 +69,31 @@ def _number(text: str, what: str) -> float:
     if number is None:
         raise TrimtabError(f"{what} must be a number, not '{shown(text, 40)}'")
     return number
+
+
+def plainly_asked(model: str, bases: Sequence[str]) -> list[Asked] | None:
+    """What a name asks for of a model that has several; None where it is another model, or the
+    model alone. Each variant has one name: a dial in its shortest form, 12 and not 12.0."""
+    for base in bases:
+        asked = asked_by(model, base)
+        if asked:
+            plain = "+".join([base, *map(_plain, asked)])
+            if model != plain:
+                raise TrimtabError(f"'{shown(model, 80)}' has no such dial: take {shown(plain)}")
+            return asked
+    return None
+
+
+def _plain(asked: Asked) -> str:
+    """A steering of a variant's name, in its shortest form."""
+    if asked.kl is not None:
+        return f"{asked.name}@kl={_shortest(asked.kl)}"
+    if asked.dial is None:
+        return asked.name
+    dial = asked.dial if isinstance(asked.dial, str) else _shortest(asked.dial)
+    return f"{asked.name}@{dial}"
+
+
+def _shortest(number: float) -> str:
+    """12, 0.1, 1e-05, 1e30: a + would stack another steering."""
+    return repr(number + 0.0).removesuffix(".0").replace("e+", "e")  # and not -0

