@@ -53,15 +53,16 @@ class StandIn:
     def load(self, digest: str, content: bytes) -> None:
         file = Path(f"{digest}.safetensors")
         file.write_bytes(content)
-        AT_WORK.loaded[digest] = steps_of(tt.Steering.load(file))
+        AT_WORK.load(digest, steps_of(tt.Steering.load(file)))
         file.unlink()
         self.loads.append(digest)
 
     def unload(self, digest: str) -> None:
-        del AT_WORK.loaded[digest]
+        AT_WORK.unload(digest)
 
     def seen(self, name: str, tokens: Sequence[int]) -> list[bytes]:
-        AT_WORK.seen, AT_WORK.plan = {}, {}
+        AT_WORK.end()
+        AT_WORK.seen = {}
         self.model(torch.tensor([list(tokens)]), use_cache=False)
         seen, AT_WORK.seen = AT_WORK.seen, None
         return [save({self.sites[site]: x.contiguous() for site, x in seen.items()})]
@@ -91,7 +92,7 @@ class StandIn:
         rows = Rows(wanted_by(params), ids, len(ask.tokens), 0, 0, len(ids))
         AT_WORK.begin([rows])
         logits = self.model(torch.tensor([ids]), use_cache=False).logits[0].float()
-        AT_WORK.plan = {}
+        AT_WORK.end()
         if len(new) < ask.fewest:
             logits[-1, list(self.ends)] = -float("inf")
         token = int(logits[-1].argmax())

@@ -62,7 +62,7 @@ def hooked(lm: tt.LanguageModel) -> Iterator[list[tt.Steering]]:
     before = {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.model.modules()}
     assert install(lm.model, places_of(lm.anatomy, sites), sites) == sites
     for steering in steerings:
-        AT_WORK.loaded[wanted_of(steering, partial(acts_of, lm)).digest] = steps_of(steering)
+        AT_WORK.load(wanted_of(steering, partial(acts_of, lm)).digest, steps_of(steering))
     yield steerings
     for module, (after, ahead) in before.items():
         for hooks, count in ((module._forward_hooks, after), (module._forward_pre_hooks, ahead)):
@@ -78,7 +78,7 @@ def test_a_plan_does_what_hooks_do(lm: tt.LanguageModel, hooked: list[tt.Steerin
         AT_WORK.begin([Rows(wanted, IDS, PROMPT, 0, 0, len(IDS))])
         with torch.no_grad():
             got = lm.model(torch.tensor([IDS]), use_cache=False).logits[0]
-        AT_WORK.plan = {}
+        AT_WORK.end()
         with lm.steered(*stack) as sequences, torch.no_grad():
             if stack:
                 sequences.given_ends = [PROMPT]
@@ -100,7 +100,7 @@ def test_each_row_of_a_pass_is_steered_by_itself(lm: tt.LanguageModel) -> None:
         for one in (add.at(2.0).scoped("generated"), turn.at(90.0), add.at(-1.0))
     ]
     for steering in (add, turn):
-        work.loaded[wanted_of(steering, partial(acts_of, lm)).digest] = steps_of(steering)
+        work.load(wanted_of(steering, partial(acts_of, lm)).digest, steps_of(steering))
     x, residual = torch.randn(12, 48), torch.randn(12, 48)
     rows = [
         Rows(texts[0], [], 5, 3, 0, 4),  # tokens 3 to 6, of which 5 and 6 are generated
@@ -178,7 +178,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
     work = AtWork()
     work.at(["layers.0.resid"])
     wanted = [wanted_of(add.scoped(scope), partial(acts_of, lm)) for scope in scopes]
-    work.loaded[wanted[0].digest] = steps_of(add)
+    work.load(wanted[0].digest, steps_of(add))
     plans: list[Any] = []
     runner: Any = SimpleNamespace(
         requests={
@@ -190,7 +190,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
                                 ("c", None))
         },
         _model_forward=lambda input_ids: plans.append(
-            [] if not work.plan else work.plan[0][0].rows.tolist()
+            [] if not work.banked else work.slots[0].nonzero()[0].tolist()
         ),
     )  # fmt: skip
     watch(runner, work)
@@ -206,7 +206,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
     del runner.requests["b"]
     run(["a"], [0, 1], [4], [5])
     assert plans == [[4], [], [0, 1], [0]]
-    assert work.plan == {}
+    assert not work.banked
     assert work.missed == 0
 
 

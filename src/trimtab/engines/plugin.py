@@ -199,12 +199,12 @@ def trimtab_load(self: Any, digest: str, content: bytes) -> None:
     strange = [site for site in steering.sites if site not in AT_WORK.sites]
     if strange:
         raise TrimtabError(f"the engine was not started with the site {strange[0]}")
-    AT_WORK.loaded[digest] = steps
+    AT_WORK.load(digest, steps)
 
 
 def trimtab_unload(self: Any, digest: str) -> None:
     """Leave a steering, whose last request has ended."""
-    AT_WORK.loaded.pop(digest, None)
+    AT_WORK.unload(digest)
 
 
 def trimtab_watch(self: Any) -> None:

@@ -100,7 +100,7 @@ def _watch_forward(runner: Any, watching: Watching) -> None:
         try:
             return original(input_ids, *args, **kwargs)
         finally:
-            watching.at_work.plan = {}  # passes that nobody asked for go another way
+            watching.at_work.end()  # passes that nobody asked for go another way
 
     runner._model_forward = forward
 
@@ -129,7 +129,7 @@ def _watch_state(state: Any, watching: Watching) -> None:
 
     @wraps(prepare_dummy)
     def prepare_dummy_inputs(*args: Any, **kwargs: Any) -> Any:
-        watching.at_work.plan = {}
+        watching.at_work.end()
         return prepare_dummy(*args, **kwargs)
 
     state.add_request, state.remove_request = add_request, remove_request
