@@ -18,8 +18,10 @@ from helpers import IDS, language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
 from trimtab.engines import (
     Place,
+    configuration,
     extra_args,
     places_of,
+    plugin,
     refuse_ways,
     sites_of,
     steps_of,
@@ -239,26 +241,60 @@ def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> N
                       torch.float32)  # fmt: skip
 
 
-def test_ways_of_running_that_leave_rows_out_are_refused() -> None:
+class Graphs:
+    """As vLLM's modes of graphs."""
+
+    def __init__(self, full: bool, pieces: bool = True) -> None:
+        self.full, self.pieces = full, pieces
+
+    def __bool__(self) -> bool:
+        return self.full or self.pieces
+
+    def has_full_cudagraphs(self) -> bool:
+        return self.full
+
+
+def test_ways_of_running_that_leave_rows_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def config(device: str = "cpu", **changes: Any) -> Any:
         parallel = {"use_ubatching": False, "prefill_context_parallel_size": 1,
                     "data_parallel_size": 1}  # fmt: skip
         own = {name: changes.pop(name) for name in list(changes) if name in parallel}
+        compiled = {"cudagraph_mode": changes.pop("graphs", Graphs(False)),
+                    "splitting_ops": changes.pop("splits", ["vllm::attention"]),
+                    "use_inductor_graph_partition": changes.pop("inductor", False)}  # fmt: skip
         return SimpleNamespace(
             parallel_config=SimpleNamespace(**{**parallel, **own}),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
             device_config=SimpleNamespace(device_type=device),
             model_config=SimpleNamespace(enforce_eager=changes.pop("eager", False)),
-            **{"speculative_config": None, **changes},
+            compilation_config=SimpleNamespace(**compiled),
+            **{"speculative_config": None, "additional_config": {}, **changes},
         )
 
-    refuse_ways(config())
-    refuse_ways(config("cuda", eager=True))
+    whole = {"graphs": Graphs(True)}
+    monkeypatch.setattr(plugin, "find_spec", lambda name: object())
+    for way, fine in (
+        ("python", config()),
+        ("python", config("cuda", eager=True)),
+        ("python", config("cuda", graphs=Graphs(False, False))),
+        ("split", config("cuda")),
+        ("kernel", config("cuda", **whole)),
+        ("kernel", config(additional_config=configuration({}, "kernel"))),
+    ):
+        refuse_ways(fine)
+        assert plugin.way_of(fine) == way
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
     for said, bad in (
-        ("captured graph", config("cuda")),
+        ("need Triton", config("cuda", **whole)),
+        ("leave steerings out", config("xpu")),
+        ("leave steerings out", config("cuda", splits=[])),
+        ("leave steerings out", config("cuda", inductor=True)),
         ("speculative", config(speculative_config=object())),
         ("data parallelism", config(data_parallel_size=2)),
         ("dual batch", config(use_ubatching=True)),
     ):
         with pytest.raises(tt.TrimtabError, match=said):
             refuse_ways(bad)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(tt.TrimtabError, match="unset VLLM_USE_BREAKABLE"):
+        refuse_ways(config("cuda"))

@@ -4,7 +4,8 @@ hand are steered how. One torch operation for all sites changes activations in p
 The operation never fails and never waits: what it cannot do was refused before. It is opaque to
 compilers, so that it runs the same whether the engine is compiled or not. Requests whose steerings
 the bank carries go by it, one tensor operation for all rows of a form; those of others, as under a
-gate, by the operators of `steering`. What comes out is what attached hooks make.
+gate, by the operators of `steering`. Where whole passes are captured in CUDA graphs the operation
+is the bank's kernel, and nothing else is carried. What comes out is what attached hooks make.
 """
 
 from __future__ import annotations
@@ -18,10 +19,21 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.acting import Change, Deciding, Reading, Score, Sum
-from trimtab.engines.asking import Wanted
+from trimtab.engines.asking import MOST_STACKED, Wanted
 from trimtab.engines.bank import Bank, Group, change_group, forget, groups_at, leave, slots_of, take
+from trimtab.engines.forms import packed
+from trimtab.engines.kernel import (
+    LANES,
+    ROOM,
+    Fixed,
+    fixed_for,
+    launch,
+    write_nothing,
+    write_pass,
+)
 from trimtab.engines.loaded import Step
 from trimtab.engines.tokens import Acts, stretch, weights
+from trimtab.errors import TrimtabError
 from trimtab.steering import Gate
 
 
@@ -50,6 +62,11 @@ class _Share(NamedTuple):
         return int(self.rows.stop if isinstance(self.rows, slice) else self.rows[-1] + 1)
 
 
+#: What an engine is asked for that can do more than a kernel in its graphs.
+IN_GRAPHS = (
+    "that is not carried inside of full CUDA graphs: start vLLM with "
+    'compilation_config={"cudagraph_mode": "PIECEWISE"}'
+)
 #: So many slots of the bank are kept for requests that may come again.
 _KEPT = 1024
 
@@ -74,6 +91,10 @@ class AtWork:
     groups: dict[int, list[Group]] = field(default_factory=dict)
     #: Whether the pass at hand has such rows.
     banked: bool = False
+    #: Where the operation is captured in graphs: what its kernel reads.
+    fixed: Fixed | None = None
+    #: The last row of the pass at hand that is somebody's.
+    last: int = -1
     #: How often each site was passed.
     calls: list[int] = field(default_factory=list)
     #: Where activations are watched: by the number of a site its last row, before it is changed.
@@ -83,16 +104,28 @@ class AtWork:
     #: Rows that were to be changed by a steering that is not loaded, which nothing should let come.
     missed: int = 0
 
-    def at(self, sites: Sequence[str]) -> None:
-        """Begin anew, at some sites."""
+    def at(self, sites: Sequence[str], rows: int = 0, device: torch.device | str = "cpu") -> None:
+        """Begin anew, at some sites. With so many rows in a pass at most it can be captured, and
+        does what the bank carries and nothing else."""
         self.sites, self.calls = list(sites), [0] * len(sites)
-        self.loaded, self.bank = {}, Bank(self.sites)
+        self.loaded, self.fixed = {}, None
+        self.bank = Bank(self.sites, device=device, room=ROOM if rows else None)
+        if rows:
+            self.fixed = fixed_for(self.bank, rows, device)
         self.end()
         self.slots = None
 
     def load(self, digest: str, steps: tuple[Step, ...]) -> None:
-        """Hold a steering."""
-        take(self.bank, digest, steps)
+        """Hold a steering. Refuses what there is no room for, and what cannot be captured."""
+        try:
+            take(self.bank, digest, steps)
+            if self.fixed is not None:
+                slots = slots_of(self.bank, digest, ())
+                if slots is None or len(slots[0]) * MOST_STACKED > LANES:
+                    raise TrimtabError(f"{_odd(steps)}: {IN_GRAPHS}")
+        except TrimtabError:
+            leave(self.bank, digest)
+            raise
         self.loaded[digest], self.slots = steps, None
 
     def unload(self, digest: str) -> None:
@@ -101,10 +134,16 @@ class AtWork:
         self.slots = None
         self.loaded.pop(digest, None)
 
-    def begin(self, requests: Sequence[Rows], device: torch.device | str = "cpu") -> None:
-        """Make the plan of a pass."""
+    def begin(
+        self,
+        requests: Sequence[Rows],
+        device: torch.device | str = "cpu",
+        rows: int = 0,
+    ) -> None:
+        """Make the plan of a pass, in which so many rows are somebody's (0: all that there are)."""
         self.end()
-        if len(self.bank.slots) > _KEPT:
+        self.last = rows - 1
+        if self.fixed is None and len(self.bank.slots) > _KEPT:
             forget(self.bank, list(self.bank.slots))
             self.slots = None
         others = []
@@ -116,6 +155,12 @@ class AtWork:
             else:
                 filled += lanes
         self._fill(filled)
+        if self.fixed is not None:
+            noted = self.last if self.seen is not None else -1
+            slots = self.slots if self.banked else np.zeros((0, 0), np.int64)
+            write_pass(self.fixed, self.bank, slots, self.dials, noted)
+            self.missed += sum(each.stop - each.first for each in others)
+            return
         for site, read in self._sums(requests, device):
             self.reads.setdefault(self.sites.index(site), []).append(read)
         ordered: dict[int, list[tuple[int, int, Score | Change]]] = {}
@@ -133,13 +178,18 @@ class AtWork:
     def end(self) -> None:
         """The pass is over: what comes next without a plan is left as it is."""
         self.reads, self.plan, self.banked = {}, {}, False
+        if self.fixed is not None:
+            write_nothing(self.fixed)
 
     def _lanes(self, request: Rows) -> list[tuple[int, int, _Share]] | None:
         """By lane the slots of a request and the rows that have them; None where the bank does not
         carry all of its steerings."""
         lanes: list[tuple[int, int, _Share]] = []
         for one in request.wanted:
-            slots = slots_of(self.bank, one.digest, one.of)
+            if self.fixed is None:
+                slots = slots_of(self.bank, one.digest, one.of)
+            else:
+                slots = self.bank.slots.get((one.digest, one.of))
             if slots is None:
                 return None
             for acts, own in zip(one.scopes, slots, strict=False):
@@ -217,14 +267,32 @@ class AtWork:
                     change = Change(step, where, turned, gate_here, places)
                     yield step.site, (rank, step.number), change
 
+    def watch(self) -> None:
+        """Begin to note each site's activation at the last row of each pass."""
+        self.seen = {}
+        if self.fixed is not None:
+            for noted in self.fixed.noted.values():
+                noted.fill_(torch.nan)
+
+    def watched(self) -> dict[str, Tensor]:
+        """What was noted since, by site; and note no more."""
+        seen, self.seen = self.seen or {}, None
+        if self.fixed is not None:
+            seen = {n: x for n, x in self.fixed.noted.items() if not x.isnan().all()}
+        return {self.sites[site]: x.cpu().contiguous() for site, x in seen.items()}
+
     def change(self, x: Tensor, residual: Tensor | None, site: int) -> None:
         """Do what the plan says at a site to activations x [rows, units], in place. With a residual
         the activation is the sum of both, and x takes the change."""
         self.calls[site] += 1
         x = x.view(-1, x.shape[-1])  # the Transformers backend keeps a batch dimension
         residual = None if residual is None else residual.view(-1, x.shape[-1])
+        if self.fixed is not None:
+            launch(self.fixed, self.bank, x, residual, site)
+            return
         if self.seen is not None:
-            last = x[-1] if residual is None else x[-1] + residual[-1]
+            row = self.last  # what comes after it fills a graph up
+            last = x[row] if residual is None else x[row] + residual[row]
             self.seen[site] = last.float().clone()
         for read in self.reads.get(site, ()):
             read.act(x, residual)
@@ -237,6 +305,16 @@ class AtWork:
                 change_group(self.bank, site, group, x, residual)
         for act in self.plan.get(site, ()):
             act.act(x, residual)
+
+
+def _odd(steps: Sequence[Step]) -> str:
+    """What of a steering is no form of the bank."""
+    if any(step.gate is not None for step in steps):
+        return "a gate decides token by token"
+    odd = [step for step in steps if packed(step.operator) is None]
+    if odd:
+        return f"{odd[0].operator.description} at {odd[0].site}"
+    return "three interventions are at one site"
 
 
 def _read_rows(request: Rows, reading: Reading, acts: Any) -> Any:
@@ -287,9 +365,11 @@ def _share(request: Rows, one: Wanted, acts: Acts) -> _Share | None:
 
 
 AT_WORK = AtWork()
+#: What engines call the operation.
+OPERATION = "trimtab::steer"
 
 
-@torch.library.custom_op("trimtab::steer", mutates_args=("x",))
+@torch.library.custom_op(OPERATION, mutates_args=("x",))
 def steer(x: Tensor, residual: Tensor | None, site: int) -> None:
     """Change the activations of a site in place by the plan of the pass."""
     AT_WORK.change(x, residual, site)

@@ -35,6 +35,13 @@ class _Held(NamedTuple):
     numbers: tuple[float, float, float]
 
 
+class Room(NamedTuple):
+    """What a bank that cannot grow has: vectors of each site, and slots."""
+
+    vectors: int
+    slots: int
+
+
 @dataclass(eq=False)
 class Bank:
     """The vectors of all sites, and what slots have of them."""
@@ -56,11 +63,18 @@ class Bank:
         default_factory=dict
     )
     unused: list[int] = field(default_factory=list)
+    #: Where pools are, and what there is room for, None where they grow.
+    device: torch.device | str = "cpu"
+    room: Room | None = None
+    #: How often slots have changed.
+    version: int = 0
 
     def __post_init__(self) -> None:
-        self.codes = np.zeros((len(self.sites), 1), np.int64)
-        self.vectors = np.zeros((len(self.sites), 1, MOST), np.int64)
-        self.numbers = np.zeros((len(self.sites), 1, 3))
+        slots = 1 if self.room is None else self.room.slots
+        self.codes = np.zeros((len(self.sites), slots), np.int64)
+        self.vectors = np.zeros((len(self.sites), slots, MOST), np.int64)
+        self.numbers = np.zeros((len(self.sites), slots, 3))
+        self.unused = list(range(1, slots))
 
 
 def take(bank: Bank, digest: str, steps: Sequence[Step]) -> None:
@@ -87,33 +101,48 @@ def leave(bank: Bank, digest: str) -> None:
 
 def forget(bank: Bank, keys: Sequence[tuple[str, tuple[int, ...]]]) -> None:
     """Give slots back; who asks for them again gets others."""
+    bank.version += 1
     for key in keys:
         for slot in (slot for scope in bank.slots.pop(key) or () for slot in scope):
             bank.codes[:, slot] = Form.NOTHING
             bank.unused.append(slot)
 
 
+def pool_at(bank: Bank, site: int, width: int) -> Tensor:
+    """The vectors of a site of so many units, [vectors, units]."""
+    pool = bank.pools.get(site)
+    if pool is None:
+        count = 1 if bank.room is None else bank.room.vectors
+        with torch.inference_mode(False):  # else it could not be changed later
+            pool = bank.pools[site] = torch.zeros(count, width, device=bank.device)
+        bank.free[site] = list(range(1, count))
+    return pool
+
+
 def _store(bank: Bank, site: int, vectors: Tensor) -> list[int]:
     """Put vectors [n, units] into a site's pool; which they are there."""
-    with torch.inference_mode(False):  # else what is made here could not be changed later
-        pool = bank.pools.get(site)
-        if pool is None:
-            pool = torch.zeros(1, vectors.shape[-1])
-            bank.free[site] = []
-        if pool.shape[-1] != vectors.shape[-1]:
+    pool = pool_at(bank, site, vectors.shape[-1])
+    if pool.shape[-1] != vectors.shape[-1]:
+        raise TrimtabError(
+            f"{bank.sites[site]} has {pool.shape[-1]} units, and an operator "
+            f"{vectors.shape[-1]}: fit the steering on the served model"
+        )
+    free = bank.free[site]
+    taken = [bool(row.any()) for row in vectors]
+    if len(free) < sum(taken):
+        if bank.room is not None:
             raise TrimtabError(
-                f"{bank.sites[site]} has {pool.shape[-1]} units, and an operator "
-                f"{vectors.shape[-1]}: fit the steering on the served model"
+                f"{bank.sites[site]} has no room for {sum(taken)} vectors more, of "
+                f"{bank.room.vectors}: remove a steering first"
             )
-        free = bank.free[site]
-        taken = [bool(row.any()) for row in vectors]
-        if len(free) < sum(taken):
-            more = max(sum(taken), len(pool))
-            free += range(len(pool), len(pool) + more)
+        more = max(sum(taken), len(pool))
+        free += range(len(pool), len(pool) + more)
+        with torch.inference_mode(False):
             pool = torch.cat((pool, pool.new_zeros(more, pool.shape[-1])))
-        where = [free.pop() if any_of else 0 for any_of in taken]
-        pool[[place for place in where if place]] = vectors[torch.tensor(taken)].to(pool)
         bank.pools[site] = pool
+    where = [free.pop() if any_of else 0 for any_of in taken]
+    with torch.inference_mode(False):
+        pool[[place for place in where if place]] = vectors[torch.tensor(taken)].to(pool)
     return where
 
 
@@ -131,16 +160,21 @@ def _slots(
 ) -> tuple[tuple[int, ...], ...] | None:
     # How many steps there were at a site before; one after the other are in slots of their own.
     before: dict[int, tuple[int, int]] = {}
-    found: list[list[int]] = [[] for _ in range(max(of, default=0) + 1)]
+    bank.version += 1
     scopes = [of[step.number] if step.number < len(of) else 0 for step in steps]
     for step, scope in zip(steps, scopes, strict=True):
         whose, _ = before.setdefault(step.site, (scope, 0))
         if whose != scope:
             return None
         before[step.site] = scope, before[step.site][1] + 1
-    for site, (scope, count) in before.items():
-        while len(found[scope]) < count:
-            found[scope].append(_slot(bank))
+    deepest = [
+        max((count for whose, count in before.values() if whose == scope), default=0)
+        for scope in range(max(of, default=0) + 1)
+    ]
+    if bank.room is not None and sum(deepest) > len(bank.unused):
+        raise TrimtabError(f"all {bank.room.slots} places are taken: remove a steering first")
+    found = [[_slot(bank) for _ in range(count)] for count in deepest]
+    for site, (scope, _) in before.items():
         own = [step for step in steps if step.site == site]
         for slot, step in zip(found[scope], own, strict=False):
             bank.codes[site, slot] = step.code

@@ -69,7 +69,7 @@ class Watching:
             row_of = Rows(text.wanted, text.ids, text.prompt, position, first, stop, text.reading)
             requests.append(row_of)
         device = "cpu" if input_ids is None else input_ids.device
-        self.at_work.begin(requests, device)
+        self.at_work.begin(requests, device, int(starts[len(names)]))
 
 
 def watch(runner: Any, at_work: AtWork) -> None:
