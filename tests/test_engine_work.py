@@ -4,6 +4,7 @@ modules, ranks that split units, and what is refused."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from trimtab.engines import (
     Place,
     configuration,
     extra_args,
+    not_captured,
     places_of,
     plugin,
     refuse_ways,
@@ -222,6 +224,26 @@ def test_what_an_engine_does_not_carry(lm: tt.LanguageModel) -> None:
     assert "2 ranks share" in carried(steer_at(lm, "heads", "Ablate"))
     mixture = language_model("qwen3_moe")
     assert "one kernel" in Carried(mixture.anatomy)(steer_at(mixture, "ffn_in"))
+
+
+def test_what_full_graphs_do_not_carry(lm: tt.LanguageModel) -> None:
+    add, features = (
+        steer(lm, ("layers.0.resid", random_operator(name, 3, 48)))
+        for name in ("Add", "features scale")
+    )
+    gate = tt.Gate((tt.Condition("layers.0.resid", torch.ones(48), 0.0),), "two-pass")
+    apart = replace(add, interventions=(
+        replace(add.interventions[0], scope="prompt"),
+        replace(add.interventions[0], scope="generated"),
+    ))  # fmt: skip
+    thrice = replace(add, interventions=add.interventions * 3)
+    assert not_captured(add) == ""
+    for said, bad in (
+        ("SetFeatures", features), ("two-pass gate", add.gated(gate)),
+        ("scopes of their own", apart), ("more than 2 interventions", thrice),
+    ):  # fmt: skip
+        assert said in not_captured(bad)
+        assert "PIECEWISE" in not_captured(bad)
 
 
 def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> None:

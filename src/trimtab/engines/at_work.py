@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.acting import Change, Deciding, Reading, Score, Sum
-from trimtab.engines.asking import MOST_STACKED, Wanted
+from trimtab.engines.asking import Wanted
 from trimtab.engines.bank import Bank, Group, change_group, forget, groups_at, leave, slots_of, take
-from trimtab.engines.forms import packed
 from trimtab.engines.kernel import (
-    LANES,
     ROOM,
     Fixed,
     fixed_for,
@@ -31,7 +29,7 @@ from trimtab.engines.kernel import (
     write_nothing,
     write_pass,
 )
-from trimtab.engines.loaded import Step
+from trimtab.engines.loaded import IN_GRAPHS, MOST_AT_A_SITE, Step
 from trimtab.engines.tokens import Acts, stretch, weights
 from trimtab.errors import TrimtabError
 from trimtab.steering import Gate
@@ -62,11 +60,6 @@ class _Share(NamedTuple):
         return int(self.rows.stop if isinstance(self.rows, slice) else self.rows[-1] + 1)
 
 
-#: What an engine is asked for that can do more than a kernel in its graphs.
-IN_GRAPHS = (
-    "that is not carried inside of full CUDA graphs: start vLLM with "
-    'compilation_config={"cudagraph_mode": "PIECEWISE"}'
-)
 #: So many slots of the bank are kept for requests that may come again.
 _KEPT = 1024
 
@@ -121,8 +114,8 @@ class AtWork:
             take(self.bank, digest, steps)
             if self.fixed is not None:
                 slots = slots_of(self.bank, digest, ())
-                if slots is None or len(slots[0]) * MOST_STACKED > LANES:
-                    raise TrimtabError(f"{_odd(steps)}: {IN_GRAPHS}")
+                if slots is None or len(slots[0]) > MOST_AT_A_SITE:
+                    raise TrimtabError(f"something of {digest[:12]}: {IN_GRAPHS}")
         except TrimtabError:
             leave(self.bank, digest)
             raise
@@ -305,16 +298,6 @@ class AtWork:
                 change_group(self.bank, site, group, x, residual)
         for act in self.plan.get(site, ()):
             act.act(x, residual)
-
-
-def _odd(steps: Sequence[Step]) -> str:
-    """What of a steering is no form of the bank."""
-    if any(step.gate is not None for step in steps):
-        return "a gate decides token by token"
-    odd = [step for step in steps if packed(step.operator) is None]
-    if odd:
-        return f"{odd[0].operator.description} at {odd[0].site}"
-    return "three interventions are at one site"
 
 
 def _read_rows(request: Rows, reading: Reading, acts: Any) -> Any:

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.engines.asking import MOST_STACKED
 from trimtab.engines.bank import Bank, Room, pool_at
 from trimtab.engines.forms import MOST
+from trimtab.engines.loaded import MOST_AT_A_SITE
 
 try:
     import triton
@@ -30,7 +32,7 @@ except ImportError:  # where there is no card there need not be a Triton
     triton = tl = None
 
 #: How many slots a row may have in a pass.
-LANES = 16
+LANES = MOST_STACKED * MOST_AT_A_SITE
 #: Vectors that a site has room for, and slots that there are.
 ROOM = Room(vectors=256, slots=1024)
 

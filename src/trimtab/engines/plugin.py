@@ -30,8 +30,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trimtab.engines.asking import FIELD, READING, block_key, reading_by, wanted_by
-from trimtab.engines.at_work import AT_WORK, IN_GRAPHS, OPERATION
-from trimtab.engines.loaded import steps_of, why_not
+from trimtab.engines.at_work import AT_WORK, OPERATION
+from trimtab.engines.loaded import IN_GRAPHS, not_captured, steps_of, why_not
 from trimtab.engines.modules import Place, install
 from trimtab.engines.runners import watch
 from trimtab.errors import TrimtabError
@@ -74,6 +74,14 @@ def configuration(places: dict[str, Place], way: Way | None = None) -> dict[str,
     which the operation is to run, whatever graphs there are."""
     said: dict[str, Any] = {"places": {site: list(places[site]) for site in sorted(places)}}
     return {FIELD: said if way is None else said | {"way": way}}
+
+
+def graphs() -> dict[str, Any]:
+    """What an engine is given of CUDA graphs where nobody says anything else: they are in pieces,
+    between which everything is carried."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def register() -> None:
@@ -253,6 +261,8 @@ def trimtab_load(self: Any, digest: str, content: bytes) -> None:
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     stages = self.vllm_config.parallel_config.pipeline_parallel_size
     if reason := why_not(steering, ranks, stages):
+        raise TrimtabError(reason)
+    if AT_WORK.fixed is not None and (reason := not_captured(steering)):
         raise TrimtabError(reason)
     steps = steps_of(steering, rank, ranks)
     strange = [site for site in steering.sites if site not in AT_WORK.sites]
