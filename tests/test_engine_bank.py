@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from operator_formulas import ALL, random_operator
-from trimtab.engines import Acts, Wanted
+from trimtab.engines import Acts, Wanted, at_work
 from trimtab.engines.at_work import AtWork, Rows
 from trimtab.engines.forms import MOST, packed
 from trimtab.engines.loaded import Step
@@ -198,6 +198,23 @@ def test_what_comes_after_one_that_left() -> None:
     assert not work.bank.steps
     assert not work.bank.slots
     assert not np.any(work.bank.codes)
+
+
+def test_slots_of_other_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way in which scopes are shared out takes slots, which come to an end."""
+    monkeypatch.setattr(at_work, "_KEPT", 3)
+    work, x = AtWork(), sizes(torch.float32, 1)[0]
+    work.at(SITES)
+    add = random_operator("Add", 4, WIDTH)
+    work.load(digest(0), tuple(Step(i, site, add, 1.0) for i, site in enumerate(SITES)))
+    for turn in range(20):
+        scopes = (Acts(["generated"]),) * (turn + 1)
+        wanted = Wanted(digest(0), 1.0 + turn, scopes, (0,) * turn + (turn,))
+        work.begin([Rows((wanted,), [], 1, 1, 0, 1)])
+        got = x.clone()
+        work.change(got, None, 0)
+        assert torch.allclose(got, add.bind(1.0 + turn, "cpu")(x), atol=1e-5)
+    assert work.bank.codes.shape[1] <= 16
 
 
 def test_what_the_bank_leaves_to_operators() -> None:
