@@ -309,6 +309,17 @@ def test_what_the_kernel_writes(
     assert all("SetFeatures" in one and "PIECEWISE" in one for one in said["unloaded"])
 
 
+def test_the_kernel_compiles_for_a_card(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("vllm_compiles.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
+    ran = subprocess.run(
+        [str(PYTHON), program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert len(json.loads(ran.stdout)) == 6
+    assert min(json.loads(ran.stdout)) > 10_000
+
+
 def test_the_kernel_is_what_the_bank_and_operators_are(tmp_path: Path) -> None:
     program = Path(tt.__file__).parents[2] / "benchmarks" / "kernel.py"
     environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}

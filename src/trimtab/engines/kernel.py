@@ -6,9 +6,9 @@ only fill a graph up, and a row that has no slot in any lane is neither read nor
 
 The kernel computes as `forms.changed` does, which runs the same bank on a CPU and in eager mode,
 with all lanes of a row in registers and rounded once. Its tests run it in Triton's interpreter,
-against that and against the operators themselves. It has not run on a card yet, nor in a captured
-graph: `python benchmarks/kernel.py`, on a machine with one, compares all three, replays a graph
-and times it.
+against that and against the operators themselves, and compile it for a card. It has not run on one
+yet, nor in a captured graph: `python benchmarks/kernel.py`, on a machine with one, compares all
+three, replays a graph and times it.
 """
 
 from __future__ import annotations
@@ -115,18 +115,10 @@ def launch(fixed: Fixed, bank: Bank, x: Tensor, residual: Tensor | None, site: i
             fixed.noted[site] = torch.zeros(width, device=x.device)
     block = triton.next_power_of_2(width)
     _steer[(rows,)](
-        x,
-        x if residual is None else residual,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        pool,
-        fixed.codes[site],
-        fixed.vectors[site],
-        fixed.numbers[site],
-        fixed.slots,
-        fixed.dials,
-        fixed.slots.stride(0),
-        fixed.head,
+        (x, x.stride(0)),
+        (x, 0) if residual is None else (residual, residual.stride(0)),
+        (pool, fixed.codes[site], fixed.vectors[site], fixed.numbers[site]),
+        (fixed.slots, fixed.dials, fixed.slots.stride(0), fixed.head),
         fixed.noted[site],
         width,
         STREAM=residual is not None,
@@ -138,9 +130,13 @@ def launch(fixed: Fixed, bank: Bank, x: Tensor, residual: Tensor | None, site: i
 
 # What Triton compiles has no types of Python.
 def _steer_rows(  # type: ignore[no-untyped-def]
-    x, residual, x_stride, residual_stride, pool, codes, vectors, numbers, slots, dials, rows,
-    head, noted, width, STREAM: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
+    into, beside, bank, lanes_of, noted, width,
+    STREAM: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    x, x_stride = into
+    residual, residual_stride = beside
+    pool, codes, vectors, numbers = bank
+    slots, dials, rows, head = lanes_of
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.load(head)
     is_noted = tl.load(head + 1) == row
