@@ -27,7 +27,8 @@ sweeps      a grid of 169 settings of AUSteer on copa against the authors' way a
 playground  a chat on the playground's server, with its evidence and without, against plain
             generation (playground.py)
 
-What steering costs in vLLM is measured by serving.py, in an environment of its own.
+What steering costs in vLLM is measured by serving.py, in an environment of its own; the worker's
+part of it by rows.py, and the kernel for a card by kernel.py, on one.
 
 What is measured: CPU seconds of the process (user and system) on one thread, with wall seconds
 beside them. Contenders take turns within each round, in the opposite order every other round, and

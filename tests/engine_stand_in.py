@@ -17,8 +17,9 @@ from torch import Tensor
 
 import trimtab as tt
 from trimtab.engines import Ask, Heard, Place, steps_of
+from trimtab.engines.acting import Reading
 from trimtab.engines.asking import reading_by, wanted_by
-from trimtab.engines.at_work import AT_WORK, Reading, Rows
+from trimtab.engines.at_work import AT_WORK, Rows
 from trimtab.engines.modules import install
 from trimtab.engines.plugin import trimtab_read
 from trimtab.model import are_sound
@@ -55,15 +56,16 @@ class StandIn:
     def load(self, digest: str, content: bytes) -> None:
         file = Path(f"{digest}.safetensors")
         file.write_bytes(content)
-        AT_WORK.loaded[digest] = steps_of(tt.Steering.load(file))
+        AT_WORK.load(digest, steps_of(tt.Steering.load(file)))
         file.unlink()
         self.loads.append(digest)
 
     def unload(self, digest: str) -> None:
-        del AT_WORK.loaded[digest]
+        AT_WORK.unload(digest)
 
     def seen(self, name: str, tokens: Sequence[int]) -> list[bytes]:
-        AT_WORK.seen, AT_WORK.plan = {}, {}
+        AT_WORK.end()
+        AT_WORK.seen = {}
         self.model(torch.tensor([list(tokens)]), use_cache=False)
         seen, AT_WORK.seen = AT_WORK.seen, None
         return [save({self.sites[site]: x.contiguous() for site, x in seen.items()})]
@@ -88,7 +90,7 @@ class StandIn:
         for stop in stops:
             AT_WORK.begin([Rows(wanted, ids, prompt, 0, 0, stop, reading)])
             logits = self.model(torch.tensor([ids[:stop]]), use_cache=False).logits[0].float()
-        AT_WORK.plan = {}
+        AT_WORK.end()
         return logits
 
     def close(self) -> None:

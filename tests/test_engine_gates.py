@@ -25,8 +25,9 @@ from trimtab.engines import (
     steps_of,
     wanted_of,
 )
+from trimtab.engines.acting import Reading
 from trimtab.engines.asking import READING, block_key, reading_by
-from trimtab.engines.at_work import AT_WORK, AtWork, Reading, Rows
+from trimtab.engines.at_work import AT_WORK, AtWork, Rows
 from trimtab.engines.modules import install
 from trimtab.model.gate_scores import score_prompts
 from trimtab.serving import Carried
@@ -65,7 +66,7 @@ def hooked(lm: tt.LanguageModel) -> Iterator[list[tt.Steering]]:
     before = {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.model.modules()}
     assert install(lm.model, places_of(lm.anatomy, sites), sites) == sites
     for steering in steerings:
-        AT_WORK.loaded[wanted_of(steering, partial(acts_of, lm)).digest] = steps_of(steering)
+        AT_WORK.load(wanted_of(steering, partial(acts_of, lm)).digest, steps_of(steering))
     yield steerings
     for module, (after, ahead) in before.items():
         for hooks, count in ((module._forward_hooks, after), (module._forward_pre_hooks, ahead)):
@@ -84,7 +85,7 @@ def test_token_gates_fire_where_they_do_in_transformers(
         AT_WORK.begin([Rows(wanted, IDS, PROMPT, 0, 0, len(IDS), reading)])
         with torch.no_grad():
             got = lm.model(torch.tensor([IDS]), use_cache=False).logits[0]
-        AT_WORK.plan = {}
+        AT_WORK.end()
         with lm.steered(*stack) as sequences, torch.no_grad():
             sequences.given_ends = [PROMPT]
             for work in sequences.gates:
@@ -111,7 +112,8 @@ def test_pieces_of_prompts_and_rows_of_others(lm: tt.LanguageModel) -> None:
     wanted = (wanted_of(add, partial(acts_of, lm)),)
     free = (wanted_of(bare, partial(acts_of, lm)),)
     assert wanted[0].digest != free[0].digest
-    work.loaded = {wanted[0].digest: steps_of(add), free[0].digest: steps_of(bare)}
+    work.load(wanted[0].digest, steps_of(add))
+    work.load(free[0].digest, steps_of(bare))
     low, high = torch.randn(9, 48), torch.randn(9, 48)
     reading = Reading(ReadingOf("1" * 32, (Read("layers.0.resid"),)))
     got = torch.zeros_like(high)

@@ -4,6 +4,7 @@ modules, ranks that split units, and what is refused."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,11 @@ from helpers import IDS, language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
 from trimtab.engines import (
     Place,
+    configuration,
     extra_args,
+    not_captured,
     places_of,
+    plugin,
     refuse_ways,
     sites_of,
     steps_of,
@@ -62,7 +66,7 @@ def hooked(lm: tt.LanguageModel) -> Iterator[list[tt.Steering]]:
     before = {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in lm.model.modules()}
     assert install(lm.model, places_of(lm.anatomy, sites), sites) == sites
     for steering in steerings:
-        AT_WORK.loaded[wanted_of(steering, partial(acts_of, lm)).digest] = steps_of(steering)
+        AT_WORK.load(wanted_of(steering, partial(acts_of, lm)).digest, steps_of(steering))
     yield steerings
     for module, (after, ahead) in before.items():
         for hooks, count in ((module._forward_hooks, after), (module._forward_pre_hooks, ahead)):
@@ -78,7 +82,7 @@ def test_a_plan_does_what_hooks_do(lm: tt.LanguageModel, hooked: list[tt.Steerin
         AT_WORK.begin([Rows(wanted, IDS, PROMPT, 0, 0, len(IDS))])
         with torch.no_grad():
             got = lm.model(torch.tensor([IDS]), use_cache=False).logits[0]
-        AT_WORK.plan = {}
+        AT_WORK.end()
         with lm.steered(*stack) as sequences, torch.no_grad():
             if stack:
                 sequences.given_ends = [PROMPT]
@@ -100,7 +104,7 @@ def test_each_row_of_a_pass_is_steered_by_itself(lm: tt.LanguageModel) -> None:
         for one in (add.at(2.0).scoped("generated"), turn.at(90.0), add.at(-1.0))
     ]
     for steering in (add, turn):
-        work.loaded[wanted_of(steering, partial(acts_of, lm)).digest] = steps_of(steering)
+        work.load(wanted_of(steering, partial(acts_of, lm)).digest, steps_of(steering))
     x, residual = torch.randn(12, 48), torch.randn(12, 48)
     rows = [
         Rows(texts[0], [], 5, 3, 0, 4),  # tokens 3 to 6, of which 5 and 6 are generated
@@ -178,7 +182,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
     work = AtWork()
     work.at(["layers.0.resid"])
     wanted = [wanted_of(add.scoped(scope), partial(acts_of, lm)) for scope in scopes]
-    work.loaded[wanted[0].digest] = steps_of(add)
+    work.load(wanted[0].digest, steps_of(add))
     plans: list[Any] = []
     runner: Any = SimpleNamespace(
         requests={
@@ -190,7 +194,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
                                 ("c", None))
         },
         _model_forward=lambda input_ids: plans.append(
-            [] if not work.plan else work.plan[0][0].rows.tolist()
+            [] if not work.banked else work.slots[0].nonzero()[0].tolist()
         ),
     )  # fmt: skip
     watch(runner, work)
@@ -206,7 +210,7 @@ def test_a_runner_says_which_rows_are_whose(lm: tt.LanguageModel) -> None:
     del runner.requests["b"]
     run(["a"], [0, 1], [4], [5])
     assert plans == [[4], [], [0, 1], [0]]
-    assert work.plan == {}
+    assert not work.banked
     assert work.missed == 0
 
 
@@ -220,6 +224,26 @@ def test_what_an_engine_does_not_carry(lm: tt.LanguageModel) -> None:
     assert "2 ranks share" in carried(steer_at(lm, "heads", "Ablate"))
     mixture = language_model("qwen3_moe")
     assert "one kernel" in Carried(mixture.anatomy)(steer_at(mixture, "ffn_in"))
+
+
+def test_what_full_graphs_do_not_carry(lm: tt.LanguageModel) -> None:
+    add, features = (
+        steer(lm, ("layers.0.resid", random_operator(name, 3, 48)))
+        for name in ("Add", "features scale")
+    )
+    gate = tt.Gate((tt.Condition("layers.0.resid", torch.ones(48), 0.0),), "two-pass")
+    apart = replace(add, interventions=(
+        replace(add.interventions[0], scope="prompt"),
+        replace(add.interventions[0], scope="generated"),
+    ))  # fmt: skip
+    thrice = replace(add, interventions=add.interventions * 3)
+    assert not_captured(add) == ""
+    for said, bad in (
+        ("SetFeatures", features), ("two-pass gate", add.gated(gate)),
+        ("scopes of their own", apart), ("more than 2 interventions", thrice),
+    ):  # fmt: skip
+        assert said in not_captured(bad)
+        assert "PIECEWISE" in not_captured(bad)
 
 
 def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> None:
@@ -239,11 +263,27 @@ def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> N
                       torch.float32)  # fmt: skip
 
 
-def test_ways_of_running_that_leave_rows_out_are_refused() -> None:
+class Graphs:
+    """As vLLM's modes of graphs."""
+
+    def __init__(self, full: bool, pieces: bool = True) -> None:
+        self.full, self.pieces = full, pieces
+
+    def __bool__(self) -> bool:
+        return self.full or self.pieces
+
+    def has_full_cudagraphs(self) -> bool:
+        return self.full
+
+
+def test_ways_of_running_that_leave_rows_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def config(device: str = "cpu", **changes: Any) -> Any:
         parallel = {"use_ubatching": False, "prefill_context_parallel_size": 1,
                     "data_parallel_size": 1}  # fmt: skip
         own = {name: changes.pop(name) for name in list(changes) if name in parallel}
+        compiled = {"cudagraph_mode": changes.pop("graphs", Graphs(False)),
+                    "splitting_ops": changes.pop("splits", ["vllm::attention"]),
+                    "use_inductor_graph_partition": changes.pop("inductor", False)}  # fmt: skip
         return SimpleNamespace(
             parallel_config=SimpleNamespace(**{**parallel, **own}),
             cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
@@ -251,17 +291,35 @@ def test_ways_of_running_that_leave_rows_out_are_refused() -> None:
             model_config=SimpleNamespace(
                 enforce_eager=changes.pop("eager", False), is_moe=changes.pop("moe", False)
             ),
-            **{"speculative_config": None, **changes},
+            compilation_config=SimpleNamespace(**compiled),
+            **{"speculative_config": None, "additional_config": {}, **changes},
         )
 
-    refuse_ways(config())
-    refuse_ways(config("cuda", eager=True))
+    whole = {"graphs": Graphs(True)}
+    monkeypatch.setattr(plugin, "find_spec", lambda name: object())
+    for way, fine in (
+        ("python", config()),
+        ("python", config("cuda", eager=True)),
+        ("python", config("cuda", graphs=Graphs(False, False))),
+        ("split", config("cuda")),
+        ("kernel", config("cuda", **whole)),
+        ("kernel", config(additional_config=configuration({}, "kernel"))),
+    ):
+        refuse_ways(fine)
+        assert plugin.way_of(fine) == way
+    monkeypatch.setattr(plugin, "find_spec", lambda name: None)
     refuse_ways(config(data_parallel_size=2))
     for said, bad in (
-        ("captured graph", config("cuda")),
+        ("need Triton", config("cuda", **whole)),
+        ("leave steerings out", config("xpu")),
+        ("leave steerings out", config("cuda", splits=[])),
+        ("leave steerings out", config("cuda", inductor=True)),
         ("speculative", config(speculative_config=object())),
         ("data parallelism", config(data_parallel_size=2, moe=True)),
         ("dual batch", config(use_ubatching=True)),
     ):
         with pytest.raises(tt.TrimtabError, match=said):
             refuse_ways(bad)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(tt.TrimtabError, match="unset VLLM_USE_BREAKABLE"):
+        refuse_ways(config("cuda"))

@@ -24,14 +24,18 @@ from helpers import steer
 from operator_formulas import ALL, random_operator
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.engines import (
+    Read,
+    ReadingOf,
     content_of,
     extra_args,
     places_of,
+    reading_args,
     sites_of,
     steps_of,
     wanted_of,
     why_not,
 )
+from trimtab.engines.forms import packed
 from trimtab.model import Writing
 from trimtab.serving.placing import acts_of
 
@@ -118,7 +122,7 @@ def specs(lm: tt.LanguageModel) -> list[Spec]:
         *made, *words, Spec((push,)), Spec((push.at(-6.0),)), Spec((turn, push)),
         Spec((push, turn)), Spec((faded,)), Spec((two,)),
         Spec((turn.at(100.0), push.at(7.0)), "generated"),
-        Spec((gated,)), Spec((gated,), "generated"), Spec((turn, gated), "prompt"),
+        Spec((gated,)), Spec((gated,), "generated"), Spec((turn, gated.at(7.0)), "prompt"),
         Spec(), *(Spec((push.at(float(dial)),), "last") for dial in range(2, 8)),
         Spec((steer(lm, ("embed", random_operator("Add", 7, 64)), alpha=0.3),)),
         Spec((steer(lm, ("final_norm", random_operator("Add", 8, 64)), alpha=2.0),)),
@@ -271,6 +275,77 @@ def test_what_hooks_write(
     assert min(said.get("calls", [1])) > 0
     assert said.get("missed", 0) == 0
     assert all("Validation" in one for one in said["refused"]), said["refused"]
+
+
+def test_what_the_kernel_writes(
+    lm: tt.LanguageModel, base: Path, specs: list[Spec], prompts: list[list[int]],
+    wanted: list[list[list[int]]], tmp_path: Path,
+) -> None:  # fmt: skip
+    """The operation as graphs capture it, in Triton's interpreter: what is no form of the bank is
+    refused when it is loaded, and a request that says more than it carries before it runs."""
+    engine = Engine("kernel", {"enforce_eager": True}, {"second": True, "way": "kernel"})
+    steps = [[step for one in spec.steerings for step in steps_of(one)] for spec in specs]
+    carried = [
+        number for number, of in enumerate(steps)
+        if all(step.gate is None and packed(step.operator) for step in of)
+        and all(len(one.scopes) == 1 for one in specs[number].acting)
+    ]  # fmt: skip
+    few = [specs[i] for i in carried]
+    odd = [
+        spec.steerings[0] for spec, of in zip(specs, steps, strict=True)
+        if any(packed(step.operator) is None for step in of)
+    ]  # fmt: skip
+    assert len(carried) > 30
+    batch = requests(lm, prompts[:1], few)
+    reads = reading_args(ReadingOf("0" * 32, (Read("layers.1.resid"),)))
+    said = run(lm, base, engine, [batch, batch[::-1]], few, tmp_path, reads=reads,
+               odd=[content_of(odd[0]).hex()])  # fmt: skip
+    expected = [[wanted[0][i] for i in carried]]
+    cold, warm = said["answers"]
+    assert not wrong(cold, expected)
+    assert not wrong(warm[::-1], expected)
+    assert said["missed"] == 0
+    assert "inside of full CUDA graphs" in said["unread"]
+    assert all("SetFeatures" in one and "PIECEWISE" in one for one in said["unloaded"])
+
+
+def test_the_kernel_compiles_for_a_card(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("vllm_compiles.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
+    ran = subprocess.run(
+        [str(PYTHON), program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert len(json.loads(ran.stdout)) == 6
+    assert min(json.loads(ran.stdout)) > 10_000
+
+
+def test_the_kernel_is_what_the_bank_and_operators_are(tmp_path: Path) -> None:
+    program = Path(tt.__file__).parents[2] / "benchmarks" / "kernel.py"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
+    ran = subprocess.run(
+        [str(PYTHON), program, "--units", "40"], capture_output=True, text=True,
+        env=environment | {"TRITON_INTERPRET": "1"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for dtype, off in (("torch.float32", 2e-6), ("torch.bfloat16", 2**-6)):
+        apart = json.loads(ran.stdout)["apart"][dtype]
+        assert apart.pop("none") == {"plain torch": 0.0, "operators": 0.0}
+        assert len(apart) > 18
+        assert max(max(each.values()) for each in apart.values()) < off
+
+
+def test_the_operation_splits_what_is_captured(tmp_path: Path) -> None:
+    """vLLM cuts a model's graph at it, once it is told to."""
+    program = Path(__file__).with_name("vllm_splits.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(tt.__file__).parents[1])}
+    ran = subprocess.run(
+        [str(PYTHON), program], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads(ran.stdout.splitlines()[-1]) == {
+        "told": [False, True, False, True, False], "not told": [False],
+    }  # fmt: skip
 
 
 def test_what_is_steered_shows(wanted: list[list[list[int]]], specs: list[Spec]) -> None:

@@ -40,7 +40,11 @@ def main(job_file: str, answers_file: str) -> None:
     if job.get("control") == "no key":
         plugin.block_key = lambda *_: []
     places = {site: Place(*place) for site, place in job["places"].items()}
-    more = {} if job.get("control") == "stock" else {"additional_config": configuration(places)}
+    more = (
+        {}
+        if job.get("control") == "stock"
+        else {"additional_config": configuration(places, job.get("way"))}
+    )
     engine = LLM(
         job["base"],
         dtype="float32",
@@ -58,6 +62,9 @@ def main(job_file: str, answers_file: str) -> None:
     answered = [written(engine, batch, bool(more)) for batch in job["batches"]]
     refused = [refusal(engine, extra) for extra in job.get("bad", [])]
     said = {"answers": answered, "refused": refused}
+    if "reads" in job:
+        said["unread"] = refusal(engine, job["reads"])
+        said["unloaded"] = [unloaded(engine, bytes.fromhex(content)) for content in job["odd"]]
     if more and ranks == 1:
         said |= {"calls": plugin.AT_WORK.calls, "missed": plugin.AT_WORK.missed}
     Path(answers_file).write_text(json.dumps(said))
@@ -91,6 +98,15 @@ def written(engine: Any, batch: list[dict[str, Any]], steered: bool) -> list[dic
         {"tokens": list(one.outputs[0].token_ids), "cached": one.num_cached_tokens or 0}
         for one in found
     ]
+
+
+def unloaded(engine: Any, content: bytes) -> str:
+    """What is said of a steering that cannot be loaded."""
+    try:
+        engine.collective_rpc("trimtab_load", args=("0" * 64, content))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def refusal(engine: Any, extra: Any) -> str:

@@ -335,7 +335,7 @@ def _say_what_is_served(
 def _flags(
     carried: Carried | Adapted | None,
     library: Library,
-    running: Running,
+    running: Served,
     language_model: LanguageModel,
 ) -> list[str]:
     """The arguments with which vLLM's own command carries what is served; none where it carries

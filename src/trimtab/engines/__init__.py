@@ -11,15 +11,25 @@ from trimtab.engines.asking import (
     reading_args,
 )
 from trimtab.engines.batch import OURS, Ask, Heard, InProcess
-from trimtab.engines.loaded import SPLIT, content_of, sites_of, steps_of, wanted_of, why_not
+from trimtab.engines.loaded import (
+    SPLIT,
+    content_of,
+    not_captured,
+    sites_of,
+    steps_of,
+    wanted_of,
+    why_not,
+)
 from trimtab.engines.modules import Place, places_of
 from trimtab.engines.plugin import (
     LOADED,
     TESTED,
     configuration,
     configured,
+    graphs,
     refuse_ways,
     untested,
     vllm_version,
+    way_of,
 )
 from trimtab.engines.tokens import Acts, weights

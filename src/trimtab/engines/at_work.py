@@ -2,8 +2,10 @@
 hand are steered how. One torch operation for all sites changes activations in place by it.
 
 The operation never fails and never waits: what it cannot do was refused before. It is opaque to
-compilers, so that it runs the same whether the engine is compiled or not. Operators are those of
-`steering`, on the rows that are to be changed, so that what comes out is what attached hooks make.
+compilers, so that it runs the same whether the engine is compiled or not. Requests whose steerings
+the bank carries go by it, one tensor operation for all rows of a form; those of others, as under a
+gate, by the operators of `steering`. Where whole passes are captured in CUDA graphs the operation
+is the bank's kernel, and nothing else is carried. What comes out is what attached hooks make.
 """
 
 from __future__ import annotations
@@ -16,37 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.engines.asking import Read, ReadingOf, Wanted
-from trimtab.engines.loaded import Step
-from trimtab.engines.tokens import weights
+from trimtab.engines.acting import Change, Deciding, Reading, Score, Sum, Told
+from trimtab.engines.asking import Read, Wanted
+from trimtab.engines.bank import Bank, Group, change_group, forget, groups_at, leave, slots_of, take
+from trimtab.engines.kernel import (
+    ROOM,
+    Fixed,
+    fixed_for,
+    launch,
+    write_nothing,
+    write_pass,
+)
+from trimtab.engines.loaded import IN_GRAPHS, MOST_AT_A_SITE, Step
+from trimtab.engines.tokens import Acts, stretch, weights
+from trimtab.errors import TrimtabError
 from trimtab.steering import Gate
-
-
-@dataclass(eq=False)
-class Reading:
-    """What is read of one prompt, as far as it has been: of each of its reads the sum over tokens,
-    [units] in float64, and how many, or these tokens' activations, pass by pass, [tokens, units] in
-    float32; and of gates that decide token by token, by their place in the stack, the tokens at
-    which each fired, by number, and the scores at the prompt's last one, [conditions]."""
-
-    of: ReadingOf
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    counts: dict[int, int] = field(default_factory=dict)
-    rows: dict[int, list[Tensor]] = field(default_factory=dict)
-    fired: dict[int, list[int]] = field(default_factory=dict)
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    #: Tokens that were read. Those of a prompt that is read again, because its blocks were given to
-    #: others, count once.
-    columns: int = 0
-
-    def add(self, number: int, x: Tensor) -> None:
-        """Some tokens' activations, [tokens, units]."""
-        if self.of.reads[number].whole:
-            self.rows.setdefault(number, []).append(x.float().cpu())
-            return
-        total = x.double().sum(0).cpu()
-        self.sums[number] = self.sums[number] + total if number in self.sums else total
-        self.counts[number] = self.counts.get(number, 0) + len(x)
 
 
 class Rows(NamedTuple):
@@ -63,96 +49,19 @@ class Rows(NamedTuple):
     reading: Reading | None = None
 
 
-class _Sum(NamedTuple):
-    """A read of a prompt, and the rows that it takes here."""
+class _Share(NamedTuple):
+    """Rows of a request, and a dial for all of them or for each, [rows] float64."""
 
-    reading: Reading
-    number: int
-    rows: Tensor
+    rows: Any
+    dials: Any
 
-    def act(self, x: Tensor, residual: Tensor | None) -> None:
-        self.reading.add(self.number, _stream(x, residual, self.rows))
-
-
-class _Told(NamedTuple):
-    """A reading that hears of a gate: of its tokens from `first` up to `stop`, which are so many
-    rows `ahead` among the gate's; and which token is the prompt's last one."""
-
-    reading: Reading
-    first: int
-    stop: int
-    ahead: int
-    last: int
+    @property
+    def stop(self) -> int:
+        return int(self.rows.stop if isinstance(self.rows, slice) else self.rows[-1] + 1)
 
 
-@dataclass(eq=False)
-class _Deciding:
-    """A gate in a pass, for the rows of all requests that have it, [rows]: the scores of each of
-    its conditions, and where it fires. `told` are the requests whose readings hear of it."""
-
-    gate: Gate
-    rows: Tensor
-    rank: int
-    told: list[_Told]
-    scores: dict[int, Tensor] = field(default_factory=dict)
-    fires: Tensor | None = None
-
-    def decided(self) -> Tensor:
-        """Where it fires, [rows]; what conditions read comes before what they decide."""
-        if self.fires is None:
-            self.fires = self.gate.decide([self.scores[i] for i in range(len(self.scores))])
-            for reading, first, stop, ahead, last in self.told:
-                fired = self.fires[first + ahead : stop + ahead].nonzero()[:, 0] + first
-                reading.fired.setdefault(self.rank, []).extend(fired.tolist())
-                if first <= last < stop:
-                    scores = [self.scores[i][last + ahead] for i in range(len(self.scores))]
-                    reading.scores[self.rank] = torch.stack(scores).double().cpu()
-        return self.fires
-
-
-class _Score(NamedTuple):
-    """A condition of a gate reads its site."""
-
-    deciding: _Deciding
-    number: int
-
-    def act(self, x: Tensor, residual: Tensor | None) -> None:
-        condition = self.deciding.gate.conditions[self.number]
-        read = _stream(x, residual, self.deciding.rows)
-        self.deciding.scores[self.number] = condition.scores(read)
-        if len(self.deciding.scores) == len(self.deciding.gate.conditions):
-            self.deciding.decided()
-
-
-class _Change(NamedTuple):
-    """An operator, the rows that it changes [rows], and a dial for each, [rows]; and the gate that
-    they have, with the places of these rows among the gate's, [rows]."""
-
-    step: Step
-    rows: Tensor
-    dials: Tensor
-    deciding: _Deciding | None = None
-    places: Tensor | None = None
-
-    def act(self, x: Tensor, residual: Tensor | None) -> None:
-        rows, dials = self.rows, self.dials
-        if self.deciding is not None:
-            fires = self.deciding.decided()[self.places]
-            rows, dials = rows[fires], dials[fires]
-            if not len(rows):
-                return
-        old = x[rows]
-        if residual is None:
-            x[rows] = self.step.operator.bind(dials, x.device)(old)
-            return
-        whole = old + residual[rows]
-        change = self.step.operator.bind(dials, x.device)(whole).float() - whole.float()
-        x[rows] = (old.float() + change).to(x.dtype)
-
-
-def _stream(x: Tensor, residual: Tensor | None, rows: Tensor) -> Tensor:
-    """The activations of some rows."""
-    return x[rows] if residual is None else x[rows] + residual[rows]
+#: So many slots of the bank are kept for requests that may come again.
+_KEPT = 1024
 
 
 @dataclass
@@ -161,8 +70,24 @@ class AtWork:
 
     sites: list[str] = field(default_factory=list)
     loaded: dict[str, tuple[Step, ...]] = field(default_factory=dict)
-    #: By the number of a site what is done there, in order.
-    plan: dict[int, list[_Sum | _Score | _Change]] = field(default_factory=dict)
+    bank: Bank = field(default_factory=lambda: Bank([]))
+    #: By the number of a site what is read of prompts there, before anything is changed.
+    reads: dict[int, list[Sum]] = field(default_factory=dict)
+    #: By the number of a site what is done there, in order, of requests that the bank does not
+    #: carry.
+    plan: dict[int, list[Score | Change]] = field(default_factory=dict)
+    #: Of the others the slot of each row, 0 for none, and its dial, [lanes, rows]; by the number of
+    #: a site what comes of it there, once it was asked for. They are kept for a next pass that is
+    #: the same.
+    slots: Any = None
+    dials: Any = None
+    groups: dict[int, list[Group]] = field(default_factory=dict)
+    #: Whether the pass at hand has such rows.
+    banked: bool = False
+    #: Where the operation is captured in graphs: what its kernel reads.
+    fixed: Fixed | None = None
+    #: The last row of the pass at hand that is somebody's.
+    last: int = -1
     #: How often each site was passed.
     calls: list[int] = field(default_factory=list)
     #: Where activations are watched: by the number of a site its last row, before it is changed.
@@ -172,15 +97,67 @@ class AtWork:
     #: Rows that were to be changed by a steering that is not loaded, which nothing should let come.
     missed: int = 0
 
-    def at(self, sites: Sequence[str]) -> None:
-        """Begin anew, at some sites."""
+    def at(self, sites: Sequence[str], rows: int = 0, device: torch.device | str = "cpu") -> None:
+        """Begin anew, at some sites. With so many rows in a pass at most it can be captured, and
+        does what the bank carries and nothing else."""
         self.sites, self.calls = list(sites), [0] * len(sites)
-        self.loaded, self.plan = {}, {}
+        self.loaded, self.fixed = {}, None
+        self.bank = Bank(self.sites, device=device, room=ROOM if rows else None)
+        if rows:
+            self.fixed = fixed_for(self.bank, rows, device)
+        self.end()
+        self.slots = None
 
-    def begin(self, requests: Sequence[Rows], device: torch.device | str = "cpu") -> None:
-        """Make the plan of a pass."""
-        ordered: dict[int, list[tuple[int, int, _Sum | _Score | _Change]]] = {}
-        for site, order, act in (*self._sums(requests, device), *self._steps(requests, device)):
+    def load(self, digest: str, steps: tuple[Step, ...]) -> None:
+        """Hold a steering. Refuses what there is no room for, and what cannot be captured."""
+        try:
+            take(self.bank, digest, steps)
+            if self.fixed is not None:
+                slots = slots_of(self.bank, digest, ())
+                if slots is None or len(slots[0]) > MOST_AT_A_SITE:
+                    raise TrimtabError(f"something of {digest[:12]}: {IN_GRAPHS}")
+        except TrimtabError:
+            leave(self.bank, digest)
+            raise
+        self.loaded[digest], self.slots = steps, None
+
+    def unload(self, digest: str) -> None:
+        """Leave a steering, whose last request has ended."""
+        leave(self.bank, digest)
+        self.slots = None
+        self.loaded.pop(digest, None)
+
+    def begin(
+        self,
+        requests: Sequence[Rows],
+        device: torch.device | str = "cpu",
+        rows: int = 0,
+    ) -> None:
+        """Make the plan of a pass, in which so many rows are somebody's (0: all that there are)."""
+        self.end()
+        self.last = rows - 1
+        if self.fixed is None and len(self.bank.slots) > _KEPT:
+            forget(self.bank, list(self.bank.slots))
+            self.slots = None
+        others = []
+        filled: list[tuple[int, int, _Share]] = []
+        for request in requests:
+            lanes = self._lanes(request)
+            if lanes is None:
+                others.append(request)
+            else:
+                filled += lanes
+        self._fill(filled)
+        if self.fixed is not None:
+            noted = self.last if self.seen is not None else -1
+            slots = self.slots if self.banked else np.zeros((0, 0), np.int64)
+            write_pass(self.fixed, self.bank, slots, self.dials, noted)
+            self.missed += sum(each.stop - each.first for each in others)
+            return
+        for site, read in self._sums(requests, device):
+            self.reads.setdefault(self.sites.index(site), []).append(read)
+        ordered: dict[int, list[tuple[int, int, Score | Change]]] = {}
+        for site, order, act in self._steps(others, device):
             ordered.setdefault(self.sites.index(site), []).append((*order, act))
         self.plan = {
             site: [act for _, _, act in sorted(acts, key=lambda each: each[:2])]
@@ -191,10 +168,47 @@ class AtWork:
                 stop = request.position + request.stop - request.first
                 request.reading.columns = max(request.reading.columns, stop)
 
+    def end(self) -> None:
+        """The pass is over: what comes next without a plan is left as it is."""
+        self.reads, self.plan, self.banked = {}, {}, False
+        if self.fixed is not None:
+            write_nothing(self.fixed)
+
+    def _lanes(self, request: Rows) -> list[tuple[int, int, _Share]] | None:
+        """By lane the slots of a request and the rows that have them; None where the bank does not
+        carry all of its steerings."""
+        lanes: list[tuple[int, int, _Share]] = []
+        for one in request.wanted:
+            if self.fixed is None:
+                slots = slots_of(self.bank, one.digest, one.of)
+            else:
+                slots = self.bank.slots.get((one.digest, one.of))
+            if slots is None:
+                return None
+            for acts, own in zip(one.scopes, slots, strict=False):
+                share = _share(request, one, acts)
+                if share is not None:
+                    lanes += [(len(lanes) + i, slot, share) for i, slot in enumerate(own)]
+        return lanes
+
+    def _fill(self, filled: Sequence[tuple[int, int, _Share]]) -> None:
+        """Write lanes down; what is known of a last pass stays where it was the same."""
+        if not filled:
+            return
+        self.banked = True
+        shape = 1 + max(lane for lane, _, _ in filled), max(share.stop for _, _, share in filled)
+        slots, dials = np.zeros(shape, np.int64), np.zeros(shape)
+        for lane, slot, share in filled:
+            slots[lane, share.rows] = slot
+            dials[lane, share.rows] = share.dials
+        if np.array_equal(slots, self.slots) and np.array_equal(dials, self.dials):
+            return
+        self.slots, self.dials, self.groups = slots, dials, {}
+
     def _sums(
         self, requests: Sequence[Rows], device: torch.device | str
-    ) -> Iterator[tuple[str, tuple[int, int], _Sum]]:
-        """What is read of prompts, before anything is changed."""
+    ) -> Iterator[tuple[str, Sum]]:
+        """What is read of prompts, by site."""
         for request in requests:
             reading = request.reading
             for number, read in enumerate(reading.of.reads if reading is not None else ()):
@@ -202,11 +216,11 @@ class AtWork:
                 rows = _read_rows(request, reading, read)
                 if len(rows):
                     where = torch.from_numpy(rows).to(device)
-                    yield read.site, (-1, number), _Sum(reading, number, where)
+                    yield read.site, Sum(reading, number, where)
 
     def _steps(
         self, requests: Sequence[Rows], device: torch.device | str
-    ) -> Iterator[tuple[str, tuple[int, int], _Score | _Change]]:
+    ) -> Iterator[tuple[str, tuple[int, int], Score | Change]]:
         """What conditions of gates read, and what steerings change: by site, the place in its stack
         and the intervention's number."""
         # Rows that are steered alike but for their dials go together: by the place in their stack,
@@ -220,17 +234,20 @@ class AtWork:
                     continue
                 if any(step.gate is not None for step in self.loaded[one.digest]):
                     gated.setdefault((rank, one.digest), []).append(request)
-                for number, (rows, dials) in _shares(request, one):
-                    of = together.setdefault((rank, one.digest, one.of, number), ([], []))
-                    of[0].append(rows)
-                    of[1].append(dials)
+                for number, acts in enumerate(one.scopes):
+                    share = _share(request, one, acts)
+                    if share is not None:
+                        of = together.setdefault((rank, one.digest, one.of, number), ([], []))
+                        rows = np.r_[share.rows]
+                        of[0].append(rows)
+                        of[1].append(np.broadcast_to(share.dials, len(rows)))
         deciding = {}
         for key, whose in gated.items():
             gate = self.loaded[key[1]][0].gate
             assert gate is not None  # which all steps of a steering have
             deciding[key] = _deciding(gate, key[0], whose, device)
             for number, condition in enumerate(gate.conditions):
-                yield condition.site, (key[0], -1), _Score(deciding[key], number)
+                yield condition.site, (key[0], -1), Score(deciding[key], number)
         for (rank, digest, scopes, number), (rows, dials) in together.items():
             where = torch.from_numpy(np.concatenate(rows)).to(device)
             dial = torch.from_numpy(np.concatenate(dials))
@@ -240,8 +257,22 @@ class AtWork:
                 own = scopes[step.number] if step.number < len(scopes) else 0
                 if own == number:
                     turned = (dial * step.weight).float().to(device)
-                    change = _Change(step, where, turned, gate_here, places)
+                    change = Change(step, where, turned, gate_here, places)
                     yield step.site, (rank, step.number), change
+
+    def watch(self) -> None:
+        """Begin to note each site's activation at the last row of each pass."""
+        self.seen = {}
+        if self.fixed is not None:
+            for noted in self.fixed.noted.values():
+                noted.fill_(torch.nan)
+
+    def watched(self) -> dict[str, Tensor]:
+        """What was noted since, by site; and note no more."""
+        seen, self.seen = self.seen or {}, None
+        if self.fixed is not None:
+            seen = {n: x for n, x in self.fixed.noted.items() if not x.isnan().all()}
+        return {self.sites[site]: x.cpu().contiguous() for site, x in seen.items()}
 
     def change(self, x: Tensor, residual: Tensor | None, site: int) -> None:
         """Do what the plan says at a site to activations x [rows, units], in place. With a residual
@@ -249,9 +280,22 @@ class AtWork:
         self.calls[site] += 1
         x = x.view(-1, x.shape[-1])  # the Transformers backend keeps a batch dimension
         residual = None if residual is None else residual.view(-1, x.shape[-1])
+        if self.fixed is not None:
+            launch(self.fixed, self.bank, x, residual, site)
+            return
         if self.seen is not None:
-            last = x[-1] if residual is None else x[-1] + residual[-1]
+            row = self.last  # what comes after it fills a graph up
+            last = x[row] if residual is None else x[row] + residual[row]
             self.seen[site] = last.float().clone()
+        for read in self.reads.get(site, ()):
+            read.act(x, residual)
+        if self.banked:
+            groups = self.groups.get(site)
+            if groups is None:
+                groups = groups_at(self.bank, site, self.slots, self.dials, x.device)
+                self.groups[site] = groups
+            for group in groups:
+                change_group(self.bank, site, group, x, residual)
         for act in self.plan.get(site, ()):
             act.act(x, residual)
 
@@ -274,7 +318,7 @@ def _read_rows(request: Rows, reading: Reading, read: Read) -> Any:
 
 def _deciding(
     gate: Gate, rank: int, requests: Sequence[Rows], device: torch.device | str
-) -> _Deciding:
+) -> Deciding:
     """A gate for all rows of some requests, in their order."""
     told, rows, length = [], [], 0
     for request in sorted(requests, key=lambda each: each.first):
@@ -289,27 +333,32 @@ def _deciding(
             first = max(request.position, reading.columns)
             if first < stop:
                 ahead = length - request.position
-                told.append(_Told(reading, first, stop, ahead, prompt - 1))
+                told.append(Told(reading, first, stop, ahead, prompt - 1))
         length += request.stop - request.first
     where = torch.from_numpy(np.concatenate(rows)).to(device)
-    return _Deciding(gate, where, rank, told)
+    return Deciding(gate, where, rank, told)
 
 
-def _shares(request: Rows, one: Wanted) -> Iterator[tuple[int, tuple[Any, Any]]]:
-    """By the number of a scope the rows that it takes, and their dials, where it takes any."""
+def _share(request: Rows, one: Wanted, acts: Acts) -> _Share | None:
+    """The rows that a scope takes, and their dials; None where it takes none."""
     prompt = request.prompt if one.prompt is None else one.prompt
-    for number, acts in enumerate(one.scopes):
-        stop = request.position + request.stop - request.first
-        share = weights(acts, request.ids, prompt, request.position, stop)
-        rows = np.flatnonzero(share)
-        if len(rows):
-            yield number, (rows + request.first, one.dial * share[rows])
+    stop = request.position + request.stop - request.first
+    ahead = request.first - request.position
+    inside = stretch(acts, prompt)
+    if inside is not None:
+        first, stop = max(inside[0], request.position), min(inside[1], stop)
+        return _Share(slice(first + ahead, stop + ahead), one.dial) if first < stop else None
+    share = weights(acts, request.ids, prompt, request.position, stop)
+    rows = np.flatnonzero(share)
+    return _Share(rows + request.first, one.dial * share[rows]) if len(rows) else None
 
 
 AT_WORK = AtWork()
+#: What engines call the operation.
+OPERATION = "trimtab::steer"
 
 
-@torch.library.custom_op("trimtab::steer", mutates_args=("x",))
+@torch.library.custom_op(OPERATION, mutates_args=("x",))
 def steer(x: Tensor, residual: Tensor | None, site: int) -> None:
     """Change the activations of a site in place by the plan of the pass."""
     AT_WORK.change(x, residual, site)

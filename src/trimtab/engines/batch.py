@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.engines.asking import ReadingOf, Wanted, extra_args, reading_args
 from trimtab.engines.modules import Place
-from trimtab.engines.plugin import LOADED, configuration, refuse_ways
+from trimtab.engines.plugin import LOADED, configuration, graphs, refuse_ways
 from trimtab.errors import TrimtabError, first_line
 
 #: Arguments of vLLM's engine that trimtab gives itself.
@@ -84,7 +84,7 @@ class InProcess:
 
         given = {"model": model, "dtype": dtype, "additional_config": configuration(places)}
         try:
-            parsed = EngineArgs(**given, **arguments)
+            parsed = EngineArgs(**given, **{**graphs(), **arguments})
         except TypeError as error:
             raise TrimtabError(f"vLLM takes no such argument: {first_line(error)}") from error
         self._ends = sorted(ends)

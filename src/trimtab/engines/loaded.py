@@ -8,6 +8,7 @@ is loaded, with the reason.
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +16,18 @@ from typing import Any
 
 from trimtab.anatomy import parse_site
 from trimtab.engines.asking import Wanted
+from trimtab.engines.forms import packed
 from trimtab.engines.tokens import Acts
 from trimtab.errors import TrimtabError
 from trimtab.steering import Add, Gate, Intervention, Operator, Scale, Scope, Shift, Steering
 
+#: What an engine is asked for that does more than is captured in full graphs.
+IN_GRAPHS = (
+    "that is not carried inside of full CUDA graphs: start vLLM with "
+    'compilation_config={"cudagraph_mode": "PIECEWISE"}'
+)
+#: So many interventions of a steering may be at a site there.
+MOST_AT_A_SITE = 2
 #: Sites that tensor parallelism splits: each rank has some of the units.
 SPLIT = ("heads", "ffn_in")
 
@@ -47,6 +56,24 @@ def why_not(steering: Steering, ranks: int = 1, stages: int = 1) -> str:
     if ranks > 1 and split:
         return f"its gate reads all units of {split[0]} at each token, which {ranks} ranks share"
     return ""
+
+
+def not_captured(steering: Steering) -> str:
+    """Why a steering does not act inside of full CUDA graphs, which hold the bank's kernel and
+    nothing of Python; "" where it does."""
+    gate, at = steering.gate, Counter(each.site for each in steering.interventions if each.acts)
+    odd = [each for each in steering.interventions if packed(each.operator) is None]
+    if gate is not None:
+        why = f"its {gate.kind} gate"
+    elif odd:
+        why = f"{odd[0].operator.description} at {odd[0].site}"
+    elif len(steering.scopes) > 1:
+        why = "interventions with scopes of their own"
+    elif at and max(at.values()) > MOST_AT_A_SITE:
+        why = f"more than {MOST_AT_A_SITE} interventions at one site"
+    else:
+        return ""
+    return f"{why}: {IN_GRAPHS}"
 
 
 def steps_of(steering: Steering, rank: int = 0, ranks: int = 1) -> tuple[Step, ...]:

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import tempfile
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 from packaging.specifiers import SpecifierSet
@@ -36,13 +38,15 @@ from trimtab.engines.asking import (
     reading_by,
     wanted_by,
 )
-from trimtab.engines.at_work import AT_WORK
-from trimtab.engines.loaded import steps_of, why_not
+from trimtab.engines.at_work import AT_WORK, OPERATION
+from trimtab.engines.loaded import IN_GRAPHS, not_captured, steps_of, why_not
 from trimtab.engines.modules import Place, install
 from trimtab.engines.runners import watch
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
 
+#: How the operation runs.
+Way = Literal["python", "split", "kernel"]
 #: The versions of vLLM that the tests ran with.
 TESTED = ">=0.32,<0.33"
 #: Where vLLM keeps the key of a block, and who has taken that function from there by name.
@@ -73,9 +77,19 @@ def untested() -> str:
     return ""
 
 
-def configuration(places: dict[str, Place]) -> dict[str, Any]:
-    """What an engine's `additional_config` has to say, for sites at their places."""
-    return {FIELD: {"places": {site: list(places[site]) for site in sorted(places)}}}
+def configuration(places: dict[str, Place], way: Way | None = None) -> dict[str, Any]:
+    """What an engine's `additional_config` has to say, for sites at their places; and a way in
+    which the operation is to run, whatever graphs there are."""
+    said: dict[str, Any] = {"places": {site: list(places[site]) for site in sorted(places)}}
+    return {FIELD: said if way is None else said | {"way": way}}
+
+
+def graphs() -> dict[str, Any]:
+    """What an engine is given of CUDA graphs where nobody says anything else: they are in pieces,
+    between which everything is carried."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
 
 
 def register() -> None:
@@ -101,9 +115,14 @@ def register() -> None:
 
 def configured(vllm_config: Any) -> dict[str, Place] | None:
     """The places of the sites that an engine was started with; None of one that is not steered."""
-    given = vllm_config.additional_config
-    said = given.get(FIELD) if isinstance(given, dict) else None
+    said = _said(vllm_config)
     return None if said is None else {s: Place(*place) for s, place in said["places"].items()}
+
+
+def _said(vllm_config: Any) -> dict[str, Any] | None:
+    """What an engine was told of steering."""
+    given = vllm_config.additional_config
+    return given.get(FIELD) if isinstance(given, dict) else None
 
 
 # -- front end ------------------------------------------------------------------------------------
@@ -131,6 +150,10 @@ def _checked(original: Any) -> Any:
             raise VLLMValidationError(f"nothing is read at {strange[0]}", parameter=READING)
         if unknown:
             raise VLLMValidationError(f"steering {unknown[0]} is not loaded", parameter=FIELD)
+        captured = places is not None and way_of(self.vllm_config) == "kernel"
+        if captured and (reading is not None or any(one.of for one in wanted)):
+            what = "scopes of several interventions" if reading is None else "a prompt that is read"
+            raise VLLMValidationError(f"{what}: {IN_GRAPHS}", parameter=FIELD)
         if wanted and k.get("resumable"):
             raise VLLMValidationError("a prompt that grows cannot be steered", parameter=FIELD)
         return original(self, name, prompt, params, *a, **k)
@@ -162,12 +185,21 @@ def _keyed(original: Any) -> Any:
 def _hooked(original: Any) -> Any:
     @wraps(original)
     def load_model(self: Any, **options: Any) -> None:
-        original(self, **options)
-        places = configured(self.vllm_config)
+        config = self.vllm_config
+        places = configured(config)
         if places is None:
+            original(self, **options)
             return
-        refuse_ways(self.vllm_config)
-        AT_WORK.at(sorted(places))
+        refuse_ways(config)
+        way, rows = way_of(config), 0
+        splitting = config.compilation_config.splitting_ops
+        if way == "split" and OPERATION not in splitting:
+            splitting.append(OPERATION)  # which is read when the model is first compiled
+        if way == "kernel":
+            largest = config.compilation_config.max_cudagraph_capture_size or 0
+            rows = max(config.scheduler_config.max_num_batched_tokens, largest)
+        original(self, **options)
+        AT_WORK.at(sorted(places), rows, self.device)
         self.trimtab_sites = install(self.model_runner.get_model(), places, AT_WORK.sites)
         watch(self.model_runner, AT_WORK)
 
@@ -190,10 +222,45 @@ def refuse_ways(config: Any) -> None:
     for way, asked in ways.items():
         if asked:
             raise TrimtabError(f"{way} is not carried with steerings: leave it out")
-    if config.device_config.device_type != "cpu" and not config.model_config.enforce_eager:
+    way_of(config)
+
+
+def way_of(config: Any) -> Way:
+    """How the operation runs: by Python; by Python between the pieces of a model that CUDA graphs
+    have captured, which it splits; or by a kernel inside of them, where whole passes are captured.
+    Refuses graphs that would leave it out."""
+    given = _said(config)
+    if given is not None and given.get("way") in get_args(Way):
+        return cast(Way, given["way"])
+    device = config.device_config.device_type
+    if device == "cpu" or config.model_config.enforce_eager:
+        return "python"
+    if device != "cuda":
         raise TrimtabError(
-            "a captured graph would leave steerings out: give the engine enforce_eager=true"
+            f"what is captured on a device of type {device} would leave steerings out: give the "
+            "engine enforce_eager=true"
         )
+    of = config.compilation_config
+    if of.cudagraph_mode is None or not of.cudagraph_mode:
+        return "python"
+    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH", "0") not in ("", "0"):
+        raise TrimtabError(
+            "graphs that are broken while they are captured would leave steerings out: unset "
+            "VLLM_USE_BREAKABLE_CUDAGRAPH"
+        )
+    if of.cudagraph_mode.has_full_cudagraphs():
+        if find_spec("triton") is None:
+            raise TrimtabError(
+                "full CUDA graphs need Triton to be steered in: start vLLM with "
+                'compilation_config={"cudagraph_mode": "PIECEWISE"}'
+            )
+        return "kernel"
+    if not of.splitting_ops or of.use_inductor_graph_partition:
+        raise TrimtabError(
+            "pieces of CUDA graphs that are not split by operations would leave steerings out: "
+            "give the engine enforce_eager=true"
+        )
+    return "split"
 
 
 def trimtab_load(self: Any, digest: str, content: bytes) -> None:
@@ -211,27 +278,28 @@ def trimtab_load(self: Any, digest: str, content: bytes) -> None:
     stages = self.vllm_config.parallel_config.pipeline_parallel_size
     if reason := why_not(steering, ranks, stages):
         raise TrimtabError(reason)
+    if AT_WORK.fixed is not None and (reason := not_captured(steering)):
+        raise TrimtabError(reason)
     steps = steps_of(steering, rank, ranks)
     strange = [site for site in steering.sites if site not in AT_WORK.sites]
     if strange:
         raise TrimtabError(f"the engine was not started with the site {strange[0]}")
-    AT_WORK.loaded[digest] = steps
+    AT_WORK.load(digest, steps)
 
 
 def trimtab_unload(self: Any, digest: str) -> None:
     """Leave a steering, whose last request has ended."""
-    AT_WORK.loaded.pop(digest, None)
+    AT_WORK.unload(digest)
 
 
 def trimtab_watch(self: Any) -> None:
     """Begin to note each site's activation at the last row of each pass."""
-    AT_WORK.seen = {}
+    AT_WORK.watch()
 
 
 def trimtab_seen(self: Any) -> bytes:
     """What was noted since, by site, of the sites that are on this rank; and note no more."""
-    seen, AT_WORK.seen = AT_WORK.seen or {}, None
-    return save({AT_WORK.sites[site]: x.cpu().contiguous() for site, x in seen.items()})
+    return save(AT_WORK.watched())
 
 
 def trimtab_read(self: Any, name: str) -> bytes:

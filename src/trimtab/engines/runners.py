@@ -70,7 +70,7 @@ class Watching:
             row_of = Rows(text.wanted, text.ids, text.prompt, position, first, stop, text.reading)
             requests.append(row_of)
         device = "cpu" if input_ids is None else input_ids.device
-        self.at_work.begin(requests, device)
+        self.at_work.begin(requests, device, int(starts[len(names)]))
 
 
 def watch(runner: Any, at_work: AtWork) -> None:
@@ -101,7 +101,7 @@ def _watch_forward(runner: Any, watching: Watching) -> None:
         try:
             return original(input_ids, *args, **kwargs)
         finally:
-            watching.at_work.plan = {}  # passes that nobody asked for go another way
+            watching.at_work.end()  # passes that nobody asked for go another way
 
     runner._model_forward = forward
 
@@ -130,7 +130,7 @@ def _watch_state(state: Any, watching: Watching) -> None:
 
     @wraps(prepare_dummy)
     def prepare_dummy_inputs(*args: Any, **kwargs: Any) -> Any:
-        watching.at_work.plan = {}
+        watching.at_work.end()
         return prepare_dummy(*args, **kwargs)
 
     state.add_request, state.remove_request = add_request, remove_request

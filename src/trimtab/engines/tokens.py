@@ -60,6 +60,12 @@ def weights(acts: Acts, ids: Sequence[int], prompt: int, first: int, stop: int) 
     return mask * np.power(acts.decay, written.astype(np.float64))
 
 
+def stretch(acts: Acts, prompt: int) -> tuple[int, int] | None:
+    """From which token on, up to which one, a scope takes all, with the whole dial, whatever they
+    are; None where that is not so."""
+    return _stretch(acts.tree, prompt) if acts.decay is None else None
+
+
 @dataclass(frozen=True)
 class _Text:
     """A text as far as it is known: its ids, how long its prompt is, and up to where it is asked

@@ -28,12 +28,15 @@ from trimtab.engines import (
     configuration,
     content_of,
     extra_args,
+    graphs,
+    not_captured,
     places_of,
     reading_args,
     refuse_ways,
     sites_of,
     steps_of,
     wanted_of,
+    way_of,
     why_not,
 )
 from trimtab.errors import TrimtabError
@@ -105,17 +108,21 @@ class Inside:
         self._llm: Any = None
         #: The replica that is asked what it has seen; None where there is one.
         self._replica: int | None = None
+        #: Whether all that steers is captured in graphs.
+        self._captured = False
         self._loading: asyncio.Lock
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the engine is started with: its sites; and all log-probabilities may be asked for,
         of which budgets are measured."""
-        return {"additional_config": configuration(self._places), "max_logprobs": -1}
+        steered = {"additional_config": configuration(self._places), "max_logprobs": -1}
+        return {**graphs(), **steered}
 
     def check(self, config: Any) -> None:
         """Refuse a configuration in which rows could be steered wrongly."""
         refuse_ways(config)
+        self._captured = way_of(config) == "kernel"
 
     async def begin(self, llm: Any) -> None:
         """See that each site is what it is in transformers."""
@@ -138,6 +145,9 @@ class Inside:
 
         Gates that decide of the prompt as a whole decide before, from a pass of their own; those
         that decide token by token do so in the workers, and are asked afterwards what they did."""
+        reasons = [not_captured(steering) for steering in job.acting] if self._captured else []
+        if any(reasons):
+            raise TrimtabError(next(filter(None, reasons)))
         if job.kl is not None:
             job.acting = (await self._within(job.acting[0], job.kl, job.tokens),)
         early = await self._decide(job)
