@@ -18,7 +18,7 @@ from helpers import language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
 from test_batches import GIVEN, ROWS
 from trimtab.reading import Reading, next_tokens, prompt_reading
-from trimtab.serving import batch
+from trimtab.serving import batch, queueing
 
 __all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
 
@@ -172,7 +172,7 @@ def test_work_in_turns_shares_the_batch(lm: tt.LanguageModel) -> None:
 def test_more_steerings_than_workers_hold(
     lm: tt.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "_HELD", 2)
+    monkeypatch.setattr(queueing, "_HELD", 2)
     each = [steer_at(lm, "resid", seed=seed) for seed in range(5)]
     acting = [each[i % 5] for i in range(20)] + [[each[1], each[4]]]
     prompts = [PROMPTS[i % 3] for i in range(21)]
