@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 
@@ -126,6 +127,16 @@ def test_flags_have_the_sites(lm: tt.LanguageModel, steerings: dict[str, tt.Stee
     expected = {site: list(place) for site, place in places_of(lm.anatomy, sites).items()}
     assert flag == "--additional-config"
     assert json.loads(text) == {"trimtab": {"places": expected}}
+
+
+def test_flags_on_a_card_have_graphs_in_pieces(
+    lm: tt.LanguageModel, steerings: dict[str, tt.Steering], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    *_, said = inside_flags(lm, list(steerings.values()))
+    flag, _, text = said.partition("=")
+    assert flag == "--compilation-config"
+    assert json.loads(text) == {"cudagraph_mode": "PIECEWISE"}
 
 
 def application(named: Named | None) -> TestClient:

@@ -31,9 +31,12 @@ from trimtab.engines import (
     configuration,
     configured,
     extra_args,
+    graphs,
+    not_captured,
     places_of,
     refuse_ways,
     wanted_of,
+    way_of,
 )
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
@@ -64,7 +67,8 @@ def inside_flags(
     places = places_of(language_model.anatomy, sites_wanted(kept, kinds, language_model.anatomy))
     if not places:
         return []
-    return ["--additional-config", json.dumps(configuration(places))]
+    said = [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in graphs().items()]
+    return ["--additional-config", json.dumps(configuration(places)), *said]
 
 
 def refusal(steering: Steering, carried: Carried) -> str:
@@ -215,7 +219,10 @@ class InsideEndpoint:
         )
         kept = []
         for name, held in library.held.items():
-            if reason := refusal(held.steering, carried):
+            reason = refusal(held.steering, carried)
+            if not reason and way_of(config) == "kernel":
+                reason = not_captured(held.steering)
+            if reason:
                 _LOG.warning("%s is not served: %s", name, reason)
             else:
                 kept.append(held.steering)
