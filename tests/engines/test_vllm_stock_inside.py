@@ -62,6 +62,7 @@ def running(
         steering.save(folder / "steerings" / f"{name}.safetensors")
     flags = inside_flags(lm, list(steerings.values()))
     flags += ["--data-parallel-size", str(request.param), "--api-server-count", "1"]
+    flags += ["--enable-scale-out"]  # the route for token ids too
     more = {"TRIMTAB_STEERINGS": str(folder / "steerings"), "VLLM_PLUGINS": "trimtab"}
     with vllm_serve(model, folder, more, *flags, port=free_port()) as server:
         yield server

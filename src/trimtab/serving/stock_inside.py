@@ -176,8 +176,8 @@ class InsideEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Stand in front of the application, and tell what is served."""
-        app.add_middleware(Closed)
         app.add_middleware(Before, endpoint=self)
+        app.add_middleware(Closed)  # the last one is asked first
 
         @app.get("/v1/steerings")
         async def steerings() -> dict[str, Any]:
