@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import typing
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from trimtab.sweeps import Candidate, Comparison
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredBy(Measuring):
+    """The same, and what runs the model."""
+
+    running: Hooked = Hooked()
+
+
 def compare(
     *methods: Annotated[
         str,
@@ -38,9 +45,8 @@ def compare(
     comparing: Comparing = Comparing(),
     on: FitOn = FitOn(),
     rows: Rows = Rows(),
-    measuring: Measuring = Measuring(),
+    measuring: MeasuredBy = MeasuredBy(),
     prompting: Asked = Asked(),
-    running: Hooked = Hooked(),
     keep: Keep = Keep(),
     as_json: Json = False,
 ) -> None:
@@ -56,10 +62,10 @@ def compare(
         raise TrimtabError('name methods to compare, as in "caa layer=7,12" "iti k=16"')
     read = [read_candidate(text) for text in methods]
     check_task(task, rows.data)
-    _ = running.elsewhere  # what is said for nothing is refused before anything is loaded
+    _ = measuring.running.elsewhere  # what is said for nothing is refused before anything is loaded
     prompted = prompting.with_writer(opened, measuring.judges)
     language_model = open_model(opened)  # on which methods are fitted, whatever answers
-    with opened_engine(running, language_model, opened, running.hook) as engine:
+    with opened_engine(measuring.running, language_model, opened, measuring.running.hook) as engine:
         measured = measuring.measured(opened, engine)
         found = sweeps.compare(
             language_model,
