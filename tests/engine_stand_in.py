@@ -7,10 +7,11 @@ what is made of the answers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -23,6 +24,18 @@ from trimtab.engines.at_work import AT_WORK, Rows
 from trimtab.engines.modules import install
 from trimtab.engines.plugin import trimtab_read
 from trimtab.model import are_sound
+from trimtab.serving import batch
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`tt.VLLM` runs the engine below; all that were opened are closed in the end."""
+    monkeypatch.setattr(batch, "InProcess", StandIn)
+    monkeypatch.setattr(batch, "untested", str)
+    monkeypatch.setattr("trimtab.engines.untested", str)
+    StandIn.opened.clear()
+    yield
+    assert all(one.closed for one in StandIn.opened)
 
 
 class StandIn:

@@ -4,7 +4,6 @@ transformers gives, whatever shares the batch; what is not carried is refused be
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,16 @@ import torch
 
 import trimtab as tt
 from commands import Command, home, refused, trimtab, work, write_rows
-from engine_stand_in import StandIn
+from engine_stand_in import StandIn, stand_in
 from helpers import language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
 from test_batches import GIVEN, ROWS
 from trimtab.reading import Reading, next_tokens, prompt_reading
-from trimtab.serving import batch, queueing
+from trimtab.serving import queueing
 
-__all__ = ["home", "trimtab", "work"]  # fixtures, which pytest finds by their names here
+__all__ = ["home", "stand_in", "trimtab", "work"]  # fixtures, found by their names here
 
 PROMPTS = ["Today I feel", "The ship", "She looked at the map and", "A", "I think that"]
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(batch, "InProcess", StandIn)
-    monkeypatch.setattr(batch, "untested", str)
-    monkeypatch.setattr("trimtab.engines.untested", str)
-    StandIn.opened.clear()
-    yield
-    assert all(one.closed for one in StandIn.opened)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ those of transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,16 @@ import torch
 from torch import Tensor
 
 import trimtab as tt
-from engine_stand_in import StandIn
+from engine_stand_in import StandIn, stand_in
 from evaluations import chooser, content, data, strong
 from helpers import language_model, steer
 from operator_formulas import random_operator
 from test_engine_batch import PROMPTS, of_all
 from test_engine_evaluation import close
 from trimtab.reading import Reading, next_tokens, prompt_reading
-from trimtab.serving import batch
 from trimtab.steering import READS_LAST, Condition, Gate
 
-__all__ = ["chooser", "data"]  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(batch, "InProcess", StandIn)
-    monkeypatch.setattr(batch, "untested", str)
-    StandIn.opened.clear()
-    yield
-    assert all(one.closed for one in StandIn.opened)
+__all__ = ["chooser", "data", "stand_in"]  # fixtures
 
 
 @pytest.fixture(scope="module")

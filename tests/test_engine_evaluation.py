@@ -4,7 +4,6 @@ one continuous batch; what an engine cannot answer alike is refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,15 @@ import pytest
 
 import trimtab as tt
 from commands import Command, home, refused, trimtab, work, write_rows
-from engine_stand_in import StandIn
+from engine_stand_in import StandIn, stand_in
 from evaluations import Scorer, chooser, content, data, strong, talker
-from trimtab.serving import batch
 
-__all__ = ["chooser", "data", "home", "talker", "trimtab", "work"]  # fixtures
+__all__ = ["chooser", "data", "home", "stand_in", "talker", "trimtab", "work"]  # fixtures
 
 
 @pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(batch, "InProcess", StandIn)
-    monkeypatch.setattr(batch, "untested", str)
-    monkeypatch.setattr("trimtab.engines.untested", str)
+def _more_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StandIn, "most", 8)
-    StandIn.opened.clear()
-    yield
-    assert all(one.closed for one in StandIn.opened)
 
 
 def alike(found: Any, expected: Any) -> None:

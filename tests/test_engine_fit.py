@@ -4,7 +4,7 @@ methods that need more than activations are refused."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,15 @@ from torch import Tensor
 import trimtab as tt
 from autoencoders import CONTRAST, autoencoder, tiny_lm
 from commands import Command, home, refused, trimtab, work
-from engine_stand_in import StandIn
+from engine_stand_in import StandIn, stand_in
 from helpers import language_model, steer_at
 from trimtab.engines import Read, ReadingOf
 from trimtab.engines.asking import read_key, reading_args, reading_by
 from trimtab.fitting import Means, Pooled, Samples, Token, UnitLength, Want, collect
 from trimtab.reading import Stretch
-from trimtab.serving import batch
 from trimtab.steering import to_tensors
 
-__all__ = ["autoencoder", "home", "trimtab", "work"]  # fixtures
-
-
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(batch, "InProcess", StandIn)
-    monkeypatch.setattr(batch, "untested", str)
-    monkeypatch.setattr("trimtab.engines.untested", str)
-    StandIn.opened.clear()
-    yield
-    assert all(one.closed for one in StandIn.opened)
+__all__ = ["autoencoder", "home", "stand_in", "trimtab", "work"]  # fixtures
 
 
 @pytest.fixture(scope="module")

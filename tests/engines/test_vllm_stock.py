@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama
+from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama, written
 from vllm_stock import ON, free_port, vllm_serve, whole
 
 import trimtab as tt
@@ -57,16 +57,13 @@ def running(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("stock")
-    model = lm.save_pretrained(folder / "model")
-    (folder / "steerings").mkdir()
-    for name, steering in steerings.items():
-        steering.save(folder / "steerings" / f"{name}.safetensors")
-    (folder / "steerings" / "not a name.txt").write_text("")
+    model, directory = written(lm, steerings, folder)
+    (directory / "not a name.txt").write_text("")
     flags = ["--enable-lora", "--max-lora-rank", "64", "--max-loras", str(VARIANTS + 1)]
     flags += ["--lora-target-modules", "o_proj", "down_proj"]
     if request.param > 1:
         flags += ["--data-parallel-size", str(request.param), "--api-server-count", "1"]
-    more = {"TRIMTAB_STEERINGS": str(folder / "steerings"), **STOCK}
+    more = {"TRIMTAB_STEERINGS": str(directory), **STOCK}
     with vllm_serve(model, folder, more, *flags, port=free_port()) as server:
         yield server
 

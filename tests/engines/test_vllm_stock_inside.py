@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama
+from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama, written
 from vllm_stock import ON, free_port, vllm_serve, whole
 
 import trimtab as tt
@@ -56,14 +56,11 @@ def running(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("stock")
-    model = lm.save_pretrained(folder / "model")
-    (folder / "steerings").mkdir()
-    for name, steering in steerings.items():
-        steering.save(folder / "steerings" / f"{name}.safetensors")
+    model, directory = written(lm, steerings, folder)
     flags = inside_flags(lm, list(steerings.values()))
     flags += ["--data-parallel-size", str(request.param), "--api-server-count", "1"]
     flags += ["--enable-scale-out"]  # the route for token ids too
-    more = {"TRIMTAB_STEERINGS": str(folder / "steerings"), "VLLM_PLUGINS": "trimtab"}
+    more = {"TRIMTAB_STEERINGS": str(directory), "VLLM_PLUGINS": "trimtab"}
     with vllm_serve(model, folder, more, *flags, port=free_port()) as server:
         yield server
 

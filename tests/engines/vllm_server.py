@@ -41,17 +41,25 @@ class Served:
         return self.client.get(self.client.base_url.join("/health")).status_code
 
 
+def written(
+    lm: tt.LanguageModel, steerings: Mapping[str, tt.Steering], folder: Path
+) -> tuple[Path, Path]:
+    """A model and a directory of steerings by name, in a folder."""
+    directory = folder / "steerings"
+    directory.mkdir()
+    for name, steering in steerings.items():
+        steering.save(directory / f"{name}.safetensors")
+    return lm.save_pretrained(folder / "model"), directory
+
+
 @contextmanager
 def served(
     lm: tt.LanguageModel, steerings: Mapping[str, tt.Steering], folder: Path, *options: str
 ) -> Iterator[Served]:
     """Serve a model as `base`, with steerings by name."""
-    base = lm.save_pretrained(folder / "model")
-    (folder / "steerings").mkdir()
-    for name, steering in steerings.items():
-        steering.save(folder / "steerings" / f"{name}.safetensors")
+    base, directory = written(lm, steerings, folder)
     command = [str(PYTHON), "-m", "trimtab", "serve", "--model", str(base), "--name", "base"]
-    command += ["--steer", str(folder / "steerings"), "--engine", "vllm", "--port", "0"]
+    command += ["--steer", str(directory), "--engine", "vllm", "--port", "0"]
     command += ["--vllm", "enforce_eager=true", "--vllm", "block_size=32", *options]
     environment = {
         **os.environ,

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from trimtab.cli.common import console, open_model, print_json, trusting
-from trimtab.cli.engines import LOGS, Running
+from trimtab.cli.engines import LOGS, Running, read_beside
 from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
@@ -119,7 +119,7 @@ def serve(
         )
     _require_extra()
     arguments = _arguments(running, opened, serving, check)
-    language_model = open_model(opened if arguments is None else _read_once(opened))
+    language_model = open_model(opened if arguments is None else read_beside(opened))
     for argument in bake:
         language_model = _baked(language_model, argument, force)
     name = serving.name or language_model.name
@@ -193,16 +193,6 @@ def _arguments(
     if given:
         raise TrimtabError(f"--vllm {given[0]}: that is for trimtab's own options to say")
     return arguments
-
-
-def _read_once(opened: Opened) -> Opened:
-    """How the model is read before vLLM reads it: beside it, not where it will be."""
-    import torch
-
-    dtype = opened.dtype
-    if dtype == "auto" and torch.cuda.is_available():
-        dtype = "checkpoint"
-    return replace(opened, device="cpu", dtype=dtype)
 
 
 def _tier(running: Served) -> Literal["plugin", "lora"]:

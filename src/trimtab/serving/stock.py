@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -152,6 +152,17 @@ class Closed:
             await self._app(scope, receive, send)
 
 
+def tell_served(app: FastAPI, library: Callable[[], Library | None]) -> None:
+    """Add the route that says which steerings are served; none as long as there is no library."""
+
+    @app.get("/v1/steerings")
+    async def steerings() -> dict[str, Any]:
+        """What is served, with dials."""
+        found = library()
+        held = {} if found is None else found.held
+        return {"object": "list", "data": [described(name, one) for name, one in held.items()]}
+
+
 class Endpoint:
     """vLLM's endpoint plugin `trimtab_lora`, which it loads in the process that listens where
     VLLM_PLUGINS names it."""
@@ -174,12 +185,7 @@ class Endpoint:
         LoRAResolver.register(Endpoint)  # which needs nothing of that class
         LoRAResolverRegistry.register_resolver(self.name, self)
         app.add_middleware(Closed)
-
-        @app.get("/v1/steerings")
-        async def steerings() -> dict[str, Any]:
-            """What is served, with dials."""
-            held = {} if self._resolver is None else self._resolver.library.held
-            return {"object": "list", "data": [described(name, one) for name, one in held.items()]}
+        tell_served(app, lambda: None if self._resolver is None else self._resolver.library)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """The engine has started: read the model and the steerings."""

@@ -42,10 +42,10 @@ from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.serving.bodies import SteeringBody
 from trimtab.serving.inside import Carried, Inside, sites_wanted
-from trimtab.serving.library import Library, UnknownSteeringError, described
+from trimtab.serving.library import Library, UnknownSteeringError
 from trimtab.serving.names import MOST_STACKED, Asked, plainly_asked
 from trimtab.serving.placing import acts_of
-from trimtab.serving.stock import STEERINGS, Closed, opened
+from trimtab.serving.stock import STEERINGS, Closed, opened, tell_served
 from trimtab.steering import Steering
 
 _LOG = logging.getLogger("vllm.trimtab")
@@ -178,12 +178,7 @@ class InsideEndpoint:
         """Stand in front of the application, and tell what is served."""
         app.add_middleware(Before, endpoint=self)
         app.add_middleware(Closed)  # the last one is asked first
-
-        @app.get("/v1/steerings")
-        async def steerings() -> dict[str, Any]:
-            """What is served, with dials."""
-            held = {} if self.named is None else self.named.library.held
-            return {"object": "list", "data": [described(name, one) for name, one in held.items()]}
+        tell_served(app, lambda: None if self.named is None else self.named.library)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """The engine has started: read the model, and give workers the steerings."""
