@@ -19,6 +19,7 @@ from helpers import IDS, language_model, steer, steer_at
 from operator_formulas import ALL, random_operator
 from trimtab.engines import (
     Place,
+    captures,
     configuration,
     extra_args,
     not_captured,
@@ -244,6 +245,31 @@ def test_what_full_graphs_do_not_carry(lm: tt.LanguageModel) -> None:
     ):  # fmt: skip
         assert said in not_captured(bad)
         assert "PIECEWISE" in not_captured(bad)
+    carried = Carried(lm.anatomy, captured=True)
+    assert carried(add) == ""
+    assert "SetFeatures" in carried(features)
+    assert "two-pass gate" in carried(add.gated(gate))
+    assert Carried(lm.anatomy)(add.gated(gate)) == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({}, False),
+        ({"compilation_config": {"cudagraph_mode": "NONE"}}, False),
+        ({"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, True),
+        ({"compilation_config": {"cudagraph_mode": "full"}}, True),
+        ({"compilation_config": {"mode": 3}}, True),  # vLLM's own choice is to capture all
+        ({"compilation_config": {"mode": 3}, "enforce_eager": True}, False),
+    ],
+)
+def test_arguments_that_ask_for_full_graphs(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], found: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert captures(arguments) is found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not captures(arguments)
 
 
 def test_a_site_that_is_something_else_ends_the_start(lm: tt.LanguageModel) -> None:

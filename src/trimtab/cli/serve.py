@@ -207,12 +207,14 @@ def _tier(running: Served) -> Literal["plugin", "lora"]:
 def _carried(
     tier: str, language_model: LanguageModel, arguments: dict[str, Any]
 ) -> Carried | Adapted:
+    from trimtab.engines import captures
     from trimtab.serving import Adapted, Carried
 
     if tier == "lora":
         return Adapted(language_model)
     ranks, stages = (int(arguments.get(f"{of}_parallel_size", 1)) for of in ("tensor", "pipeline"))
-    return Carried(language_model.anatomy, ranks, stages=stages)
+    captured = captures(arguments)
+    return Carried(language_model.anatomy, ranks, stages=stages, captured=captured)
 
 
 def _way(

@@ -24,6 +24,7 @@ from trimtab.engines.modules import Place, places_of
 from trimtab.engines.plugin import (
     LOADED,
     TESTED,
+    captures,
     configuration,
     configured,
     graphs,

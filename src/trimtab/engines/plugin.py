@@ -18,6 +18,7 @@ import importlib
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -90,6 +91,16 @@ def graphs() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}
     return {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}
+
+
+def captures(arguments: Mapping[str, Any]) -> bool:
+    """Whether an engine that is given these arguments captures whole passes in CUDA graphs, as it
+    does unless something else is said."""
+    if not torch.cuda.is_available() or arguments.get("enforce_eager"):
+        return False
+    given = {**graphs(), **arguments}["compilation_config"]
+    mode = given.get("cudagraph_mode") if isinstance(given, dict) else None
+    return mode is None or "FULL" in str(mode).upper()
 
 
 def register() -> None:

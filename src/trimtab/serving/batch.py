@@ -26,6 +26,7 @@ from trimtab.engines import (
     InProcess,
     Read,
     ReadingOf,
+    captures,
     sites_of,
     untested,
 )
@@ -45,9 +46,7 @@ from trimtab.model import (
     unsound,
 )
 from trimtab.reading import Next, PlannedBatch, Reading, Stretch, refuse_idle
-from trimtab.serving.deciding import (
-    token_by_token,
-)
+from trimtab.serving.deciding import token_by_token
 from trimtab.serving.inside import Carried
 from trimtab.serving.proving import joined, last_activations, of_ranks, probe, refuse_others
 from trimtab.serving.queueing import KNOWN, Acting, Queue, Request, Work
@@ -94,6 +93,7 @@ class VLLM:
             language_model.anatomy,
             int(arguments.get("tensor_parallel_size", 1)),
             stages=int(arguments.get("pipeline_parallel_size", 1)),
+            captured=captures(arguments),
         )
         self._sites = {site for kind in hooks for site in language_model.anatomy.sites(kind)}
         self._open = ExitStack()

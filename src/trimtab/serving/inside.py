@@ -62,16 +62,20 @@ _HELD = 512
 @dataclass
 class Carried:
     """What an engine carries: called with a steering, it says why not, "" where it does. `sites`
-    are those that it was started with, None as long as it was not; `ranks` split its units, and
-    its blocks lie on so many `stages`."""
+    are those that it was started with, None as long as it was not; `ranks` split its units, its
+    blocks lie on so many `stages`, and whole passes may be `captured` in CUDA graphs."""
 
     anatomy: Anatomy
     ranks: int = 1
     sites: Collection[str] | None = None
     stages: int = 1
+    captured: bool = False
 
     def __call__(self, steering: Steering) -> str:
-        if reason := why_not(steering, self.ranks, self.stages):
+        reason = why_not(steering, self.ranks, self.stages)
+        if not reason and self.captured:
+            reason = not_captured(steering)
+        if reason:
             return reason
         wanted = sites_of([steering])
         try:

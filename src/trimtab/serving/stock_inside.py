@@ -32,7 +32,6 @@ from trimtab.engines import (
     configured,
     extra_args,
     graphs,
-    not_captured,
     places_of,
     refuse_ways,
     wanted_of,
@@ -211,13 +210,11 @@ class InsideEndpoint:
             parallel.tensor_parallel_size,
             list(places),
             parallel.pipeline_parallel_size,
+            way_of(config) == "kernel",
         )
         kept = []
         for name, held in library.held.items():
-            reason = refusal(held.steering, carried)
-            if not reason and way_of(config) == "kernel":
-                reason = not_captured(held.steering)
-            if reason:
+            if reason := refusal(held.steering, carried):
                 _LOG.warning("%s is not served: %s", name, reason)
             else:
                 kept.append(held.steering)
