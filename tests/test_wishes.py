@@ -24,6 +24,7 @@ from trimtab.options import Making, WishTexts
 from trimtab.reading import plain_texts
 from trimtab.wishes import asking, choosing, portfolio
 from trimtab.wishes.choosing import Choice, Chooser, Hold, Row, Tried, dial_at
+from trimtab.wishes.failing import of_contrast
 from trimtab.wishes.holding import LOOPS, Held, held_together
 from trimtab.wishes.pace import Pace, Speed
 from trimtab.wishes.plan import cut_to_time, less_text, plan_for
@@ -120,6 +121,19 @@ def test_test_rows_choose_nothing(lm: tt.LanguageModel, done: tuple[tt.Made, Pat
     assert poisoned.chosen is None
     assert poisoned.steering is None
     assert "does not hold on the" in poisoned.why[0]
+    asked = poisoned.as_json()["prompt_baseline"]["said"]
+    assert any(f"asking ({asked}) gains" in said for said in poisoned.why)
+
+
+def test_a_contrast_that_the_model_did_not_write_as_told_is_named() -> None:
+    counts = {"written": 84, "dropped": {"exchanged": 35}}
+    told = of_contrast(replace(parts(), made={"counts": counts}))
+    assert any("35 of 84 pairs that the model wrote" in said for said in told)
+    counts["dropped"] = {"exchanged": 10}
+    assert not any(
+        "told" in said for said in of_contrast(replace(parts(), made={"counts": counts}))
+    )
+    assert not any("told" in said for said in of_contrast(parts()))
 
 
 def test_asking_is_on_the_same_axes(lm: tt.LanguageModel, done: tuple[tt.Made, Path]) -> None:

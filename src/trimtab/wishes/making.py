@@ -35,6 +35,7 @@ from trimtab.wishes.asking import (
     written,
 )
 from trimtab.wishes.choosing import Choice, Chooser, Tried, tried_key
+from trimtab.wishes.failing import advice_for, nothing_gains, of_asking, of_contrast
 from trimtab.wishes.holding import Held, held_together
 from trimtab.wishes.left import STEERING, TRAINED, check_free, clear, leave
 from trimtab.wishes.made import Baseline, Chosen, Made, Tested
@@ -68,8 +69,6 @@ from trimtab.writing import TooFewKeptError, read_wish, roles_for
 #: The share of the minutes that writing a contrast may take, and of what is then left what has to
 #: be done on its pairs.
 _WRITING, _NEEDED = 0.4, 0.5
-#: Fewer validation pairs show only what is large.
-_FEW = 10
 
 
 def _silent(text: str) -> None:
@@ -317,7 +316,7 @@ class _Maker:
         prompt = best_asked(asked, self.making.max_cost)
         if prompt is not None:
             found = replace(found, baseline=Baseline(prompt))
-        why = _nothing_gains(choice, contrast, prompt)
+        why = nothing_gains(choice, contrast, prompt)
         if why:
             return self._finish(found, why)
         return self._tested(found, choice, contrast, measures)
@@ -394,7 +393,7 @@ class _Maker:
                 f"what {name} gains on the validation pairs does not hold on the {own.gain.n} test "
                 f"pairs: {own.gain.difference:+.3g} nats [{low:.3g}, {high:.3g}]"
             )
-            return self._finish(found, [why])
+            return self._finish(found, [why, *of_asking(found, tested), *of_contrast(contrast)])
         shown = Written((), {})
         samples = (1 + len(attached)) * PROMPTS * NEW_TOKENS
         if self._time_for("samples", samples * 2, samples):
@@ -494,7 +493,7 @@ class _Maker:
 
     def _finish(self, found: Made, why: Sequence[str]) -> Made:
         """The result, with its files."""
-        advice = _advice(found, self.making) if why else []
+        advice = advice_for(found, self.making) if why else []
         if found.contrast is not None and not found.contrast.behaviour:
             advice = [*advice, UNSAID]
         found = replace(
@@ -548,53 +547,3 @@ def _more(measures: Measures, attached: dict[str, Callable[[], Attached]]) -> Di
     """What asking gains more than steering, pair by pair."""
     asked, steered = (measures.gains(attached[name], name, "test") for name in ("asked", "steered"))
     return paired_difference(asked - steered, flips=False)
-
-
-# -- where nothing works --------------------------------------------------------------------------
-
-
-def _nothing_gains(choice: Choice, contrast: Contrast, prompt: Asked | None) -> list[str]:
-    """Why nothing is chosen, or nothing."""
-    best = choice.best
-    if best is not None and best.gain.low > 0:
-        return []
-    if best is None:
-        reasons = "; ".join(f"{row.name}: {row.why}" for row in choice.rows if row.why)
-        return [f"no method could be fitted and turned within the limit of cost ({reasons})"]
-    tried = sorted((row.best for row in choice.rows if row.best), key=lambda one: -one.gain.value)
-    by_method: dict[str, Tried] = {}
-    for one in tried:
-        by_method.setdefault(one.arm.partition(" ")[0], one)
-    said = "; ".join(f"{name} {one.gain}" for name, one in by_method.items())
-    why = [
-        f"no method gains clearly on the {best.gain.n} validation pairs within the limit of cost "
-        f"(gain in nats with its 95 % interval: {said})"
-    ]
-    if contrast.sizes["validation"] < _FEW:
-        why.append(
-            f"{contrast.sizes['validation']} validation pairs are few: only large gains show"
-        )
-    if prompt is not None and prompt.gain.low <= 0:
-        why.append(
-            f"the model does not do it even when it is asked ({prompt.said}): {prompt.gain} nats"
-        )
-    return why
-
-
-def _advice(found: Made, making: Making) -> list[str]:
-    """What to try where nothing works."""
-    said = []
-    if found.contrast is None:
-        said.append("say the opposite in words of your own (--opposite)")
-        said.append("write more or longer texts (--questions, --max-new-tokens)")
-        return [*said, "take a larger model, or a stronger writer and judge (--writer, --judge)"]
-    asked = found.baseline
-    if asked is not None and asked.asked.gain.low <= 0:
-        said.append("take a model that does it when it is asked")
-    elif asked is not None:
-        said.append(f"ask for it: {asked.asked.said}")
-    said.append(f"allow more cost than {making.max_cost:g} nats per token (--max-cost)")
-    if not making.train:
-        said.append("try trained methods too (--train)")
-    said.append("look at the pairs, mend or add some, and make it of them (--contrast)")
-    return said
