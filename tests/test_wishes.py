@@ -121,8 +121,11 @@ def test_test_rows_choose_nothing(lm: tt.LanguageModel, done: tuple[tt.Made, Pat
     assert poisoned.chosen is None
     assert poisoned.steering is None
     assert "does not hold on the" in poisoned.why[0]
-    asked = poisoned.as_json()["prompt_baseline"]["said"]
-    assert any(f"asking ({asked}) gains" in said for said in poisoned.why)
+    asked = found["prompt_baseline"]
+    assert asked["part"] == "test"
+    assert asked["gain_ci95"][0] < 0
+    assert any(f"asking ({asked['said']}) gains" in said for said in poisoned.why)
+    assert "take a model that does it when it is asked" in poisoned.advice
 
 
 def test_a_contrast_that_the_model_did_not_write_as_told_is_named() -> None:

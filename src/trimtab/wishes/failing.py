@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from trimtab.contrasts import Contrast
 from trimtab.options import Making
 from trimtab.wishes.asking import Asked
 from trimtab.wishes.choosing import Choice, Tried
-from trimtab.wishes.made import Made, Tested
+from trimtab.wishes.made import Made
 
 #: Fewer validation pairs show only what is large.
 _FEW = 16
@@ -41,11 +39,11 @@ def nothing_gains(choice: Choice, contrast: Contrast, prompt: Asked | None) -> l
     return why
 
 
-def of_asking(found: Made, tested: Mapping[str, Tested]) -> list[str]:
+def of_asking(found: Made) -> list[str]:
     """What the best prompt does on the test pairs, where it was measured on them."""
-    if found.baseline is None or "asked" not in tested:
+    if found.baseline is None or found.baseline.tested is None:
         return []
-    gain = tested["asked"].gain
+    gain = found.baseline.tested.gain
     low, high = gain.ci95
     return [
         f"asking ({found.baseline.asked.said}) gains {gain.difference:+.3g} nats "
@@ -77,10 +75,10 @@ def advice_for(found: Made, making: Making) -> list[str]:
         said.append("write more or longer texts (--questions, --max-new-tokens)")
         return [*said, "take a larger model, or a stronger writer and judge (--writer, --judge)"]
     asked = found.baseline
-    if asked is not None and asked.asked.gain.low <= 0:
-        said.append("take a model that does it when it is asked")
-    elif asked is not None:
-        said.append(f"ask for it: {asked.asked.said}")
+    if asked is not None:
+        low = asked.asked.gain.low if asked.tested is None else asked.tested.gain.ci95[0]
+        heeds = f"ask for it: {asked.asked.said}"
+        said.append(heeds if low > 0 else "take a model that does it when it is asked")
     said.append(f"allow more cost than {making.max_cost:g} nats per token (--max-cost)")
     if not making.train:
         said.append("try trained methods too (--train)")

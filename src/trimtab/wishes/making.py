@@ -393,7 +393,9 @@ class _Maker:
                 f"what {name} gains on the validation pairs does not hold on the {own.gain.n} test "
                 f"pairs: {own.gain.difference:+.3g} nats [{low:.3g}, {high:.3g}]"
             )
-            return self._finish(found, [why, *of_asking(found, tested), *of_contrast(contrast)])
+            if found.baseline is not None and "asked" in tested:
+                found = replace(found, baseline=replace(found.baseline, tested=tested["asked"]))
+            return self._finish(found, [why, *of_asking(found), *of_contrast(contrast)])
         shown = Written((), {})
         samples = (1 + len(attached)) * PROMPTS * NEW_TOKENS
         if self._time_for("samples", samples * 2, samples):
