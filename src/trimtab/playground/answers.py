@@ -51,12 +51,17 @@ class _Rows:
         texts: Sequence[Sequence[int]],
         steerings: Sequence[tuple[Steering, ...]],
     ) -> None:
-        together = len(set(map(len, texts))) == 1 or language_model.pads("generate")
-        groups = [range(len(texts))] if together else [range(i, i + 1) for i in range(len(texts))]
+        one_batch = len(set(map(len, texts))) == 1 or language_model.pads("generate")
+        groups = [range(len(texts))] if one_batch else [range(i, i + 1) for i in range(len(texts))]
         self.writings = [
             Writing(language_model, [texts[i] for i in rows], [steerings[i] for i in rows])
             for rows in groups
         ]
+
+    @property
+    def together(self) -> bool:
+        """Whether all are rows of one batch."""
+        return len(self.writings) == 1
 
     def logits(self) -> Tensor:
         return torch.cat([writing.logits() for writing in self.writings])
@@ -111,7 +116,7 @@ def answers(
         yield {"kind": "begun", "side": "steered", "gates": [gate.as_json() for gate in gates]}
     if shadowed and len(texts) == 2:
         shadow = 0 if shared else 2
-        spare = [shadow] if lm.device.type == "cpu" else []
+        spare = [shadow] if lm.device.type == "cpu" and rows.together else []
         own = [0, 1, shadow, *spare]
         rows.keep(own)
         logits = logits[own]
