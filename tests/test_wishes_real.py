@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 WISHES: dict[str, dict[str, Any]] = {
     "answers in one short sentence": {},
     "talks like a pirate": {"opposite": "talks like a lawyer"},
-    "formal": {},
+    "tells a story": {"opposite": "explains facts"},
 }
 
 
