@@ -114,14 +114,14 @@ def answers(
     if "steered" in roles:
         gates = rows.gates[roles.index("steered")]
         yield {"kind": "begun", "side": "steered", "gates": [gate.as_json() for gate in gates]}
-    if shadowed and len(texts) == 2:
-        shadow = 0 if shared else 2
-        spare = [shadow] if lm.device.type == "cpu" and rows.together else []
-        own = [0, 1, shadow, *spare]
-        rows.keep(own)
-        logits = logits[own]
-        roles = ["plain", "steered", _SHADOW, *([_SPARE] if spare else [])]
-        acting = [steerings if role == "steered" else () for role in roles]
+    wanted = list(range(len(roles)))
+    if shared:
+        wanted, roles = [*wanted, roles.index("plain")], [*roles, _SHADOW]
+    if len(roles) == 3 and lm.device.type == "cpu" and rows.together:
+        wanted, roles = [*wanted, wanted[-1]], [*roles, _SPARE]
+    if len(wanted) > len(read):
+        rows.keep(wanted)
+        logits, acting = logits[wanted], [acting[i] for i in wanted]
     written = {
         side: _Text(side, Chooser(settings, list(text)), began) for side, text in texts.items()
     }
