@@ -136,7 +136,8 @@ def test_prompts_stand_at_the_budget_as_they_are(
         before, after = expected(prompt), expected(f"Please be glad.\n\n{prompt}")
         moved.append(float((before.exp() * (before - after)).sum()))
     kept = json.loads((run / "results.json").read_text())
-    (method,), asked = kept["at_budget"]["methods"], kept["at_budget"]["prompts"]
+    (at_budget,) = kept["at_budgets"]
+    (method,), asked = at_budget["methods"], at_budget["prompts"]
     rows = {row["name"]: row for row in asked}
     best = kept["prompts"]["best"]
     assert set(rows) == {

@@ -35,7 +35,8 @@ def test_as_json_and_for_people(trimtab: Command, formal: str) -> None:
         assert {"params", "validation", "test", "n", "ci95", "against_unsteered"} <= set(row)
         assert row["n"] == 6
         assert row["overhead"] is None
-    assert found["at_budget"]["kl"] == 0.01
+    (at_budget,) = found["at_budgets"]
+    assert at_budget["kl"] == 0.01
     assert [pair["first"] for pair in found["between"]] == ["caa"]
     said = trimtab(f"{BASIC} {formal} -o out").text
     assert "unsteered" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ CANDIDATES = (
     Candidate("actadd", {"alpha": (0.5, 2.0)}, {"layer": 1}, "actadd"),
     Candidate("sas", {"theta": (0.0, 90.0)}, {}, "rotation"),
 )
+#: In nats at the next token.
+BUDGETS = (0.003, 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def compared(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comp
         language_model("llama"),
         CANDIDATES,
         f"contrast:{pairs}",
-        kl=0.01,
+        kl=BUDGETS,
         max_cost=None,
         timed=False,
         output=directory,
@@ -138,20 +141,28 @@ def test_side_effects(compared: tuple[Comparison, Path]) -> None:
     assert found.rows[0].changed == lm.model.config.hidden_size
 
 
-def test_at_an_equal_budget(compared: tuple[Comparison, Path], pairs: str) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_at_equal_budgets(place: int, compared: tuple[Comparison, Path], pairs: str) -> None:
+    """The dial of each budget, by plain passes over the prompts; the test rows were asked there."""
     lm, (found, _) = language_model("llama"), compared
     prompts = [pair.prompt for pair in tt.Contrast.from_jsonl(pairs).part("validation").pairs]
-    rotation = found.at_budget[2]
+    assert [one.kl for one in found.at_budgets] == list(BUDGETS)
+    at = found.at_budgets[place]
+    rotation = at.methods[2]
     assert rotation.dial is None
     assert "sets an angle" in rotation.why
-    for row, chosen in zip(found.at_budget[:2], found.rows, strict=False):
+    for row, chosen in zip(at.methods[:2], found.rows, strict=False):
         assert chosen.sweep is not None
-        assert chosen.sweep.steering is not None
+        steering = chosen.sweep.steering
+        assert steering is not None
         assert row.dial is not None
+        assert row.test is not None
+        gains = odds(lm, pairs, "test", replace(steering, value=row.dial))
+        assert row.test.value == pytest.approx(float(gains.mean()), abs=1e-4)
         if row.why:  # the range of the dial ends before
             continue
-        used = [kl_at(lm, chosen.sweep.steering, prompt, row.dial) for prompt in prompts]
-        assert np.median(used) == pytest.approx(0.01, rel=0.25)
+        used = [kl_at(lm, steering, prompt, row.dial) for prompt in prompts]
+        assert np.median(used) == pytest.approx(BUDGETS[place], rel=0.25)
 
 
 def test_one_pass_fits_all(pairs: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +184,9 @@ def test_the_directory_goes_on_and_the_page_shows_everything(
 ) -> None:
     found, directory = compared
     page = (directory / "report.html").read_text(encoding="utf-8")
-    for text in ("caa", "actadd", "rotation", "p, corrected", "At an equal budget", "What it took"):
+    for text in ("caa", "actadd", "rotation", "p, corrected", "What it took"):
+        assert text in page
+    for text in ("At an equal budget: 0.003 nats", "At an equal budget: 0.01 nats"):
         assert text in page
     svg = (directory / "pictures" / "differences.svg").read_text(encoding="utf-8")
     assert "log-odds, nats: steered minus unsteered" in svg
@@ -185,7 +198,7 @@ def test_the_directory_goes_on_and_the_page_shows_everything(
         language_model("llama"),
         CANDIDATES,
         f"contrast:{pairs}",
-        kl=0.01,
+        kl=BUDGETS,
         max_cost=None,
         timed=False,
         output=directory,

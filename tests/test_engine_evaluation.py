@@ -237,7 +237,7 @@ def test_a_comparison_finds_the_same(chooser: tt.LanguageModel, data: Path, tmp_
     one, other = without_times(found.as_json()), without_times(expected.as_json())
     assert "vllm answered the rows" in one["notes"].pop()
     close(one, other)
-    assert len(one["methods"]) == len(one["at_budget"]["methods"]) == 2
+    assert len(one["methods"]) == len(one["at_budgets"][0]["methods"]) == 2
     assert one["prompts"]["rows"]
     # It was timed in the engine, where all that the sweeps read was counted.
     for row in found.rows:

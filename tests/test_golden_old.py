@@ -168,7 +168,7 @@ def _without(found: Any, names: set[str]) -> Any:
 def _results(found: dict[str, Any]) -> dict[str, Any]:
     """What was found, without what it took: less, where some was done already; and without what is
     said since: texts that runs show, scopes, which say what positions did, gates, prompts beside
-    methods, and shares of rows that moved the wrong way."""
+    methods, and shares of rows that moved the wrong way. There was one budget at most."""
     found = _without(
         found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift", "axis_kl"}
     )
@@ -179,6 +179,9 @@ def _results(found: dict[str, Any]) -> dict[str, Any]:
         found["interventions"] = acting
     if "methods" not in found:
         return found
+    if "at_budget" in found:
+        said = {"at_budgets" if k == "at_budget" else k: v for k, v in found.items()}
+        found = {**said, "at_budgets": [found["at_budget"]]}
     methods = [{k: v for k, v in one.items() if k != "swept"} for one in found["methods"]]
     return {**found, "methods": methods}
 

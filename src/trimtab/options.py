@@ -380,13 +380,19 @@ class Comparing:
     heading = "Comparing"
 
     trials: int = option("Trials of each method, at most.", 20)
-    kl: float | None = option("Compare once more at an equal budget of so many nats.", None)
+    kl: Sequence[float] = option(
+        "Compare once more at an equal budget of so many nats; repeat.", (), repeats=True
+    )
     capability: Sequence[str] = option("A task for side effects, as lm-eval:tinyMMLU; repeat.", ())
     capability_limit: int | None = option("Rows of each of those.", None)
     timed: bool = option("Measure the time of generation.", True, flag=("--timed", "--untimed"))
     receipts: bool = _receipts_option()
     receipts_limit: int = _receipts_limit_option()
     drift: bool = _drift_option()
+
+    def __post_init__(self) -> None:
+        kl = () if self.kl is None else (self.kl,) if isinstance(self.kl, int | float) else self.kl
+        object.__setattr__(self, "kl", tuple(sorted(set(kl))))
 
 
 @dataclass(frozen=True, kw_only=True)

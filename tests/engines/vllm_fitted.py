@@ -134,7 +134,7 @@ def told(completions: Any) -> list[Any]:
 def rows_of(found: Any) -> list[Any]:
     return [
         [row.name, row.dial, row.cost, row.axis_kl, row.test.value, row.against.difference]
-        for row in (*found.rows, *found.at_budget)
+        for row in (*found.rows, *(row for at in found.at_budgets for row in at.methods))
         if row.test is not None and row.against is not None
     ]
 

@@ -159,8 +159,7 @@ def _show(found: Comparison, output: Path | str | None) -> None:
         "text; time to generate, times unsteered"
     )
     console.print(table)
-    if found.kl is not None and (found.at_budget or found.asked_at_budget):
-        show([found.budget_table(found.kl)], (), None)
+    show(found.budget_tables(), (), None)
     if found.prompts is not None:
         show(prompt_tables(found.prompts, found.metric, found.task), (), None)
     beside = () if found.drift is None else found.drift.tables()

@@ -8,11 +8,12 @@ from trimtab.dials.budgets import (
     Budget,
     PromptBudget,
     budget,
+    budgets,
     calibrate,
     dials_for,
 )
 from trimtab.dials.measuring import measured
-from trimtab.dials.solving import searched
+from trimtab.dials.solving import check_budgets, searched
 from trimtab.dials.turning import (
     Turning,
     check_turns,

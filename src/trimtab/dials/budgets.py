@@ -6,6 +6,7 @@ The measure is KL(unsteered || steered) of the next token's distribution after a
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -169,21 +170,46 @@ def budget(
     which it equals the budget, as a rule the first. Refused for steerings that do nothing at no
     dial (SAS, AAS).
     """
-    check_budgets([kl])
+    (found,) = budgets(
+        language_model,
+        steering,
+        prompts,
+        [kl],
+        side=side,
+        chat=chat,
+        beyond_range=beyond_range,
+        force=force,
+    )
+    return found
+
+
+def budgets(
+    language_model: LanguageModel,
+    steering: Steering,
+    prompts: Sequence[Any],
+    kl: Sequence[float],
+    *,
+    side: Side | Literal["both"] = "both",
+    chat: bool | None = None,
+    beyond_range: bool = False,
+    force: bool = False,
+) -> list[Budget]:
+    """`budget` for several budgets, which are searched for together."""
+    check_budgets(kl)
     wanted, encoded = _encoded(language_model, prompts, chat)
-    found: dict[Side, Budget] = {}
-    per_side = solve(language_model, steering, encoded, [kl], side, beyond_range, force)
-    for one, solutions in per_side.items():
-        rows = tuple(
-            _prompt_budget(steering, prompt, solution[0])
-            for prompt, solution in zip(wanted, solutions, strict=True)
-        )
-        median, worst = _of_set([row.dial for row in rows])
-        found[one] = Budget(kl, median, worst, rows)
-        _warn_unreached([solution[0] for solution in solutions], steering, kl)
-    if set(found) == {"positive", "negative"}:
-        return replace(found["positive"], other=found["negative"])
-    return next(iter(found.values()))
+    per_side = solve(language_model, steering, encoded, kl, side, beyond_range, force)
+    found = []
+    for i, nats in enumerate(kl):
+        sides: dict[Side, Budget] = {}
+        for one, solutions in per_side.items():
+            reached = [solution[i] for solution in solutions]
+            rows = tuple(map(functools.partial(_prompt_budget, steering), wanted, reached))
+            median, worst = _of_set([row.dial for row in rows])
+            sides[one] = Budget(nats, median, worst, rows)
+            _warn_unreached(reached, steering, nats)
+        first = sides.get("positive") or sides["negative"]
+        found.append(replace(first, other=sides["negative"]) if len(sides) > 1 else first)
+    return found
 
 
 def _prompt_budget(steering: Steering, prompt: Prompt, solution: Solution) -> PromptBudget:

@@ -3,7 +3,7 @@
 One pass over the contrast fits them all; one bench serves all sweeps, so that what the blocks below
 compute of the prompts is shared. Each method's setting is chosen on the validation rows; the test
 rows say what it is worth: intervals, paired differences, p corrected for their number (Holm), what
-it changes and what it costs. With a budget the chosen steerings are compared once more, each at the
+it changes and what it costs. With budgets the chosen steerings are compared once more, each at the
 dial that changes the next token by as many nats.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast
+from trimtab.dials import budgets, check_budgets
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
     AnsweredBy,
@@ -41,12 +42,11 @@ from trimtab.model import LanguageModel
 from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Gate, Steering
-from trimtab.strength import budget
 from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
 from trimtab.sweeps.asking import described as prompts_described
-from trimtab.sweeps.baselines import Baselines, Prompts, Row
+from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
-from trimtab.sweeps.comparison import Compared, Comparison
+from trimtab.sweeps.comparison import AtBudget, Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
 from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
 from trimtab.sweeps.space import (
@@ -113,10 +113,10 @@ def compare(
     """Compare methods on a task, each at the setting that its own sweep chose on validation rows.
 
     `methods` are names (with the default settings of each) or `Candidate`s. A method whose
-    settings are more than `trials` draws so many of them (tpe), others try all. `kl` compares the
-    chosen ones once more at an equal budget of so many nats at the next token, beside which prompts
-    stand with what they change there by themselves. `capability` names
-    tasks on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
+    settings are more than `trials` draws so many of them (tpe), others try all. `kl`, one or
+    several, compares the chosen ones once more at equal budgets of so many nats at the next token,
+    beside which prompts stand with what they change there by themselves. `capability` names tasks
+    on which side effects are measured, and `receipts` has some more (see `evaluate`); `drift`
     measures whether effects last, over turns before the prompt and over a long text.
     `oracle` lets `validation_task` be the rows that are reported on, as some papers have it, which
     a note says. `timed` false leaves out the time of generation. Beside the methods stand prompts
@@ -146,6 +146,7 @@ def compare(
         "contrast": {"name": texts.name, "digest": texts.digest},
         **gate_said(gate),
         **record(measured.choosing, comparing, measured.answering),
+        "kl": _kl_said(comparing.kl),
         "model": language_model.described,
         **({} if engine is None else {"engine": engine.name}),
         **({"oracle": True} if oracle else {}),
@@ -178,24 +179,16 @@ def compare(
     records = {row.name: list(row.sweep.tested) for row in tested if row.sweep}
     compared, between = _compared(bench, compared, records)
     beside_prompts = None
-    kl = comparing.kl
-    axis = None if kl is None else NextTokens(language_model, bench.prompts(_BUDGET_PROMPTS))
+    kl, axis = comparing.kl, None
+    if kl:
+        axis = NextTokens(language_model, bench.prompts(_BUDGET_PROMPTS))
     if said is not None:
         limit = measured.choosing.max_cost
         beside_prompts = Baselines(
             bench, run, limit, comparing.timed, None if axis is None else axis.median
         ).measure(said.behaviour, askings(said, texts, prompting.shots, writer), chosen, records)
         compared = _corrected(compared, beside_prompts)
-    at_budget: list[Compared] = []
-    asked_at_budget: list[Row] = []
-    if kl is not None and axis is not None:
-        at_budget = [_at_budget(bench, name, one, axis, kl) for name, one in chosen.items()]
-        again = {
-            row.name: bench.records(_turned(chosen[row.name], row), "test", name=row.name)
-            for row in at_budget
-            if row.dial is not None
-        }
-        at_budget, asked_at_budget = _all_at_budget(bench, at_budget, again, beside_prompts)
+    at_budgets = [] if axis is None else _at_budgets(bench, chosen, axis, kl, beside_prompts)
     lasting = None
     if comparing.drift and chosen:
         words = {} if beside_prompts is None else beside_prompts.best_words
@@ -228,8 +221,7 @@ def compare(
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
         bench.perplexity(0.0),
         tuple(compared),
-        tuple(at_budget),
-        kl,
+        tuple(at_budgets),
         between,
         fit,
         beside,
@@ -245,7 +237,6 @@ def compare(
         bench.samples({name: one for name, one in chosen.items() if one.acts}, run),
         beside_prompts,
         lasting,
-        tuple(asked_at_budget),
     )
     if run.path is not None:
         from trimtab.sweeps.comparison_page import comparison_page  # loads matplotlib
@@ -269,8 +260,8 @@ def _check(candidates: Sequence[Candidate], comparing: Comparing) -> None:
     trials, kl = comparing.trials, comparing.kl
     if trials < 1:
         raise TrimtabError(f"a method has 1 trial or more, not {trials}")
-    if kl is not None and not (math.isfinite(kl) and kl > 0):
-        raise TrimtabError(f"a budget must be above 0 nats, not {kl}")
+    if kl:
+        check_budgets(kl)
     names = [one.name for one in candidates]
     for one in candidates:
         if names.count(one.name) > 1:
@@ -282,6 +273,11 @@ def _check(candidates: Sequence[Candidate], comparing: Comparing) -> None:
         ):
             raise TrimtabError(f"{one.name[:60]!r} cannot be the name of a directory")
         check_space(METHODS[one.method], one.space, one.fixed)
+
+
+def _kl_said(kl: Sequence[float]) -> list[float] | float | None:
+    """What config.json says of budgets: of a single one, and of none, as when there was one."""
+    return list(kl) if len(kl) > 1 else next(iter(kl), None)
 
 
 def _refuse_named_alike(candidates: Sequence[Candidate]) -> None:
@@ -388,19 +384,43 @@ def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Com
     )
 
 
-# -- at an equal budget ---------------------------------------------------------------------------
+# -- at equal budgets -----------------------------------------------------------------------------
 
 
-def _at_budget(
-    bench: TaskRows, name: str, steering: Steering, axis: NextTokens, kl: float
-) -> Compared:
-    """A chosen steering at the dial whose median KL on the validation prompts is the budget, on
-    the side on which it was chosen."""
+def _at_budgets(
+    bench: TaskRows,
+    chosen: Mapping[str, Steering],
+    axis: NextTokens,
+    kl: Sequence[float],
+    prompts: Prompts | None,
+) -> list[AtBudget]:
+    """The chosen steerings once more at the dial of each budget, and prompts beside them."""
+    turned = {name: _turned(bench, one, axis, kl) for name, one in chosen.items()}
+    found = []
+    for i, nats in enumerate(kl):
+        rows, records = [], {}
+        for name, dials in turned.items():
+            if isinstance(dials, str):
+                rows.append(Compared(name, None, why=dials))
+                continue
+            steering, short = dials[i]
+            row = _effects(bench, name, steering, timed=False)
+            rows.append(replace(row, axis_kl=axis.median(steering), why=short))
+            records[name] = bench.records(steering, "test", name=name)
+        found.append(_against(bench, AtBudget(nats, tuple(rows)), records, prompts))
+    return found
+
+
+def _turned(
+    bench: TaskRows, steering: Steering, axis: NextTokens, kl: Sequence[float]
+) -> list[tuple[Steering, str]] | str:
+    """A chosen steering at the dial whose median KL on the validation prompts is a budget, for each
+    budget, on the side on which it was chosen, with what is short of it; or why there is none."""
     prompts = axis.prompts
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
-            found = budget(
+            found = budgets(
                 bench.language_model,
                 steering,
                 prompts,
@@ -409,38 +429,37 @@ def _at_budget(
                 chat=None if any(not isinstance(prompt, str) for prompt in prompts) else False,
             )
     except TrimtabError as error:
-        return Compared(name, None, why=str(error))
-    turned = replace(steering, value=found.dial)
-    row = _effects(bench, name, turned, timed=False)
-    reached = sum(one.reached for one in found.per_prompt)
-    short = "" if reached == len(prompts) else f"{len(prompts) - reached} prompts cost less"
-    return replace(row, axis_kl=axis.median(turned), why=short)
+        return str(error)
+    return [
+        (
+            replace(steering, value=one.dial),
+            f"{one.unreached} prompts cost less" if one.unreached else "",
+        )
+        for one in found
+    ]
 
 
-def _all_at_budget(
+def _against(
     bench: TaskRows,
-    rows: Sequence[Compared],
+    found: AtBudget,
     records: Mapping[str, Sequence[Record]],
     prompts: Prompts | None,
-) -> tuple[list[Compared], list[Row]]:
-    """Methods at the budget and what is said before prompts, against the unsteered model: p is
+) -> AtBudget:
+    """Methods at a budget and what is said before prompts, against the unsteered model: p is
     corrected for all that stand there."""
     asked = [] if prompts is None else [row for row in prompts.rows if row.asks]
     said = {} if prompts is None else prompts.tested
     base = bench.unsteered("test")
     pairs = {name: (base, some) for name, some in {**records, **said}.items()}
     against = differences(pairs, bench.metric, bench.maximise)
-    found = [
+    methods = [
         replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
         if row.name in records
         else row
-        for row in rows
+        for row in found.methods
     ]
-    return found, [replace(row, against=against.get(row.name)) for row in asked]
-
-
-def _turned(steering: Steering, row: Compared) -> Steering:
-    return replace(steering, value=row.dial)
+    beside = [replace(row, against=against.get(row.name)) for row in asked]
+    return replace(found, methods=tuple(methods), prompts=tuple(beside))
 
 
 def _repeated(bench: TaskRows) -> Repeated:

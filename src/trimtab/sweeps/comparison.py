@@ -56,18 +56,41 @@ class Compared:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class AtBudget:
+    """Methods at the dials that change the next token by `kl` nats, and beside them `prompts`, what
+    is said before prompts, with a steering or without, as they are: a prompt has no dial to
+    turn."""
+
+    kl: float
+    methods: tuple[Compared, ...]
+    prompts: tuple[Row, ...] = ()
+
+    def within(self, row: Row) -> bool | None:
+        """Whether a prompt changes no more than the budget; None where that is not known."""
+        return None if row.axis_kl is None else row.axis_kl <= self.kl
+
+    def as_json(self) -> dict[str, Any]:
+        """What stands there, for results.json."""
+        return {
+            "kl": self.kl,
+            "methods": [_row_json(row) for row in self.methods],
+            "prompts": [
+                prompt_row_json(row) | {"within": self.within(row)} for row in self.prompts
+            ],
+        }
+
+
 @dataclass(frozen=True, repr=False)
 class Comparison(Presented):
-    """The rows of a comparison: of methods as they were chosen, and at an equal budget of KL,
-    beside which prompts stand as they are (`asked_at_budget`): a prompt has no dial to turn."""
+    """The rows of a comparison: of methods as they were chosen, and at equal budgets of KL."""
 
     task: str
     metric: str
     unsteered: dict[str, Result]
     perplexity: float
     rows: tuple[Compared, ...]
-    at_budget: tuple[Compared, ...]
-    kl: float | None
+    at_budgets: tuple[AtBudget, ...]
     between: dict[tuple[str, str], Difference]
     fit: Used
     capability: Evaluation | None
@@ -80,18 +103,15 @@ class Comparison(Presented):
     prompts: Prompts | None = None
     #: Whether effects last, where that was measured.
     drift: Drift | None = None
-    #: What is said before prompts, with a steering or without, beside methods at the budget.
-    asked_at_budget: tuple[Row, ...] = ()
 
     def tables(self) -> list[Table]:
         """What each method is worth, what it changes and costs, at an equal budget, between which
         two there is a difference, what each writes, and what it took."""
-        at_budget = [] if self.kl is None else [self.budget_table(self.kl)]
         written = [samples_table(self.samples)] if self.samples else []
         asked = [] if self.prompts is None else prompt_tables(self.prompts, self.metric, self.task)
         asked += [] if self.drift is None else self.drift.tables()
-        tables = [self._worth(), *asked, self._effects(), *at_budget, self._between_table()]
-        return [*tables, *written, self._spent()]
+        tables = [self._worth(), *asked, self._effects(), *self.budget_tables()]
+        return [*tables, self._between_table(), *written, self._spent()]
 
     @property
     def summary(self) -> str:
@@ -175,8 +195,11 @@ class Comparison(Presented):
         ]
         return Table("Side effects", heads, rows)
 
-    def budget_table(self, kl: float) -> Table:
-        """Methods at the dial of the budget, and beside them what has no dial."""
+    def budget_tables(self) -> list[Table]:
+        """For each budget the methods at its dials, and beside them what has no dial."""
+        return [self._budget_table(one) for one in self.at_budgets]
+
+    def _budget_table(self, found: AtBudget) -> Table:
         rows = [
             [
                 row.name,
@@ -188,27 +211,27 @@ class Comparison(Presented):
                 number_cell(row.cost, "+.3f"),
                 row.why,
             ]
-            for row in self.at_budget
+            for row in found.methods
         ]
-        rows += [self._asked_cells(row, kl) for row in self.asked_at_budget]
+        rows += [self._asked_cells(row, found) for row in found.prompts]
         heads = ["method, or prompt", "dial", "KL at the next token", "within the budget", "test"]
         heads += ["against unsteered", "p", "p, corrected", "cost", "to know"]
         note = "The median over validation prompts of KL(unsteered ‖ steered) is the budget."
-        if self.asked_at_budget:
+        if found.prompts:
             note += (
                 " A prompt has no dial: it stands here with what it changes by itself, as it does "
                 "with a steering at the dial that was chosen."
             )
-        title = f"At an equal budget: {kl:g} nats at the next token"
+        title = f"At an equal budget: {found.kl:g} nats at the next token"
         return Table(title, heads, rows, note).without_empty_columns(first=3)
 
-    def _asked_cells(self, row: Row, kl: float) -> list[Any]:
+    def _asked_cells(self, row: Row, found: AtBudget) -> list[Any]:
         assert self.prompts is not None
         return [
             row.name,
             number_cell(row.dial),
             number_cell(row.axis_kl, ".3g"),
-            _fits(row, kl),
+            {True: "yes", False: "no", None: ""}[found.within(row)],
             cell(row.test, self.metric),
             *_cells(row.against, self.metric),
             number_cell(row.cost, "+.3f"),
@@ -258,14 +281,7 @@ class Comparison(Presented):
             }
             | {"perplexity": self.perplexity},
             "methods": [_row_json(row) for row in self.rows],
-            "at_budget": {
-                "kl": self.kl,
-                "methods": [_row_json(row) for row in self.at_budget],
-                "prompts": [
-                    prompt_row_json(row) | {"within": _within(row, self.kl)}
-                    for row in self.asked_at_budget
-                ],
-            },
+            "at_budgets": [one.as_json() for one in self.at_budgets],
             "between": [
                 {"first": first, "second": second, **difference_json(found)}
                 for (first, second), found in self.between.items()
@@ -279,15 +295,6 @@ class Comparison(Presented):
             "notes": list(self.notes),
             "samples": [sample.as_json() for sample in self.samples],
         }
-
-
-def _within(row: Row, kl: float | None) -> bool | None:
-    """Whether a prompt changes no more than the budget; None where that is not known."""
-    return None if kl is None or row.axis_kl is None else row.axis_kl <= kl
-
-
-def _fits(row: Row, kl: float) -> str:
-    return {True: "yes", False: "no", None: ""}[_within(row, kl)]
 
 
 def _cells(difference: Difference | None, metric: str) -> list[str]:

@@ -84,10 +84,9 @@ def _estimate(difference: Difference) -> Estimate:
 
 
 def _plane(found: Comparison) -> Picture:
-    """Gain against cost, as chosen and at the budget; prompts stand in both as they are."""
+    """Gain against cost, as chosen and at budgets; prompts stand in all as they are."""
     groups = {"as chosen": found.rows}
-    if found.kl is not None:
-        groups[f"at {found.kl:g} nats of KL"] = found.at_budget
+    groups |= {f"at {one.kl:g} nats of KL": one.methods for one in found.at_budgets}
     size = (4.6 * len(groups) + 1.6, 3.8)
     figure, every = panels(size, 1, len(groups), sharex=True, sharey=True)
     places = {row.name: i for i, row in enumerate(found.rows)}
