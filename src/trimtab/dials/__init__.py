@@ -7,8 +7,8 @@ from trimtab.dials.budgets import (
     BUDGETS,
     Budget,
     PromptBudget,
+    all_budgets,
     budget,
-    budgets,
     calibrate,
     dials_for,
 )

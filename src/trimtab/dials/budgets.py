@@ -170,7 +170,7 @@ def budget(
     which it equals the budget, as a rule the first. Refused for steerings that do nothing at no
     dial (SAS, AAS).
     """
-    (found,) = budgets(
+    (found,) = all_budgets(
         language_model,
         steering,
         prompts,
@@ -183,7 +183,7 @@ def budget(
     return found
 
 
-def budgets(
+def all_budgets(
     language_model: LanguageModel,
     steering: Steering,
     prompts: Sequence[Any],

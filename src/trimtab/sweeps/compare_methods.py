@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.contrasts import Contrast
-from trimtab.dials import budgets, check_budgets
+from trimtab.dials import all_budgets, check_budgets
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
     AnsweredBy,
@@ -420,7 +420,7 @@ def _turned(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
-            found = budgets(
+            found = all_budgets(
                 bench.language_model,
                 steering,
                 prompts,
