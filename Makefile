@@ -83,7 +83,7 @@ $(VLLM)/.installed: Makefile pyproject.toml
 
 test-vllm: export OMP_NUM_THREADS = 1
 test-vllm: $(INSTALLED) $(VLLM)/.installed
-	TRIMTAB_VLLM=$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines -k vllm
+	TRIMTAB_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest tests/engines -k vllm
 
 # Built already, for this machine's processor; scripts of packages are not run.
 $(LLAMACPP)/.installed: Makefile

@@ -19,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="TRIMTAB_VLLM names no Python with vLLM"),
 ]
 
+#: A value of each argument of the engine that takes no number.
+VALUES = {"enforce_eager": [], "model_impl": ["auto"], "compilation_config": ['{"mode": 0}']}
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "serving.md"
 
@@ -39,8 +41,7 @@ def test_each_flag_is_vllms_own(tmp_path: Path) -> None:
     every = commands()
     # Arguments of the engine are flags of the command, too.
     for name in engine_arguments():
-        value = [] if name == "enforce_eager" else ["auto" if name == "model_impl" else "1"]
-        every.append(["serve", "MODEL", f"--{name.replace('_', '-')}", *value])
+        every.append(["serve", "MODEL", f"--{name.replace('_', '-')}", *VALUES.get(name, ["1"])])
     every.append(["serve", "MODEL", "--no-such-flag"])
     asked, said = tmp_path / "asked.json", tmp_path / "said.json"
     asked.write_text(json.dumps(every))
