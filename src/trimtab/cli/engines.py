@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.cli.common import trusting
@@ -39,9 +39,9 @@ class Running:
     def elsewhere(self) -> bool:
         """Whether vLLM runs it; refuses what is said for nothing, and a vLLM that is not there."""
         if self.engine == "transformers":
-            for name in ("vllm", "hook"):
-                if getattr(self, name, ()):
-                    raise TrimtabError(f"--{name} is for --engine vllm")
+            for item in fields(self):  # all others are vLLM's
+                if item.name != "engine" and getattr(self, item.name):
+                    raise TrimtabError(f"--{item.name} is for --engine vllm")
             return False
         from trimtab.engines import untested
 
