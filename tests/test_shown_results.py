@@ -99,7 +99,7 @@ COMPARISON = Comparison(
         Compared("iti", SWEEP, Result("copa", "", "accuracy", 0.275, 40, (0.16, 0.43), "iti"),
                  Difference(0.025, (-0.05, 0.1), 40, p=1.0, corrected_p=1.0), 2.0, 48, 0.01, 20.1),
     ),
-    (), None, {("caa", "iti"): GAIN}, Used(), None, {"name": "tiny"}, 1.0,
+    (), {("caa", "iti"): GAIN}, Used(), None, {"name": "tiny"}, 1.0,
 )  # fmt: skip
 
 
