@@ -6,7 +6,6 @@ The measure is KL(unsteered || steered) of the next token's distribution after a
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -203,7 +202,10 @@ def all_budgets(
         sides: dict[Side, Budget] = {}
         for one, solutions in per_side.items():
             reached = [solution[i] for solution in solutions]
-            rows = tuple(map(functools.partial(_prompt_budget, steering), wanted, reached))
+            rows = tuple(
+                _prompt_budget(steering, prompt, solution)
+                for prompt, solution in zip(wanted, reached, strict=True)
+            )
             median, worst = _of_set([row.dial for row in rows])
             sides[one] = Budget(nats, median, worst, rows)
             _warn_unreached(reached, steering, nats)

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast
-from trimtab.dials import all_budgets, check_budgets
+from trimtab.contrasts import Contrast, Prompt
+from trimtab.dials import Budget, all_budgets, check_budgets
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.evaluation import (
     AnsweredBy,
@@ -395,15 +395,17 @@ def _at_budgets(
     prompts: Prompts | None,
 ) -> list[AtBudget]:
     """The chosen steerings once more at the dial of each budget, and prompts beside them."""
-    turned = {name: _turned(bench, one, axis, kl) for name, one in chosen.items()}
+    reached = {name: _budgets_of(bench, one, axis.prompts, kl) for name, one in chosen.items()}
     found = []
     for i, nats in enumerate(kl):
         rows, records = [], {}
-        for name, dials in turned.items():
-            if isinstance(dials, str):
-                rows.append(Compared(name, None, why=dials))
+        for name, budgets in reached.items():
+            if isinstance(budgets, str):
+                rows.append(Compared(name, None, why=budgets))
                 continue
-            steering, short = dials[i]
+            steering = replace(chosen[name], value=budgets[i].dial)
+            unreached = budgets[i].unreached
+            short = f"{unreached} prompts cost less" if unreached else ""
             row = _effects(bench, name, steering, timed=False)
             rows.append(replace(row, axis_kl=axis.median(steering), why=short))
             records[name] = bench.records(steering, "test", name=name)
@@ -411,16 +413,15 @@ def _at_budgets(
     return found
 
 
-def _turned(
-    bench: TaskRows, steering: Steering, axis: NextTokens, kl: Sequence[float]
-) -> list[tuple[Steering, str]] | str:
-    """A chosen steering at the dial whose median KL on the validation prompts is a budget, for each
-    budget, on the side on which it was chosen, with what is short of it; or why there is none."""
-    prompts = axis.prompts
+def _budgets_of(
+    bench: TaskRows, steering: Steering, prompts: Sequence[Prompt], kl: Sequence[float]
+) -> list[Budget] | str:
+    """The dials of a chosen steering whose median KL on the validation prompts is each budget, on
+    the side on which it was chosen; or why there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
-            found = all_budgets(
+            return all_budgets(
                 bench.language_model,
                 steering,
                 prompts,
@@ -430,13 +431,6 @@ def _turned(
             )
     except TrimtabError as error:
         return str(error)
-    return [
-        (
-            replace(steering, value=one.dial),
-            f"{one.unreached} prompts cost less" if one.unreached else "",
-        )
-        for one in found
-    ]
 
 
 def _against(
@@ -452,12 +446,7 @@ def _against(
     base = bench.unsteered("test")
     pairs = {name: (base, some) for name, some in {**records, **said}.items()}
     against = differences(pairs, bench.metric, bench.maximise)
-    methods = [
-        replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
-        if row.name in records
-        else row
-        for row in found.methods
-    ]
+    methods = _with_figures(bench, found.methods, records, against)
     beside = [replace(row, against=against.get(row.name)) for row in asked]
     return replace(found, methods=tuple(methods), prompts=tuple(beside))
 
@@ -485,13 +474,22 @@ def _compared(
     against = differences({name: (base, records[name]) for name in names}, *said)
     pairs = {(a, b): (records[b], records[a]) for a, b in itertools.combinations(names, 2)}
     between = differences(pairs, *said)
-    found = [
+    return _with_figures(bench, rows, records, against), between
+
+
+def _with_figures(
+    bench: TaskRows,
+    rows: Sequence[Compared],
+    records: Mapping[str, Sequence[Record]],
+    against: Mapping[str, Difference],
+) -> list[Compared]:
+    """The rows with what their records come to, where there are some."""
+    return [
         replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
         if row.name in records
         else row
         for row in rows
     ]
-    return found, between
 
 
 def _corrected(rows: Sequence[Compared], prompts: Prompts) -> list[Compared]:
