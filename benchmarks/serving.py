@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def prepared(folder: Path, requests: int, new: int) -> Path:
     adapter = tt.export(lm, units, "lora", folder / "adapter")
     tt.bake(lm, units).save_pretrained(folder / "baked")
     sites = [*lm.anatomy.sites("heads"), *sites_of([direction])]
-    texts = [f"{n}. {text[:200]}" for n, text in enumerate(plain_texts()[:requests], 1)]
+    # Numbers keep prompts apart where there are more of them than texts.
+    texts = [f"{n}. {text[:200]}" for n, text in zip(range(requests), cycle(plain_texts()))]
     job = {
         "base": str(base),
         "baked": str(folder / "baked"),
