@@ -7,6 +7,8 @@ alphasteer  u of the rank-one map u r' by Cholesky in the directions that are le
             same tokens are then steered by either
 training    steps of SSV at block 12 of 30, against a plain loop that runs every block for each
             step; both take the same steps on the same batch
+loreft      steps of LoReFT there, against pyreft where it is installed: its intervention in its
+            model, without transformers' Trainer around it, which cannot train it any more
 
 Before anything is timed it is checked that both ways come to the same. What is kept of AlphaSteer
 is counted in numbers, 2 d against d d.
@@ -14,6 +16,7 @@ is counted in numbers, 2 d against d d.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,10 +28,10 @@ from torch import Tensor
 
 import trimtab as tt
 from trimtab.methods.alphasteer import gate_of
-from trimtab.reading import encode_contrast
+from trimtab.reading import Reading, encode_contrast, next_tokens, side_readings
 
 MODEL = "smollm2-135m-instruct"
-PAIRS, TRAINED, STEPS, BLOCK, RATE = 12, 4, 6, 12, 0.01
+PAIRS, TRAINED, STEPS, BLOCK, RATE, RANK = 12, 4, 6, 12, 0.01, 4
 #: Of AlphaSteer: units, texts to steer, protected texts, tokens that are steered.
 UNITS, STEERED, PROTECTED, TOKENS = 1024, 200, 2000, 4096
 TOLERANCE = 1e-2
@@ -43,6 +46,7 @@ def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
         _act(lm, contrast, rounds, say),
         *_alphasteer(rounds, say),
         _training(lm, contrast.take(TRAINED), rounds, say),
+        *_loreft(lm, contrast.take(TRAINED), rounds, say),
     ]
 
 
@@ -243,6 +247,7 @@ def _plain_loop(lm: tt.LanguageModel, texts: Sequence[tuple[list[int], int]]) ->
             (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
         )
     )
+    model.requires_grad_(False)  # nobody asks for derivatives by weights
     try:
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
@@ -259,4 +264,101 @@ def _plain_loop(lm: tt.LanguageModel, texts: Sequence[tuple[list[int], int]]) ->
             optimizer.step()
     finally:
         hook.remove()
+        model.requires_grad_(True)
     return vector.detach()
+
+
+# -- LoReFT ---------------------------------------------------------------------------------------
+
+
+def _loreft(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> list[Report]:
+    if importlib.util.find_spec("pyreft") is None:
+        say("fits: LoReFT is left out, since pyreft is not installed")
+        return []
+    method = tt.LoReFT(
+        layer=BLOCK,
+        rank=RANK,
+        positions="prompt[-1:]",
+        steps=STEPS,
+        batch=len(contrast),
+        learning_rate=RATE,
+        patience=0,
+    )
+    ours = partial(method.fit, lm, contrast, measure=False)
+    # What the positive answers are read from: every other reading is a negative one.
+    readings = side_readings(lm, contrast)[::2]
+    theirs = partial(_pyreft, lm, readings)
+    say("fits: checking that pyreft computes the same with what was learnt")
+    learnt = ours()
+    nll = torch.stack(
+        [-one.log_p.mean() for _, some in next_tokens(lm, readings, learnt) for one in some]
+    )
+    apart = _check("loreft", nll.sort().values, theirs(learnt.interventions[0].operator))
+    theirs()
+    say(f"fits: loreft, {rounds} rounds")
+    times = interleaved({"trimtab": _run(ours), "pyreft": _run(theirs)}, rounds)
+    return [
+        Report(
+            f"fits: {STEPS} steps of LoReFT at block {BLOCK} of 30, SmolLM2 135M",
+            len(contrast),
+            times,
+            [ratio("pyreft / trimtab", times["pyreft"], times["trimtab"])],
+            {
+                "unit": "texts",
+                "apart": apart,
+                "steps per CPU second": {
+                    name: STEPS / min(each.cpu) for name, each in times.items()
+                },
+            },
+        )
+    ]
+
+
+def _pyreft(lm: tt.LanguageModel, readings: Sequence[Reading], learnt: Any = None) -> Tensor:
+    """The mean loss of each answer [texts], sorted, after the steps; where a map is given, with
+    that, and without steps."""
+    import pyreft
+
+    width = lm.anatomy.width(f"layers.{BLOCK}.resid")
+    intervention = pyreft.LoreftIntervention(
+        embed_dim=width, low_rank_dimension=RANK, dtype=torch.float32
+    )
+    place = {"layer": BLOCK, "component": "block_output", "low_rank_dimension": RANK}
+    config = pyreft.ReftConfig(representations=[{**place, "intervention": intervention}])
+    ids, mask = _padded([list(reading.tokens) for reading in readings])
+    labels = torch.full_like(ids, -100)
+    for row, reading in enumerate(readings):
+        labels[row, list(reading.positions)] = torch.tensor(reading.targets)
+    # The last token of each prompt.
+    places = [[[reading.positions[0]] for reading in readings]]
+    trained = pyreft.get_reft_model(lm.model, config)  # takes derivatives by no weight
+    try:
+        if learnt is not None:
+            _as_learnt(intervention, learnt)
+        optimizer = torch.optim.AdamW(trained.get_trainable_parameters(), lr=RATE, weight_decay=0.0)
+        for step in range(STEPS if learnt is None else 1):
+            _, out = trained(
+                {"input_ids": ids, "attention_mask": mask},
+                unit_locations={"sources->base": (None, places)},
+            )
+            losses = torch.nn.functional.cross_entropy(
+                out.logits.transpose(1, 2), labels, reduction="none"
+            )
+            each = losses.sum(1) / (labels >= 0).sum(1)
+            if learnt is None:
+                optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+                optimizer.zero_grad()
+                each.mean().backward()
+                optimizer.step()
+    finally:
+        lm.model.requires_grad_(True)
+    return each.detach().sort().values
+
+
+def _as_learnt(intervention: Any, learnt: Any) -> None:
+    """Set R, W and b of pyreft's intervention: U = R', V = (W - R)', c = R'b."""
+    r = learnt.u.T
+    with torch.no_grad():
+        intervention.rotate_layer.weight = learnt.u
+        intervention.learned_source.weight.copy_(learnt.v.T + r)
+        intervention.learned_source.bias.copy_(r @ learnt.c)

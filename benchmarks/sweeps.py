@@ -36,12 +36,12 @@ from clock import Report, Times, interleaved, ratio, timed
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
 from trimtab.methods import AUSTEER_GRID
-from trimtab.options import Rows
+from trimtab.options import Rows, Search, Searching
 from trimtab.reading.streams import blocks_below
 from trimtab.reports.run import Run
-from trimtab.sweeps.rows import TaskRows, contrast_for
+from trimtab.sweeps.parts import contrast_for
+from trimtab.sweeps.rows import TaskRows
 from trimtab.sweeps.space import Fitter, Space, grid
-from trimtab.sweeps.trials import Search
 from trimtab.sweeps.worker import try_settings
 
 MODEL = "smollm2-135m-instruct"
@@ -59,7 +59,7 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     count = rows or ROWS
     space = {"k": AUSTEER_GRID, "alpha": tuple(map(float, AUSTEER_GRID))}
     settings = grid(space)
-    contrast = contrast_for(TASK, None, Rows(data=data))
+    contrast = contrast_for(TASK, None, Rows(data=str(data)))
     if rows is not None:  # a quick look
         contrast = contrast.train.take(max(8, rows))
     say(f"sweeps: fitting AUSteer on {len(contrast.train)} pairs")
@@ -68,21 +68,18 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
     sampled = steerings[:: (len(AUSTEER_GRID) + 1) * EVERY_SETTING]
 
     def bench(resumed: bool = True) -> TaskRows:
-        limits: Any = {"validation": count, "test": 1}
-        return TaskRows(lm, TASK, data=str(data), limits=limits, resumed=resumed)
+        return TaskRows(lm, TASK, data=str(data), limit=count, test_limit=1, resumed=resumed)
 
     prompts = _prompts(bench())
     by_length = sorted(prompts, key=len)[:: min(EVERY_ROW, len(prompts))]
 
-    def swept(on: TaskRows, some: Space, search: Search = "grid") -> None:
+    def swept(on: TaskRows, some: Space, how: Searching = "grid") -> None:
         try_settings(
             on,
             fitter,
             some,
-            search=search,
-            trials=None,
+            Search(search=how, oracle=False),
             max_cost=None,
-            oracle=False,
             seed=0,
             run=Run(None, {}),
         )

@@ -36,7 +36,7 @@ from trimtab.papers.austeer.units import _agreement
 from trimtab.papers.settings import rows_of
 from trimtab.reports.charts import rendered
 from trimtab.steering.operators import Scale
-from trimtab.sweeps.rows import difference_of, mean_of
+from trimtab.sweeps.values import difference_of, mean_of
 
 WHO = ("king", "mother", "captain", "daughter")
 WHAT = ("ship", "map", "fire", "table", "house", "day")

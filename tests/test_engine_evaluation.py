@@ -205,14 +205,45 @@ def test_a_sweep_finds_the_same(
     assert config["engine"] == "vllm"
 
 
-def test_trials_of_a_grid_share_the_batch(chooser: tt.LanguageModel, data: Path) -> None:
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Under how many different steerings requests were under way, at each step of an engine."""
+    found: list[int] = []
+    step = StandIn.step
+
+    def counted(self: StandIn) -> Any:
+        every = {(one.digest, one.dial) for ask, _ in self.waiting.values() for one in ask.wanted}
+        found.append(len(every))
+        return step(self)
+
+    monkeypatch.setattr(StandIn, "step", counted)
+    return found
+
+
+def test_trials_of_a_grid_share_the_batch(
+    chooser: tt.LanguageModel, data: Path, together: list[int]
+) -> None:
     with tt.VLLM(chooser) as engine:
         swept(chooser, data, max_cost=None, oracle=False, engine=engine)
-        (inner,) = StandIn.opened
-    steered = [one.wanted for one in inner.asked if one.wanted]
-    # Nine trials of six rows: all of them had asked before the first was over, in whole turns.
-    first = {(one[0].digest, one[0].dial) for one in steered[: 6 * 9]}
-    assert len(first) == 9
+    assert max(together) == 9
+
+
+def test_what_tpe_draws_at_random_shares_the_batch(
+    chooser: tt.LanguageModel, data: Path, together: list[int]
+) -> None:
+    """The first ten trials hang on nothing; all are what they are one by one."""
+    options: dict[str, Any] = {
+        "data": str(data), "limit": 6, "test_limit": 6, "baselines": False, "max_cost": None,
+        "fixed": {"token": "last"}, "search": "tpe", "trials": 12, "oracle": False,
+    }  # fmt: skip
+    space = {"layer": [0, 1, 2], "alpha": tt.Range(0.5, 3.0)}
+    expected = tt.sweep(chooser, "caa", "copa", space, **options)
+    with tt.VLLM(chooser) as engine:
+        found = tt.sweep(chooser, "caa", "copa", space, **options, engine=engine)
+    assert max(together) == 10
+    assert [one.params for one in found.trials] == [one.params for one in expected.trials]
+    values = [one.value for one in found.trials]
+    assert values == pytest.approx([one.value for one in expected.trials])
 
 
 METHODS = (

@@ -153,8 +153,8 @@ def test_plain_text_behind_words_is_scored_alone(tmp_path: Path) -> None:
         places = range(len(ids) - count, len(ids))
         total -= sum(float(log_p[i - 1, ids[i]]) for i in places)
     expected = (total - float((before * tokens).sum())) / float(tokens.sum())
-    assert bench.cost(ASK) == pytest.approx(expected, abs=1e-4)
-    assert bench.cost(Prompted()) == 0.0
+    assert bench.plain.cost(ASK) == pytest.approx(expected, abs=1e-4)
+    assert bench.plain.cost(Prompted()) == 0.0
 
 
 # -- KL per generated token ------------------------------------------------------------------------

@@ -24,9 +24,10 @@ from trimtab.model.language_model import LanguageModel
 from trimtab.reading.reader import Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
 from trimtab.reports import summarise
-from trimtab.sweeps import rows as module
+from trimtab.sweeps import plain_text as module
 from trimtab.sweeps.effect import Effect
-from trimtab.sweeps.rows import TaskRows, more_is_better
+from trimtab.sweeps.rows import TaskRows
+from trimtab.sweeps.values import more_is_better
 
 __all__ = ["chooser", "data"]  # fixtures, which pytest finds by their names here
 
@@ -276,7 +277,7 @@ def test_the_cost_is_that_of_an_effect(
     lm = language_model("gemma3")
     bench = TaskRows(lm, "copa", data=str(data), resumed=resumed)
     effect = Effect(lm, tt.Contrast.from_pairs([("So", " it is.", " be it.")]), texts)
-    assert bench.cost(None) == 0.0
+    assert bench.plain.cost(None) == 0.0
     for steering in (
         steer_at(lm, "resid", layer=1),
         steer_at(lm, "heads", "Scale", layer=2, positions="prompt"),
@@ -284,7 +285,7 @@ def test_the_cost_is_that_of_an_effect(
         steer_at(lm, "ffn_out", layer=0, positions="last"),
         steer_at(lm, "resid", layer=2).at(0.0),
     ):
-        assert bench.cost(steering) == pytest.approx(effect.cost(steering), abs=1e-5)
+        assert bench.plain.cost(steering) == pytest.approx(effect.cost(steering), abs=1e-5)
     # By hand: two plain passes over each text, weighed by tokens.
     steering = steer_at(lm, "resid", layer=1)
     operator: Any = steering.interventions[0].operator
@@ -300,7 +301,7 @@ def test_the_cost_is_that_of_an_effect(
             sums[i] += float(loss) * (ids.shape[1] - 1)
         handle.remove()
     tokens = sum(len(lm.tokenizer(text).input_ids) - 1 for text in texts)
-    assert bench.cost(steering) == pytest.approx((sums[1] - sums[0]) / tokens, abs=1e-5)
+    assert bench.plain.cost(steering) == pytest.approx((sums[1] - sums[0]) / tokens, abs=1e-5)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -427,4 +428,4 @@ def test_the_cost_on_a_real_model_is_that_of_an_effect(
         smollm2,
         few,
     ):
-        assert bench.cost(steering) == pytest.approx(effect.cost(steering), abs=1e-5)
+        assert bench.plain.cost(steering) == pytest.approx(effect.cost(steering), abs=1e-5)

@@ -18,6 +18,8 @@ Returned = TypeVar("Returned")
 Protocol = Literal["trimtab", "paper"]
 #: Which way a metric counts.
 Better = Literal["more", "less"]
+#: How settings are found: all of a grid, drawn, stopped early, or drawn by two aims.
+Searching = Literal["grid", "tpe", "halving", "pareto"]
 #: Rows that are enough to choose on, as the AUSteer paper's fast sweep has them.
 FAST = 100
 #: What a setting that is chosen may cost, in nats per token of plain text.
@@ -331,7 +333,7 @@ class Search:
 
     heading = "Search"
 
-    search: Literal["grid", "tpe", "halving", "pareto"] = option(
+    search: Searching = option(
         "grid; tpe (draws --trials settings); halving (stops poor ones early); pareto (draws what "
         "does most for as little KL as can be on neutral texts).",
         "grid",

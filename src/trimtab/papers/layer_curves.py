@@ -96,7 +96,7 @@ def layer_curves(
                 turned, place = made[str(block)].at(strength), (block, strength)
                 gains[place] = bench.change(bench.values(turned, "test"), FINE, "test")
                 kl[place] = continued.kl(turned)
-                cost[place] = bench.cost(turned)
+                cost[place] = bench.plain.cost(turned)
                 if judged is not None:
                     judged.score(place, turned)
                 if strength == usual:

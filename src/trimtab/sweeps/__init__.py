@@ -8,20 +8,18 @@ from trimtab.sweeps.comparison import Comparison
 from trimtab.sweeps.comparison_page import comparison_pictures
 from trimtab.sweeps.effect import Effect, Trial
 from trimtab.sweeps.metering import Used, metered, overhead
+from trimtab.sweeps.parts import contrast_for
+from trimtab.sweeps.plain_text import cost_interval
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import (
+from trimtab.sweeps.rows import Measured, TaskRows, choose
+from trimtab.sweeps.space import Params, Range, label, setting, shown
+from trimtab.sweeps.sweep_method import sweep
+from trimtab.sweeps.sweep_page import sweep_pictures
+from trimtab.sweeps.values import (
     FINE,
-    Measured,
-    TaskRows,
     Values,
-    choose,
-    contrast_for,
-    cost_interval,
     difference_of,
     mean_of,
     more_is_better,
     values_of,
 )
-from trimtab.sweeps.space import Params, Range, label, setting, shown
-from trimtab.sweeps.sweep_method import sweep
-from trimtab.sweeps.sweep_page import sweep_pictures

@@ -261,9 +261,9 @@ class Baselines:
 
     def _cost(self, attached: Attached) -> float:
         if not isinstance(attached, Prompted) or attached.steering is not None:
-            return self.bench.cost(attached)
+            return self.bench.plain.cost(attached)
         if attached.digest not in self._costs:  # a rung may say what the ask says
-            self._costs[attached.digest] = self.bench.cost(attached)
+            self._costs[attached.digest] = self.bench.plain.cost(attached)
         return self._costs[attached.digest]
 
     def _answers(self, prompted: Prompted, part: Part) -> list[Record]:
@@ -299,7 +299,7 @@ class Baselines:
             except TrimtabError as error:
                 rows[name] = Row(name, why=str(error))
                 continue
-            rows[name] = Row(name, dial=turned.setting, cost=self.bench.cost(turned), kl=kl)
+            rows[name] = Row(name, dial=turned.setting, cost=self.bench.plain.cost(turned), kl=kl)
             records[name] = self.bench.records(turned, "test", name=name)
         against, sign = self._beside(best, records), 1 if self.bench.maximise else -1
         beat = [n for n, one in against.items() if one.is_clear and sign * one.difference > 0]

@@ -48,7 +48,8 @@ from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.comparison import AtBudget, Compared, Comparison
 from trimtab.sweeps.metering import Used, metered, overhead
-from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
+from trimtab.sweeps.parts import contrast_for
+from trimtab.sweeps.rows import Measured, TaskRows
 from trimtab.sweeps.space import (
     Fitter,
     Params,
@@ -219,7 +220,7 @@ def compare(
         bench.task,
         bench.metric,
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
-        bench.perplexity(0.0),
+        bench.plain.perplexity(0.0),
         tuple(compared),
         tuple(at_budgets),
         between,
@@ -368,14 +369,14 @@ def _size(space: Space) -> float:
 
 def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Compared:
     """What a steering changes and what it costs, beside its figure on the task."""
-    cost = bench.cost(steering)
+    cost = bench.plain.cost(steering)
     return Compared(
         name,
         None,
         dial=steering.setting,
         changed=sum(one.operator.size for one in steering.interventions),
         cost=cost,
-        perplexity=bench.perplexity(cost),
+        perplexity=bench.plain.perplexity(cost),
         overhead=overhead(
             bench.language_model, steering, bench.prompts(_TIMED_PROMPTS), engine=bench.engine
         )

@@ -6,10 +6,8 @@ of pairs and of plain text is kept for the next steering, and the unsteered mode
 
 from __future__ import annotations
 
-import math
 import random
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Part, Prompt, last_message, shared_rows
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.contrasts import Part, Prompt
+from trimtab.errors import TrimtabError
 from trimtab.evaluation import (
     Asked,
     Attached,
@@ -29,53 +27,48 @@ from trimtab.evaluation import (
     Sample,
     Settings,
     TaskJob,
-    Wanted,
-    asked_with,
     check_protocol,
     engine_of,
-    find_job,
-    find_task,
     kept_samples,
-    load_contrast,
     misfit,
     samples,
     steering_of,
     task_name,
-    with_words,
     words_of,
 )
 from trimtab.figures import (
     Difference,
-    Estimate,
     Record,
     Result,
     bare_name,
     estimate_of,
-    metric_of,
-    paired_difference,
-    weighted_interval,
 )
 from trimtab.model import LanguageModel
-from trimtab.options import Answering, Choosing, Rows, ValidationRows, flat
+from trimtab.options import Answering, Choosing, Rows, flat
 from trimtab.reading import (
     Reading,
     ScaledUnit,
     StreamCache,
     next_tokens,
-    plain_texts,
     scaled_log_p,
-    side_readings,
 )
 from trimtab.reports import Run, object_in
 from trimtab.steering import Steering
 from trimtab.sweeps.ahead import Ahead
+from trimtab.sweeps.parts import jobs_of, refuse_shared
+from trimtab.sweeps.plain_text import PlainText
+from trimtab.sweeps.values import (
+    FINE,
+    Values,
+    difference_of,
+    is_rate,
+    more_is_better,
+    readings_for,
+    values_of,
+)
 
 #: Characters of a token, at least: what answers are taken to be long by.
 _CHARACTERS = 2
-#: How far the right answer is ahead of the wrong one, in nats.
-FINE = "log_odds"
-#: Values of each metric, row by row; NaN where an answer was not clear.
-Values = Mapping[str, Tensor]
 T = TypeVar("T")
 
 
@@ -123,6 +116,8 @@ class TaskRows:
             kept=kept,
             engine=self.engine,
         )
+        #: What steerings, and words before it, cost on plain text.
+        self.plain = PlainText(language_model, kept, self.engine)
         self._ahead = Ahead(self)
         if choosing.better not in (None, "more", "less"):
             raise TrimtabError(f"better is more or less, not {choosing.better!r}")
@@ -130,19 +125,12 @@ class TaskRows:
         self._asked, self._better = choosing.metric, choosing.better
         self._unsteered: dict[Part, list[Record]] = {}
         self._unsteered_values: dict[Part, Values] = {}
-        self._kept_of_some: dict[int, StreamCache] = {}
         #: By part, and by the words before its prompts.
         self._readings_of: dict[tuple[Part, Any], list[Reading] | None] = {}
         other = choosing.validation_task
-        tasks: dict[Part, Asked] = {"validation": asked if other is None else other, "test": asked}
-        limits: dict[Part, int | None] = {"validation": rows.limit, "test": rows.test_limit}
-        self.jobs: dict[Part, TaskJob | PreferenceJob] = {}
-        for part, one in tasks.items():
-            source: Part = "test" if part == "validation" and other is not None else part
-            wanted = Wanted((choosing.protocol,), source, limits[part], rows.data, rows.split)
-            self.jobs[part] = _job(one, wanted, measured.judging)
+        self.jobs = jobs_of(asked, other, rows, choosing.protocol, measured.judging)
         if chooses and other is not None:
-            _refuse_shared(self.jobs)
+            refuse_shared(self.jobs)
         if shuffle is not None:
             order = list(range(self.jobs["validation"].rows))
             random.Random(shuffle).shuffle(order)
@@ -352,7 +340,7 @@ class TaskRows:
         written."""
         key = part, words_of(attached)
         if key not in self._readings_of:
-            self._readings_of[key] = _readings_for(
+            self._readings_of[key] = readings_for(
                 self.language_model, self.jobs[part], part, attached
             )
         return self._readings_of[key]
@@ -421,278 +409,9 @@ class TaskRows:
         planned = self.jobs["test"].planned(self.language_model).values()
         return samples(self.language_model, steerings, [row["prompt"] for row in planned])
 
-    # -- what a steering costs on plain text ------------------------------------------------------
-
-    def text_costs(self, steering: Attached, texts: int | None = None) -> Tensor:
-        """How many nats each plain text gets harder to predict, [texts]: all, or the first
-        `texts`, for who looks for a dial."""
-        base = self._base_nll[:texts]  # first, so that it is the same whatever is steered
-        return self._nll(steering, texts) - base
-
-    def text_tokens(self, texts: int | None = None) -> Tensor:
-        """How many tokens of each plain text are predicted, [texts] in float64."""
-        tokens = [len(reading.positions) for reading in self._readings[:texts]]
-        return torch.tensor(tokens, dtype=torch.float64)
-
-    def cost(self, steering: Attached, texts: int | None = None) -> float:
-        """How much harder plain text is to predict, in nats per token: all of it, or the first
-        `texts`, for who looks for a dial."""
-        return float(self.text_costs(steering, texts).sum() / self.text_tokens(texts).sum())
-
-    def cost_interval(self, steering: Attached) -> Estimate:
-        """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
-        return cost_interval(self.text_costs(steering), self.text_tokens())
-
-    def perplexity(self, cost: float) -> float:
-        """Perplexity of the plain text at so many nats more per token."""
-        return math.exp(float(self._base_nll.sum()) / self._plain_tokens + cost)
-
-    @cached_property
-    def _readings(self) -> list[Reading]:
-        found = []
-        lm = self.language_model
-        # A model may take shorter texts than there are.
-        for tokens in (each[: lm.max_length] for each in lm.encode(plain_texts())):
-            # Plain text is all prompt, as in metrics.likelihood.cross_entropy; its last token is
-            # read, because to a steering it is the last.
-            asked = tuple(range(len(tokens) - 1))
-            found.append(Reading(tuple(tokens), asked, len(tokens), tuple(tokens[1:])))
-        return found
-
-    @cached_property
-    def _base_nll(self) -> Tensor:
-        return self._nll(None)
-
-    @cached_property
-    def _plain_tokens(self) -> int:
-        return sum(len(reading.positions) for reading in self._readings)
-
-    def _kept_of(self, count: int | None) -> StreamCache | None:
-        """What is kept of the first `count` plain texts: of so many by themselves, since what runs
-        together is rounded together, and is to be the same whatever was asked before."""
-        if count is None or self.settings.kept is None:
-            return self.settings.kept
-        if count not in self._kept_of_some:
-            self._kept_of_some[count] = StreamCache(self.language_model)
-        return self._kept_of_some[count]
-
-    def _nll(self, steering: Attached, count: int | None = None) -> Tensor:
-        """Summed negative log-likelihood of each plain text, [texts] in nats; of words before it
-        none is scored."""
-        ahead = None if count is not None else self._ahead.nll(steering)
-        if ahead is not None:
-            return ahead
-        if self.engine is not None:
-            return self._ahead.summed(self.plain_work(steering, count), count)
-        lm = self.language_model
-        readings = with_words(lm, steering, self._readings[:count])
-        kept = self._kept_of(count)
-        found = torch.zeros(len(readings), dtype=torch.float64)
-        for batch, some in next_tokens(lm, readings, steering_of(steering), kept=kept):
-            found[list(batch.rows)] = torch.stack([-each.log_p.sum() for each in some])
-        return found
-
-    def plain_work(
-        self, steering: Attached, count: int | None = None
-    ) -> Generator[list[tuple[int, float]]]:
-        """Of an engine: the same, some texts at a time, by their place."""
-        assert self.engine is not None
-        readings = with_words(self.language_model, steering, self._readings[:count])
-        for batch, some in self.engine.next_tokens(readings, steering_of(steering), in_turns=True):
-            sums = [float(-each.log_p.sum()) for each in some]
-            yield list(zip(batch.rows, sums, strict=True))
-
-    @property
-    def plain_count(self) -> int:
-        """How many plain texts there are."""
-        return len(self._readings)
-
-
-def cost_interval(costs: Tensor, tokens: Tensor) -> Estimate:
-    """Nats per token of plain texts, [texts] each, with the 95 % interval."""
-    return weighted_interval(costs / tokens, tokens)
-
-
-def more_is_better(metric: str) -> bool:
-    """Whether more of a metric is better."""
-    return metric_of(metric).better == "more"
-
 
 def choose(tried: Iterable[T], value: Callable[[T], float | None], maximise: bool) -> T | None:
     """What is best by its value, the first of those that are equal; None where none has one."""
     valued = [(each, known) for each in tried if (known := value(each)) is not None]
     sign = -1 if maximise else 1
     return min(valued, key=lambda pair: sign * pair[1], default=(None, None))[0]
-
-
-# -- values row by row ----------------------------------------------------------------------------
-
-
-def is_rate(values: Tensor) -> bool:
-    """Whether each value says right or wrong."""
-    clear = values[~values.isnan()]
-    return bool(((clear == 0) | (clear == 1)).all())
-
-
-def mean_of(metric: str, values: Tensor) -> Estimate:
-    """The mean over the rows that were clear, with its interval."""
-    clear = values[~values.isnan()]
-    if not len(clear):
-        raise TrimtabError(f"no answer was clear, so {metric} has no value")
-    return estimate_of(metric, clear.tolist())
-
-
-def difference_of(before: Tensor, after: Tensor) -> Difference:
-    """`after` minus `before`, [rows] each, over the rows that are clear in both."""
-    both = ~(before.isnan() | after.isnan())
-    if not both.any():
-        raise TrimtabError("no row is clear with and without steering: there is nothing to compare")
-    return paired_difference((after - before)[both], flips=is_rate(before) and is_rate(after))
-
-
-def values_of(records: Sequence[Record]) -> dict[str, Tensor]:
-    """Each metric's values, [rows] in float64; NaN where an answer was not clear."""
-    names = dict.fromkeys(name for record in records for name in record["values"])
-    rows = [{name: record["values"].get(name) for name in names} for record in records]
-    return {
-        name: torch.tensor(
-            [math.nan if row[name] is None else row[name] for row in rows], dtype=torch.float64
-        )
-        for name in names
-    }
-
-
-def _readings_for(
-    language_model: LanguageModel, job: Any, part: Part, attached: Attached
-) -> list[Reading] | None:
-    """What the rows ask of a model where no text is written: both sides of each pair, or at the end
-    of a prompt the right and the wrong answer; None where answers have to be written."""
-    if isinstance(job, PreferenceJob):
-        return job.readings(language_model, attached)
-    return _choices(language_model, job, part, attached) if isinstance(job, TaskJob) else None
-
-
-def _choices(
-    language_model: LanguageModel, job: TaskJob, part: Part, attached: Attached
-) -> list[Reading] | None:
-    """Readings that ask for the right and the wrong answer at the prompt's last token; None where
-    the task is no choice between two answers of one token."""
-    task, entry = job.task, job.entries[0]
-    if task.generation.new_tokens != 1 or not task.options or not task.pairs or not task.read:
-        return None
-    rows = task.rows(part, entry.protocol, job.wanted.data)[: job.wanted.limit]
-    pairs = task.pairs(rows, entry.protocol, 0)
-    prompts = [example.prompt for example in entry.examples]
-    if [pair.prompt for pair in pairs] != prompts:
-        return None
-    asked = asked_with(language_model, attached, prompts)
-    put = (replace(pair, prompt=prompt) for pair, prompt in zip(pairs, asked, strict=True))
-    sides = side_readings(language_model, Contrast(tuple(put), task.name))
-    readings = []
-    for right, wrong, tokens in zip(
-        sides[0::2], sides[1::2], language_model.encode(asked), strict=True
-    ):
-        last = (len(tokens) - 1,)
-        if not (right.tokens == wrong.tokens == tuple(tokens)):
-            return None
-        if not (right.positions == wrong.positions == last):
-            return None
-        targets = (right.targets or ()) + (wrong.targets or ())
-        readings.append(Reading(right.tokens, last * 2, len(tokens), targets))
-    return readings
-
-
-def _job(task: Asked, wanted: Wanted, judging: Judging) -> TaskJob | PreferenceJob:
-    """The job of a part, for tasks that have validation rows."""
-    name = task_name(task)
-    kind = name.partition(":")[0]
-    if kind in ("lm-eval", "perplexity"):
-        raise TrimtabError(
-            f"{name} has no validation rows to choose on: choose a task with a train part, or "
-            "contrast:SOURCE"
-        )
-    trained = kind == "contrast" or find_task(name, wanted.data).train is not None
-    if wanted.part == "validation" and not trained:
-        raise TrimtabError(
-            f"{name} has no validation rows to choose on: name another task whose rows stand in "
-            "for them (--validation-task)"
-        )
-    job = find_job(task, wanted, judging)
-    assert isinstance(job, TaskJob | PreferenceJob)
-    return job
-
-
-def _refuse_shared(jobs: Mapping[Part, TaskJob | PreferenceJob]) -> None:
-    """Refuse another task whose rows are among those that the choice is reported on."""
-    validation, test = jobs["validation"], jobs["test"]
-    sides = isinstance(validation, PreferenceJob) and isinstance(test, PreferenceJob)
-    known = set(_rows(test, sides))
-    shared = sum(row in known for row in _rows(validation, sides))
-    if shared:
-        raise TrimtabError(
-            f"{shared} of the {validation.rows} rows of {validation.name} are among those of "
-            f"{test.name}: what is chosen on rows cannot be reported on them; name another "
-            "validation task"
-        )
-
-
-def _rows(job: TaskJob | PreferenceJob, sides: bool) -> list[Any]:
-    """What tells rows apart, in whatever file they are: their prompts, with both sides of pairs.
-
-    One task asks as text what another asks in a conversation, so the last message counts.
-    """
-    if isinstance(job, TaskJob):
-        return [_bare(example.prompt) for example in job.entries[0].examples]
-    return [
-        (_bare(pair.prompt), _bare(pair.positive), _bare(pair.negative))
-        if sides
-        else _bare(pair.prompt)
-        for pair in job.pairs
-    ]
-
-
-def _bare(prompt: Any) -> str:
-    """A prompt's last message without the blanks that files differ in."""
-    return " ".join(last_message(prompt).split())
-
-
-def contrast_for(task: Asked, contrast: Contrast | str | None, rows: ValidationRows) -> Contrast:
-    """What methods are fitted on: what was named, or the task's own train rows.
-
-    Of a task that is a contrast these are the rows that its parts, or else the split, have for
-    train, also where the same contrast is named once more. Another contrast is fitted on as it is;
-    that its rows are among the test rows is warned about.
-    """
-    own = _own_contrast(task, rows)
-    if contrast is None and own is not None:
-        return own
-    if contrast is None:
-        name = task_name(task)
-        if ":" in name:
-            raise TrimtabError(f"{name} has nothing to fit on: name a contrast")
-        return load_contrast(f"task:{name}", data=rows.data)
-    given = load_contrast(contrast, data=rows.data)
-    if own is None:
-        return given
-    if given.digest == own.digest and not given.has_parts:
-        return own
-    tested = [row for row in own.rows if row.part == "test"]
-    shared = shared_rows(tested, given.train.rows)
-    if shared:
-        warnings.warn(
-            f"{shared} of the {len(tested)} test rows of {task_name(task)} are among the rows of "
-            f"{given.name} that methods are fitted on: what they do there says nothing of others",
-            TrimtabWarning,
-            stacklevel=2,
-        )
-    return given
-
-
-def _own_contrast(task: Asked, rows: ValidationRows) -> Contrast | None:
-    """The contrast that a task is, with its parts."""
-    if not isinstance(task, Contrast):
-        kind, _, source = task.partition(":")
-        if kind != "contrast":
-            return None
-        task = load_contrast(source, data=rows.data)
-    return task.with_parts(rows.split)

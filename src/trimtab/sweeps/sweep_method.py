@@ -26,8 +26,9 @@ from trimtab.sweeps.asking import described as prompts_described
 from trimtab.sweeps.baselines import Baselines, Prompts
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
 from trimtab.sweeps.neutral import Neutral, neutral_texts
+from trimtab.sweeps.parts import contrast_for
 from trimtab.sweeps.result import Sweep
-from trimtab.sweeps.rows import Measured, TaskRows, contrast_for
+from trimtab.sweeps.rows import Measured, TaskRows
 from trimtab.sweeps.space import (
     Fitter,
     Params,

@@ -29,11 +29,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from trimtab.errors import TrimtabError
 from trimtab.files import checksum
+from trimtab.options import Searching
 from trimtab.reports import Finite
 from trimtab.sweeps.space import Params, Range, Space, grid, plain, shown
 from trimtab.sweeps.storage import DAMAGES, import_optuna, one_by_one, open_storage, storage_name
-
-Search = Literal["grid", "tpe", "halving", "pareto"]
 
 #: Seconds between two signs of life of a worker, and after how many without one it is dead.
 _BEAT, _DEAD = 15, 90
@@ -41,6 +40,8 @@ _BEAT, _DEAD = 15, 90
 REDUCTION = 3
 #: Trials that are drawn where nobody says how many.
 _DRAWN = 50
+#: Trials that tpe draws at random, before it looks at what came of others.
+_BEFORE_TPE = 10
 #: Which share of the trials of a search for trade-offs is drawn at random, before the others.
 _AT_RANDOM = 0.3
 
@@ -92,7 +93,7 @@ class Trials:
         storage: Any,
         name: str,
         space: Space,
-        search: Search,
+        search: Searching,
         count: int | None,
         maximise: bool,
         seed: int,
@@ -211,6 +212,12 @@ class Trials:
 
     # -- working ----------------------------------------------------------------------------------
 
+    @property
+    def together(self) -> int:
+        """How many of the first trials may run side by side and be what they are one by one, since
+        none of them hangs on what came of another."""
+        return {"grid": len(self.plan), "tpe": _BEFORE_TPE}.get(self.search, 1)
+
     def claim(self) -> Claimed | None:
         """A trial that nobody else has, or None where none is left to claim."""
         with one_by_one(self._database):
@@ -252,7 +259,9 @@ class Trials:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that are marked as experimental
             if self.search == "tpe":
-                return self._optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+                return self._optuna.samplers.TPESampler(
+                    seed=seed, constant_liar=True, n_startup_trials=_BEFORE_TPE
+                )
             if self.search == "pareto":
                 return self._optuna.samplers.TPESampler(
                     seed=seed,
@@ -407,10 +416,10 @@ def _number(trial: Any) -> Any:
     return trial.user_attrs.get("place", trial.number)
 
 
-def plan(space: Space, search: Search, count: int | None) -> list[dict[str, Any]]:
+def plan(space: Space, search: Searching, count: int | None) -> list[dict[str, Any]]:
     """What each trial begins with: its place in the grid, or nothing where a sampler draws."""
-    if search not in get_args(Search):
-        raise TrimtabError(f"search is {search!r}: known are {', '.join(get_args(Search))}")
+    if search not in get_args(Searching):
+        raise TrimtabError(f"search is {search!r}: known are {', '.join(get_args(Searching))}")
     if count is not None and count < 1:
         raise TrimtabError(f"a sweep has 1 trial or more, not {count}")
     ranges = [name for name, values in space.items() if isinstance(values, Range)]

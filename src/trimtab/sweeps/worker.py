@@ -22,7 +22,7 @@ from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
-from trimtab.sweeps.space import Fitter, Range, Space, label, plain
+from trimtab.sweeps.space import Fitter, Params, Range, Space, label, plain
 from trimtab.sweeps.trials import Claimed, Trials, rungs
 from trimtab.terminal import progress
 
@@ -123,9 +123,12 @@ class _Worker:
     def _claimed(self, queue: Trials, alive: ExitStack) -> list[Claimed]:
         """A trial that nobody else has, or none; of an engine several, where no trial hangs on what
         came of another."""
-        most = _TOGETHER if self.rows.engine is not None and queue.search == "grid" else 1
+        most = 1 if self.rows.engine is None else min(_TOGETHER, queue.together)
         found: list[Claimed] = []
-        while len(found) < most and (trial := queue.claim()) is not None:
+        while len(found) < most and (not found or found[-1].number + 1 < queue.together):
+            trial = queue.claim()
+            if trial is None:
+                break
             alive.enter_context(queue.alive(trial))
             found.append(trial)
         return found
@@ -136,10 +139,15 @@ class _Worker:
             return 0.0
         started = time.perf_counter()
         steerings: dict[int, Steering] = {}
+        drawn: list[Params] = []
         for trial in trials:
+            params = queue.params(trial)
+            if params in drawn or queue.same(params) is not None:
+                continue  # another says what comes of it
+            drawn.append(params)
             # What cannot be fitted, or is not carried, fails when it is tried.
             with suppress(TrimtabError):
-                steering = self.fitter.steering(queue.params(trial))
+                steering = self.fitter.steering(params)
                 self.rows.engine.prepare([steering])
                 self._fitted[trial.number] = steerings[id(steering)] = steering
         parts = _PARTS if self.search.oracle else _PARTS[:1]
@@ -192,7 +200,7 @@ class _Worker:
         """Fill in what a steering costs and what it is worth, and the records that say so."""
         rows, name = self.rows, label(self.fitter.method, outcome["params"])
         if self.max_cost is not None:
-            cost = rows.cost(steering)
+            cost = rows.plain.cost(steering)
             if not math.isfinite(cost):
                 raise TrimtabError("its cost is no finite number: the model's numbers overflow")
             outcome["cost"] = cost
@@ -334,7 +342,7 @@ class _Worker:
         name = f"{label(self.fitter.method, {})} unsearched"
         known: dict[str, Any] = {"kl": neutral.kl(steering)}
         if self.max_cost is not None:
-            known["cost"] = rows.cost(steering)
+            known["cost"] = rows.plain.cost(steering)
         for part in _PARTS:
             file = f"unsearched-{part}"
             result = rows.result(rows.recorded(self.run, file, steering, part, name))

@@ -55,7 +55,7 @@ class Measures:
         where numbers overflow."""
         found = self._costs(attached, name, texts)
         return (
-            math.inf if found is None else float(found.sum() / self.bench.text_tokens(texts).sum())
+            math.inf if found is None else float(found.sum() / self.bench.plain.tokens(texts).sum())
         )
 
     def cost_interval(self, attached: Made, name: str) -> Estimate:
@@ -63,13 +63,13 @@ class Measures:
         found = self._costs(attached, name, None)
         if found is None:
             raise _overflow()
-        return cost_interval(found, self.bench.text_tokens())
+        return cost_interval(found, self.bench.plain.tokens())
 
     def _costs(self, attached: Made, name: str, texts: int | None) -> Tensor | None:
         """Of each plain text, [texts] in nats; None where numbers overflow."""
 
         def measure() -> list[float] | None:
-            found = self.bench.text_costs(attached(), texts)
+            found = self.bench.plain.costs(attached(), texts)
             return found.tolist() if bool(found.isfinite().all()) else None
 
         found = self._work.recall(f"cost of {name} on {texts or 'all'} texts", measure)

@@ -232,7 +232,7 @@ class Study:
         name = f"{_file_name(variant.name)}-{theta:g}-plain-text"
         kept = None if self.run is None else self.run.kept(name)
         if kept is None:
-            cost = self.rows.cost(variant.steering.at(theta))
+            cost = self.rows.plain.cost(variant.steering.at(theta))
             kept = [{"task": "plain text", "id": "all", "steering": variant.name, COST: cost}]
             if self.run is not None:
                 self.run.keep(name, kept)
