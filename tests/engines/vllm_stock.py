@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,15 +63,41 @@ def command(model: Path, *flags: str) -> list[str]:
 
 @contextmanager
 def vllm_serve(
-    model: Path, folder: Path, more: Mapping[str, str], *flags: str, port: int
+    model: Path,
+    folder: Path,
+    more: Mapping[str, str],
+    *flags: str,
+    port: int,
+    headless: Sequence[str] = (),
 ) -> Iterator[Served]:
-    """Serve a model by vLLM's own command."""
+    """Serve a model by vLLM's own command; with the flags of a second machine, which does not
+    listen, it runs here too."""
     log = folder / "log"
     around = environment(installed(folder / "installed"), more)
     with log.open("w") as out:
         process = subprocess.Popen(
             command(model, "--port", str(port), *flags), stdout=out, stderr=out, env=around
         )
+    if not headless:
+        with listened(process, log, port) as server:
+            yield server
+        return
+    # Steerings are read where the server listens, and travel from there.
+    around = {name: value for name, value in around.items() if name != "TRIMTAB_STEERINGS"}
+    with (folder / "second").open("w") as out:
+        second = subprocess.Popen(
+            command(model, "--headless", *headless), stdout=out, stderr=out, env=around
+        )
+    try:
+        with listened(process, log, port) as server:
+            yield server
+    finally:
+        ended(second)
+
+
+@contextmanager
+def listened(process: subprocess.Popen[bytes], log: Path, port: int) -> Iterator[Served]:
+    """A client of a server that starts; the server ends with the block."""
     try:
         while "Application startup complete" not in log.read_text():
             assert process.poll() is None, refusal(log.read_text())
@@ -80,12 +106,17 @@ def vllm_serve(
         with httpx.Client(base_url=address, timeout=300) as opened:
             yield Served(opened, process, log)
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+        ended(process)
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and wait for it."""
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 def whole(text: str) -> str:
