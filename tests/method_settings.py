@@ -100,6 +100,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
             tt.CAA(layer="validation", alpha=2, token="last"), FFN_BIAS, _NO_FFN_BIAS
         ),
         "effect": _always(tt.CAA(layer="effect", token="answer"), FFN_BIAS, _NO_FFN_BIAS),
+        "chance": _always(tt.CAA(layer=1, variant="random", draw=1), FFN_BIAS, _NO_FFN_BIAS),
         "last": _always(tt.CAA(alpha=-1, positions="last", token="last"), NONE, "the scope 'last'"),
     },
     "act": {

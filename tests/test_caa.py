@@ -226,6 +226,24 @@ def test_pca_is_numpys(name: str, token: Any) -> None:
     assert min(of_centred) < 0.9
 
 
+def test_a_direction_by_chance_is_as_long_and_means_nothing() -> None:
+    """Of each site and draw one, whatever other sites there are."""
+    means = _vectors(tt.CAA(layer=(0, 1, 2), token="last").fit(_lm(), CONTRAST))
+
+    def drawn(layer: Any, draw: int = 0) -> dict[str, Tensor]:
+        method = tt.CAA(layer=layer, variant="random", draw=draw, token="last")
+        return _vectors(method.fit(_lm(), CONTRAST))
+
+    found, other = drawn((0, 1, 2)), drawn((0, 1, 2), draw=1)
+    for site, vector in found.items():
+        assert float(vector.norm()) == pytest.approx(float(means[site].norm()), rel=1e-6)
+    every = torch.stack([*found.values(), *other.values(), *means.values()])
+    near = torch.nn.functional.cosine_similarity(every[:6, None], every, dim=-1)
+    near[:, :6] -= torch.eye(6)
+    assert float(near.abs().max()) < 0.7  # independent: around one by the root of the units
+    assert torch.equal(drawn(1)["layers.1.resid"], found["layers.1.resid"])
+
+
 def test_swapped_sides_flip_both_variants() -> None:
     swapped = Contrast.from_pairs([(prompt, no, yes) for prompt, yes, no in PAIRS])
     for variant in ("mean", "pca"):
@@ -471,31 +489,20 @@ def test_actadd_runs_only_the_rows_that_it_takes(monkeypatch: pytest.MonkeyPatch
 
 # -- what is recorded --------------------------------------------------------------------------
 
+REST = {"draw": 0, "unit_norm": False, "positions": "all"}
+
 
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
         (
             tt.CAA(layer=(0, -1), alpha=-2, token=-2, unit_norm=True, positions="prompt"),
-            {
-                "layer": [0, -1],
-                "alpha": -2,
-                "token": -2,
-                "variant": "mean",
-                "unit_norm": True,
-                "positions": "prompt",
-            },
+            {"layer": [0, -1], "alpha": -2, "token": -2, "variant": "mean", **REST}
+            | {"unit_norm": True, "positions": "prompt"},
         ),
         (
             tt.CAA(layer="validation", alpha=1, token="answer", variant="pca"),
-            {
-                "layer": "validation",
-                "alpha": 1,
-                "token": "answer",
-                "variant": "pca",
-                "unit_norm": False,
-                "positions": "all",
-            },
+            {"layer": "validation", "alpha": 1, "token": "answer", "variant": "pca", **REST},
         ),
         (
             tt.ActAdd(layer=2, alpha=0.5, pairs=3, token="last", positions="last"),
@@ -536,6 +543,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "caa token 1": (_made(tt.CAA, token=1), "token is 1: known are"),
     "caa token true": (_made(tt.CAA, token=True), "token is True: known are"),
     "caa variant": (_made(tt.CAA, variant="svd"), "variant is 'svd': known are mean, pca"),
+    "caa chance": (_made(tt.CAA, variant="random", layer="effect"), "is chosen by nothing"),
     "caa alpha": (_made(tt.CAA, alpha=_INF), "alpha must be a finite number"),
     "caa alpha nan": (_made(tt.CAA, alpha=_NAN), "alpha must be a finite number"),
     "caa no layer": (_made(tt.CAA, layer=()), "layer is empty"),
@@ -544,10 +552,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "caa negative layer": (_fit(tt.CAA, layer=-4), "layer -4 .* 0 to 2"),
     "caa one of the layers": (_fit(tt.CAA, layer=(1, 7)), "layer 7 .* 0 to 2"),
     "caa alpha 0": (_made(tt.CAA, layer="validation", alpha=0), "alpha is 0"),
-    "caa no validation": (
-        _fit(tt.CAA, layer="validation"),
-        "none: name parts .*split",
-    ),
+    "caa no validation": (_fit(tt.CAA, layer="validation"), "none: name parts .*split"),
     "caa no validation part": (
         _fit(tt.CAA, Contrast((replace(MANY[0], part="train"),), "mine"), layer="validation"),
         "caa chooses on validation rows, and mine has none",

@@ -289,6 +289,11 @@ def test_caa() -> None:
         "Each vector is the direction in which the pairs differ most (PCA), at the token before "
         "the last.",
     ]
+    lines = explain(made(tt.CAA(variant="random", token=-2), {"layers.4.resid": Add(vector)}))
+    assert lines[1] == (
+        "The vector is a direction by chance, as long as the mean difference, at the token before "
+        "the last."
+    )
 
 
 @pytest.mark.parametrize(

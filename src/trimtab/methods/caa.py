@@ -13,6 +13,9 @@ prompts).
 the pairs' differences. They are not centred, because their mean is what is looked for; the sign is
 the one that agrees with v.
 
+`variant="random"` keeps the length of v and takes a direction by chance: what a method does beyond
+that comes of its direction, and not of a push of that size.
+
 `layer="effect"` is ours: of every block's vector it knows from one pass what adding it does to the
 answers, and takes the block whose effect is most certain (see layers.py). A vector of negative
 effect is turned round.
@@ -21,6 +24,7 @@ effect is turned round.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -83,8 +87,15 @@ class CAA(Method):
             "of unpaired texts, which have none, last)."
         },
     )
-    variant: Literal["mean", "pca"] = field(
-        default="mean", metadata={"help": "Direction: mean difference, or pca of the differences."}
+    variant: Literal["mean", "pca", "random"] = field(
+        default="mean",
+        metadata={
+            "help": "Direction: mean difference; pca of the differences; or random, by chance, of "
+            "the mean difference's length, to compare with."
+        },
+    )
+    draw: int = field(
+        default=0, metadata={"help": "Which of the directions by chance, for variant random."}
     )
     unit_norm: bool = field(
         default=False, metadata={"help": "Make the vector's length 1 instead of the difference's."}
@@ -97,6 +108,11 @@ class CAA(Method):
     def check(self) -> None:
         if self.layer == ():
             raise TrimtabError("caa: layer is empty: name some, or leave it out")
+        if self.layer == "effect" and self.variant == "random":
+            raise TrimtabError(
+                "caa: layer effect chooses the block and the sign, and a direction by chance is "
+                "chosen by nothing: name a block"
+            )
         if self.layer == "validation" and self.alpha == 0:
             raise TrimtabError("caa: alpha is 0, at which layer validation has no effect to see")
 
@@ -174,6 +190,8 @@ class CAA(Method):
         if self.variant == "pca":
             moment = statistics.of(site, self.token, SecondMoment).sum
             vector = length * _first_component(moment, vector)
+        elif self.variant == "random":
+            vector = length * _by_chance(site, len(vector), self.draw)
         return (vector / length if self.unit_norm and length > 0 else vector).float()
 
     @classmethod
@@ -183,6 +201,9 @@ class CAA(Method):
         if options.get("variant") == "pca":
             read = read_at(options["token"])
             what = f"the direction in which the pairs differ most (PCA), {read}"
+        elif options.get("variant") == "random":
+            read = read_at(options["token"])
+            what = f"a direction by chance, as long as the mean difference, {read}"
         lines = adds_vectors("CAA", steering, what)
         gains = steering.findings.get("validation_gain")
         if gains:
@@ -200,6 +221,13 @@ def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:
     layers = (layer,) if isinstance(layer, int) else layer
     sites: list[str] = list(dict.fromkeys(anatomy.sites("resid", layers)))
     return sites
+
+
+def _by_chance(site: str, units: int, draw: int) -> Tensor:
+    """A direction of length 1 by chance, [units]: the same at a site, whatever others there are."""
+    drawn = torch.Generator().manual_seed(zlib.crc32(f"{draw} {site}".encode()))
+    vector = torch.randn(units, generator=drawn, dtype=torch.float64)
+    return vector / vector.norm()
 
 
 def _first_component(moment: Tensor, toward: Tensor) -> Tensor:
