@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.anatomy import is_hooked
 from trimtab.contrasts import Prompt
 from trimtab.dials import dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError
@@ -34,7 +35,15 @@ from trimtab.model import (
     refuse_dropout,
     row_steerings,
 )
-from trimtab.reading import neutral_prompts, next_tokens, plain_texts, prompt_reading, run_upper
+from trimtab.reading import (
+    StreamCache,
+    blocks_apart,
+    neutral_prompts,
+    next_tokens,
+    plain_texts,
+    prompt_reading,
+    run_upper,
+)
 from trimtab.steering import Steering
 
 #: Neutral prompts, and tokens that are written after each.
@@ -68,6 +77,8 @@ class NextTokens:
         if not prompts:
             raise TrimtabError("there is no prompt to measure KL at the next token on")
         self.language_model, self.prompts = language_model, list(prompts)
+        #: What the blocks below steerings put out, for the next one.
+        self._kept = StreamCache(language_model)
         self._base = self._log_p(None)
 
     def kl(self, attached: Attached) -> Tensor:
@@ -84,7 +95,8 @@ class NextTokens:
         asked = lm.fitting(asked_with(lm, attached, self.prompts))
         found = [torch.empty(0)] * len(asked)
         readings = [prompt_reading(tokens) for tokens in asked]
-        for batch, nexts in next_tokens(lm, readings, steering_of(attached), whole=True):
+        steering = steering_of(attached)
+        for batch, nexts in next_tokens(lm, readings, steering, kept=self._kept, whole=True):
             for row, each in zip(batch.rows, nexts, strict=True):
                 assert each.every is not None
                 found[row] = each.every[0]
@@ -117,6 +129,8 @@ class Continuations:
                 f"{language_model.name} writes nothing after {len(kept)} neutral prompts: KL per "
                 "generated token cannot be measured"
             )
+        #: What the blocks below steerings put out, for the next one.
+        self._kept = StreamCache(language_model)
         self._base = self._hidden(None)
 
     def kl(self, attached: Attached) -> TokenKL:
@@ -156,13 +170,16 @@ class Continuations:
         steerings = [row_steerings(steering_of(attached))] * len(texts)
         if has_two_pass(steerings):
             steerings, _ = lm.settled(steerings, prompts, self.force)
+        every = [one for own in steerings for one in own]
+        below = 0 if is_hooked(lm.model) else blocks_apart(lm, every)
         found: list[Tensor] = [torch.empty(0)] * len(texts)
         for rows in batches_by_length([len(text) for text in texts], lm.batch_tokens):
             own: Any = [steerings[i] for i in rows]
             alike = all(one == own[0] for one in own)
+            streams = self._kept.run_lower([texts[i] for i in rows], below)
             with lm.steered(*(own[0] if alike else [own]), force=self.force) as sequences:
                 sequences.given_ends = [len(prompts[i]) for i in rows]
-                hidden = run_upper(lm, [texts[i] for i in rows], (), 0)
+                hidden = run_upper(lm, [texts[i] for i in rows], streams, below)
             for row, i in enumerate(rows):
                 found[i] = hidden[row, len(prompts[i]) - 1 : len(texts[i]) - 1].clone()
         return found

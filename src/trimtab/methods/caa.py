@@ -226,8 +226,8 @@ def residual_sites(anatomy: Anatomy, layer: Any) -> list[str]:
 def _by_chance(site: str, units: int, draw: int) -> Tensor:
     """A direction of length 1 by chance, [units]: the same at a site, whatever others there are."""
     drawn = torch.Generator().manual_seed(zlib.crc32(f"{draw} {site}".encode()))
-    vector = torch.randn(units, generator=drawn, dtype=torch.float64)
-    return vector / vector.norm()
+    vector: Tensor = torch.randn(units, generator=drawn, dtype=torch.float64)
+    return torch.nn.functional.normalize(vector, dim=0)
 
 
 def _first_component(moment: Tensor, toward: Tensor) -> Tensor:
