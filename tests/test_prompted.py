@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import trimtab as tt
-from helpers import language_model
+from helpers import language_model, steer_at
 from test_compare import rows
 from tiny import tiny_model, tiny_tokenizer
-from trimtab.evaluation import Prompted
+from trimtab.evaluation import Prompted, together_with
 from trimtab.reading import cross_entropy, plain_texts
 from trimtab.strength import Continuations, neutral
 from trimtab.sweeps import TaskRows
@@ -185,6 +185,18 @@ def test_kl_is_that_of_a_plain_loop(continued: Continuations) -> None:
     found = continued.kl(ASK)
     assert found.mean == pytest.approx(float(torch.cat(every).mean()), rel=1e-4)
     assert found.worst5 == pytest.approx(float(torch.cat(every).quantile(0.95)), rel=1e-4)
+
+
+def test_what_is_kept_of_one_steering_shows_in_no_other(continued: Continuations) -> None:
+    """Blocks below a steering run once; a fresh one, which kept nothing, finds the same."""
+    lm = continued.language_model
+    for layer, site in ((2, "resid"), (0, "ffn_out"), (1, "resid"), (2, "heads"), (2, "resid")):
+        operator = "Scale" if site == "heads" else "Add"
+        attached = steer_at(lm, site, operator, layer=layer)
+        for one in (attached, attached.at(0.5), together_with(ASK, attached)):
+            alone = Continuations(lm, neutral(lm, chat=False)[:4], new_tokens=6).kl(one)
+            assert continued.kl(one).mean == pytest.approx(alone.mean, rel=1e-6)
+            assert alone.mean > 0
 
 
 @pytest.mark.parametrize("sign", [1, -1])

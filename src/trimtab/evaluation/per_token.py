@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import is_hooked
 from trimtab.contrasts import Prompt
 from trimtab.dials import dial_limits, divergence, idle_dial
 from trimtab.errors import TrimtabError
@@ -37,7 +36,7 @@ from trimtab.model import (
 )
 from trimtab.reading import (
     StreamCache,
-    blocks_apart,
+    blocks_to_keep,
     neutral_prompts,
     next_tokens,
     plain_texts,
@@ -171,7 +170,7 @@ class Continuations:
         if has_two_pass(steerings):
             steerings, _ = lm.settled(steerings, prompts, self.force)
         every = [one for own in steerings for one in own]
-        below = 0 if is_hooked(lm.model) else blocks_apart(lm, every)
+        below = blocks_to_keep(lm, every)
         found: list[Tensor] = [torch.empty(0)] * len(texts)
         for rows in batches_by_length([len(text) for text in texts], lm.batch_tokens):
             own: Any = [steerings[i] for i in rows]

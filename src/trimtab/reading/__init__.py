@@ -1,6 +1,13 @@
 """A model over many texts, with nothing computed twice."""
 
-from trimtab.reading.abilities import blocks_apart, packed, packs, runs_in_parts, shares_prefixes
+from trimtab.reading.abilities import (
+    blocks_apart,
+    blocks_to_keep,
+    packed,
+    packs,
+    runs_in_parts,
+    shares_prefixes,
+)
 from trimtab.reading.autoencoders import (
     Cutoff,
     FeatureEffects,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel, alike, answered, hidden_alone, probe_texts
 from trimtab.reading.packing import KINDS_OF_LAYERS, Packed, batch_of, run_packed
@@ -121,6 +122,16 @@ def blocks_apart(
         return blocks
     check_reads(language_model)
     return 0
+
+
+def blocks_to_keep(
+    language_model: LanguageModel, steerings: Iterable[Steering], shared: bool = False
+) -> int:
+    """As `blocks_apart`, for who keeps what these blocks put out: 0 where the model is steered
+    already, since what it computes then is not for later."""
+    if is_hooked(language_model.model):
+        return 0
+    return blocks_apart(language_model, steerings, shared)
 
 
 def check_reads(language_model: LanguageModel) -> None:

@@ -16,7 +16,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trimtab.anatomy import is_hooked
 from trimtab.errors import TrimtabError
 from trimtab.model import (
     UNKNOWN_END,
@@ -38,7 +37,7 @@ from trimtab.model import (
     watch,
     with_images,
 )
-from trimtab.reading.abilities import blocks_apart, shares_prefixes
+from trimtab.reading.abilities import blocks_to_keep, shares_prefixes
 from trimtab.reading.streams import StreamCache, run_prefix, run_upper
 from trimtab.steering import Steering
 
@@ -210,9 +209,9 @@ def run_batches(
     if kept is not None and kept.language_model is not language_model:
         raise TrimtabError(f"what was kept is not of this {language_model.name}, but of another")
     below = 0
-    if kept is not None and not is_hooked(language_model.model):
+    if kept is not None:
         shared = any(batch.shared for batch in batches)
-        below = blocks_apart(language_model, steerings, shared)
+        below = blocks_to_keep(language_model, steerings, shared)
     kept = kept or StreamCache(language_model)  # where no block is below it keeps nothing
     start: tuple[int, ...] = ()
     cache = None
