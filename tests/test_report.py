@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_hex, to_rgba
 from matplotlib.figure import Figure
 
-from trimtab.reports import Run, summarise
+from trimtab.reports import NEUTRAL, Run, look_of, summarise
 from trimtab.reports.charts import STYLE, UP, heatmap, panels, rendered
 from trimtab.reports.dark import dark
 from trimtab.reports.evaluations import evaluation_page
@@ -342,3 +342,10 @@ def test_a_dark_page_has_pictures_of_its_own() -> None:
     sources = [str(source["srcset"]), str(image["src"])]
     decoded = [base64.b64decode(each.partition(",")[2]) for each in sources]
     assert [colours_of(each) for each in decoded] == [on_dark, before]
+
+
+def test_no_two_lines_of_a_picture_look_alike() -> None:
+    """Nor like what stands beside them in grey."""
+    looks = [look_of(place) for place in range(40)]
+    assert len(set(looks)) == 40
+    assert NEUTRAL not in {colour for colour, _ in looks}

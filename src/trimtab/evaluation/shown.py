@@ -11,13 +11,12 @@ from typing import Any
 from trimtab.contrasts import last_message
 from trimtab.figures import Result
 from trimtab.reports import (
-    COLOURS,
-    MARKERS,
     Evaluation,
     Line,
     Picture,
     Table,
     curve,
+    look_of,
     panels,
     styled,
 )
@@ -60,7 +59,7 @@ def _over_dial(
             known = [(at, figures.get((metric, name))) for at, name in dials]
             clear = [(at, estimate) for at, estimate in known if estimate is not None]
             label = Path(dials[0][1].rpartition("@")[0] or dials[0][1]).name
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            colour, marker = look_of(i)
             at, values = [at for at, _ in clear], [estimate for _, estimate in clear]
             lines.append(Line(label, at, values, colour, marker))
         base = figures.get((metric, None))

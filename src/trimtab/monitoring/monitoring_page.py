@@ -7,14 +7,13 @@ from typing import Any
 
 from trimtab.monitoring.watching import Monitoring, Turn
 from trimtab.reports import (
-    COLOURS,
     DOWN,
     GREEN,
-    MARKERS,
     Coloured,
     Passage,
     Picture,
     Run,
+    look_of,
     model_line,
     panels,
     run_page,
@@ -37,7 +36,7 @@ def draw(axes: Any, found: Monitoring) -> None:
         known = [(place + i, turn.value(at)) for i, turn in enumerate(turns)]
         drawn = [(x, y) for x, y in known if y is not None]
         label = f"chat {turns[0].chat + 1}" if len(chats) <= _NAMED else None
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker = look_of(number)
         axes.plot(*zip(*drawn, strict=True) if drawn else ([], []), color=colour, marker=marker,
                   label=label)  # fmt: skip
         ringed = [(x, turn.value(at)) for (x, _), turn in zip(known, turns, strict=True)

@@ -26,14 +26,13 @@ from trimtab.options import SPLIT
 from trimtab.papers.effects import fitted
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.reports import (
-    COLOURS,
-    MARKERS,
     Line,
     Picture,
     Table,
     cell,
     curve,
     difference_cell,
+    look_of,
     number_cell,
     one_line_each,
     panels,
@@ -284,8 +283,7 @@ def _picture(gains: Mapping[Place, Difference], kl: Mapping[Place, TokenKL]) -> 
         lines = []
         for i, block in enumerate(blocks):
             own = {strength: one for (layer, strength), one in of.items() if layer == block}
-            look = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            lines.append(Line(f"layer {block}", list(own), list(own.values()), *look))
+            lines.append(Line(f"layer {block}", list(own), list(own.values()), *look_of(i)))
         curve(axes, lines, xlabel="strength", ylabel=label)
         axes.axhline(0, color="black", linewidth=0.8)
     handles, labels = left.get_legend_handles_labels()

@@ -23,8 +23,9 @@ from trimtab.files import write_whole
 # Okabe and Ito's palette.
 UP, DOWN, NEUTRAL, GREEN = "#0072B2", "#D55E00", "#666666", "#009E73"
 
-#: Several lines of one picture: the palette without yellow, which is faint on white, and black.
-COLOURS = (UP, DOWN, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", NEUTRAL)
+#: Several lines of one picture: the palette without yellow, which is faint on white, black, and
+#: grey, which is what stands beside.
+COLOURS = (UP, DOWN, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
 MARKERS = "os^vDPX*"
 
 STYLE: Any = {
@@ -86,12 +87,17 @@ class Line:
     faint: bool = False
 
 
+def look_of(place: int) -> tuple[str, str]:
+    """The colour and the mark of one of several lines; of 56 no two look alike, since there is one
+    mark more than colours."""
+    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+
+
 def one_line_each(figures: Mapping[str, Mapping[float, Estimate]]) -> list[Line]:
     """Figures by name and place, each name with a colour and a mark of its own."""
     lines = []
     for i, (name, own) in enumerate(figures.items()):
-        look = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        lines.append(Line(name, list(own), list(own.values()), *look))
+        lines.append(Line(name, list(own), list(own.values()), *look_of(i)))
     return lines
 
 
@@ -256,7 +262,7 @@ def circle(
     for i, (name, dial) in enumerate(dials.items()):
         if not dial:
             continue
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        colour, marker = look_of(i)
         thetas = [*dial, 360.0] if 0.0 in dial else [*dial]
         figures = [dial[theta % 360.0] for theta in thetas]
         ends = np.array([(each.value, each.low, each.high) for each in figures])

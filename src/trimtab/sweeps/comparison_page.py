@@ -6,7 +6,6 @@ from typing import Any
 
 from trimtab.figures import Difference, Estimate, with_unit, words_for
 from trimtab.reports import (
-    COLOURS,
     MARKERS,
     NEUTRAL,
     Line,
@@ -15,6 +14,7 @@ from trimtab.reports import (
     bars,
     curve,
     in_percent,
+    look_of,
     model_line,
     panels,
     run_page,
@@ -96,8 +96,7 @@ def _plane(found: Comparison) -> Picture:
                 row.name,
                 [row.cost],
                 [_estimate(row.against)],
-                COLOURS[places[row.name] % len(COLOURS)],
-                MARKERS[places[row.name] % len(MARKERS)],
+                *look_of(places[row.name]),
                 "none",
             )
             for row in rows

@@ -21,7 +21,7 @@ from trimtab.model import LanguageModel
 from trimtab.options import flat, option
 from trimtab.papers.austeer.ranking import rankings
 from trimtab.papers.result import StudyResult, Value, opened, timed
-from trimtab.reports import COLOURS, MARKERS, Picture, Table, panels, styled
+from trimtab.reports import Picture, Table, look_of, panels, styled
 from trimtab.steering import Add, Dial, Intervention, Operator, Scale, Steering
 from trimtab.strength import Turning, divergence
 from trimtab.strength import limit as far_limit
@@ -418,7 +418,7 @@ def _picture(title: str, found: dict[str, Any]) -> Picture:
 
 def _draw(axes: Any, i: int, x: Sequence[float], y: Sequence[float], label: str) -> str:
     """One line of several; its colour."""
-    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    colour, marker = look_of(i)
     axes.plot(x, _drawable(y), color=colour, marker=marker, markersize=4, label=label)
     return colour
 
