@@ -218,6 +218,7 @@ def _training(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say
     rows = encode_contrast(lm, contrast, None)
     texts = [(list(row.texts()[0]), row.answers[0]) for row in rows]
     theirs = partial(_plain_loop, lm, texts)
+    lm.model.requires_grad_(False)  # nobody asks for derivatives by weights
     say("fits: checking that both ways learn the same")
     learnt: Any = ours().interventions[0].operator
     apart = _check("training", learnt.vector, theirs())
@@ -247,7 +248,6 @@ def _plain_loop(lm: tt.LanguageModel, texts: Sequence[tuple[list[int], int]]) ->
             (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
         )
     )
-    model.requires_grad_(False)  # nobody asks for derivatives by weights
     try:
         for step in range(STEPS):
             optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
@@ -264,7 +264,6 @@ def _plain_loop(lm: tt.LanguageModel, texts: Sequence[tuple[list[int], int]]) ->
             optimizer.step()
     finally:
         hook.remove()
-        model.requires_grad_(True)
     return vector.detach()
 
 
@@ -287,13 +286,15 @@ def _loreft(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) 
     ours = partial(method.fit, lm, contrast, measure=False)
     # What the positive answers are read from: every other reading is a negative one.
     readings = side_readings(lm, contrast)[::2]
-    theirs = partial(_pyreft, lm, readings)
+    theirs = partial(_its_steps, lm, readings)
     say("fits: checking that pyreft computes the same with what was learnt")
     learnt = ours()
     nll = torch.stack(
         [-one.log_p.mean() for _, some in next_tokens(lm, readings, learnt) for one in some]
     )
-    apart = _check("loreft", nll.sort().values, theirs(learnt.interventions[0].operator))
+    same, intervention = _pyreft(lm)
+    _as_learnt(intervention, learnt.interventions[0].operator)
+    apart = _check("loreft", nll.sort().values, _losses(same, readings).detach().sort().values)
     theirs()
     say(f"fits: loreft, {rounds} rounds")
     times = interleaved({"trimtab": _run(ours), "pyreft": _run(theirs)}, rounds)
@@ -314,9 +315,9 @@ def _loreft(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) 
     ]
 
 
-def _pyreft(lm: tt.LanguageModel, readings: Sequence[Reading], learnt: Any = None) -> Tensor:
-    """The mean loss of each answer [texts], sorted, after the steps; where a map is given, with
-    that, and without steps."""
+def _pyreft(lm: tt.LanguageModel) -> tuple[Any, Any]:
+    """pyreft's model, and its intervention at the block, as they begin; no derivative is taken by a
+    weight."""
     import pyreft
 
     width = lm.anatomy.width(f"layers.{BLOCK}.resid")
@@ -325,34 +326,33 @@ def _pyreft(lm: tt.LanguageModel, readings: Sequence[Reading], learnt: Any = Non
     )
     place = {"layer": BLOCK, "component": "block_output", "low_rank_dimension": RANK}
     config = pyreft.ReftConfig(representations=[{**place, "intervention": intervention}])
+    return pyreft.get_reft_model(lm.model, config), intervention
+
+
+def _losses(trained: Any, readings: Sequence[Reading]) -> Tensor:
+    """The mean loss of each answer, [texts], steered at the last token of its prompt."""
     ids, mask = _padded([list(reading.tokens) for reading in readings])
     labels = torch.full_like(ids, -100)
     for row, reading in enumerate(readings):
         labels[row, list(reading.positions)] = torch.tensor(reading.targets)
-    # The last token of each prompt.
     places = [[[reading.positions[0]] for reading in readings]]
-    trained = pyreft.get_reft_model(lm.model, config)  # takes derivatives by no weight
-    try:
-        if learnt is not None:
-            _as_learnt(intervention, learnt)
-        optimizer = torch.optim.AdamW(trained.get_trainable_parameters(), lr=RATE, weight_decay=0.0)
-        for step in range(STEPS if learnt is None else 1):
-            _, out = trained(
-                {"input_ids": ids, "attention_mask": mask},
-                unit_locations={"sources->base": (None, places)},
-            )
-            losses = torch.nn.functional.cross_entropy(
-                out.logits.transpose(1, 2), labels, reduction="none"
-            )
-            each = losses.sum(1) / (labels >= 0).sum(1)
-            if learnt is None:
-                optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-                optimizer.zero_grad()
-                each.mean().backward()
-                optimizer.step()
-    finally:
-        lm.model.requires_grad_(True)
-    return each.detach().sort().values
+    _, out = trained(
+        {"input_ids": ids, "attention_mask": mask},
+        unit_locations={"sources->base": (None, places)},
+    )
+    losses = torch.nn.functional.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
+    return losses.sum(1) / (labels >= 0).sum(1)
+
+
+def _its_steps(lm: tt.LanguageModel, readings: Sequence[Reading]) -> None:
+    """The steps, by pyreft."""
+    trained, _ = _pyreft(lm)
+    optimizer = torch.optim.AdamW(trained.get_trainable_parameters(), lr=RATE, weight_decay=0.0)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        optimizer.zero_grad()
+        _losses(trained, readings).mean().backward()
+        optimizer.step()
 
 
 def _as_learnt(intervention: Any, learnt: Any) -> None:

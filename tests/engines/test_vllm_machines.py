@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-import openai
 import pytest
-from vllm_server import NEW, PYTHON, Served, text_of, tiny_llama, written
-from vllm_stock import ON, free_port, vllm_serve, whole
+from vllm_server import PYTHON, Served, tiny_llama, written
+from vllm_stock import Case, alone, answers, free_port, vllm_serve
 
 import trimtab as tt
 from helpers import steer_at
@@ -77,27 +75,12 @@ def test_each_is_what_it_is_alone(
     running: Served, lm: tt.LanguageModel, steerings: dict[str, tt.Steering]
 ) -> None:
     """Many at once, under steerings of their own and under none."""
-    client = openai.OpenAI(base_url=running.address, api_key="none")
     draw = random.Random(0)
-    cases: list[tuple[str, list[tuple[str, float]]]] = []
+    cases: list[Case] = []
     for _ in range(24):
         names = draw.choice([[], ["joy"], ["calm"], ["late"], ["joy", "late"]])
-        cases.append(
-            (draw.choice(PROMPTS), [(name, draw.choice([-4.0, 3.0, 8.0])) for name in names])
-        )
-
-    def ask(case: tuple[str, list[tuple[str, float]]]) -> str:
-        prompt, names = case
-        model = "+".join(["base", *(f"{name}@{dial:g}" for name, dial in names)])
-        answer = client.completions.create(
-            model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body=ON
-        )
-        return whole(answer.choices[0].text)
-
-    expected = [
-        whole(text_of(lm, prompt, *(steerings[name].at(dial) for name, dial in names)))
-        for prompt, names in cases
-    ]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, cases)) == expected
+        dials = [(name, draw.choice([-4.0, 3.0, 8.0])) for name in names]
+        cases.append((draw.choice(PROMPTS), dials))
+    expected = alone(lm, steerings, cases)
+    assert answers(running, cases) == expected
     assert len(set(expected)) > 8

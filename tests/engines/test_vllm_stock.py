@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama, written
-from vllm_stock import ON, free_port, vllm_serve, whole
+from vllm_server import PYTHON, Served, asked, text_of, tiny_llama, written
+from vllm_stock import ON, Case, alone, answers, free_port, vllm_serve, whole
 
 import trimtab as tt
 from adapters import one
@@ -72,30 +71,16 @@ def test_variants_beside_each_other_and_beside_nothing(
     running: Served, lm: tt.LanguageModel, steerings: dict[str, tt.Steering]
 ) -> None:
     """Each at several dials, a stack, and the model alone, in the same batches."""
-    client = openai.OpenAI(base_url=running.address, api_key="none")
     draw = random.Random(0)
-    cases: list[tuple[str, list[tuple[str, float]]]] = []
+    cases: list[Case] = []
     for _ in range(60):
         names = draw.choice([[], *([name] for name in ("heads", "inner", "taken"))])
         cases.append((draw.choice(PROMPTS), [(name, draw.choice(DIALS)) for name in names]))
     cases.append((PROMPTS[0], [("heads", 2.0), ("taken", 1.0)]))
-
-    def ask(case: tuple[str, list[tuple[str, float]]]) -> str:
-        prompt, names = case
-        model = "+".join(["base", *(f"{name}@{dial:g}" for name, dial in names)])
-        answer = client.completions.create(
-            model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body=ON
-        )
-        return whole(answer.choices[0].text)
-
-    with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(ask, cases))
-    expected = [
-        whole(text_of(lm, prompt, *(steerings[name].at(dial) for name, dial in names)))
-        for prompt, names in cases
-    ]
-    assert found == expected
+    found = answers(running, cases)
+    assert found == alone(lm, steerings, cases)
     assert len(set(found)) > 15
+    client = openai.OpenAI(base_url=running.address, api_key="none")
     listed = {model.id for model in client.models.list().data}
     assert {"base", "base+heads@2", "base+heads@2+taken@1"} <= listed
     told = running.client.get("steerings").json()["data"]

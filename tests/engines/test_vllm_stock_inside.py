@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 from vllm_server import NEW, PYTHON, Served, asked, text_of, tiny_llama, written
-from vllm_stock import ON, free_port, vllm_serve, whole
+from vllm_stock import ON, alone, free_port, vllm_serve, whole
 
 import trimtab as tt
 from helpers import steer, steer_at
@@ -93,10 +93,7 @@ def test_each_is_what_it_is_alone(
         )
         return whole(answer.choices[0].text)
 
-    expected = [
-        whole(text_of(lm, prompt, *(steerings[name].at(dial) for name, dial in names)))
-        for prompt, names, _ in cases
-    ]
+    expected = alone(lm, steerings, [(prompt, names) for prompt, names, _ in cases])
     for _ in range(2):
         with ThreadPoolExecutor(12) as pool:
             assert list(pool.map(ask, cases)) == expected

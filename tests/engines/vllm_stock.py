@@ -9,17 +9,21 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-from vllm_server import PYTHON, SOURCES, Served
+import openai
+from vllm_server import NEW, PYTHON, SOURCES, Served, text_of
 
 import trimtab as tt
 
 #: That a text goes on where the model would end it, as in `generate` of models without an end.
 ON = {"ignore_eos": True}
 ROOT = Path(__file__).parents[2]
+#: A prompt, and steerings by name at dials.
+Case = tuple[str, list[tuple[str, float]]]
 
 
 def installed(folder: Path) -> Path:
@@ -78,21 +82,14 @@ def vllm_serve(
         process = subprocess.Popen(
             command(model, "--port", str(port), *flags), stdout=out, stderr=out, env=around
         )
-    if not headless:
-        with listened(process, log, port) as server:
-            yield server
-        return
-    # Steerings are read where the server listens, and travel from there.
-    around = {name: value for name, value in around.items() if name != "TRIMTAB_STEERINGS"}
-    with (folder / "second").open("w") as out:
-        second = subprocess.Popen(
-            command(model, "--headless", *headless), stdout=out, stderr=out, env=around
-        )
-    try:
-        with listened(process, log, port) as server:
-            yield server
-    finally:
-        ended(second)
+    with ExitStack() as both:
+        if headless:
+            # Steerings are read where the server listens, and travel from there.
+            alone = {name: value for name, value in around.items() if name != "TRIMTAB_STEERINGS"}
+            out = both.enter_context((folder / "second").open("w"))
+            second = command(model, "--headless", *headless)
+            both.callback(ended, subprocess.Popen(second, stdout=out, stderr=out, env=alone))
+        yield both.enter_context(listened(process, log, port))
 
 
 @contextmanager
@@ -117,6 +114,32 @@ def ended(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         raise
+
+
+def answers(server: Served, cases: Sequence[Case]) -> list[str]:
+    """What is written where steerings stand in the model's name, all asked at once."""
+    client = openai.OpenAI(base_url=server.address, api_key="none")
+
+    def ask(case: Case) -> str:
+        prompt, names = case
+        model = "+".join(["base", *(f"{name}@{dial:g}" for name, dial in names)])
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=NEW, temperature=0, extra_body=ON
+        )
+        return whole(answer.choices[0].text)
+
+    with ThreadPoolExecutor(12) as pool:
+        return list(pool.map(ask, cases))
+
+
+def alone(
+    lm: tt.LanguageModel, steerings: Mapping[str, tt.Steering], cases: Sequence[Case]
+) -> list[str]:
+    """What `generate` writes of each by itself."""
+    return [
+        whole(text_of(lm, prompt, *(steerings[name].at(dial) for name, dial in names)))
+        for prompt, names in cases
+    ]
 
 
 def whole(text: str) -> str:

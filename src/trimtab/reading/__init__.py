@@ -47,6 +47,7 @@ from trimtab.reading.reader import (
     prompt_reading,
     read_columns,
     refuse_idle,
+    whole_reading,
 )
 from trimtab.reading.scaled import ScaledUnit, scaled_log_p
 from trimtab.reading.streams import StreamCache, blocks_before, blocks_below, run_lower, run_upper

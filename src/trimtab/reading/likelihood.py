@@ -34,7 +34,13 @@ from trimtab.reading.packing import (
     encode_texts,
     run_packed,
 )
-from trimtab.reading.reader import Reading, next_tokens, read_columns, refuse_unsound
+from trimtab.reading.reader import (
+    Reading,
+    next_tokens,
+    read_columns,
+    refuse_unsound,
+    whole_reading,
+)
 from trimtab.reading.streams import StreamCache
 from trimtab.terminal import progress
 
@@ -210,10 +216,7 @@ def cross_entropy(
                 f"text {row.index + 1} has {row.common} tokens, the model takes "
                 f"{language_model.max_length}: cut it into several"
             )
-        # The last token is read too: to a steering of the last token it is the one.
-        asked = tuple(range(row.common - 1))
-        (text,) = row.texts()
-        readings.append(Reading(frozen(text), asked, row.common, tuple(text)[1:]))
+        readings.append(whole_reading(*row.texts()))
     if not readings:
         raise TrimtabError("there is no text to score")
     nll = torch.zeros(len(readings), dtype=torch.float64)

@@ -83,6 +83,12 @@ def prompt_reading(tokens: Sequence[int]) -> Reading:
     return Reading(frozen(tokens), (len(tokens) - 1,), len(tokens))
 
 
+def whole_reading(tokens: Sequence[int]) -> Reading:
+    """A text that is all prompt, of which every token but the first is scored. The last one is read
+    too, because to a steering of the last token it is the one."""
+    return Reading(frozen(tokens), tuple(range(len(tokens) - 1)), len(tokens), tuple(tokens)[1:])
+
+
 @dataclass(frozen=True)
 class PlannedBatch:
     """Readings (by their index) that run together; their first `shared` tokens are the same."""

@@ -17,7 +17,14 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, steering_of, with_words
 from trimtab.figures import Estimate, weighted_interval
 from trimtab.model import LanguageModel
-from trimtab.reading import Engine, Reading, StreamCache, next_tokens, plain_texts
+from trimtab.reading import (
+    Engine,
+    Reading,
+    StreamCache,
+    next_tokens,
+    plain_texts,
+    whole_reading,
+)
 from trimtab.steering import Steering
 from trimtab.sweeps.ahead import gathered
 
@@ -53,10 +60,6 @@ class PlainText:
         for who looks for a dial."""
         return float(self.costs(steering, texts).sum() / self.tokens(texts).sum())
 
-    def cost_interval(self, steering: Attached) -> Estimate:
-        """The same with its 95 % interval (bootstrap over texts); n is how many texts there are."""
-        return cost_interval(self.costs(steering), self.tokens())
-
     def perplexity(self, cost: float) -> float:
         """Perplexity of the text at so many nats more per token."""
         return math.exp(float(self._base.sum() / self.tokens().sum()) + cost)
@@ -77,15 +80,9 @@ class PlainText:
 
     @cached_property
     def _readings(self) -> list[Reading]:
-        found = []
         lm = self.language_model
         # A model may take shorter texts than there are.
-        for tokens in (each[: lm.max_length] for each in lm.encode(plain_texts())):
-            # Plain text is all prompt, as in cross_entropy; its last token is
-            # read, because to a steering it is the last.
-            asked = tuple(range(len(tokens) - 1))
-            found.append(Reading(tuple(tokens), asked, len(tokens), tuple(tokens[1:])))
-        return found
+        return [whole_reading(tokens[: lm.max_length]) for tokens in lm.encode(plain_texts())]
 
     @cached_property
     def _base(self) -> Tensor:

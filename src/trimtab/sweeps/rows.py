@@ -36,22 +36,10 @@ from trimtab.evaluation import (
     task_name,
     words_of,
 )
-from trimtab.figures import (
-    Difference,
-    Record,
-    Result,
-    bare_name,
-    estimate_of,
-)
+from trimtab.figures import Difference, Record, Result, bare_name, estimate_of
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
-from trimtab.reading import (
-    Reading,
-    ScaledUnit,
-    StreamCache,
-    next_tokens,
-    scaled_log_p,
-)
+from trimtab.reading import Reading, ScaledUnit, StreamCache, next_tokens, scaled_log_p
 from trimtab.reports import Run, object_in
 from trimtab.steering import Steering
 from trimtab.sweeps.ahead import Ahead
