@@ -39,31 +39,26 @@ def settings(layers: int) -> list[Any]:
     return [
         *(tt.CAA(layer=b, token=t) for b in blocks for t in ("last", "mean", "answer")),
         *(tt.ActAdd(layer=blocks[0], token=t) for t in ("last", "mean", "answer")),
-        *(tt.ITI(k=k, direction=d) for k, d in ((16, "mean"), (48, "mean"), (48, "probe"))),
-        *(tt.SADI(variant=v, k=k) for v, k in (("head", 8), ("head", 32), ("neuron", 64))),
+        tt.ITI(k=16, direction="mean"),
+        tt.ITI(k=48, direction="mean"),
+        tt.ITI(k=48, direction="probe"),
+        tt.SADI(variant="head", k=8),
+        tt.SADI(variant="head", k=32),
+        tt.SADI(variant="neuron", k=64),
         tt.SADI(variant="hidden", k=64),
         tt.SADI(variant="resid", k=8),
-        *(
-            tt.AUSteer(site=s, k=k, direction=d)
-            for s, k, d in (
-                ("ffn_out", 16, "paper"),
-                ("ffn_out", 96, "signed"),
-                ("ffn_in", 96, "signed"),
-                ("heads", 96, "paper"),
-                ("heads", 16, "signed"),
-                ("heads", 96, "signed"),
-                ("heads", 384, "signed"),
-            )
-        ),
+        tt.AUSteer(site="ffn_out", k=16, direction="paper"),
+        tt.AUSteer(site="ffn_out", k=96, direction="signed"),
+        tt.AUSteer(site="ffn_in", k=96, direction="signed"),
+        tt.AUSteer(site="heads", k=96, direction="paper"),
+        *(tt.AUSteer(site="heads", k=k, direction="signed") for k in (16, 96, 384)),
         *(tt.SAS(theta=t) for t in (0.0, 60.0)),
-        *(
-            tt.AAS(theta=t, candidates=c)
-            for t, c in ((0.0, "input"), (0.0, "output"), (60.0, "input"))
-        ),
-        *(
-            tt.SS(whole_blocks=w, candidates=c)
-            for w, c in ((True, "output"), (False, "output"), (False, "input"))
-        ),
+        tt.AAS(theta=0.0, candidates="input"),
+        tt.AAS(theta=0.0, candidates="output"),
+        tt.AAS(theta=60.0, candidates="input"),
+        tt.SS(whole_blocks=True, candidates="output"),
+        tt.SS(whole_blocks=False, candidates="output"),
+        tt.SS(whole_blocks=False, candidates="input"),
     ]
 
 
@@ -95,7 +90,7 @@ def measure(model: str, sources: list[str], pairs: int) -> list[dict[str, Any]]:
         effect = Effect(lm, test, plain_texts()[-4:])
         tried = settings(lm.anatomy.layers)
         for method, steering in zip(tried, fitted(tried, lm, train), strict=True):
-            row = {"model": lm.name, "contrast": source, "setting": label(method)}
+            row: dict[str, Any] = {"model": lm.name, "contrast": source, "setting": label(method)}
             if isinstance(steering, str):
                 row["failed"] = steering
             else:

@@ -48,9 +48,9 @@ def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
             for other, most in ((FORWARD, AT_MOST), (BODY, None))
         ]
         say(f"{name}: peak memory")
-        for way in ways:
-            above = peak_of(model, pairs, way)
-            shown.append(Ratio(f"MB above the model: {way}", above, above))
+        for each in ways:
+            above = peak_of(model, pairs, each)
+            shown.append(Ratio(f"MB above the model: {each}", above, above))
         reports.append(Report(name, pairs, times, shown, facts))
     return reports
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _choices(lm: tt.LanguageModel, rounds: int, n: int, say: Say) -> Report:
         say(f"evaluation: lm-eval, {rounds} rounds")
         contenders = {"trimtab": lambda: _ran(ours)}
         for size, model in theirs.items():
-            contenders[f"hf, batch {size}"] = lambda model=model: _ran(lambda: scored(model))
+            contenders[f"hf, batch {size}"] = partial(_ran, partial(scored, model))
         times = interleaved(contenders, rounds)
     ratios = [
         ratio(f"{name} / trimtab", times[name], times["trimtab"])

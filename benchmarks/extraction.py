@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _one(
     tokens = [list(row.tokens) for row in rows]
     prepared = {size: _plain_batches(tokens, size) for size in FLOOR_BATCH_TOKENS}
     trials = interleaved(
-        {str(size): lambda b=b: _floor(lm.anatomy.body, b) for size, b in prepared.items()}, 2
+        {str(size): partial(_floor, lm.anatomy.body, b) for size, b in prepared.items()}, 2
     )
     size = min(FLOOR_BATCH_TOKENS, key=lambda size: min(trials[str(size)].cpu))
     timed(lambda: _fit(lm, contrast))
@@ -124,6 +125,7 @@ def authors_way(model: Any, tokenizer: Any, contrast: tt.Contrast) -> dict[str, 
     try:
         for side in (0, 1):
             for pair in contrast.pairs:
+                assert isinstance(pair.prompt, str)
                 text = pair.prompt + (pair.negative if side else pair.positive)
                 model(**tokenizer(text, return_tensors="pt"))
                 for kind, every_token in kept.items():

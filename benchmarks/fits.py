@@ -77,9 +77,10 @@ def _act(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> 
     ours = partial(method.fit, lm, contrast, measure=False)
     theirs = partial(_site_by_site, lm, *sides)
     say("fits: checking that both ways find the same maps")
-    found = [each.operator for each in ours().interventions]
-    maps = theirs()
-    apart = max(_check("act", one.shift, other) for one, other in zip(found, maps, strict=True))
+    apart = []
+    for each, shift in zip(ours().interventions, theirs(), strict=True):
+        assert each.operator.added is not None
+        apart.append(_check("act", each.operator.added, shift))
     say(f"fits: act, {rounds} rounds")
     times = interleaved({"one pass": _run(ours), "a pass a site": _run(theirs)}, rounds)
     return Report(
@@ -87,7 +88,7 @@ def _act(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> 
         len(contrast),
         times,
         [ratio("a pass a site / one pass", times["a pass a site"], times["one pass"])],
-        {"unit": "pairs", "apart": apart},
+        {"unit": "pairs", "apart": max(apart)},
     )
 
 
@@ -204,7 +205,9 @@ def _matrix(harmful: Tensor, benign: Tensor, r: Tensor, share: float, ridge: flo
     p = q @ q.T
     x = harmful @ p
     wanted = r.expand(len(x), -1)
-    return p @ torch.linalg.pinv(x.T @ x + ridge * p, rtol=1e-9, hermitian=True) @ x.T @ wanted
+    inverse: Tensor = torch.linalg.pinv(x.T @ x + ridge * p, rtol=1e-9, hermitian=True)
+    found: Tensor = p @ inverse @ x.T @ wanted
+    return found
 
 
 # -- training -------------------------------------------------------------------------------------

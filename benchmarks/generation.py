@@ -63,12 +63,8 @@ def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
                 ("attached", {"at_most": most}),
                 ("baked", {"at_least": 0.99, "at_most": 1.01}),
             ):
-                contender = f"{kind} {site}"
-                ratios.append(
-                    ratio(
-                        f"{contender} / unsteered", times[contender], times["unsteered"], **target
-                    )
-                )
+                one = f"{kind} {site}"
+                ratios.append(ratio(f"{one} / unsteered", times[one], times["unsteered"], **target))
         facts = {
             "unit": "rows",
             "new_tokens": NEW_TOKENS,
@@ -93,7 +89,8 @@ def _generate(lm: tt.LanguageModel, inputs: Any, steering: tt.Steering | None = 
     else:
         with lm.steered(steering):
             written = lm.model.generate(**inputs, **options)
-    return written[:, inputs["input_ids"].shape[1] :]
+    new: Tensor = written[:, inputs["input_ids"].shape[1] :]
+    return new
 
 
 def _same(first: Tensor, second: Tensor) -> str:

@@ -63,7 +63,8 @@ def operators(units: int) -> dict[str, Any]:
         return torch.randn(*shape, generator=draws)
 
     def rows(count: int) -> Tensor:
-        return torch.linalg.qr(drawn(units, count).double())[0].T.contiguous().float()
+        q: Tensor = torch.linalg.qr(drawn(units, count).double())[0]
+        return q.T.contiguous().float()
 
     some = torch.randperm(units, generator=draws)[: units // 3]
     few = len(some)

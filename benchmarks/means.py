@@ -41,7 +41,8 @@ def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
 def _run(lm: tt.LanguageModel, name: str, rounds: int, pairs: int, say: Say) -> Report:
     contrast = tt.Contrast.builtin(name).part("train").take(pairs)
     methods = [tt.CAA(layer=layer) for layer in range(lm.anatomy.layers)]
-    texts = [(p.prompt + p.positive, p.prompt + p.negative) for p in contrast.pairs]
+    # The prompts of these contrasts are plain text.
+    texts = [(f"{p.prompt}{p.positive}", f"{p.prompt}{p.negative}") for p in contrast.pairs]
 
     def fit() -> None:
         tt.fit(methods, lm, contrast)
@@ -49,7 +50,8 @@ def _run(lm: tt.LanguageModel, name: str, rounds: int, pairs: int, say: Say) -> 
     with running(PEERS, packs.ensure(MODEL), {"pairs": texts}, say) as processes:
         say("means: checking that all find the same vectors")
         steerings = tt.fit(methods, lm, contrast)
-        ours = np.stack([s.interventions[0].operator.vector.numpy() for s in steerings])
+        vectors = [steering.interventions[0].operator.added for steering in steerings]
+        ours = np.stack([vector.numpy() for vector in vectors if vector is not None])
         apart = {process.name: _check(process, ours) for process in processes}
         say(f"means: {rounds} rounds")
         times = interleaved(

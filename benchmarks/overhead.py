@@ -131,7 +131,9 @@ def _steerings(lm: tt.LanguageModel, contrast: tt.Contrast) -> dict[str, tuple[S
         contrast,
     )
     # The plane is fitted; the blocks are half of them, however many tell the two sides apart.
-    rotate = Rotate(ss.interventions[0].operator.basis)
+    plane = ss.interventions[0].operator.plane
+    assert plane is not None
+    rotate = Rotate(plane)
     sites = [
         f"layers.{layer}.{norm}"
         for layer in range(layers // 2, layers)
@@ -160,7 +162,8 @@ def _writer(lm: tt.LanguageModel, steering: Steering) -> Write:
 
 def _vectors(steering: Steering) -> np.ndarray:
     """What is added at each block's output at dial 1, [layers, units]."""
-    return np.stack([i.operator.vector.numpy() for i in steering.interventions])
+    added = [i.operator.added for i in steering.interventions]
+    return np.stack([vector.numpy() for vector in added if vector is not None])
 
 
 def _check(process: Process, writers: dict[str, Write], inputs: Any) -> float:

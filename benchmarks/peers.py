@@ -106,7 +106,8 @@ class Process:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):  # anything else is the library's own talk
-                return json.loads(line)
+                said: dict[str, Any] = json.loads(line)
+                return said
         lines = self.errors.read_text(encoding="utf-8").strip().splitlines()
         raise tt.TrimtabError(f"{self.name} failed: {lines[-1] if lines else 'it said nothing'}")
 

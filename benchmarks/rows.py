@@ -12,8 +12,12 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clock import Report, interleaved, machine, one_thread, ratio
+
+if TYPE_CHECKING:
+    from trimtab.steering import Operator
 
 ROWS, SITES, UNITS, PASSES = 16, 36, 576, 20
 KINDS = ("Scale", "Add", "Turn")
@@ -85,7 +89,7 @@ def passes(kind: str, banked: bool) -> Callable[[], None]:
     return run
 
 
-def operator(kind: str, seed: int) -> object:
+def operator(kind: str, seed: int) -> Operator:
     """One of each kind as methods make them."""
     import torch
 

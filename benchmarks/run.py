@@ -50,6 +50,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,9 @@ def _run(name: str, arguments: argparse.Namespace) -> list[Report]:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    module = import_module(name)
-    if name in ON_DATA:
-        return module.run(arguments.data, arguments.rounds, arguments.pairs, say)
-    return module.run(arguments.rounds, arguments.pairs, say)
+    run: Callable[..., list[Report]] = import_module(name).run
+    data = [arguments.data] if name in ON_DATA else []
+    return run(*data, arguments.rounds, arguments.pairs, say)
 
 
 def _show(facts: dict[str, Any], reports: list[Report]) -> None:

@@ -1,6 +1,7 @@
 """What steering costs in vLLM: requests under steerings of their own against an engine of stock.
 
-    python benchmarks/serving.py [--rounds 5] [--requests 32] [--new 32] [--out FILE.json]
+    python benchmarks/serving.py [--rounds 5] [--requests 32] [--new 32] [--starts 1]
+                                 [--engines stock,plugin,baked,lora] [--out FILE.json]
 
 It runs in an environment that has vLLM and trimtab (see the Makefile's test-vllm). Four engines are
 open at the same time, each in a process of its own, and take turns: one of stock, one with
@@ -8,6 +9,10 @@ trimtab's plugin at the output of every block's heads and at one block's, one of
 checkpoint, and one of stock with room for LoRA adapters at the modules that are needed. A turn is
 one continuous batch of greedy requests, in float32, eager; prompts share nothing, and no block is
 cached from before. What is measured are the engine process's CPU seconds, with wall seconds beside.
+
+Two processes of one engine differ by some percent for as long as they live. With --starts all
+engines are started so many times, in another order each time, and a figure is the median of a
+start's rounds: intervals are of engines then, not of turns.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from clock import Report, Times, interleaved, machine, one_thread, ratio
@@ -61,6 +67,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--starts", type=int, default=1)
+    parser.add_argument("--engines", default="stock,plugin,baked,lora", help="which of them")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
@@ -70,7 +78,9 @@ def main() -> int:
         return 0
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        report = measured(prepared(Path(folder), asked.requests, asked.new), asked.rounds)
+        job = prepared(Path(folder), asked.requests, asked.new)
+        kinds = ["stock", *(kind for kind in asked.engines.split(",") if kind != "stock")]
+        report = measured(job, kinds, asked.rounds, asked.starts)
     facts = machine()
     print(json.dumps(facts))
     for one in report.ratios:
@@ -123,25 +133,42 @@ def prepared(folder: Path, requests: int, new: int) -> Path:
     return folder / "job.json"
 
 
-def measured(job: Path, rounds: int) -> Report:
-    """Each contender in turn, in its engine's process."""
-    engines = {kind: Engine(kind, job) for kind in dict.fromkeys(k for k, _ in CONTENDERS.values())}
-    try:
-        ways = {name: partial(engines[kind].turn, name) for name, (kind, _) in CONTENDERS.items()}
-        for way in ways.values():
-            way()
-        times: dict[str, Times] = interleaved(ways, rounds)
-    finally:
-        for engine in engines.values():
-            engine.close()
-    stock = times["stock"]
+def measured(job: Path, kinds: list[str], rounds: int, starts: int) -> Report:
+    """What contenders take over stock: by turns of one start, or by the medians of several."""
+    taken = [of_one_start(job, kinds[::-1] if n % 2 else kinds, rounds) for n in range(starts)]
+    times = taken[0]
+    if starts > 1:
+        times = {
+            name: Times(
+                [median(start[name].cpu) for start in taken],
+                [median(start[name].wall) for start in taken],
+            )
+            for name in taken[0]
+        }
     shown = [
-        ratio(f"{name} / stock", times[name], stock, at_most=AT_MOST.get(name), of_median=True)
-        for name in CONTENDERS
+        ratio(f"{name} / stock", one, times["stock"], at_most=AT_MOST.get(name), of_median=True)
+        for name, one in times.items()
         if name != "stock"
     ]
     prompts = json.loads(job.read_text())["prompts"]
     return Report(f"vLLM: {MODEL}", len(prompts), times, shown)
+
+
+def of_one_start(job: Path, kinds: list[str], rounds: int) -> dict[str, Times]:
+    """Each contender in turn, in its engine's process; engines start in the order of kinds."""
+    engines = {kind: Engine(kind, job) for kind in kinds}
+    try:
+        ways = {
+            name: partial(engines[kind].turn, name)
+            for name, (kind, _) in CONTENDERS.items()
+            if kind in engines
+        }
+        for way in ways.values():
+            way()
+        return interleaved(ways, rounds)
+    finally:
+        for engine in engines.values():
+            engine.close()
 
 
 class Engine:

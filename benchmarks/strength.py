@@ -136,7 +136,7 @@ def _budget(
     say(f"strength: {rounds} rounds of budgets")
     contenders: dict[str, Contender] = {"plain pass": lambda: _plain(lm, batches)}
     for name, steering in steerings.items():
-        contenders[name] = lambda steering=steering: _nothing(find(steering=steering))
+        contenders[name] = partial(_nothing_of, find, steering)
     times = interleaved(contenders, rounds)
     return Report(
         "strength: a budget of 0.1 nats, SmolLM2 135M",
@@ -154,6 +154,10 @@ def _budget(
 def _plain(lm: tt.LanguageModel, batches: Sequence[Any]) -> None:
     for inputs in batches:
         lm.model(**inputs, use_cache=False)
+
+
+def _nothing_of(find: Callable[..., Any], steering: tt.Steering) -> None:
+    find(steering=steering)
 
 
 def _nothing(result: Any) -> None:

@@ -61,7 +61,7 @@ def draw(found: dict[str, Any]) -> None:
     """The texts above, gain and cost below."""
     plt.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
     figure = plt.figure(figsize=(9.6, 4.3), facecolor="white", layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.7), squeeze=False)[:, 0]
     above.suptitle(f"“{found['prompt']}”", fontsize=11)
     for axes, (dial, text) in zip(
         above.subplots(1, len(found["texts"])), found["texts"].items(), strict=True

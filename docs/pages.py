@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -268,7 +268,7 @@ def _options(name: str) -> str:
 
     if name not in METHODS:
         raise ValueError(f"docs/methods.md: {name} is no method")
-    method = METHODS[name]
+    method: Any = METHODS[name]
     rows = [
         [f"`{item.name}`", _default(item), " ".join(item.metadata.get("help", "").split())]
         for item in fields(method)
@@ -409,6 +409,10 @@ def python_overview(known: dict[str, list[str]]) -> str:
 # -- notebooks ------------------------------------------------------------------------------------
 
 
+def notebook_of(file: Path) -> str:
+    return notebook_page(json.loads(file.read_text(encoding="utf-8")))
+
+
 def notebook_page(notebook: dict[str, Any]) -> str:
     """A notebook's cells as a page."""
     shown = []
@@ -428,24 +432,19 @@ def made_pages() -> dict[str, tuple[str, Callable[[], str]]]:
 
     made: dict[str, tuple[str, Callable[[], str]]] = {}
     for source, uri in OUTSIDE.items():
-        made[uri] = (source, lambda source=source: (ROOT / source).read_text(encoding="utf-8"))
+        made[uri] = (source, partial((ROOT / source).read_text, encoding="utf-8"))
     methods = (DOCS / "methods.md").read_text(encoding="utf-8")
     for family in families():
-        made[family.uri] = ("docs/methods.md", lambda family=family: method_page(family, methods))
+        made[family.uri] = ("docs/methods.md", partial(method_page, family, methods))
     made["reference/commands/index.md"] = ("", lambda: commands_overview(COMMANDS))
     for name in COMMANDS:
-        made[f"reference/commands/{name}.md"] = ("", lambda name=name: command_page(name))
+        made[f"reference/commands/{name}.md"] = ("", partial(command_page, name))
     known = dict(sorted(rooms().items()))
     made["reference/python/index.md"] = ("", lambda: python_overview(known))
     for room, names in known.items():
-        made[f"reference/python/{room}.md"] = (
-            "", lambda room=room, names=names: room_page(room, names)
-        )  # fmt: skip
+        made[f"reference/python/{room}.md"] = ("", partial(room_page, room, names))
     for file in sorted((ROOT / "examples").glob("*.ipynb")):
-        made[f"examples/{file.stem}.md"] = (
-            f"examples/{file.name}",
-            lambda file=file: notebook_page(json.loads(file.read_text(encoding="utf-8"))),
-        )
+        made[f"examples/{file.stem}.md"] = (f"examples/{file.name}", partial(notebook_of, file))
     return made
 
 

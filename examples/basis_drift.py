@@ -17,6 +17,7 @@ the plane; all other arithmetic is in float64, so that nothing else drifts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -101,7 +102,7 @@ def in_bfloat16(plane: Tensor, length: float) -> Tensor:
     return torch.stack((first, second / second.norm())).double()
 
 
-KEPT = {
+KEPT: dict[str, Callable[[Tensor, float], Tensor]] = {
     "bfloat16, orthonormal before rounding": lambda plane, length: plane.bfloat16().double(),
     "bfloat16, made in bfloat16": in_bfloat16,
     "float32, orthonormal in use (trimtab)": lambda plane, length: (
@@ -152,7 +153,8 @@ def steered(method: str, h: Tensor, basis: Tensor, angle: float) -> Tensor:
         )
     else:
         new = inside @ torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float64)
-    return h - inside @ basis + new @ basis
+    turned: Tensor = h - inside @ basis + new @ basis
+    return turned
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def kl_after(
 def variation(lm: tt.LanguageModel, prompts: list[str], steering: Any) -> torch.Tensor:
     """Total variation between the next token's distributions, [prompts] from 0 to 1."""
     plain, steered = (lm.logits(prompts, steering=s).double().softmax(-1) for s in (None, steering))
-    return (plain - steered).abs().sum(-1) / 2
+    apart: torch.Tensor = plain - steered
+    return apart.abs().sum(-1) / 2
 
 
 def spread(values: list[float]) -> float:

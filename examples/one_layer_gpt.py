@@ -189,7 +189,9 @@ def read_row(line: str, where: str) -> str:
 def with_upper_case(documents: Sequence[str], share: float, seed: int) -> Corpus:
     """Every sentence is put into upper case with a chance of `share`."""
     chance = random.Random(seed)
-    changed, upper, ordinary = [], [], []
+    changed: list[str] = []
+    upper: list[str] = []
+    ordinary: list[str] = []
     for document in documents:
         sentences = re.split(r"(?<=[.!?])(\s+)", document)  # with the space between them
         for place in range(0, len(sentences), 2):

@@ -225,7 +225,9 @@ def windows(lm: tt.LanguageModel, passage: Passage) -> list[list[int]]:
     found = []
     length = min(WINDOW, lm.max_length)
     prompts, answers = [prompt for prompt, _ in passage], [answer for _, answer in passage]
-    for ids in lm.encode(prompts, answers) if passage else []:
+    encoded = lm.encode(prompts, answers) if passage else []
+    for tokens in encoded:
+        ids = list(tokens)
         start = ids[:1] if ids[:1] == [lm.bos] else []
         step = length - len(start)
         for first in range(len(start), len(ids), step):

@@ -23,7 +23,7 @@ from trimtab.fitting import (
     Want,
     new_steering,
 )
-from trimtab.steering import Dial, Intervention, LinearDefaults, Positions, Steering
+from trimtab.steering import Dial, Intervention, LinearDefaults, Positions, Scope, Steering
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class PullToMean(Method):
     def build(self, language_model: Any, contrast: Contrast, statistics: Statistics) -> Steering:
         (want,) = self.wants(language_model, contrast)
         pull = Pull(statistics[want].positive.float())
-        interventions = [Intervention(want.site, pull, self.positions)]
+        interventions = [Intervention(want.site, pull, Scope.of(self.positions))]
         dial = Dial("amount", self.amount, (0.0, 1.0))
         return new_steering(self, language_model, contrast, interventions, dial)
 
