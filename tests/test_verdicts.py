@@ -105,7 +105,13 @@ def test_claims_are_held_against_ours() -> None:
     assert lines(one, clear)[0][-1] == "no clear difference"
     even = {name: {"value": Value(4)} for name in clear}
     assert lines(one, even)[0][-1] == "no clear difference"
-    assert lines(one, {"bumps": {"value": Value(3)}}) == []  # there is nothing to hold it against
+
+
+def test_a_claim_that_nothing_is_held_against_is_told() -> None:
+    one = recipe(claims=CLAIMS)
+    alone = lines(one, {"bumps": {"value": Value(3)}})
+    assert [line[0] for line in alone] == [claim["says"] for claim in CLAIMS]
+    assert {line[-1] for line in alone} == {"not measured here"}
 
 
 def test_no_heading_promises_what_is_not_there() -> None:

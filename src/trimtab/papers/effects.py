@@ -31,14 +31,13 @@ from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, answer_of
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.reports import (
-    COLOURS,
-    MARKERS,
     Line,
     Picture,
     Table,
     curve,
     forest,
     interval,
+    look_of,
     panels,
     styled,
 )
@@ -239,9 +238,7 @@ def _coherence_picture(
     turned = {name: rows for name, rows in curves.items() if name != "unsteered"}
     for axes, key in ((left, "self_perplexity"), (right, "repetition_4gram")):
         lines = [
-            Line(
-                name, angles, [row[key] for row in rows], COLOURS[i % len(COLOURS)], MARKERS[i % 4]
-            )
+            Line(name, angles, [row[key] for row in rows], *look_of(i))
             for i, (name, rows) in enumerate(turned.items())
         ]
         curve(axes, lines, curves["unsteered"][0][key], xlabel="θ (degrees)")
@@ -299,8 +296,8 @@ def _tasks_picture(names: Sequence[str], results: Mapping[str, Sequence[Result]]
     for i, (label, each) in enumerate(results.items()):
         known = {place: result.estimate for place, result in enumerate(each)}
         drawn = {place: estimate for place, estimate in known.items() if estimate is not None}
-        colour = COLOURS[(i - 1) % len(COLOURS)] if i else "black"
-        lines.append(Line(label, list(drawn), list(drawn.values()), colour, MARKERS[i % 4]))
+        look = look_of(i - 1) if i else ("black", "o")
+        lines.append(Line(label, list(drawn), list(drawn.values()), *look))
     labels: dict[str, Any] = {"xlabel": "the task's metric, 95 % intervals", "xlim": (-0.02, 1.02)}
     forest(axes, names, lines, apart=0.18, title="What the steering costs elsewhere", **labels)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

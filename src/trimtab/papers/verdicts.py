@@ -2,7 +2,8 @@
 
 A figure of the paper that is a change from its unsteered model is held against our change: the
 same direction or not, larger or smaller. One without such a baseline is held against ours as it
-is. A sentence is checked where the recipe says how (`Claim`), and else stands in words alone.
+is. A sentence is checked where the recipe says how (`Claim`), and else stands in words alone; one
+that this run has no figures for is told as such.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from trimtab.reports import Table
 Values = Mapping[str, Mapping[str, Value]]
 #: What differs by no more than this share is alike.
 _ALIKE = 0.1
+#: The verdict on a sentence that a scale or a part of a recipe has no figures for.
+_UNMEASURED = "not measured here"
 
 
 def verdicts(recipe: Recipe, ours: Values) -> list[Table]:
@@ -31,8 +34,8 @@ def verdicts(recipe: Recipe, ours: Values) -> list[Table]:
             said = [_figure(recipe, published, ours, label, column) for column in columns]
             rows += [[label, *line] for line in _together([one for one in said if one])]
     for claim in recipe.claims:
-        for label in ours:
-            rows += _claimed(claim, ours, label)
+        held = [line for label in ours for line in _claimed(claim, ours, label)]
+        rows += held or [[claim.says, "says so", "", _UNMEASURED]]
     heads = ["finding", "paper", "ours", "verdict"]
     return [Table("Is it found here?", heads, rows, _NOTE)] if rows else []
 
