@@ -316,6 +316,20 @@ class Contrast:
         return replace(self, rows=(*positive, *negative))
 
 
+def check_contrast(given: object) -> None:
+    """Refuse what stands where a contrast is to be, with what to write instead."""
+    if isinstance(given, Contrast):
+        return
+    if isinstance(given, str | Path):
+        raise TrimtabError(
+            f"{str(given)!r} is a name, not a contrast: load it with load_contrast(...)"
+        )
+    raise TrimtabError(
+        f"{type(given).__name__} stands where the contrast is to be: give a Contrast, as "
+        "load_contrast or Contrast.from_pairs returns it"
+    )
+
+
 def made_beside(path: Path) -> Path:
     """The file that says how the contrast in a file was made: pairs.made.json of pairs.jsonl."""
     return path.with_name(f"{path.stem}.made.json")

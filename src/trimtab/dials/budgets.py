@@ -19,7 +19,7 @@ from trimtab.dials.solving import Side, Solution, check_budgets, solve
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.figures import Estimate
 from trimtab.files import json_digest
-from trimtab.model import ImageText, LanguageModel
+from trimtab.model import ImageText, LanguageModel, check_model
 from trimtab.reports import Presented, Table, number_text
 from trimtab.steering import Calibration, Steering
 
@@ -270,6 +270,7 @@ def calibration(
 def _encoded(
     language_model: LanguageModel, prompts: Sequence[Any], chat: bool | None
 ) -> tuple[list[Prompt], list[Sequence[int]]]:
+    check_model(language_model)
     wanted = language_model.prompts(prompts, chat)
     if not wanted:
         raise TrimtabError("there is no prompt to keep a budget on")

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel, batches_by_length, finds_dials, turned, with_images
+from trimtab.model import (
+    LanguageModel,
+    batches_by_length,
+    check_model,
+    finds_dials,
+    turned,
+    with_images,
+)
 from trimtab.reading import (
     Next,
     blocks_apart,
@@ -150,6 +157,7 @@ def _differentiable(model: Any) -> Iterator[None]:
 
 def check_turns(language_model: LanguageModel, steering: Steering, force: bool = False) -> None:
     """Refuse what has no dial to turn on texts that are only read."""
+    check_model(language_model)
     if not isinstance(steering, Steering):
         raise TrimtabError("strength turns one dial: give one steering, not several")
     if finds_dials(language_model.anatomy):

@@ -38,10 +38,10 @@ from trimtab.evaluation.rounds import in_turns, one_by_one
 from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, metric_of, paired
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
 from trimtab.reports import Evaluation, Picture, Run, Table, evaluation_page, summarise
-from trimtab.steering import Steering, Steerings, together
+from trimtab.steering import Steering, Steerings, no_steering, together
 
 #: What is evaluated: one steering (or several that act together, or words before prompts), some
 #: alternatives, or alternatives by name.
@@ -82,6 +82,7 @@ def evaluate(
     batch; what it cannot answer alike (lm-eval, sampled answers) is refused. Drift over a long text
     is read by transformers all the same.
     """
+    check_model(language_model)
     asked = [tasks] if isinstance(tasks, str | Contrast) else list(dict.fromkeys(tasks))
     names = _names(asked)
     protocols = tuple(dict.fromkeys(rows.protocol))
@@ -358,8 +359,7 @@ def _subjects(steering: Alternatives, unsteered: bool) -> dict[str | None, Any]:
         alternatives = [(getattr(one, "label", ""), one) for one in several]
     for name, one in alternatives:
         if not (isinstance(one, Prompted) or (isinstance(one, Steering | Steerings) and one)):
-            shown = f"{str(one)!r:.60}"
-            raise TrimtabError(f"{shown} is not a steering: load one with Steering.load(FILE)")
+            raise no_steering(one)
         if name in subjects:
             raise TrimtabError(f"two steerings are called {name!r}: name them, {{name: steering}}")
         subjects[name] = one

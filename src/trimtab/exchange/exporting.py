@@ -24,7 +24,7 @@ from trimtab.exchange import (
     steering_lite,
 )
 from trimtab.exchange.request import Exported, Request
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.steering import Steering, Steerings, together
 
 #: What writes each format.
@@ -66,6 +66,7 @@ def export(
     rest is written, and `left_out` of the result says what is not. `force` allows a steering that
     was made for another model.
     """
+    check_model(language_model)
     given = {name: value for name, value in options.items() if value is not None}
     writer = writer_of(format, given)
     steerings = together(steering)

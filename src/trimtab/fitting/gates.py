@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Pair, Prompt
+from trimtab.contrasts import Contrast, Pair, Prompt, check_contrast
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.fitting.classifiers import (
     best_threshold,
@@ -32,7 +32,14 @@ from trimtab.fitting.classifiers import (
     separation,
     sides_fired,
 )
-from trimtab.model import LanguageModel, batches_by_length, read_prompts, score_pass, score_prompts
+from trimtab.model import (
+    LanguageModel,
+    batches_by_length,
+    check_model,
+    read_prompts,
+    score_pass,
+    score_prompts,
+)
 from trimtab.steering import (
     READS_ALL_BUT_FIRST,
     READS_LAST,
@@ -97,6 +104,8 @@ def fit_gate(
 
     Errors: a TrimtabError where a part lacks a side, or no site is a candidate.
     """
+    check_model(language_model)
+    check_contrast(contrast)
     check_choice("kind", kind, GateKind)
     check_choice("score", score, GateScore)
     if any_of < 1:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from trimtab.contrasts import SINGLE, Contrast, Pair, images_in
+from trimtab.contrasts import SINGLE, Contrast, Pair, check_contrast, images_in
 from trimtab.dials import measured
 from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.effects import Effect
 from trimtab.fitting.fields import fields_in_words, validate
-from trimtab.model import LanguageModel, put_as
+from trimtab.model import LanguageModel, check_model, put_as
 from trimtab.reading import Engine
 from trimtab.steering import (
     POSITIONS,
@@ -164,6 +164,13 @@ def fit(
     is measured under a steering (the dial, a choice on validation rows) is transformers' all the
     same. Methods that need gradients, or train, are refused.
     """
+    if not isinstance(methods, Sequence):
+        raise TrimtabError("methods must be a list: write [method], or method.fit(model, contrast)")
+    for method in methods:
+        if not isinstance(method, Method):
+            raise TrimtabError(f"{method!r} is not a method: give one as CAA() makes it")
+    check_model(language_model)
+    check_contrast(contrast)
     if on == "image" and measure and not _has_images(contrast):
         raise TrimtabError(
             f"{contrast.name} has no images, on which the dial of a steering of image tokens could "

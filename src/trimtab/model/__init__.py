@@ -61,6 +61,6 @@ from trimtab.model.streaming import Growing
 from trimtab.model.thinking import answer_of, without_thoughts
 from trimtab.model.versions import cache_argument, caps_attention, warn_if_untested
 from trimtab.model.wording import asked
-from trimtab.model.wrapping import wrap
+from trimtab.model.wrapping import check_model, wrap
 
 warn_if_untested()

@@ -10,7 +10,7 @@ from trimtab.contrasts import Prompt
 from trimtab.errors import TrimtabError, shown
 from trimtab.model.attach import RowSteerings
 from trimtab.model.gate_reports import Fired
-from trimtab.steering import Steering, Steerings
+from trimtab.steering import Steering, Steerings, no_steering
 
 if TYPE_CHECKING:
     from trimtab.model.language_model import LanguageModel
@@ -84,4 +84,4 @@ def row_steerings(argument: Any) -> RowSteerings:
         return tuple(steering for item in argument for steering in row_steerings(item))
     if isinstance(argument, Rule):
         raise TrimtabError("a rule (a budget) is for all rows: give it alone, not in a list")
-    raise TrimtabError(f"{argument!r} is not a steering: load one with Steering.load(FILE)")
+    raise no_steering(argument)

@@ -30,12 +30,14 @@ from trimtab.errors import TrimtabError
 from trimtab.model.folding import Fold, record_of, unlike
 from trimtab.model.language_model import LanguageModel
 from trimtab.model.plain import is_plain, plain_copy, untie
+from trimtab.model.wrapping import check_model
 from trimtab.steering import (
     Intervention,
     Steering,
     Steerings,
     fold_input,
     fold_output,
+    together,
 )
 
 
@@ -47,6 +49,7 @@ def bake(
     Weights that do not change are shared between the two. Raises TrimtabError with the reason
     where the result would not be exact.
     """
+    check_model(language_model)
     if language_model.quantised:
         raise TrimtabError(
             f"{language_model.name} is quantised: baking would round the change away; attach the "
@@ -54,7 +57,7 @@ def bake(
         )
     single: list[Steering] = []
     for given in steerings:
-        single += given if isinstance(given, Steerings) else [given]
+        single += together(given)
     for steering in single:
         language_model.warn_of(steering)
     folds: list[Fold] = []

@@ -61,6 +61,19 @@ def _checked_model(model: Any) -> Any:
     raise TrimtabError(f"wrap takes a model of transformers, not {type(model).__name__}")
 
 
+def check_model(given: object) -> None:
+    """Refuse what stands where a model is to be, with what to write instead."""
+    if isinstance(given, LanguageModel):
+        return
+    if isinstance(given, str | Path):
+        raise TrimtabError(f"{str(given)!r} is a name, not a model: load it with load(...)")
+    if isinstance(given, nn.Module):
+        raise TrimtabError("a model of transformers is wrapped first: wrap(model, tokenizer)")
+    raise TrimtabError(
+        f"{type(given).__name__} stands where the model is to be: give what load or wrap returns"
+    )
+
+
 def _checked_tokenizer(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise TrimtabError("wrap needs a tokenizer: AutoTokenizer.from_pretrained(...)")

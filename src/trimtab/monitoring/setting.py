@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Pair, Prompt
+from trimtab.contrasts import Contrast, Pair, Prompt, check_contrast
 from trimtab.errors import TrimtabError, TrimtabWarning, check_choice
 from trimtab.figures import auroc_interval
 from trimtab.fitting import best_threshold, rare_threshold, sides_fired
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.monitoring.alarms import At, Baseline, Monitor, direction_of, what_is_read
 from trimtab.monitoring.chats import Answered, Chat, as_chat
 from trimtab.monitoring.watching import Turn, turns_along
@@ -54,6 +54,8 @@ def fit_monitor(
     Errors: a TrimtabError where the steering has no direction, the contrast has too few rows, or a
     turn has nothing to read.
     """
+    check_model(language_model)
+    check_contrast(contrast)
     check_choice("at", at, At)
     check_choice("threshold", threshold, Threshold)
     check_choice("fires", fires, GateSide)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.monitoring.alarms import At, Monitor, direction_of
 from trimtab.monitoring.chats import Chat, as_chat, read_turns
 from trimtab.monitoring.projecting import projections
@@ -155,7 +155,8 @@ def monitor(
 
     Errors: a TrimtabError of one line that names the chat.
     """
-    if isinstance(chats, str):
+    check_model(language_model)
+    if not isinstance(chats, Sequence) or isinstance(chats, str):
         raise TrimtabError("chats must be a list: write [chat]")
     read = [as_chat(chat, f"chat {number}") for number, chat in enumerate(chats, 1)]
     if not read:

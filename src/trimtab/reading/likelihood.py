@@ -13,11 +13,12 @@ from importlib.resources import files
 import torch
 from torch import Tensor
 
-from trimtab.contrasts import Contrast, Prompt
+from trimtab.contrasts import Contrast, Prompt, check_contrast
 from trimtab.errors import TrimtabError
 from trimtab.model import (
     LanguageModel,
     SteeringArgument,
+    check_model,
     frozen,
     has_images,
     has_two_pass,
@@ -58,6 +59,8 @@ def log_odds(
     `steering` is one for all pairs or a list with one per pair. The two sides of a pair share
     their prompt in one packed row, however short it is, where the model takes that.
     """
+    check_model(language_model)
+    check_contrast(contrast)
     rows = _scored_pairs(language_model, contrast)
     steerings = per_text(steering, len(rows))
     of_rows = [row_steerings(steering)] * len(rows) if steerings is None else steerings
@@ -207,6 +210,9 @@ def cross_entropy(
     Both [texts]; a text's first token is read, not scored. Steering counts a whole text as prompt;
     it is one for all texts or a list with one per text. `kept` is as in `next_tokens`.
     """
+    check_model(language_model)
+    if isinstance(texts, str):
+        raise TrimtabError("texts must be a list: write [text]")
     readings = []
     for row in encode_texts(language_model, texts):
         if row.common < 2:

@@ -1,6 +1,6 @@
 """The artifact and its algebra: operators, interventions, one dial, calibration."""
 
-from trimtab.steering.artifact import Steering, Steerings, together
+from trimtab.steering.artifact import Steering, Steerings, no_steering, together
 from trimtab.steering.calibration import STRENGTHS, Calibration
 from trimtab.steering.document import kind_of_file, refuse_other_file
 from trimtab.steering.gate_document import GateKind, GateScore, GateSide

@@ -108,7 +108,13 @@ class Steering:
         if value is None:
             assert kl is not None
             value = self._calibrated(kl).dial(kl, side, median)
-        value = float(value)
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            name = shown(self.dial.name)
+            raise TrimtabError(
+                f"the dial {name} takes a number, not {shown(repr(value))}"
+            ) from None
         if not abs(value) <= LARGEST:
             raise TrimtabError(f"the dial {shown(self.dial.name)} cannot be {value}")
         turned = replace(self, value=value)
@@ -419,4 +425,15 @@ def together(steering: Steering | Steerings | None) -> tuple[Steering, ...]:
     """The steerings that act together, in order: none, one, or several."""
     if steering is None:
         return ()
-    return (steering,) if isinstance(steering, Steering) else tuple(steering)
+    several = list(steering) if isinstance(steering, list | tuple) else [steering]
+    for one in several:
+        if not isinstance(one, Steering):
+            raise no_steering(one)
+    return tuple(several)
+
+
+def no_steering(given: object) -> TrimtabError:
+    """What is to be said where something else stands for a steering."""
+    return TrimtabError(
+        f"{shown(repr(given))} is not a steering: load one with Steering.load(FILE)"
+    )

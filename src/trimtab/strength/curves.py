@@ -19,7 +19,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast
 from trimtab.dials import idle_dial
 from trimtab.errors import TrimtabError
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.options import Bounds, Tracing, flat
 from trimtab.reports import Presented, Table, change_text, number_text, value_text
 from trimtab.steering import Steering
@@ -184,6 +184,7 @@ def curve(
     contrasts (`resampled`), whose curves give the error bars; with `contrast` tokens get their
     log-odds.
     """
+    check_model(language_model)
     wanted = language_model.fitting(language_model.prompts(prompts, chat))
     if not wanted:
         raise TrimtabError("there is no prompt to draw a curve for")

@@ -38,7 +38,7 @@ from trimtab.evaluation import (
 from trimtab.figures import Difference, Record, differences
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
 from trimtab.steering import Gate, Steering
@@ -125,6 +125,9 @@ def compare(
     `writer`, `shots`). With an `engine` (`tt.VLLM`) methods are fitted by transformers, and so is
     KL measured; the rest is the engine's. The other arguments are those of `sweep`.
     """
+    check_model(language_model)
+    if not isinstance(methods, Sequence) or isinstance(methods, str):
+        raise TrimtabError("methods must be a list: write [method]")
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
         for one in methods

@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import AnsweredBy, Asked
 from trimtab.fitting import Method
 from trimtab.methods import METHODS
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.options import FitOn, Keep, Rows, Search, flat, record
 from trimtab.reports import Run
 from trimtab.sweeps.asking import Asking, Behaviour, asked_beside, askings, writer_of
@@ -90,6 +90,7 @@ def sweep(
     Beside the best stand prompts that ask for the same, as in `compare` (`baselines` and what goes
     with it).
     """
+    check_model(language_model)
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
         raise TrimtabError(f"unknown method {method!r}: known are {', '.join(METHODS)}")

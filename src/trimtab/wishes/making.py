@@ -14,7 +14,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, Prompted, together_with
 from trimtab.figures import Difference, paired_difference, rate_interval
 from trimtab.files import json_digest
-from trimtab.model import LanguageModel
+from trimtab.model import LanguageModel, check_model
 from trimtab.options import Answering, Choosing, Keep, Making, Rows, WishTexts, flat, record
 from trimtab.reports import Run
 from trimtab.steering import Steering
@@ -113,7 +113,8 @@ def make(
     both; a contrast that is unpaired or too small to hold pairs out; a model without a chat
     template and no writer; a directory that holds something else.
     """
-    if (wish is None) is (contrast is None):
+    check_model(language_model)
+    if (wish is None) is (contrast is None) or not isinstance(wish, str | None):
         raise TrimtabError(
             'say what is wished for, as in "answers in one short sentence", or give a contrast'
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import TABLES, Contrast, builtins
+from trimtab.contrasts import TABLES, Contrast, builtins, check_contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.tasks import (
     boolq,
@@ -49,7 +49,11 @@ TASKS: Mapping[str, Task] = Extended(
 
 
 def load_contrast(
-    source: str | Contrast, *, data: str | None = None, protocol: str = "trimtab", seed: int = 0
+    source: str | Path | Contrast,
+    *,
+    data: str | None = None,
+    protocol: str = "trimtab",
+    seed: int = 0,
 ) -> Contrast:
     """`builtin:NAME`, a .jsonl, .json, .csv or .tsv file, `task:NAME` (right against wrong answers
     of a task, by `protocol`, from the data sets in `data`), or `answers:FILE` (rows with prompt and
@@ -57,6 +61,10 @@ def load_contrast(
     most similar one). A contrast is given back as it is."""
     if isinstance(source, Contrast):
         return source
+    if isinstance(source, Path):
+        source = str(source)
+    if not isinstance(source, str):
+        check_contrast(source)
     kind, colon, name = source.partition(":")
     if colon and kind == "task":
         check_protocol(protocol)
