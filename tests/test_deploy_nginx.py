@@ -35,9 +35,9 @@ def proxied(folder: Path, *servers: str) -> Iterator[str]:
     for name, url in zip(("first", "second"), servers, strict=True):
         assert f"server {name}:8000;" in text
         text = text.replace(f"server {name}:8000;", f"server {url.removeprefix('http://')};")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    text = text.replace("listen 8000;", f"listen 127.0.0.1:{port};")
+    address = nobody()
+    host, port = address.removeprefix("http://").split(":")
+    text = text.replace("listen 8000;", f"listen {host}:{port};")
     text = text.replace(
         "http {", f"http {{ access_log off; client_body_temp_path {folder}/body;", 1
     )
@@ -50,11 +50,11 @@ def proxied(folder: Path, *servers: str) -> Iterator[str]:
         for _ in range(200):
             assert process.poll() is None, (folder / "errors").read_text()
             try:
-                socket.create_connection(("127.0.0.1", port)).close()
+                socket.create_connection((host, int(port))).close()
                 break
             except OSError:
                 time.sleep(0.02)
-        yield f"http://127.0.0.1:{port}"
+        yield address
     finally:
         process.terminate()
         process.wait(10)

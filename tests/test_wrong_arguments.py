@@ -41,6 +41,7 @@ WRONG: dict[str, tuple[Callable[[Any, Any, Any], object], str]] = {
     "a model by name": (lambda m, s, c: METHOD.fit("gpt2", c), "'gpt2' is a name, not a model"),
     "exchanged in bake": (lambda m, s, c: tt.bake(s, m), "Steering stands where the model"),
     "a file in bake": (lambda m, s, c: tt.bake(m, "s.safetensors"), "Steering.load(FILE)"),
+    "nothing in bake": (lambda m, s, c: tt.bake(m, None), "None is not a steering"),
     "a method in bake": (lambda m, s, c: tt.bake(m, METHOD), "is not a steering"),
     "exchanged in export": (lambda m, s, c: tt.export(s, m, "lora", "x"), "stands where the model"),
     "a file in export": (lambda m, s, c: tt.export(m, "s", "lora", "x"), "is not a steering"),
@@ -76,6 +77,11 @@ def test_it_is_refused_in_a_line(
     line = str(raised.value)
     assert words in line
     assert "\n" not in line
+
+
+def test_methods_of_a_mapping_are_a_list(lm: tt.LanguageModel, contrast: tt.Contrast) -> None:
+    (fitted,) = tt.fit({"one": METHOD}.values(), lm, contrast, measure=False)  # type: ignore[arg-type]
+    assert fitted.method == "caa"
 
 
 def test_a_contrast_is_loaded_by_its_path(tmp_path: Any, contrast: tt.Contrast) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -23,6 +24,12 @@ def choices(kind: Any) -> tuple[str, ...]:
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)
     return tuple(word for part in typing.get_args(kind) for word in choices(part))
+
+
+def check_list(what: str, given: object, instead: str = "") -> None:
+    """Refuse one thing where several of a kind are to be; `instead` is what else may be written."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TrimtabError(f"{what}s must be a list: write [{what}]{instead}")
 
 
 def check_choice(what: str, value: object, kind: Any) -> None:

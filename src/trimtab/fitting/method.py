@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.contrasts import SINGLE, Contrast, Pair, check_contrast, images_in
 from trimtab.dials import measured
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, check_list
 from trimtab.fitting.activations import Statistics, Want, collect
 from trimtab.fitting.effects import Effect
 from trimtab.fitting.fields import fields_in_words, validate
@@ -164,8 +164,8 @@ def fit(
     is measured under a steering (the dial, a choice on validation rows) is transformers' all the
     same. Methods that need gradients, or train, are refused.
     """
-    if not isinstance(methods, Sequence):
-        raise TrimtabError("methods must be a list: write [method], or method.fit(model, contrast)")
+    check_list("method", methods, ", or method.fit(model, contrast)")
+    methods = list(methods)
     for method in methods:
         if not isinstance(method, Method):
             raise TrimtabError(f"{method!r} is not a method: give one as CAA() makes it")

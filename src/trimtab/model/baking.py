@@ -37,7 +37,7 @@ from trimtab.steering import (
     Steerings,
     fold_input,
     fold_output,
-    together,
+    no_steering,
 )
 
 
@@ -57,8 +57,10 @@ def bake(
         )
     single: list[Steering] = []
     for given in steerings:
-        single += together(given)
+        single += given if isinstance(given, Steerings) else [given]
     for steering in single:
+        if not isinstance(steering, Steering):
+            raise no_steering(steering)
         language_model.warn_of(steering)
     folds: list[Fold] = []
     for steering in single:

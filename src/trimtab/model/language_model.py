@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.anatomy import Anatomy
 from trimtab.checkpoints import baked_already
 from trimtab.contrasts import Image, Prompt, images_in, read_prompt
-from trimtab.errors import TrimtabError, TrimtabWarning, shown
+from trimtab.errors import TrimtabError, TrimtabWarning, check_list, shown
 from trimtab.model.arguments import (
     Completion,
     Rule,
@@ -351,8 +351,7 @@ class LanguageModel:
     def prompts(self, prompts: Sequence[Any], chat: bool | None) -> list[Prompt]:
         """Prompts as text or conversations; text becomes a user's message in a chat (default:
         where the model has a chat template)."""
-        if isinstance(prompts, str):
-            raise TrimtabError("prompts must be a list: write [prompt]")
+        check_list("prompt", prompts)
         chat = self.chats if chat is None else chat
         read = [read_prompt(prompt, f"prompt {i}") for i, prompt in enumerate(prompts, 1)]
         if not chat:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.errors import TrimtabError, shown
+from trimtab.errors import TrimtabError, check_list, shown
 from trimtab.model import LanguageModel, check_model
 from trimtab.monitoring.alarms import At, Monitor, direction_of
 from trimtab.monitoring.chats import Chat, as_chat, read_turns
@@ -156,8 +156,7 @@ def monitor(
     Errors: a TrimtabError of one line that names the chat.
     """
     check_model(language_model)
-    if not isinstance(chats, Sequence) or isinstance(chats, str):
-        raise TrimtabError("chats must be a list: write [chat]")
+    check_list("chat", chats)
     read = [as_chat(chat, f"chat {number}") for number, chat in enumerate(chats, 1)]
     if not read:
         raise TrimtabError("there is no chat to read")

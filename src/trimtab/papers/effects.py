@@ -38,6 +38,7 @@ from trimtab.reports import (
     forest,
     interval,
     look_of,
+    one_line_each,
     panels,
     styled,
 )
@@ -237,11 +238,11 @@ def _coherence_picture(
     figure, (left, right) = panels((9, 3.4), 1, 2)
     turned = {name: rows for name, rows in curves.items() if name != "unsteered"}
     for axes, key in ((left, "self_perplexity"), (right, "repetition_4gram")):
-        lines = [
-            Line(name, angles, [row[key] for row in rows], *look_of(i))
-            for i, (name, rows) in enumerate(turned.items())
-        ]
-        curve(axes, lines, curves["unsteered"][0][key], xlabel="θ (degrees)")
+        values = {
+            name: dict(zip(angles, (row[key] for row in rows), strict=True))
+            for name, rows in turned.items()
+        }
+        curve(axes, one_line_each(values), curves["unsteered"][0][key], xlabel="θ (degrees)")
     left.axhline(VIOLATION, color="black", linestyle=":", linewidth=1, label="violation")
     left.set_ylim(bottom=1)
     right.set_ylim(bottom=-0.01, top=max(0.1, right.get_ylim()[1]))

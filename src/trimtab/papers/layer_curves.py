@@ -26,13 +26,11 @@ from trimtab.options import SPLIT
 from trimtab.papers.effects import fitted
 from trimtab.papers.result import StudyResult, Value, contrast_of, value_of
 from trimtab.reports import (
-    Line,
     Picture,
     Table,
     cell,
     curve,
     difference_cell,
-    look_of,
     number_cell,
     one_line_each,
     panels,
@@ -280,11 +278,11 @@ def _picture(gains: Mapping[Place, Difference], kl: Mapping[Place, TokenKL]) -> 
         (left, {p: Estimate(g.difference, *g.ci95, g.n) for p, g in gains.items()}, "gain, nats"),
         (right, {p: Estimate(k.mean, *k.ci95, k.tokens) for p, k in kl.items()}, "KL per token"),
     ):
-        lines = []
-        for i, block in enumerate(blocks):
-            own = {strength: one for (layer, strength), one in of.items() if layer == block}
-            lines.append(Line(f"layer {block}", list(own), list(own.values()), *look_of(i)))
-        curve(axes, lines, xlabel="strength", ylabel=label)
+        by_block = {
+            f"layer {block}": {at: one for (layer, at), one in of.items() if layer == block}
+            for block in blocks
+        }
+        curve(axes, one_line_each(by_block), xlabel="strength", ylabel=label)
         axes.axhline(0, color="black", linewidth=0.8)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)

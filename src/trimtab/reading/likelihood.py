@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Prompt, check_contrast
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_list
 from trimtab.model import (
     LanguageModel,
     SteeringArgument,
@@ -211,8 +211,7 @@ def cross_entropy(
     it is one for all texts or a list with one per text. `kept` is as in `next_tokens`.
     """
     check_model(language_model)
-    if isinstance(texts, str):
-        raise TrimtabError("texts must be a list: write [text]")
+    check_list("text", texts)
     readings = []
     for row in encode_texts(language_model, texts):
         if row.common < 2:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.contrasts import Contrast
 from trimtab.dials import idle_dial
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, check_list
 from trimtab.model import LanguageModel, check_model
 from trimtab.options import Bounds, Tracing, flat
 from trimtab.reports import Presented, Table, change_text, number_text, value_text
@@ -243,8 +243,7 @@ def curve(
 
 def sequences(language_model: LanguageModel, tokens: Sequence[str | int]) -> list[tuple[int, ...]]:
     """The ids of each token: itself, or all tokens of a text as it stands."""
-    if isinstance(tokens, str):
-        raise TrimtabError("tokens must be a list: write [token]")
+    check_list("token", tokens)
     found: list[tuple[int, ...]] = []
     vocabulary = language_model.model.get_output_embeddings().weight.shape[0]
     for token in tokens:

@@ -21,7 +21,7 @@ from typing import Any
 
 from trimtab.contrasts import Contrast, Prompt
 from trimtab.dials import Budget, all_budgets, check_budgets
-from trimtab.errors import TrimtabError, TrimtabWarning
+from trimtab.errors import TrimtabError, TrimtabWarning, check_list
 from trimtab.evaluation import (
     AnsweredBy,
     Asked,
@@ -126,8 +126,7 @@ def compare(
     KL measured; the rest is the engine's. The other arguments are those of `sweep`.
     """
     check_model(language_model)
-    if not isinstance(methods, Sequence) or isinstance(methods, str):
-        raise TrimtabError("methods must be a list: write [method]")
+    check_list("method", methods)
     candidates = [
         one if isinstance(one, Candidate) else default_candidate(language_model, one)
         for one in methods
