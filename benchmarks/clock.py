@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 RESAMPLES = 2000
 
@@ -33,8 +33,16 @@ class Times:
     wall: list[float] = field(default_factory=list)
 
 
-#: Runs a contender once. One that ran in another process returns its own (CPU, wall) seconds.
-Contender = Callable[[], tuple[float, float] | None]
+class Took(NamedTuple):
+    """CPU and wall seconds of one run."""
+
+    cpu: float
+    wall: float
+
+
+#: Runs a contender once. What it took by its own clock, as in another process, it returns as
+#: `Took`; anything else that it returns is dropped.
+Contender = Callable[[], object]
 
 
 def interleaved(contenders: Mapping[str, Contender], rounds: int) -> dict[str, Times]:
@@ -52,13 +60,13 @@ def interleaved(contenders: Mapping[str, Contender], rounds: int) -> dict[str, T
     return times
 
 
-def timed(run: Contender) -> tuple[float, float]:
-    """CPU and wall seconds of one run."""
+def timed(run: Contender) -> Took:
+    """What one run took."""
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
-    elsewhere = run()
-    here = time.process_time() - cpu, time.perf_counter() - wall
-    return here if elsewhere is None else elsewhere
+    result = run()
+    took = Took(time.process_time() - cpu, time.perf_counter() - wall)
+    return result if isinstance(result, Took) else took
 
 
 @dataclass(frozen=True)

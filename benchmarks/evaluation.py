@@ -51,7 +51,7 @@ def _task(lm: tt.LanguageModel, name: str, data: Path, rounds: int, n: int, say:
     if ours() != theirs():
         raise tt.TrimtabError(f"evaluation: the two ways answer {name} differently")
     say(f"evaluation: {name}, {rounds} rounds")
-    times = interleaved({"trimtab": lambda: _ran(ours), "authors": lambda: _ran(theirs)}, rounds)
+    times = interleaved({"trimtab": ours, "authors": theirs}, rounds)
     ratios = [ratio("authors / trimtab", times["authors"], times["trimtab"])]
     return Report(f"evaluation: {name}, SmolLM2 135M", n, times, ratios, {"unit": "examples"})
 
@@ -91,9 +91,9 @@ def _choices(lm: tt.LanguageModel, rounds: int, n: int, say: Say) -> Report:
             if apart > TOLERANCE:
                 raise tt.TrimtabError(f"evaluation: lm-eval's hf model is {apart} nats apart")
         say(f"evaluation: lm-eval, {rounds} rounds")
-        contenders = {"trimtab": lambda: _ran(ours)}
+        contenders = {"trimtab": ours}
         for size, model in theirs.items():
-            contenders[f"hf, batch {size}"] = partial(_ran, partial(scored, model))
+            contenders[f"hf, batch {size}"] = partial(scored, model)
         times = interleaved(contenders, rounds)
     ratios = [
         ratio(f"{name} / trimtab", times[name], times["trimtab"])
@@ -136,7 +136,3 @@ def _write_task(room: Path, n: int) -> None:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (room / "sums.yaml").write_text(json.dumps(task), encoding="utf-8")
-
-
-def _ran(run: Callable[[], object]) -> None:
-    run()

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from clock import Contender, Report, interleaved, ratio
+from clock import Report, interleaved, ratio
 from torch import Tensor
 
 import trimtab as tt
@@ -50,15 +50,6 @@ def run(rounds: int, pairs: int | None, say: Say) -> list[Report]:
     ]
 
 
-def _run(way: Callable[[], Any]) -> Contender:
-    """A way to be timed, whatever it returns."""
-
-    def run() -> None:
-        way()
-
-    return run
-
-
 def _check(what: str, ours: Tensor, theirs: Tensor) -> float:
     apart = float((ours.double() - theirs.double()).norm() / theirs.double().norm())
     if not apart < TOLERANCE:
@@ -82,7 +73,7 @@ def _act(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) -> 
         assert each.operator.added is not None
         apart.append(_check("act", each.operator.added, shift))
     say(f"fits: act, {rounds} rounds")
-    times = interleaved({"one pass": _run(ours), "a pass a site": _run(theirs)}, rounds)
+    times = interleaved({"one pass": ours, "a pass a site": theirs}, rounds)
     return Report(
         "fits: causal AcT, SmolLM2 135M, 30 sites",
         len(contrast),
@@ -169,7 +160,7 @@ def _alphasteer(rounds: int, say: Say) -> list[Report]:
     x = torch.randn(TOKENS, UNITS, generator=made)
     vector, gate, whole = r.float(), u.float(), matrix.float()
     say(f"fits: alphasteer, {rounds} rounds")
-    fitted = interleaved({"rank one": _run(ours), "d × d": _run(theirs)}, rounds)
+    fitted = interleaved({"rank one": ours, "d × d": theirs}, rounds)
     steered = interleaved(
         {
             "rank one": lambda: _discard(x + (x @ gate)[:, None] * vector),
@@ -226,7 +217,7 @@ def _training(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say
     learnt: Any = ours().interventions[0].operator
     apart = _check("training", learnt.vector, theirs())
     say(f"fits: training, {rounds} rounds")
-    times = interleaved({"trimtab": _run(ours), "every block": _run(theirs)}, rounds)
+    times = interleaved({"trimtab": ours, "every block": theirs}, rounds)
     return Report(
         f"fits: {STEPS} steps of SSV at block {BLOCK} of 30, SmolLM2 135M",
         len(contrast),
@@ -300,7 +291,7 @@ def _loreft(lm: tt.LanguageModel, contrast: tt.Contrast, rounds: int, say: Say) 
     apart = _check("loreft", nll.sort().values, _losses(same, readings).detach().sort().values)
     theirs()
     say(f"fits: loreft, {rounds} rounds")
-    times = interleaved({"trimtab": _run(ours), "pyreft": _run(theirs)}, rounds)
+    times = interleaved({"trimtab": ours, "pyreft": theirs}, rounds)
     return [
         Report(
             f"fits: {STEPS} steps of LoReFT at block {BLOCK} of 30, SmolLM2 135M",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clock import Took
+
 import trimtab as tt
 from trimtab.files import cache_dir
 
@@ -91,10 +93,10 @@ class Process:
         print(command, file=self.process.stdin, flush=True)
         return self._read()
 
-    def run(self) -> tuple[float, float]:
-        """One round: the CPU and wall seconds that it measured itself."""
+    def run(self) -> Took:
+        """One round, by the process's own clock."""
         taken = self.ask("run")
-        return taken["cpu"], taken["wall"]
+        return Took(taken["cpu"], taken["wall"])
 
     def close(self) -> None:
         assert self.process.stdin is not None

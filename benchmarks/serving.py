@@ -10,9 +10,11 @@ checkpoint, and one of stock with room for LoRA adapters at the modules that are
 one continuous batch of greedy requests, in float32, eager; prompts share nothing, and no block is
 cached from before. What is measured are the engine process's CPU seconds, with wall seconds beside.
 
-Two processes of one engine differ by some percent for as long as they live. With --starts all
-engines are started so many times, in another order each time, and a figure is the median of a
-start's rounds: intervals are of engines then, not of turns.
+Two processes of one engine differ by some percent for as long as they live, which is more than the
+plugin takes. So its contenders are also held against their own engine from which the plugin is
+taken off for a turn: its hooks and what it put around vLLM's methods. With --starts all engines are
+started so many times, in another order each time. Against stock a figure is then the median of a
+start's turns, and intervals are of engines, not of turns.
 """
 
 from __future__ import annotations
@@ -24,22 +26,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from clock import Report, Times, interleaved, machine, one_thread, ratio
+from clock import Ratio, Report, Times, Took, interleaved, machine, one_thread, ratio
 
 MODEL = "smollm2-135m-instruct"
 #: The block at which a direction is added, and how many units of heads are scaled.
 LAYER, UNITS = 12, 96
+#: The plugin's engine without it.
+OFF = "plugin, taken off"
 #: Contender: its engine, and how many different steerings its requests have between them.
 CONTENDERS = {
     "stock": ("stock", 0),
     "stock again": ("stock", 0),
+    OFF: ("plugin", 0),
     "plugin, nothing steered": ("plugin", 0),
     "plugin, a direction at one block": ("plugin", -1),
     "plugin, units of all heads": ("plugin", 1),
@@ -49,7 +55,7 @@ CONTENDERS = {
     "LoRA, nothing steered": ("lora", 0),
     "LoRA, units of all heads": ("lora", 1),
 }
-#: What each should be at most, against stock.
+#: What each should be at most, of the plugin against its engine without it, else against stock.
 AT_MOST = {
     "plugin, nothing steered": 1.01,
     "plugin, a direction at one block": 1.03,
@@ -135,23 +141,39 @@ def prepared(folder: Path, requests: int, new: int) -> Path:
 
 def measured(job: Path, kinds: list[str], rounds: int, starts: int) -> Report:
     """What contenders take over stock: by turns of one start, or by the medians of several."""
-    taken = [of_one_start(job, kinds[::-1] if n % 2 else kinds, rounds) for n in range(starts)]
-    times = taken[0]
-    if starts > 1:
-        times = {
-            name: Times(
-                [median(start[name].cpu) for start in taken],
-                [median(start[name].wall) for start in taken],
-            )
-            for name in taken[0]
-        }
-    shown = [
-        ratio(f"{name} / stock", one, times["stock"], at_most=AT_MOST.get(name), of_median=True)
-        for name, one in times.items()
-        if name != "stock"
+    taken = []
+    for number in range(starts):
+        taken.append(of_one_start(job, kinds[::-1] if number % 2 else kinds, rounds))
+        print(f"{number + 1} of {starts} starts", file=sys.stderr, flush=True)
+    turns = {name: together(start[name] for start in taken) for name in taken[0]}
+    times = turns if starts == 1 else {name: of_starts(taken, name) for name in turns}
+    ratios = [against("stock", name, one, times) for name, one in times.items() if name != "stock"]
+    ratios += [
+        against(OFF, name, one, turns)
+        for name, one in turns.items()
+        if CONTENDERS[name][0] == "plugin" and name != OFF
     ]
     prompts = json.loads(job.read_text())["prompts"]
-    return Report(f"vLLM: {MODEL}", len(prompts), times, shown)
+    return Report(f"vLLM: {MODEL}", len(prompts), turns, ratios, {"starts": starts})
+
+
+def together(starts: Iterable[Times]) -> Times:
+    """The turns of all starts, in one list."""
+    every = list(starts)
+    return Times([s for one in every for s in one.cpu], [s for one in every for s in one.wall])
+
+
+def of_starts(taken: Sequence[dict[str, Times]], name: str) -> Times:
+    """The median of a contender's turns, of each start."""
+    every = [start[name] for start in taken]
+    return Times([median(one.cpu) for one in every], [median(one.wall) for one in every])
+
+
+def against(other: str, name: str, one: Times, times: dict[str, Times]) -> Ratio:
+    """A contender over another, with what is wanted of it where that is the one to hold it to."""
+    own = OFF if CONTENDERS[name][0] == "plugin" else "stock"
+    wanted = AT_MOST.get(name) if other == own else None
+    return ratio(f"{name} / {other}", one, times[other], of_median=True, at_most=wanted)
 
 
 def of_one_start(job: Path, kinds: list[str], rounds: int) -> dict[str, Times]:
@@ -189,8 +211,8 @@ class Engine:
             command, stdin=pipe, stdout=pipe, text=True, env=environment
         )
 
-    def turn(self, name: str) -> tuple[float, float]:
-        """CPU and wall seconds of one contender's turn."""
+    def turn(self, name: str) -> Took:
+        """One contender's turn, by the engine's own clock."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{name}\n")
@@ -198,7 +220,7 @@ class Engine:
         for line in self._process.stdout:
             if line.startswith("took "):
                 cpu, wall = line.split()[1:]
-                return float(cpu), float(wall)
+                return Took(float(cpu), float(wall))
         raise RuntimeError(f"the engine of {name} ended")
 
     def close(self) -> None:
@@ -237,10 +259,48 @@ def answer(kind: str, job: dict[str, Any]) -> None:
             engine.collective_rpc("trimtab_load", args=(digest, content_of(steering)))
             LOADED.add(digest)
     for line in sys.stdin:
-        run = turn_of(engine, kind, CONTENDERS[line.strip()][1], steerings, job)
-        cpu, wall = time.process_time(), time.perf_counter()
-        run()
-        print("took", time.process_time() - cpu, time.perf_counter() - wall, flush=True)
+        name = line.strip()
+        run = turn_of(engine, kind, CONTENDERS[name][1], steerings, job)
+        with taken_off(engine, len(job["places"])) if name == OFF else nullcontext():
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            took = time.process_time() - cpu, time.perf_counter() - wall
+        print("took", *took, flush=True)
+
+
+@contextmanager
+def taken_off(engine: Any, sites: int) -> Iterator[None]:
+    """The engine without the plugin: its hooks at so many sites, what says to them which rows a
+    pass has, and what stands around vLLM's methods."""
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    (runner,) = engine.collective_rpc(lambda worker: worker.model_runner)
+    hooks = [
+        held
+        for module in runner.get_model().modules()
+        for held in (module._forward_hooks, module._forward_pre_hooks)
+        if held
+    ]
+    own = [dict(held) for held in hooks]
+    assert sum(map(len, own)) == sites
+    around: list[tuple[Any, str]] = [(InputProcessor, "process_inputs")]
+    keys = "generate_block_hash_extra_keys"
+    around += [(kv_cache_utils, keys), (block_pool, keys)]
+    put = [(of, name, getattr(of, name)) for of, name in around]
+    forward = vars(runner).pop("_model_forward")
+    for held in hooks:
+        held.clear()
+    for of, name, ours in put:
+        setattr(of, name, ours.__wrapped__)
+    try:
+        yield
+    finally:
+        runner._model_forward = forward
+        for held, was in zip(hooks, own, strict=True):
+            held.update(was)
+        for of, name, ours in put:
+            setattr(of, name, ours)
 
 
 def wanted(steering: Any) -> Any:

@@ -66,11 +66,11 @@ def _curve(lm: tt.LanguageModel, steering: tt.Steering, rounds: int, say: Say) -
         raise tt.TrimtabError(f"strength: the curve is off by {error:.2g}")
     say(f"strength: {rounds} rounds of the curve")
     contenders: dict[str, Contender] = {
-        "curve": lambda: _nothing(
-            tt.strength.curve(lm, steering, [text], span=SPAN, points=POINTS, chat=False)
+        "curve": lambda: tt.strength.curve(
+            lm, steering, [text], span=SPAN, points=POINTS, chat=False
         ),
-        "one by one": lambda: _nothing(_separate(lm, steering, ids, dials)),
-        "one by one, last logits": lambda: _nothing(_separate(lm, steering, ids, dials, keep=1)),
+        "one by one": lambda: _separate(lm, steering, ids, dials),
+        "one by one, last logits": lambda: _separate(lm, steering, ids, dials, keep=1),
     }
     times = interleaved(contenders, rounds)
     for name in ("one by one", "one by one, last logits"):
@@ -136,7 +136,7 @@ def _budget(
     say(f"strength: {rounds} rounds of budgets")
     contenders: dict[str, Contender] = {"plain pass": lambda: _plain(lm, batches)}
     for name, steering in steerings.items():
-        contenders[name] = partial(_nothing_of, find, steering)
+        contenders[name] = partial(find, steering=steering)
     times = interleaved(contenders, rounds)
     return Report(
         "strength: a budget of 0.1 nats, SmolLM2 135M",
@@ -154,11 +154,3 @@ def _budget(
 def _plain(lm: tt.LanguageModel, batches: Sequence[Any]) -> None:
     for inputs in batches:
         lm.model(**inputs, use_cache=False)
-
-
-def _nothing_of(find: Callable[..., Any], steering: tt.Steering) -> None:
-    find(steering=steering)
-
-
-def _nothing(result: Any) -> None:
-    """A contender returns nothing, or its own seconds."""

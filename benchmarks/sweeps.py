@@ -31,7 +31,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from clock import Report, Times, interleaved, ratio, timed
+from clock import Report, Times, Took, interleaved, ratio, timed
 
 import trimtab as tt
 from trimtab.evaluation.jobs import TaskJob
@@ -84,13 +84,13 @@ def run(data: Path, rounds: int, rows: int | None, say: Say) -> list[Report]:
             run=Run(None, {}),
         )
 
-    def ours() -> tuple[float, float]:
+    def ours() -> Took:
         on = bench()
         first, other = (
             timed(partial(swept, on, {"k": AUSTEER_GRID, "alpha": (alpha,)})) for alpha in ALPHAS
         )
         others = len(AUSTEER_GRID) - 1
-        return first[0] + others * other[0], first[1] + others * other[1]
+        return Took(first.cpu + others * other.cpu, first.wall + others * other.wall)
 
     def plain() -> None:
         measured = bench(resumed=False)
