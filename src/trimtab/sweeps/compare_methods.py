@@ -9,19 +9,17 @@ dial that changes the next token by as many nats.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trimtab.contrasts import Contrast, Prompt
-from trimtab.dials import Budget, all_budgets, check_budgets
-from trimtab.errors import TrimtabError, TrimtabWarning, check_list
+from trimtab.contrasts import Contrast
+from trimtab.dials import check_budgets
+from trimtab.errors import TrimtabError, check_list
 from trimtab.evaluation import (
     AnsweredBy,
     Asked,
@@ -35,19 +33,20 @@ from trimtab.evaluation import (
     find_job,
     refuse_elsewhere,
 )
-from trimtab.figures import Difference, Record, differences
+from trimtab.figures import Difference
 from trimtab.fitting import collect
 from trimtab.methods import METHODS
 from trimtab.model import LanguageModel, check_model
 from trimtab.options import Comparing, FitOn, Keep, Prompting, Rows, Search, flat, record
 from trimtab.reports import Run, check_overwritable
-from trimtab.steering import Gate, Steering
+from trimtab.steering import Gate
 from trimtab.sweeps.asking import PROMPTS, asked_beside, askings, writer_of
 from trimtab.sweeps.asking import described as prompts_described
-from trimtab.sweeps.baselines import Baselines, Prompts
+from trimtab.sweeps.baselines import Baselines
 from trimtab.sweeps.begun import DEFAULTS, begun_before, former, without_limit
-from trimtab.sweeps.comparison import AtBudget, Compared, Comparison
-from trimtab.sweeps.metering import Used, metered, overhead
+from trimtab.sweeps.compared import at_budgets, corrected, effects, with_differences
+from trimtab.sweeps.comparison import Compared, Comparison
+from trimtab.sweeps.metering import Used, metered
 from trimtab.sweeps.parts import contrast_for
 from trimtab.sweeps.rows import Measured, TaskRows
 from trimtab.sweeps.space import (
@@ -67,8 +66,8 @@ from trimtab.sweeps.space import (
 from trimtab.sweeps.sweep_method import check_cost
 from trimtab.sweeps.worker import hook, try_settings
 
-#: Prompts on which budgets are found, and on which the time of generation is measured.
-_BUDGET_PROMPTS, _TIMED_PROMPTS = 64, 8
+#: Prompts on which budgets are found.
+_BUDGET_PROMPTS = 64
 #: Bytes of the longest name of a method: below what file systems take.
 _LONGEST_NAME = 200
 _BESIDE = (
@@ -180,7 +179,7 @@ def compare(
     chosen = {row.name: row.sweep.steering for row in compared if row.sweep and row.sweep.steering}
     tested = [row for row in compared if row.sweep and row.sweep.tested]
     records = {row.name: list(row.sweep.tested) for row in tested if row.sweep}
-    compared, between = _compared(bench, compared, records)
+    compared, between = with_differences(bench, compared, records)
     beside_prompts = None
     kl, axis = comparing.kl, None
     if kl:
@@ -190,8 +189,8 @@ def compare(
         beside_prompts = Baselines(
             bench, run, limit, comparing.timed, None if axis is None else axis.median
         ).measure(said.behaviour, askings(said, texts, prompting.shots, writer), chosen, records)
-        compared = _corrected(compared, beside_prompts)
-    at_budgets = [] if axis is None else _at_budgets(bench, chosen, axis, kl, beside_prompts)
+        compared = corrected(compared, beside_prompts)
+    budgeted = [] if axis is None else at_budgets(bench, chosen, axis, kl, beside_prompts)
     lasting = None
     if comparing.drift and chosen:
         words = {} if beside_prompts is None else beside_prompts.best_words
@@ -224,7 +223,7 @@ def compare(
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
         bench.plain.perplexity(0.0),
         tuple(compared),
-        tuple(at_budgets),
+        tuple(budgeted),
         between,
         fit,
         beside,
@@ -358,7 +357,7 @@ def _swept(
         return Compared(one.name, found, swept=used, why="; ".join(found.notes))
     if run.path is not None and found.steering.acts:  # not k = 0, the model as it is
         found.steering.save(run.path / "best.safetensors", overwrite=True)
-    row = _effects(bench, one.name, found.steering, comparing.timed)
+    row = effects(bench, one.name, found.steering, comparing.timed)
     return replace(row, sweep=found, swept=used)
 
 
@@ -369,91 +368,6 @@ def _size(space: Space) -> float:
     return len(grid(space))
 
 
-def _effects(bench: TaskRows, name: str, steering: Steering, timed: bool) -> Compared:
-    """What a steering changes and what it costs, beside its figure on the task."""
-    cost = bench.plain.cost(steering)
-    return Compared(
-        name,
-        None,
-        dial=steering.setting,
-        changed=sum(one.operator.size for one in steering.interventions),
-        cost=cost,
-        perplexity=bench.plain.perplexity(cost),
-        overhead=overhead(
-            bench.language_model, steering, bench.prompts(_TIMED_PROMPTS), engine=bench.engine
-        )
-        if timed
-        else None,
-    )
-
-
-# -- at equal budgets -----------------------------------------------------------------------------
-
-
-def _at_budgets(
-    bench: TaskRows,
-    chosen: Mapping[str, Steering],
-    axis: NextTokens,
-    kl: Sequence[float],
-    prompts: Prompts | None,
-) -> list[AtBudget]:
-    """The chosen steerings once more at the dial of each budget, and prompts beside them."""
-    reached = {name: _budgets_of(bench, one, axis.prompts, kl) for name, one in chosen.items()}
-    found = []
-    for i, nats in enumerate(kl):
-        rows, records = [], {}
-        for name, budgets in reached.items():
-            if isinstance(budgets, str):
-                rows.append(Compared(name, None, why=budgets))
-                continue
-            steering = replace(chosen[name], value=budgets[i].dial)
-            unreached = budgets[i].unreached
-            short = f"{unreached} prompts cost less" if unreached else ""
-            row = _effects(bench, name, steering, timed=False)
-            rows.append(replace(row, axis_kl=axis.median(steering), why=short))
-            records[name] = bench.records(steering, "test", name=name)
-        found.append(_against(bench, AtBudget(nats, tuple(rows)), records, prompts))
-    return found
-
-
-def _budgets_of(
-    bench: TaskRows, steering: Steering, prompts: Sequence[Prompt], kl: Sequence[float]
-) -> list[Budget] | str:
-    """The dials of a chosen steering whose median KL on the validation prompts is each budget, on
-    the side on which it was chosen; or why there is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrimtabWarning)  # said by the row
-            return all_budgets(
-                bench.language_model,
-                steering,
-                prompts,
-                kl,
-                side="negative" if steering.setting < 0 else "positive",
-                chat=None if any(not isinstance(prompt, str) for prompt in prompts) else False,
-            )
-    except TrimtabError as error:
-        return str(error)
-
-
-def _against(
-    bench: TaskRows,
-    found: AtBudget,
-    records: Mapping[str, Sequence[Record]],
-    prompts: Prompts | None,
-) -> AtBudget:
-    """Methods at a budget and what is said before prompts, against the unsteered model: p is
-    corrected for all that stand there."""
-    asked = [] if prompts is None else [row for row in prompts.rows if row.asks]
-    said = {} if prompts is None else prompts.tested
-    base = bench.unsteered("test")
-    pairs = {name: (base, some) for name, some in {**records, **said}.items()}
-    against = differences(pairs, bench.metric, bench.maximise)
-    methods = _with_figures(bench, found.methods, records, against)
-    beside = [replace(row, against=against.get(row.name)) for row in asked]
-    return replace(found, methods=tuple(methods), prompts=tuple(beside))
-
-
 def _repeated(bench: TaskRows) -> Repeated:
     """The test rows, to be asked again behind turns."""
     return Repeated(
@@ -462,43 +376,6 @@ def _repeated(bench: TaskRows) -> Repeated:
         bench.maximise,
         lambda attached, name: bench.records(attached, "test", name=name),
     )
-
-
-# -- differences ----------------------------------------------------------------------------------
-
-
-def _compared(
-    bench: TaskRows, rows: Sequence[Compared], records: Mapping[str, Sequence[Record]]
-) -> tuple[list[Compared], dict[tuple[str, str], Difference]]:
-    """The rows with their figures and differences against unsteered; and between each two."""
-    base = bench.unsteered("test")
-    names = [row.name for row in rows if row.name in records]
-    said = bench.metric, bench.maximise
-    against = differences({name: (base, records[name]) for name in names}, *said)
-    pairs = {(a, b): (records[b], records[a]) for a, b in itertools.combinations(names, 2)}
-    between = differences(pairs, *said)
-    return _with_figures(bench, rows, records, against), between
-
-
-def _with_figures(
-    bench: TaskRows,
-    rows: Sequence[Compared],
-    records: Mapping[str, Sequence[Record]],
-    against: Mapping[str, Difference],
-) -> list[Compared]:
-    """The rows with what their records come to, where there are some."""
-    return [
-        replace(row, test=bench.result(records[row.name]), against=against.get(row.name))
-        if row.name in records
-        else row
-        for row in rows
-    ]
-
-
-def _corrected(rows: Sequence[Compared], prompts: Prompts) -> list[Compared]:
-    """The rows with p corrected for the number of prompts beside them too."""
-    against = {row.name: row.against for row in prompts.rows}
-    return [replace(row, against=against.get(row.name) or row.against) for row in rows]
 
 
 def _caveats(
