@@ -17,6 +17,7 @@ from trimtab.model import is_asking
 from trimtab.sweeps.space import (
     Fitter,
     Range,
+    at_ends,
     check_space,
     default_space,
     grid,
@@ -244,3 +245,32 @@ def test_what_a_method_needs_and_what_a_grid_cannot_have() -> None:
             return {}
 
     refused_in_one_line(lambda: default_space(Own, 3), "own has no grid")
+
+
+@pytest.mark.parametrize(
+    ("space", "params", "said"),
+    [
+        ({"alpha": (0.5, 4, 1)}, {"alpha": 4}, ["alpha=4 is the largest of its values"]),
+        ({"alpha": (0.5, 4, 1)}, {"alpha": 0.5}, ["alpha=0.5 is the least of its values"]),
+        ({"alpha": (0.5, 4, 1)}, {"alpha": 1}, []),
+        ({"alpha": (4,)}, {"alpha": 4}, []),  # no search
+        ({"alpha": (0.0, 4.0)}, {"alpha": 0.0}, []),  # nothing is weaker
+        ({"alpha": Range(0.5, 4.0)}, {"alpha": 4.0}, ["alpha=4 is the largest"]),
+        ({"layer": (1, 2)}, {"layer": 2}, ["layer=2 is the largest"]),
+        ({"layer": (1, 2, 3)}, {"layer": 3}, []),  # the model has no block beyond
+        ({"layer": (0, 1)}, {"layer": 0}, []),
+        ({"k": (1, 8)}, {"k": 1}, []),
+        ({"k": (1, 8, "all")}, {"k": 8}, []),
+        ({"theta": (0, 180, 350)}, {"theta": 350}, []),  # angles go round
+        ({"site": ("heads", "ffn")}, {"site": "ffn"}, []),
+        ({"scale": (True, False)}, {"scale": True}, []),
+        ({"k": (2, 8), "alpha": (1, 2)}, {"k": 2, "alpha": 2}, ["k=2 is", "alpha=2 is"]),
+    ],
+)
+def test_a_choice_at_the_end_of_what_was_tried_is_told(
+    space: dict[str, Any], params: dict[str, Any], said: list[str]
+) -> None:
+    found = at_ends(space, params, layers=4)
+    assert len(found) == len(said)
+    for note, beginning in zip(found, said, strict=True):
+        assert note.startswith(beginning)

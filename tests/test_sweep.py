@@ -280,6 +280,14 @@ def test_failures_stay_with_their_trials(lm: tt.LanguageModel, task: str, tmp_pa
         sweep(lm, "caa", task, late, fixed={"layer": 99}, search="tpe", trials=3)
 
 
+def test_the_best_says_where_nothing_beyond_it_was_tried(lm: tt.LanguageModel, task: str) -> None:
+    found = sweep(lm, "caa", task, {"alpha": (1.0, 2.0)}, fixed={"layer": 1}, test_limit=4)
+    assert found.best is not None
+    ends = {1.0: "alpha=1 is the least", 2.0: "alpha=2 is the largest"}
+    said = [note.split(" of its values")[0] for note in found.notes if "of its values" in note]
+    assert said == [ends[found.best.params["alpha"]]]
+
+
 def test_numbers_that_overflow_are_failures(lm: tt.LanguageModel, task: str) -> None:
     found = sweep(lm, "caa", task, {"alpha": (1.0, 1e38)}, fixed={"layer": 1}, test_limit=4)
     states = [trial.state for trial in found.trials]

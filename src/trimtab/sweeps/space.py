@@ -23,6 +23,10 @@ _MOST = 100_000
 _LISTED = 2_000
 #: Ranges of whole numbers up to this long may be layers, each of which wants its own statistics.
 _WRITTEN_OUT = 200
+#: Hyperparameters whose values have no end (angles), or whose order says nothing (draws).
+_CLOSED = ("theta", "seed")
+#: What a hyperparameter is at least, where that is not 0.
+_LEAST = {"k": 1}
 
 Params = dict[str, Any]
 
@@ -158,6 +162,27 @@ def label(method: type[Method], params: Params) -> str:
 def setting(params: Params) -> str:
     """`k=16 alpha=8`."""
     return " ".join(f"{name}={shown(value)}" for name, value in params.items())
+
+
+def at_ends(space: Space, params: Params, layers: int) -> list[str]:
+    """Which of a chosen setting's numbers are the least or the largest that were to be tried, where
+    there is something beyond: a better one may lie there."""
+    said = []
+    for name, values in space.items():
+        chosen = params.get(name)
+        tried = (values.low, values.high) if isinstance(values, Range) else values
+        if name in _CLOSED or not all(map(_is_number, tried)) or len(set(tried)) < 2:
+            continue
+        least, largest = min(tried), max(tried)
+        if chosen == largest and not (name == "layer" and chosen == layers - 1):
+            said.append(f"{name}={shown(chosen)} is the largest of its values: no larger was tried")
+        elif chosen == least and chosen != _LEAST.get(name, 0):
+            said.append(f"{name}={shown(chosen)} is the least of its values: no smaller was tried")
+    return said
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def described(space: Space) -> dict[str, Any]:

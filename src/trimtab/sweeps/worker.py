@@ -22,7 +22,7 @@ from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral
 from trimtab.sweeps.result import Sweep, Trial
 from trimtab.sweeps.rows import TaskRows, choose
-from trimtab.sweeps.space import Fitter, Params, Range, Space, label, plain
+from trimtab.sweeps.space import Fitter, Params, Range, Space, at_ends, label, plain
 from trimtab.sweeps.trials import Claimed, Trials, rungs
 from trimtab.terminal import progress
 
@@ -294,11 +294,19 @@ class _Worker:
             notes=(
                 *rows.notes(),
                 *_caveats(trials, best, figures, rows.maximise, chosen_p),
+                *self._ends(queue.space, best),
                 *traded.pop("notes"),
             ),
             tested=tuple(tested or ()),
             **traded,
         )
+
+    def _ends(self, space: Space, best: Trial | None) -> list[str]:
+        """What is to be said of a choice at an end of the space; nothing of a search for
+        trade-offs, whose limit may be what ends it."""
+        if best is None or self.neutral is not None:
+            return []
+        return at_ends(space, best.params, self.rows.language_model.anatomy.layers)
 
     def _better(self, complete: Sequence[Trial]) -> Trial | None:
         """The best on the validation rows; of trade-offs among those within the limits."""
