@@ -11,7 +11,7 @@ import pytest
 import trimtab as tt
 from commands import write_rows
 from helpers import add, language_model, steer
-from trimtab.evaluation.shown import pictures_of
+from trimtab.evaluation.shown_page import pictures_of
 from trimtab.reports import charts
 
 PAIRS = [
@@ -37,7 +37,7 @@ def test_a_metric_over_the_dial_with_its_intervals(
     dials = {f"one.safetensors@{i}": steering(lm).at(i) for i in (2, 0, 1, 3)}
     drawn: list[tuple[Any, Any]] = []
     monkeypatch.setattr(
-        "trimtab.evaluation.shown.curve",
+        "trimtab.evaluation.shown_page.curve",
         lambda axes, lines, base, **labels: (
             drawn.append((lines, base)) or charts.curve(axes, lines, base, **labels)
         ),

@@ -28,11 +28,11 @@ from helpers import (
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
 from tiny_curated import CURATED, curated_model
+from trimtab.dials import within
 from trimtab.model import decisions
 from trimtab.model.versions import cache_argument
 from trimtab.reading import log_odds, next_tokens, prompt_reading
 from trimtab.steering import Add, Condition, Gate
-from trimtab.strength import within
 
 READ, STEERED, DIAL, NEW = 0, 1, 4.0, 6
 SCOPE_OF = {"token": "all", "latched": "last", "two-pass": "all"}

@@ -185,6 +185,15 @@ def test_importing_loads_nothing() -> None:
     assert said.stdout.strip() == "[]"
 
 
+def test_what_answers_loads_no_pictures() -> None:
+    rooms = ", ".join(f"trimtab.{name}" for name in ("serving", "chat", "evaluation"))
+    program = f"import sys, {rooms}; print('matplotlib' in sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == "False"
+
+
 def test_no_file_of_tests_is_long() -> None:
     lengths = {
         file.name: len(file.read_text(encoding="utf-8").splitlines())

@@ -28,8 +28,8 @@ from helpers import (
     token_ids,
 )
 from tiny import TINY, tiny_model, tiny_tokenizer
+from trimtab.dials import within
 from trimtab.model.versions import cache_argument
-from trimtab.strength import within
 
 POSITIONS = ("all", "prompt", "generated", "last")
 #: A text that repeats itself, so that looking up what followed before finds something.

@@ -3,6 +3,7 @@
 from . import strength
 from .batches import Generated, generate_file
 from .contrasts import Contrast
+from .dials import within
 from .errors import TrimtabError, TrimtabWarning
 from .evaluation import Prompted, evaluate, load_contrast
 from .exchange import (
@@ -49,7 +50,6 @@ from .reading import cross_entropy, log_odds
 from .reports import Evaluation
 from .serving import VLLM
 from .steering import Condition, Dial, Gate, Intervention, Scope, Steering, Steerings
-from .strength import within
 from .sweeps import Candidate, Comparison, Range, Sweep, compare, sweep
 from .wishes import Made, make
 from .writing import generate_contrast, persona_contrast

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from trimtab.chat.answers import Answer, Asked, Cost, OnBoth, OnText, Put, Receipt
-from trimtab.dials import divergence
+from trimtab.dials import divergence, within
 from trimtab.errors import TrimtabError
 from trimtab.files import exists, user_path
 from trimtab.model import Completion, Kept, LanguageModel, acted, extended
 from trimtab.reading import run_upper
 from trimtab.steering import Steering
-from trimtab.strength import within
 
 
 class Local:

@@ -116,7 +116,7 @@ def generate(
         return
     if batch.overwrite:
         raise TrimtabError("--overwrite replaces an --output: name one")
-    from trimtab.strength import within
+    from trimtab.dials import within
 
     chats = as_chats(prompting, opened)
     texts = read_prompts(_about(prompting.image, prompts, chats), prompting.file)

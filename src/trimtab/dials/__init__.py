@@ -13,6 +13,7 @@ from trimtab.dials.budgets import (
     dials_for,
 )
 from trimtab.dials.measuring import measured
+from trimtab.dials.rule import Within, within
 from trimtab.dials.solving import check_budgets, searched
 from trimtab.dials.turning import (
     Turning,

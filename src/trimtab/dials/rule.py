@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimtab.dials import dials_for
+from trimtab.dials.budgets import dials_for
 from trimtab.errors import TrimtabError
 from trimtab.model import LanguageModel
 from trimtab.steering import Steering

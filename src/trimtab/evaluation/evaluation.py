@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from trimtab.evaluation.metrics.pairwise import verdicts
 from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_of
 from trimtab.evaluation.receipts import receipts
 from trimtab.evaluation.rounds import in_turns, one_by_one
-from trimtab.evaluation.shown import pictures_of, written_table
 from trimtab.evaluation.tasks import check_protocol
 from trimtab.figures import Record, metric_of, paired
 from trimtab.model import LanguageModel, check_model
@@ -167,13 +167,20 @@ def evaluate(
         evaluation = summarise(ordered, dict(vars(language_model.identity)), notes)
         if rows.drift:
             evaluation = _with_drift(evaluation, language_model, own_jobs, subjects, settings)
-        pictures = pictures_of(evaluation, subjects) if run.path is not None else []
-        more: list[Table | Picture] = [*pictures, *written_table(evaluation)]
-        run.finish(
-            evaluation.as_json(),
-            lambda environment: evaluation_page(evaluation, run, environment, more),
-        )
+        run.finish(evaluation.as_json(), partial(_page, evaluation, run, subjects))
     return evaluation
+
+
+def _page(
+    evaluation: Evaluation,
+    run: Run,
+    subjects: Mapping[str | None, Any],
+    environment: dict[str, Any],
+) -> str:
+    from trimtab.evaluation.shown_page import pictures_of, written_table  # loads matplotlib
+
+    more: list[Table | Picture] = [*pictures_of(evaluation, subjects), *written_table(evaluation)]
+    return evaluation_page(evaluation, run, environment, more)
 
 
 def refuse_elsewhere(jobs: Sequence[Job]) -> None:

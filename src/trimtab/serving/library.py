@@ -13,12 +13,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from trimtab.dials import searched
+from trimtab.dials import searched, within
 from trimtab.errors import TrimtabError, shown
 from trimtab.model import LanguageModel
 from trimtab.serving.names import Asked, check_name
 from trimtab.steering import Steering
-from trimtab.strength import within
 
 #: How many steerings are held at once, and how large a file of one may be.
 MOST, LARGEST = 256, 64 * 2**20

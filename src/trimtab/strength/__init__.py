@@ -8,10 +8,12 @@ from trimtab.dials import (
     Budget,
     PromptBudget,
     Turning,
+    Within,
     budget,
     calibrate,
     dial_limits,
     divergence,
+    within,
 )
 from trimtab.evaluation import Continuations, NextTokens, TokenKL, neutral
 from trimtab.strength import theory
@@ -40,7 +42,6 @@ from trimtab.strength.page import write_curves
 from trimtab.strength.pictures import Accuracy, Curves, draw
 from trimtab.strength.reading import Reading, read
 from trimtab.strength.refitting import at_layers, method_of, resampled, token_log_odds
-from trimtab.strength.rule import Within, within
 from trimtab.strength.samples import TextsAsked
 from trimtab.strength.theory import ufm
 from trimtab.writing import Negatives, generate_contrast
