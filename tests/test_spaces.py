@@ -14,6 +14,7 @@ from helpers import PROMPTS, language_model, refused_in_one_line
 from trimtab.methods import METHODS
 from trimtab.methods.trained import TrainedMethod
 from trimtab.model import is_asking
+from trimtab.steering import chosen as chosen_of
 from trimtab.sweeps.space import (
     Fitter,
     Range,
@@ -121,6 +122,28 @@ def test_a_layer_chosen_at_the_dial_is_chosen_at_each_dial(
         found = fitter.steering({"alpha": alpha})
         assert found.interventions[0].site == fresh.interventions[0].site
         assert found.findings == fresh.findings
+
+
+@pytest.mark.parametrize(
+    "asked", [{"verify": 4}, {"average": True}, {"interaction": "blocks", "block": 2}, {}]
+)
+def test_units_chosen_at_the_dial_are_chosen_at_each_dial(asked: dict[str, Any]) -> None:
+    pairs = [(f"Today {i} I feel", f" glad and merry {i % 3}", f" sad {i % 4}") for i in range(12)]
+    texts = tt.Contrast.from_pairs(pairs, "moods")
+    lm, fixed = language_model("llama"), {"locate": "effect", "site": "ffn_out", "k": 4, **asked}
+    fitter = Fitter(lm, tt.AUSteer, texts, {"alpha": (0.25, 40.0)}, fixed)
+    chosen = []
+    for alpha in (0.25, 40.0):
+        found = fitter.steering({"alpha": alpha})
+        fresh = tt.AUSteer(alpha=alpha, **fixed).fit(lm, texts)
+        assert units_of(found) == units_of(fresh) == units_of(fitter.fitted({"alpha": alpha}))
+        chosen.append(units_of(found))
+    assert (chosen[0] == chosen[1]) is not bool(asked)  # here another dial chooses other units
+
+
+def units_of(steering: tt.Steering) -> list[tuple[int, int]]:
+    """Layers and units of a steering, in order of rank."""
+    return [(unit["layer"], unit["unit"]) for unit in chosen_of(steering)["units"]]
 
 
 def test_what_cannot_be_fitted_fails_alone(contrast: tt.Contrast) -> None:

@@ -117,6 +117,12 @@ class Method(ABC):
         return self.unmeasured is not None and getattr(self, self.dial) is None
 
     @property
+    def chooses_by_dial(self) -> bool:
+        """Whether what is steered is chosen where the dial stands, so that at another dial it is
+        another steering."""
+        return False
+
+    @property
     def looks_beyond(self) -> bool:
         """Whether the dial may stand outside the method's own range, which measuring then looks
         beyond; a share has its end by itself."""

@@ -297,6 +297,10 @@ class AUSteer(Method):
         return self.locate in ("effect", "effect_per_nat")
 
     @property
+    def chooses_by_dial(self) -> bool:
+        return not self._ways.simplest
+
+    @property
     def at_default(self) -> float:
         return 1.0 if self.choose == "least" and self.alpha is None else super().at_default
 

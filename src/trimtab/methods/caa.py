@@ -116,6 +116,10 @@ class CAA(Method):
         if self.layer == "validation" and self.alpha == 0:
             raise TrimtabError("caa: alpha is 0, at which layer validation has no effect to see")
 
+    @property
+    def chooses_by_dial(self) -> bool:
+        return self.layer == "validation"
+
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:
         return {"layer": tuple(range(layers)), "alpha": (0.5, 1.0, 2.0)}

@@ -223,6 +223,10 @@ class SAE(Method):
         return super().asks_for_dial and self.do not in ("clamp", "ablate")
 
     @property
+    def chooses_by_dial(self) -> bool:
+        return self.variant == "pruned"
+
+    @property
     def looks_beyond(self) -> bool:
         return self.do != "ablate"  # a share ends at 1
 

@@ -239,7 +239,8 @@ class Fitter:
         methods: dict[tuple[Any, ...], Method] = {}
         for params in settings:
             try:
-                methods.setdefault(self._key(params), self.method_at(params))
+                method = self.method_at(params)
+                methods.setdefault(self._key(method, params), method)
                 taken |= params.items()
             except TrimtabError as error:
                 for item in params.items():
@@ -259,7 +260,8 @@ class Fitter:
 
     def steering(self, params: Params) -> Steering:
         """The steering of a setting, its dial turned to what the setting says."""
-        method, key = self.method_at(params), self._key(params)  # which checks the dial too
+        method = self.method_at(params)  # which checks the dial too
+        key = self._key(method, params)
         if key not in self._built:
             self._built[key] = self._build(method)
         built = self._built[key]
@@ -267,11 +269,12 @@ class Fitter:
             return built
         return replace(built, value=float(params[self.dial]))
 
-    def _key(self, params: Params) -> tuple[Any, ...]:
-        """What a steering is built from: the dial only where a method chooses something by it."""
-        chooses = "validation" in (*self.fixed.values(), *params.values())
+    def _key(self, method: Method, params: Params) -> tuple[Any, ...]:
+        """What a steering is built from: the dial only where the method chooses something by it."""
         return tuple(
-            (name, value) for name, value in params.items() if chooses or name != self.dial
+            (name, value)
+            for name, value in params.items()
+            if method.chooses_by_dial or name != self.dial
         )
 
     def fitted(self, params: Params) -> Steering:
