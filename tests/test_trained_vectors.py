@@ -22,6 +22,7 @@ from trimtab.fitting.activations import collect
 from trimtab.methods.bipo import BothWays
 from trimtab.methods.reps import BothKinds
 from trimtab.methods.ssv import Likelihood
+from trimtab.steering import Clamp
 from trimtab.training import Objective, Run, Text, Texts, Training, numbered, texts_of, train
 from trimtab.training.objective import Steered
 
@@ -240,6 +241,18 @@ def test_at_dial_0_nothing_changes(method: Any) -> None:
 
 
 # -- what they take -----------------------------------------------------------------------------
+
+
+def test_what_suppresses_takes_all_out_unless_told_otherwise() -> None:
+    lm = language_model("llama")
+    steering = tt.RePS(layer=1, steps=3, use="suppress").fit(lm, CONTRAST)
+    assert (steering.dial.default, steering.dial.range) == (1.0, (0.0, 1.0))
+    operator = steering.interventions[0].operator
+    assert isinstance(operator, Clamp)
+    v = operator.direction
+    x = torch.stack([3.0 * v, -3.0 * v])
+    torch.testing.assert_close(operator.bind(steering.setting)(x) @ v, torch.tensor([0.0, -3.0]))
+    assert tt.RePS(layer=1, steps=3).fit(lm, CONTRAST).dial.range[1] > 1  # what is added has no end
 
 
 def test_contrasts_without_pairs() -> None:

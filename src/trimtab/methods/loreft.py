@@ -90,7 +90,10 @@ class LoReFT(TrainedMethod):
             },
         }
     )
-    dial_range = (0.0, 1.0)
+
+    @property
+    def dial_range(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
     @classmethod
     def grid(cls, layers: int) -> dict[str, Sequence[Any]]:

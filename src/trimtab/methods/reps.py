@@ -87,6 +87,19 @@ class RePS(TrainedMethod):
         }
     )
 
+    @property
+    def asks_for_dial(self) -> bool:
+        """A share is 1 unless the user says otherwise."""
+        return self.use == "add" and super().asks_for_dial
+
+    @property
+    def looks_beyond(self) -> bool:
+        return self.use == "add"
+
+    @property
+    def dial_range(self) -> tuple[float, float]:
+        return super().dial_range if self.use == "add" else (0.0, 1.0)
+
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
         return BothKinds(self.factors, self.compat, **self.where(language_model.anatomy))
 

@@ -160,8 +160,10 @@ class TrainedMethod(Method):
         """What it is trained on."""
         return texts_of(language_model, contrast, max_length)
 
-    #: Where the dial may stand as long as nothing is measured.
-    dial_range = (-20.0, 20.0)
+    @property
+    def dial_range(self) -> tuple[float, float]:
+        """Where the dial may stand as long as nothing is measured."""
+        return -20.0, 20.0
 
     # -- from a contrast to a steering ------------------------------------------------------------
 
