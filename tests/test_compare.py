@@ -122,6 +122,34 @@ def test_p_are_corrected_for_their_number(compared: tuple[Comparison, Path]) -> 
     assert between == pytest.approx(first.difference - second.difference, abs=1e-9)
 
 
+def test_where_less_is_better_the_words_say_so_too(pairs: str) -> None:
+    both = [
+        Candidate("caa", {"alpha": (alpha,)}, {"layer": 1}, name)
+        for name, alpha in (("up", 6.0), ("down", -6.0))
+    ]
+    asked: dict[str, Any] = {"better": "less", "behaviour": "be glad", "timed": False}
+    found = compare(
+        language_model("llama"), both, f"contrast:{pairs}", limit=4, max_cost=None, **asked
+    )
+    changes = {row.name: row.against for row in found.rows}
+    least = min(changes, key=lambda name: changes[name].difference)
+    assert found.summary.startswith(f"Of 2 methods {least} moves")
+    for row in found.rows:  # of which each that goes up goes the wrong way
+        assert row.against is not None
+        assert row.sweep is not None
+        assert row.sweep.difference is not None
+        assert row.sweep.difference.wrong == row.against.wrong
+    assert changes["up"].difference > changes["down"].difference
+    assert changes["up"].wrong > changes["down"].wrong
+    assert found.prompts is not None
+    together = [row for row in found.prompts.rows if row.against is not None]
+    assert len(together) > 2  # prompts and both together beside the methods
+    lowest = min(together, key=lambda row: row.against.p)
+    assert lowest.against.corrected_p == pytest.approx(min(1, len(together) * lowest.against.p))
+    (worth, *_) = found.tables()
+    assert f"corrected for {len(together)} rows" in worth.note
+
+
 def test_side_effects(compared: tuple[Comparison, Path]) -> None:
     found, _ = compared
     lm = language_model("llama")

@@ -9,11 +9,11 @@ import signal
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, wilcoxon
 
 import trimtab as tt
 from helpers import few_quick, language_model, refused_in_one_line, write_pairs
@@ -278,6 +278,26 @@ def test_failures_stay_with_their_trials(lm: tt.LanguageModel, task: str, tmp_pa
     late = {"alpha": Range(1.0, 2.0)}
     with pytest.raises(tt.TrimtabError, match="all 3 trials failed: .*99"):
         sweep(lm, "caa", task, late, fixed={"layer": 99}, search="tpe", trials=3)
+
+
+@pytest.mark.parametrize("better", ["more", "less"])
+def test_numbers_are_tested_and_go_the_way_that_is_better(
+    better: Literal["more", "less"], lm: tt.LanguageModel, task: str
+) -> None:
+    found = sweep(lm, "caa", task, {"alpha": (-2.0, 2.0)}, fixed={"layer": 1}, better=better)
+    assert (found.metric, found.maximise) == ("log_odds", better == "more")
+    assert found.best is not None
+    assert found.steering is not None
+    contrast = tt.load_contrast(task.partition(":")[2])
+    changes = {}
+    for part in ("validation", "test"):
+        own = contrast.part(part)
+        changes[part] = tt.log_odds(lm, own, found.steering) - tt.log_odds(lm, own)
+    p = wilcoxon(changes["validation"]).pvalue
+    assert found.chosen_p == pytest.approx(min(1.0, 2 * p), rel=0.05)
+    assert found.difference is not None
+    against = changes["test"] < 0 if better == "more" else changes["test"] > 0
+    assert found.difference.wrong == int(against.sum())
 
 
 def test_the_best_says_where_nothing_beyond_it_was_tried(lm: tt.LanguageModel, task: str) -> None:

@@ -20,6 +20,7 @@ from trimtab.contrasts import Part
 from trimtab.evaluation.evaluation import evaluate
 from trimtab.evaluation.jobs import TaskJob
 from trimtab.evaluation.tasks import TASKS
+from trimtab.figures import more_is_better
 from trimtab.model.language_model import LanguageModel
 from trimtab.reading.reader import Next, Reading, plan, run_batches
 from trimtab.reading.streams import StreamCache
@@ -27,7 +28,6 @@ from trimtab.reports import summarise
 from trimtab.sweeps import plain_text as module
 from trimtab.sweeps.effect import Effect
 from trimtab.sweeps.rows import TaskRows
-from trimtab.sweeps.values import more_is_better
 
 __all__ = ["chooser", "data"]  # fixtures, which pytest finds by their names here
 

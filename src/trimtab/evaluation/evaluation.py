@@ -37,7 +37,7 @@ from trimtab.evaluation.prompted import Attached, Prompted, steering_of, words_o
 from trimtab.evaluation.receipts import receipts
 from trimtab.evaluation.rounds import in_turns, one_by_one
 from trimtab.evaluation.tasks import check_protocol
-from trimtab.figures import Record, metric_of, paired
+from trimtab.figures import Record, more_is_better, paired
 from trimtab.model import LanguageModel, check_model
 from trimtab.options import Answering, Evaluated, Harness, Keep, flat, record
 from trimtab.reports import Evaluation, Picture, Run, Table, evaluation_page, summarise
@@ -228,7 +228,7 @@ def _repeated(
             made = [{**record, "steering": name} for some in batches for record in some]
         return sorted(made, key=lambda record: int(record["index"]))
 
-    return Repeated(job.name, metric, metric_of(metric).better == "more", records)
+    return Repeated(job.name, metric, more_is_better(metric), records)
 
 
 def _names(tasks: Sequence[Asked]) -> list[str]:

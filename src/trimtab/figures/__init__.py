@@ -12,6 +12,7 @@ from trimtab.figures.metrics import (
     Metric,
     bare_name,
     metric_of,
+    more_is_better,
     on_task,
     with_unit,
     words_for,

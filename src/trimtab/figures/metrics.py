@@ -83,6 +83,11 @@ def metric_of(name: str) -> Metric:
     return METRICS.get(bare, Metric(bare))
 
 
+def more_is_better(name: str) -> bool:
+    """Whether more of a metric is better."""
+    return metric_of(name).better == "more"
+
+
 def bare_name(name: str) -> str:
     """A metric's name without what it says in brackets."""
     return name.partition(" (")[0]

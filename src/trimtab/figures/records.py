@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.figures.intervals import Estimate, mean_interval, rate_interval, weighted_interval
-from trimtab.figures.metrics import metric_of
+from trimtab.figures.metrics import metric_of, more_is_better
 from trimtab.figures.significance import Difference, paired_difference
 
 Record = dict[str, Any]
@@ -134,8 +134,14 @@ def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     ]
 
 
-def comparisons_of(records: Sequence[Record]) -> list[Difference]:
-    """Steered minus unsteered, wherever both answered the same example."""
+def comparisons_of(
+    records: Sequence[Record], *, tested: bool = False, more: Mapping[str, bool] | None = None
+) -> list[Difference]:
+    """Steered minus unsteered, wherever both answered the same example.
+
+    `tested` tests values that are not right or wrong too. `more` says of some metrics whether more
+    is better, where that is not as it is by default.
+    """
     groups: dict[tuple[str, str, str], list[tuple[Record, Record]]] = {}
     for before, after in paired(records):
         key = (after["task"], after["protocol"], after["steering"])
@@ -154,9 +160,9 @@ def comparisons_of(records: Sequence[Record]) -> list[Difference]:
             changes = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
             weights = _weights([after for _, _, after in both])
             rates = are_rates(metric, [value for old, new, _ in both for value in (old, new)])
-            more = metric_of(metric).better == "more"
+            better = {metric: more_is_better(metric), **(more or {})}[metric]
             difference = paired_difference(
-                changes, flips=rates, weights=weights, tested=False, more=more
+                changes, flips=rates, weights=weights, tested=tested, more=better
             )
             found.append(
                 replace(difference, task=task, protocol=protocol, metric=metric, steering=steering)

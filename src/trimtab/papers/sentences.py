@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trimtab.figures import Difference, metric_of, words_for
+from trimtab.figures import Difference, more_is_better, words_for
 from trimtab.reports import change_words, number_text, value_text
 
 Data = Mapping[str, Any]
@@ -158,7 +158,7 @@ def _circle(data: Data, what: str) -> str:
 
 def _best(metric: str, each: Any, value: Callable[[Any], float | None]) -> Any:
     """What has the best value by a metric; what has none comes last."""
-    sign = 1 if metric_of(metric).better == "more" else -1
+    sign = 1 if more_is_better(metric) else -1
 
     def rank(one: Any) -> float:
         found = value(one)

@@ -9,11 +9,11 @@ from typing import Any
 from trimtab import options
 from trimtab.contrasts import Part
 from trimtab.evaluation import Asked
-from trimtab.figures import Difference, Estimate, corrected, with_unit
+from trimtab.figures import Difference, Estimate, corrected, more_is_better, with_unit
 from trimtab.model import LanguageModel
 from trimtab.reports import Line, Table, cell, change_text, tested_cell
 from trimtab.steering import Steering
-from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, more_is_better, shown
+from trimtab.sweeps import FINE, Measured, TaskRows, Values, choose, mean_of, shown
 from trimtab.terminal import progress
 
 

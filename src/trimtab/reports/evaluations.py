@@ -17,6 +17,7 @@ from trimtab.figures import (
     comparisons_of,
     in_order,
     metric_of,
+    more_is_better,
     over_settings,
     paired,
     results_of,
@@ -166,7 +167,7 @@ class Evaluation(Presented):
             return f"With {short_name(steerings[0])}: {'; '.join(said)}{more}."
         place = (compared[0].task, compared[0].protocol)
         own = [c for c in compared if (c.task, c.protocol) == place]
-        sign = 1 if metric_of(own[0].metric).better == "more" else -1
+        sign = 1 if more_is_better(own[0].metric) else -1
         best = max(own, key=lambda c: sign * c.difference)
         who = f"Of {len(steerings)} steerings {short_name(best.steering)} does best: with it"
         return self._compared(best, who)

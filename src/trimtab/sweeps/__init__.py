@@ -20,6 +20,5 @@ from trimtab.sweeps.values import (
     Values,
     difference_of,
     mean_of,
-    more_is_better,
     values_of,
 )

@@ -220,6 +220,7 @@ def compare(
     found = Comparison(
         bench.task,
         bench.metric,
+        bench.maximise,
         {part: bench.result(bench.unsteered(part)) for part in ("validation", "test")},
         bench.plain.perplexity(0.0),
         tuple(compared),

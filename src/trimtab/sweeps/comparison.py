@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from trimtab.evaluation import Drift, Sample, samples_table
-from trimtab.figures import Difference, Result, metric_of, on_task, words_for
+from trimtab.figures import Difference, Result, on_task, words_for
 from trimtab.reports import (
     Evaluation,
     Presented,
@@ -87,6 +87,7 @@ class Comparison(Presented):
 
     task: str
     metric: str
+    maximise: bool
     unsteered: dict[str, Result]
     perplexity: float
     rows: tuple[Compared, ...]
@@ -119,7 +120,7 @@ class Comparison(Presented):
         compared = {row.name: row.against for row in self.rows if row.against is not None}
         if not compared:
             return f"None of {len(self.rows)} methods has a setting that could be chosen."
-        sign = 1 if metric_of(self.metric).better == "more" else -1
+        sign = 1 if self.maximise else -1
         best = max(compared, key=lambda name: sign * compared[name].difference)
         found = compared[best]
         cost = next(row.cost for row in self.rows if row.name == best)
@@ -167,9 +168,16 @@ class Comparison(Presented):
             on_task(self.metric, self.task),
             [*heads, "against unsteered", "p", "p, corrected"],
             rows,
-            f"p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; "
-            f"corrected for {sum(row.against is not None for row in self.rows)} methods (Holm).",
+            "p: McNemar's exact test, or Wilcoxon's where values are not right or wrong; corrected "
+            f"for {self._held_together()} (Holm).",
         )
+
+    def _held_together(self) -> str:
+        """How many differences p is corrected for, and of what."""
+        if self.prompts is None:
+            return f"{sum(row.against is not None for row in self.rows)} methods"
+        count = sum(row.against is not None for row in self.prompts.rows)
+        return f"{count} rows, which are methods, prompts, and methods with the prompt"
 
     def _effects(self) -> Table:
         """What each steering changes and costs."""

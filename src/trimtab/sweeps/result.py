@@ -72,7 +72,8 @@ class Sweep(Presented):
     `best` is the complete trial of the best value on the validation rows, the first of those that
     are equal; `oracle` that of the best value on the test rows. `unsteered` has the figures of the
     unsteered model on both parts; `difference` compares the best with it on the test rows, and
-    `chosen_p` is McNemar's p on the validation rows times the number of trials.
+    `chosen_p` is p on the validation rows (McNemar's, or Wilcoxon's where values
+    are not right or wrong) times the number of trials.
 
     Of a search for trade-offs `front` has the trials that none other beats both in value and in KL,
     from the least KL to the most, `best` the best of them with a KL of at most `max_kl`, and

@@ -36,7 +36,7 @@ from trimtab.evaluation import (
     task_name,
     words_of,
 )
-from trimtab.figures import Difference, Record, Result, bare_name, estimate_of
+from trimtab.figures import Difference, Record, Result, bare_name, estimate_of, more_is_better
 from trimtab.model import LanguageModel
 from trimtab.options import Answering, Choosing, Rows, flat
 from trimtab.reading import Reading, ScaledUnit, StreamCache, next_tokens, scaled_log_p
@@ -50,7 +50,6 @@ from trimtab.sweeps.values import (
     Values,
     difference_of,
     is_rate,
-    more_is_better,
     readings_for,
     values_of,
 )
@@ -335,7 +334,8 @@ class TaskRows:
 
     def change(self, values: Values, metric: str, part: Part = "validation") -> Difference:
         """Against the unsteered model."""
-        return difference_of(self.values(None, part)[metric], values[metric])
+        more = self.maximise if metric == self.metric else more_is_better(metric)
+        return difference_of(self.values(None, part)[metric], values[metric], more=more)
 
     @property
     def first(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.contrasts import Contrast, Part
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Attached, PreferenceJob, TaskJob, asked_with
-from trimtab.figures import Difference, Estimate, Record, estimate_of, metric_of, paired_difference
+from trimtab.figures import Difference, Estimate, Record, estimate_of, paired_difference
 from trimtab.model import LanguageModel
 from trimtab.reading import Reading, side_readings
 
@@ -25,11 +25,6 @@ from trimtab.reading import Reading, side_readings
 FINE = "log_odds"
 #: Values of each metric, row by row; NaN where an answer was not clear.
 Values = Mapping[str, Tensor]
-
-
-def more_is_better(metric: str) -> bool:
-    """Whether more of a metric is better."""
-    return metric_of(metric).better == "more"
 
 
 def is_rate(values: Tensor) -> bool:
@@ -46,12 +41,14 @@ def mean_of(metric: str, values: Tensor) -> Estimate:
     return estimate_of(metric, clear.tolist())
 
 
-def difference_of(before: Tensor, after: Tensor) -> Difference:
-    """`after` minus `before`, [rows] each, over the rows that are clear in both."""
+def difference_of(before: Tensor, after: Tensor, *, more: bool) -> Difference:
+    """`after` minus `before`, [rows] each, over the rows that are clear in both; `more` says
+    whether more is better."""
     both = ~(before.isnan() | after.isnan())
     if not both.any():
         raise TrimtabError("no row is clear with and without steering: there is nothing to compare")
-    return paired_difference((after - before)[both], flips=is_rate(before) and is_rate(after))
+    flips = is_rate(before) and is_rate(after)
+    return paired_difference((after - before)[both], flips=flips, more=more)
 
 
 def values_of(records: Sequence[Record]) -> dict[str, Tensor]:

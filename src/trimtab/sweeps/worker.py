@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Difference, Record, Result
+from trimtab.figures import Difference, Record, Result, comparisons_of
 from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.reading import Engine
@@ -260,11 +260,10 @@ class _Worker:
             best = replace(best, **_tested(result))
             compared = summarise([*unsteered["test"], *tested], {})
             flips = tuple(compared.flips())
-            difference = _of(compared.comparisons, rows.metric)
+            difference = self._difference(unsteered["test"], tested)
             chosen = self._records(best, "validation", steering)
             self._check(best, "validation", chosen)
-            on_validation = summarise([*unsteered["validation"], *chosen], {})
-            against = _of(on_validation.comparisons, rows.metric)
+            against = self._difference(unsteered["validation"], chosen)
             if against is not None and against.p is not None:
                 chosen_p = min(1.0, against.p * sum(trial.n > 0 for trial in trials))
             steering = fitter.fitted(best.params)
@@ -300,6 +299,12 @@ class _Worker:
             tested=tuple(tested or ()),
             **traded,
         )
+
+    def _difference(self, before: Sequence[Record], after: Sequence[Record]) -> Difference | None:
+        """Of the metric that is chosen by, with its test."""
+        metric, more = self.rows.metric, self.rows.maximise
+        found = comparisons_of([*before, *after], tested=True, more={metric: more})
+        return next((one for one in found if one.metric == metric), None)
 
     def _ends(self, space: Space, best: Trial | None) -> list[str]:
         """What is to be said of a choice at an end of the space; nothing of a search for
@@ -410,10 +415,6 @@ def _best(trials: Sequence[Trial], part: str, maximise: bool) -> Trial | None:
     return choose(in_order, lambda trial: getattr(trial, part), maximise)
 
 
-def _of(comparisons: Sequence[Difference], metric: str) -> Difference | None:
-    return next((found for found in comparisons if found.metric == metric), None)
-
-
 def _caveats(
     trials: Sequence[Trial],
     best: Trial | None,
@@ -445,7 +446,7 @@ def _caveats(
         elif chosen_p is not None and chosen_p > 0.05:
             ran = sum(trial.n > 0 for trial in trials)
             said.append(
-                f"the best of {ran} trials on the validation rows could be luck: McNemar's "
-                f"p, times the number of trials, is {chosen_p:.2g}"
+                f"the best of {ran} trials on the validation rows could be luck: p "
+                f"against the unsteered model, times the number of trials, is {chosen_p:.2g}"
             )
     return said

@@ -13,7 +13,7 @@ from trimtab import options
 from trimtab.contrasts import Contrast
 from trimtab.errors import TrimtabError
 from trimtab.evaluation import Asked
-from trimtab.figures import Difference, corrected, on_task, with_unit
+from trimtab.figures import Difference, corrected, more_is_better, on_task, with_unit
 from trimtab.fitting import fit
 from trimtab.methods import AUSTEER_GRID, AUSteer
 from trimtab.model import LanguageModel
@@ -95,7 +95,10 @@ class Variant:
             }
             for seed, best, values in zip(self.seeds, self.chosen, self.draws, strict=True)
         ]
-        before = {m: difference_of(unsteered[m], each) for m, each in self.values.items()}
+        before = {
+            m: difference_of(unsteered[m], each, more=more_is_better(m))
+            for m, each in self.values.items()
+        }
         return {
             "name": self.name,
             "draws": draws,
@@ -195,7 +198,8 @@ def _compare(variants: Sequence[Variant]) -> None:
     """Each against AUSteer in full, the first of them."""
     full, *others = variants
     for metric, before in full.values.items():
-        changes = [difference_of(before, one.values[metric]) for one in others]
+        more = more_is_better(metric)
+        changes = [difference_of(before, one.values[metric], more=more) for one in others]
         for one, change in zip(others, corrected(changes), strict=True):
             one.against_austeer[metric] = change
 

@@ -11,7 +11,15 @@ from trimtab.anatomy import parse_site
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError, check_choice
 from trimtab.evaluation import Asked
-from trimtab.figures import VIOLATION, Difference, Estimate, Record, Result, corrected
+from trimtab.figures import (
+    VIOLATION,
+    Difference,
+    Estimate,
+    Record,
+    Result,
+    corrected,
+    more_is_better,
+)
 from trimtab.model import LanguageModel
 from trimtab.options import MAX_COST, Rows, option
 from trimtab.papers.result import Value, value_of
@@ -255,7 +263,7 @@ def _change(before: Sequence[Record], after: Sequence[Record], metric: str) -> D
     old, new = values_of(before).get(metric), values_of(after).get(metric)
     if old is None or new is None or bool((old.isnan() | new.isnan()).all()):
         return None
-    return difference_of(old, new)
+    return difference_of(old, new, more=more_is_better(metric))
 
 
 def angles_of(step: float) -> list[float]:

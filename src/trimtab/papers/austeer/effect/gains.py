@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.contrasts import Contrast, Part
-from trimtab.figures import Difference, corrected
+from trimtab.figures import Difference, corrected, more_is_better
 from trimtab.papers.austeer.effect.rankings import USUAL, Costs, Fitted
 from trimtab.papers.austeer.effect.within import Within, dials_within
 from trimtab.reports import Run
@@ -57,7 +57,8 @@ class Cell:
 
     def change(self, metric: str) -> Difference:
         """Of a metric on the test rows, against the unsteered model."""
-        return difference_of(self.unsteered["test"][metric], self.values("test", metric))
+        before, more = self.unsteered["test"][metric], more_is_better(metric)
+        return difference_of(before, self.values("test", metric), more=more)
 
     @cached_property
     def gain(self) -> Difference:
@@ -220,7 +221,9 @@ def chosen_of(cells: Sequence[Cell], budgets: Sequence[float]) -> list[Chosen]:
             best[name] = chosen
         usual = best[USUAL].values("test")
         others = [name for name in best if name != USUAL]
-        differences = [difference_of(usual, best[name].values("test")) for name in others]
+        differences = [
+            difference_of(usual, best[name].values("test"), more=True) for name in others
+        ]
         against = dict(zip(others, corrected(differences), strict=True))
         found += [Chosen(cell, against.get(name)) for name, cell in best.items()]
     return found
