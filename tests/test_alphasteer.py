@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,23 @@ def test_what_is_fitted_is_read_at_last_tokens(tmp_path: Path) -> None:
     assert "alone.txt" in words
 
 
+def test_what_is_held_out_shares_no_prompt_with_what_is_fitted(tmp_path: Path) -> None:
+    lm, file = language_model("llama"), tmp_path / "pairs.jsonl"
+    prompts = [f"The rudder number {i} turns" for i in range(10)]
+    pairs = [(prompt, side) for prompt in prompts for side in (" left", " right", " far")]
+    lines = [{"prompt": p, "positive": side, "negative": " back"} for p, side in pairs]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steering = tt.AlphaSteer(str(file), layer=1, share=0.4).fit(lm, CONTRAST, measure=False)
+    (one,) = steering.interventions
+    assert isinstance(one.operator, Affine)
+    u = one.operator.v[:, 0].double()
+    held = [p + side for p in prompts[4::5] for side in (" left", " back", " right", " far")]
+    left_alone = read_last(lm.model, "resid", held)[:, 1].double() @ u
+    said = steering.findings["gate"][one.site]["protected_size"]
+    assert said == pytest.approx(float(left_alone.abs().mean()), rel=1e-3)
+    assert steering.findings["protected"]["texts"] == 40  # each once
+
+
 def test_protected_texts_change_less_than_those_that_are_steered() -> None:
     lm = language_model("llama")
     steering = tt.AlphaSteer("builtin:facts", layer=1, ridge=0.01).fit(lm, CONTRAST, measure=False)
@@ -121,7 +139,7 @@ def test_mistakes(tmp_path: Path) -> None:
     for arguments, says in (
         ({"protect": ""}, "protect"),
         ({"protect": str(tmp_path / "none.txt")}, "cannot read"),
-        ({"protect": str(tmp_path / "few.txt")}, "2 texts"),
+        ({"protect": str(tmp_path / "few.txt")}, "2 different texts"),
         ({"protect": "builtin:nothing"}, "no builtin contrast"),
         ({"protect": "builtin:facts", "share": 1.5}, "share"),
         ({"protect": "builtin:facts", "ridge": 0}, "ridge"),

@@ -401,7 +401,7 @@ class Ablation(Method):
         sites = tuple(dict.fromkeys(one.site for some in candidates.values() for one in some))
 
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            texts = protected_texts(source)
+            texts = [text for row in protected_texts(source) for text in row]
             reads = Winsorised(self.winsorise)
             found = {
                 site: centroids_of(reads(x), count, self.seed)

@@ -57,7 +57,7 @@ from trimtab.steering import (
 
 Share = Annotated[float, Field(gt=0, le=1), Says("must be above 0 and at most 1, not {value}")]
 Positive = Annotated[float, Field(gt=0), Says("must be above 0, not {value}")]
-#: Of so many protected texts one is kept to say how well they are left alone.
+#: Of so many protected prompts the texts of one are kept to say how well they are left alone.
 _HELD_OUT = 5
 #: Energy below this share of the largest is none.
 _NO_ENERGY = 1e-12
@@ -136,7 +136,7 @@ class AlphaSteer(Method):
         self, language_model: LanguageModel, contrast: Contrast, statistics: Statistics
     ) -> Steering:
         sites = self.sites(language_model.anatomy)
-        protected, about = statistics.once(
+        protected, held, about = statistics.once(
             ("alphasteer", self.protect, self.site, self.layer),
             lambda: self._protected(language_model, sites),
         )
@@ -146,7 +146,6 @@ class AlphaSteer(Method):
             texts, positive, _ = statistics.of(site, "last", Samples).texts()
             r = texts[positive].double().mean(0) - texts[~positive].double().mean(0)
             own = {"both": texts, "positive": texts[positive], "negative": texts[~positive]}[where]
-            held = torch.arange(len(protected[site])) % _HELD_OUT == _HELD_OUT - 1
             u = gate_of(own, protected[site][~held], self.share, self.ridge)
             operator = Affine(r.float()[:, None], u.float()[:, None])
             interventions.append(Intervention(site, operator, Scope.of(self.positions)))
@@ -161,15 +160,19 @@ class AlphaSteer(Method):
 
     def _protected(
         self, language_model: LanguageModel, sites: Sequence[str]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Activations of the protected texts' last tokens at each site, and what they were."""
-        texts = protected_texts(self.protect)
-        if len(texts) < _HELD_OUT:
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Any]]:
+        """Activations of the protected texts' last tokens at each site; which texts are held out,
+        all of one prompt or none; and what they were."""
+        rows = protected_texts(self.protect)
+        if len(rows) < _HELD_OUT:
             raise TrimtabError(
-                f"alphasteer: {self.protect} has {len(texts)} texts: {_HELD_OUT} are the least, of "
-                "which one says how well they are left alone"
+                f"alphasteer: {self.protect} has {len(rows)} different texts: {_HELD_OUT} are the "
+                "least, of which one says how well they are left alone"
             )
-        return last_tokens(language_model, texts, sites), about_texts(self.protect, texts)
+        texts = [text for row in rows for text in row]
+        number = torch.tensor([number for number, row in enumerate(rows) for _ in row])
+        held = number % _HELD_OUT == _HELD_OUT - 1
+        return last_tokens(language_model, texts, sites), held, about_texts(self.protect, texts)
 
     @classmethod
     def explain(cls, steering: Steering) -> list[str]:

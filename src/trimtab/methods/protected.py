@@ -32,8 +32,9 @@ def about_texts(source: str, texts: Sequence[Prompt]) -> dict[str, Any]:
     return {"source": source, "texts": len(texts), "digest": json_digest(texts)}
 
 
-def protected_texts(source: str) -> list[Prompt]:
-    """Protected texts: lines of a .txt, or a contrast's two sides, whole."""
+def protected_texts(source: str) -> list[list[Prompt]]:
+    """Protected texts, those that begin with one prompt together: lines of a .txt, or a contrast's
+    two sides, whole. None is there twice."""
     kind, _, name = source.partition(":")
     path = user_path(source)
     if kind != "builtin" and path.suffix.lower() == ".txt":
@@ -41,14 +42,16 @@ def protected_texts(source: str) -> list[Prompt]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise TrimtabError(f"cannot read {source}: {error}") from error
-        return [line for line in lines if line.strip()]
+        return [[line] for line in dict.fromkeys(lines) if line.strip()]
     contrast = Contrast.builtin(name) if kind == "builtin" else Contrast.from_file(source)
-    texts: list[Prompt] = []
+    by_prompt: dict[Prompt, dict[Prompt, None]] = {}
     for row in contrast.rows:
         if not isinstance(row, Pair):
-            texts.append(row.text)
+            prompt, texts = row.text, [row.text]
         elif isinstance(row.prompt, str):
-            texts += [row.prompt + row.positive, row.prompt + row.negative]
+            prompt = row.prompt or row.positive  # without a prompt a pair is by itself
+            texts = [row.prompt + row.positive, row.prompt + row.negative]
         else:  # a conversation is protected as it is before it is answered
-            texts.append(row.prompt)
-    return texts
+            prompt, texts = row.prompt, [row.prompt]
+        by_prompt.setdefault(prompt, {}).update(dict.fromkeys(texts))
+    return [list(texts) for texts in by_prompt.values()]
