@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -446,6 +446,19 @@ def test_reft_of_texts_without_partners(lm: tt.LanguageModel) -> None:
     latents = latents_of(lm, [], {"layers.1.resid": torch.ones(48)}, "all")
     assert latents == {"layers.1.resid": []}
     assert "AUROC" in " ".join(tt.ReFT.explain(steering))
+
+
+@pytest.mark.parametrize("preset", ["small", "paper"])
+def test_a_step_of_a_preset_has_as_many_texts_with_partners_and_without(
+    preset: Literal["small", "paper"], lm: tt.LanguageModel
+) -> None:
+    method = tt.ReFT(preset=preset)
+    paired, single = (
+        method.settled(lm, method.texts(lm, some, None)) for some in (CONTRAST, TEXTS)
+    )
+    assert (paired.batch, single.batch) == (3, 6)
+    assert paired.steps == single.steps
+    assert tt.ReFT(preset=preset, batch=4).settled(lm, method.texts(lm, TEXTS, None)).batch == 4
 
 
 def test_settings_that_do_not_fit(lm: tt.LanguageModel) -> None:

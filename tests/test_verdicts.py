@@ -23,8 +23,8 @@ def recipe(**changed: Any) -> Recipe:
     return read_recipe(yaml.safe_dump({**about, **changed}, sort_keys=False), "table0.yaml")
 
 
-def lines(one: Recipe, ours: dict[str, dict[str, Value]]) -> list[list[Any]]:
-    return [list(row) for table in verdicts(one, ours) for row in table.rows]
+def lines(one: Recipe, ours: dict[str, dict[str, Value]], scale: str = "full") -> list[list[Any]]:
+    return [list(row) for table in verdicts(one, ours, scale) for row in table.rows]
 
 
 PAPER = [
@@ -124,6 +124,13 @@ def test_no_heading_promises_what_is_not_there() -> None:
     titles = [table.title for table in beside_paper(both)]
     assert titles == ["The paper's figures and ours", "Is it found here?"]
     assert both.as_json()["verdicts"][0]["verdict"] == "alike"
+
+
+def test_a_claim_is_held_against_the_scales_that_measure_it() -> None:
+    claim = {"says": "A is high", "ours": "A", "above": 0.5, "scales": ["full"]}
+    one, ours = recipe(claims=[claim]), {"A": {"figure": Value(0.7)}}
+    assert [row[-1] for row in lines(one, ours)] != ["not measured here"]
+    assert lines(one, ours, "small") == [["A is high", "says so", "", "not measured here"]]
 
 
 def test_each_claim_of_a_recipe_says_how_it_is_checked() -> None:

@@ -23,7 +23,7 @@ theirs weighs answers by their length within a batch; and w has length 1 at ever
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Self
 
 import torch
@@ -88,7 +88,7 @@ class ReFT(TrainedMethod):
             "small": {"learning_rate": 0.01, "batch": 3, "steps": 60, **SMALL},
             "paper": {
                 "learning_rate": 0.01,
-                "batch": 3,  # pairs: six texts
+                "batch": 3,
                 "epochs": 3,
                 "depth": 10 / 26,
                 "positions": "all[1:]",
@@ -112,6 +112,13 @@ class ReFT(TrainedMethod):
                 f"{contrast.name}, row {short[0] + 1}: the text has no token to train on"
             )
         return numbered(rows, held_out)
+
+    def settled(self, language_model: LanguageModel, texts: Texts) -> Self:
+        """A preset's batch counts pairs, which are two texts; a row of unpaired texts is one."""
+        own = self
+        if self.batch is None and all(len(row) == 1 for row in texts.rows):
+            own = replace(self, batch=2 * self.presets[self.preset]["batch"])
+        return TrainedMethod.settled(own, language_model, texts)
 
     def objective(self, language_model: LanguageModel, texts: Texts) -> Objective:
         return Detecting(self.top, self.penalty, **self.where(language_model.anatomy))

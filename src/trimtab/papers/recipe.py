@@ -66,7 +66,8 @@ class Claim(_Strict):
 
     `ours` is the name of one of our rows (or a pattern of it), which is to lie `above` or `below`
     another one or a number, to be `like` it (within 10 % or its interval), or `between` two
-    numbers. Rows of a part ("block 3, ...") are held against rows of the same part.
+    numbers. Rows of a part ("block 3, ...") are held against rows of the same part. It is held
+    against ours at its `scales` alone: others may measure something else.
     """
 
     says: str
@@ -75,6 +76,7 @@ class Claim(_Strict):
     below: float | str | None = None
     like: float | str | None = None
     between: tuple[float, float] | None = None
+    scales: tuple[ScaleName, ...] = SCALES
 
 
 class Scale(_Strict):

@@ -107,7 +107,7 @@ class Reproduction:
             "published": [one.model_dump() for one in recipe.published],
             "verdicts": [
                 dict(zip(table.heads, row, strict=True))
-                for table in verdicts(recipe, self.values)
+                for table in verdicts(recipe, self.values, self.scale)
                 for row in table.rows
             ],
             "parts": {name: found.as_json() for name, found in self.found.items()},
@@ -315,7 +315,7 @@ def beside_paper(done: Reproduction) -> list[Table]:
     says = [[one.model, one.says] for one in recipe.published if one.says]
     if says:
         tables.append(Table("What the paper says", ["model", "finding"], says))
-    return [*tables, *verdicts(recipe, ours)]
+    return [*tables, *verdicts(recipe, ours, done.scale)]
 
 
 def _pictures(done: Reproduction) -> list[Picture]:

@@ -25,8 +25,8 @@ _ALIKE = 0.1
 _UNMEASURED = "not measured here"
 
 
-def verdicts(recipe: Recipe, ours: Values) -> list[Table]:
-    """A line for each finding that can be held against ours; no table where none can."""
+def verdicts(recipe: Recipe, ours: Values, scale: str) -> list[Table]:
+    """A line for each finding that can be held against ours at a scale; no table where none can."""
     rows = []
     for label, columns in ours.items():
         published = [one for one in recipe.published if label in one.rows]
@@ -34,7 +34,8 @@ def verdicts(recipe: Recipe, ours: Values) -> list[Table]:
             said = [_figure(recipe, published, ours, label, column) for column in columns]
             rows += [[label, *line] for line in _together([one for one in said if one])]
     for claim in recipe.claims:
-        held = [line for label in ours for line in _claimed(claim, ours, label)]
+        of = ours if scale in claim.scales else ()
+        held = [line for label in of for line in _claimed(claim, ours, label)]
         rows += held or [[claim.says, "says so", "", _UNMEASURED]]
     heads = ["finding", "paper", "ours", "verdict"]
     return [Table("Is it found here?", heads, rows, _NOTE)] if rows else []
