@@ -80,6 +80,13 @@ def test_properties_of_the_line() -> None:
     assert torch.isclose(constant[1][2], b[:, 2].mean() - 4)
 
 
+def test_a_shift_is_of_all_texts_where_one_side_has_more() -> None:
+    a, b = draw(n=5)[0], draw(1, n=12)[1]
+    slope, shift = line(a, b, True, False)
+    assert bool((slope == 1).all())
+    assert torch.allclose(shift, b.mean(0) - a.mean(0))
+
+
 def test_slopes_are_drawn_towards_one() -> None:
     a, b = draw(n=400)
     plain, drawn = line(a, b, False, False)[0], line(a, b, False, True)[0]

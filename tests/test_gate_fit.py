@@ -103,6 +103,12 @@ def test_the_threshold_has_the_best_f1_of_all(both: bool) -> None:
         assert found == pytest.approx(best)
 
 
+def test_no_threshold_is_between_scores_that_are_one_number() -> None:
+    scores, positive = torch.tensor([1.0, 1, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 1, 1, 1]).bool()
+    fires, threshold = best_threshold(scores, positive, False)
+    assert (fires, threshold) == ("above", 1.5)  # 1 would seem to tell the four apart
+
+
 def test_directions_of_probe_and_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(20, generator=generator)

@@ -55,7 +55,8 @@ def best_threshold(scores: Tensor, positive: Tensor, both: bool) -> tuple[GateSi
             below += labels[place]
             right, fired = total - below, len(ordered) - place - 1
             found.append((2 * right / (fired + total), high - low, fires, sign * (low + high) / 2))
-    _, _, side, threshold = max(found)
+    # Between two scores that are one number there is no threshold.
+    _, _, side, threshold = max([each for each in found if each[1] > 0] or found)
     return side, threshold
 
 

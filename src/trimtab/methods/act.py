@@ -22,7 +22,7 @@ are, where a pass for each site is about half as many passes as there are blocks
 
 `support` leaves alone what lies outside of the values that the map was fitted on, which the paper
 does where something is to be made less. They are values of texts, means of many tokens: most single
-tokens lie outside. `findings["inside"]` says how many do not.
+tokens lie outside. `findings["inside"]` says how many do not, of causal maps.
 """
 
 from __future__ import annotations
@@ -211,15 +211,18 @@ class AcT(Method):
 def line(source: Tensor, target: Tensor, one: bool, shrink: bool) -> tuple[Tensor, Tensor]:
     """Slope and shift of each unit's map, [units] in float64, from activations [texts, units].
 
-    Of sides of different sizes the first texts of the larger one count. A unit that is the same at
-    every text has slope 1. `shrink` draws ln omega towards 0 by what it varies by chance, which is
-    about 1 / sqrt(n): a James-Stein factor max(0, 1 - 1 / (n ln^2 omega)).
+    Slopes are of texts in order of size, side by side: of sides of different sizes the first texts
+    of the larger one count for them. A unit that is the same at every text has slope 1. `shrink`
+    draws ln omega towards 0 by what it varies by chance, which is about 1 / sqrt(n): a James-Stein
+    factor max(0, 1 - 1 / (n ln^2 omega)).
     """
+    source, target = source.double(), target.double()
     n = min(len(source), len(target))
-    source, target = source[:n].double(), target[:n].double()
-    a, b = source.mean(0), target.mean(0)
     if one or n < 2:
-        return torch.ones_like(a), b - a
+        shift = target.mean(0) - source.mean(0)
+        return torch.ones_like(shift), shift
+    source, target = source[:n], target[:n]
+    a, b = source.mean(0), target.mean(0)
     ordered = (source - a).sort(0).values, (target - b).sort(0).values
     below, across = ordered[0].square().sum(0), (ordered[0] * ordered[1]).sum(0)
     known = below > 1e-12 * source.square().sum(0)
