@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from trimtab.figures import Difference
 from trimtab.papers.recipe import Recipe, read_recipe, recipes
 from trimtab.papers.reproduction import Reproduction, beside_paper
 from trimtab.papers.result import StudyResult, Value
@@ -124,6 +125,15 @@ def test_no_heading_promises_what_is_not_there() -> None:
     titles = [table.title for table in beside_paper(both)]
     assert titles == ["The paper's figures and ours", "Is it found here?"]
     assert both.as_json()["verdicts"][0]["verdict"] == "alike"
+
+
+def test_of_a_single_example_nothing_is_said() -> None:
+    one = recipe(claims=[{"says": "A is above B", "ours": "A", "above": "B"}])
+    for n, verdict in ((1, "no clear difference"), (2, "agrees")):
+        ours = {name: {"figure": Value(v, (v, v), n)} for name, v in (("A", 0.6), ("B", 0.0))}
+        assert lines(one, ours)[0][-1] == verdict
+    assert Value(0.6, (0.6, 0.6), 1).shown("") == "0.6"
+    assert not Difference(0.6, (0.6, 0.6), 1).is_clear
 
 
 def test_a_claim_is_held_against_the_scales_that_measure_it() -> None:

@@ -60,9 +60,11 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """Whether chance alone seldom makes it: p (corrected, where it was) is below 0.05, or
-        without a test the interval is to one side of zero."""
+        without a test the interval, of more than one example, is to one side of zero."""
         p = self.p if self.corrected_p is None else self.corrected_p
-        return p < 0.05 if p is not None else self.ci95[0] > 0 or self.ci95[1] < 0
+        if p is not None:
+            return p < 0.05
+        return self.n > 1 and (self.ci95[0] > 0 or self.ci95[1] < 0)
 
     def as_json(self) -> dict[str, Any]:
         """For results.json and `--json`."""

@@ -104,7 +104,10 @@ def _range(values: Sequence[float], sign: str = "") -> str:
 
 
 def _apart(one: Value, other: Value) -> bool:
-    """Whether two figures differ, and their intervals, where they have any, do not overlap."""
+    """Whether two figures differ, and their intervals, where they have any, do not overlap. Of a
+    single example nothing says how much chance there is in it."""
+    if 1 in (one.n, other.n):
+        return False
     if one.ci95 is None or other.ci95 is None:
         return one.value != other.value
     return one.ci95[0] > other.ci95[1] or other.ci95[0] > one.ci95[1]
