@@ -108,10 +108,12 @@ class Desk:
         deadline = time.monotonic() + self.timeout
         for i in range(total):
             tokens = prompts[i // (body.n or 1)]
+            settings = body.settings(most[i // (body.n or 1)], logprobs, i)
+            settings.check(self.language_model.anatomy.config.vocab_size)
             job = Job(
                 list(tokens),
                 partial(self.library.settled, wanted, tokens),
-                body.settings(most[i // (body.n or 1)], logprobs, i),
+                settings,
                 _teller(loop, request.told, i),
                 deadline,
                 kl=self.library.left_to_engine(wanted),

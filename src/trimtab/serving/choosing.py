@@ -16,6 +16,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trimtab.errors import TrimtabError
+
+#: What logits are divided by, at least: by less they are soon no numbers any more.
+_LEAST_TEMPERATURE, _LEAST_PENALTY = 1e-3, 1e-2
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +40,24 @@ class Settings:
     stop: tuple[str, ...] = ()
     #: Of how many tokens beside the chosen one the log-probability is told; None tells none.
     logprobs: int | None = None
+
+    def check(self, vocabulary: int) -> None:
+        """Refuse what cannot be carried out with logits of so many tokens."""
+        if 0 < self.temperature < _LEAST_TEMPERATURE:
+            raise TrimtabError(
+                f"temperature is 0, which is greedy, or at least {_LEAST_TEMPERATURE:g}, not "
+                f"{self.temperature:g}"
+            )
+        if self.repetition_penalty < _LEAST_PENALTY:
+            raise TrimtabError(
+                f"repetition_penalty is at least {_LEAST_PENALTY:g}, not "
+                f"{self.repetition_penalty:g}"
+            )
+        beyond = [token for token in self.bias if token >= vocabulary]
+        if beyond:
+            raise TrimtabError(
+                f"token ids go from 0 to {vocabulary - 1}, and logit_bias has {beyond[0]}"
+            )
 
 
 @dataclass(frozen=True)

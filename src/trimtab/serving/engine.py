@@ -189,18 +189,20 @@ class Engine:
         """Choose a token of each text, tell of it, and leave those that end with it."""
         sound = are_sound(logits).tolist()
         likeliest = logits.argmax(-1).tolist()
-        tokens, keep = [], []
+        # A text that ends here goes on with any token: nobody reads on.
+        tokens, keep = likeliest.copy(), []
         for i, (job, chooser) in enumerate(zip(batch.jobs, batch.choosers, strict=True)):
-            if not sound[i]:
-                labels = tuple(steering.label for steering in job.acting)
-                job.tell(unsound("this request", labels, self._lm.dtype))
-                tokens.append(likeliest[i])
-                continue
-            chosen = Chosen(likeliest[i]) if chooser.plain else chooser.choose(logits[i])
-            chooser.note(chosen.token)
-            tokens.append(chosen.token)
-            if goes_on(job, chosen, self._lm.tokenizer, self._ends):
-                keep.append(i)
+            try:
+                if not sound[i]:
+                    labels = tuple(steering.label for steering in job.acting)
+                    raise unsound("this request", labels, self._lm.dtype)
+                chosen = Chosen(likeliest[i]) if chooser.plain else chooser.choose(logits[i])
+                chooser.note(chosen.token)
+                tokens[i] = chosen.token
+                if goes_on(job, chosen, self._lm.tokenizer, self._ends):
+                    keep.append(i)
+            except Exception as error:  # of this text alone: those beside it go on
+                job.tell(in_words(error))
         batch.writing.put(torch.tensor(tokens))
         self._keep(batch, keep)
 
