@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
+from fastapi.testclient import TestClient
 
+import trimtab as tt
 from commands import Command, home, refused, trimtab, work  # noqa: F401
 
 SERVE = "serve --model model --steer every"
@@ -112,6 +116,44 @@ def serving(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 BODY: dict[str, Any] = {"model": "base+caa@2", "prompt": "Today", "max_tokens": 3}
+
+
+@pytest.fixture
+def answered(
+    trimtab: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Runs a server in this process until it has answered some bodies: what it said, and the
+    answers."""
+
+    def run(command: str, *bodies: dict[str, Any]) -> tuple[Any, list[Any]]:
+        answers = []
+
+        def serve(self: Any, sockets: Any) -> None:
+            with TestClient(self.config.app, base_url="http://localhost") as client:
+                answers.extend(client.post("/v1/completions", json=body) for body in bodies)
+                self.should_exit = True
+
+        monkeypatch.setattr(uvicorn.Server, "run", serve)
+        return trimtab(f"{command} --port 0 --name base"), answers
+
+    return run
+
+
+def test_steerings_for_other_weights_act_where_they_are_forced(answered: Any) -> None:
+    caa = tt.Steering.load("every/caa.safetensors")
+    assert caa.model is not None
+    other = replace(caa, model=replace(caa.model, digest="ab" * 32))
+    other.save("other.safetensors")
+    _, answers = answered(
+        "serve --model model --steer other.safetensors --steer every/caa.safetensors --force",
+        *({**BODY, "model": f"base+{name}", "temperature": 0} for name in
+          ("other@2", "caa@2", "other@kl=0.1", "caa@kl=0.1")),
+    )  # fmt: skip
+    assert [one.status_code for one in answers] == [200] * 4
+    forced, own, forced_kl, own_kl = (one.json()["choices"][0] for one in answers)
+    assert forced["text"] == own["text"]
+    assert forced_kl["steering"][0]["dial"] == own_kl["steering"][0]["dial"]
 
 
 @pytest.mark.slow

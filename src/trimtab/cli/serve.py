@@ -137,7 +137,7 @@ def serve(
     if check:
         return
     if carried is None:
-        engine = partial(_transformers, language_model, serving)
+        engine = partial(_transformers, language_model, serving, force)
     else:
         assert arguments is not None
         way = partial(_way, carried, library, running, language_model, arguments)
@@ -237,11 +237,12 @@ def _way(
 
 
 @contextmanager
-def _transformers(language_model: LanguageModel, serving: Serving) -> Iterator[Any]:
+def _transformers(language_model: LanguageModel, serving: Serving, force: bool) -> Iterator[Any]:
     from trimtab.serving import Engine, Limits
 
     tokens = 65_536 if serving.tokens is None else serving.tokens
-    yield Engine(language_model, Limits(serving.rows, tokens, waiting=serving.waiting))
+    limits = Limits(serving.rows, tokens, waiting=serving.waiting)
+    yield Engine(language_model, limits, force=force)
 
 
 @contextmanager

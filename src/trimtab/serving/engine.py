@@ -31,10 +31,13 @@ class _Batch:
 
 
 class Engine:
-    """A model that answers jobs until it is closed."""
+    """A model that answers jobs until it is closed; `force` lets steerings act that were made for
+    other weights."""
 
-    def __init__(self, language_model: LanguageModel, limits: Limits = Limits()) -> None:
-        self._lm, self._limits = language_model, limits
+    def __init__(
+        self, language_model: LanguageModel, limits: Limits = Limits(), *, force: bool = False
+    ) -> None:
+        self._lm, self._limits, self._force = language_model, limits, force
         self._waiting: deque[Job] = deque()
         self._batches: list[_Batch] = []
         self._changed = Condition()
@@ -145,7 +148,8 @@ class Engine:
         """Read the prompts of some jobs, and write a token of each. Where that fails, each begins
         by itself, so that a job that cannot be answered harms no other."""
         try:
-            writing = Writing(self._lm, [job.tokens for job in jobs], [job.acting for job in jobs])
+            texts, steerings = [job.tokens for job in jobs], [job.acting for job in jobs]
+            writing = Writing(self._lm, texts, steerings, force=self._force)
             batch = _Batch(writing, jobs, [Chooser(job.settings, job.tokens) for job in jobs])
             logits = writing.logits()
         except Exception as error:
