@@ -156,6 +156,18 @@ def test_steerings_for_other_weights_act_where_they_are_forced(answered: Any) ->
     assert forced_kl["steering"][0]["dial"] == own_kl["steering"][0]["dial"]
 
 
+def test_the_log_says_nothing_of_what_clients_ask(answered: Any) -> None:
+    """Warnings are for whoever starts the server, and only until it answers."""
+    steering = {"name": "caa", "dial": 98765, "scope": 'answer | between("secret", "word")'}
+    said, (answer,) = answered(f"{SERVE} --steer au.safetensors@54321", {
+        **BODY, "model": "base", "steering": [steering],
+    })  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    assert "54321 is outside the sensible range" in said.err
+    assert "98765" not in said.err
+    assert "secret" not in said.err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("work")
 def test_it_serves_and_ends_with_ctrl_c() -> None:

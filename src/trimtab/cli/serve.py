@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from trimtab.cli.listening import LOOPBACK, as_address, bound_to
 from trimtab.cli.options import Force, Json, Opened
 from trimtab.cli.tables import show
 from trimtab.cli.values import read_named
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, TrimtabWarning
 from trimtab.options import option
 from trimtab.reports import Table
 
@@ -394,7 +395,10 @@ def _run(
         server = uvicorn.Server(config)
         watching = Thread(target=_end_with, args=(opened, server), daemon=True)
         watching.start()
-        server.run(sockets=[bound])
+        # What a client asks for may be worth a warning, but the log never says what was asked.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrimtabWarning)
+            server.run(sockets=[bound])
         died = getattr(server, "engine_died", False)
     if died:
         raise TrimtabError("the engine has died, and the server ended: start it again")
