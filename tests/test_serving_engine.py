@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
 import pytest
+import torch
 
 import trimtab as tt
-from helpers import PROMPTS, language_model
+from helpers import PROMPTS, language_model, steer_at
+from trimtab.model import acted
 from trimtab.serving import Engine, Limits
 from trimtab.serving.choosing import Settings
 from trimtab.serving.jobs import Ended, Job, Piece, Told
+from trimtab.steering import Condition, Gate
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +76,30 @@ def test_a_text_that_cannot_be_gone_on_with_harms_none_beside_it(lm: tt.Language
         assert other.end == Ended("length")
     (done,) = lm.generate(PROMPTS[:1], chat=False, max_new_tokens=8)
     assert other.job.new == list(done.tokens)
+
+
+def test_what_token_gates_decided_is_that_of_the_whole_answer(lm: tt.LanguageModel) -> None:
+    width = lm.anatomy.width("layers.0.resid")
+    joy, asked, expected = steer_at(lm, "resid", seed=2).at(20), [], []
+    for seed, threshold in itertools.product(range(4), (0.1, 0.2, 0.3)):
+        direction = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+        condition = Condition("layers.0.resid", direction, threshold, score="cosine")
+        acting = (joy.scoped("prompt"), joy.gated(Gate((condition,))))
+        settings = Settings(12 - 2 * seed, 0.0)
+        asked.append(Asked(lm, settings, PROMPTS[seed % 3], steerings=lambda acting=acting: acting))
+        (done,) = lm.generate(
+            [PROMPTS[seed % 3]], chat=False, steering=[list(acting)],
+            max_new_tokens=settings.max_tokens,
+        )  # fmt: skip
+        expected.append(done.gates)
+    with running(lm) as engine:
+        begun_together(engine, asked)
+        assert all(one.end == Ended("length") for one in asked)
+    for one, (gate,) in zip(asked, expected, strict=True):
+        (found,) = one.job.gates
+        assert found == replace(gate, scores=pytest.approx(gate.scores, abs=1e-4))
+        told = acted(lm.marks, one.job.acting, one.job.gates, one.job.tokens, one.job.new)[1]
+        assert told["gate"]["tokens"] == {"prompt": gate.prompt_tokens, "answer": gate.new_tokens}
+    # Some fire in the answer alone, and some nowhere.
+    assert any(gate.fired and not gate.prompt_tokens for (gate,) in expected)
+    assert not all(gate.fired for (gate,) in expected)

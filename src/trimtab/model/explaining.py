@@ -178,7 +178,8 @@ def acted(
 ) -> list[dict[str, Any]]:
     """Of each steering of a text that was written: where its dial stood, on how many tokens of the
     prompt and of the answer it acted (the last one that was written is not read), and what its gate
-    decided; `gates` are those that have one, in order."""
+    decided, a token gate at how many of these tokens, None of the answer's where only the prompt's
+    are known; `gates` are those that have one, in order."""
     found, decided = [], list(gates)
     for steering in steerings:
         told: dict[str, Any] = {"dial": steering.setting}
@@ -187,6 +188,9 @@ def acted(
             told["tokens"] = _counted(marks, steering, prompt, new[:-1])
         if gate is not None:
             told["gate"] = {"kind": gate.kind, "fired": gate.fired, "scores": gate.scores}
+            if gate.kind == "token":
+                at = {"prompt": gate.prompt_tokens, "answer": gate.new_tokens}
+                told["gate"]["tokens"] = at
         found.append(told)
     return found
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Condition, Thread
 
 import torch
 from torch import Tensor
 
-from trimtab.model import LanguageModel, Writing, are_sound, end_tokens, unsound
+from trimtab.model import Fired, LanguageModel, Writing, are_sound, end_tokens, unsound
 from trimtab.serving.choosing import Chooser, Chosen
 from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
 
@@ -160,7 +160,10 @@ class Engine:
                 self._open([job])
             return
         for job, gates in zip(jobs, writing.gates, strict=True):
-            job.began, job.gates = time.monotonic(), gates
+            job.began = time.monotonic()
+            job.gates = tuple(
+                replace(gate, new_tokens=0) if gate.kind == "token" else gate for gate in gates
+            )
         self._batches.append(batch)
         self._guarded(batch, partial(self._write, batch, logits))
 
@@ -178,7 +181,10 @@ class Engine:
         keep = [i for i, job in enumerate(batch.jobs) if not self._is_over(job)]
         self._keep(batch, keep)
         if batch.jobs:
-            self._write(batch, batch.writing.logits())
+            logits = batch.writing.logits()
+            for job, fires in zip(batch.jobs, batch.writing.firing, strict=True):
+                job.gates = _with_one_more(job, fires)
+            self._write(batch, logits)
 
     def _is_over(self, job: Job) -> bool:
         """Whether nobody waits for it, or it took too long."""
@@ -219,3 +225,15 @@ class Engine:
             batch.writing.keep(rows)
         elif batch in self._batches:
             self._batches.remove(batch)
+
+
+def _with_one_more(job: Job, fires: Sequence[bool | None]) -> tuple[Fired, ...]:
+    """What a job's gates decided, once one more token of its answer is read: at that the token
+    gates among those of its steerings fired or not; None of the others."""
+    gated = [fired for one, fired in zip(job.acting, fires, strict=True) if one.gate is not None]
+    return tuple(
+        gate
+        if fired is None
+        else replace(gate, fired=gate.fired or fired, new_tokens=(gate.new_tokens or 0) + fired)
+        for gate, fired in zip(job.gates, gated, strict=True)
+    )

@@ -261,7 +261,8 @@ class Inside:
     async def _ask_gates(
         self, job: Job, name: str, early: Mapping[int, Fired], by_token: Mapping[int, int]
     ) -> None:
-        """The prompt is read: what gates decided of it, token by token, by their number there."""
+        """The prompt is read: what gates decided of it, token by token, by their number there. What
+        they decide of the answer is not asked for: receipts say so."""
         told = await self._read(name)
         found = dict(early)
         for number, place in by_token.items():
