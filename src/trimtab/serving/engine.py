@@ -53,6 +53,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise FullError("the server ends")
+            if len(self._waiting) >= self._limits.waiting:  # those that left take no place
+                self._waiting = deque(job for job in self._waiting if not job.left.is_set())
             if len(self._waiting) >= self._limits.waiting:
                 raise FullError(f"{len(self._waiting)} requests wait already: try again later")
             self._waiting.append(job)
@@ -103,19 +105,15 @@ class Engine:
             job.tell(Ended("closed"))
 
     def _begin(self) -> None:
-        """Have those that wait begin, as far as there is room."""
-        if len(self._batches) >= self._limits.batches:
-            return
+        """Have those that wait begin, as far as there is room; those that are over wait no more."""
         jobs: list[Job] = []
         under_way = [job for batch in self._batches for job in batch.jobs]
         with self._changed:
-            while self._waiting:
-                job = self._waiting[0]
-                if not self._is_over(job):
-                    if not self._has_room(job, [*under_way, *jobs]):
-                        break
-                    jobs.append(job)
-                self._waiting.popleft()
+            self._waiting = deque(job for job in self._waiting if not self._is_over(job))
+            if len(self._batches) >= self._limits.batches:
+                return
+            while self._waiting and self._has_room(self._waiting[0], [*under_way, *jobs]):
+                jobs.append(self._waiting.popleft())
         for together in self._that_share(self._settled(jobs)):
             self._open(together)
 
@@ -126,9 +124,12 @@ class Engine:
         return not beside or (len(beside) < self._limits.rows and tokens <= self._limits.tokens)
 
     def _settled(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those whose steerings could be made."""
+        """Those whose steerings could be made, while somebody still waits for them: a budget takes
+        its time."""
         found = []
         for job in jobs:
+            if self._is_over(job):
+                continue
             try:
                 job.acting = job.steerings()
             except Exception as error:
