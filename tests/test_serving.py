@@ -18,6 +18,7 @@ from fastapi.testclient import TestClient
 
 import trimtab as tt
 from helpers import PROMPTS, language_model, steer_at
+from trimtab.dials.rule import Within
 from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 
 NEW = 8
@@ -115,6 +116,26 @@ def test_a_budget_turns_the_dial_for_the_prompt(
         assert answer["choices"][0]["text"] == done.text
         dial = answer["choices"][0]["steering"][0]["dial"]
         assert dial == pytest.approx(float(done.steering[0].split("=")[1]), rel=1e-4)
+
+
+def test_a_budget_is_searched_for_once_for_all_answers_to_a_prompt(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    dials = Within.dials
+
+    def counted(rule: Any, lm: Any, texts: Any, force: bool) -> Any:
+        searched.append(len(texts))
+        return dials(rule, lm, texts, force)
+
+    monkeypatch.setattr(Within, "dials", counted)
+    body = asked(PROMPTS[:2], model="base+joy@kl=0.2", n=3)
+    choices = client.post("/v1/completions", json=body).json()["choices"]
+    assert sum(searched) == 2
+    found = [choice["steering"][0]["dial"] for choice in choices]
+    assert found[:3] == [found[0]] * 3
+    assert found[3:] == [found[3]] * 3
+    assert found[0] != found[3]
 
 
 def test_what_acted_is_said(client: TestClient, lm: tt.LanguageModel) -> None:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import Any
 
@@ -106,13 +106,15 @@ class Desk:
             sum(map(len, prompts)),
         )  # fmt: skip
         deadline = time.monotonic() + self.timeout
+        # One search of a budget serves all answers to a prompt.
+        settled = [cache(partial(self.library.settled, wanted, tokens)) for tokens in prompts]
         for i in range(total):
             tokens = prompts[i // (body.n or 1)]
             settings = body.settings(most[i // (body.n or 1)], logprobs, i)
             settings.check(self.language_model.anatomy.config.vocab_size)
             job = Job(
                 list(tokens),
-                partial(self.library.settled, wanted, tokens),
+                settled[i // (body.n or 1)],
                 settings,
                 _teller(loop, request.told, i),
                 deadline,
