@@ -296,3 +296,19 @@ def test_scopes_of_other_models_are_refused_where_they_do_not_fit() -> None:
     expected = lm.logits(["Today I feel"], steering=one.scoped("prompt"))
     found = lm.logits(["Today I feel"], steering=one.scoped("prompt & !image"))
     assert torch.equal(found, expected)
+
+
+def test_scopes_that_nobody_asks_for_any_more_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of a server may think of ever new ones; those that are in use stay as they are."""
+    monkeypatch.setattr("trimtab.model.marks._KEPT", 8, raising=False)
+    marks = language_model("llama").marks
+    used, first = marks.place(Scope.of("user")), marks.place(Scope.of(_between(0)))
+    for i in range(40):
+        marks.place(Scope.of(_between(i)))
+        assert marks.place(Scope.of("user")) is used
+        assert len(marks._known) <= 8
+    assert marks.place(Scope.of(_between(0))).part == first.part
+
+
+def _between(number: int) -> str:
+    return f'between("<{number}>", "</{number}>")'

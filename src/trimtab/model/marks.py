@@ -60,6 +60,9 @@ _SAID = ("kite", "Berg", "stone")
 #: What one of them says instead: of many beginnings and ends, because the last token of what stands
 #: before a message may take its first letters in, and the first one behind it its last.
 _INSTEAD = ("Moon", "It is.", "the end?", "42", '"so"', "A!")
+#: Of how many scopes and markers it is known what they are in a model's tokens: whoever asks a
+#: server may think of ever new ones, and those that were not asked for longest are found anew.
+_KEPT = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +106,9 @@ class Marks:
     _lock: Any = field(default_factory=threading.RLock)
 
     def place(self, scope: Scope) -> Placed:
-        """A scope in this model's tokens; the same one for the same scope. Refuses what the model
-        has not: a role that its template does not mark, a marker without tokens."""
+        """A scope in this model's tokens; the same one for the same scope, as long as it is asked
+        for. Refuses what the model has not: a role that its template does not mark, a marker
+        without tokens."""
         found: Placed = self._once(scope, lambda: self._placed(scope))
         return found
 
@@ -144,9 +148,11 @@ class Marks:
 
     def _once(self, key: Any, make: Any) -> Any:
         with self._lock:
-            if key not in self._known:
-                self._known[key] = make()
-            return self._known[key]
+            found = self._known.pop(key) if key in self._known else make()
+            self._known[key] = found  # behind all that was asked for before
+            while len(self._known) > _KEPT:
+                del self._known[next(iter(self._known))]
+            return found
 
     # -- words --------------------------------------------------------------------------------
 
