@@ -353,6 +353,16 @@ def test_as_many_wait_as_may(lm: tt.LanguageModel, folder: Path) -> None:
         assert set(codes) == {200, 429}
 
 
+def test_a_server_that_ends_asks_nobody_to_try_again(lm: tt.LanguageModel) -> None:
+    engine = Engine(lm)
+    with TestClient(application(Desk(lm, "base", Library(lm), engine, 60.0), KEYS)) as client:
+        engine.close()
+        answer = client.post("/v1/completions", json=asked(PROMPTS[0]), headers=ASK)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the server ends"
+    assert "Retry-After" not in answer.headers
+
+
 def test_an_answer_that_takes_too_long_ends(lm: tt.LanguageModel, folder: Path) -> None:
     for client in served(lm, folder, timeout=0.0):
         assert client.post("/v1/completions", json=asked(PROMPTS[0])).status_code == 504

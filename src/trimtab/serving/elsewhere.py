@@ -127,7 +127,7 @@ class Elsewhere:
     def submit(self, job: Job) -> None:
         """Have a job answered; refuses it where as many wait as may."""
         if self._closed:
-            raise FullError("the server ends")
+            raise GoneError("the server ends")
         if not self.alive:
             raise GoneError
         if len(self._taken) >= self._limits.rows + self._limits.waiting:

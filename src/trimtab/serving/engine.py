@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trimtab.model import Fired, LanguageModel, Writing, are_sound, end_tokens, unsound
 from trimtab.serving.choosing import Chooser, Chosen
-from trimtab.serving.jobs import Ended, FullError, Job, Limits, goes_on, in_words
+from trimtab.serving.jobs import Ended, FullError, GoneError, Job, Limits, goes_on, in_words
 
 
 @dataclass(eq=False)
@@ -49,10 +49,10 @@ class Engine:
     # -- for everybody ------------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
-        """Have a job answered; refuses it where as many wait as may."""
+        """Have a job answered; refuses it where as many wait as may, or once it is closed."""
         with self._changed:
             if self._closed:
-                raise FullError("the server ends")
+                raise GoneError("the server ends")
             if len(self._waiting) >= self._limits.waiting:  # those that left take no place
                 self._waiting = deque(job for job in self._waiting if not job.left.is_set())
             if len(self._waiting) >= self._limits.waiting:

@@ -159,7 +159,9 @@ class BrokenError(TrimtabError):
 
 
 class GoneError(BrokenError):
-    """What runs the model has died, and this server answers no more."""
+    """What runs the model has died or was closed, and this server answers no more."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine has died: this server ends, try again when it is back")
+    def __init__(
+        self, said: str = "the engine has died: this server ends, try again when it is back"
+    ) -> None:
+        super().__init__(said)
