@@ -92,7 +92,7 @@ def a_sweep(**space: tuple[Any, ...]) -> Sweep:
 
 SWEEP = a_sweep(layer=(1, 2), alpha=(1.0, 2.0))
 COMPARISON = Comparison(
-    "copa", "accuracy", UNSTEERED, 20.0,
+    "copa", "accuracy", True, UNSTEERED, 20.0,
     (
         Compared("caa", SWEEP, Result("copa", "", "accuracy", 0.75, 40, (0.6, 0.86), "caa"),
                  GAIN, 2.0, 48, 0.12, 21.0),
