@@ -27,6 +27,24 @@ class UnknownModelError(TrimtabError):
     """A request names a model that is not served."""
 
 
+class LateError(TrimtabError):
+    """An answer took longer than this server allows."""
+
+    def __init__(self) -> None:
+        super().__init__("the answer took longer than this server allows")
+
+
+class ClosedError(TrimtabError):
+    """The server ended before an answer was whole."""
+
+    def __init__(self) -> None:
+        super().__init__("the server ends")
+
+
+#: What it is where an answer ends that is not whole.
+_CUT_OFF = {"timeout": LateError, "closed": ClosedError}
+
+
 @dataclass(eq=False)
 class Answer:
     """One of a request's answers: its job, and what was told of it so far."""
@@ -59,7 +77,8 @@ class Request:
             answer.job.left.set()
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece | Ended]]:
-        """What its answers go on with, in the order in which it comes, until all are whole."""
+        """What its answers go on with, in the order in which it comes, until all are whole; one
+        that is cut off is an error, and never looks like one that came to its end."""
         open_answers = len(self.answers)
         while open_answers:
             index, told = await self.told.get()
@@ -69,6 +88,8 @@ class Request:
             if isinstance(told, Piece):
                 answer.text += told.text
                 answer.tokens += told.tokens
+            elif told.reason in _CUT_OFF:
+                raise _CUT_OFF[told.reason]()
             else:
                 answer.reason = told.reason
                 open_answers -= 1
@@ -259,7 +280,7 @@ def whole(desk: Desk, request: Request) -> dict[str, Any]:
             "index": i,
             **content,
             "logprobs": said(desk, request.kind, answer.tokens),
-            "finish_reason": _finish(answer.reason),
+            "finish_reason": answer.reason,
             "steering": desk.acted(request, i),
         })  # fmt: skip
     kind = "chat.completion" if request.kind == "chat" else "text_completion"
@@ -268,7 +289,7 @@ def whole(desk: Desk, request: Request) -> dict[str, Any]:
 
 def chunk(desk: Desk, request: Request, index: int, told: Piece | Ended) -> dict[str, Any] | None:
     """A piece of a streamed answer; None where there is nothing to say of it."""
-    finish = _finish(told.reason) if isinstance(told, Ended) else None
+    finish = told.reason if isinstance(told, Ended) else None
     text = told.text if isinstance(told, Piece) else ""
     logprobs = said(desk, request.kind, told.tokens) if isinstance(told, Piece) else None
     if not (text or finish or logprobs):
@@ -313,11 +334,6 @@ def _head(request: Request, kind: str) -> dict[str, Any]:
         "created": request.created,
         "model": request.model,
     }
-
-
-def _finish(reason: str) -> str:
-    """OpenAI knows stop and length; an answer that was cut off is as if it had been too long."""
-    return reason if reason == "stop" else "length"
 
 
 def said(desk: Desk, kind: str, tokens: Sequence[Chosen]) -> dict[str, Any] | None:

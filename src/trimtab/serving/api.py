@@ -28,7 +28,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import TrimtabError
 from trimtab.serving.answering import (
+    ClosedError,
     Desk,
+    LateError,
     Request,
     UnknownModelError,
     chunk,
@@ -170,11 +172,6 @@ async def _answer(
     finally:
         collecting.cancel()
         begun.leave()
-    reasons = {answer.reason for answer in begun.answers}
-    if "timeout" in reasons:
-        raise HTTPException(504, "the answer took longer than this server allows")
-    if "closed" in reasons:
-        raise HTTPException(503, "the server ends")
     return JSONResponse(told_whole(desk, begun))
 
 
@@ -262,8 +259,10 @@ def _status(error: TrimtabError) -> int:
         return 404
     if isinstance(error, FullError):
         return 429
-    if isinstance(error, GoneError):
+    if isinstance(error, GoneError | ClosedError):
         return 503
+    if isinstance(error, LateError):
+        return 504
     return 500 if isinstance(error, BrokenError) else 400
 
 

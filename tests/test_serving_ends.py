@@ -1,0 +1,75 @@
+"""Answers that do not come to their end: late, cut off, or nobody waits for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import trimtab as tt
+from helpers import PROMPTS, language_model
+from trimtab.serving import Access, Desk, Library, application
+from trimtab.serving.jobs import Ended, Job, Piece, Told
+
+TEXT: dict[str, Any] = {"model": "base", "prompt": PROMPTS[0]}
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": TEXT,
+    "/v1/chat/completions": {"model": "base", "messages": [{"role": "user", "content": "Hi"}]},
+    "/v1/responses": {"model": "base", "input": "Hi"},
+}
+
+
+@pytest.fixture(scope="module")
+def lm() -> tt.LanguageModel:
+    return language_model("llama")
+
+
+class Said:
+    """Stands for an engine, and tells of each job what it was given."""
+
+    running, waiting, alive = 0, 0, True
+
+    def __init__(self, *told: Told) -> None:
+        self.told = told
+        self.jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+        for one in self.told:
+            job.tell(one)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def served(lm: tt.LanguageModel, engine: Said) -> Iterator[TestClient]:
+    desk = Desk(lm, "base", Library(lm), engine, 60.0)
+    with TestClient(application(desk, Access(hosts=None))) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("reason", "status"), [("timeout", 504), ("closed", 503)])
+def test_an_answer_that_is_cut_off_never_looks_whole(
+    lm: tt.LanguageModel, route: str, reason: Any, status: int
+) -> None:
+    body, streamed = ROUTES[route], {**ROUTES[route], "stream": True}
+    with served(lm, Said(Ended(reason))) as client:
+        for asked in (body, streamed):
+            answer = client.post(route, json=asked)
+            assert answer.status_code == status
+            assert answer.json()["error"]["code"] == status
+    with served(lm, Said(Piece("Some", ()), Ended(reason))) as client:
+        assert client.post(route, json=body).status_code == status
+        answer = client.post(route, json=streamed)
+        assert answer.status_code == 200
+        *_, last = [line for line in answer.iter_lines() if line.startswith("data: ")]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == status
+        assert "Some" in answer.text
+        for whole in ("[DONE]", "length", "response.completed", "response.incomplete"):
+            assert whole not in answer.text
