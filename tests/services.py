@@ -1,4 +1,4 @@
-"""A service on this machine that answers as a test tells it to: late, wrongly, or not at all."""
+"""Services on this machine that answer as a test tells them to: late, wrongly, or not at all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import uvicorn
+
+from trimtab.serving.jobs import Ended, Job, Told
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,24 @@ def listening(application: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+class Said:
+    """Stands for the engine of a server, and tells of each job what it was given."""
+
+    running, waiting, alive = 0, 0, True
+
+    def __init__(self, *told: Told) -> None:
+        self.told = told or (Ended("stop"),)
+        self.jobs: list[Job] = []
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+        for one in self.told:
+            job.tell(one)
+
+    def close(self) -> None:
+        pass
 
 
 def tossing(request: Request) -> Reply:

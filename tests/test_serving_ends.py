@@ -12,8 +12,9 @@ from fastapi.testclient import TestClient
 
 import trimtab as tt
 from helpers import PROMPTS, language_model
+from services import Said
 from trimtab.serving import Access, Desk, Library, application
-from trimtab.serving.jobs import Ended, Job, Piece, Told
+from trimtab.serving.jobs import Ended, Piece
 
 TEXT: dict[str, Any] = {"model": "base", "prompt": PROMPTS[0]}
 ROUTES: dict[str, dict[str, Any]] = {
@@ -26,24 +27,6 @@ ROUTES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def lm() -> tt.LanguageModel:
     return language_model("llama")
-
-
-class Said:
-    """Stands for an engine, and tells of each job what it was given."""
-
-    running, waiting, alive = 0, 0, True
-
-    def __init__(self, *told: Told) -> None:
-        self.told = told
-        self.jobs: list[Job] = []
-
-    def submit(self, job: Job) -> None:
-        self.jobs.append(job)
-        for one in self.told:
-            job.tell(one)
-
-    def close(self) -> None:
-        pass
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from trimtab.model.arguments import Completion, SteeringArgument, per_text, row_
 from trimtab.model.attach import finds_dials, turned
 from trimtab.model.baking import bake
 from trimtab.model.batching import BATCH_TOKENS, batches_by_length, refuse_dropout
-from trimtab.model.chats import ChatForm, put_as
+from trimtab.model.chats import ChatForm, put_as, render_messages
 from trimtab.model.decoding import (
     OPTIONS,
     SAMPLING,

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,13 @@ class ChatForm:
 
     def messages(self, conversation: Conversation) -> list[dict[str, Any]]:
         """A conversation as templates take it, with the system message."""
-        own = any(role == "system" for role, _ in conversation)
-        before = () if self.system is None or own else (("system", self.system),)
-        return [
-            {"role": role, "content": _for_template(content)}
-            for role, content in (*before, *conversation)
-        ]
+        return self.opened(_as_messages(conversation))
+
+    def opened(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with the system message before them, where they have none."""
+        own = any(message["role"] == "system" for message in messages)
+        before = [] if self.system is None or own else [{"role": "system", "content": self.system}]
+        return [*before, *messages]
 
     def as_json(self) -> dict[str, Any]:
         return {"options": dict(self.options), "system": self.system}
@@ -49,6 +50,10 @@ class ChatForm:
         if self.system is not None:
             said.append(f"the system message '{shown(self.system, 60)}'")
         return ", ".join(said) or "the template's defaults"
+
+
+def _as_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    return [{"role": role, "content": _for_template(content)} for role, content in conversation]
 
 
 def _for_template(content: Content) -> Any:
@@ -103,20 +108,32 @@ def chat_form(
 def render(tokenizer: Any, name: str, conversation: Conversation, form: ChatForm) -> str:
     """A conversation through the chat template, with the header of the assistant's turn; where that
     turn has begun (the last message is the assistant's) the text ends with it, to be continued."""
+    return render_messages(tokenizer, name, _as_messages(conversation), form)
+
+
+def render_messages(
+    tokenizer: Any,
+    name: str,
+    messages: Sequence[dict[str, Any]],
+    form: ChatForm,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
+    """The same of messages as templates take them, which may have more than a role and a content,
+    and of tools."""
     if not tokenizer.chat_template:
         raise TrimtabError(f"{name} has no chat template: give it raw text (--raw), not messages")
     # An empty beginning is none: transformers looks for the message in the text.
-    if len(conversation) > 1 and conversation[-1][0] == "assistant" and not conversation[-1][1]:
-        conversation = conversation[:-1]
-    begun = conversation[-1][0] == "assistant"
-    roles = ", ".join(role for role, _ in conversation)
+    if len(messages) > 1 and _has_begun(messages) and not messages[-1]["content"]:
+        messages = messages[:-1]
+    begun = _has_begun(messages)
+    roles = ", ".join(message["role"] for message in messages)
     try:
         rendered: str = tokenizer.apply_chat_template(
-            form.messages(conversation),
+            form.opened(messages),
             tokenize=False,
             add_generation_prompt=not begun,
             continue_final_message=begun,
-            **form.options,
+            **(form.options if tools is None else {**form.options, "tools": tools}),
         )
     except Exception as error:  # a template is a program: it fails as it likes
         said = shown(" ".join(str(error).split()), 300) or type(error).__name__
@@ -132,6 +149,11 @@ def render(tokenizer: Any, name: str, conversation: Conversation, form: ChatForm
             "write them otherwise, or as raw text"
         )
     return rendered
+
+
+def _has_begun(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether the last turn is the assistant's, to be continued: one that calls tools is whole."""
+    return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
 # -- what a steering was fitted with ----------------------------------------------------------

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from trimtab.errors import TrimtabError, shown
-from trimtab.model import LanguageModel, acted
+from trimtab.model import LanguageModel, acted, render_messages
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
 from trimtab.serving.jobs import Answers, Ended, Job, Piece, Told
@@ -183,39 +183,18 @@ class Desk:
         lm = self.language_model
         if not lm.chats:
             raise TrimtabError(f"{self.name} has no chat template: ask /v1/completions")
-        tools = body.tools if body.tool_choice != "none" else None
-        more = any(message.model_extra for message in body.messages)
-        if not (tools or more):
-            roles = {"developer": "system"}
-            turns = [
-                {"role": roles.get(one.role, one.role), "content": one.text}
-                for one in body.messages
-            ]
-            (tokens,) = lm.fitting(lm.prompts([turns], True))
-            return tokens
-        plain, told = (self._rendered(body, given) for given in (None, tools))
-        if tools and plain == told:
+        tools = None if body.tool_choice == "none" else body.tools or None
+        messages = [message.told for message in body.messages]
+        put = partial(render_messages, lm.tokenizer, self.name, messages, lm.chat_form)
+        text = put(tools)
+        if tools and text == put():
             raise TrimtabError(f"the chat template of {self.name} takes no tools: leave them out")
-        found: list[int] = lm.tokenizer(told, add_special_tokens=False)["input_ids"]
-        return found
-
-    def _rendered(self, body: ChatBody, tools: Any) -> str:
-        """Messages with what a template may want beside their texts, and tools."""
-        lm = self.language_model
-        messages = [
-            {**(one.model_extra or {}), "role": one.role, "content": one.text}
-            for one in body.messages
-        ]
         try:
-            rendered: str = lm.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True,
-                **lm.chat_form.options,
-            )  # fmt: skip
-        except Exception as error:  # a template is a program: it fails as it likes
-            raise TrimtabError(
-                f"the chat template of {self.name} refuses these messages"
-            ) from error
-        return rendered
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TrimtabError("messages and tools have halves of characters: send text") from error
+        found: list[int] = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
 
     def _most(self, body: ChatBody | CompletionBody, prompts: Sequence[Sequence[int]]) -> list[int]:
         """How many tokens the answers to each prompt may have."""

@@ -131,6 +131,14 @@ class Message(BaseModel):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """As templates take it. A developer is their system, and what is null is not said: clients
+        send answers back as they came, with `refusal: null`."""
+        more = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+        role = "system" if self.role == "developer" else self.role
+        return {**more, "role": role, "content": self.text}
+
 
 class ChatBody(_Sampled):
     """A chat completion."""

@@ -1,0 +1,111 @@
+"""Conversations as the server puts them to the model, whatever their messages have beside a role
+and a text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+import trimtab as tt
+from services import Said
+from tiny import tiny_model, tiny_tokenizer
+from trimtab.serving import Access, Desk, Library, application
+
+#: Which shows who speaks, what calls of tools there are, and the tools.
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<|system|>\n{{ tools | tojson }}{{ eos_token }}\n{% endif %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['name'] is defined %}({{ message['name'] }}) {% endif %}"
+    "{% if message['refusal'] is defined %}(refusal) {% endif %}"
+    "{{ message['content'] }}{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}"
+    "{% endif %}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+KIND = "<s><|system|>\nBe kind.</s>\n"
+HI: dict[str, Any] = {"role": "user", "content": "Hi"}
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+@pytest.fixture(scope="module")
+def lm() -> tt.LanguageModel:
+    tokenizer = copy.copy(tiny_tokenizer())
+    tokenizer.chat_template = TEMPLATE
+    return tt.wrap(tiny_model("llama"), tokenizer, "tiny", system="Be kind.")
+
+
+@pytest.fixture
+def engine() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def client(lm: tt.LanguageModel, engine: Said) -> Iterator[TestClient]:
+    desk = Desk(lm, "base", Library(lm), engine, 60.0)
+    with TestClient(application(desk, Access(hosts=None))) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([HI], f"{KIND}<|user|>\nHi</s>\n<|assistant|>\n"),
+        ([{**HI, "name": "Ann"}], f"{KIND}<|user|>\n(Ann) Hi</s>\n<|assistant|>\n"),
+        ([{**HI, "name": None}], f"{KIND}<|user|>\nHi</s>\n<|assistant|>\n"),
+        (
+            [{"role": "developer", "content": "Be brief.", "name": "x"}, HI],
+            "<s><|system|>\n(x) Be brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\n",
+        ),
+        # The turn is gone on with, and an answer is sent back as it came.
+        (
+            [{**HI, "name": "Ann"}, {"role": "assistant", "content": "Well", "refusal": None}],
+            f"{KIND}<|user|>\n(Ann) Hi</s>\n<|assistant|>\nWell",
+        ),
+        (
+            [HI, {"role": "assistant", "content": "", "name": "x"}],
+            f"{KIND}<|user|>\nHi</s>\n<|assistant|>\n",
+        ),
+        # One that calls tools is whole.
+        (
+            [HI, {"role": "assistant", "content": None, "tool_calls": CALLS}],
+            f"{KIND}<|user|>\nHi</s>\n<|assistant|>\n"
+            '[{"type": "function", "function": {"name": "f", "arguments": "{}"}}]</s>\n'
+            "<|assistant|>\n",
+        ),
+    ],
+)
+def test_messages_are_put_as_conversations_are(
+    client: TestClient,
+    lm: tt.LanguageModel,
+    engine: Said,
+    messages: list[dict[str, Any]],
+    expected: str,
+) -> None:
+    body = {"model": "base", "messages": messages}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert lm.tokenizer.decode(engine.jobs[0].tokens) == expected
+    plain = [{"role": one["role"], "content": one["content"] or ""} for one in messages]
+    if expected == lm.render(lm.prompts([plain], True)[0]):
+        assert engine.jobs[0].tokens == lm.encode(lm.prompts([plain], True))[0]
+
+
+def test_tools_change_nothing_else(client: TestClient, lm: tt.LanguageModel, engine: Said) -> None:
+    begun = {"role": "assistant", "content": "Well"}
+    body = {"model": "base", "messages": [HI, begun], "tools": [TOOL]}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    told = lm.tokenizer.decode(engine.jobs[0].tokens)
+    assert told.startswith('<s><|system|>\n[{"type": "function"')
+    assert told.endswith(f"{KIND.removeprefix('<s>')}<|user|>\nHi</s>\n<|assistant|>\nWell")
+
+
+def test_what_is_no_text_is_the_client_s_mistake(client: TestClient) -> None:
+    for half in ('{"role": "user", "content": "\\ud800"}',
+                 '{"role": "user", "content": "a", "name": "\\ud800"}'):  # fmt: skip
+        body = f'{{"model": "base", "messages": [{half}]}}'
+        kind = {"Content-Type": "application/json"}
+        answer = client.post("/v1/chat/completions", content=body, headers=kind)
+        assert answer.status_code == 400
