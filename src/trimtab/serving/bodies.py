@@ -2,13 +2,16 @@
 
 A field that would change the answer and is not carried out is refused, not passed over; those of
 OpenAI's that only say who asks are taken and left alone.
+
+Of a wrong body the first mistake of a list is enough, and so is one field too many: a body has room
+for a million of them, and each would be kept while all other requests wait.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from trimtab.serving.choosing import Settings
 from trimtab.serving.names import MOST_STACKED, Asked
@@ -16,14 +19,35 @@ from trimtab.serving.names import MOST_STACKED, Asked
 Text = Annotated[str, Field(max_length=1_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Token = Annotated[int, Field(ge=0, le=2**31)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 #: Answers of one request: prompts times n.
 MOST_ANSWERS = 64
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Refuses a mapping that is too large before any entry is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > entries:
+            raise ValueError(f"there may be {entries} entries, and there are {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class Strict(BaseModel):
     """A body, or a part of one, that has no other fields."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            raise ValueError(
+                f"there are {len(cls.model_fields)} fields, and {len(value)} are given"
+            )
+        return value
 
 
 class SteeringBody(Strict):
@@ -61,7 +85,10 @@ class _Sampled(Strict):
     stream_options: StreamOptions | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=200)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=200)]],
+            Field(max_length=16, fail_fast=True),
+        ]
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -74,6 +101,7 @@ class _Sampled(Strict):
                 Annotated[float, Field(ge=-100, le=100)],
             ],
             Field(max_length=300),
+            at_most(300),
         ]
         | None
     ) = None
@@ -82,7 +110,9 @@ class _Sampled(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     #: Ours: what is stacked, in order.
-    steering: Annotated[list[SteeringBody], Field(max_length=MOST_STACKED)] | None = None
+    steering: (
+        Annotated[list[SteeringBody], Field(max_length=MOST_STACKED, fail_fast=True)] | None
+    ) = None
     # Who asks, and how the answer is kept elsewhere: taken, and without any effect here.
     user: Annotated[str, Field(max_length=1000)] | None = None
     metadata: dict[str, Any] | None = None
@@ -123,7 +153,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[Part], Field(max_length=1000)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] | None = None
 
     @property
     def text(self) -> str:
@@ -143,12 +173,12 @@ class Message(BaseModel):
 class ChatBody(_Sampled):
     """A chat completion."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=2000)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -164,12 +194,9 @@ class CompletionBody(_Sampled):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_ANSWERS)]
-        | Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1, max_length=1_000_000)]],
-            Field(min_length=1, max_length=MOST_ANSWERS),
-        ]
+        | Annotated[list[Text], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_ANSWERS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

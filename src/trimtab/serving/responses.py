@@ -32,7 +32,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[InputText], Field(max_length=1000)]
+    content: Text | Annotated[list[InputText], Field(max_length=1000, fail_fast=True)]
     id: Annotated[str, Field(max_length=200)] | None = None
     status: Annotated[str, Field(max_length=50)] | None = None
     phase: Annotated[str, Field(max_length=50)] | None = None
@@ -57,16 +57,22 @@ class ResponseBody(Strict):
     """A response that is asked for."""
 
     model: Annotated[str, Field(min_length=1, max_length=1000)]
-    input: Text | Annotated[list[InputMessage], Field(min_length=1, max_length=1999)]
+    input: (
+        Text | Annotated[list[InputMessage], Field(min_length=1, max_length=1999, fail_fast=True)]
+    )
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: (
+        Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None
+    ) = None
     stream: bool | None = None
     #: Ours: what is stacked, in order.
-    steering: Annotated[list[SteeringBody], Field(max_length=MOST_STACKED)] | None = None
+    steering: (
+        Annotated[list[SteeringBody], Field(max_length=MOST_STACKED, fail_fast=True)] | None
+    ) = None
     # What nothing but its default does here.
     text: _TextOptions | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None

@@ -1,0 +1,71 @@
+"""Bodies that are wrong in many places, and what is said of them: the first mistake, at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import BaseModel, ValidationError
+
+from helpers import language_model
+from services import Said
+from trimtab.serving import Access, Desk, Library, application
+from trimtab.serving.bodies import ChatBody, CompletionBody
+from trimtab.serving.responses import ResponseBody
+
+COUNT = 5000
+STRANGE = {f"x{i}": 1 for i in range(COUNT)}
+TEXT: dict[str, Any] = {"model": "base", "prompt": "Hi"}
+CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+RESPONSE: dict[str, Any] = {"model": "base", "input": "Hi"}
+
+
+@pytest.fixture
+def engine() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def client(engine: Said) -> Iterator[TestClient]:
+    lm = language_model("llama")
+    app = application(Desk(lm, "base", Library(lm), engine, 60.0), Access(hosts=None))
+    with TestClient(app, raise_server_exceptions=False) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionBody, {**TEXT, "prompt": [-1] * COUNT}),
+        (CompletionBody, {**TEXT, "prompt": [[-1] * COUNT] * 60}),
+        (CompletionBody, {**TEXT, "prompt": [[]] * COUNT}),
+        (CompletionBody, {**TEXT, **STRANGE}),
+        (CompletionBody, {**TEXT, "steering": [STRANGE]}),
+        (CompletionBody, {**TEXT, "logit_bias": STRANGE}),
+        (CompletionBody, {**TEXT, "stop": [1] * COUNT}),
+        (ChatBody, {**CHAT, "messages": [{}] * COUNT}),
+        (ChatBody, {**CHAT, "messages": [{"role": "user", "content": [{}] * 300}] * 100}),
+        (ChatBody, {**CHAT, "messages": [{"role": "user", "content": [STRANGE]}]}),
+        (ChatBody, {**CHAT, "stream_options": STRANGE}),
+        (ChatBody, {**CHAT, "tools": [1] * 128}),
+        (ResponseBody, {**RESPONSE, "input": [{"role": "user", "content": [{}] * 300}] * 100}),
+        (ResponseBody, {**RESPONSE, "include": [1] * COUNT}),
+        (ResponseBody, {**RESPONSE, "text": STRANGE}),
+    ],
+)
+def test_few_mistakes_are_kept_of_a_body(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """Each that is kept takes a kilobyte and the time of all other requests."""
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_many_token_ids_are_read(client: TestClient) -> None:
+    """Which every form of a prompt but one takes for mistakes."""
+    body = CompletionBody.model_validate({**TEXT, "prompt": [11] * COUNT})
+    assert body.prompt == [11] * COUNT
+    answer = client.post("/v1/completions", json={**TEXT, **STRANGE})
+    assert answer.status_code == 400
+    assert "fields" in answer.json()["error"]["message"]
