@@ -69,3 +69,32 @@ def test_many_token_ids_are_read(client: TestClient) -> None:
     answer = client.post("/v1/completions", json={**TEXT, **STRANGE})
     assert answer.status_code == 400
     assert "fields" in answer.json()["error"]["message"]
+
+
+def test_parts_of_a_response_may_be_longer_together_than_a_text(client: TestClient) -> None:
+    """As those of a chat may; that the model has not the room is said in its turn."""
+    part = {"type": "input_text", "text": "a" * 600_000}
+    body = {**RESPONSE, "input": [{"role": "user", "content": [part, part]}]}
+    answer = client.post("/v1/responses", json=body)
+    assert answer.status_code == 400
+    assert "exceed" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ['{"a": NaN}', '{"a": "\\ud800"}', '{"a": {"b": 1}}', f'{{"{"k" * 65}": "v"}}',
+     f'{{"k": "{"v" * 513}"}}', str({f"{i}": "v" for i in range(17)}).replace("'", '"')],
+)  # fmt: skip
+def test_what_is_told_again_with_a_response_is_read_before(
+    client: TestClient, engine: Said, metadata: str
+) -> None:
+    body = f'{{"model": "base", "input": "Hi", "metadata": {metadata}}}'
+    kind = {"Content-Type": "application/json"}
+    answer = client.post("/v1/responses", content=body, headers=kind)
+    assert answer.status_code == 400
+    assert "metadata" in answer.json()["error"]["message"]
+    assert not engine.jobs
+    kept = {"topic": "é" * 512}
+    assert (
+        client.post("/v1/responses", json={**RESPONSE, "metadata": kept}).json()["metadata"] == kept
+    )

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from trimtab.serving.answering import Answer, Desk, Request, said
-from trimtab.serving.bodies import ChatBody, Message, Number, SteeringBody, Strict, Text
+from trimtab.serving.bodies import (
+    ChatBody,
+    Message,
+    Number,
+    Part,
+    SteeringBody,
+    Strict,
+    Text,
+    at_most,
+)
 from trimtab.serving.jobs import Ended, Piece
 from trimtab.serving.names import MOST_STACKED
 
@@ -38,10 +47,12 @@ class InputMessage(Strict):
     phase: Annotated[str, Field(max_length=50)] | None = None
 
     @property
-    def text(self) -> str:
+    def message(self) -> Message:
+        """The same of a chat completion."""
         if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+            return Message(role=self.role, content=self.content)
+        parts = [Part(type="text", text=part.text) for part in self.content]
+        return Message(role=self.role, content=parts)
 
 
 class _Format(Strict):
@@ -81,9 +92,17 @@ class ResponseBody(Strict):
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None
-    # Who asks, and how the answer is kept elsewhere: taken, and without any effect here.
+    # Who asks, and how the answer is kept elsewhere: taken, and without any effect here, but that
+    # metadata is told again with the answer, and so must be what OpenAI takes.
     user: Annotated[str, Field(max_length=1000)] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+            at_most(16),
+        ]
+        | None
+    ) = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -97,14 +116,16 @@ class ResponseBody(Strict):
 
     def chat(self) -> ChatBody:
         """The same as a chat completion."""
-        turns = [] if self.instructions is None else [("system", self.instructions)]
+        turns = []
+        if self.instructions is not None:
+            turns.append(Message(role="system", content=self.instructions))
         if isinstance(self.input, str):
-            turns.append(("user", self.input))
+            turns.append(Message(role="user", content=self.input))
         else:
-            turns += [(one.role, one.text) for one in self.input]
+            turns += [one.message for one in self.input]
         return ChatBody(
             model=self.model,
-            messages=[Message(role=role, content=text) for role, text in turns],  # type: ignore[arg-type]
+            messages=turns,
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
