@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from trimtab.serving.jobs import Ended, Job, Told
+from trimtab.serving.jobs import Job, Told
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Said:
     running, waiting, alive = 0, 0, True
 
     def __init__(self, *told: Told) -> None:
-        self.told = told or (Ended("stop"),)
+        self.told = told
         self.jobs: list[Job] = []
 
     def submit(self, job: Job) -> None:

@@ -13,6 +13,7 @@ from helpers import language_model
 from services import Said
 from trimtab.serving import Access, Desk, Library, application
 from trimtab.serving.bodies import ChatBody, CompletionBody
+from trimtab.serving.jobs import Ended
 from trimtab.serving.responses import ResponseBody
 
 COUNT = 5000
@@ -24,7 +25,7 @@ RESPONSE: dict[str, Any] = {"model": "base", "input": "Hi"}
 
 @pytest.fixture
 def engine() -> Said:
-    return Said()
+    return Said(Ended("stop"))
 
 
 @pytest.fixture

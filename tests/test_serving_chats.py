@@ -14,6 +14,7 @@ import trimtab as tt
 from services import Said
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.serving import Access, Desk, Library, application
+from trimtab.serving.jobs import Ended
 
 #: Which shows who speaks, what calls of tools there are, and the tools.
 TEMPLATE = (
@@ -40,7 +41,7 @@ def lm() -> tt.LanguageModel:
 
 @pytest.fixture
 def engine() -> Said:
-    return Said()
+    return Said(Ended("stop"))
 
 
 @pytest.fixture

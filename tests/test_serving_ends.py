@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
 import trimtab as tt
 from helpers import PROMPTS, language_model
-from services import Said
+from services import Said, listening
 from trimtab.serving import Access, Desk, Library, application
 from trimtab.serving.jobs import Ended, Piece
 
@@ -56,3 +59,27 @@ def test_an_answer_that_is_cut_off_never_looks_whole(
         assert "Some" in answer.text
         for whole in ("[DONE]", "length", "response.completed", "response.incomplete"):
             assert whole not in answer.text
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_who_leaves_before_the_first_piece_is_noticed(lm: tt.LanguageModel, route: str) -> None:
+    engine = Said()  # and nothing
+    app = application(Desk(lm, "base", Library(lm), engine, 60.0), Access())
+    with listening(app) as address:
+        for count, more in enumerate(({}, {"stream": True}), 1):
+            client = HTTPConnection(address.removeprefix("http://"))
+            kind = {"Content-Type": "application/json"}
+            client.request("POST", route, json.dumps({**ROUTES[route], **more}), kind)
+            holds(lambda wanted=count: len(engine.jobs) == wanted)
+            client.close()
+            assert engine.jobs[-1].left.wait(30)
+        left = f'trimtab_requests_total{{route="{route}",status="499"}} 2.0'
+        holds(lambda: left in httpx.get(f"{address}/metrics").text)
+
+
+def holds(said: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    until = time.monotonic() + 30
+    while not said():
+        assert time.monotonic() < until
+        time.sleep(0.02)

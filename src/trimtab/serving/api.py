@@ -12,11 +12,11 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -48,6 +48,8 @@ from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, 
 _LOG = logging.getLogger("trimtab.serving")
 #: Seconds between two looks whether a client still waits.
 _LOOK = 0.5
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -161,18 +163,24 @@ async def _answer(
         )
         content = _streamed(desk, metrics, begun, events)
         # The first piece is waited for, so that what is refused only now is no stream.
-        first = await anext(content)
+        first = await _awaited(http, begun, anext(content))
         return StreamingResponse(_after(first, content), media_type="text/event-stream")
-    collecting = asyncio.create_task(_collected(metrics, desk, begun))
-    try:
-        while not (await asyncio.wait((collecting,), timeout=_LOOK))[0]:
-            if await http.is_disconnected():
-                return Response(status_code=_CLIENT_LEFT)
-        await collecting
-    finally:
-        collecting.cancel()
-        begun.leave()
+    await _awaited(http, begun, _collected(metrics, desk, begun))
     return JSONResponse(told_whole(desk, begun))
+
+
+async def _awaited(http: HTTPRequest, begun: Request, work: Awaitable[_Found]) -> _Found:
+    """What comes of some work for a request, which is left where it fails or its client goes."""
+    working = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait((working,), timeout=_LOOK))[0]:
+            if await http.is_disconnected():
+                raise HTTPException(_CLIENT_LEFT, "the client left")
+        return working.result()
+    except BaseException:
+        working.cancel()
+        begun.leave()
+        raise
 
 
 async def _collected(metrics: Metrics, desk: Desk, begun: Request) -> None:
