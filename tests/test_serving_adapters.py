@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 import trimtab as tt
 from adapters import one
 from helpers import language_model, plain_logits, steer_at, token_ids
-from trimtab.serving import Adapted, Adapters
+from trimtab.serving import Adapted, Adapters, making
 from trimtab.serving.jobs import FullError
 from trimtab.serving.making import Maker, digest_of, refuse_unlike
 
@@ -128,6 +130,7 @@ class Account:
         return True
 
     async def remove_lora(self, number: int) -> bool:
+        await asyncio.sleep(0)
         assert self.held.pop(number).is_dir()  # it leaves memory before it leaves the disk
         return True
 
@@ -189,6 +192,81 @@ def test_adapters_are_made_once_kept_and_left(
     )
     adapters.close()
     assert not folder.exists()
+
+
+def test_an_adapter_is_made_to_its_end_where_its_request_leaves(
+    lm: tt.LanguageModel, heads: tt.Steering, engine: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that makes it steers the model, and writes what another request will read."""
+    carried = Adapted(lm)
+    carried.start([heads], [], None)
+    adapters, engine = Adapters(lm, carried, 8), Account("cuda")
+    steered, go_on, expects = threading.Event(), threading.Event(), making._expects
+    calls: list[str] = []
+
+    def held_up(language_model: tt.LanguageModel, text: Sequence[int]) -> torch.Tensor:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 2:  # plain, and then steered
+            steered.set()
+            assert go_on.wait(30)
+        return expects(language_model, text)
+
+    async def path_of(steering: tt.Steering) -> Path:
+        async with adapters.given(job(steering)) as given:
+            return Path(given.adapter.path)
+
+    async def go() -> None:
+        await adapters.begin(engine)
+        monkeypatch.setattr(making, "_expects", held_up)
+        leaving = asyncio.create_task(path_of(heads.at(1)))
+        await asyncio.to_thread(steered.wait, 30)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        others = [asyncio.create_task(path_of(heads.at(dial))) for dial in (3, 1)]
+        await asyncio.sleep(0.3)  # in which neither begins
+        assert len(calls) == 2
+        go_on.set()
+        for path in await asyncio.gather(*others):
+            assert (path / "adapter_config.json").is_file()
+        assert len(engine.numbers) == 2
+
+    asyncio.run(go())
+    adapters.close()
+
+
+def test_a_proof_is_not_broken_off(
+    lm: tt.LanguageModel, heads: tt.Steering, engine: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    carried = Adapted(lm)
+    carried.start([heads], [], None)
+    adapters, engine = Adapters(lm, carried, 8), Account("cuda")
+
+    async def go() -> None:
+        await adapters.begin(engine)
+        proving, go_on = asyncio.Event(), asyncio.Event()
+
+        async def prove(*given: Any) -> None:
+            proving.set()
+            await go_on.wait()
+
+        async def number_of() -> int:
+            async with adapters.given(job(heads)) as given:
+                return int(given.adapter.lora_int_id)
+
+        monkeypatch.setattr(Maker, "_prove", prove)
+        leaving = asyncio.create_task(number_of())
+        await proving.wait()
+        while not leaving.done():
+            leaving.cancel()
+            await asyncio.sleep(0)
+        later = asyncio.create_task(number_of())
+        go_on.set()
+        assert engine.held[await later].is_dir()
+        assert len(engine.held) == 1
+
+    asyncio.run(go())
+    adapters.close()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from http.client import HTTPConnection
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -16,8 +20,10 @@ from fastapi.testclient import TestClient
 import trimtab as tt
 from helpers import PROMPTS, language_model
 from services import Said, listening
-from trimtab.serving import Access, Desk, Library, application
-from trimtab.serving.jobs import Ended, Piece
+from trimtab.serving import Access, Desk, Elsewhere, Library, application, elsewhere
+from trimtab.serving.choosing import Settings
+from trimtab.serving.elsewhere import Given
+from trimtab.serving.jobs import Ended, Job, Piece, Told
 
 TEXT: dict[str, Any] = {"model": "base", "prompt": PROMPTS[0]}
 ROUTES: dict[str, dict[str, Any]] = {
@@ -70,11 +76,67 @@ def test_who_leaves_before_the_first_piece_is_noticed(lm: tt.LanguageModel, rout
             client = HTTPConnection(address.removeprefix("http://"))
             kind = {"Content-Type": "application/json"}
             client.request("POST", route, json.dumps({**ROUTES[route], **more}), kind)
-            holds(lambda wanted=count: len(engine.jobs) == wanted)
+            holds(partial(arrived, engine, count))
             client.close()
             assert engine.jobs[-1].left.wait(30)
         left = f'trimtab_requests_total{{route="{route}",status="499"}} 2.0'
         holds(lambda: left in httpx.get(f"{address}/metrics").text)
+
+
+class _Slow:
+    """A way into an engine that takes a while to give back what a job had."""
+
+    arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        self.given_back = threading.Event()
+
+    def check(self, config: Any) -> None:
+        pass
+
+    async def begin(self, llm: Any) -> None:
+        pass
+
+    @asynccontextmanager
+    async def given(self, job: Job) -> AsyncIterator[Given]:
+        job.began = time.monotonic()
+        try:
+            await asyncio.Event().wait()
+            yield Given()
+        finally:
+            await asyncio.sleep(5 * elsewhere._LOOK)
+            self.given_back.set()
+
+    def close(self) -> None:
+        pass
+
+
+class _Started(Elsewhere):
+    """An engine that has started, as far as anybody sees."""
+
+    async def _open(self, model: str, arguments: dict[str, Any]) -> None:
+        self._llm = SimpleNamespace(errored=False, shutdown=lambda: None)
+        self._watcher = asyncio.create_task(self._watch())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_job_had_is_given_back_whole(lm: tt.LanguageModel, late: bool) -> None:
+    way, told = _Slow(), list[Told]()
+    engine = _Started(lm, "model", way, {})
+    deadline = time.monotonic() if late else None
+    job = Job([1], tuple, Settings(4, 0.0), told.append, deadline)
+    engine.submit(job)
+    holds(lambda: job.began is not None)
+    if not late:
+        job.left.set()
+    assert way.given_back.wait(30)
+    holds(lambda: not engine.running)
+    engine.close()
+    assert told == ([Ended("timeout")] if late else [])
+
+
+def arrived(engine: Said, count: int) -> bool:
+    return len(engine.jobs) == count
 
 
 def holds(said: Callable[[], bool]) -> None:

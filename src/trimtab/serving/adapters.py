@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from trimtab.model import LanguageModel
 from trimtab.serving.carrying import Adapted
 from trimtab.serving.elsewhere import Given
 from trimtab.serving.jobs import FullError, Job
-from trimtab.serving.making import Maker, last_slot_leaks
+from trimtab.serving.making import Maker, last_slot_leaks, to_its_end
 from trimtab.steering import Steering
 
 #: Adapters of one batch, and of the worker's memory, unless the engine's arguments say otherwise.
@@ -114,15 +115,19 @@ class Adapters:
 
     async def _hold(self, steerings: Sequence[Steering]) -> _Made:
         digest = self._maker.digest(steerings)
-        async with self._making:
-            made = self._made.pop(digest, None)
-            if made is None:
-                await self._make_room()
-                number = next(self._numbers)
-                made = _Made(await self._maker.make(self._llm, digest, steerings, number))
-            self._made[digest] = made
-            made.jobs += 1
+        while digest not in self._made:
+            await to_its_end(self._making, partial(self._make, digest, steerings))
+        made = self._made.pop(digest)
+        self._made[digest] = made
+        made.jobs += 1
         return made
+
+    async def _make(self, digest: str, steerings: Sequence[Steering]) -> None:
+        """Have an adapter, which another request may have had made meanwhile."""
+        if digest not in self._made:
+            await self._make_room()
+            made = await self._maker.make(self._llm, digest, steerings, next(self._numbers))
+            self._made[digest] = _Made(made)
 
     async def _make_room(self) -> None:
         """Have the engine leave the adapter that was asked for longest ago of those that no job

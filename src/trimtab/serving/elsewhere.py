@@ -181,10 +181,13 @@ class Elsewhere:
         self._begun.discard(job)
 
     async def _watch(self) -> None:
-        """Leave what nobody waits for, and what takes too long, and all where the engine died."""
+        """Leave what nobody waits for, and what takes too long, and all where the engine died. Each
+        is left once: what it gives back then takes a while, and must not be broken off."""
         while True:
             await asyncio.sleep(_LOOK)
             for task, job in list(self._jobs.items()):
+                if task.cancelling():
+                    continue
                 if not self.alive:
                     job.tell(GoneError())
                     task.cancel()

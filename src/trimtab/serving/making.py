@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ def last_slot_leaks(config: Any) -> bool:
     return on_cpu and (version is None or Version(version) < _RIGHT_ON_CPU)
 
 
+async def to_its_end(lock: asyncio.Lock, make: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Make something under a lock, which is kept until that has ended, also where whoever waits for
+    it leaves: a thread goes on with the model, and nothing else may be made beside it."""
+    await lock.acquire()
+    making = asyncio.create_task(make())
+    making.add_done_callback(lambda _: lock.release())
+    await asyncio.shield(making)
+
+
 class Maker:
     """Makes adapters of one model's steerings, in directories of a folder."""
 
@@ -72,9 +81,11 @@ class Maker:
             await llm.add_lora(request)
             await self._prove(llm, request, text, plain, expected)
         except BaseException:
-            if request is not None:
-                await llm.remove_lora(number)
-            shutil.rmtree(directory, ignore_errors=True)
+            try:
+                if request is not None:
+                    await llm.remove_lora(number)
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
             raise
         return request
 

@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from trimtab.errors import TrimtabError, first_line, shown
 from trimtab.model import LanguageModel, load
 from trimtab.serving.carrying import Adapted
 from trimtab.serving.library import Library, described
-from trimtab.serving.making import Maker, last_slot_leaks
+from trimtab.serving.making import Maker, last_slot_leaks, to_its_end
 from trimtab.serving.names import plainly_asked
 from trimtab.steering import Steering
 
@@ -120,20 +121,23 @@ class Resolver:
         if not acting:
             raise TrimtabError(f"it does nothing at that dial: ask for {self.bases[0]}")
         digest = self.maker.digest(acting)
-        async with self._making:
-            if name not in self._names and len(self._names) >= self.most:
-                raise TrimtabError(
-                    f"{self.most} variants are served, and none is left while the server runs: ask "
-                    f"for one of those (/v1/models), or start it with room for more ({VARIANTS}; "
-                    "with vLLM 0.32 on a CPU --max-loras)"
-                )
-            if digest not in self._made:
-                number = next(self._numbers)
-                await self.maker.make(self.llm, digest, acting, number)
-                await self.llm.remove_lora(number)  # vLLM gives it a number of its own
-                self._made.add(digest)
-            self._names.add(name)
+        await to_its_end(self._making, partial(self._make, name, digest, acting))
         return self.maker.request(name, next(self._numbers), self.maker.directory(digest))
+
+    async def _make(self, name: str, digest: str, steerings: Sequence[Steering]) -> None:
+        """Have the adapter of a name."""
+        if name not in self._names and len(self._names) >= self.most:
+            raise TrimtabError(
+                f"{self.most} variants are served, and none is left while the server runs: ask for "
+                f"one of those (/v1/models), or start it with room for more ({VARIANTS}; with vLLM "
+                "0.32 on a CPU --max-loras)"
+            )
+        if digest not in self._made:
+            number = next(self._numbers)
+            await self.maker.make(self.llm, digest, steerings, number)
+            await self.llm.remove_lora(number)  # vLLM gives it a number of its own
+            self._made.add(digest)
+        self._names.add(name)
 
 
 class Closed:
