@@ -145,8 +145,15 @@ def test_mistakes_are_the_client_s_errors(client: openai.OpenAI) -> None:
 
 def test_other_hosts_are_not_answered(address: str) -> None:
     """A page that a browser shows may send requests here under a name of its own."""
-    found = httpx.get(f"{address}/v1/models", headers={"Host": "evil.example"})
-    assert found.status_code == 400
+    for host in ("evil.example", "evil.example:8000", "[::2]:8000", "[::1", "::1", ""):
+        found = httpx.get(f"{address}/v1/models", headers={"Host": host})
+        assert found.status_code == 400, host
+        assert "--allow-host" in found.json()["error"]["message"]
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]"):
+        found = httpx.get(f"{address}/v1/models", headers={"Host": host})
+        assert found.status_code == 200, host
+    counted = httpx.get(f"{address}/metrics").text
+    assert 'trimtab_requests_total{route="other",status="400"}' in counted
     simple = {"Content-Type": "text/plain"}
     posted = httpx.post(f"{address}/v1/completions", content="{}", headers=simple)
     assert posted.status_code == 400

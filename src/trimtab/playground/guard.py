@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.serving import TooLargeError, limited, refused_length, room, too_large
+from trimtab.serving import TooLargeError, host_name, limited, refused_length, room, too_large
 
 _COOKIE = "trimtab"
 _SENT = (b"application/json", b"application/octet-stream")
@@ -97,10 +97,10 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
         """Why a request is not taken, before its body is read."""
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._access.hosts is not None and _name_of(host) not in self._access.hosts:
+        hosts = self._access.hosts
+        if hosts is not None and host_name(headers) not in map(str.lower, hosts):
             return 400, "this playground does not go by that host name (--allow-host adds one)"
-        origin = headers.get(b"origin")
+        host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
             return 403, "this request comes from another site's page"
         if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and scope["path"] != "/":
@@ -118,14 +118,6 @@ class Guard:
 
 def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status)
-
-
-def _name_of(host: str) -> str:
-    """A host without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _has_cookie(given: bytes, key: str) -> bool:

@@ -2,7 +2,7 @@
 
 from trimtab.serving.adapters import Adapters
 from trimtab.serving.answering import Desk
-from trimtab.serving.api import Access, application
+from trimtab.serving.api import Access, application, host_name
 from trimtab.serving.batch import VLLM
 from trimtab.serving.carrying import Adapted
 from trimtab.serving.choosing import Chooser, Chosen, Settings

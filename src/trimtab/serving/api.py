@@ -17,13 +17,13 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import TrimtabError
@@ -76,8 +76,6 @@ def application(desk: Desk, access: Access = Access()) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _by_http)
     app.add_middleware(_Guard, access=access, metrics=metrics)
-    if access.hosts is not None:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts))
     _add_routes(app, desk, metrics)
     return app
 
@@ -308,8 +306,17 @@ async def _by_http(request: HTTPRequest, error: Exception) -> Response:
 # -- who may ask ----------------------------------------------------------------------------------
 
 
+def host_name(headers: dict[bytes, bytes]) -> str:
+    """The host that a request asks for, by its headers (names in lower case), without a port; an
+    address of IPv6 without its brackets."""
+    try:
+        return urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname or ""
+    except ValueError:
+        return ""
+
+
 class _Guard:
-    """Asks for keys, ends bodies that are too large, counts requests and logs them."""
+    """Looks at hosts, asks for keys, ends bodies that are too large, and counts and logs requests."""
 
     def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
         self._app, self._access, self._metrics = app, access, metrics
@@ -345,6 +352,9 @@ class _Guard:
         """Why a request is not taken, before its body is read."""
         path, method = scope["path"], scope["method"]
         headers = {name.lower(): value for name, value in scope["headers"]}
+        hosts = self._access.hosts
+        if hosts is not None and host_name(headers) not in map(str.lower, hosts):
+            return 400, "this server does not go by that host name (--allow-host adds one)"
         larger = refused_length(scope, headers)
         if larger is not None:
             return 413, larger
