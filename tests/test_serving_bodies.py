@@ -31,7 +31,7 @@ def engine() -> Said:
 @pytest.fixture
 def client(engine: Said) -> Iterator[TestClient]:
     lm = language_model("llama")
-    app = application(Desk(lm, "base", Library(lm), engine, 60.0), Access(hosts=None))
+    app = application(Desk(lm, "base", Library(lm), engine, 60.0), Access(None, "changes", None))
     with TestClient(app, raise_server_exceptions=False) as opened:
         yield opened
 
@@ -99,3 +99,24 @@ def test_what_is_told_again_with_a_response_is_read_before(
     assert (
         client.post("/v1/responses", json={**RESPONSE, "metadata": kept}).json()["metadata"] == kept
     )
+
+
+@pytest.mark.parametrize(
+    "route", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/steerings/joy"]
+)
+def test_a_body_that_does_not_say_how_long_it_is_may_be_no_longer(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr("trimtab.serving.sizes._LARGEST_BODY", 1000)
+    monkeypatch.setattr("trimtab.serving.sizes.LARGEST", 1000)
+
+    def pieces() -> Iterator[bytes]:
+        yield b'{"model": "base", "prompt": "'
+        yield from [b"a" * 500] * 3
+        yield b'"}'
+
+    method = "PUT" if route.endswith("joy") else "POST"
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer changes"}
+    answer = client.request(method, route, content=pieces(), headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["message"] == "a request may have 1000 bytes"

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from starlette.responses import JSONResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.serving import TooLargeError, host_name, limited, refused_length, room, too_large
+from trimtab.serving import host_name, limited, refused_length, room
 
 _COOKIE = "trimtab"
 _SENT = (b"application/json", b"application/octet-stream")
@@ -80,10 +80,7 @@ class Guard:
         if refusal is not None:
             await _error(*refusal)(scope, receive, guarded)
             return
-        try:
-            await self._app(scope, limited(receive, room(scope)), guarded)
-        except TooLargeError:
-            await _error(413, too_large(scope))(scope, receive, guarded)
+        await self._app(scope, limited(receive, room(scope)), guarded)
 
     def _brings_key(self, scope: Scope) -> bool:
         """Whether somebody opens the address that was printed, with the key in it."""

@@ -12,6 +12,6 @@ from trimtab.serving.inside import Carried, Inside, sites_wanted
 from trimtab.serving.jobs import Limits
 from trimtab.serving.library import LARGEST, Library, described
 from trimtab.serving.names import Asked, check_name
-from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, too_large
+from trimtab.serving.sizes import limited, refused_length, room
 from trimtab.serving.stock import STOCK, flags_of
 from trimtab.serving.stock_inside import STOCK_INSIDE, inside_flags

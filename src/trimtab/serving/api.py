@@ -43,7 +43,7 @@ from trimtab.serving.jobs import BrokenError, Ended, FullError, GoneError, Piece
 from trimtab.serving.library import UnknownSteeringError, described
 from trimtab.serving.metrics import Metrics
 from trimtab.serving.responses import Form, ResponseBody
-from trimtab.serving.sizes import TooLargeError, limited, refused_length, room, too_large
+from trimtab.serving.sizes import limited, refused_length, room
 
 _LOG = logging.getLogger("trimtab.serving")
 #: Seconds between two looks whether a client still waits.
@@ -316,7 +316,8 @@ def host_name(headers: dict[bytes, bytes]) -> str:
 
 
 class _Guard:
-    """Looks at hosts, asks for keys, ends bodies that are too large, and counts and logs requests."""
+    """Looks at hosts, asks for keys, ends bodies that are too large, counts requests and logs
+    them."""
 
     def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
         self._app, self._access, self._metrics = app, access, metrics
@@ -340,11 +341,7 @@ class _Guard:
                     scope, receive, noted
                 )
                 return
-            try:
-                await self._app(scope, limited(receive, room(scope)), noted)
-            except TooLargeError:
-                said = _error(too_large(scope), 413)
-                await JSONResponse(said, 413)(scope, receive, noted)
+            await self._app(scope, limited(receive, room(scope)), noted)
         finally:
             self._note(scope, status, time.monotonic() - began)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastapi import HTTPException
 from starlette.types import Message, Receive, Scope
 
 from trimtab.serving.library import LARGEST
@@ -10,8 +11,12 @@ from trimtab.serving.library import LARGEST
 _LARGEST_BODY = 4 * 2**20
 
 
-class TooLargeError(Exception):
-    """A body has more bytes than are taken."""
+class TooLargeError(HTTPException):
+    """A body has more bytes than are taken: of FastAPI's kind, which takes any other error while it
+    reads a body for a mistake in its JSON."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(413, f"a request may have {most} bytes")
 
 
 def room(scope: Scope) -> int:
@@ -22,12 +27,8 @@ def room(scope: Scope) -> int:
 def refused_length(scope: Scope, headers: dict[bytes, bytes]) -> str | None:
     """Why a request is too large by what its headers (names in lower case) say of it."""
     length = headers.get(b"content-length", b"0")
-    return None if length.isdigit() and int(length) <= room(scope) else too_large(scope)
-
-
-def too_large(scope: Scope) -> str:
-    """What is said to who sends more."""
-    return f"a request may have {room(scope)} bytes"
+    fits = length.isdigit() and int(length) <= room(scope)
+    return None if fits else TooLargeError(room(scope)).detail
 
 
 def limited(receive: Receive, most: int) -> Receive:
@@ -40,7 +41,7 @@ def limited(receive: Receive, most: int) -> Receive:
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > most:
-                raise TooLargeError
+                raise TooLargeError(most)
         return message
 
     return counted
