@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import trimtab as tt
+from seeing import seeing_model, seeing_processor, seeing_tokenizer
 from services import Said
 from tiny import tiny_model, tiny_tokenizer
 from trimtab.serving import Access, Desk, Library, application
@@ -110,3 +111,23 @@ def test_what_is_no_text_is_the_client_s_mistake(client: TestClient) -> None:
         kind = {"Content-Type": "application/json"}
         answer = client.post("/v1/chat/completions", content=body, headers=kind)
         assert answer.status_code == 400
+
+
+def test_words_that_stand_for_an_image_are_refused_where_none_comes() -> None:
+    seeing = tt.wrap(seeing_model(), seeing_tokenizer(), "seeing", processor=seeing_processor())
+    engine, text = Said(Ended("stop")), "a <img> b"
+    ids = list(seeing.tokenizer(text)["input_ids"])
+    assert not seeing.image_tokens.isdisjoint(ids)
+    desk = Desk(seeing, "base", Library(seeing), engine, 60.0)
+    with TestClient(application(desk, Access(hosts=None))) as client:
+        for route, more in (
+            ("/v1/completions", {"prompt": text}),
+            ("/v1/completions", {"prompt": ["a", text]}),
+            ("/v1/completions", {"prompt": ids}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+            ("/v1/responses", {"input": text}),
+        ):
+            answer = client.post(route, json={"model": "base", **more})
+            assert answer.status_code == 400, (route, more)
+            assert "stand for an image" in answer.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"model": "base", "prompt": "a"}).is_success

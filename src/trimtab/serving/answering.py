@@ -163,11 +163,17 @@ class Desk:
         return by_name or by_field
 
     def _prompts(self, body: ChatBody | CompletionBody) -> list[Sequence[int]]:
-        """The token ids of each prompt."""
-        lm = self.language_model
+        """The token ids of each prompt. No image comes with them, so that no token may stand for
+        one, in whichever way it was written."""
         if isinstance(body, ChatBody):
-            return [self._chat_tokens(body)]
-        prompt: Any = body.prompt
+            prompts = [self._chat_tokens(body)]
+        else:
+            prompts = self._text_tokens(body.prompt)
+        self.language_model.refuse_bare(prompts)
+        return prompts
+
+    def _text_tokens(self, prompt: Any) -> list[Sequence[int]]:
+        lm = self.language_model
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
         if isinstance(prompt[0], str):
@@ -176,7 +182,6 @@ class Desk:
         for tokens in prompt:
             if max(tokens) > largest:
                 raise TrimtabError(f"token ids go from 0 to {largest}, and one is {max(tokens)}")
-        lm.refuse_bare(prompt)
         return list(prompt)
 
     def _chat_tokens(self, body: ChatBody) -> Sequence[int]:
