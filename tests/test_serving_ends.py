@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,7 +24,7 @@ from services import Said, listening
 from trimtab.serving import Access, Desk, Elsewhere, Library, application, elsewhere
 from trimtab.serving.choosing import Settings
 from trimtab.serving.elsewhere import Given
-from trimtab.serving.jobs import Ended, Job, Piece, Told
+from trimtab.serving.jobs import BrokenError, Ended, GoneError, Job, Piece, Told
 
 TEXT: dict[str, Any] = {"model": "base", "prompt": PROMPTS[0]}
 ROUTES: dict[str, dict[str, Any]] = {
@@ -133,6 +134,26 @@ def test_what_a_job_had_is_given_back_whole(lm: tt.LanguageModel, late: bool) ->
     holds(lambda: not engine.running)
     engine.close()
     assert told == ([Ended("timeout")] if late else [])
+
+
+def test_of_vllms_errors_clients_hear_what_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class VLLMClientError(Exception):
+        pass
+
+    class EngineDeadError(Exception):
+        pass
+
+    for name, error in (
+        ("vllm.exceptions", VLLMClientError), ("vllm.v1.engine.exceptions", EngineDeadError),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{error.__name__: error}))
+    theirs = elsewhere._in_words(VLLMClientError("top_k must be so\nand more"))
+    assert (type(theirs), str(theirs)) == (tt.TrimtabError, "top_k must be so")
+    ours = elsewhere._in_words(ValueError("/srv/models/secret is broken"))
+    assert (type(ours), str(ours)) == (BrokenError, "the engine failed (ValueError)")
+    assert isinstance(elsewhere._in_words(EngineDeadError()), GoneError)
+    refused = tt.TrimtabError("no such steering")
+    assert elsewhere._in_words(refused) is refused
 
 
 def arrived(engine: Said, count: int) -> bool:

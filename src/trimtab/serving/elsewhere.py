@@ -283,12 +283,13 @@ def _chosen(output: Any, top: int | None) -> list[Chosen]:
 
 
 def _in_words(error: Exception) -> TrimtabError:
-    """An error as a client may hear of it: what vLLM refuses is the request's fault."""
+    """An error as a client may hear of it: what vLLM says that clients did is the request's fault,
+    and any other is not theirs to read."""
     from vllm.exceptions import VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError
 
     if isinstance(error, EngineDeadError):
         return GoneError()
-    if isinstance(error, VLLMClientError | ValueError):
+    if isinstance(error, VLLMClientError):
         return TrimtabError(first_line(error))
     return in_words(error)
