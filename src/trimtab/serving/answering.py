@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError, shown
 from trimtab.model import LanguageModel, acted, render_messages
 from trimtab.serving.bodies import MOST_ANSWERS, ChatBody, CompletionBody
 from trimtab.serving.choosing import Chosen
-from trimtab.serving.jobs import Answers, Ended, Job, Piece, Told
+from trimtab.serving.jobs import Answers, Ended, GoneError, Job, Piece, Told
 from trimtab.serving.library import Library
 from trimtab.serving.names import Asked, asked_by
 
@@ -34,15 +34,8 @@ class LateError(TrimtabError):
         super().__init__("the answer took longer than this server allows")
 
 
-class ClosedError(TrimtabError):
-    """The server ended before an answer was whole."""
-
-    def __init__(self) -> None:
-        super().__init__("the server ends")
-
-
 #: What it is where an answer ends that is not whole.
-_CUT_OFF = {"timeout": LateError, "closed": ClosedError}
+_CUT_OFF = {"timeout": LateError, "closed": partial(GoneError, "the server ends")}
 
 
 @dataclass(eq=False)

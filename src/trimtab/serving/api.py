@@ -28,7 +28,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.errors import TrimtabError
 from trimtab.serving.answering import (
-    ClosedError,
     Desk,
     LateError,
     Request,
@@ -265,7 +264,7 @@ def _status(error: TrimtabError) -> int:
         return 404
     if isinstance(error, FullError):
         return 429
-    if isinstance(error, GoneError | ClosedError):
+    if isinstance(error, GoneError):
         return 503
     if isinstance(error, LateError):
         return 504
