@@ -20,7 +20,8 @@ from trimtab.serving.jobs import Ended
 #: Which shows who speaks, what calls of tools there are, and the tools.
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}<|system|>\n{{ tools | tojson }}{{ eos_token }}\n{% endif %}"
-    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% for message in messages %}{% if message['role'] == 'tool' %}"
+    "{{ raise_exception('no tools here') }}{% endif %}<|{{ message['role'] }}|>\n"
     "{% if message['name'] is defined %}({{ message['name'] }}) {% endif %}"
     "{% if message['refusal'] is defined %}(refusal) {% endif %}"
     "{{ message['content'] }}{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}"
@@ -102,6 +103,14 @@ def test_tools_change_nothing_else(client: TestClient, lm: tt.LanguageModel, eng
     told = lm.tokenizer.decode(engine.jobs[0].tokens)
     assert told.startswith('<s><|system|>\n[{"type": "function"')
     assert told.endswith(f"{KIND.removeprefix('<s>')}<|user|>\nHi</s>\n<|assistant|>\nWell")
+
+
+def test_what_the_server_puts_before_messages_is_not_told(client: TestClient) -> None:
+    body = {"model": "base", "messages": [HI, {"role": "tool", "content": "4"}]}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    said = answer.json()["error"]["message"]
+    assert said == "the chat template of base refuses these messages: no tools here"
 
 
 def test_what_is_no_text_is_the_client_s_mistake(client: TestClient) -> None:

@@ -183,9 +183,8 @@ class Desk:
             raise TrimtabError(f"{self.name} has no chat template: ask /v1/completions")
         tools = None if body.tool_choice == "none" else body.tools or None
         messages = [message.told for message in body.messages]
-        put = partial(render_messages, lm.tokenizer, self.name, messages, lm.chat_form)
-        text = put(tools)
-        if tools and text == put():
+        text = self._rendered(messages, tools)
+        if tools and text == self._rendered(messages, None):
             raise TrimtabError(f"the chat template of {self.name} takes no tools: leave them out")
         try:
             text.encode()
@@ -193,6 +192,21 @@ class Desk:
             raise TrimtabError("messages and tools have halves of characters: send text") from error
         found: list[int] = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
+
+    def _rendered(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    ) -> str:
+        lm = self.language_model
+        try:
+            return render_messages(lm.tokenizer, self.name, messages, lm.chat_form, tools)
+        except TrimtabError as error:
+            if error.__cause__ is None:
+                raise
+            # The sentence has what this server puts before messages, which clients do not read.
+            said = shown(" ".join(str(error.__cause__).split()), 300)
+            raise TrimtabError(
+                f"the chat template of {self.name} refuses these messages: {said}"
+            ) from error
 
     def _most(self, body: ChatBody | CompletionBody, prompts: Sequence[Sequence[int]]) -> list[int]:
         """How many tokens the answers to each prompt may have."""
