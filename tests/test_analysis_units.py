@@ -239,7 +239,7 @@ def test_halves_of_the_rows_have_their_share_of_every_answer() -> None:
 def test_flips_are_tested_as_statsmodels_does() -> None:
     before = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0.0])
     after = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 0, math.nan])
-    found = difference_of(before, after)
+    found = difference_of(before, after, more=True)
     table = [[2, 1], [5, 1]]  # right and wrong before, right and wrong after
     assert found.p == pytest.approx(mcnemar(table, exact=True).pvalue)
     assert (found.gained, found.lost, found.n) == (5, 1, 9)

@@ -14,8 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fastapi.testclient import TestClient
 
 import trimtab as tt
 from commands import Command, home, refused, trimtab, work  # noqa: F401
@@ -101,11 +99,17 @@ def test_links_out_of_a_directory_are_refused(trimtab: Command, tmp_path: Path) 
 
 
 @contextmanager
-def serving(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    command: str = SERVE, port: int = 0, log: Any = None
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server's process, and its address; it is ended after the block."""
-    command = [sys.executable, "-m", "trimtab", *SERVE.split(), "--port", str(port)]
+    line = [sys.executable, "-m", "trimtab", *command.split(), "--port", str(port)]
     with subprocess.Popen(
-        [*command, "--name", "base"], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        [*line, "--name", "base"],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=dict(os.environ),
     ) as server:
         try:
             assert server.stdout is not None
@@ -118,54 +122,38 @@ def serving(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
 BODY: dict[str, Any] = {"model": "base+caa@2", "prompt": "Today", "max_tokens": 3}
 
 
-@pytest.fixture
-def answered(
-    trimtab: Command,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-) -> Any:
-    """Runs a server in this process until it has answered some bodies: what it said, and the
-    answers."""
-
-    def run(command: str, *bodies: dict[str, Any]) -> tuple[Any, list[Any]]:
-        answers = []
-
-        def serve(self: Any, sockets: Any) -> None:
-            with TestClient(self.config.app, base_url="http://localhost") as client:
-                answers.extend(client.post("/v1/completions", json=body) for body in bodies)
-                self.should_exit = True
-
-        monkeypatch.setattr(uvicorn.Server, "run", serve)
-        return trimtab(f"{command} --port 0 --name base"), answers
-
-    return run
-
-
-def test_steerings_for_other_weights_act_where_they_are_forced(answered: Any) -> None:
+@pytest.mark.usefixtures("work")
+def test_steerings_for_other_weights_act_where_they_are_forced() -> None:
     caa = tt.Steering.load("every/caa.safetensors")
     assert caa.model is not None
     other = replace(caa, model=replace(caa.model, digest="ab" * 32))
     other.save("other.safetensors")
-    _, answers = answered(
-        "serve --model model --steer other.safetensors --steer every/caa.safetensors --force",
-        *({**BODY, "model": f"base+{name}", "temperature": 0} for name in
-          ("other@2", "caa@2", "other@kl=0.1", "caa@kl=0.1")),
-    )  # fmt: skip
+    command = "serve --model model --steer other.safetensors --steer every/caa.safetensors --force"
+    with serving(command) as (_, address):
+        answers = [
+            httpx.post(f"{address}/completions", json={**BODY, "model": f"base+{name}",
+                                                       "temperature": 0})
+            for name in ("other@2", "caa@2", "other@kl=0.1", "caa@kl=0.1")
+        ]  # fmt: skip
     assert [one.status_code for one in answers] == [200] * 4
     forced, own, forced_kl, own_kl = (one.json()["choices"][0] for one in answers)
     assert forced["text"] == own["text"]
     assert forced_kl["steering"][0]["dial"] == own_kl["steering"][0]["dial"]
 
 
-def test_the_log_says_nothing_of_what_clients_ask(answered: Any) -> None:
+@pytest.mark.usefixtures("work")
+def test_the_log_says_nothing_of_what_clients_ask(tmp_path: Path) -> None:
     """Warnings are for whoever starts the server, and only until it answers."""
     steering = {"name": "caa", "dial": 98765, "scope": 'answer | between("secret", "word")'}
-    said, (answer,) = answered(f"{SERVE} --steer au.safetensors@54321", {
-        **BODY, "model": "base", "steering": [steering],
-    })  # fmt: skip
+    body = {**BODY, "model": "base", "steering": [steering]}
+    command = f"{SERVE} --steer au.safetensors@54321"
+    with (tmp_path / "log").open("w") as log, serving(command, log=log) as (_, address):
+        answer = httpx.post(f"{address}/completions", json=body)
     assert answer.status_code == 200, answer.text
-    assert "54321 is outside the sensible range" in said.err
-    assert "98765" not in said.err
-    assert "secret" not in said.err
+    said = (tmp_path / "log").read_text()
+    assert "54321 is outside the sensible range" in said
+    assert "98765" not in said
+    assert "secret" not in said
 
 
 @pytest.mark.slow
@@ -192,6 +180,6 @@ def test_killed_it_ends_each_answer_with_an_error_and_begins_anew() -> None:
         assert "data: [DONE]" not in read
         with pytest.raises(httpx.ConnectError):
             httpx.post(f"{address}/completions", json=BODY)
-    with serving(int(address.split(":")[-1].split("/")[0])) as (_, again):
+    with serving(port=int(address.split(":")[-1].split("/")[0])) as (_, again):
         assert again == address
         assert httpx.post(f"{again}/completions", json=BODY).status_code == 200
