@@ -39,6 +39,8 @@ COMMANDS = {
         "--no-cost"
     ),
 }
+#: What notes say since.
+SINCE = "could be luck", "of its values: no"
 #: Passes of blocks for the texts that results show: 32 tokens through 3 blocks, unsteered and under
 #: one or two steerings; of a comparison also what its budget of KL changes each of them by.
 #: A model that is loaded is looked at: its layers run on a short text.
@@ -168,12 +170,19 @@ def _without(found: Any, names: set[str]) -> Any:
 def _results(found: dict[str, Any]) -> dict[str, Any]:
     """What was found, without what it took: less, where some was done already; and without what is
     said since: texts that runs show, scopes, which say what positions did, gates, prompts beside
-    methods, and shares of rows that moved the wrong way. There was one budget at most."""
+    methods, shares of rows that moved the wrong way, and whether the best of a sweep could be luck,
+    or lies at an end. There was one budget at most."""
     found = _without(
-        found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift", "axis_kl"}
+        found, {"samples", "scope", "gate", "wrong_way", "prompts", "drift", "axis_kl", "chosen_p"}
     )
     if "notes" in found:
-        found["notes"] = [note for note in found["notes"] if note != UNSAID]
+        found["notes"] = [
+            note
+            for note in found["notes"]
+            if note != UNSAID and not any(words in note for words in SINCE)
+        ]
+    if "trials" in found:
+        found["difference"] = _without(found["difference"], {"p"})
     if "interventions" in found:
         acting = [{k: v for k, v in one.items() if k != "scope"} for one in found["interventions"]]
         found["interventions"] = acting
