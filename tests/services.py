@@ -140,6 +140,14 @@ def nobody() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Go on once it holds, which it does within so many seconds."""
+    over = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < over
+        time.sleep(0.02)
+
+
 @contextmanager
 def listening(application: Any) -> Iterator[str]:
     """The address of an application of ours that runs in a thread for the block."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from helpers import refused_in_one_line
-from services import HANG, Reply, Request, in_turn, serving
+from services import HANG, Reply, Request, in_turn, serving, wait_for
 from trimtab.errors import TrimtabError
 from trimtab.evaluation.endpoint import Address, ChatEndpoint, together
 from trimtab.evaluation.metrics.toxicity import RemoteScorer, find_scorer
@@ -50,7 +50,7 @@ def test_an_answer_that_takes_too_long_is_given_up(kind: str) -> None:
             lambda: judge.ask([[{"role": "user", "content": "x"}]]), "no answer in time"
         )
         assert time.monotonic() - started < 60  # 200 s of bytes are announced
-        wait_for(lambda: len(service.requests) == 2)
+        wait_for(lambda: len(service.requests) == 2, 60)
 
 
 def test_a_slow_answer_that_comes_in_time_is_taken() -> None:
@@ -121,7 +121,7 @@ def test_an_interrupt_ends_the_process_at_once(program: str, at_once: int) -> No
     with serving(script) as service:
         arguments = [sys.executable, "-c", _HEED + program, service.url]
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
-            wait_for(lambda: len(service.requests) >= at_once)  # all that are asked together
+            wait_for(lambda: len(service.requests) >= at_once, 60)  # all that are asked together
             assert process.stdout is not None
             process.stdout.readline()
             started = time.monotonic()
@@ -135,13 +135,6 @@ def test_an_interrupt_ends_the_process_at_once(program: str, at_once: int) -> No
         assert (said, process.returncode) == (b"interrupted\n", 130)
         assert seconds < 30  # an answer is waited for 100 s
         assert len(service.requests) == at_once
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    over = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < over
-        time.sleep(0.01)
 
 
 def test_after_an_interrupt_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +155,7 @@ def test_after_an_interrupt_nothing_is_tried_again(monkeypatch: pytest.MonkeyPat
         with pytest.raises(KeyboardInterrupt):
             together(interrupt, [1, 0], 2)
         assert time.monotonic() - started < 30  # the service asks for a pause of 50 s
-        wait_for(lambda: len(tried) == 1)
+        wait_for(lambda: len(tried) == 1, 60)
         assert len(service.requests) <= 1
 
 

@@ -153,12 +153,17 @@ def job(*steerings: tt.Steering) -> Any:
     return SimpleNamespace(acting=steerings)
 
 
+def adapters_of(lm: tt.LanguageModel, heads: tt.Steering, most: int) -> Adapters:
+    """Room for adapters, once it is known that these heads are steered."""
+    carried = Adapted(lm)
+    carried.start([heads], [], None)
+    return Adapters(lm, carried, most)
+
+
 def test_adapters_are_made_once_kept_and_left(
     lm: tt.LanguageModel, heads: tt.Steering, engine: Account
 ) -> None:
-    carried = Adapted(lm)
-    carried.start([heads], [], None)
-    adapters = Adapters(lm, carried, 2)
+    adapters = adapters_of(lm, heads, 2)
     assert adapters.arguments["max_lora_rank"] == 32
     assert adapters.arguments["lora_target_modules"] == ["o_proj"]
 
@@ -198,9 +203,7 @@ def test_an_adapter_is_made_to_its_end_where_its_request_leaves(
     lm: tt.LanguageModel, heads: tt.Steering, engine: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that makes it steers the model, and writes what another request will read."""
-    carried = Adapted(lm)
-    carried.start([heads], [], None)
-    adapters, engine = Adapters(lm, carried, 8), Account("cuda")
+    adapters, engine = adapters_of(lm, heads, 8), Account("cuda")
     steered, go_on, expects = threading.Event(), threading.Event(), making._expects
     calls: list[str] = []
 
@@ -238,9 +241,7 @@ def test_an_adapter_is_made_to_its_end_where_its_request_leaves(
 def test_a_proof_is_not_broken_off(
     lm: tt.LanguageModel, heads: tt.Steering, engine: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    carried = Adapted(lm)
-    carried.start([heads], [], None)
-    adapters, engine = Adapters(lm, carried, 8), Account("cuda")
+    adapters, engine = adapters_of(lm, heads, 8), Account("cuda")
 
     async def go() -> None:
         await adapters.begin(engine)
@@ -278,9 +279,7 @@ def test_requests_that_are_not_steered_have_a_place_of_zeros_where_they_need_one
     given: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("trimtab.serving.making.vllm_version", lambda: version)
-    carried = Adapted(lm)
-    carried.start([heads], [], None)
-    adapters, engine = Adapters(lm, carried, 2), Account(device)
+    adapters, engine = adapters_of(lm, heads, 2), Account(device)
 
     async def go() -> list[Any]:
         await adapters.begin(engine)

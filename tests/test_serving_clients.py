@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 
 import trimtab as tt
 from helpers import PROMPTS, language_model, steer_at
-from services import listening
+from services import listening, wait_for
 from trimtab.serving import Access, Desk, Engine, Library, Limits, application
 
 CHAT: Any = [{"role": "user", "content": "Say something."}]
@@ -165,10 +164,7 @@ def test_a_client_that_goes_makes_room(address: str, engine: Engine) -> None:
         next(answer.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/completions", json={**body, "n": 64}, timeout=0.1)
-    until = time.monotonic() + 30
-    while engine.running or engine.waiting:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: not (engine.running or engine.waiting))
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
@@ -200,10 +196,7 @@ def test_nothing_is_lost_and_nothing_is_wrong(
             )
 
         assert all(pool.map(ask, cases))
-    until = time.monotonic() + 30
-    while engine.running or engine.waiting:
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_for(lambda: not (engine.running or engine.waiting))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from http.client import HTTPConnection
@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 
 import trimtab as tt
 from helpers import PROMPTS, language_model
-from services import Said, listening
+from services import Said, listening, wait_for
 from trimtab.serving import Access, Desk, Elsewhere, Library, application, elsewhere
 from trimtab.serving.choosing import Settings
 from trimtab.serving.elsewhere import Given
@@ -77,11 +77,11 @@ def test_who_leaves_before_the_first_piece_is_noticed(lm: tt.LanguageModel, rout
             client = HTTPConnection(address.removeprefix("http://"))
             kind = {"Content-Type": "application/json"}
             client.request("POST", route, json.dumps({**ROUTES[route], **more}), kind)
-            holds(partial(arrived, engine, count))
+            wait_for(partial(arrived, engine, count))
             client.close()
             assert engine.jobs[-1].left.wait(30)
         left = f'trimtab_requests_total{{route="{route}",status="499"}} 2.0'
-        holds(lambda: left in httpx.get(f"{address}/metrics").text)
+        wait_for(lambda: left in httpx.get(f"{address}/metrics").text)
 
 
 class _Slow:
@@ -127,11 +127,11 @@ def test_what_a_job_had_is_given_back_whole(lm: tt.LanguageModel, late: bool) ->
     deadline = time.monotonic() if late else None
     job = Job([1], tuple, Settings(4, 0.0), told.append, deadline)
     engine.submit(job)
-    holds(lambda: job.began is not None)
+    wait_for(lambda: job.began is not None)
     if not late:
         job.left.set()
     assert way.given_back.wait(30)
-    holds(lambda: not engine.running)
+    wait_for(lambda: not engine.running)
     engine.close()
     assert told == ([Ended("timeout")] if late else [])
 
@@ -158,11 +158,3 @@ def test_of_vllms_errors_clients_hear_what_is_theirs(monkeypatch: pytest.MonkeyP
 
 def arrived(engine: Said, count: int) -> bool:
     return len(engine.jobs) == count
-
-
-def holds(said: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    until = time.monotonic() + 30
-    while not said():
-        assert time.monotonic() < until
-        time.sleep(0.02)

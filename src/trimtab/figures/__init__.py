@@ -24,6 +24,7 @@ from trimtab.figures.records import (
     are_rates,
     comparisons_of,
     estimate_of,
+    flips_of,
     in_order,
     over_settings,
     paired,

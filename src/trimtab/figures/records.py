@@ -134,6 +134,21 @@ def paired(records: Sequence[Record]) -> list[tuple[Record, Record]]:
     ]
 
 
+def flips_of(records: Sequence[Record], metric: str | None = None) -> list[tuple[Record, Record]]:
+    """(unsteered, steered) records of each example whose rating changed.
+
+    `metric` is by default the first that a task has and that rates examples.
+    """
+    found = []
+    for before, after in paired(records):
+        names = [metric] if metric else [m for m in after["values"] if metric_of(m).kind == "rate"]
+        name = next(iter(names), "")
+        old, new = before["values"].get(name), after["values"].get(name)
+        if None not in (old, new) and old != new and are_rates(name, (old, new)):
+            found.append((before, after))
+    return found
+
+
 def comparisons_of(
     records: Sequence[Record], *, tested: bool = False, more: Mapping[str, bool] | None = None
 ) -> list[Difference]:
@@ -160,7 +175,7 @@ def comparisons_of(
             changes = torch.tensor([new - old for old, new, _ in both], dtype=torch.float64)
             weights = _weights([after for _, _, after in both])
             rates = are_rates(metric, [value for old, new, _ in both for value in (old, new)])
-            better = {metric: more_is_better(metric), **(more or {})}[metric]
+            better = (more or {}).get(metric, more_is_better(metric))
             difference = paired_difference(
                 changes, flips=rates, weights=weights, tested=tested, more=better
             )

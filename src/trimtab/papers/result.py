@@ -36,10 +36,11 @@ class Value:
         if self.value is None or isinstance(self.value, str):
             return self.value or ""
         times = 100.0 if unit == "%" and self.share else 1.0
-        of_several = self.n != 1  # a single example has no interval
-        ends = self.ci95 and of_several and (times * self.ci95[0], times * self.ci95[1])
-        shown = "" if not ends else f"[{ends[0]:.4g}, {ends[1]:.4g}]"
-        return f"{times * self.value:.4g} {shown}".strip()
+        shown = f"{times * self.value:.4g}"
+        if self.ci95 is None or self.n == 1:  # a single example has no interval
+            return shown
+        low, high = self.ci95
+        return f"{shown} [{times * low:.4g}, {times * high:.4g}]"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

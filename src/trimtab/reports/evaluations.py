@@ -13,13 +13,11 @@ from trimtab.figures import (
     Estimate,
     Record,
     Result,
-    are_rates,
     comparisons_of,
+    flips_of,
     in_order,
-    metric_of,
     more_is_better,
     over_settings,
-    paired,
     results_of,
     with_unit,
     words_for,
@@ -79,16 +77,7 @@ class Evaluation(Presented):
 
         `metric` is by default the first that a task has and that rates examples.
         """
-        found = []
-        for before, after in paired(self.records):
-            names = (
-                [metric] if metric else [m for m in after["values"] if metric_of(m).kind == "rate"]
-            )
-            name = next(iter(names), "")
-            old, new = before["values"].get(name), after["values"].get(name)
-            if None not in (old, new) and old != new and are_rates(name, (old, new)):
-                found.append((before, after))
-        return found
+        return flips_of(self.records, metric)
 
     def samples(self, prompts: int = 3) -> list[dict[str, Any]]:
         """What is written for the first prompts of each task of coherence, unsteered beside

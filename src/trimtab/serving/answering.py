@@ -35,7 +35,10 @@ class LateError(TrimtabError):
 
 
 #: What it is where an answer ends that is not whole.
-_CUT_OFF = {"timeout": LateError, "closed": partial(GoneError, "the server ends")}
+_CUT_OFF: dict[str, Callable[[], TrimtabError]] = {
+    "timeout": LateError,
+    "closed": partial(GoneError, "the server ends"),
+}
 
 
 @dataclass(eq=False)

@@ -69,6 +69,10 @@ class SteeringBody(Strict):
         return Asked(self.name, self.dial, self.kl, self.scope)
 
 
+#: What a request stacks, in order.
+Stacked = Annotated[list[SteeringBody], Field(max_length=MOST_STACKED, fail_fast=True)]
+
+
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -110,9 +114,7 @@ class _Sampled(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     #: Ours: what is stacked, in order.
-    steering: (
-        Annotated[list[SteeringBody], Field(max_length=MOST_STACKED, fail_fast=True)] | None
-    ) = None
+    steering: Stacked | None = None
     # Who asks, and how the answer is kept elsewhere: taken, and without any effect here.
     user: Annotated[str, Field(max_length=1000)] | None = None
     metadata: dict[str, Any] | None = None

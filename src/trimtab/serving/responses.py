@@ -18,13 +18,12 @@ from trimtab.serving.bodies import (
     Message,
     Number,
     Part,
-    SteeringBody,
+    Stacked,
     Strict,
     Text,
     at_most,
 )
 from trimtab.serving.jobs import Ended, Piece
-from trimtab.serving.names import MOST_STACKED
 
 
 class InputText(Strict):
@@ -81,9 +80,7 @@ class ResponseBody(Strict):
     ) = None
     stream: bool | None = None
     #: Ours: what is stacked, in order.
-    steering: (
-        Annotated[list[SteeringBody], Field(max_length=MOST_STACKED, fail_fast=True)] | None
-    ) = None
+    steering: Stacked | None = None
     # What nothing but its default does here.
     text: _TextOptions | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None

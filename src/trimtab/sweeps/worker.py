@@ -12,11 +12,11 @@ from typing import Any
 
 from trimtab.contrasts import Part
 from trimtab.errors import TrimtabError
-from trimtab.figures import Difference, Record, Result, comparisons_of
+from trimtab.figures import Difference, Record, Result, comparisons_of, flips_of
 from trimtab.files import json_digest
 from trimtab.options import Search
 from trimtab.reading import Engine
-from trimtab.reports import Run, line_of, summarise
+from trimtab.reports import Run, line_of
 from trimtab.steering import Steering
 from trimtab.sweeps.front import front, is_within, picked
 from trimtab.sweeps.neutral import Neutral
@@ -258,8 +258,7 @@ class _Worker:
             result = rows.result(tested)
             self._check(best, "test", tested)
             best = replace(best, **_tested(result))
-            compared = summarise([*unsteered["test"], *tested], {})
-            flips = tuple(compared.flips())
+            flips = tuple(flips_of([*unsteered["test"], *tested]))
             difference = self._difference(unsteered["test"], tested)
             chosen = self._records(best, "validation", steering)
             self._check(best, "validation", chosen)
